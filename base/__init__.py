@@ -1,0 +1,1 @@
+"""Contracts: what every model, data set, loader and training run has in common."""

@@ -1,0 +1,1 @@
+"""One script per question, one table each: ``python -m benchmarks.NAME``."""

@@ -1,0 +1,35 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device on this machine")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Return the repository's root folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Return the folder with real data and recorded facts; skip where it is absent, as in a user's clone."""
+    folder = Path(os.environ.get("SEGMENTATION_SHARED", ROOT.parent / "shared"))
+    if not (folder / "README.md").is_file():
+        pytest.skip(f"the optional folder with real data and recorded facts is absent ({folder})")
+    return folder

@@ -1,0 +1,1 @@
+"""What every room may use: configuration, losses, metrics, prediction procedures, checkpoints, logs."""

@@ -1,0 +1,41 @@
+"""Errors that are the user's to mend: one clear message, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """Something in the config, the files or the command line that the user can mend.
+
+    The message names the field or file, what was found, what was expected and how to mend it.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean X?"`` for the nearest known name, or an empty string."""
+    known = list(known)
+    folded = {k.lower(): k for k in known}
+    nearest = get_close_matches(str(name).lower(), list(folded), n=1, cutoff=0.5)
+    return f"; did you mean {folded[nearest[0]]}?" if nearest else ""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's ``main`` and exit: a :class:`UserError` becomes one message and exit code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = USER_ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output went away (``| head``): not an error of ours.
+        sys.stderr.close()
+        code = 0
+    sys.exit(code or 0)
