@@ -17,11 +17,11 @@ class UserError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean X?"`` for the nearest known name, or an empty string."""
+    """Return the end of a sentence: ``"; did you mean X?"`` for the nearest known name, else a full stop."""
     known = list(known)
     folded = {k.lower(): k for k in known}
     nearest = get_close_matches(str(name).lower(), list(folded), n=1, cutoff=0.5)
-    return f"; did you mean {folded[nearest[0]]}?" if nearest else ""
+    return f"; did you mean {folded[nearest[0]]}?" if nearest else "."
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -21,9 +21,7 @@ class Registry(Mapping[str, Any]):
     ``--help`` and config validation fast and lets one broken module fail alone.
     """
 
-    def __init__(
-        self, kind: str, entries: Mapping[str, str], aliases: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, kind: str, entries: Mapping[str, str], aliases: Mapping[str, str] | None = None) -> None:
         self.kind = kind
         self._entries = dict(entries)
         self._aliases = dict(aliases or {})
@@ -33,9 +31,7 @@ class Registry(Mapping[str, Any]):
         name = self._aliases.get(name, name)
         if name not in self._entries:
             hint = did_you_mean(name, self._entries)
-            raise UserError(
-                f"there is no {self.kind} called {name!r}{hint} Known: {', '.join(self._entries)}"
-            )
+            raise UserError(f"there is no {self.kind} called {name!r}{hint} Known: {', '.join(self._entries)}")
         return name
 
     def __getitem__(self, name: str) -> Any:

@@ -1,0 +1,321 @@
+"""Dice, IoU and accuracy per image and class, and their means (RankSEG paper, Appendix A).
+
+For image i and class c with prediction ``P_ic`` and target ``Y_ic`` over the pixels that count::
+
+    Dice_ic = (2 |P & Y| + g) / (|P| + |Y| + g)        IoU_ic = (|P & Y| + g) / (|P or Y| + g)
+
+both left out where P and Y are both empty. ``Mean_Dice`` is the mean over an image's classes of interest where
+it is defined, then over images. ``Dataset_mDice`` and ``Dataset_mIoU`` are the other convention (Wang et al.,
+NeurIPS 2023): counts of all images added up first, then one score per class, then the mean over classes.
+
+Everything derives from three integer counts per image and class, ``|P & Y|``, ``|P|`` and ``|Y|``, taken on the
+device in one pass, without a loop over classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.predict import Prediction
+
+
+class Counts(NamedTuple):
+    """Pixel counts per image and class, int64 ``(B, C)``, and the pixels that count per image, int64 ``(B,)``.
+
+    ``correct``: pixels of the image given the label of their target (0 for overlapping masks, which give none).
+    """
+
+    intersection: Tensor
+    predicted: Tensor
+    target: Tensor
+    pixels: Tensor
+    correct: Tensor
+
+
+def count(
+    prediction: Prediction, target: Tensor, num_classes: int, ignore_index: int, count_ignored: bool = False
+) -> Counts:
+    """Count one batch.
+
+    Args:
+        prediction: masks ``(B, C, H, W)`` or labels ``(B, H, W)``.
+        target: integer labels ``(B, H, W)``: class ids, with one class 0 or 1, or ``ignore_index``.
+        count_ignored: pixels whose target is ignored stay in the prediction's count, where they can only be wrong
+            (the published script's way); by default they count nowhere.
+    """
+    valid = target != ignore_index
+    if num_classes == 1:
+        # One channel: the class is label 1; background has no mask of its own.
+        masks = (prediction.labels == 1)[:, None] if prediction.masks is None else prediction.masks
+        prediction = Prediction(masks=masks, volumes=prediction.volumes)
+        target = torch.where(target == 1, 0, 1)
+    counter = _count_labels if prediction.masks is None else _count_masks
+    return counter(prediction, target.long(), valid, num_classes, count_ignored)
+
+
+def _count_labels(
+    prediction: Prediction, target: Tensor, valid: Tensor, num_classes: int, count_ignored: bool
+) -> Counts:
+    labels = prediction.labels
+    batch = target.shape[0]
+    image = torch.arange(batch, device=target.device).view(-1, 1, 1).expand_as(target)
+    # Joint histogram of (image, target, label); target id C stands for "ignored", label id C for "none".
+    rows = torch.where(valid, target, num_classes)
+    columns = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+    size = num_classes + 1
+    joint = torch.bincount(((image * size + rows) * size + columns).flatten(), minlength=batch * size * size)
+    joint = joint.view(batch, size, size)
+    scored = joint if count_ignored else joint[:, :num_classes]
+    intersection = joint.diagonal(dim1=1, dim2=2)[:, :num_classes]
+    return Counts(
+        intersection=intersection,
+        predicted=scored.sum(dim=1)[:, :num_classes],
+        target=joint[:, :num_classes].sum(dim=2),
+        pixels=scored.sum(dim=(1, 2)),
+        correct=intersection.sum(dim=1),
+    )
+
+
+def _count_masks(
+    prediction: Prediction, target: Tensor, valid: Tensor, num_classes: int, count_ignored: bool
+) -> Counts:
+    masks = prediction.masks
+    batch = target.shape[0]
+    image = torch.arange(batch, device=target.device).view(-1, 1, 1).expand_as(target)
+    known = valid & (target >= 0) & (target < num_classes)
+    rows = image * num_classes + torch.where(known, target, 0)
+    size = batch * num_classes
+    targets = torch.bincount(rows[known], minlength=size).view(batch, num_classes)
+    own = masks.gather(1, torch.where(known, target, 0)[:, None])[:, 0] & known
+    intersection = torch.bincount(rows[own], minlength=size).view(batch, num_classes)
+    if prediction.volumes is None:
+        predicted = torch.count_nonzero(masks, dim=(2, 3))
+    else:
+        predicted = prediction.volumes
+    pixels = torch.full((batch,), target[0].numel() if batch else 0, device=target.device)
+    if not count_ignored:
+        # Only the few ignored pixels are looked at again, not the whole map.
+        where, y, x = torch.nonzero(~valid, as_tuple=True)
+        on_ignored = torch.zeros_like(predicted).index_add_(0, where, masks[where, :, y, x].to(predicted.dtype))
+        predicted = predicted - on_ignored
+        pixels = pixels - torch.bincount(where, minlength=batch)
+    return Counts(intersection, predicted, targets, pixels, torch.zeros_like(pixels))
+
+
+class ImageScores(NamedTuple):
+    """Scores per image and class, float64 ``(B, C)``, nan where undefined; accuracies per image ``(B,)``."""
+
+    dice: Tensor
+    iou: Tensor
+    pixel_accuracy: Tensor
+    accuracy: Tensor
+
+
+def image_scores(counts: Counts, smooth: float = 0.0) -> ImageScores:
+    """Return the scores of each image and class from counts; see the module's formulas.
+
+    ``pixel_accuracy`` ``(B, C)`` is the binary accuracy of each class; ``accuracy`` ``(B,)`` the share of pixels with
+    the right label (meaningful for label maps only).
+    """
+    intersection, predicted, target = (c.double() for c in counts[:3])
+    total = predicted + target
+    nothing = torch.full_like(total, torch.nan)
+    dice = torch.where(total > 0, (2 * intersection + smooth) / (total + smooth), nothing)
+    iou = torch.where(total > 0, (intersection + smooth) / (total - intersection + smooth), nothing)
+    pixels = counts.pixels.double()
+    wrong = total - 2 * intersection
+    return ImageScores(dice, iou, 1 - wrong / pixels[:, None], counts.correct.double() / pixels)
+
+
+class Metrics:
+    """Gathers counts over batches and computes the scores once.
+
+    Args:
+        num_classes: classes counted.
+        ignore_index: label of pixels that count nowhere.
+        classes: the classes of interest, over which means are taken; None: all.
+        smooth: added to numerator and denominator of Dice and IoU.
+        count_ignored: see :func:`count`.
+        keep_images: keep the counts of each image (a few numbers per class), so that :meth:`compute` gives the same
+            bits for any batch size, order and number of processes, and :meth:`rows` can list the images. Without it
+            only running sums are kept: constant memory, for training.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int = 255,
+        classes: Sequence[int] | None = None,
+        smooth: float = 0.0,
+        count_ignored: bool = False,
+        keep_images: bool = False,
+    ) -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.classes = list(range(num_classes)) if classes is None else list(classes)
+        self.smooth = smooth
+        self.count_ignored = count_ignored
+        self.keep_images = keep_images
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        self._images: list[dict[str, Any]] = []
+        self._sums: dict[str, Tensor] | None = None
+
+    def update(self, prediction: Prediction, target: Tensor, names: Sequence[str] | None = None) -> Counts:
+        """Add one batch; ``names`` identify the images when they are kept. Returns the batch's counts."""
+        counts = count(prediction, target, self.num_classes, self.ignore_index, self.count_ignored)
+        if self.keep_images:
+            names = names if names is not None else [str(len(self._images) + i) for i in range(len(target))]
+            self._keep(counts, prediction, names)
+        else:
+            self._add(_reduce(image_scores(counts, self.smooth), counts, self.classes))
+        return counts
+
+    def _keep(self, counts: Counts, prediction: Prediction, names: Sequence[str]) -> None:
+        scores = prediction.scores
+        if scores is not None:
+            # Where there is no mask, its expected score of 0 says nothing: see Expected_Dice.
+            scores = torch.where(prediction.volumes > 0, scores.double(), torch.nan)
+        on_cpu = Counts(*(c.cpu() for c in counts))
+        expected = None if scores is None else scores.cpu()
+        for i, name in enumerate(names):
+            row = {"name": name, "counts": Counts(*(c[i] for c in on_cpu))}
+            row["expected"] = None if expected is None else expected[i]
+            self._images.append(row)
+
+    def _add(self, sums: dict[str, Tensor]) -> None:
+        if self._sums is None:
+            self._sums = sums
+        else:
+            self._sums = {key: self._sums[key] + value for key, value in sums.items()}
+
+    @property
+    def images(self) -> list[dict[str, Any]]:
+        """The kept images, sorted by name: ``{"name", "counts", "expected"}``."""
+        return sorted(self._images, key=lambda row: row["name"])
+
+    def merge(self, others: Sequence[Metrics]) -> None:
+        """Add what other processes have counted."""
+        for other in others:
+            self._images += other._images
+            if other._sums is not None:
+                self._add(other._sums)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the running sums, for a checkpoint in the middle of an epoch."""
+        return dict(self._sums or {})
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._sums = dict(state) or None
+
+    def rows(self) -> tuple[list[str], ImageScores, Tensor | None]:
+        """Return names, scores ``(N, C)`` and expected scores ``(N, C)`` or None, of the kept images."""
+        images = self.images
+        counts = self._stacked(images)
+        expected = None
+        if images and images[0]["expected"] is not None:
+            expected = torch.stack([row["expected"] for row in images])
+        return [row["name"] for row in images], image_scores(counts, self.smooth), expected
+
+    def _stacked(self, images: list[dict[str, Any]]) -> Counts:
+        if not images:
+            empty = torch.zeros(0, self.num_classes, dtype=torch.int64)
+            return Counts(empty, empty, empty, empty[:, 0], empty[:, 0])
+        return Counts(*(torch.stack(c) for c in zip(*(row["counts"] for row in images), strict=True)))
+
+    def compute(self) -> dict[str, Any]:
+        """Return all scores: floats, and per-class lists of floats; nan where nothing defines a value.
+
+        Keys: ``Mean_Dice, Mean_IoU, Pixel_Accuracy, Multiclass_Accuracy, Dataset_mDice, Dataset_mIoU, Class_Dice,
+        Class_IoU, Class_Images`` (images behind each class mean) ``, images``; when images are kept and the procedure
+        expects scores also ``Expected_Dice`` and ``Measured_Dice`` (the mean over the same rows: those with a mask and
+        a defined score) and per class ``Class_Expected_Dice``.
+        """
+        if self.keep_images:
+            images = self.images
+            counts = self._stacked(images)
+            sums = _reduce(image_scores(counts, self.smooth), counts, self.classes)
+        else:
+            sums = self._sums
+        if sums is None or not sums["images"]:
+            return self._finish(None)
+        result = self._finish(sums)
+        if self.keep_images and images[0]["expected"] is not None:
+            result |= self._expected()
+        return result
+
+    def _finish(self, sums: dict[str, Tensor] | None) -> dict[str, Any]:
+        if sums is None:
+            nothing = [float("nan")] * self.num_classes
+            names = (
+                "Mean_Dice",
+                "Mean_IoU",
+                "Pixel_Accuracy",
+                "Multiclass_Accuracy",
+                "Dataset_mDice",
+                "Dataset_mIoU",
+            )
+            per_class = {"Class_Dice": nothing, "Class_IoU": nothing, "Class_Images": [0] * self.num_classes}
+            return {name: float("nan") for name in names} | per_class | {"images": 0}
+        sums = {key: value.double().cpu() for key, value in sums.items()}
+        intersection, total = sums["intersection"], sums["predicted"] + sums["target"]
+        means = sums["means"] / sums["mean_images"]
+        dataset_dice = ((2 * intersection + self.smooth) / (total + self.smooth))[self.classes]
+        dataset_iou = ((intersection + self.smooth) / (total - intersection + self.smooth))[self.classes]
+        defined = (total > 0)[self.classes]
+        return {
+            "Mean_Dice": means[0].item(),
+            "Mean_IoU": means[1].item(),
+            "Pixel_Accuracy": means[2].item(),
+            "Multiclass_Accuracy": means[3].item(),
+            "Dataset_mDice": dataset_dice[defined].mean().item(),
+            "Dataset_mIoU": dataset_iou[defined].mean().item(),
+            "Class_Dice": (sums["class_dice"] / sums["class_images"]).tolist(),
+            "Class_IoU": (sums["class_iou"] / sums["class_images"]).tolist(),
+            "Class_Images": sums["class_images"].long().tolist(),
+            "images": int(sums["images"]),
+        }
+
+    def _expected(self) -> dict[str, Any]:
+        _, scores, expected = self.rows()
+        both = expected.isfinite() & scores.dice.isfinite()
+        measured = torch.where(both, scores.dice, torch.nan)
+        expected = torch.where(both, expected, torch.nan)
+        return {
+            "Expected_Dice": expected[:, self.classes].nanmean(dim=1).nanmean().item(),
+            "Measured_Dice": measured[:, self.classes].nanmean(dim=1).nanmean().item(),
+            "Class_Expected_Dice": expected.nanmean(dim=0).tolist(),
+            "Class_Measured_Dice": measured.nanmean(dim=0).tolist(),
+        }
+
+
+def _reduce(scores: ImageScores, counts: Counts, classes: Sequence[int]) -> dict[str, Tensor]:
+    """Sum the scores of images; sums of images can be added, and every mean follows from them."""
+    dice, iou = scores.dice[:, classes], scores.iou[:, classes]
+    per_image = torch.stack(
+        [
+            dice.nanmean(dim=1),
+            iou.nanmean(dim=1),
+            scores.pixel_accuracy[:, classes].mean(dim=1),
+            scores.accuracy,
+        ]
+    )
+    defined = scores.dice.isfinite()
+    return {
+        "images": torch.tensor(len(counts.pixels), device=dice.device),
+        "means": per_image.nansum(dim=1),
+        "mean_images": per_image.isfinite().sum(dim=1),
+        "class_dice": scores.dice.nansum(dim=0),
+        "class_iou": scores.iou.nansum(dim=0),
+        "class_images": defined.sum(dim=0),
+        "intersection": counts.intersection.sum(dim=0),
+        "predicted": counts.predicted.sum(dim=0),
+        "target": counts.target.sum(dim=0),
+    }
