@@ -1,0 +1,244 @@
+"""Views of an image on their way through a network: scales, flips and overlapping tiles.
+
+Pure functions: no state, no config; device and dtype come from the input. ``forward`` is any function from
+images ``(B, channels, h, w)`` to scores ``(B, classes, h, w)``: logits, probabilities, or a composition of what
+stands here (tiles whose every tile is seen at several scales).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Forward = Callable[[Tensor], Tensor]
+
+# What one band of rows of the blended scores may take before a wide image is worked in vertical strips.
+BAND_BYTES = 2**30
+
+
+class Block(NamedTuple):
+    """A finished part of the scores of one image: ``scores`` ``(classes, h, w)`` belong at row ``y``, column ``x``."""
+
+    y: int
+    x: int
+    scores: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------- views
+
+
+def pad_to(images: Tensor, smallest: int) -> Tensor:
+    """Repeat the border of images ``(B, C, h, w)`` until both sides have at least ``smallest`` pixels.
+
+    The image stays in the top left corner; images that are large enough come back as they are.
+    """
+    bottom = max(0, smallest - images.shape[-2])
+    right = max(0, smallest - images.shape[-1])
+    return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
+
+
+def padded(forward: Forward, smallest: int) -> Forward:
+    """Return ``forward`` for images of any size: smaller ones are padded for it, and its scores cut back."""
+
+    def call(images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        return forward(pad_to(images, smallest))[..., :height, :width]
+
+    return call
+
+
+def views(
+    forward: Forward,
+    images: Tensor,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    link: Forward | None = None,
+) -> Tensor:
+    """Return the mean of the scores over scales and horizontal flips, at the images' own size.
+
+    Args:
+        forward: from images to scores of the same size.
+        images: floating point ``(B, channels, H, W)``.
+        scales: the image is seen at ``round(scale * H) x round(scale * W)`` (at least 1 x 1), resized bilinearly
+            (``align_corners=False``); its scores are resized back likewise.
+        flip: at every scale see the mirror image as well, in the same forward pass.
+        link: what turns resized scores into what is averaged, for example logits into probabilities. The mean of
+            probabilities is again a forecast; the mean of logits is sharper than any of its parts deserve.
+
+    Returns:
+        ``(B, classes, H, W)``. With one scale of 1 and no flip exactly ``link(forward(images))``.
+    """
+    if not scales or min(scales) <= 0:
+        raise ValueError(f"scales: positive numbers expected, got {list(scales)}")
+    size = images.shape[-2:]
+    total: Tensor | None = None
+    for scale in scales:
+        scaled = _resize(images, [max(1, round(side * scale)) for side in size])
+        if flip:
+            scaled = torch.cat([scaled, scaled.flip(-1)])
+        scores = _resize(forward(scaled), size)
+        if link is not None:
+            scores = link(scores)
+        if flip:
+            plain, mirrored = scores.chunk(2)
+            scores = plain + mirrored.flip(-1)
+        total = scores if total is None else total + scores
+    count = len(scales) * (2 if flip else 1)
+    return total if count == 1 else total / count
+
+
+def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------------- tiles
+
+
+def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
+    """Return where tiles begin along an axis so that they cover it, none reaching over its end.
+
+    Neighbours share at least ``overlap`` of a tile; the last tile ends at the axis' end. An axis shorter than
+    ``tile`` has one tile, starting at 0 (of the axis' length).
+    """
+    if length < 1:
+        raise ValueError(f"length: at least 1 expected, got {length}")
+    if tile < 1:
+        raise ValueError(f"tile: at least 1 pixel expected, got {tile}")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap: a share in [0, 1) expected, got {overlap}")
+    if length <= tile:
+        return [0]
+    stride = max(1, math.floor(tile * (1 - overlap)))
+    return [*range(0, length - tile, stride), length - tile]
+
+
+def blend_weights(length: int, tile: int, overlap: float, device: torch.device | str = "cpu") -> Tensor:
+    """Return how much each tile counts at each of its pixels along one axis.
+
+    A raised-cosine window (positive everywhere, highest in a tile's middle, where the network has seen most of a
+    pixel's surroundings), divided by the sum of the windows of all tiles that cover the pixel: the weights at every
+    pixel of the axis sum to 1, so blended probabilities are probabilities, and no count has to be kept.
+
+    Returns:
+        float32 ``(tiles, min(tile, length))``, for the tiles of :func:`tile_starts`.
+    """
+    starts = tile_starts(length, tile, overlap)
+    tile = min(tile, length)
+    middle = torch.arange(tile, dtype=torch.float64) + 0.5
+    window = torch.sin(math.pi * middle / tile) ** 2 + 1e-6
+    total = torch.zeros(length, dtype=torch.float64)
+    for start in starts:
+        total[start : start + tile] += window
+    weights = torch.stack([window / total[start : start + tile] for start in starts])
+    return weights.float().to(device)
+
+
+def sliding_blocks(
+    forward: Forward,
+    image: Tensor,
+    num_classes: int,
+    tile: int | tuple[int, int] = 512,
+    overlap: float = 0.25,
+    batch_size: int = 4,
+    max_bytes: int = BAND_BYTES,
+) -> Iterator[Block]:
+    """Predict one image of any size in overlapping tiles and yield its blended scores as they are finished.
+
+    Memory beside the image: one band of scores, ``num_classes * tile height * width * 4`` bytes, and one batch of
+    tiles in the network. Where the band would exceed ``max_bytes`` the image is worked in vertical strips, at the
+    price of computing the tiles that two strips share twice; the result is the same.
+
+    Args:
+        forward: from tiles ``(B, channels, h, w)``, of the image's dtype and on its device, to scores
+            ``(B, num_classes, h, w)``, on any device. All tiles have one size: ``min(tile, side)``.
+        image: ``(channels, H, W)``.
+        num_classes: number of score planes.
+        tile: side, or (height, width).
+        overlap: least share of a tile that it has in common with its neighbour, in [0, 1).
+        batch_size: tiles per forward pass.
+        max_bytes: bound of the band.
+
+    Yields:
+        :class:`Block`: a partition of the image, from top to bottom within each strip. ``scores`` are float32 on the
+        device of ``forward``'s output and hold good until the next block is asked for.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: at least 1 expected, got {batch_size}")
+    height, width = image.shape[-2:]
+    tall, wide = (tile, tile) if isinstance(tile, int) else tile
+    columns = tile_starts(width, wide, overlap)
+    rows = tile_starts(height, tall, overlap)
+    weights = (blend_weights(height, tall, overlap), blend_weights(width, wide, overlap))
+    tall, wide = min(tall, height), min(wide, width)
+    strip = max(wide, max_bytes // (num_classes * tall * 4))
+    for left in range(0, width, strip):
+        right = min(left + strip, width)
+        seen = [j for j, x in enumerate(columns) if x < right and x + wide > left]
+        yield from _strip_blocks(
+            forward, image, num_classes, (tall, wide), (rows, columns), weights, seen, (left, right), batch_size
+        )
+
+
+def _strip_blocks(
+    forward: Forward,
+    image: Tensor,
+    num_classes: int,
+    size: tuple[int, int],
+    starts: tuple[list[int], list[int]],
+    weights: tuple[Tensor, Tensor],
+    seen: list[int],
+    span: tuple[int, int],
+    batch_size: int,
+) -> Iterator[Block]:
+    """Yield the bands of the columns ``span``, covered by the tile columns ``seen``."""
+    (tall, wide), (rows, columns), (left, right) = size, starts, span
+    band: Tensor | None = None  # (classes, tall, right - left): the rows from the current tile row's top
+    order = [(i, j) for i in range(len(rows)) for j in seen]
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        tiles = [image[:, rows[i] : rows[i] + tall, columns[j] : columns[j] + wide] for i, j in batch]
+        scores = forward(torch.stack(tiles))
+        if band is None:
+            band = scores.new_zeros((num_classes, tall, right - left), dtype=torch.float32)
+            weights = (weights[0].to(scores.device), weights[1].to(scores.device))
+        for (i, j), score in zip(batch, scores, strict=True):
+            x = columns[j]
+            begin, end = max(x, left), min(x + wide, right)
+            weight = weights[0][i][:, None] * weights[1][j][begin - x : end - x]  # (tall, end - begin)
+            band[:, :, begin - left : end - left].addcmul_(score[:, :, begin - x : end - x].float(), weight)
+            if j == seen[-1]:  # the row of tiles is complete: what no later row touches is finished
+                bottom = rows[i + 1] if i + 1 < len(rows) else rows[i] + tall
+                finished = bottom - rows[i]
+                yield Block(rows[i], left, band[:, :finished])
+                band[:, : tall - finished] = band[:, finished:].clone()
+                band[:, tall - finished :] = 0
+
+
+def sliding(
+    forward: Forward,
+    images: Tensor,
+    num_classes: int,
+    tile: int | tuple[int, int] = 512,
+    overlap: float = 0.25,
+    batch_size: int = 4,
+) -> Tensor:
+    """Return the blended scores ``(B, num_classes, H, W)`` of whole images ``(B, channels, H, W)``.
+
+    :func:`sliding_blocks` put together, for images whose scores fit in memory; arguments as there.
+    """
+    outputs = []
+    for image in images:
+        whole: Tensor | None = None
+        for y, x, scores in sliding_blocks(forward, image, num_classes, tile, overlap, batch_size):
+            if whole is None:
+                whole = scores.new_empty((num_classes, *image.shape[-2:]))
+            whole[:, y : y + scores.shape[1], x : x + scores.shape[2]] = scores
+        outputs.append(whole)
+    return torch.stack(outputs)
