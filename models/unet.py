@@ -1,0 +1,102 @@
+"""U-Net.
+
+Paper: O. Ronneberger, P. Fischer, T. Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation",
+MICCAI 2015, https://arxiv.org/abs/1505.04597.
+
+    x  --start_conv-->  64 at 1/1 ------------------------------------- up4 --> 64 at 1/1 --> final_conv
+            down1   -> 128 at 1/2 ------------------------------ up3 --> 128
+                down2   -> 256 at 1/4 ------------------- up2 --> 256
+                    down3   -> 512 at 1/8 -------- up1 --> 512
+                        down4   -> 1024 at 1/16 -> middle_conv
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from base.base_model import BaseModel
+from models.blocks import ConvBNReLU, init_weights, resize_to
+
+
+def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Return two 3x3 convolutions, each with BatchNorm and ReLU; the first has half the output's width."""
+    half = out_channels // 2
+    return nn.Sequential(*ConvBNReLU(in_channels, half, 3), *ConvBNReLU(half, out_channels, 3))
+
+
+class Down(nn.Module):
+    """Contracting step: two convolutions, then halve the map: (B,C,H,W) -> (B,out,ceil(H/2),ceil(W/2))."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.down_conv = double_conv(in_channels, out_channels)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the pooled features."""
+        return self.pool(self.down_conv(x))
+
+
+class Up(nn.Module):
+    """Expanding step: double the map, join it with the skip connection, two convolutions."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, kernel_size=2, stride=2)
+        self.up_conv = double_conv(in_channels, out_channels)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Return features at the size of ``skip``, which has half as many channels as ``x``."""
+        x = resize_to(self.up(x), skip, align_corners=True)
+        return self.up_conv(torch.cat([skip, x], dim=1))
+
+
+class UNet(BaseModel):
+    """U-Net with BatchNorm and padded convolutions.
+
+    Args:
+        num_classes: channels of the logits.
+        in_channels: channels of the input image.
+        freeze_bn: keep the BatchNorm layers' running statistics as they are.
+
+    Shapes: (B,in_channels,H,W) -> (B,num_classes,H,W) for every H, W >= 1; in training a batch of one needs an
+    input larger than 16 x 16, because BatchNorm needs more than one value per channel. Output stride 16.
+
+    Deviations from the paper: convolutions are padded, so that the logits have the input's size and skips are
+    not cropped; every convolution is followed by BatchNorm; the skips are the *pooled* outputs of the
+    contracting steps (and the first pair of convolutions), so that the contracting path is one convolution
+    pair deeper; the first convolution of a pair has half the pair's width; no dropout. An odd map is pooled to
+    the larger half, and where doubling then overshoots the skip by one pixel it is resized bilinearly.
+    """
+
+    output_stride = 16
+
+    def __init__(self, num_classes: int, in_channels: int = 3, freeze_bn: bool = False) -> None:
+        super().__init__(num_classes, in_channels)
+        self.start_conv = double_conv(in_channels, 64)
+        self.down1 = Down(64, 128)
+        self.down2 = Down(128, 256)
+        self.down3 = Down(256, 512)
+        self.down4 = Down(512, 1024)
+        self.middle_conv = double_conv(1024, 1024)
+        self.up1 = Up(1024, 512)
+        self.up2 = Up(512, 256)
+        self.up3 = Up(256, 128)
+        self.up4 = Up(128, 64)
+        self.final_conv = nn.Conv2d(64, num_classes, kernel_size=1)
+        init_weights(self)
+        self.freeze(bn=freeze_bn)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits (B,num_classes,H,W) for images (B,in_channels,H,W)."""
+        x1 = self.start_conv(x)
+        x2 = self.down1(x1)
+        x3 = self.down2(x2)
+        x4 = self.down3(x3)
+        x5 = self.middle_conv(self.down4(x4))
+        y = self.up1(x5, x4)
+        y = self.up2(y, x3)
+        y = self.up3(y, x2)
+        y = self.up4(y, x1)
+        return self.final_conv(y)
