@@ -1,0 +1,141 @@
+"""What every segmentation network here shares: sizes, auxiliary outputs, freezing, parameter groups."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+#: What :meth:`BaseModel.logits` may return: the logits, or in training also those of an auxiliary head.
+Outputs = Tensor | dict[str, Tensor]
+
+
+def resize_to(x: Tensor, like: Tensor | tuple[int, int], align_corners: bool = False) -> Tensor:
+    """Resize ``x`` (B, C, h, w) bilinearly to the height and width of ``like`` (a tensor, or (H, W)).
+
+    A map that has the size already is returned as it is.
+    """
+    size = tuple(like.shape[-2:]) if isinstance(like, Tensor) else tuple(like)
+    if tuple(x.shape[-2:]) == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
+
+
+class BaseModel(nn.Module):
+    """Base of all segmentation networks.
+
+    A subclass builds its parts in ``__init__``, calls :meth:`freeze` last, and implements :meth:`logits`.
+    Everything that carries pretrained weights lives in ``self.backbone``; all the rest is "decoder".
+
+    Args:
+        num_classes: output channels; 1 means one sigmoid channel.
+        in_channels: channels of the images.
+        published: whether the departures of the published code from the paper are reproduced (see each
+            model).
+    """
+
+    #: How the logits are resized to the input (``torch.nn.functional.interpolate``).
+    align_corners: ClassVar[bool] = False
+    #: Rules from the names of published checkpoints to ours, see :mod:`models.upstream`.
+    published_names: ClassVar[tuple[tuple[str, str | None], ...]] = ()
+    #: Stride of the deepest features; subclasses with a choice set it on the instance.
+    output_stride: int = 32
+    #: Height and width must be multiples of this (1: any size).
+    size_divisor: int = 1
+
+    backbone: nn.Module
+
+    def __init__(self, num_classes: int, in_channels: int = 3, published: bool = False) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.published = published
+        self.bn_is_frozen = False
+        self.backbone_is_frozen = False
+
+    def logits(self, x: Tensor) -> Outputs:
+        """Map images (B, in_channels, H, W) to logits (B, num_classes, h, w) of any resolution.
+
+        With an auxiliary head, in training: ``{"out": logits, "aux": logits}``.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Outputs:
+        """Map images (B, in_channels, H, W) to logits (B, num_classes, H, W).
+
+        In training, networks with an auxiliary head return ``{"out": logits, "aux": logits}`` of that shape.
+
+        Raises:
+            ValueError: the images have another number of channels, or a size the network cannot take.
+        """
+        self._check_input(x)
+        outputs = self.logits(x)
+        if isinstance(outputs, dict):
+            return {name: resize_to(y, x, self.align_corners) for name, y in outputs.items()}
+        return resize_to(outputs, x, self.align_corners)
+
+    def _check_input(self, x: Tensor) -> None:
+        name = type(self).__name__
+        if x.dim() != 4:
+            raise ValueError(f"{name} takes a batch (B, C, H, W), got a tensor of shape {tuple(x.shape)}")
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"{name} was built for images with {self.in_channels} channels (in_channels), "
+                f"got {x.shape[1]}: a batch of shape {tuple(x.shape)}"
+            )
+        divisor = self.size_divisor
+        if divisor > 1 and (x.shape[2] % divisor or x.shape[3] % divisor):
+            raise ValueError(
+                f"{name} takes heights and widths that are multiples of {divisor}, "
+                f"got {x.shape[2]} x {x.shape[3]}: pad or crop the images"
+            )
+
+    # -- freezing ----------------------------------------------------------------------------------------
+
+    def freeze(self, bn: bool = False, backbone: bool = False) -> None:
+        """Freeze parts for good: later calls of :meth:`train` leave them frozen.
+
+        Args:
+            bn: every BatchNorm keeps its running statistics and normalises by them. Its scale and shift
+                remain trainable.
+            backbone: the backbone's parameters get no gradient, and its BatchNorms and dropouts stay in
+                evaluation mode, so that the backbone is one fixed function.
+        """
+        self.bn_is_frozen = self.bn_is_frozen or bn
+        self.backbone_is_frozen = self.backbone_is_frozen or backbone
+        if backbone:
+            for parameter in self.get_backbone_params():
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> BaseModel:
+        """Set training or evaluation mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        if self.bn_is_frozen:
+            for module in self.modules():
+                # The common base: SyncBatchNorm is no subclass of BatchNorm2d.
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        if self.backbone_is_frozen and hasattr(self, "backbone"):
+            self.backbone.eval()
+        return self
+
+    # -- parameters --------------------------------------------------------------------------------------
+
+    def get_backbone_params(self) -> list[nn.Parameter]:
+        """Return the parameters of ``self.backbone`` (none for networks without one)."""
+        return [p for name, p in self.named_parameters() if name.startswith("backbone.")]
+
+    def get_decoder_params(self) -> list[nn.Parameter]:
+        """Return all parameters outside ``self.backbone``."""
+        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
+
+    def count_parameters(self, trainable_only: bool = False) -> int:
+        """Return the number of parameter elements, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not trainable_only)

@@ -1,0 +1,124 @@
+"""The backbones' contract, and where their weights come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+class Backbone(nn.Module):
+    """A network that turns images (B, in_channels, H, W) into a list of features, fine to coarse.
+
+    Attributes:
+        channels: channels of each feature map.
+        strides: stride of each feature map; its height is ``ceil(H / stride)`` unless a subclass says
+            otherwise.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return one feature map (B, channels[i], H / strides[i], W / strides[i]) per entry of ``channels``."""
+        raise NotImplementedError
+
+
+def adapt_first_conv(weight: Tensor, in_channels: int) -> Tensor:
+    """Make the first convolution's RGB weights (O, 3, k, k) fit ``in_channels`` image channels.
+
+    One channel takes the sum over RGB: a grey image then gives what its RGB copy gives. More channels repeat
+    R, G, B cyclically, scaled by 3 / in_channels, so that responses keep their size.
+    """
+    if in_channels == 3:
+        return weight
+    if in_channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    repeated = weight.repeat(1, math.ceil(in_channels / 3), 1, 1)[:, :in_channels]
+    return repeated * (3 / in_channels)
+
+
+def load_pretrained(
+    backbone: nn.Module,
+    name: str,
+    pretrained: bool | str,
+    first_conv: str,
+    ignore: tuple[str, ...] = (),
+    has_torchvision_weights: bool = True,
+) -> None:
+    """Load ImageNet weights into ``backbone``, in place.
+
+    Args:
+        backbone: a module whose names are those of the torchvision network ``name``.
+        name: torchvision's name of the network.
+        pretrained: False: leave the initialisation. True: torchvision's ``IMAGENET1K_V1`` weights, downloaded
+            to torch's cache once. A string: a file with the network's state dict.
+        first_conv: key of the weight that meets the images, adapted by :func:`adapt_first_conv`.
+        ignore: prefixes of keys that the backbone has no use for (the ImageNet classifier).
+        has_torchvision_weights: False where torchvision has no such network.
+
+    Raises:
+        UserError: no such file, the download fails, or the weights do not fit.
+    """
+    if pretrained is False:
+        return
+    if pretrained is True:
+        if not has_torchvision_weights:
+            raise UserError(
+                f"pretrained: true: torchvision has no ImageNet weights for {name}. "
+                'Name a file with its weights (pretrained: "path.pth"), or write pretrained: false'
+            )
+        weights, source = _from_torchvision(name), f"torchvision's weights for {name}"
+    else:
+        weights, source = _from_file(pretrained), str(pretrained)
+    state = {k: v for k, v in weights.items() if not k.startswith(ignore)} if ignore else dict(weights)
+    own = backbone.state_dict()
+    if first_conv in state and state[first_conv].dim() == 4 and state[first_conv].shape[1] == 3:
+        state[first_conv] = adapt_first_conv(state[first_conv], own[first_conv].shape[1])
+    _check_fit(own, state, name, source)
+    backbone.load_state_dict(state, strict=False)
+
+
+def _from_torchvision(name: str) -> Mapping[str, Tensor]:
+    from torchvision.models import get_model_weights
+
+    weights = get_model_weights(name)["IMAGENET1K_V1"]
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network, no space, or a damaged download
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        file = folder / Path(weights.url).name
+        raise UserError(
+            f"pretrained: true: the ImageNet weights of {name} could not be had from {weights.url} ({error}). "
+            f'Put the file at {file} (torch\'s cache folder), name another file (pretrained: "path.pth"), '
+            "or write pretrained: false"
+        ) from error
+
+
+def _from_file(path: str) -> Mapping[str, Tensor]:
+    if not Path(path).is_file():
+        raise UserError(f"pretrained: there is no file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is none of its own
+        raise UserError(f"pretrained: {path} is not a file of weights that torch can read ({error})") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"pretrained: {path} holds no state dict (a mapping from names to tensors)")
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str, source: str) -> None:
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in own]
+    reshaped = [k for k in state if k in own and state[k].shape != own[k].shape]
+    for what, keys in (("lack", missing), ("have unknown", unexpected), ("have other shapes for", reshaped)):
+        if keys:
+            shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+            raise UserError(f"pretrained: {source} do not fit {name}: they {what} {len(keys)} entries ({shown})")

@@ -1,0 +1,89 @@
+"""VGG for dense prediction: its five stages, with or without their pooling."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
+
+from models.backbones.common import Backbone, load_pretrained
+
+#: Name -> torchvision's letter for the configuration.
+VGGS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
+
+
+class VGG(Backbone):
+    """A VGG without its classifier: features after each of the five 2x2 max-poolings.
+
+    Paper: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
+    ICLR 2015. ``stages[i]`` are the convolutions before pooling i (so that SegNet can pool with indices by
+    itself); ``forward`` pools after each. Arguments: see :func:`vgg`.
+    """
+
+    channels = (64, 128, 256, 512, 512)
+    strides = (2, 4, 8, 16, 32)
+
+    def __init__(self, name: str, in_channels: int = 3, ceil_mode: bool = False, first_padding: int = 1) -> None:
+        super().__init__()
+        if name.removesuffix("_bn") not in VGGS:
+            known = ", ".join(f"{n}, {n}_bn" for n in VGGS)
+            raise ValueError(f"backbone must be one of {known}, got {name!r}")
+        layers = list(make_layers(cfgs[VGGS[name.removesuffix("_bn")]], batch_norm=name.endswith("_bn")))
+        layers[0] = nn.Conv2d(in_channels, 64, kernel_size=3, padding=first_padding)
+        self.pool = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=ceil_mode)
+        self.stages = nn.ModuleList()
+        #: For each stage, torchvision's number of each of its layers in ``features``.
+        self.torchvision_numbers: list[list[int]] = []
+        stage, numbers = nn.Sequential(), []
+        for number, layer in enumerate(layers):
+            if isinstance(layer, nn.MaxPool2d):
+                self.stages.append(stage)
+                self.torchvision_numbers.append(numbers)
+                stage, numbers = nn.Sequential(), []
+            else:
+                stage.append(layer)
+                numbers.append(number)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Initialise as torchvision does: He et al. 2015, fan out, no bias."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the features after each of the five poolings."""
+        features = []
+        for stage in self.stages:
+            x = self.pool(stage(x))
+            features.append(x)
+        return features
+
+    def torchvision_names(self) -> nn.ModuleDict:
+        """Return the same layers under torchvision's names (``features.0`` ...)."""
+        features = nn.Module()
+        for stage, numbers in zip(self.stages, self.torchvision_numbers, strict=True):
+            for layer, number in zip(stage, numbers, strict=True):
+                features.add_module(str(number), layer)
+        return nn.ModuleDict({"features": features})
+
+
+def vgg(
+    name: str,
+    in_channels: int = 3,
+    pretrained: bool | str = False,
+    ceil_mode: bool = False,
+    first_padding: int = 1,
+) -> VGG:
+    """Build a VGG backbone.
+
+    Args:
+        name: vgg11, vgg13, vgg16 or vgg19, each also with "_bn".
+        in_channels: channels of the images.
+        pretrained: see :func:`models.backbones.common.load_pretrained`.
+        ceil_mode: pooling keeps a last odd row and column (sizes are rounded up).
+        first_padding: padding of the first convolution (100 in FCN).
+    """
+    backbone = VGG(name, in_channels, ceil_mode, first_padding)
+    load_pretrained(backbone.torchvision_names(), name, pretrained, "features.0.weight", ignore=("classifier.",))
+    return backbone

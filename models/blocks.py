@@ -1,0 +1,179 @@
+"""What two or more networks share. Shapes: (B, C, h, w), float."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from base.base_model import resize_to
+
+__all__ = [
+    "ASPP",
+    "ConvBNReLU",
+    "FCNHead",
+    "PooledBatchNorm2d",
+    "PyramidPooling",
+    "SkipDecoder",
+    "init_weights",
+    "resize_to",
+]
+
+
+class PooledBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm for globally pooled maps: one value per channel and image.
+
+    In training with a single image there is one value per channel and no variance: ``BatchNorm2d`` raises.
+    Other libraries drop the normalisation of such branches altogether (and with it the recorded
+    parameters); here such a batch is normalised by the running statistics, as in evaluation, and leaves
+    them alone. Every other batch is treated as by ``BatchNorm2d``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, h, w)."""
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return super().forward(x)
+
+
+class ConvBNReLU(nn.Sequential):
+    """Convolution without bias, BatchNorm, ReLU; the padding keeps the size (divided by the stride, rounded
+    up).
+
+    Args:
+        in_channels, out_channels: channels.
+        kernel_size: odd.
+        stride, dilation: of the convolution.
+        norm: the normalisation's class.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        norm: type[nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__(
+            nn.Conv2d(
+                in_channels,
+                out_channels,
+                kernel_size,
+                stride,
+                padding=dilation * (kernel_size // 2),
+                dilation=dilation,
+                bias=False,
+            ),
+            norm(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class PyramidPooling(nn.Module):
+    """Pyramid pooling module (Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017, figure 3c).
+
+    The features and their averages over b x b bins, each reduced to 1 / len(bins) of the channels and resized
+    back, are concatenated and fused by a 3x3 convolution.
+
+    Args:
+        in_channels: C.
+        bins: b of each branch.
+        out_channels: channels after the fusion.
+    """
+
+    def __init__(self, in_channels: int, bins: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        width = in_channels // len(bins)
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(b), ConvBNReLU(in_channels, width, kernel_size=1, norm=PooledBatchNorm2d)
+            )
+            for b in bins
+        )
+        self.fuse = ConvBNReLU(in_channels + width * len(bins), out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, h, w) to (B, out_channels, h, w)."""
+        pooled = [resize_to(branch(x), x, align_corners=True) for branch in self.branches]
+        return self.fuse(torch.cat([x, *pooled], dim=1))
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling with image pooling (Chen et al., arXiv:1706.05587, figure 5).
+
+    A 1x1 branch, one 3x3 branch per rate, and the image's average; concatenated in this order and fused by
+    a 1x1 convolution.
+    """
+
+    def __init__(self, in_channels: int, rates: Sequence[int], out_channels: int = 256, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [
+                ConvBNReLU(in_channels, out_channels, kernel_size=1),
+                *(ConvBNReLU(in_channels, out_channels, dilation=rate) for rate in rates),
+            ]
+        )
+        self.image_pooling = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            ConvBNReLU(in_channels, out_channels, kernel_size=1, norm=PooledBatchNorm2d),
+        )
+        self.fuse = ConvBNReLU((len(self.branches) + 1) * out_channels, out_channels, kernel_size=1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, h, w) to (B, out_channels, h, w)."""
+        image = resize_to(self.image_pooling(x), x, align_corners=True)
+        branches = [branch(x) for branch in self.branches]
+        return self.dropout(self.fuse(torch.cat([*branches, image], dim=1)))
+
+
+class FCNHead(nn.Sequential):
+    """A small classifier on one feature map: 3x3 convolution, BatchNorm, ReLU, dropout, 1x1 convolution."""
+
+    def __init__(self, in_channels: int, hidden_channels: int, num_classes: int, dropout: float = 0.1) -> None:
+        super().__init__(
+            ConvBNReLU(in_channels, hidden_channels),
+            nn.Dropout2d(dropout),
+            nn.Conv2d(hidden_channels, num_classes, kernel_size=1),
+        )
+
+
+class SkipDecoder(nn.Module):
+    """DeepLabv3+'s decoder (Chen et al., "Encoder-Decoder with Atrous Separable Convolution", ECCV 2018,
+    figure 2).
+
+    The low-level features, reduced to 48 channels, and the coarse ones at the same resolution are
+    concatenated, refined by two 3x3 convolutions and classified.
+    """
+
+    def __init__(self, low_channels: int, in_channels: int, num_classes: int, width: int = 256) -> None:
+        super().__init__()
+        self.reduce_low = ConvBNReLU(low_channels, 48, kernel_size=1)
+        self.refine = nn.Sequential(ConvBNReLU(48 + in_channels, width), ConvBNReLU(width, width), nn.Dropout(0.1))
+        self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
+
+    def forward(self, low: Tensor, x: Tensor) -> Tensor:
+        """Map (B, low_channels, h, w) and (B, in_channels, h', w') to logits (B, num_classes, h, w)."""
+        x = resize_to(x, low, align_corners=True)
+        return self.classifier(self.refine(torch.cat([self.reduce_low(low), x], dim=1)))
+
+
+def init_weights(*modules: nn.Module) -> None:
+    """Initialise new layers (never a backbone): He et al. 2015 (normal, fan in) for convolutions, bias 0.
+
+    BatchNorm begins as the identity.
+    """
+    for module in chain.from_iterable(m.modules() for m in modules):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, _BatchNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)

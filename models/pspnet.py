@@ -1,0 +1,88 @@
+"""PSPNet: Zhao, Shi, Qi, Wang, Jia, "Pyramid Scene Parsing Network", CVPR 2017 (https://arxiv.org/abs/1612.01105)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from base.base_model import BaseModel, Outputs
+from models.backbones import Backbone, resnet
+from models.blocks import FCNHead, PyramidPooling, init_weights
+
+BINS = (1, 2, 3, 6)
+
+
+class PyramidSceneParsing(BaseModel):
+    """Figure 3 of the paper, on any backbone::
+
+    image -> backbone (stride 8) -> [features | bins 1, 2, 3, 6] -> 3x3 conv -> classifier -> x8
+                  `-> stage before -> 3x3 conv -> classifier -> x8       (auxiliary, in training)
+    """
+
+    align_corners = False
+    published_names = (
+        (r"master_branch\.0\.stages\.(\d)\.(1)\.", r"pyramid.branches.\1.1.0."),
+        (r"master_branch\.0\.stages\.(\d)\.(2)\.", r"pyramid.branches.\1.1.1."),
+        (r"master_branch\.0\.bottleneck\.", "pyramid.fuse."),
+        (r"master_branch\.1\.", "classifier."),
+        (r"auxiliary_branch\.([01])\.", r"aux_head.0.\1."),
+        (r"auxiliary_branch\.4\.", "aux_head.2."),
+    )
+
+    def __init__(self, backbone: Backbone, num_classes: int, in_channels: int, use_aux: bool) -> None:
+        super().__init__(num_classes, in_channels)
+        self.backbone = backbone
+        self.output_stride = backbone.strides[-1]
+        *_, before, last = backbone.channels
+        self.pyramid = PyramidPooling(last, BINS, out_channels=last // len(BINS))
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = nn.Conv2d(last // len(BINS), num_classes, kernel_size=1)
+        self.aux_head = FCNHead(before, last // len(BINS), num_classes) if use_aux else None
+        init_weights(*(module for name, module in self.named_children() if name != "backbone"))
+
+    def logits(self, x: Tensor) -> Outputs:
+        """Return logits at stride 8; in training, with the auxiliary head's."""
+        *_, before, features = self.backbone(x)
+        out = self.classifier(self.dropout(self.pyramid(features)))
+        if self.training and self.aux_head is not None:
+            return {"out": out, "aux": self.aux_head(before)}
+        return out
+
+
+class PSPNet(PyramidSceneParsing):
+    """PSPNet on a ResNet at output stride 8; any input size; logits (B, num_classes, H, W).
+
+    resnet50, 101 and 152 have the paper's deep stem (three 3x3 convolutions): torchvision has no ImageNet
+    weights for those; ``pretrained`` takes a file (the "resnet50s" family of PyTorch-Encoding). resnet18
+    and 34 have the usual stem and torchvision's weights.
+
+    Args:
+        num_classes: output channels.
+        in_channels: channels of the images.
+        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
+        pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
+        use_aux: in training, also return the logits of the auxiliary head on the last stage but one.
+        freeze_bn: BatchNorm keeps its running statistics.
+        freeze_backbone: only the decoder is trained.
+    """
+
+    published_names = (
+        (r"initial\.0\.", "backbone.conv1."),
+        (r"initial\.1\.", "backbone.bn1."),
+        (r"layer", "backbone.layer"),
+        *PyramidSceneParsing.published_names,
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        backbone: str = "resnet152",
+        pretrained: bool | str = False,
+        use_aux: bool = True,
+        freeze_bn: bool = False,
+        freeze_backbone: bool = False,
+    ) -> None:
+        stem = "torchvision" if backbone in ("resnet18", "resnet34") else "deep"
+        network = resnet(backbone, in_channels, pretrained, output_stride=8, stem=stem)
+        super().__init__(network, num_classes, in_channels, use_aux)
+        self.freeze(freeze_bn, freeze_backbone)
