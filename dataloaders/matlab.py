@@ -1,0 +1,20 @@
+"""Reading MATLAB's .mat files, in which SBD and COCO-Stuff 10k keep their annotations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+
+def load_mat(path: str | Path) -> dict[str, Any]:
+    """Return the variables of a .mat file; raise UserError if it is broken or SciPy is not installed."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise UserError(f"{path}: reading .mat files needs SciPy, which is not installed: pip install scipy") from error
+    try:
+        return loadmat(str(path))
+    except Exception as error:  # scipy raises many kinds for a broken file
+        raise UserError(f"{path}: cannot be read as a .mat file: {error}") from error
