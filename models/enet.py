@@ -1,0 +1,266 @@
+"""ENet: Paszke, Chaurasia, Kim, Culurciello, "ENet: A Deep Neural Network Architecture for Real-Time Semantic
+Segmentation", 2016 (https://arxiv.org/abs/1606.02147).
+
+Table 1 of the paper is :data:`ARCHITECTURE`; figure 2 is :class:`InitialBlock` and :class:`Bottleneck`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from base.base_model import BaseModel
+from models.blocks import init_weights
+from models.pooling import pool_with_indices, unpool
+
+#: Bottlenecks x.1 to x.8 of stages 2 and 3: (kind, dilation).
+CONTEXT = (
+    ("regular", 1),
+    ("dilated", 2),
+    ("asymmetric", 1),
+    ("dilated", 4),
+    ("regular", 1),
+    ("dilated", 8),
+    ("asymmetric", 1),
+    ("dilated", 16),
+)
+
+#: Name of each bottleneck, its kind, output channels, dilation.
+ARCHITECTURE = (
+    ("bottleneck10", "downsampling", 64, 1),
+    *((f"bottleneck1{i}", "regular", 64, 1) for i in range(1, 5)),
+    ("bottleneck20", "downsampling", 128, 1),
+    *((f"bottleneck2{i}", kind, 128, dilation) for i, (kind, dilation) in enumerate(CONTEXT, start=1)),
+    *((f"bottleneck3{i}", kind, 128, dilation) for i, (kind, dilation) in enumerate(CONTEXT, start=1)),
+    ("bottleneck40", "upsampling", 64, 1),
+    ("bottleneck41", "regular", 64, 1),
+    ("bottleneck42", "regular", 64, 1),
+    ("bottleneck50", "upsampling", 16, 1),
+    ("bottleneck51", "regular", 16, 1),
+)
+
+INITIAL_CHANNELS = 16
+
+#: Where a map was pooled: the positions of the maxima and the map's size.
+Pooled = tuple[Tensor, tuple[int, int]]
+
+
+class InitialBlock(nn.Module):
+    """Figure 2a: (B, in_channels, H, W) -> (B, 16, ceil(H / 2), ceil(W / 2)).
+
+    The pooled image beside a strided convolution of it.
+    """
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True)
+        self.conv = nn.Conv2d(in_channels, INITIAL_CHANNELS - in_channels, kernel_size=3, stride=2, padding=1)
+        self.bn = nn.BatchNorm2d(INITIAL_CHANNELS)
+        self.prelu = nn.PReLU(INITIAL_CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return 16 channels at half the resolution."""
+        return self.prelu(self.bn(torch.cat([self.pool(x), self.conv(x)], dim=1)))
+
+
+class Bottleneck(nn.Module):
+    """Figure 2b: 1x1 projection, main convolution, 1x1 expansion, dropout; added to a shortcut.
+
+    Args:
+        in_channels, out_channels: channels; the projection has a quarter of ``in_channels``.
+        kind: "regular", "dilated" (both 3x3) or "asymmetric" (1x5, then 5x1).
+        dilation: of the 3x3 convolution.
+        dropout: probability of dropping a channel of the expansion.
+        published: a single PReLU slope for all feature maps, and a nonlinearity also after the expansion.
+        relu: ReLU instead of PReLU.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kind: str = "regular",
+        dilation: int = 1,
+        dropout: float = 0.1,
+        published: bool = False,
+        relu: bool = False,
+    ) -> None:
+        super().__init__()
+        width = in_channels // 4
+        activation = partial(_activation, published=published, relu=relu)
+        self.conv1 = self.projection(in_channels, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.prelu1 = activation(width)
+        self.conv2 = _asymmetric(width, activation) if kind == "asymmetric" else self.main(width, dilation)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.prelu2 = activation(width)
+        self.conv3 = nn.Conv2d(width, out_channels, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.prelu3 = activation(out_channels) if published else nn.Identity()
+        self.regularizer = nn.Dropout2d(dropout)
+        self.shortcut = self.adapter(in_channels, out_channels)
+        self.prelu_out = activation(out_channels)
+
+    @staticmethod
+    def projection(in_channels: int, width: int) -> nn.Module:
+        """Return the first convolution."""
+        return nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
+
+    @staticmethod
+    def main(width: int, dilation: int) -> nn.Module:
+        """Return the convolution in the middle."""
+        return nn.Conv2d(width, width, kernel_size=3, padding=dilation, dilation=dilation, bias=False)
+
+    @staticmethod
+    def adapter(in_channels: int, out_channels: int) -> nn.Module:
+        """Return what the shortcut does to the channels before the sum (or the unpooling)."""
+        return nn.Identity()
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return (B, in_channels / 4, h, w)."""
+        return self.prelu1(self.bn1(self.conv1(x)))
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Return (B, out_channels, h, w) from the output of the main convolution."""
+        x = self.prelu2(self.bn2(x))
+        return self.regularizer(self.prelu3(self.bn3(self.conv3(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to the same shape."""
+        return self.prelu_out(self.shortcut(x) + self.expand(self.conv2(self.project(x))))
+
+
+class DownBottleneck(Bottleneck):
+    """A bottleneck that halves the map, rounding up: the projection is 2x2 with stride 2; the shortcut pools.
+
+    An odd map gets a row or column of zeros at its end before the projection.
+    """
+
+    @staticmethod
+    def projection(in_channels: int, width: int) -> nn.Module:
+        """Return the first convolution."""
+        return nn.Conv2d(in_channels, width, kernel_size=2, stride=2, bias=False)
+
+    @staticmethod
+    def adapter(in_channels: int, out_channels: int) -> nn.Module:
+        """Return what the shortcut does to the channels before the sum: append channels of zeros."""
+        return nn.ZeroPad3d((0, 0, 0, 0, 0, out_channels - in_channels))  # the last three axes: C, h, w
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Pooled]:
+        """Map (B, in, h, w) to (B, out, ceil(h / 2), ceil(w / 2)); also return where the maxima were."""
+        height, width = x.shape[-2:]
+        pooled, indices = pool_with_indices(x, ceil_mode=True)
+        y = self.expand(self.conv2(self.project(F.pad(x, (0, width % 2, 0, height % 2)))))
+        return self.prelu_out(self.shortcut(pooled) + y), (indices, (height, width))
+
+
+class UpBottleneck(Bottleneck):
+    """A bottleneck that undoes a :class:`DownBottleneck`: transposed convolution; the shortcut unpools."""
+
+    @staticmethod
+    def main(width: int, dilation: int) -> nn.Module:
+        """Return the convolution in the middle."""
+        return nn.ConvTranspose2d(width, width, kernel_size=3, stride=2, padding=1, bias=False)
+
+    @staticmethod
+    def adapter(in_channels: int, out_channels: int) -> nn.Module:
+        """Return what the shortcut does to the channels before the unpooling."""
+        conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor, pooled: Pooled) -> Tensor:
+        """Map (B, in, h, w) to (B, out, H, W), the size of the map that was pooled."""
+        indices, size = pooled
+        shortcut = unpool(self.shortcut(x), indices, size)
+        y = self.expand(self.conv2(self.project(x), output_size=size))
+        return self.prelu_out(shortcut + y)
+
+
+BLOCKS = {"downsampling": DownBottleneck, "upsampling": UpBottleneck}
+
+
+class ENet(BaseModel):
+    """ENet; output stride 8 (encoder); any input size; logits (B, num_classes, H, W).
+
+    Every halving rounds up, every doubling goes back to the recorded size, so that any size is taken; for
+    multiples of 8 this is the paper's network. In training a batch of one needs more than 8 x 8 pixels.
+
+    Args:
+        num_classes: output channels.
+        in_channels: channels of the images, 1 to 15 (the initial block holds the pooled image in 16 channels).
+        freeze_bn: BatchNorm keeps its running statistics.
+        published: the published departures: PReLU has a single slope per layer instead of one per feature
+            map, the decoder has ReLU instead of PReLU, and the expansion is followed by one more PReLU (ReLU)
+            before the sum.
+
+    Deviations from the paper, in both forms: the projection has a quarter of the *input's* channels also where
+    a bottleneck changes their number, and the last transposed convolution is 3x3 (the paper leaves both open;
+    its authors' code has a quarter of the output's channels and 2x2). The paper trains the encoder first, by
+    itself; here the whole network is trained at once.
+    """
+
+    output_stride = 8
+    published_names = (
+        (r"(bottleneck[45]0)\.spatil_conv\.", r"\1.shortcut.0."),
+        (r"(bottleneck[45]0)\.bn_up\.", r"\1.shortcut.1."),
+    )
+
+    def __init__(
+        self, num_classes: int, in_channels: int = 3, freeze_bn: bool = False, published: bool = False
+    ) -> None:
+        super().__init__(num_classes, in_channels, published)
+        if in_channels >= INITIAL_CHANNELS:
+            raise ValueError(f"in_channels must be less than {INITIAL_CHANNELS} for ENet, got {in_channels}")
+        self.initial = InitialBlock(in_channels)
+        channels, decoder = INITIAL_CHANNELS, False
+        for name, kind, out_channels, dilation in ARCHITECTURE:
+            decoder = decoder or kind == "upsampling"
+            block = BLOCKS.get(kind, Bottleneck)(
+                channels,
+                out_channels,
+                kind=kind,
+                dilation=dilation,
+                dropout=0.01 if name < "bottleneck20" else 0.1,
+                published=published,
+                relu=published and decoder,
+            )
+            self.add_module(name, block)
+            channels = out_channels
+        self.fullconv = nn.ConvTranspose2d(channels, num_classes, 3, stride=2, padding=1, bias=False)
+        init_weights(self)
+        self.freeze(freeze_bn)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits (B, num_classes, H, W)."""
+        size = x.shape[-2:]
+        x = self.initial(x)
+        pools: list[Pooled] = []
+        for name, kind, _, _ in ARCHITECTURE:
+            block = self.get_submodule(name)
+            if kind == "downsampling":
+                x, pooled = block(x)
+                pools.append(pooled)
+            elif kind == "upsampling":
+                x = block(x, pools.pop())
+            else:
+                x = block(x)
+        return self.fullconv(x, output_size=size)
+
+
+def _activation(channels: int, published: bool, relu: bool) -> nn.Module:
+    if relu:
+        return nn.ReLU()
+    return nn.PReLU(1 if published else channels)
+
+
+def _asymmetric(width: int, activation: partial[nn.Module]) -> nn.Sequential:
+    """Return a 5x5 convolution factorised into 1x5 and 5x1."""
+    return nn.Sequential(
+        nn.Conv2d(width, width, kernel_size=(1, 5), padding=(0, 2)),
+        nn.BatchNorm2d(width),
+        activation(width),
+        nn.Conv2d(width, width, kernel_size=(5, 1), padding=(2, 0)),
+    )
