@@ -35,6 +35,8 @@ VALIDATION_SCORES = (
 TRAINING_SCORES = ("train_loss", "train_Mean_Dice", "train_Mean_IoU", "train_Pixel_Accuracy")
 PER_CLASS_SCORES = ("Class_Dice/", "Class_IoU/")
 
+STAGES = ("train", "val", "test")
+
 # What the program itself passes to the constructors beside a config's arguments.
 PROVIDED_TO_MODEL = ("num_classes",)
 PROVIDED_TO_LOADER = ("seed", "ignore_index")
@@ -49,6 +51,7 @@ def load(
     *,
     models: Registry | None = None,
     loaders: Registry | None = None,
+    stages: Sequence[str] = STAGES,
 ) -> Config:
     """Read a config file, apply ``path=value`` overrides, validate everything, and return the config.
 
@@ -56,11 +59,12 @@ def load(
         path: a JSON file; ``//`` comments and trailing commas are allowed.
         overrides: such as ``"trainer.epochs=3"``; the value is read as JSON, else taken as a string.
         models, loaders: the tables behind ``arch`` and the loaders; without them their arguments are not checked.
+        stages: the loaders that will be built, whose arguments and folders must be right.
 
     Raises:
         UserError: for a missing or unreadable file, or with every problem of the config in one message.
     """
-    return resolve(read(path), overrides, source=str(path), models=models, loaders=loaders)
+    return resolve(read(path), overrides, source=str(path), models=models, loaders=loaders, stages=stages)
 
 
 def resolve(
@@ -70,6 +74,7 @@ def resolve(
     source: str = "config",
     models: Registry | None = None,
     loaders: Registry | None = None,
+    stages: Sequence[str] = STAGES,
 ) -> Config:
     """Turn the content of a config file into a checked :class:`Config`; see :func:`load`."""
     raw = override(raw, overrides)
@@ -77,7 +82,7 @@ def resolve(
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise UserError(_report(source, [_explain(e) for e in error.errors()])) from None
-    problems = check(config, models, loaders)
+    problems = check(config, models, loaders, stages)
     if problems:
         raise UserError(_report(source, problems))
     return config
@@ -176,7 +181,12 @@ def _fields_at(keys: Sequence[str]) -> list[str]:
 # Checks that need the classes a config names
 
 
-def check(config: Config, models: Registry | None = None, loaders: Registry | None = None) -> list[str]:
+def check(
+    config: Config,
+    models: Registry | None = None,
+    loaders: Registry | None = None,
+    stages: Sequence[str] = STAGES,
+) -> list[str]:
     """Return every problem that the schema alone cannot see: names, arguments, and fields that must agree."""
     from utils.losses import LOSSES
     from utils.lr_scheduler import SCHEDULERS
@@ -188,11 +198,21 @@ def check(config: Config, models: Registry | None = None, loaders: Registry | No
     if models is not None:
         _forget_dead_arguments(config, models)
         problems += _check_component("arch", config.arch, models, PROVIDED_TO_MODEL)
-    for stage in ("train_loader", "val_loader", "test_loader"):
-        component = getattr(config, stage)
-        if component is not None and loaders is not None:
-            problems += _check_loader(stage, component, loaders)
+    for path, component in _loaders_of(config, stages).items():
+        if loaders is not None:
+            problems += _check_loader(path, component, loaders)
     return problems + _check_monitor(config) + _check_val(config)
+
+
+def _loaders_of(config: Config, stages: Sequence[str]) -> dict[str, Component]:
+    """Return the loaders behind the stages by the name of their field; test falls back on val."""
+    found = {}
+    for stage in stages:
+        component = config.loader(stage)
+        if component is not None:
+            name = "val_loader" if stage == "test" and config.test_loader is None else f"{stage}_loader"
+            found[name] = component
+    return found
 
 
 def _check_component(path: str, component: Component, table: Mapping[str, Any], provided: Sequence[str]) -> list[str]:

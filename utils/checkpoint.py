@@ -1,0 +1,322 @@
+"""Write, read and understand checkpoints.
+
+A checkpoint of ours is one file with plain tensors, numbers, strings, lists and dicts::
+
+    format      2
+    arch        the model's name in the config
+    epoch       epochs finished; batch: batches done in the next one; iteration: batches since the start
+    state_dict  the model's weights, without any wrapper's prefix
+    ema         averaged weights, where the run keeps them: those are validated, tested and deployed
+    optimizer, scheduler, scaler, rng, train_scores, monitor_best, not_improved_count: the state of the run
+    config      the resolved config
+    facts       what is needed to use the model without its data set: classes, palette, mean, std, ignore index
+
+Files are written to a temporary name, synced and renamed: a checkpoint is there whole or not at all. Everything
+is read with ``weights_only=True``, so a file cannot run code.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils import config as configs
+from utils.errors import UserError
+from utils.schema import Config
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What using a model needs to know of the data it was trained on.
+
+    ``mean`` and ``std`` are per channel for intensities in [0, 1]; ``palette`` has one RGB triple per class.
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    ignore_index: int
+    in_channels: int = 3
+
+    @classmethod
+    def of(cls, dataset: Any) -> Facts:
+        """Return the facts of a data set (an object or, for its defaults, a class)."""
+        return cls(
+            num_classes=int(dataset.num_classes),
+            class_names=tuple(str(n) for n in dataset.class_names),
+            palette=tuple(tuple(int(v) for v in colour) for colour in dataset.palette),
+            mean=tuple(float(v) for v in dataset.mean),
+            std=tuple(float(v) for v in dataset.std),
+            ignore_index=int(dataset.ignore_index),
+            in_channels=len(dataset.mean),
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Facts:
+        """Return the facts that :meth:`to_dict` wrote."""
+        values = dict(values)
+        values["palette"] = tuple(tuple(colour) for colour in values["palette"])
+        for key in ("class_names", "mean", "std"):
+            values[key] = tuple(values[key])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists and numbers."""
+        return asdict(self)
+
+
+@dataclass
+class LoadedModel:
+    """A model ready for use: in evaluation mode, on its device, with what its outputs mean."""
+
+    model: nn.Module
+    facts: Facts
+    config: Config
+    activation: str
+    path: Path
+    epoch: int
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files
+
+
+def save(state: Mapping[str, Any], path: str | Path) -> None:
+    """Write a checkpoint so that ``path`` holds either the old file or the whole new one, whatever happens.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; an earlier file at ``path`` is untouched.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as a RuntimeError of its zip writer.
+        full = getattr(error, "errno", None) == errno.ENOSPC or "PytorchStreamWriter" in str(error)
+        reason = "the disk is full" if full else str(error)
+        kept = "; the earlier file there is untouched" if path.exists() else ""
+        raise UserError(f"{path}: the checkpoint could not be written: {reason}{kept}") from None
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def link(source: Path, path: Path) -> None:
+    """Make ``path`` another name of ``source``, replacing what it named; a copy where links are not possible."""
+    temporary = path.with_name(f".{path.name}.link")
+    with suppress(OSError):
+        temporary.unlink()
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, path)
+    except OSError:
+        save(read(source), path)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint file holds, tensors on the CPU, without running any code of the file.
+
+    A bare state dict (the weights alone) is returned as ``{"state_dict": ...}``.
+
+    Raises:
+        UserError: no such file, not a checkpoint, cut short, or one that would need to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.pth"))[:8] if path.parent.is_dir() else []
+        hint = f"; in that folder: {', '.join(there)}" if there else ""
+        raise UserError(f"{path}: there is no such checkpoint file{hint}")
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(_unpickling_message(path, error)) from None
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError, AttributeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{path}: not a checkpoint, or cut short ({path.stat().st_size:,} bytes): {first_line}; copy or train it again"
+        ) from None
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path}: expected a checkpoint (a dict with 'state_dict'), found {type(state).__name__}")
+    if "state_dict" not in state:
+        if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+            keys = ", ".join(map(str, list(state)[:5]))
+            raise UserError(f"{path}: expected 'state_dict' or the weights alone, found the keys {keys}")
+        state = {"state_dict": state}
+    return dict(state)
+
+
+def _unpickling_message(path: Path, error: Exception) -> str:
+    text = str(error)
+    if "Unsupported" in text or "GLOBAL" in text or "not allowed" in text or "Weights only load failed" in text:
+        named = text.split("GLOBAL ")[1].split(" ")[0] if "GLOBAL " in text else "an object that is not plain data"
+        return (
+            f"{path}: refused: reading it would run code ({named}). A checkpoint may hold tensors, numbers, text, "
+            "lists and dicts only. If you trust where it comes from, load it once with "
+            "torch.load(..., weights_only=False) and save its 'state_dict' alone"
+        )
+    return f"{path}: not a checkpoint: {text.splitlines()[0]}"
+
+
+def _numpy_scalars() -> list[Any]:
+    """Return what published checkpoints need beside tensors: a numpy scalar (the best score), as numpy 1 named it."""
+    scalar = np.float64(0).__reduce__()[0]
+    return [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Meaning
+
+
+def config_of(
+    state: Mapping[str, Any],
+    path: str | Path,
+    given: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    stages: Sequence[str] = (),
+) -> Config:
+    """Return the config a checkpoint is used with: its own, replaced by ``given`` except ``arch``, then overridden.
+
+    Args:
+        state: what :func:`read` returned.
+        path: its file, for messages.
+        given: another config file.
+        overrides: ``path=value`` items, applied last.
+        stages: the loaders that will be built, whose arguments and folders are checked ("train", "val", "test").
+
+    Raises:
+        UserError: no config anywhere, another ``arch`` in the given config, or any problem of the config.
+    """
+    models, loaders = import_module("models").MODELS, import_module("dataloaders").LOADERS
+    stored = state.get("config")
+    if given is not None:
+        raw, source = configs.read(given), str(given)
+        if stored is not None and raw.get("arch") is not None and not _same_arch(stored["arch"], raw["arch"]):
+            raise UserError(
+                f"{given}: its arch is {raw['arch']}, the checkpoint {path} has {stored['arch']}; "
+                "the model of a checkpoint cannot be changed: leave -c out, or give the config of that run"
+            )
+        raw["arch"] = raw.get("arch") or (stored or {}).get("arch")
+    elif stored is not None:
+        raw, source = stored, f"the config in {path}"
+    else:
+        raise UserError(f"{path}: holds weights alone and no config; give the config of its run with --config")
+    return configs.resolve(raw, overrides, source=source, models=models, loaders=loaders, stages=stages)
+
+
+def _same_arch(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    # Where the weights came from before training does not change the model.
+    def essence(arch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return arch.get("type"), {k: v for k, v in (arch.get("args") or {}).items() if k != "pretrained"}
+
+    return essence(a) == essence(b)
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    config: Config | None = None,
+) -> LoadedModel:
+    """Build the model of a checkpoint, ours or a published one, and load its weights.
+
+    Args:
+        path: the checkpoint.
+        device: where the model goes.
+        config: used in place of the checkpoint's own (see :func:`config_of`); needed for a file of bare weights.
+
+    Raises:
+        UserError: an unusable file, or weights that do not fit, saying which and probably why.
+    """
+    state = read(path)
+    if config is None:
+        config = config_of(state, path)
+    return build_model(state, path, config, device)
+
+
+def build_model(
+    state: Mapping[str, Any], path: str | Path, config: Config, device: str | torch.device = "cpu"
+) -> LoadedModel:
+    """Do what :func:`load_model` does for a checkpoint that was read already."""
+    # The one way from utils into the rooms above it: a checkpoint names a model, and models are looked up there.
+    models = import_module("models")
+    upstream = import_module("models.upstream")
+    from utils.losses import LOSSES
+
+    weights = state.get("ema") or state["state_dict"]
+    if "facts" in state:
+        facts = Facts.from_dict(state["facts"])
+        arch, args, num_classes = config.arch.type, dict(config.arch.args), facts.num_classes
+    else:
+        arch, args, num_classes = upstream.infer(weights, config.arch.type, config.arch.args)
+        facts = _facts_of_config(config, num_classes, path)
+    if "pretrained" in args:
+        args["pretrained"] = False  # the checkpoint's weights replace them anyway
+    model = models.build(arch, num_classes, **args)
+    try:
+        models.load_weights(model, weights)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return LoadedModel(
+        model=model.to(device).eval(),
+        facts=facts,
+        config=config,
+        activation=LOSSES[config.loss.type].activation,
+        path=Path(path),
+        epoch=int(state.get("epoch", 0)),
+    )
+
+
+def _facts_of_config(config: Config, num_classes: int, path: str | Path) -> Facts:
+    """Return the facts for a checkpoint that carries none: those of the data set its config names."""
+    loaders = import_module("dataloaders").LOADERS
+    facts = Facts.of(loaders[config.train_loader.type])
+    if config.ignore_index is not None:
+        facts = Facts(**(asdict(facts) | {"ignore_index": config.ignore_index}))
+    if facts.num_classes != num_classes:
+        raise UserError(
+            f"{path}: its weights have {num_classes} classes, its data set {config.train_loader.type} has "
+            f"{facts.num_classes}; give the config it was trained with (--config)"
+        )
+    return facts

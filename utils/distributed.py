@@ -1,0 +1,130 @@
+"""One process or many: ranks, devices and gathering, over torch.distributed.
+
+Processes are started by ``torchrun`` (which sets ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``); without it there
+is one process, and every function here does the obvious thing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import UserError
+
+
+def under_torchrun() -> bool:
+    """Return whether a launcher started this process as one of a group."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_active() -> bool:
+    """Return whether this process belongs to an initialised group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return this process's number, 0 when it is the only one."""
+    return dist.get_rank() if is_active() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if is_active() else 1
+
+
+def is_main() -> bool:
+    """Return whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for the other processes."""
+    if is_active():
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the values of all processes, in the order of their ranks, to every process."""
+    if not is_active():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """Return the main process's value to every process."""
+    if not is_active():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Return whether the flag is set in any process."""
+    if not is_active():
+        return flag
+    total = torch.tensor(float(flag), device=device)
+    dist.all_reduce(total)
+    return bool(total.item())
+
+
+def choose_device(n_gpu: int) -> torch.device:
+    """Return this process's device: its GPU where the config asks for one and there is one, else the CPU."""
+    if n_gpu == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+            "start fewer processes (torchrun --nproc_per_node)"
+        )
+    return torch.device("cuda", local)
+
+
+def usable_gpus(n_gpu: int) -> int:
+    """Return how many of the GPUs that were asked for there are; say so where there are fewer."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if n_gpu > max(there, 1) or (n_gpu > there and there > 0):
+        print(f"warning: n_gpu is {n_gpu}, and this machine has {there}; using {there or 'the CPU'}", file=sys.stderr)
+    return min(n_gpu, there)
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the group that torchrun set up, and leave it at the end; nothing to do for a single process."""
+    if not under_torchrun():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # gloo beside nccl: objects and flags of the host travel without touching the GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(script: str, arguments: Sequence[str], processes: int) -> None:
+    """Run ``script`` in several processes on this machine through torch's elastic launcher, as torchrun does."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(["--standalone", "--nproc_per_node", str(processes), script, *arguments])
+    except ChildFailedError as failure:
+        # The processes have said what went wrong; the launcher's own report would only bury it.
+        local_rank, first = failure.get_first_failure()
+        raise SystemExit(first.exitcode if first.exitcode > 0 else 1) from None
