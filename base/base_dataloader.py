@@ -1,0 +1,288 @@
+"""One loader for all data sets: order, ranks, workers, batches."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, Sampler
+
+from base.base_dataset import BaseDataSet, Sample, Skipped
+from utils.batch import Batch
+from utils.errors import UserError
+
+log = logging.getLogger("data")
+
+MAX_DEFAULT_WORKERS = 8
+PREFETCHED_BATCHES = 4  # per worker
+_REPORTED_FILES = 5
+_ORDER, _HELD_OUT = 1, 2  # tags that keep different uses of one seed apart
+
+
+def available_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+class BaseDataLoader(DataLoader[Any]):
+    """Batches of a data set in an order that depends on (seed, epoch) alone.
+
+    Iterating yields :class:`utils.batch.Batch`. Under ``torch.distributed`` each process gets its share: in training
+    (``shuffle``) shares of equal length, the few samples left over are dropped; in evaluation every
+    sample goes to exactly one process, so shares may differ by one and nothing is counted twice.
+
+    Args:
+        dataset: what to load.
+        batch_size: samples per batch (and process).
+        shuffle: another order in each epoch; marks training.
+        val_split: share of the samples held out of this loader for :meth:`get_val_loader`.
+        num_workers: processes that read ahead; 0 reads in this one; at most one per core. None: cores - 1, at most 8.
+        drop_last: drop the last batch if it is not full. A last batch of one image is dropped in training anyhow:
+            batch norm cannot learn from it.
+        sampler: "weighted" draws (with replacement) samples with rare classes more often; needs ``shuffle``.
+        seed: of the order.
+        pin_memory: page-locked batches, for copies that overlap with computing; None: where there is CUDA.
+    """
+
+    dataset: BaseDataSet
+
+    def __init__(
+        self,
+        dataset: BaseDataSet,
+        batch_size: int = 8,
+        shuffle: bool = False,
+        *,
+        val_split: float | None = None,
+        num_workers: int | None = None,
+        drop_last: bool = False,
+        sampler: str | None = None,
+        seed: int = 0,
+        pin_memory: bool | None = None,
+    ) -> None:
+        if sampler not in (None, "weighted"):
+            raise ValueError(f"sampler must be None or 'weighted', got {sampler!r}")
+        if sampler and not shuffle:
+            raise ValueError("sampler 'weighted' needs shuffle: true (it is for training)")
+        dataset.replace_broken = shuffle
+        train, self._held_out = _split(len(dataset), val_split, seed)
+        batches = EpochBatches(
+            train,
+            batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            seed=seed,
+            weights=dataset.sample_weights()[train] if sampler else None,
+        )
+        self._build(dataset, batches, num_workers, pin_memory)
+
+    def _build(
+        self, dataset: BaseDataSet, batches: EpochBatches, num_workers: int | None, pin_memory: bool | None
+    ) -> None:
+        self.batches = batches
+        self.skipped: dict[str, int] = {}
+        self._workers, self._pin = num_workers, pin_memory
+        workers = _worker_count(num_workers)
+        super().__init__(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+            persistent_workers=workers > 0,
+            prefetch_factor=PREFETCHED_BATCHES if workers else None,
+            worker_init_fn=_start_worker if workers else None,
+        )
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch that the next iteration goes through, and the batch it begins with.
+
+        ``len`` remains the number of batches of the whole epoch.
+        """
+        self.batches.set_epoch(epoch, start_batch)
+
+    def get_val_loader(self) -> BaseDataLoader | None:
+        """Return a loader over the samples that ``val_split`` held out, without augmentation; None without it."""
+        if self._held_out is None:
+            return None
+        loader = BaseDataLoader.__new__(BaseDataLoader)
+        loader._held_out = None
+        batches = EpochBatches(self._held_out, self.batches.batch_size, seed=self.batches.seed)
+        loader._build(self.dataset.for_validation(), batches, self._workers, self._pin)
+        return loader
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for parcel in super().__iter__():
+            for reason in parcel.problems:
+                self._report(reason)
+            if parcel.batch is not None:
+                yield parcel.batch
+
+    def _report(self, reason: str) -> None:
+        new = reason not in self.skipped
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        if new and len(self.skipped) <= _REPORTED_FILES:
+            log.warning("skipped (file %d so far): %s", len(self.skipped), reason)
+        elif new and len(self.skipped) % 100 == 0:
+            log.warning("skipped %d files so far", len(self.skipped))
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) keys: the epoch travels with the index, so that workers that live through all
+    epochs know it.
+    """
+
+    def __init__(
+        self,
+        indices: np.ndarray,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.indices, self.batch_size, self.seed = indices, batch_size, seed
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.weights = None if weights is None else weights / weights.sum()
+        self.epoch = self.start_batch = 0
+        self.rank, self.world = _rank_and_world()
+        share = len(range(self.rank, len(indices), self.world))
+        self.share = len(indices) // self.world if shuffle else share
+        self._length = self._count_batches()
+
+    def _count_batches(self) -> int:
+        full, left = divmod(self.share, self.batch_size)
+        if left == 0 or self.drop_last:
+            dropped = 0
+        elif self.shuffle and left == 1 and self.batch_size > 1:
+            log.info(
+                "the last batch of each training epoch would hold one image; it is left out (batch norm "
+                "cannot learn from a single one)"
+            )
+            dropped = 0
+        else:
+            dropped = 1
+        batches = full + dropped
+        if batches == 0 and self.shuffle:
+            raise UserError(
+                f"{len(self.indices)} training samples over {self.world} process(es) give no batch of "
+                f"{self.batch_size}: lower `batch_size` or `val_split`, or switch `drop_last` off"
+            )
+        return batches
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Set the epoch of the next iteration and the batch it begins with."""
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return this process's indices of an epoch, int64."""
+        order = self.indices
+        if self.shuffle:
+            rng = np.random.default_rng([self.seed, epoch, _ORDER])
+            if self.weights is not None:
+                order = rng.choice(order, size=len(order), p=self.weights)
+            else:
+                order = rng.permutation(order)
+        return order[self.rank :: self.world][: self.share]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = self.epoch, self.order(self.epoch)
+        for batch in range(self.start_batch, self._length):
+            part = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [(epoch, index) for index in part.tolist()]
+
+
+class Parcel(NamedTuple):
+    """What a worker hands over: a batch, None if nothing of it could be read, and what was wrong."""
+
+    batch: Batch | None
+    problems: list[str]
+
+
+def collate(items: Sequence[Sample | Skipped]) -> Parcel:
+    """Stack samples to a batch; lists where their sizes differ."""
+    problems: list[str] = []
+    samples: list[Sample] = []
+    for item in items:
+        if isinstance(item, Skipped):
+            problems += item.reasons
+            if item.replacement is not None:
+                samples.append(item.replacement)
+        else:
+            samples.append(item)
+    if not samples:
+        return Parcel(None, problems)
+    images, labels = [s.image for s in samples], [s.label for s in samples]
+    if len({image.dtype for image in images}) > 1:
+        # 8 and 16 bit files in one batch.
+        images = [i.float() / 255 if i.dtype == torch.uint8 else i for i in images]
+    names = [s.name for s in samples]
+    if len({image.shape for image in images}) > 1:
+        return Parcel(Batch(images, labels, names), problems)
+    return Parcel(Batch(_stack(images), _stack(labels), names), problems)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    if torch.utils.data.get_worker_info() is None:
+        return torch.stack(tensors)
+    # Straight into shared memory: the batch is not copied once more on its way to the main process.
+    first = tensors[0]
+    storage = first._typed_storage()._new_shared(len(tensors) * first.numel(), device=first.device)
+    return torch.stack(tensors, out=first.new(storage).resize_(len(tensors), *first.shape))
+
+
+def _start_worker(worker: int) -> None:
+    # Processes are the parallelism; threads of OpenCV inside each would fight over the cores.
+    cv2.setNumThreads(0)
+
+
+def _worker_count(num_workers: int | None) -> int:
+    cores = available_cores()
+    if num_workers is None:
+        return min(MAX_DEFAULT_WORKERS, cores - 1)
+    if num_workers < 0:
+        raise ValueError(f"num_workers must not be negative, got {num_workers}")
+    if num_workers > cores:
+        _notice(f"num_workers {num_workers} lowered to the {cores} cores of this machine")
+    return min(num_workers, cores)
+
+
+@functools.cache
+def _notice(message: str) -> None:
+    log.info(message)
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _split(count: int, val_split: float | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the indices to train on and those held out (None without ``val_split``), both sorted."""
+    everything = np.arange(count)
+    if not val_split:
+        return everything, None
+    if not 0 < val_split < 1:
+        raise ValueError(f"val_split must lie between 0 and 1, got {val_split}")
+    held_out = round(count * val_split)
+    if not 0 < held_out < count:
+        raise UserError(f"val_split {val_split} of {count} samples leaves one side empty")
+    chosen = np.zeros(count, bool)
+    chosen[np.random.default_rng([seed, _HELD_OUT]).permutation(count)[:held_out]] = True
+    return everything[~chosen], everything[chosen]

@@ -1,0 +1,48 @@
+"""Messages about folders: the tree that was expected beside what is there."""
+
+from __future__ import annotations
+
+from itertools import islice, zip_longest
+from pathlib import Path
+
+_DEPTH = 4
+_ENTRIES_PER_FOLDER = 5
+_LINES = 30
+
+
+def layout_problem(problem: str, expected: str, folder: Path | None) -> str:
+    """Return ``problem`` followed by two columns: the ``expected`` tree, and the tree of ``folder``."""
+    left = ["expected:", *expected.strip("\n").splitlines()] if expected else []
+    right = [f"found in {folder}:", *found_tree(folder)] if folder is not None else []
+    if not left or not right:
+        return "\n".join([problem, *("  " + line for line in left or right)])
+    width = max(len(line) for line in left)
+    rows = zip_longest(left, right, fillvalue="")
+    return "\n".join([problem, *(f"  {a:<{width}} | {b}".rstrip(" ") for a, b in rows)])
+
+
+def found_tree(folder: Path) -> list[str]:
+    """Return the first levels of a folder as indented lines, a few entries of each level."""
+    if not folder.exists():
+        parent = next((p for p in folder.absolute().parents if p.is_dir()), None)
+        return ["(does not exist)"] + ([f"nearest existing folder: {parent}", *_tree(parent, 1)] if parent else [])
+    if not folder.is_dir():
+        return ["(a file, no folder)"]
+    return _tree(folder, _DEPTH) or ["(empty)"]
+
+
+def _tree(folder: Path, depth: int, indent: str = "") -> list[str]:
+    try:
+        # Folders first; a huge folder is not listed to its end.
+        names = sorted(islice(folder.iterdir(), 10_000), key=lambda p: (not p.is_dir(), p.name))
+    except OSError as error:
+        return [f"{indent}({error.strerror})"]
+    lines: list[str] = []
+    for path in names[:_ENTRIES_PER_FOLDER]:
+        is_folder = path.is_dir()
+        lines.append(f"{indent}{path.name}{'/' if is_folder else ''}")
+        if is_folder and depth > 1:
+            lines += _tree(path, depth - 1, indent + "  ")
+    if len(names) > _ENTRIES_PER_FOLDER:
+        lines.append(f"{indent}... {len(names) - _ENTRIES_PER_FOLDER} more")
+    return lines[:_LINES]

@@ -1,0 +1,79 @@
+"""Data sets by the names a config uses; nothing is imported until one is asked for."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import did_you_mean
+from utils.registry import Registry
+
+if TYPE_CHECKING:
+    from base.base_dataloader import BaseDataLoader
+
+LOADERS = Registry(
+    "data set",
+    {
+        "VOC": "dataloaders.voc.VOC",
+        "CityScapes": "dataloaders.cityscapes.CityScapes",
+        "ADE20K": "dataloaders.ade20k.ADE20K",
+        "COCO": "dataloaders.coco.COCO",
+        "KvasirSEG": "dataloaders.kvasir.KvasirSEG",
+        "DeepScene": "dataloaders.deepscene.DeepScene",
+        "Folder": "dataloaders.folder.Folder",
+        "Shapes": "dataloaders.shapes.Shapes",
+    },
+    aliases={"kvasirSEG": "KvasirSEG", "Kvasir": "KvasirSEG"},
+)
+
+
+def signature(type: str) -> inspect.Signature:
+    """Return all arguments that :func:`build` takes for a data set, with their types and defaults.
+
+    They are the loader's (batch_size, shuffle, ...), the data set's own and those all data sets share.
+    """
+    from base.base_dataloader import BaseDataLoader
+
+    parameters: dict[str, inspect.Parameter] = {}
+    for each in (*_constructors(LOADERS[type]), BaseDataLoader.__init__):
+        for name, parameter in inspect.signature(each, eval_str=True).parameters.items():
+            if name not in ("self", "dataset") and parameter.kind is not parameter.VAR_KEYWORD:
+                parameters.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY))
+    return inspect.Signature(list(parameters.values()))
+
+
+def build(type: str, **args: Any) -> BaseDataLoader:
+    """Return a loader of the named data set; ``loader.dataset`` has the class facts.
+
+    Args:
+        type: a key of :data:`LOADERS`.
+        args: see :func:`signature`; `BaseDataSet` and `BaseDataLoader` document those that all share.
+
+    Raises:
+        ValueError, TypeError: an argument is unknown or its value impossible; it is named.
+        UserError: the data set is unknown, or its files are not as they must be.
+    """
+    from base.base_dataloader import BaseDataLoader
+
+    known = signature(type).parameters
+    for name in args:
+        if name not in known:
+            raise TypeError(f"{type} takes no argument {name!r}{did_you_mean(name, known)}")
+    dataset_class = LOADERS[type]
+    of_dataset = {n for each in _constructors(dataset_class) for n in inspect.signature(each).parameters}
+    of_loader = inspect.signature(BaseDataLoader).parameters
+    dataset = dataset_class(**{n: v for n, v in args.items() if n in of_dataset})
+    return BaseDataLoader(dataset, **{n: v for n, v in args.items() if n in of_loader})
+
+
+def _constructors(dataset_class: type) -> list[Any]:
+    """Return the constructors that an instance runs through: own first, as long as they pass ``**`` on."""
+    found = []
+    for each in dataset_class.__mro__:
+        constructor = each.__dict__.get("__init__")
+        if constructor is None:
+            continue
+        found.append(constructor)
+        if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(constructor).parameters.values()):
+            break
+    return found

@@ -1,0 +1,81 @@
+"""Pascal VOC 2012 (Everingham et al., 2010), with the extra annotations of SBD (Hariharan et al., ICCV 2011)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from base.base_dataset import BaseDataSet, Entry
+from utils.errors import UserError
+from utils.images import voc_colormap
+
+
+class VOC(BaseDataSet):
+    """``VOCdevkit/VOC2012`` below data_dir; the ``_aug`` splits are lists of two columns, image and label."""
+
+    class_names = (
+        "background",
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "diningtable",
+        "dog",
+        "horse",
+        "motorbike",
+        "person",
+        "pottedplant",
+        "sheep",
+        "sofa",
+        "train",
+        "tvmonitor",
+    )
+    num_classes = len(class_names)
+    palette = voc_colormap(num_classes)
+    mean = (0.457, 0.437, 0.404)
+    std = (0.236, 0.233, 0.237)
+    splits = ("train", "val", "trainval", "test", "train_aug", "val_aug", "trainval_aug", "test_aug")
+    layout = """
+data_dir/
+  VOCdevkit/VOC2012/
+    JPEGImages/<id>.jpg
+    SegmentationClass/<id>.png
+    SegmentationClassAug/<id>.png
+    ImageSets/Segmentation/
+      train.txt        one <id> a line
+      train_aug.txt    /JPEGImages/<id>.jpg
+                       /SegmentationClassAug/<id>.png
+"""
+
+    def samples(self) -> list[Entry]:
+        """Return the pairs that the split's list names, in its order."""
+        root = self._root()
+        path = root / "ImageSets" / "Segmentation" / f"{self.split}.txt"
+        if not path.is_file():
+            raise self.layout_error(f"there is no list {path} for split {self.split!r}")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [self._entry(root, line.split(), path) for line in lines if line.strip()]
+
+    def _root(self) -> Path:
+        # data_dir may also point at the inner folders.
+        for root in (self.data_dir / "VOCdevkit" / "VOC2012", self.data_dir / "VOC2012", self.data_dir):
+            if (root / "ImageSets").is_dir():
+                return root
+        raise self.layout_error(f"data_dir {self.data_dir} holds no VOCdevkit/VOC2012 with ImageSets")
+
+    def _entry(self, root: Path, columns: list[str], path: Path) -> Entry:
+        if len(columns) == 1:
+            name = columns[0]
+            image, label = root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png"
+        elif len(columns) == 2:
+            image, label = (root / column.lstrip("/") for column in columns)
+            name = image.stem
+        else:
+            raise UserError(f"{path}: a line has {len(columns)} columns; expected one id, or image and label")
+        # The labels of VOC's test images are not public.
+        return Entry(image, label if not self.split.startswith("test") or label.is_file() else None, name)
