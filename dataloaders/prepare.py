@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from dataloaders.download import Archive, Unreachable, fetch, unpack, verify
 from dataloaders.labels import labels
 from dataloaders.matlab import load_mat
 from utils.errors import UserError
+from utils.images import write_png
 
 DOWNLOADS = "downloads"
 VOC_ROOT = Path("VOCdevkit/VOC2012")
@@ -150,7 +150,7 @@ def augment_voc(folder: Path) -> None:
         if name in own:
             shutil.copyfile(own[name], output)
         else:
-            save_mask(read_contours(added[name]), output)
+            write_png(output, read_contours(added[name]), labels("voc").palette)
     _write_lists(voc, own.keys() | added.keys())
 
 
@@ -161,15 +161,6 @@ def read_contours(path: Path) -> np.ndarray:
         return np.asarray(content["GTcls"]["Segmentation"][0][0], dtype=np.uint8)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{path}: it holds no GTcls.Segmentation, as SBD's files do ({error})") from error
-
-
-def save_mask(mask: np.ndarray, path: Path) -> None:
-    """Write class ids (uint8, (H, W)) as a palette PNG in VOC's colours; complete or not at all."""
-    image = Image.fromarray(mask)
-    image.putpalette([channel for colour in labels("voc").palette for channel in colour])
-    partial = path.with_suffix(".tmp")
-    image.save(partial, format="PNG")
-    partial.replace(path)
 
 
 def _write_lists(voc: Path, masks: Iterable[str]) -> None:
