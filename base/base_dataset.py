@@ -249,6 +249,13 @@ class BaseDataSet(Dataset[Any]):
             ignore_index=cls.ignore_index if ignore_index is None else ignore_index,
         )
 
+    @classmethod
+    def loader_targets(cls) -> tuple[type, ...]:
+        """Return the classes whose constructors share out a loader's arguments: own and base, and the loader's."""
+        from base.base_dataloader import BaseDataLoader
+
+        return (*(c for c in cls.__mro__ if issubclass(c, BaseDataSet) and "__init__" in vars(c)), BaseDataLoader)
+
     @property
     def facts(self) -> Facts:
         """The facts as they hold for this instance: plain Python values."""

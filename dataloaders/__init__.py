@@ -30,13 +30,11 @@ LOADERS = Registry(
 def signature(type: str) -> inspect.Signature:
     """Return all arguments that :func:`build` takes for a data set, with their types and defaults.
 
-    They are the loader's (batch_size, shuffle, ...), the data set's own and those all data sets share.
+    They are the data set's own, those all data sets share, and the loader's (batch_size, shuffle, ...).
     """
-    from base.base_dataloader import BaseDataLoader
-
     parameters: dict[str, inspect.Parameter] = {}
-    for each in (*_constructors(LOADERS[type]), BaseDataLoader.__init__):
-        for name, parameter in inspect.signature(each, eval_str=True).parameters.items():
+    for target in LOADERS[type].loader_targets():
+        for name, parameter in inspect.signature(target.__init__, eval_str=True).parameters.items():
             if name not in ("self", "dataset") and parameter.kind is not parameter.VAR_KEYWORD:
                 parameters.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY))
     return inspect.Signature(list(parameters.values()))
@@ -59,21 +57,6 @@ def build(type: str, **args: Any) -> BaseDataLoader:
     for name in args:
         if name not in known:
             raise TypeError(f"{type} takes no argument {name!r}{did_you_mean(name, known)}")
-    dataset_class = LOADERS[type]
-    of_dataset = {n for each in _constructors(dataset_class) for n in inspect.signature(each).parameters}
-    of_loader = inspect.signature(BaseDataLoader).parameters
-    dataset = dataset_class(**{n: v for n, v in args.items() if n in of_dataset})
-    return BaseDataLoader(dataset, **{n: v for n, v in args.items() if n in of_loader})
-
-
-def _constructors(dataset_class: type) -> list[Any]:
-    """Return the constructors that an instance runs through: own first, as long as they pass ``**`` on."""
-    found = []
-    for each in dataset_class.__mro__:
-        constructor = each.__dict__.get("__init__")
-        if constructor is None:
-            continue
-        found.append(constructor)
-        if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(constructor).parameters.values()):
-            break
-    return found
+    *constructors, loader = (inspect.signature(t).parameters for t in LOADERS[type].loader_targets())
+    dataset = LOADERS[type](**{n: v for n, v in args.items() if any(n in c for c in constructors)})
+    return BaseDataLoader(dataset, **{n: v for n, v in args.items() if n in loader})
