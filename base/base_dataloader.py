@@ -59,6 +59,7 @@ class BaseDataLoader(DataLoader[Any]):
     def __init__(
         self,
         dataset: BaseDataSet,
+        /,
         batch_size: int = 8,
         shuffle: bool = False,
         *,

@@ -35,7 +35,7 @@ def signature(type: str) -> inspect.Signature:
     parameters: dict[str, inspect.Parameter] = {}
     for target in LOADERS[type].loader_targets():
         for name, parameter in inspect.signature(target.__init__, eval_str=True).parameters.items():
-            if name not in ("self", "dataset") and parameter.kind is not parameter.VAR_KEYWORD:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self":
                 parameters.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY))
     return inspect.Signature(list(parameters.values()))
 
