@@ -1,0 +1,201 @@
+"""Optimizers: any class of torch.optim by name, on the model's parameter groups."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+class TypeTable(Mapping[str, Any]):
+    """A read-only table ``name -> class`` that is filled when it is first read, so that importing it is free.
+
+    Args:
+        kind: what the entries are, for messages.
+        find: returns the entries; may import torch.
+        refused: names that exist but are of no use here -> why, and what to use instead.
+
+    Looking up an unknown or refused name raises :class:`UserError`.
+    """
+
+    def __init__(
+        self, kind: str, find: Callable[[], Mapping[str, Any]], refused: Mapping[str, str] | None = None
+    ) -> None:
+        self.kind = kind
+        self._find = find
+        self._refused = dict(refused or {})
+
+    @cached_property
+    def _entries(self) -> dict[str, Any]:
+        return {name: entry for name, entry in self._find().items() if name not in self._refused}
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._refused:
+            raise UserError(f"{self.kind} {name} cannot be used here: {self._refused[name]}")
+        if name not in self._entries:
+            hint = did_you_mean(name, self._entries)
+            raise UserError(f"there is no {self.kind} called {name!r}{hint} Known: {', '.join(self._entries)}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def subclasses_in(module: Any, parent: type) -> dict[str, type]:
+    """Return the public proper subclasses of ``parent`` that ``module`` offers, by name."""
+    found = {name: getattr(module, name) for name in sorted(dir(module)) if not name.startswith("_")}
+    return {
+        name: entry
+        for name, entry in found.items()
+        if isinstance(entry, type) and issubclass(entry, parent) and entry is not parent
+    }
+
+
+def _find_optimizers() -> dict[str, type]:
+    import torch
+
+    return subclasses_in(torch.optim, torch.optim.Optimizer)
+
+
+OPTIMIZERS = TypeTable(
+    "optimizer",
+    _find_optimizers,
+    {
+        "LBFGS": "it evaluates the loss several times per step; take SGD or AdamW",
+        "SparseAdam": "it takes sparse gradients only, which convolutions do not have; take Adam or AdamW",
+    },
+)
+
+
+def checked_signature(entry: Callable, drop: Iterable[str]) -> inspect.Signature:
+    """Return the signature of ``entry`` without the parameters in ``drop``, annotations evaluated if possible.
+
+    torch imports some names of its annotations for type checkers only; an annotation that cannot be evaluated
+    is left out, so that whoever checks values against it checks nothing rather than something wrong.
+    """
+    names = {"Callable": Callable, "Iterable": Iterable, "Optimizer": Any, "Any": Any}
+    try:
+        signature = inspect.signature(entry, locals=names, eval_str=True)
+    except (NameError, TypeError, AttributeError):
+        signature = inspect.signature(entry)
+    parameters = [
+        p.replace(annotation=inspect.Parameter.empty) if isinstance(p.annotation, str) else p
+        for name, p in signature.parameters.items()
+        if name not in drop
+    ]
+    return inspect.Signature(parameters)
+
+
+def check_arguments(what: str, signature: inspect.Signature, args: Mapping[str, Any]) -> None:
+    """Raise TypeError, naming argument and nearest match, unless ``args`` fit ``signature``."""
+    for name in args:
+        if name not in signature.parameters:
+            known = signature.parameters
+            raise TypeError(f"{what} takes no argument {name!r}{did_you_mean(name, known)} Known: {', '.join(known)}")
+    for name, parameter in signature.parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in args:
+            raise TypeError(f"{what} needs the argument {name!r}")
+
+
+def signature_of(type: str) -> inspect.Signature:
+    """Return what ``args`` of the optimizer ``type`` may hold."""
+    return checked_signature(OPTIMIZERS[type], drop={"params"})
+
+
+def build(
+    type: str,
+    model: nn.Module,
+    differential_lr: bool = False,
+    backbone_lr_factor: float = 0.1,
+    no_decay_on_norm_and_bias: bool = False,
+    **args: Any,
+) -> Optimizer:
+    """Return the optimizer ``torch.optim.<type>`` over the trainable parameters of ``model``.
+
+    Args:
+        type: name of a class of torch.optim.
+        model: with ``differential_lr``, it has ``get_decoder_params()`` and ``get_backbone_params()``, disjoint
+            and complete.
+        differential_lr: two groups, "decoder" and then "backbone" (the order of published checkpoints), the
+            backbone at ``backbone_lr_factor`` times the learning rate. Else one group, "all".
+        backbone_lr_factor: >= 0.
+        no_decay_on_norm_and_bias: parameters with at most one axis (biases, the scales and shifts of
+            normalisation layers, slopes of PReLU) form groups of their own, "<name>_no_decay", each behind its
+            own, with weight decay 0.
+        args: of the optimizer's constructor; lists are taken for tuples.
+
+    Every group has a ``"name"``. Parameters with ``requires_grad`` False and empty groups are left out.
+
+    Raises:
+        UserError: there is no such optimizer.
+        TypeError, ValueError: an argument it does not take, or a value out of range; no trainable parameter;
+            parameter groups that overlap or leave out a trainable parameter.
+    """
+    signature = signature_of(type)
+    check_arguments(type, signature, args)
+    if backbone_lr_factor < 0:
+        raise ValueError(f"backbone_lr_factor is {backbone_lr_factor}; expected >= 0")
+    # JSON knows no tuples; torch asks for them (betas, etas, eps of Adafactor).
+    args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
+    groups = _groups(model, differential_lr)
+    if no_decay_on_norm_and_bias:
+        if "weight_decay" not in signature.parameters:
+            raise ValueError(f"no_decay_on_norm_and_bias: {type} has no weight decay")
+        groups = _split_decay(groups)
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("the model has no trainable parameter")
+    if differential_lr:
+        lr = args.get("lr", signature.parameters["lr"].default)
+        for group in groups:
+            group["lr"] = lr * backbone_lr_factor if group["name"].startswith("backbone") else lr
+    return OPTIMIZERS[type](groups, **args)
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """Return the current learning rate of each group by its name, for logs."""
+    return {
+        group.get("name", f"group{index}"): float(group["lr"]) for index, group in enumerate(optimizer.param_groups)
+    }
+
+
+def _groups(model: nn.Module, differential_lr: bool) -> list[dict[str, Any]]:
+    """Return the parameter groups; raise ValueError unless they hold each trainable parameter exactly once."""
+    everything = [p for p in model.parameters() if p.requires_grad]
+    if not differential_lr:
+        return [{"params": everything, "name": "all"}]
+    groups = [
+        {"params": [p for p in params() if p.requires_grad], "name": name}
+        for name, params in (("decoder", model.get_decoder_params), ("backbone", model.get_backbone_params))
+    ]
+    covered = [id(p) for group in groups for p in group["params"]]
+    if len(set(covered)) < len(covered):
+        raise ValueError(f"{model.__class__.__name__}'s parameter groups hold a parameter twice")
+    left_out = {id(p) for p in everything} - set(covered)
+    if left_out:
+        names = [name for name, p in model.named_parameters() if id(p) in left_out]
+        raise ValueError(f"{model.__class__.__name__}'s parameter groups leave out {', '.join(names)}")
+    return groups
+
+
+def _split_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return ``groups``, each split into matrices and filters, and what has at most one axis."""
+    split = []
+    for group in groups:
+        split.append({**group, "params": [p for p in group["params"] if p.ndim > 1]})
+        flat = [p for p in group["params"] if p.ndim <= 1]
+        split.append({"params": flat, "name": f"{group['name']}_no_decay", "weight_decay": 0.0})
+    return split
