@@ -1,0 +1,132 @@
+"""SegNet: Badrinarayanan, Kendall, Cipolla, "SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image
+Segmentation", PAMI 2017 (https://arxiv.org/abs/1511.00561).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from base.base_model import BaseModel
+from models.backbones import vgg
+from models.blocks import init_weights
+from models.pooling import pool_with_indices, unpool
+
+
+def mirror(stage: Iterable[nn.Module], out_channels: int, share: bool = False) -> nn.Sequential:
+    """Build the decoder stage of an encoder stage: as many convolutions, each with BatchNorm and ReLU.
+
+    Args:
+        stage: the encoder stage: convolutions, each followed by BatchNorm and ReLU.
+        out_channels: channels after the last convolution, which leads back to the stage before.
+        share: the published departure: a layer of the decoder whose shape agrees with that of its mirror
+            image in the encoder *is* that layer.
+
+    Returns:
+        a stage from the encoder stage's output channels to ``out_channels``.
+    """
+    convs = [layer for layer in stage if isinstance(layer, nn.Conv2d)]
+    norms = [layer for layer in stage if isinstance(layer, nn.BatchNorm2d)]
+    width = convs[-1].out_channels
+    layers: list[nn.Module] = []
+    for conv, norm in zip(reversed(convs), reversed(norms), strict=True):
+        channels = out_channels if conv is convs[0] else width
+        own_conv = nn.Conv2d(width, channels, kernel_size=3, padding=1)
+        own_norm = nn.BatchNorm2d(channels)
+        init_weights(own_conv, own_norm)
+        layers += [
+            conv if share and conv.weight.shape == own_conv.weight.shape else own_conv,
+            norm if share and norm.weight.shape == own_norm.weight.shape else own_norm,
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)
+
+
+class SegNet(BaseModel):
+    """SegNet on VGG-16 with BatchNorm; output stride 32 (encoder); logits (B, num_classes, H, W)::
+
+    image -> stage 1 -> pool -> ... -> stage 5 -> pool
+                          |  indices              |
+    logits <- classifier <- mirror 1 <- unpool <- ... <- mirror 5 <- unpool
+
+    Takes images of any size: pooling rounds up, unpooling goes back to the recorded size. In training a batch
+    of one needs more than 16 x 16 pixels. In the published form pooling rounds down and takes at least 32 x 32.
+
+    Args:
+        num_classes: output channels.
+        in_channels: channels of the images.
+        pretrained: ImageNet weights for the encoder: true (torchvision's), false, or a file's path.
+        freeze_bn: BatchNorm keeps its running statistics.
+        freeze_backbone: only the decoder is trained (in the published form: what of it is not the encoder's).
+        published: the published departure: 9 convolutions and 10 BatchNorms of the decoder are the encoder's
+            own, which ties their weights and mixes the running statistics of both uses.
+
+    Deviation from the paper, in both forms: the first encoder convolution, too, is mirrored by one with
+    BatchNorm and ReLU (64 to 64 channels), and a further 3x3 convolution classifies.
+    """
+
+    published_names = (
+        *((rf"stage{i}_encoder\.", f"backbone.stages.{i - 1}.") for i in range(1, 6)),
+        (r"stage5_decoder\.6\.", "classifier."),
+        *((rf"stage{i}_decoder\.", f"decoder.{i - 1}.") for i in range(1, 6)),
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        pretrained: bool | str = False,
+        freeze_bn: bool = False,
+        freeze_backbone: bool = False,
+        published: bool = False,
+    ) -> None:
+        super().__init__(num_classes, in_channels, published)
+        self.backbone = vgg("vgg16_bn", in_channels, pretrained)
+        self.output_stride = self.backbone.strides[-1]
+        channels = self.backbone.channels
+        outputs = (channels[0], *channels[:-1])
+        stages = [mirror(s, c, share=published) for s, c in zip(self.backbone.stages, outputs, strict=True)]
+        self.decoder = nn.ModuleList(reversed(stages))
+        self.classifier = nn.Conv2d(outputs[0], num_classes, kernel_size=3, padding=1)
+        init_weights(self.classifier)
+        if published:
+            self.register_load_state_dict_pre_hook(_untie_norms)
+        self.freeze(freeze_bn, freeze_backbone)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits (B, num_classes, H, W)."""
+        if self.published and min(x.shape[-2:]) < self.output_stride:
+            raise ValueError(
+                f"SegNet's published form takes images of at least {self.output_stride} x {self.output_stride}, "
+                f"got {x.shape[-2]} x {x.shape[-1]}"
+            )
+        pooled = []
+        for stage in self.backbone.stages:
+            x = stage(x)
+            size = x.shape[-2:]
+            x, indices = pool_with_indices(x, ceil_mode=not self.published)
+            pooled.append((indices, size))
+        for stage in self.decoder:
+            x = stage(unpool(x, *pooled.pop()))
+        return self.classifier(x)
+
+
+def _untie_norms(model: SegNet, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Before loading: give the decoder BatchNorms of its own where the weights hold two versions of a shared one.
+
+    Runs with synchronised BatchNorm converted each use of a shared module by itself, so that their checkpoints
+    hold different values under the two names, and both are needed to compute the same function.
+    """
+    encoder = {module: name for name, module in model.backbone.named_modules()}
+    for i, stage in enumerate(model.decoder):
+        for j, norm in enumerate(stage):
+            if not isinstance(norm, nn.BatchNorm2d) or norm not in encoder:
+                continue
+            ours, twins = f"{prefix}decoder.{i}.{j}.", f"{prefix}backbone.{encoder[norm]}."
+            pairs = ((state_dict.get(ours + key), state_dict.get(twins + key)) for key in norm.state_dict())
+            if any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs):
+                stage[j] = copy.deepcopy(norm)
