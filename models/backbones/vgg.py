@@ -7,7 +7,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from models.backbones.common import Backbone, load_pretrained
 
-#: Name -> torchvision's letter for the configuration.
+#: torchvision's letter for each network's list of widths.
 VGGS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
 
 
@@ -16,7 +16,8 @@ class VGG(Backbone):
 
     Paper: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
     ICLR 2015. ``stages[i]`` are the convolutions before pooling i (so that SegNet can pool with indices by
-    itself); ``forward`` pools after each. Arguments: see :func:`vgg`.
+    itself); ``forward`` pools after each. Arguments: see :func:`vgg`. The height of feature map i is
+    ``floor(H / 2^(i+1))`` as in torchvision, or rounded up with ``ceil_mode``.
     """
 
     channels = (64, 128, 256, 512, 512)
@@ -24,28 +25,25 @@ class VGG(Backbone):
 
     def __init__(self, name: str, in_channels: int = 3, ceil_mode: bool = False, first_padding: int = 1) -> None:
         super().__init__()
-        if name.removesuffix("_bn") not in VGGS:
+        plain = name.removesuffix("_bn")
+        if plain not in VGGS:
             known = ", ".join(f"{n}, {n}_bn" for n in VGGS)
             raise ValueError(f"backbone must be one of {known}, got {name!r}")
-        layers = list(make_layers(cfgs[VGGS[name.removesuffix("_bn")]], batch_norm=name.endswith("_bn")))
+        layers = list(make_layers(cfgs[VGGS[plain]], batch_norm=name != plain))
         layers[0] = nn.Conv2d(in_channels, 64, kernel_size=3, padding=first_padding)
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=ceil_mode)
         self.stages = nn.ModuleList()
-        #: For each stage, torchvision's number of each of its layers in ``features``.
-        self.torchvision_numbers: list[list[int]] = []
-        stage, numbers = nn.Sequential(), []
-        for number, layer in enumerate(layers):
+        stage = nn.Sequential()
+        for layer in layers:
             if isinstance(layer, nn.MaxPool2d):
                 self.stages.append(stage)
-                self.torchvision_numbers.append(numbers)
-                stage, numbers = nn.Sequential(), []
+                stage = nn.Sequential()
             else:
                 stage.append(layer)
-                numbers.append(number)
         self._initialise()
 
     def _initialise(self) -> None:
-        """Initialise as torchvision does: He et al. 2015, fan out, no bias."""
+        """Initialise as torchvision does: He et al. 2015, fan out, bias 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -60,12 +58,11 @@ class VGG(Backbone):
         return features
 
     def torchvision_names(self) -> nn.ModuleDict:
-        """Return the same layers under torchvision's names (``features.0`` ...)."""
-        features = nn.Module()
-        for stage, numbers in zip(self.stages, self.torchvision_numbers, strict=True):
-            for layer, number in zip(stage, numbers, strict=True):
-                features.add_module(str(number), layer)
-        return nn.ModuleDict({"features": features})
+        """Return the same layers under torchvision's names (``features.0`` ...), for loading weights."""
+        layers: list[nn.Module] = []
+        for stage in self.stages:
+            layers += [*stage, self.pool]
+        return nn.ModuleDict({"features": nn.Sequential(*layers)})
 
 
 def vgg(
