@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,9 @@ from utils.optim import TypeTable, check_arguments, checked_signature, subclasse
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+else:
+    # The command line's --help does not wait for torch, and the annotations can still be evaluated.
+    Optimizer = Any
 
 
 # -- pure functions of the step --------------------------------------------------------------------------------
@@ -312,17 +315,19 @@ def _silence() -> Iterator[None]:
 
 def _make(name: str, optimizer: Optimizer, length: int, args: dict[str, Any]) -> Any:
     """Return torch's scheduler ``name`` for a stretch of ``length`` steps."""
+    from torch.optim import lr_scheduler
+
     check_arguments(name, signature_of(name), args)
     defaults = _defaults(name, optimizer, length)
-    args = {**args, **{name: value for name, value in defaults.items() if args.get(name) is None}}
+    args = {**args, **{key: value for key, value in defaults.items() if args.get(key) is None}}
     if name == "SequentialLR":
         ends = [*args["milestones"], length]
         lengths = [end - start for start, end in zip([0, *args["milestones"]], ends, strict=True)]
         args["schedulers"] = _make_all(name, args["schedulers"], optimizer, lengths)
     elif name == "ChainedScheduler":
         parts = _make_all(name, args["schedulers"], optimizer, [length] * len(args["schedulers"]))
-        return SCHEDULERS[name](parts, optimizer=optimizer)
-    return SCHEDULERS[name](optimizer, **args)
+        return lr_scheduler.ChainedScheduler(parts, optimizer=optimizer)
+    return getattr(lr_scheduler, name)(optimizer, **args)
 
 
 def _make_all(name: str, specs: list[dict[str, Any]], optimizer: Optimizer, lengths: list[int]) -> list[Any]:
@@ -330,6 +335,8 @@ def _make_all(name: str, specs: list[dict[str, Any]], optimizer: Optimizer, leng
     if len(specs) != len(lengths):
         raise ValueError(f"{name}: {len(specs)} schedulers need {len(specs) - 1} milestones, one at each change")
     for spec in specs:
+        if "type" not in spec or not spec.keys() <= {"type", "args"}:
+            raise ValueError(f'{name}: a part is {spec}; expected {{"type": NAME, "args": {{...}}}}')
         if spec["type"] in _OWN:
             raise ValueError(f"{name} is made of torch's schedulers; {spec['type']} is not one")
     return [
@@ -355,13 +362,38 @@ def _defaults(name: str, optimizer: Optimizer, length: int) -> dict[str, Any]:
 _OWN = {"Poly": Poly, "OneCycle": OneCycle}
 # Given by the schedule itself, or (verbose) without effect.
 _RESERVED = {"optimizer", "total_steps", "epochs", "steps_per_epoch", "last_epoch", "verbose"}
-_FROM_THE_RUN = {"CosineAnnealingLR": ("T_max",), "OneCycleLR": ("max_lr",), "PolynomialLR": ("total_iters",)}
+_FROM_THE_RUN = {"CosineAnnealingLR": {"T_max"}, "OneCycleLR": {"max_lr"}, "PolynomialLR": {"total_iters"}}
 
 
-def _find_schedulers() -> dict[str, Any]:
+def _find_schedulers() -> dict[str, Callable[..., Schedule]]:
     from torch.optim import lr_scheduler
 
-    return {**_OWN, **subclasses_in(lr_scheduler, lr_scheduler.LRScheduler)}
+    found = subclasses_in(lr_scheduler, lr_scheduler.LRScheduler)
+    return {**_OWN, **{name: _factory(name, scheduler) for name, scheduler in found.items()}}
+
+
+def _factory(name: str, scheduler: type) -> Callable[..., Schedule]:
+    """Return a constructor of the torch schedule ``name`` that shows its true signature to those who check it."""
+
+    def make(optimizer: Optimizer, total_steps: int, **args: Any) -> Schedule:
+        return TorchSchedule(optimizer, total_steps, name, args)
+
+    run = [p for p in inspect.signature(make).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = []
+    for parameter in checked_signature(scheduler, drop=_RESERVED).parameters.values():
+        if parameter.name in _FROM_THE_RUN.get(name, ()):
+            parameter = parameter.replace(default=None)
+            if parameter.annotation is not parameter.empty:
+                parameter = parameter.replace(annotation=parameter.annotation | None)
+        if parameter.name == "schedulers":
+            parameter = parameter.replace(annotation=list[dict[str, Any]])
+        # By keyword, since one with a default may stand before one without.
+        own.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    make.__name__ = make.__qualname__ = name
+    make.__doc__ = f"torch.optim.lr_scheduler.{name}, stepped once per optimizer step."
+    make.__signature__ = inspect.Signature([*run, *own])
+    make.__annotations__ = {p.name: p.annotation for p in own if p.annotation is not p.empty}
+    return make
 
 
 SCHEDULERS = TypeTable(
@@ -372,6 +404,7 @@ SCHEDULERS = TypeTable(
         "known before the run; take Poly, OneCycle or CosineAnnealingLR"
     },
 )
+"""Name -> constructor, each called as ``SCHEDULERS[name](optimizer, total_steps, **args)``."""
 
 
 def signature_of(type: str) -> inspect.Signature:
@@ -381,19 +414,10 @@ def signature_of(type: str) -> inspect.Signature:
     ``max_lr`` of OneCycleLR, which defaults to the optimizer's rates, have the default None. The ``schedulers``
     of SequentialLR and ChainedScheduler are ``{"type", "args"}``.
     """
-    signature = checked_signature(SCHEDULERS[type], drop=_RESERVED)
-    parameters = []
-    for name, parameter in signature.parameters.items():
-        if name in _FROM_THE_RUN.get(type, ()):
-            parameter = parameter.replace(default=None, annotation=parameter.annotation | None)
-        if name == "schedulers":
-            parameter = parameter.replace(annotation=list[dict[str, Any]])
-        parameters.append(parameter)
-    # A default that was added may stand before a parameter without one; keyword-only parameters may.
-    return inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters])
+    return checked_signature(SCHEDULERS[type], drop={"optimizer", "total_steps"})
 
 
-def needs_momentum(type: str, args: dict[str, Any]) -> bool:
+def needs_momentum(type: str, args: Mapping[str, Any]) -> bool:
     """Return whether the schedule changes the momentum, which the optimizer must then have."""
     if type == "OneCycle":
         return args.get("momentums", True) is not None
@@ -408,9 +432,7 @@ def build(type: str, optimizer: Optimizer, total_steps: int, **args: Any) -> Sch
         TypeError, ValueError: an argument it does not take, or a value out of range.
     """
     check_arguments(type, signature_of(type), args)
-    if type in _OWN:
-        return _OWN[type](optimizer, total_steps, **args)
-    return TorchSchedule(optimizer, total_steps, type, args)
+    return SCHEDULERS[type](optimizer, total_steps, **args)
 
 
 if __name__ == "__main__":
