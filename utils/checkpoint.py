@@ -7,7 +7,8 @@ A checkpoint of ours is one file with plain tensors, numbers, strings, lists and
     epoch       epochs finished; batch: batches done in the next one; iteration: batches since the start
     state_dict  the model's weights, without any wrapper's prefix
     ema         averaged weights, where the run keeps them: those are validated, tested and deployed
-    optimizer, scheduler, scaler, rng, train_scores, monitor_best, not_improved_count: the state of the run
+    optimizer, scheduler, scaler, monitor_best, not_improved_count: the state of the run
+    processes   per process: states of the random generators, scores of the epoch so far
     config      the resolved config
     facts       what is needed to use the model without its data set: classes, palette, mean, std, ignore index
 
@@ -168,10 +169,9 @@ def read(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise UserError(_unpickling_message(path, error)) from None
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError, AttributeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{path}: not a checkpoint, or cut short ({path.stat().st_size:,} bytes): {first_line}; copy or train it again"
-        ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        size = f"{path.stat().st_size:,} bytes"
+        raise UserError(f"{path}: not a checkpoint, or cut short ({size}): {reason}; copy or train it again") from None
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: expected a checkpoint (a dict with 'state_dict'), found {type(state).__name__}")
     if "state_dict" not in state:
@@ -287,7 +287,7 @@ def build_model(
     weights = state.get("ema") or state["state_dict"]
     if "facts" in state:
         facts = Facts.from_dict(state["facts"])
-        arch, args, num_classes = config.arch.type, dict(config.arch.args), facts.num_classes
+        arch, args, num_classes = config.arch.type, arch_arguments(config, facts), facts.num_classes
     else:
         arch, args, num_classes = upstream.infer(weights, config.arch.type, config.arch.args)
         facts = _facts_of_config(config, num_classes, path)
@@ -306,6 +306,18 @@ def build_model(
         path=Path(path),
         epoch=int(state.get("epoch", 0)),
     )
+
+
+def arch_arguments(config: Config, facts: Facts) -> dict[str, Any]:
+    """Return the model's arguments, with the images' channels where the config leaves them to the data."""
+    args = dict(config.arch.args)
+    channels = args.get("in_channels", facts.in_channels)
+    if channels != facts.in_channels:
+        raise UserError(
+            f"arch.args.in_channels: found {channels}, the images have {facts.in_channels} channels "
+            "(train_loader.args.in_channels); give both the same"
+        )
+    return args if facts.in_channels == 3 else args | {"in_channels": channels}
 
 
 def _facts_of_config(config: Config, num_classes: int, path: str | Path) -> Facts:

@@ -39,7 +39,7 @@ STAGES = ("train", "val", "test")
 
 # What the program itself passes to the constructors beside a config's arguments.
 PROVIDED_TO_MODEL = ("num_classes",)
-PROVIDED_TO_LOADER = ("seed", "ignore_index")
+PROVIDED_TO_LOADER = ("seed", "ignore_index", "dataset")
 PROVIDED_TO_LOSS = ("ignore_index",)
 PROVIDED_TO_SCHEDULER = ("optimizer", "total_steps", "last_epoch")
 PROVIDED_TO_OPTIMIZER = ("params",)
@@ -248,7 +248,7 @@ def _check_loader(path: str, component: Component, loaders: Registry) -> list[st
     problems = check_arguments(
         f"{path}.args",
         component.type,
-        [dataset, *dataset.loader_targets()],
+        dataset.loader_targets(),
         component.args,
         PROVIDED_TO_LOADER,
     )

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
+from utils.schema import Config
 
 
 def under_torchrun() -> bool:
@@ -117,14 +119,27 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def launch(script: str, arguments: Sequence[str], processes: int) -> None:
-    """Run ``script`` in several processes on this machine through torch's elastic launcher, as torchrun does."""
+def needs_processes(config: Config) -> bool:
+    """Return whether the run must be split into one process per GPU, and is not yet.
+
+    Synchronised batch norm works across processes only (torch.nn.SyncBatchNorm).
+    """
+    return config.use_synch_bn and not under_torchrun() and usable_gpus(config.n_gpu) > 1
+
+
+def launch(script: str, arguments: Sequence[str], processes: int) -> int:
+    """Run ``script`` in several processes on this machine through torch's elastic launcher, as torchrun does.
+
+    Returns the exit code: that of the process that failed first, else 0.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    print(f"starting {processes} processes: torchrun --standalone --nproc_per_node {processes} {Path(script).name} ...")
     try:
         torchrun(["--standalone", "--nproc_per_node", str(processes), script, *arguments])
     except ChildFailedError as failure:
-        # The processes have said what went wrong; the launcher's own report would only bury it.
-        local_rank, first = failure.get_first_failure()
-        raise SystemExit(first.exitcode if first.exitcode > 0 else 1) from None
+        # The process has said what went wrong; the launcher's own report would only bury it.
+        _, first = failure.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 1
+    return 0

@@ -125,6 +125,15 @@ Procedure = Callable[[Tensor, PredictOptions], Prediction]
 PROCEDURES: dict[str, Procedure] = {"T": predict_threshold, "max": predict_max, "rankdice": predict_rankdice}
 
 
+def predict_logits(
+    procedure: str, logits: Tensor, activation: Activation, temperature: float, options: PredictOptions
+) -> Prediction:
+    """Apply a procedure to logits; ``max`` needs no probabilities for it, since they rise with the logits."""
+    if procedure == "max":
+        return Prediction(labels=(logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1))
+    return PROCEDURES[procedure](probabilities(logits, activation, temperature), options)
+
+
 def label_map(
     procedure: str,
     probs: Tensor,

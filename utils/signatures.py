@@ -40,7 +40,8 @@ def check_arguments(
         args: the arguments given.
         provided: names the program passes itself; the config may not set them.
     """
-    known = {name: (target, p) for target in targets for name, p in parameters(target).items()}
+    # The first target that knows a name gets it.
+    known = {name: (target, p) for target in reversed(list(targets)) for name, p in parameters(target).items()}
     settable = [name for name in known if name not in provided]
     problems = []
     for name, value in args.items():

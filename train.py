@@ -1,0 +1,86 @@
+"""Train a model: ``python train.py --config config.json``; see README.md.
+
+Continue a run with ``-r CHECKPOINT`` (``-r auto`` for the newest run of the config), override any field of the
+config with ``--set trainer.epochs=3``, use several GPUs or machines with torchrun (docs/scaling.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from utils.cli import add_device, add_overrides, select_devices
+from utils.errors import run
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a segmentation model from a config.")
+    parser.add_argument("-c", "--config", help="config file; with -r it replaces the checkpoint's config, except arch")
+    parser.add_argument(
+        "-r", "--resume", metavar="CHECKPOINT", help="continue the run of a checkpoint; 'auto': the config's newest run"
+    )
+    add_device(parser)
+    add_overrides(parser)
+    args = parser.parse_args()
+    if not args.config and not args.resume:
+        parser.error("give a config with --config, or a checkpoint to continue with --resume")
+    if args.resume == "auto" and not args.config:
+        parser.error("--resume auto needs --config, to know whose newest run to continue")
+    return args
+
+
+def main() -> int:
+    """Build what the config names, and train it."""
+    args = parse_arguments()
+    overrides = args.set + select_devices(args.device)
+
+    import dataloaders
+    import models
+    from base.base_trainer import Interrupted, newest_run, run_folder, seed_everything
+    from trainer import Trainer
+    from utils import checkpoint, checks, distributed, losses
+    from utils import config as configs
+
+    stages = ("train", "val")
+    resume, state = args.resume, None
+    if resume in (None, "auto"):
+        config = configs.load(args.config, overrides, models=models.MODELS, loaders=dataloaders.LOADERS, stages=stages)
+        resume = newest_run(config) if resume == "auto" else None
+    if resume:
+        state = checkpoint.read(resume)
+        given = args.config if args.resume != "auto" else None
+        config = checkpoint.config_of(state, resume, given, overrides, stages=stages)
+    if distributed.needs_processes(config):
+        return distributed.launch(__file__, sys.argv[1:], distributed.usable_gpus(config.n_gpu))
+
+    device = distributed.choose_device(config.n_gpu)
+    with distributed.process_group(device):
+        seed_everything(config.seed, config.deterministic)
+        train_loader = checks.build_loader(dataloaders.build, config, "train")
+        if config.val_loader is not None:
+            val_loader = checks.build_loader(dataloaders.build, config, "val")
+        else:
+            val_loader = train_loader.get_val_loader()
+        facts = checkpoint.Facts.of(train_loader.dataset)
+        others = {"val_loader": checkpoint.Facts.of(val_loader.dataset)} if val_loader is not None else {}
+        checks.check_facts(config, facts, others)
+        checks.warn_about_loss(config, [config.predict.train, config.predict.val])
+        arguments = checkpoint.arch_arguments(config, facts)
+        model = checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
+        arguments = checks.loss_arguments(config, train_loader.dataset)
+        loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments)
+        folder = Path(resume).resolve().parent if resume else run_folder(config)
+        trainer = Trainer(config, model, loss, train_loader, val_loader, facts, device, folder, resume=state)
+        try:
+            trainer.train()
+        except Interrupted:
+            if distributed.is_main():
+                print(f"stopped and saved; continue with: python train.py -r {folder / 'latest.pth'}", file=sys.stderr)
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

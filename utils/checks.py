@@ -1,0 +1,97 @@
+"""Checks of a run that need its data: classes, labels of interest, loss and procedure that agree."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from utils.checkpoint import Facts
+from utils.config import PER_CLASS_SCORES
+from utils.errors import UserError, did_you_mean
+from utils.losses import LOSSES, is_proper
+from utils.schema import Config
+
+T = TypeVar("T")
+
+
+def built(path: str, builder: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a builder; what it says about a value becomes a message with the field's path.
+
+    Raises:
+        UserError: the builder raised ValueError or TypeError.
+    """
+    try:
+        return builder(*args, **kwargs)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
+    """Build the loader of a stage ("train", "val", "test") with ``build`` (:func:`dataloaders.build`)."""
+    component = config.loader(stage)
+    field = "val_loader" if stage == "test" and config.test_loader is None else f"{stage}_loader"
+    return built(
+        f"{field}.args", build, component.type, seed=config.seed, ignore_index=config.ignore_index, **component.args
+    )
+
+
+def loss_arguments(config: Config, dataset: Any) -> dict[str, Any]:
+    """Return the arguments of the config's loss, with the data set's class weights for "balanced"."""
+    args = dict(config.loss.args)
+    if args.get("weight") == "balanced":
+        args["weight"] = dataset.class_weights().tolist()
+    return args
+
+
+def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
+    """Check that data sets agree in their classes, and that the config's class ids and names exist.
+
+    Args:
+        config: the run.
+        facts: of the data (or model) that decides.
+        others: of further loaders, by the name of their field.
+
+    Raises:
+        UserError: with the field, what was found, and what was expected.
+    """
+    for path, other in others.items():
+        if other.num_classes != facts.num_classes:
+            raise UserError(
+                f"{path}: its data has {other.num_classes} classes ({_some(other.class_names)}), the model "
+                f"{facts.num_classes} ({_some(facts.class_names)}); give both the same args.classes"
+            )
+        if other.in_channels != facts.in_channels:
+            raise UserError(
+                f"{path}: its images have {other.in_channels} channels, the model takes {facts.in_channels} "
+                "(args.in_channels)"
+            )
+    if config.predict.CoI != "all":
+        outside = [c for c in config.predict.CoI if c >= facts.num_classes]
+        if outside:
+            raise UserError(f"predict.CoI: found {outside}; the data has the classes 0 to {facts.num_classes - 1}")
+    name = config.trainer.monitor.partition(" ")[2]
+    if name.startswith(PER_CLASS_SCORES):
+        wanted = name.partition("/")[2]
+        if wanted not in facts.class_names:
+            raise UserError(
+                f"trainer.monitor: there is no class {wanted!r}{did_you_mean(wanted, facts.class_names)} "
+                f"Classes: {', '.join(facts.class_names)}"
+            )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def warn_about_loss(config: Config, procedures: list[str]) -> None:
+    """Say once when rankdice is to decode a network whose loss does not give it probabilities."""
+    if "rankdice" not in procedures or config.loss.type not in LOSSES:
+        return
+    if not is_proper(config.loss.type, **{k: v for k, v in config.loss.args.items() if v != "balanced"}):
+        print(
+            f"warning: rankdice needs calibrated probabilities, and {config.loss.type} is not a strictly proper loss: "
+            "its outputs are not probabilities, and expected scores will be off. Train with CrossEntropyLoss2d, "
+            "BCEWithLogitsLoss2d or FocalLoss for RankDice (docs/rankdice.md)",
+            file=sys.stderr,
+        )

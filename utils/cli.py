@@ -1,0 +1,43 @@
+"""What the scripts share on the command line. Imports nothing heavy: ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+
+from utils.errors import UserError
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add ``--set``."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="override a field of the config, such as trainer.epochs=3 (may be given several times)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``-d``."""
+    parser.add_argument(
+        "-d", "--device", metavar="IDS", help="GPUs to use, such as 0 or 0,1, or cpu (default: as the config's n_gpu)"
+    )
+
+
+def select_devices(device: str | None) -> list[str]:
+    """Make only the chosen GPUs visible, before torch is imported; return the overrides of the config that follow.
+
+    Raises:
+        UserError: not a list of GPU numbers.
+    """
+    if device is None:
+        return []
+    if device == "cpu":
+        return ["n_gpu=0"]
+    if not re.fullmatch(r"\d+(,\d+)*", device):
+        raise UserError(f"--device {device}: expected GPU numbers such as 0 or 0,1, or cpu")
+    os.environ["CUDA_VISIBLE_DEVICES"] = device
+    return [f"n_gpu={len(device.split(','))}"]
