@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from base.base_model import BaseModel, Outputs
-from models.backbones import Backbone, resnet
+from models.backbones import Backbone, densenet, resnet
 from models.blocks import FCNHead, PyramidPooling, init_weights
 
 BINS = (1, 2, 3, 6)
@@ -28,8 +28,10 @@ class PyramidSceneParsing(BaseModel):
         (r"auxiliary_branch\.4\.", "aux_head.2."),
     )
 
-    def __init__(self, backbone: Backbone, num_classes: int, in_channels: int, use_aux: bool) -> None:
-        super().__init__(num_classes, in_channels)
+    def __init__(
+        self, backbone: Backbone, num_classes: int, in_channels: int, use_aux: bool, published: bool = False
+    ) -> None:
+        super().__init__(num_classes, in_channels, published)
         self.backbone = backbone
         self.output_stride = backbone.strides[-1]
         *_, before, last = backbone.channels
@@ -85,4 +87,50 @@ class PSPNet(PyramidSceneParsing):
         stem = "torchvision" if backbone in ("resnet18", "resnet34") else "deep"
         network = resnet(backbone, in_channels, pretrained, output_stride=8, stem=stem)
         super().__init__(network, num_classes, in_channels, use_aux)
+        self.freeze(freeze_bn, freeze_backbone)
+
+
+class PSPDenseNet(PyramidSceneParsing):
+    """PSPNet on a DenseNet at output stride 8; any input size from 5 up; logits (B, num_classes, H, W).
+
+    ``published=True`` gives the published code's function: DenseNet's last BatchNorm and ReLU are left out,
+    so that the pyramid receives raw concatenations. (Its parameter groups also forgot the last block; here
+    it belongs to the backbone always.)
+
+    Args:
+        num_classes: output channels.
+        in_channels: channels of the images.
+        backbone: densenet121, densenet161, densenet169 or densenet201.
+        pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
+        use_aux: in training, also return the logits of the auxiliary head on the last stage but one.
+        stem: "torchvision", or "unpadded": the published code's stem for training from scratch or on images
+            without three channels (input sizes from 15 up), for its checkpoints.
+        published: see above.
+        freeze_bn: BatchNorm keeps its running statistics.
+        freeze_backbone: only the decoder is trained.
+    """
+
+    published_names = (
+        (r"block0\.", "backbone.stem."),
+        (r"block(\d)\.", r"backbone.denseblock\1."),
+        (r"transition([23])\.0\.", r"backbone.transition\1.norm."),
+        (r"transition([23])\.2\.", r"backbone.transition\1.conv."),
+        (r"transition", "backbone.transition"),
+        *PyramidSceneParsing.published_names,
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        backbone: str = "densenet201",
+        pretrained: bool | str = False,
+        use_aux: bool = True,
+        stem: str = "torchvision",
+        published: bool = False,
+        freeze_bn: bool = False,
+        freeze_backbone: bool = False,
+    ) -> None:
+        network = densenet(backbone, in_channels, pretrained, output_stride=8, stem=stem, last_norm=not published)
+        super().__init__(network, num_classes, in_channels, use_aux, published)
         self.freeze(freeze_bn, freeze_backbone)

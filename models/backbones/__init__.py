@@ -5,7 +5,9 @@ from them. Dilation, stem and output stride are arguments.
 """
 
 from models.backbones.common import Backbone
+from models.backbones.densenet import DenseNet, densenet
 from models.backbones.resnet import ResNet, resnet
 from models.backbones.vgg import VGG, vgg
+from models.backbones.xception import Xception, xception
 
-__all__ = ["VGG", "Backbone", "ResNet", "resnet", "vgg"]
+__all__ = ["VGG", "Backbone", "DenseNet", "ResNet", "Xception", "densenet", "resnet", "vgg", "xception"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -50,6 +50,7 @@ def load_pretrained(
     first_conv: str,
     ignore: tuple[str, ...] = (),
     has_torchvision_weights: bool = True,
+    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Load ImageNet weights into ``backbone``, in place.
 
@@ -61,6 +62,7 @@ def load_pretrained(
         first_conv: key of the weight that meets the images, adapted by :func:`adapt_first_conv`.
         ignore: prefixes of keys that the backbone has no use for (the ImageNet classifier).
         has_torchvision_weights: False where torchvision has no such network.
+        rename: turns the names in the weights into the backbone's.
 
     Raises:
         UserError: no such file, the download fails, or the weights do not fit.
@@ -76,7 +78,9 @@ def load_pretrained(
         weights, source = _from_torchvision(name), f"torchvision's weights for {name}"
     else:
         weights, source = _from_file(pretrained), str(pretrained)
-    state = {k: v for k, v in weights.items() if not k.startswith(ignore)} if ignore else dict(weights)
+    if rename is not None:
+        weights = rename(weights)
+    state = {k: v for k, v in weights.items() if not k.startswith(ignore)}
     own = backbone.state_dict()
     if first_conv in state and state[first_conv].dim() == 4 and state[first_conv].shape[1] == 3:
         state[first_conv] = adapt_first_conv(state[first_conv], own[first_conv].shape[1])

@@ -1,0 +1,155 @@
+"""The Xception of DeepLabv3+, which torchvision does not have."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbones.common import Backbone, load_pretrained
+
+MIDDLE_BLOCKS = range(4, 20)
+
+
+class SeparableConv(nn.Module):
+    """Depthwise 3x3 convolution, BatchNorm, 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(
+            in_channels,
+            in_channels,
+            kernel_size=3,
+            stride=stride,
+            padding=dilation,
+            dilation=dilation,
+            groups=in_channels,
+            bias=False,
+        )
+        self.bn = nn.BatchNorm2d(in_channels)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, h, w) to (B, out_channels, h / stride, w / stride)."""
+        return self.pointwise(self.bn(self.depthwise(x)))
+
+
+class XceptionBlock(nn.Module):
+    """Three times [ReLU, separable convolution, BatchNorm], the last with the stride, beside a shortcut.
+
+    Args:
+        in_channels, out_channels: channels.
+        stride, dilation: of the block and of its convolutions.
+        leading_relu: whether the first separable convolution has its ReLU.
+        widen_first: whether the first separable convolution changes the channels, or the second.
+        relu_before_shortcut: the published code's leading ReLU works in place, so that the shortcut too
+            receives the rectified input; the paper's shortcut receives the input itself.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        dilation: int = 1,
+        leading_relu: bool = True,
+        widen_first: bool = True,
+        relu_before_shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        middle = out_channels if widen_first else in_channels
+        self.body = nn.Sequential(
+            *([nn.ReLU()] if leading_relu else []),  # not in place: the shortcut reads the same tensor
+            SeparableConv(in_channels, middle, dilation=dilation),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
+            SeparableConv(middle, out_channels, dilation=dilation),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            SeparableConv(out_channels, out_channels, stride, dilation),
+            nn.BatchNorm2d(out_channels),
+        )
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut: nn.Module = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+        else:
+            self.shortcut = nn.Identity()
+        self.relu_before_shortcut = relu_before_shortcut and leading_relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, h, w) to (B, out_channels, h / stride, w / stride)."""
+        if self.relu_before_shortcut:
+            x = F.relu(x)
+        return self.body(x) + self.shortcut(x)
+
+
+class Xception(Backbone):
+    """The "aligned" Xception: strided separable convolutions instead of pooling, BatchNorm after each
+    depthwise one.
+
+    Papers: Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions", CVPR 2017; Chen et al.,
+    "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", ECCV 2018, figure 4.
+    Features: the first block's (128 channels, stride 4) and the last convolution's (2048, the output stride).
+
+    ``published=True`` gives the published code's function: shortcuts receive rectified inputs (but
+    block1's), and the second convolution has no ReLU.
+    """
+
+    channels = (128, 2048)
+
+    def __init__(self, in_channels: int = 3, output_stride: int = 16, published: bool = False) -> None:
+        super().__init__()
+        if output_stride not in (8, 16):
+            raise ValueError(f"output_stride must be 16 or 8 for xception, got {output_stride}")
+        self.strides = (4, output_stride)
+        stride3, dilation, exit_dilation = (2, 1, 2) if output_stride == 16 else (1, 2, 4)
+        self.published = published
+
+        def block(*args: int, **kwargs: int | bool) -> XceptionBlock:
+            return XceptionBlock(*args, relu_before_shortcut=published, **kwargs)
+
+        self.conv1 = nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(64)
+        self.block1 = block(64, 128, stride=2, leading_relu=False)
+        self.block2 = block(128, 256, stride=2)
+        self.block3 = block(256, 728, stride=stride3)
+        for i in MIDDLE_BLOCKS:
+            self.add_module(f"block{i}", block(728, 728, dilation=dilation))
+        self.block20 = block(728, 1024, dilation=dilation, widen_first=False)
+        self.conv3 = SeparableConv(1024, 1536, dilation=exit_dilation)
+        self.bn3 = nn.BatchNorm2d(1536)
+        self.conv4 = SeparableConv(1536, 1536, dilation=exit_dilation)
+        self.bn4 = nn.BatchNorm2d(1536)
+        self.conv5 = SeparableConv(1536, 2048, dilation=exit_dilation)
+        self.bn5 = nn.BatchNorm2d(2048)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return [low-level features (B, 128, H / 4, W / 4), features (B, 2048, H / os, W / os)]."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        low = self.block1(x if self.published else F.relu(x))
+        x = self.block3(self.block2(low))
+        for i in MIDDLE_BLOCKS:
+            x = getattr(self, f"block{i}")(x)
+        x = F.relu(self.block20(x))
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = F.relu(self.bn4(self.conv4(x)))
+        return [low, F.relu(self.bn5(self.conv5(x)))]
+
+
+def xception(
+    in_channels: int = 3,
+    pretrained: bool | str = False,
+    output_stride: int = 16,
+    published: bool = False,
+) -> Xception:
+    """Build the Xception backbone; ``pretrained`` takes a file only (see ``load_pretrained``)."""
+    backbone = Xception(in_channels, output_stride, published)
+    load_pretrained(backbone, "xception", pretrained, "conv1.weight", has_torchvision_weights=False)
+    return backbone

@@ -1,0 +1,96 @@
+"""DeepLabv3+: Chen, Zhu, Papandreou, Schroff, Adam, "Encoder-Decoder with Atrous Separable Convolution for
+Semantic Image Segmentation", ECCV 2018 (https://arxiv.org/abs/1802.02611).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from base.base_model import BaseModel
+from models.backbones import Backbone, resnet, xception
+from models.blocks import ASPP, SkipDecoder, init_weights
+
+#: Atrous rates of the pyramid, and dilations of ResNet's stages, per output stride.
+RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
+DILATIONS = {16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
+
+
+class DeepLab(BaseModel):
+    """Figure 2 of the paper; any input size; logits (B, num_classes, H, W)::
+
+        image -> backbone -> features (stride 16 or 8) -> ASPP -> x4 (or x2) -> [low, ASPP] -> two 3x3 convs
+                    `-> low-level features (stride 4) -> 1x1 conv, 48 ------------^         -> classifier ->
+                    x4
+
+    Args:
+        num_classes: output channels.
+        in_channels: channels of the images.
+        backbone: xception, resnet18, resnet34, resnet50, resnet101 or resnet152.
+        pretrained: ImageNet weights for the backbone: true (torchvision's, ResNets only), false, or a
+            file's path.
+        output_stride: of the features: 16, or 8 (finer, about three times the work).
+        published: matters for xception only: its shortcuts receive rectified inputs and its second
+            convolution has no ReLU, as in the published code. (There, every ResNet was a resnet101.)
+        freeze_bn: BatchNorm keeps its running statistics.
+        freeze_backbone: only the decoder is trained.
+    """
+
+    align_corners = True
+    published_names = (
+        (r"backbone\.layer0\.0\.", "backbone.conv1."),
+        (r"backbone\.layer0\.1\.", "backbone.bn1."),
+        (r"backbone\.(block\d+)\.skip\.", r"backbone.\1.shortcut.0."),
+        (r"backbone\.(block\d+)\.skipbn\.", r"backbone.\1.shortcut.1."),
+        (r"backbone\.(block\d+)\.rep\.(\d)\.conv1\.", r"backbone.\1.body.\2.depthwise."),
+        (r"backbone\.(block\d+)\.rep\.", r"backbone.\1.body."),
+        (r"backbone\.(conv[345])\.conv1\.", r"backbone.\1.depthwise."),
+        (r"ASSP\.aspp1\.", "aspp.branches.0."),
+        (r"ASSP\.aspp2\.", "aspp.branches.1."),
+        (r"ASSP\.aspp3\.", "aspp.branches.2."),
+        (r"ASSP\.aspp4\.", "aspp.branches.3."),
+        (r"ASSP\.avg_pool\.1\.", "aspp.image_pooling.1.0."),
+        (r"ASSP\.avg_pool\.2\.", "aspp.image_pooling.1.1."),
+        (r"ASSP\.conv1\.", "aspp.fuse.0."),
+        (r"ASSP\.bn1\.", "aspp.fuse.1."),
+        (r"decoder\.conv1\.", "decoder.reduce_low.0."),
+        (r"decoder\.bn1\.", "decoder.reduce_low.1."),
+        (r"decoder\.output\.([01])\.", r"decoder.refine.0.\1."),
+        (r"decoder\.output\.3\.", "decoder.refine.1.0."),
+        (r"decoder\.output\.4\.", "decoder.refine.1.1."),
+        (r"decoder\.output\.7\.", "decoder.classifier."),
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        backbone: str = "xception",
+        pretrained: bool | str = False,
+        output_stride: int = 16,
+        published: bool = False,
+        freeze_bn: bool = False,
+        freeze_backbone: bool = False,
+    ) -> None:
+        super().__init__(num_classes, in_channels, published)
+        if output_stride not in RATES:
+            raise ValueError(f"output_stride must be 16 or 8, got {output_stride}")
+        self.output_stride = output_stride
+        self.backbone = _backbone(backbone, in_channels, pretrained, output_stride, published)
+        low, *_, high = self.backbone.channels
+        self.aspp = ASPP(high, RATES[output_stride])
+        self.decoder = SkipDecoder(low, 256, num_classes)
+        init_weights(self.aspp, self.decoder)
+        self.freeze(freeze_bn, freeze_backbone)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits at stride 4."""
+        low, *_, features = self.backbone(x)
+        return self.decoder(low, self.aspp(features))
+
+
+def _backbone(name: str, in_channels: int, pretrained: bool | str, output_stride: int, published: bool) -> Backbone:
+    if name == "xception":
+        return xception(in_channels, pretrained, output_stride, published)
+    if name.startswith("resnet"):
+        return resnet(name, in_channels, pretrained, output_stride, DILATIONS[output_stride])
+    raise ValueError(f"backbone must be xception or resnet18, 34, 50, 101, 152, got {name!r}")
