@@ -19,9 +19,9 @@ MODELS = Registry(
     {
         "FCN8": "models.fcn.FCN8",
         "UNet": "models.unet.UNet",
-        "UNetResnet": "models.unet.UNetResnet",
+        "UNetResnet": "models.unet_resnet.UNetResnet",
         "SegNet": "models.segnet.SegNet",
-        "SegResNet": "models.segnet.SegResNet",
+        "SegResNet": "models.segresnet.SegResNet",
         "ENet": "models.enet.ENet",
         "GCN": "models.gcn.GCN",
         "DeepLab": "models.deeplab.DeepLab",

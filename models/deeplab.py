@@ -7,6 +7,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from base.base_model import BaseModel
+from models import upstream
 from models.backbones import Backbone, resnet, xception
 from models.blocks import ASPP, SkipDecoder, init_weights
 
@@ -37,27 +38,10 @@ class DeepLab(BaseModel):
 
     align_corners = True
     published_names = (
-        (r"backbone\.layer0\.0\.", "backbone.conv1."),
-        (r"backbone\.layer0\.1\.", "backbone.bn1."),
-        (r"backbone\.(block\d+)\.skip\.", r"backbone.\1.shortcut.0."),
-        (r"backbone\.(block\d+)\.skipbn\.", r"backbone.\1.shortcut.1."),
-        (r"backbone\.(block\d+)\.rep\.(\d)\.conv1\.", r"backbone.\1.body.\2.depthwise."),
-        (r"backbone\.(block\d+)\.rep\.", r"backbone.\1.body."),
-        (r"backbone\.(conv[345])\.conv1\.", r"backbone.\1.depthwise."),
-        (r"ASSP\.aspp1\.", "aspp.branches.0."),
-        (r"ASSP\.aspp2\.", "aspp.branches.1."),
-        (r"ASSP\.aspp3\.", "aspp.branches.2."),
-        (r"ASSP\.aspp4\.", "aspp.branches.3."),
-        (r"ASSP\.avg_pool\.1\.", "aspp.image_pooling.1.0."),
-        (r"ASSP\.avg_pool\.2\.", "aspp.image_pooling.1.1."),
-        (r"ASSP\.conv1\.", "aspp.fuse.0."),
-        (r"ASSP\.bn1\.", "aspp.fuse.1."),
-        (r"decoder\.conv1\.", "decoder.reduce_low.0."),
-        (r"decoder\.bn1\.", "decoder.reduce_low.1."),
-        (r"decoder\.output\.([01])\.", r"decoder.refine.0.\1."),
-        (r"decoder\.output\.3\.", "decoder.refine.1.0."),
-        (r"decoder\.output\.4\.", "decoder.refine.1.1."),
-        (r"decoder\.output\.7\.", "decoder.classifier."),
+        *upstream.RESNET_NAMES,
+        *upstream.XCEPTION_NAMES,
+        *upstream.ASPP_NAMES,
+        *upstream.SKIP_DECODER_NAMES,
     )
 
     def __init__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from base.base_model import BaseModel, Outputs
+from models import upstream
 from models.backbones import Backbone, densenet, resnet
 from models.blocks import FCNHead, PyramidPooling, init_weights
 
@@ -20,9 +21,7 @@ class PyramidSceneParsing(BaseModel):
 
     align_corners = False
     published_names = (
-        (r"master_branch\.0\.stages\.(\d)\.(1)\.", r"pyramid.branches.\1.1.0."),
-        (r"master_branch\.0\.stages\.(\d)\.(2)\.", r"pyramid.branches.\1.1.1."),
-        (r"master_branch\.0\.bottleneck\.", "pyramid.fuse."),
+        *upstream.pyramid_names("master_branch.0", "pyramid"),
         (r"master_branch\.1\.", "classifier."),
         (r"auxiliary_branch\.([01])\.", r"aux_head.0.\1."),
         (r"auxiliary_branch\.4\.", "aux_head.2."),

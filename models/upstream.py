@@ -30,6 +30,46 @@ if TYPE_CHECKING:
     from base.base_model import BaseModel
 
 
+Rules = tuple[tuple[str, str | None], ...]
+
+RESNET_NAMES: Rules = (
+    (r"backbone\.(?:initial|layer0)\.0\.", "backbone.conv1."),
+    (r"backbone\.(?:initial|layer0)\.1\.", "backbone.bn1."),
+)
+XCEPTION_NAMES: Rules = (
+    (r"backbone\.(block\d+)\.skip\.", r"backbone.\1.shortcut.0."),
+    (r"backbone\.(block\d+)\.skipbn\.", r"backbone.\1.shortcut.1."),
+    (r"backbone\.(block\d+)\.rep\.(\d)\.conv1\.", r"backbone.\1.body.\2.depthwise."),
+    (r"backbone\.(block\d+)\.rep\.", r"backbone.\1.body."),
+    (r"backbone\.(conv[345])\.conv1\.", r"backbone.\1.depthwise."),
+)
+ASPP_NAMES: Rules = (
+    *((rf"ASSP\.aspp{i + 1}\.", f"aspp.branches.{i}.") for i in range(6)),
+    (r"ASSP\.avg_pool\.1\.", "aspp.image_pooling.1.0."),
+    (r"ASSP\.avg_pool\.2\.", "aspp.image_pooling.1.1."),
+    (r"ASSP\.conv1\.", "aspp.fuse.0."),
+    (r"ASSP\.bn1\.", "aspp.fuse.1."),
+)
+SKIP_DECODER_NAMES: Rules = (
+    (r"decoder\.conv1\.", "decoder.reduce_low.0."),
+    (r"decoder\.bn1\.", "decoder.reduce_low.1."),
+    (r"decoder\.output\.([01])\.", r"decoder.refine.0.\1."),
+    (r"decoder\.output\.3\.", "decoder.refine.1.0."),
+    (r"decoder\.output\.4\.", "decoder.refine.1.1."),
+    (r"decoder\.output\.7\.", "decoder.classifier."),
+)
+
+
+def pyramid_names(recorded: str, ours: str) -> Rules:
+    """Return the rules for a :class:`models.blocks.PyramidPooling`, given both prefixes without the last dot."""
+    prefix = re.escape(recorded)
+    return (
+        (prefix + r"\.stages\.(\d)\.1\.", ours + r".branches.\1.1.0."),
+        (prefix + r"\.stages\.(\d)\.2\.", ours + r".branches.\1.1.1."),
+        (prefix + r"\.bottleneck\.", ours + ".fuse."),
+    )
+
+
 def translate(model: BaseModel, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return ``state_dict`` under our names, by ``model.published_names`` (see the module's docstring)."""
     own = model.state_dict()

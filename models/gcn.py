@@ -1,0 +1,172 @@
+"""Global convolutional network: Peng, Zhang, Yu, Luo, Sun, "Large Kernel Matters: Improve Semantic
+Segmentation by Global Convolutional Network", CVPR 2017 (https://arxiv.org/abs/1703.02719).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from base.base_model import BaseModel, resize_to
+from models import upstream
+from models.backbones import resnet
+from models.blocks import init_weights
+
+LEVELS = 4
+
+
+class GlobalConv(nn.Module):
+    """Figure 2 B of the paper: a k x k receptive field as (k x 1, 1 x k) + (1 x k, k x 1), without non-linearity."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__()
+        tall, wide = (kernel_size, 1), (1, kernel_size)
+        self.tall_wide = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, tall, padding="same"),
+            nn.Conv2d(out_channels, out_channels, wide, padding="same"),
+        )
+        self.wide_tall = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, wide, padding="same"),
+            nn.Conv2d(out_channels, out_channels, tall, padding="same"),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, h, w) to (B, out_channels, h, w)."""
+        return self.tall_wide(x) + self.wide_tall(x)
+
+
+class BoundaryRefinement(nn.Module):
+    """Figure 2 C of the paper: x + conv(ReLU(conv(x))).
+
+    ``published=True`` adds the two BatchNorms that the published code creates and never uses, so that the
+    parameters are those of its checkpoints; they are not trainable.
+    """
+
+    def __init__(self, channels: int, published: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        if published:
+            self.bn1 = nn.BatchNorm2d(channels).requires_grad_(False)
+            self.bn2 = nn.BatchNorm2d(channels).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Refine scores (B, C, h, w)."""
+        return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class Upsample(nn.Module):
+    """Bring scores to the next resolution: bilinearly, or by a transposed convolution and a crop.
+
+    Args:
+        channels: of the scores.
+        use_deconv: whether to learn it.
+        crop_top_left: the published code takes surplus rows and columns of the transposed convolution off
+            at the top and left; by default they go at the bottom and right, where the backbone's rounding
+            up put them.
+    """
+
+    def __init__(self, channels: int, use_deconv: bool, crop_top_left: bool) -> None:
+        super().__init__()
+        self.deconv = None
+        if use_deconv:
+            self.deconv = nn.ConvTranspose2d(
+                channels, channels, kernel_size=3, stride=2, padding=1, output_padding=1, bias=False
+            )
+        self.crop_top_left = crop_top_left
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Map (B, C, h, w) to (B, C, *size)."""
+        if self.deconv is None:
+            return resize_to(x, size, align_corners=True)
+        x, (height, width) = self.deconv(x), size
+        if self.crop_top_left:
+            return x[..., x.shape[-2] - height :, x.shape[-1] - width :]
+        return x[..., :height, :width]
+
+
+class GCN(BaseModel):
+    """Figure 2 A of the paper; any input size; logits (B, num_classes, H, W)::
+
+        image -> ResNet -> c1, c2, c3, c4 (strides 4 to 32)
+        each level:  GlobalConv to num_classes -> BoundaryRefinement = scores
+        c4's scores -> up, + c3's, refine -> up, + c2's, refine -> up, + c1's, refine
+                    -> up to stride 2, refine -> up to the input, refine -> 1x1 conv
+
+    ``published=True`` gives the published code's function: no enlargement to stride 2 before the eighth
+    refinement (unless ``use_deconv``), crops at the top and left, and the unused BatchNorms of
+    :class:`BoundaryRefinement`.
+
+    Args:
+        num_classes: output channels.
+        in_channels: channels of the images.
+        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
+        pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
+        kernel_size: k of the global convolutions, odd.
+        use_deconv: enlarge by transposed convolutions instead of bilinearly.
+        published: see above.
+        freeze_bn: BatchNorm keeps its running statistics.
+        freeze_backbone: only the decoder is trained.
+    """
+
+    align_corners = True
+    published_names = (
+        *upstream.RESNET_NAMES,
+        *(
+            (rf"gcn{i + 1}\.conv{path}{step}\.", f"global_convs.{i}.{name}.{step - 1}.")
+            for i in range(LEVELS)
+            for path, name in ((1, "tall_wide"), (2, "wide_tall"))
+            for step in (1, 2)
+        ),
+        *((rf"br{i + 1}\.(conv[12])\.", rf"refine_levels.{i}.\1.") for i in range(LEVELS)),
+        *((rf"br{i + 1}\.(bn[12])\.", rf"refine_levels.{i}.\1.") for i in range(LEVELS)),
+        *((rf"br{i + 5}\.(conv[12])\.", rf"refine_sums.{i}.\1.") for i in range(LEVELS + 1)),
+        *((rf"br{i + 5}\.(bn[12])\.", rf"refine_sums.{i}.\1.") for i in range(LEVELS + 1)),
+        *((rf"decon{n}\.", f"upsamples.{i}.deconv.") for i, n in enumerate((4, 3, 2, 1, 5))),
+        (r"final_conv\.", "classifier."),
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        backbone: str = "resnet50",
+        pretrained: bool | str = False,
+        kernel_size: int = 11,
+        use_deconv: bool = False,
+        published: bool = False,
+        freeze_bn: bool = False,
+        freeze_backbone: bool = False,
+    ) -> None:
+        super().__init__(num_classes, in_channels, published)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        self.use_deconv = use_deconv
+        self.backbone = resnet(backbone, in_channels, pretrained)
+        self.global_convs = nn.ModuleList(
+            GlobalConv(channels, num_classes, kernel_size) for channels in self.backbone.channels
+        )
+        self.refine_levels = nn.ModuleList(BoundaryRefinement(num_classes, published) for _ in range(LEVELS))
+        self.refine_sums = nn.ModuleList(BoundaryRefinement(num_classes, published) for _ in range(LEVELS + 1))
+        self.upsamples = nn.ModuleList(Upsample(num_classes, use_deconv, published) for _ in range(LEVELS + 1))
+        self.classifier = nn.Conv2d(num_classes, num_classes, kernel_size=1)
+        init_weights(self.global_convs, self.refine_levels, self.refine_sums, self.upsamples, self.classifier)
+        self.freeze(freeze_bn, freeze_backbone)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits at the input's size."""
+        features = self.backbone(x)
+        parts = zip(self.refine_levels, self.global_convs, features, strict=True)
+        *finer, scores = [refine(convolve(feature)) for refine, convolve, feature in parts]
+
+        height, width = x.shape[-2:]
+        half = (-(-height // 2), -(-width // 2))
+        if self.published and not self.use_deconv:
+            half = finer[0].shape[-2:]
+        targets = [*(level.shape[-2:] for level in reversed(finer)), half, (height, width)]
+        for i, (upsample, refine) in enumerate(zip(self.upsamples, self.refine_sums, strict=True)):
+            scores = upsample(scores, targets[i])
+            if i < len(finer):
+                scores = scores + finer[-1 - i]
+            scores = refine(scores)
+        return self.classifier(scores)

@@ -1,0 +1,124 @@
+"""UperNet: Xiao, Liu, Zhou, Jiang, Sun, "Unified Perceptual Parsing for Scene Understanding", ECCV 2018
+(https://arxiv.org/abs/1807.10221): its semantic segmentation head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from base.base_model import BaseModel
+from models import upstream
+from models.backbones import resnet
+from models.blocks import ConvBNReLU, PyramidPooling, init_weights, resize_to
+
+DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
+
+
+class FPN(nn.Module):
+    """Feature pyramid network (Lin et al., CVPR 2017), its levels fused at the finest resolution.
+
+    Lateral 1x1 convolutions; from coarse to fine, each level is added to the next; 3x3 smoothing of all
+    levels but the coarsest; concatenation and a 3x3 convolution.
+
+    Args:
+        channels: of the levels, fine to coarse. The coarsest has no lateral convolution if it has ``width``
+            already.
+        width: channels of every level and of the result.
+        published: as in the published code, add the coarser *lateral* map only (nothing accumulates), share
+            one smoothing convolution, and have no lateral convolution at the finest level.
+    """
+
+    def __init__(self, channels: tuple[int, ...], width: int, published: bool = False) -> None:
+        super().__init__()
+        self.accumulate = not published
+        self.laterals = nn.ModuleList(nn.Conv2d(c, width, kernel_size=1) for c in channels)
+        if channels[-1] == width:
+            self.laterals[-1] = nn.Identity()
+        if published:
+            self.laterals[0] = nn.Identity()
+        count = len(channels) - 1
+        smooth = [nn.Conv2d(width, width, kernel_size=3, padding=1) for _ in range(1 if published else count)]
+        self.smooth = nn.ModuleList(smooth * count if published else smooth)
+        self.fuse = ConvBNReLU(len(channels) * width, width)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Map features, fine to coarse, to (B, width, h, w) at the finest one's size."""
+        laterals = [lateral(x) for lateral, x in zip(self.laterals, features, strict=True)]
+        top = laterals[-1]
+        levels = [top]
+        for lateral, smooth in zip(laterals[-2::-1], reversed(self.smooth), strict=True):
+            total = lateral + resize_to(top, lateral, align_corners=True)
+            levels.insert(0, smooth(total))
+            top = total if self.accumulate else lateral
+        return self.fuse(torch.cat([resize_to(x, levels[0], align_corners=True) for x in levels], dim=1))
+
+
+class UperNet(BaseModel):
+    """Figure 4 of the paper; any input size; logits (B, num_classes, H, W)::
+
+        image -> ResNet -> c1, c2, c3, c4 -> pyramid pooling on c4 -> FPN -> fused (stride 4) -> 3x3 conv ->
+        x4
+
+    ``published=True`` gives the published code's function: features at stride 16 by default, pyramid bins
+    1, 2, 4, 6 fused to 2048 channels, and an FPN without accumulation (see :class:`FPN`). (There, every
+    backbone was a resnet101.)
+
+    Args:
+        num_classes: output channels.
+        in_channels: channels of the images.
+        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
+        pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
+        output_stride: of the deepest features: 32 (the paper's and the default), 16 (default if published)
+            or 8.
+        fpn_out: channels of the FPN.
+        published: see above.
+        freeze_bn: BatchNorm keeps its running statistics.
+        freeze_backbone: only the decoder is trained.
+    """
+
+    align_corners = False
+    published_names = (
+        *upstream.RESNET_NAMES,
+        *upstream.pyramid_names("PPN", "pyramid"),
+        *((rf"FPN\.conv1x1\.{i}\.", f"fpn.laterals.{i + 1}.") for i in range(3)),
+        (r"FPN\.smooth_conv\.", "fpn.smooth."),
+        (r"FPN\.conv_fusion\.", "fpn.fuse."),
+        (r"head\.", "classifier."),
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        backbone: str = "resnet101",
+        pretrained: bool | str = False,
+        output_stride: int | None = None,
+        fpn_out: int = 256,
+        published: bool = False,
+        freeze_bn: bool = False,
+        freeze_backbone: bool = False,
+    ) -> None:
+        super().__init__(num_classes, in_channels, published)
+        self.output_stride = output_stride or (16 if published else 32)
+        if self.output_stride not in DILATIONS:
+            raise ValueError(f"output_stride must be 32, 16 or 8, got {output_stride}")
+        dilations = DILATIONS[self.output_stride]
+        self.backbone = resnet(backbone, in_channels, pretrained, self.output_stride, dilations)
+        *channels, last = self.backbone.channels
+        if published and channels[0] != fpn_out:
+            raise ValueError(
+                f"published needs fpn_out equal to the first stage's channels ({channels[0]} for {backbone}), "
+                f"got {fpn_out}"
+            )
+        bins, pyramid_out = ((1, 2, 4, 6), last) if published else ((1, 2, 3, 6), fpn_out)
+        self.pyramid = PyramidPooling(last, bins, pyramid_out)
+        self.fpn = FPN((*channels, pyramid_out), fpn_out, published)
+        self.classifier = nn.Conv2d(fpn_out, num_classes, kernel_size=3, padding=1)
+        init_weights(self.pyramid, self.fpn, self.classifier)
+        self.freeze(freeze_bn, freeze_backbone)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return logits at stride 4."""
+        *features, last = self.backbone(x)
+        return self.classifier(self.fpn([*features, self.pyramid(last)]))
