@@ -1,0 +1,241 @@
+"""Test results for people and programs: tables on the screen, ``results.json``, scores of every image as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from utils import distributed
+from utils.checkpoint import Facts, LoadedModel
+from utils.errors import UserError
+from utils.evaluation import Evaluation
+from utils.schema import Config
+
+# The table of the comparison: field of the results, heading.
+COLUMNS = (
+    ("Mean_Dice", "mDice"),
+    ("Mean_IoU", "mIoU"),
+    ("Dataset_mDice", "dataset mDice"),
+    ("Dataset_mIoU", "dataset mIoU"),
+    ("Pixel_Accuracy", "PixelAcc"),
+    ("Expected_Dice", "expected Dice"),
+    ("Measured_Dice", "measured Dice"),
+    ("milliseconds_per_image", "ms/image"),
+)
+ABSENT_CLASSES = "left out where a class is in neither prediction nor target of an image"
+
+
+def prepare_folder(folder: str | Path) -> Path:
+    """Make the results' folder, now and not after an hour of testing.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: results cannot be written there: {error.strerror}; choose --output") from None
+    return folder
+
+
+def progress_bar(title: str) -> Callable[[Any], Iterable[Any]]:
+    """Return a wrapper that shows how far an iteration is, in the main process."""
+    return lambda loader: tqdm(loader, desc=title, disable=not distributed.is_main(), mininterval=0.5)
+
+
+def results(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset: Any) -> dict[str, Any]:
+    """Return the content of ``results.json``: the protocol, and the scores per procedure; nan becomes None."""
+    procedures = {}
+    for name, metrics in outcome.metrics.items():
+        scores = metrics.compute()
+        entry: dict[str, Any] = {"test_loss": outcome.loss}
+        for key, value in scores.items():
+            if isinstance(value, list):
+                entry[key] = dict(zip(loaded.facts.class_names, value, strict=True))
+            else:
+                entry[key] = value
+        if name != "max":
+            entry.pop("Multiclass_Accuracy")  # masks may overlap: there is no one label to be right or wrong
+        entry["milliseconds_per_image"] = 1000 * outcome.seconds[name] / max(outcome.images, 1)
+        if outcome.peak_bytes[name]:
+            entry["peak_mebibytes"] = outcome.peak_bytes[name] / 2**20
+        procedures[name] = entry
+    return _plain({"protocol": _protocol(outcome, config, loaded, dataset), "procedures": procedures})
+
+
+def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset: Any) -> dict[str, Any]:
+    loader = config.loader("test")
+    crop = getattr(dataset, "crop_size", None) if getattr(dataset, "val", False) else None
+    names = loaded.facts.class_names
+    interest = config.predict.CoI
+    return {
+        "checkpoint": str(loaded.path),
+        "epoch": loaded.epoch,
+        "model": config.arch.type,
+        "loss": config.loss.type,
+        "data": loader.type,
+        "split": loader.args.get("split"),
+        "images": outcome.images,
+        "resolution": f"shorter side to {min(crop)}, centre crop {crop[0]} x {crop[1]}" if crop else "whole images",
+        "scores": "per image and class, mean over classes, then over images (RankSEG paper, Appendix A); "
+        "Dataset_*: counts of all images added up first",
+        "absent_classes": ABSENT_CLASSES,
+        "ignored_pixels": "count as wrong predictions" if config.predict.count_ignored else "count nowhere",
+        "ignore_index": loaded.facts.ignore_index,
+        "classes_of_interest": "all" if interest == "all" else [names[c] for c in interest],
+        "temperature": config.predict.temperature,
+        "threshold": config.predict.threshold,
+        "rankdice": config.predict.rankdice.model_dump(),
+        "forward_milliseconds_per_image": 1000 * outcome.forward_seconds / max(outcome.images, 1),
+        "device": str(next(loaded.model.parameters()).device),
+        "torch": torch.__version__,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------
+# Text
+
+
+def text(content: Mapping[str, Any]) -> str:
+    """Return the protocol, one full report per procedure, and, for several, the comparison."""
+    protocol, procedures = content["protocol"], content["procedures"]
+    parts = [_header(protocol)]
+    parts += [_report(name, scores, protocol) for name, scores in procedures.items()]
+    if len(procedures) > 1:
+        parts += [
+            _comparison(procedures),
+            _class_table(procedures, "Class_Dice"),
+            _class_table(procedures, "Class_IoU"),
+        ]
+    return "\n".join(parts)
+
+
+def _header(protocol: Mapping[str, Any]) -> str:
+    shown = ("checkpoint", "model", "loss", "data", "split", "images", "resolution", "scores", "absent_classes")
+    shown += ("ignored_pixels", "classes_of_interest", "temperature", "threshold")
+    return "\n    ## Protocol\n" + "\n".join(f"    {key:<20}: {protocol[key]}" for key in shown)
+
+
+def _report(name: str, scores: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    lines = [f"\n    ## Results of {name}"]
+    for key, value in scores.items():
+        if not isinstance(value, dict):
+            lines.append(f"    {key:<22}: {_number(value)}")
+    interest = protocol["classes_of_interest"]
+    for key in ("Class_IoU", "Class_Dice"):
+        values = scores[key]
+        marked = {c: "" if interest == "all" or c in interest else " (not of interest)" for c in values}
+        listing = ", ".join(f"{c}{marked[c]}: {_number(v, 3)}" for c, v in values.items())
+        lines.append(f"    {key:<22}: {{{listing}}}")
+    return "\n".join(lines)
+
+
+def _comparison(procedures: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = [
+        (key, title) for key, title in COLUMNS if any(scores.get(key) is not None for scores in procedures.values())
+    ]
+    rows = [[name, *(_number(scores.get(key)) for key, _ in columns)] for name, scores in procedures.items()]
+    return "\n    ## Comparison\n" + table(["procedure", *(title for _, title in columns)], rows)
+
+
+def _class_table(procedures: Mapping[str, Mapping[str, Any]], key: str) -> str:
+    first = next(iter(procedures.values()))
+    rows = [
+        [name, *(_number(scores[key][name]) for scores in procedures.values()), str(first["Class_Images"][name])]
+        for name in first[key]
+    ]
+    return f"\n    ## {key.replace('_', ' ')}\n" + table(["class", *procedures, "images"], rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return an aligned table; the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, ["-" * w for w in widths], *rows]:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("    " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files
+
+
+def write(content: Mapping[str, Any], outcome: Evaluation, facts: Facts, folder: Path) -> list[Path]:
+    """Write ``results.json`` and ``per_image.csv``, each whole or not at all; return their paths."""
+    paths = [folder / "results.json", folder / "per_image.csv"]
+    _write(paths[0], json.dumps(content, indent=2) + "\n")
+    _write(paths[1], _per_image(outcome, facts))
+    return paths
+
+
+def _per_image(outcome: Evaluation, facts: Facts) -> str:
+    """Return one line per image, worst mean Dice of the last procedure first."""
+    names = list(outcome.metrics)
+    header = ["image"]
+    columns: dict[str, list[list[float]]] = {}
+    for name in names:
+        metrics = outcome.metrics[name]
+        images, scores, expected = metrics.rows()
+        interest = metrics.classes
+        values = [
+            scores.dice[:, interest].nanmean(dim=1),
+            scores.iou[:, interest].nanmean(dim=1),
+            scores.pixel_accuracy[:, interest].mean(dim=1),
+        ]
+        header += [f"{name}_{key}" for key in ("mDice", "mIoU", "PixelAcc")]
+        if expected is not None:
+            values.append(expected[:, interest].nanmean(dim=1))
+            header.append(f"{name}_expected_Dice")
+        header += [f"{name}_Dice_{facts.class_names[c]}" for c in interest]
+        columns[name] = torch.cat([torch.stack(values, dim=1), scores.dice[:, interest]], dim=1).tolist()
+    last = columns[names[-1]]
+    order = sorted(range(len(images)), key=lambda i: (math.isnan(last[i][0]), last[i][0], images[i]))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(header)
+    for i in order:
+        cells = ["" if math.isnan(v) else f"{v:.6f}" for name in names for v in columns[name][i]]
+        writer.writerow([images[i], *cells])
+    return stream.getvalue()
+
+
+def _write(path: Path, content: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written: {error.strerror}") from None
