@@ -232,7 +232,7 @@ class BaseTrainer:
             return
         print(f"\n    ## Epoch {epoch} of {self.settings.epochs}" + ("  (best so far)" if improved else ""))
         for name, value in scores.items():
-            if not name.startswith(configs.PER_CLASS_SCORES):
+            if not name.startswith(configs.PER_CLASS_SCORES) and not math.isnan(value):
                 print(f"    {name:<24}: {value:.4f}")
 
     def _hparams(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from utils.predict import Prediction
 class Counts(NamedTuple):
     """Pixel counts per image and class, int64 ``(B, C)``, and the pixels that count per image, int64 ``(B,)``.
 
-    ``correct``: pixels of the image given the label of their target (0 for overlapping masks, which give none).
+    ``correct``: pixels of the image given the label of their target (-1 for masks, which may overlap).
     """
 
     intersection: Tensor
@@ -103,7 +103,7 @@ def _count_masks(
         on_ignored = torch.zeros_like(predicted).index_add_(0, where, masks[where, :, y, x].to(predicted.dtype))
         predicted = predicted - on_ignored
         pixels = pixels - torch.bincount(where, minlength=batch)
-    return Counts(intersection, predicted, targets, pixels, torch.zeros_like(pixels))
+    return Counts(intersection, predicted, targets, pixels, torch.full_like(pixels, -1))
 
 
 class ImageScores(NamedTuple):
@@ -119,7 +119,7 @@ def image_scores(counts: Counts, smooth: float = 0.0) -> ImageScores:
     """Return the scores of each image and class from counts; see the module's formulas.
 
     ``pixel_accuracy`` ``(B, C)`` is the binary accuracy of each class; ``accuracy`` ``(B,)`` the share of pixels with
-    the right label (meaningful for label maps only).
+    the right label (nan for masks).
     """
     intersection, predicted, target = (c.double() for c in counts[:3])
     total = predicted + target
@@ -128,7 +128,8 @@ def image_scores(counts: Counts, smooth: float = 0.0) -> ImageScores:
     iou = torch.where(total > 0, (intersection + smooth) / (total - intersection + smooth), nothing)
     pixels = counts.pixels.double()
     wrong = total - 2 * intersection
-    return ImageScores(dice, iou, 1 - wrong / pixels[:, None], counts.correct.double() / pixels)
+    accuracy = torch.where(counts.correct < 0, torch.nan, counts.correct / pixels)
+    return ImageScores(dice, iou, 1 - wrong / pixels[:, None], accuracy)
 
 
 class Metrics:

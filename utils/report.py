@@ -67,8 +67,8 @@ def results(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset: A
                 entry[key] = dict(zip(loaded.facts.class_names, value, strict=True))
             else:
                 entry[key] = value
-        if name != "max":
-            entry.pop("Multiclass_Accuracy")  # masks may overlap: there is no one label to be right or wrong
+        if math.isnan(entry["Multiclass_Accuracy"]):
+            del entry["Multiclass_Accuracy"]  # masks may overlap: there is no one label to be right or wrong
         entry["milliseconds_per_image"] = 1000 * outcome.seconds[name] / max(outcome.images, 1)
         if outcome.peak_bytes[name]:
             entry["peak_mebibytes"] = outcome.peak_bytes[name] / 2**20
