@@ -123,6 +123,7 @@ class GCN(BaseModel):
         *((rf"br{i + 5}\.(conv[12])\.", rf"refine_sums.{i}.\1.") for i in range(LEVELS + 1)),
         *((rf"br{i + 5}\.(bn[12])\.", rf"refine_sums.{i}.\1.") for i in range(LEVELS + 1)),
         *((rf"decon{n}\.", f"upsamples.{i}.deconv.") for i, n in enumerate((4, 3, 2, 1, 5))),
+        (r"br\d\.bn[12]\.", None),
         (r"final_conv\.", "classifier."),
     )
 

@@ -25,6 +25,7 @@ class PyramidSceneParsing(BaseModel):
         (r"master_branch\.1\.", "classifier."),
         (r"auxiliary_branch\.([01])\.", r"aux_head.0.\1."),
         (r"auxiliary_branch\.4\.", "aux_head.2."),
+        (r"auxiliary_branch\.|aux_head\.", None),  # use_aux=False
     )
 
     def __init__(
