@@ -1,0 +1,52 @@
+"""ADE20K scene parsing (Zhou et al., CVPR 2017): 150 classes of the ADEChallengeData2016 edition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from base.base_dataset import BaseDataSet, Entry
+from dataloaders.labels import labels
+from dataloaders.pairing import image_files, pair, relative_stem
+
+_FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
+
+
+class ADE20K(BaseDataSet):
+    """``images`` and ``annotations`` with training and validation; a mask's 0 is unlabelled, k is class k - 1."""
+
+    class_names, palette = labels("ade20k")
+    num_classes = len(class_names)
+    mean = (0.48897059, 0.46548275, 0.4294)
+    std = (0.22861765, 0.22948039, 0.24054667)
+    splits = ("training", "validation", "testing", "train", "val", "test")
+    lut = np.concatenate([[255], np.arange(150)])
+    layout = """
+data_dir/                (or ADEChallengeData2016/ below it)
+  images/
+    training/ADE_train_<number>.jpg
+    validation/ADE_val_<number>.jpg
+  annotations/
+    training/ADE_train_<number>.png
+    validation/ADE_val_<number>.png
+"""
+
+    def samples(self) -> list[Entry]:
+        """Return the pairs of the split, sorted; testing has images only."""
+        part = _FOLDERS.get(self.split, self.split)
+        root = self._root()
+        images, masks = root / "images" / part, root / "annotations" / part
+        if not images.is_dir():
+            raise self.layout_error(f"there is no folder {images}")
+        if part == "testing" and not masks.is_dir():
+            return [Entry(path, None, path.stem) for path in image_files(images)]
+        pairs = pair(image_files(images), image_files(masks), relative_stem(images), relative_stem(masks))
+        self.alone = pairs.warn()
+        return pairs.entries
+
+    def _root(self) -> Path:
+        for root in (self.data_dir, self.data_dir / "ADEChallengeData2016"):
+            if (root / "images").is_dir():
+                return root
+        raise self.layout_error(f"data_dir {self.data_dir} holds no folder images")

@@ -1,0 +1,74 @@
+"""Cityscapes (Cordts et al., CVPR 2016): street scenes, 19 classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from base.base_dataset import BaseDataSet, Entry
+from dataloaders.labels import labels
+from dataloaders.pairing import pair
+
+# trainId of each labelId 0..33 as the publisher's label definitions have it; 255 counts nowhere. The remaining
+# labelId, -1 (license plate), is not drawn into the label images.
+TRAIN_IDS = np.full(34, 255)
+TRAIN_IDS[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = np.arange(19)
+
+
+class CityScapes(BaseDataSet):
+    """Pairs of ``*_leftImg8bit.png`` and ``*_gtFine_labelIds.png`` (or gtCoarse), folders as in the zip files or bare.
+
+    Args:
+        mode: "fine", or "coarse" (splits train, train_extra, val) annotations.
+        common: see :class:`base.base_dataset.BaseDataSet`.
+    """
+
+    class_names, palette = labels("cityscapes")
+    num_classes = len(class_names)
+    mean = (0.28689529, 0.32513294, 0.28389176)
+    std = (0.17613647, 0.18099176, 0.17772235)
+    splits = ("train", "val", "test", "train_extra")
+    lut = TRAIN_IDS
+    layout = """
+data_dir/
+  leftImg8bit/<split>/<city>/<id>_leftImg8bit.png
+  gtFine/<split>/<city>/<id>_gtFine_labelIds.png
+or, as the zip files unpack into their own names,
+  leftImg8bit_trainvaltest/leftImg8bit/<split>/...
+  gtFine_trainvaltest/gtFine/<split>/...
+for train_extra and mode "coarse"
+  leftImg8bit_trainextra/leftImg8bit/train_extra/...
+  gtCoarse/<split>/<city>/<id>_gtCoarse_labelIds.png
+"""
+
+    def __init__(self, *, mode: Literal["fine", "coarse"] = "fine", **common: Any) -> None:
+        if mode not in ("fine", "coarse"):
+            raise ValueError(f"mode must be 'fine' or 'coarse', got {mode!r}")
+        self.mode = mode
+        super().__init__(**common)
+
+    def samples(self) -> list[Entry]:
+        """Return the pairs of all cities of the split, sorted by city and id."""
+        kind = "gtFine" if self.mode == "fine" else "gtCoarse"
+        if self.split == ("train_extra" if self.mode == "fine" else "test"):
+            raise self.layout_error(f"split {self.split!r} has no {self.mode} annotations")
+        extra = self.split == "train_extra"
+        images = self._folder("leftImg8bit", "leftImg8bit_trainextra" if extra else "leftImg8bit_trainvaltest")
+        masks = self._folder(kind, "gtFine_trainvaltest" if self.mode == "fine" else "gtCoarse")
+        pairs = pair(
+            sorted(images.glob("*/*_leftImg8bit.png")),
+            sorted(masks.glob(f"*/*_{kind}_labelIds.png")),
+            lambda path: path.name.removesuffix("_leftImg8bit.png"),
+            lambda path: path.name.removesuffix(f"_{kind}_labelIds.png"),
+        )
+        self.alone = pairs.warn()
+        return pairs.entries
+
+    def _folder(self, name: str, archive: str) -> Path:
+        candidates = [self.data_dir / archive / name / self.split, self.data_dir / name / self.split]
+        for folder in candidates:
+            if folder.is_dir():
+                return folder
+        raise self.layout_error(f"there is no folder {candidates[1]} (nor {candidates[0]})")

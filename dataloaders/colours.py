@@ -1,0 +1,58 @@
+"""Masks painted in colours: from RGB to class ids, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+
+Colour = tuple[int, int, int]
+_SHOWN = 5
+
+
+class ColourTable:
+    """Class ids by colour.
+
+    Args:
+        ids: colour -> id (or ignore index); several colours may mean the same.
+        hint: appended to the message about unknown colours: what the user can do.
+    """
+
+    _UNKNOWN = 65535
+
+    def __init__(self, ids: Mapping[Colour, int], hint: str = "") -> None:
+        self._colours = np.array(list(ids), np.uint8).reshape(-1, 3)
+        values = np.array(list(ids.values()), np.int32)
+        self._values = values.astype(np.uint8) if values.min() >= 0 and values.max() <= 255 else values
+        self._hint = hint
+        self._table: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        # The 32 MB table is made again where it is needed rather than sent to worker processes.
+        return {**self.__dict__, "_table": None}
+
+    def decode(self, mask: np.ndarray, path: Path | str) -> np.ndarray:
+        """Return ids ``(H, W)`` of an RGB mask, uint8 ``(H, W, 3)``; UserError on a colour that is not listed."""
+        if self._table is None:
+            self._table = np.full(1 << 24, self._UNKNOWN, np.uint16)
+            self._table[_packed(self._colours)] = np.arange(len(self._colours))
+        rows = self._table[_packed(mask)]
+        unknown = rows == self._UNKNOWN
+        if unknown.any():
+            raise self._unknown(mask[unknown], path)
+        return self._values[rows]
+
+    def _unknown(self, pixels: np.ndarray, path: Path | str) -> UserError:
+        colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+        order = np.argsort(-counts, kind="stable")[:_SHOWN]
+        shown = ", ".join(f"{colours[i].tolist()} ({counts[i]} pixels)" for i in order)
+        more = f" and {len(colours) - _SHOWN} more" if len(colours) > _SHOWN else ""
+        return UserError(f"{path} holds colours that stand for no class: {shown}{more}. {self._hint}".rstrip())
+
+
+def _packed(mask: np.ndarray) -> np.ndarray:
+    wide = mask.astype(np.uint32)
+    return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]

@@ -1,0 +1,81 @@
+"""DeepScene's Freiburg Forest (Valada et al., ISER 2016): paths through a forest, 6 classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from base.base_dataset import BaseDataSet, Entry
+from dataloaders.colours import ColourTable
+from dataloaders.labels import labels
+from dataloaders.pairing import image_files, pair
+from utils.images import read_image, read_label
+
+_TREE, _VEGETATION = (0, 60, 0), 3
+
+
+class DeepScene(BaseDataSet):
+    """``rgb`` images with masks in colours (``GT_color``), or already as class ids (``GT_index``).
+
+    The publisher has the folders train and test; split "val" is test too. Trees are drawn in a colour of their own
+    and belong to vegetation.
+
+    Args:
+        ignore_void: leave void (class 0) out of loss and scores instead of learning it as a class.
+        common: see :class:`base.base_dataset.BaseDataSet`.
+    """
+
+    class_names, palette = labels("deepscene")
+    num_classes = len(class_names)
+    mean = (0.45734706, 0.43338275, 0.40058118)
+    std = (0.23965294, 0.23532275, 0.2398498)
+    splits = ("train", "val", "test")
+    layout = """
+data_dir/                (or freiburg_forest_annotated/ below it)
+  train/
+    rgb/<id>_Clipped.jpg
+    GT_color/<id>_mask.png       (or GT_index/)
+  test/
+    rgb/
+    GT_color/
+"""
+
+    def __init__(self, *, ignore_void: bool = False, **common: Any) -> None:
+        if ignore_void:
+            self.lut = np.array([255, 1, 2, 3, 4, 5])
+        ids = {colour: i for i, colour in enumerate(self.palette)}
+        self._colours = ColourTable(
+            {**ids, _TREE: _VEGETATION},
+            hint="The colours of Freiburg Forest are listed in dataloaders/labels/deepscene.txt.",
+        )
+        super().__init__(**common)
+
+    def samples(self) -> list[Entry]:
+        """Return the pairs of the split, sorted; file names agree up to the first underscore."""
+        part = "train" if self.split == "train" else "test"
+        root = self._root()
+        images = root / part / "rgb"
+        kinds = [root / part / kind for kind in ("GT_color", "GT_index")]
+        masks = next((folder for folder in kinds if folder.is_dir()), None)
+        if not images.is_dir() or masks is None:
+            raise self.layout_error(f"there is no folder {images if masks else kinds[0]}")
+        self._painted = masks.name == "GT_color"
+        pairs = pair(image_files(images), image_files(masks), _identity, _identity)
+        self.alone = pairs.warn()
+        return pairs.entries
+
+    def load_label(self, path: Path) -> np.ndarray:
+        """Return the class ids, decoded from the mask's colours if it is painted."""
+        return self._colours.decode(read_image(path), path) if self._painted else read_label(path)
+
+    def _root(self) -> Path:
+        for root in (self.data_dir, self.data_dir / "freiburg_forest_annotated"):
+            if (root / "train").is_dir() or (root / "test").is_dir():
+                return root
+        raise self.layout_error(f"data_dir {self.data_dir} holds neither train nor test")
+
+
+def _identity(path: Path) -> str:
+    return path.stem.partition("_")[0]

@@ -1,0 +1,76 @@
+"""Kvasir-SEG (Jha et al., MMM 2020): polyps in colonoscopy, and data laid out like it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from base.base_dataset import BaseDataSet, Entry
+from dataloaders.labels import labels
+from dataloaders.pairing import image_files, pair, relative_stem, split_by_fraction
+from utils.images import read_image
+
+
+class KvasirSEG(BaseDataSet):
+    """Images and masks as published, or split beforehand.
+
+    Masks are JPEG files whose grey levels lie near 0 and 255: above 127 is the object. Two classes by default;
+    with one name in ``classes`` the network has one output channel (sigmoid).
+
+    Args:
+        val_fraction: share of the published folder's images that is split "val" (0.12 of 1000: the customary
+            880 and 120). The files train.txt and val.txt, one name a line, are used instead where present.
+        common: see :class:`base.base_dataset.BaseDataSet`.
+    """
+
+    class_names, palette = labels("kvasir")
+    num_classes = len(class_names)
+    mean = (0.48897059, 0.46548275, 0.4294)
+    std = (0.22861765, 0.22948039, 0.24054667)
+    splits = ("train", "val", "all")
+    void_label = None
+    layout = """
+data_dir/
+  images/<id>.jpg
+  masks/<id>.jpg
+or, split beforehand,
+  images_split/<split>/jpg_images/<id>.jpg
+  masks_split/<split>/jpg_masks/<id>.jpg
+"""
+
+    def __init__(self, *, val_fraction: float = 0.12, **common: Any) -> None:
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
+        self.val_fraction = val_fraction
+        super().__init__(**common)
+
+    def samples(self) -> list[Entry]:
+        """Return the pairs of the split, sorted by name."""
+        presplit = (self.data_dir / "images_split").is_dir()
+        if presplit and self.split != "all":
+            images = self.data_dir / "images_split" / self.split / "jpg_images"
+            masks = self.data_dir / "masks_split" / self.split / "jpg_masks"
+        else:
+            images, masks = self.data_dir / "images", self.data_dir / "masks"
+        for folder in (images, masks):
+            if not folder.is_dir():
+                raise self.layout_error(f"there is no folder {folder}")
+        pairs = pair(image_files(images), image_files(masks), relative_stem(images), relative_stem(masks))
+        self.alone = pairs.warn()
+        if presplit or self.split == "all":
+            return pairs.entries
+        chosen = self._chosen([entry.name for entry in pairs.entries])
+        return [entry for entry in pairs.entries if entry.name in chosen]
+
+    def _chosen(self, names: list[str]) -> set[str]:
+        published = self.data_dir / f"{self.split}.txt"
+        if published.is_file():
+            return set(published.read_text(encoding="utf-8").split())
+        return split_by_fraction(names, {"val": self.val_fraction}, rest="train")[self.split]
+
+    def load_label(self, path: Path) -> np.ndarray:
+        """Return 1 where the mask is brighter than half, else 0."""
+        mask = read_image(path, channels=1)[:, :, 0]
+        return (mask > (127 if mask.dtype == np.uint8 else 0.5)).astype(np.uint8)
