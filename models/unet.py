@@ -58,6 +58,7 @@ class UNet(BaseModel):
     Args:
         num_classes: channels of the logits.
         in_channels: channels of the input image.
+        width: channels at full resolution, doubled with each level; 64 is the paper's, 16 trains on a CPU.
         freeze_bn: keep the BatchNorm layers' running statistics as they are.
 
     Shapes: (B,in_channels,H,W) -> (B,num_classes,H,W) for every H, W >= 1; in training a batch of one needs an
@@ -72,19 +73,22 @@ class UNet(BaseModel):
 
     output_stride = 16
 
-    def __init__(self, num_classes: int, in_channels: int = 3, freeze_bn: bool = False) -> None:
+    def __init__(self, num_classes: int, in_channels: int = 3, width: int = 64, freeze_bn: bool = False) -> None:
         super().__init__(num_classes, in_channels)
-        self.start_conv = double_conv(in_channels, 64)
-        self.down1 = Down(64, 128)
-        self.down2 = Down(128, 256)
-        self.down3 = Down(256, 512)
-        self.down4 = Down(512, 1024)
-        self.middle_conv = double_conv(1024, 1024)
-        self.up1 = Up(1024, 512)
-        self.up2 = Up(512, 256)
-        self.up3 = Up(256, 128)
-        self.up4 = Up(128, 64)
-        self.final_conv = nn.Conv2d(64, num_classes, kernel_size=1)
+        if width < 2 or width % 2:
+            raise ValueError(f"width must be an even number of channels, got {width}")
+        w1, w2, w3, w4, w5 = (width * 2**level for level in range(5))
+        self.start_conv = double_conv(in_channels, w1)
+        self.down1 = Down(w1, w2)
+        self.down2 = Down(w2, w3)
+        self.down3 = Down(w3, w4)
+        self.down4 = Down(w4, w5)
+        self.middle_conv = double_conv(w5, w5)
+        self.up1 = Up(w5, w4)
+        self.up2 = Up(w4, w3)
+        self.up3 = Up(w3, w2)
+        self.up4 = Up(w2, w1)
+        self.final_conv = nn.Conv2d(w1, num_classes, kernel_size=1)
         init_weights(self)
         self.freeze(bn=freeze_bn)
 
