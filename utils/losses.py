@@ -72,8 +72,7 @@ class SegmentationLoss(nn.Module):
         # Zeros in place of ignored logits, not a mask on the result: 0 * nan would be nan in the backward pass.
         clean = logits.flatten(2).masked_fill(~valid.unsqueeze(1), 0.0)  # (B, C, N)
         clean = clean if clean.dtype == torch.float64 else clean.float()
-        with torch.autocast(logits.device.type, enabled=False):
-            return self.compute(clean, target.long().masked_fill(~valid, 0), valid)
+        return self.compute(clean, target.long().masked_fill(~valid, 0), valid)
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """Return the loss of float logits ``(B, C, N)``, int64 labels ``(B, N)``, bool ``valid`` ``(B, N)``.
@@ -123,7 +122,12 @@ def _weight_for(weight: Tensor, logits: Tensor, count: int, name: str = "weight"
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted mean; 0 where all weights are 0."""
-    return (values * weights).sum() / weights.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    return (values * weights).sum() / _positive(weights.sum())
+
+
+def _positive(total: Tensor) -> Tensor:
+    """Return what a sum of non-negative numbers may be divided by: 0 / 0 becomes 0."""
+    return total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 def _one_hot(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -199,7 +203,9 @@ class CrossEntropyLoss2d(SegmentationLoss):
         weight = None if self.weight is None else _weight_for(self.weight, logits, logits2.shape[1])
         losses = F.cross_entropy(logits2, target, weight, reduction="none", label_smoothing=self.label_smoothing)
         keep = valid if self.top_k == 1 else _hardest(losses, valid, self.top_k)
-        return _mean(losses, keep.to(losses.dtype) if weight is None else weight[target] * keep)
+        # The losses carry the weights of their classes already.
+        weights = keep.to(losses.dtype) if weight is None else weight[target] * keep
+        return (losses * keep).sum() / _positive(weights.sum())
 
 
 class FocalLoss(SegmentationLoss):

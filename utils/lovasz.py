@@ -14,7 +14,7 @@ def jaccard_gradient(errors: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     """Return the gradient of the Lovász extension of the Jaccard loss with respect to ``errors``.
 
     Args:
-        errors: floating point ``(R, N)``: R rows of N pixels; larger is worse; any real number.
+        errors: floating point ``(R, N)``: R rows of N pixels; finite, larger is worse.
         truth: bool ``(R, N)``, the pixels of the class.
         valid: bool ``(R, N)``; the other pixels take no part.
 
@@ -25,8 +25,8 @@ def jaccard_gradient(errors: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
 
     Going through the pixels from the largest error down and making each of them wrong in turn, the Jaccard
     index falls from 1 to 0 as intersection / union changes (equation 9). The falls are computed in closed form:
-    as differences of neighbouring indices, as the authors' script has it, they would drown in float32's
-    round-off once a row has a million pixels.
+    as differences of neighbouring indices, which are about 1 / N, they would lose their digits in float32 once
+    a row has a million pixels.
     """
     order = errors.masked_fill(~valid, -torch.inf).argsort(dim=-1, descending=True)
     foreground = (truth & valid).gather(-1, order)  # (R, N), invalid pixels are at the end

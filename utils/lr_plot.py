@@ -20,7 +20,7 @@ INK: Colour = (60, 60, 60)
 GRID: Colour = (228, 228, 228)
 # Blue, orange, green, purple (RGB): told apart by all kinds of colour vision.
 LINES: tuple[Colour, ...] = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167))
-MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 92, 28, 58, 56
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 92, 28, 70, 56
 # Drawn larger and shrunk: OpenCV's own anti-aliasing leaves thin text ragged.
 OVERSAMPLING = 3
 
