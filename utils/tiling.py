@@ -32,22 +32,22 @@ class Block(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- views
 
 
-def pad_to(images: Tensor, smallest: int) -> Tensor:
+def pad_to(images: Tensor, smallest: int, multiple: int = 1) -> Tensor:
     """Repeat the border of images ``(B, C, h, w)`` until both sides have at least ``smallest`` pixels.
 
-    The image stays in the top left corner; images that are large enough come back as they are.
+    Sides become multiples of ``multiple``. The image stays in the top left corner; images that fit already come back
+    as they are.
     """
-    bottom = max(0, smallest - images.shape[-2])
-    right = max(0, smallest - images.shape[-1])
+    bottom, right = (-(-max(side, smallest) // multiple) * multiple - side for side in images.shape[-2:])
     return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
 
 
-def padded(forward: Forward, smallest: int) -> Forward:
-    """Return ``forward`` for images of any size: smaller ones are padded for it, and its scores cut back."""
+def padded(forward: Forward, smallest: int, multiple: int = 1) -> Forward:
+    """Return ``forward`` for images of any size: others are padded for it, and its scores cut back."""
 
     def call(images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        return forward(pad_to(images, smallest))[..., :height, :width]
+        return forward(pad_to(images, smallest, multiple))[..., :height, :width]
 
     return call
 

@@ -1,0 +1,421 @@
+"""From images to masks with a trained model, in a few lines of Python::
+
+    from utils.predictor import Predictor
+
+    predict = Predictor("saved/.../best_model.pth")
+    result = predict("street.jpg")  # a path, a PIL image, an array or a tensor; or a list of them
+    result.labels  # (H, W) class ids
+    result.masks  # (C, H, W) the overlapping masks of the rankdice procedure
+    result.scores  # (C,) the Dice each of them can be expected to have
+
+The probabilities are those of the whole image, averaged over the views of the chosen mode; procedures decide on
+them as ``test.py`` does. Images too large for that are predicted in tiles and decided from a temporary file
+(:mod:`utils.streaming`), within bounded memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from utils import streaming, tiling
+from utils.batch import Normalize
+from utils.checkpoint import LoadedModel, load_model
+from utils.errors import UserError, did_you_mean
+from utils.images import read_image
+from utils.predict import PROCEDURES, PredictOptions, label_map, probabilities
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+
+MODES = ("multiscale", "sliding", "single")
+SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+# Networks with five halvings have nothing left of smaller images.
+SMALLEST_SIDE = 32
+UNASSIGNED = 255
+# The network's activations for one view; above it an image is predicted in tiles. 1024 x 2048 at scale 2 fits.
+MAX_PIXELS = 2**23
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a predictor found in one image of ``H x W`` pixels.
+
+    ``labels``: ``(H, W)`` class ids, uint8 (uint16 with more than 255 classes); 255 where procedure T gives none.
+    ``scores``: float32 ``(C,)``, the expected Dice (or IoU) of each class's rankdice mask, 0 for empty masks;
+    None for other procedures.
+    ``volumes``: int64 ``(C,)``, the pixels of those masks.
+    ``masks``: bool ``(C, H, W)``, overlapping masks, where the procedure makes them and the image is not streamed.
+    ``probs``: the probabilities, where they were asked for: float32 ``(C, H, W)`` on the CPU, or a
+    :class:`utils.streaming.Spool` for a streamed image (close it after use).
+    ``tiled``: whether a large image was predicted in tiles although the mode would have seen it whole.
+
+    ``numpy.asarray(segmentation)`` is ``labels``.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray | None = None
+    volumes: np.ndarray | None = None
+    masks: np.ndarray | None = None
+    probs: Tensor | streaming.Spool | None = None
+    tiled: bool = False
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.labels, dtype=dtype, copy=copy) if copy is not None else np.asarray(self.labels, dtype)
+
+    @property
+    def expected(self) -> float | None:
+        """Return the mean of ``scores`` over the classes that have a mask; None where there is none."""
+        if self.scores is None or not self.volumes.any():
+            return None
+        return float(self.scores[self.volumes > 0].mean())
+
+
+class Predictor:
+    """A trained model that segments images.
+
+    Args:
+        model: a checkpoint's path, or what :func:`utils.checkpoint.load_model` returned.
+        predict: "T", "max" or "rankdice"; None: the config's ``predict.test``.
+        mode: "multiscale" (the mean over ``scales``), "sliding" (overlapping tiles, blended), or "single" (one
+            forward pass over the whole image).
+        scales: of mode multiscale.
+        flip: see the mirror image of every view as well.
+        tile: side of a tile in pixels; None: the crop size of the training, else 512.
+        overlap: least share of a tile that it has in common with its neighbours.
+        batch_size: images, or tiles, per forward pass.
+        device: None: the GPU where there is one. A loaded model is moved to it.
+        options: of the procedures; None: those of the config.
+        temperature: of the probabilities; None: the config's.
+        max_pixels: a larger view is predicted in tiles instead.
+        memory: bytes that the probabilities of one image may take; a larger image is streamed. None: 512 MiB on the
+            CPU, a tenth of the memory of a GPU. The peak is a few times as high.
+        keep_masks, keep_probs: whether results carry ``masks`` and ``probs``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        UserError: the checkpoint or the device cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | LoadedModel,
+        *,
+        predict: str | None = None,
+        mode: str = "multiscale",
+        scales: Sequence[float] = SCALES,
+        flip: bool = False,
+        tile: int | None = None,
+        overlap: float = 0.25,
+        batch_size: int = 4,
+        device: str | torch.device | None = None,
+        options: PredictOptions | None = None,
+        temperature: float | None = None,
+        max_pixels: int = MAX_PIXELS,
+        memory: int | None = None,
+        keep_masks: bool = True,
+        keep_probs: bool = False,
+    ) -> None:
+        self.device = choose_device(device)
+        loaded = model if isinstance(model, LoadedModel) else load_model(model, self.device)
+        settings = loaded.config.predict
+        self.facts, self.activation, self.config = loaded.facts, loaded.activation, loaded.config
+        self.model: nn.Module = loaded.model.to(self.device).eval()
+        self.procedure = predict or settings.test
+        self.options = options or PredictOptions.from_config(settings)
+        self.temperature = settings.temperature if temperature is None else temperature
+        self.mode, self.scales, self.flip = mode, tuple(scales), flip
+        self.tile = tile or _training_crop(loaded) or 512
+        self.overlap, self.batch_size, self.max_pixels = overlap, batch_size, max_pixels
+        self.memory = memory or _default_memory(self.device)
+        self.keep_masks, self.keep_probs = keep_masks, keep_probs
+        self._check()
+        self._normalize = Normalize(self.facts.mean, self.facts.std).to(self.device)
+        self._network = tiling.padded(self._logits, SMALLEST_SIDE, getattr(self.model, "size_divisor", 1))
+
+    def _check(self) -> None:
+        for name, value, known in (("predict", self.procedure, PROCEDURES), ("mode", self.mode, MODES)):
+            if value not in known:
+                raise ValueError(f"{name}: {value!r} is none of {', '.join(known)}{did_you_mean(value, known)}")
+        for name in ("tile", "batch_size", "max_pixels", "memory"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: at least 1 expected, got {getattr(self, name)}")
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap: a share in [0, 1) expected, got {self.overlap}")
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"scales: positive numbers expected, got {list(self.scales)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: a positive number expected, got {self.temperature}")
+        outside = [c for c in self.options.classes or () if not 0 <= c < self.facts.num_classes]
+        if outside:
+            raise UserError(
+                f"predict.CoI: found {outside}; the model has the classes 0 to {self.facts.num_classes - 1}"
+            )
+
+    # ------------------------------------------------------------------------------------------ calling
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Any:
+        """Segment one image, or a list of images.
+
+        Args:
+            images: a path; a PIL image; an array ``(H, W)`` or ``(H, W, channels)`` or a tensor
+                ``(channels, H, W)``, uint8 or floating point in [0, 1], RGB; or a list of these.
+
+        Returns:
+            A :class:`Segmentation`, or a list of them.
+        """
+        if isinstance(images, list | tuple):
+            return self.segment([self.read(image) for image in images])
+        return self.segment([self.read(images)])[0]
+
+    def read(self, image: ImageLike) -> np.ndarray:
+        """Return any kind of image as ``(H, W, channels)``, uint8 or float32, with the channels the model takes."""
+        if isinstance(image, str | Path):
+            return read_image(image, self.facts.in_channels)
+        if isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+            if image.mode not in ("L", "RGB", "F") and not image.mode.startswith("I"):
+                image = image.convert("RGB")
+            image = np.asarray(image)
+        elif isinstance(image, Tensor):
+            if image.ndim != 3:
+                raise ValueError(f"images: a tensor (channels, H, W) expected, got shape {tuple(image.shape)}")
+            image = image.detach().cpu().permute(1, 2, 0).numpy()
+        if not isinstance(image, np.ndarray):
+            raise TypeError(f"images: a path, PIL image, array or tensor expected, got {type(image).__name__}")
+        return _fit(image, self.facts.in_channels)
+
+    @torch.inference_mode()
+    def segment(self, images: Sequence[np.ndarray]) -> list[Segmentation]:
+        """Segment images as :meth:`read` returns them; those of one size share forward passes."""
+        results: list[Segmentation | None] = [None] * len(images)
+        groups: dict[Any, list[int]] = {}
+        for index, image in enumerate(images):
+            groups.setdefault((image.shape, image.dtype.str), []).append(index)
+        for (shape, _), members in groups.items():
+            if self.streams(*shape[:2]):
+                for index in members:
+                    results[index] = self._stream(_to_tensor(images[index]))
+                continue
+            for first in range(0, len(members), self.batch_size):
+                part = members[first : first + self.batch_size]
+                batch = torch.stack([_to_tensor(images[index]) for index in part])
+                for index, result in zip(part, self._decide(self.probabilities(batch)), strict=True):
+                    results[index] = replace(result, tiled=self.tiles(*shape[:2]))
+        return results
+
+    # ------------------------------------------------------------------------------------------ probabilities
+
+    def tiles(self, height: int, width: int) -> bool:
+        """Return whether an image of this size is cut into tiles although the mode is not "sliding"."""
+        largest = max(1.0, *self.scales) if self.mode == "multiscale" else 1.0
+        return self.mode != "sliding" and height * width * largest**2 > self.max_pixels
+
+    def streams(self, height: int, width: int) -> bool:
+        """Return whether the probabilities of an image of this size are too large to be held in memory."""
+        return 4 * self.facts.num_classes * height * width > self.memory
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Return float32 probabilities ``(B, C, H, W)`` on the model's device, averaged over the mode's views.
+
+        Args:
+            images: ``(B, channels, H, W)``, uint8 or floating point in [0, 1], on any device.
+        """
+        height, width = images.shape[-2:]
+        if self.mode == "sliding" or self.tiles(height, width):
+            return tiling.sliding(
+                self._see, images, self.facts.num_classes, self.tile, self.overlap, self.batch_size
+            ).clamp_(max=1.0)
+        return self._see(images)
+
+    def _see(self, images: Tensor) -> Tensor:
+        """Return the mean probabilities over scales and flips of whole images, or of tiles as if they were images."""
+        images = self._normalize(images.to(self.device, non_blocking=True))
+        scales = self.scales if self.mode == "multiscale" else (1.0,)
+        probs = tiling.views(self._network, images, scales, self.flip, link=self._link)
+        return probs.clamp_(max=1.0)  # the mean of ones may round to a little more
+
+    def _logits(self, images: Tensor) -> Tensor:
+        output = self.model(images)
+        return output["out"] if isinstance(output, dict) else output
+
+    def _link(self, logits: Tensor) -> Tensor:
+        return probabilities(logits, self.activation, self.temperature)
+
+    # ------------------------------------------------------------------------------------------ decisions
+
+    def _decide(self, probs: Tensor) -> list[Segmentation]:
+        """Turn the probabilities of a batch into results, by the procedures that ``test.py`` uses."""
+        found = PROCEDURES[self.procedure](probs, self.options)
+        if found.labels is not None:
+            labels = found.labels
+        else:
+            labels = label_map(self.procedure, probs, self.options, self._unassigned)
+        labels = self._small(labels)
+        masks = found.masks.cpu().numpy() if self.keep_masks and found.masks is not None else None
+        scores = None if found.scores is None else found.scores.float().cpu().numpy()
+        volumes = None if found.volumes is None else found.volumes.cpu().numpy()
+        kept = probs.cpu() if self.keep_probs else None
+        return [
+            Segmentation(
+                labels=labels[i],
+                scores=None if scores is None else scores[i],
+                volumes=None if volumes is None else volumes[i],
+                masks=None if masks is None else masks[i],
+                probs=None if kept is None else kept[i],
+            )
+            for i in range(len(probs))
+        ]
+
+    @property
+    def _unassigned(self) -> int:
+        return UNASSIGNED if self.facts.num_classes <= UNASSIGNED else 65535
+
+    def _small(self, labels: Tensor) -> np.ndarray:
+        """Return labels in the smallest type that holds every class id and the mark of unassigned pixels."""
+        return labels.cpu().numpy().astype(np.uint8 if self.facts.num_classes <= UNASSIGNED else np.uint16)
+
+    # ------------------------------------------------------------------------------------------ large images
+
+    def _stream(self, image: Tensor) -> Segmentation:
+        """Segment one image ``(channels, H, W)`` whose probabilities are never in memory as a whole."""
+        classes, (height, width) = self.facts.num_classes, image.shape[-2:]
+        blocks = tiling.sliding_blocks(
+            self._see, image, classes, self.tile, self.overlap, self.batch_size, max_bytes=self.memory
+        )
+        tiled = self.mode != "sliding"
+        if self.procedure != "rankdice" and not self.keep_probs:
+            return Segmentation(self._stream_labels(blocks, height, width), tiled=tiled)
+        self._check_streamed_solver(height, width)
+        spool = streaming.Spool(classes, height, width)
+        try:
+            result = replace(self._stream_decide(blocks, spool), tiled=tiled)
+        except BaseException:
+            spool.close()
+            raise
+        if not self.keep_probs:
+            spool.close()
+        return result
+
+    def _check_streamed_solver(self, height: int, width: int) -> None:
+        if self.procedure == "rankdice" and self.options.solver not in ("exact", "rma"):
+            needed = 4 * self.facts.num_classes * height * width
+            raise UserError(
+                f"solver {self.options.solver!r} needs the probabilities of the whole {width} x {height} image in "
+                f"memory ({needed / 2**30:.1f} GiB); use the solver 'exact', or allow the memory"
+            )
+
+    def _stream_labels(self, blocks: Iterable[tiling.Block], height: int, width: int) -> np.ndarray:
+        """Decide pixel by pixel, block by block: for the procedures that need no more than a pixel."""
+        labels = np.empty((height, width), np.uint8 if self.facts.num_classes <= UNASSIGNED else np.uint16)
+        for block in blocks:
+            tall, wide = block.scores.shape[1:]
+            for top in range(0, tall, 64):  # a few rows: argmax makes int64
+                rows = block.scores[None, :, top : top + 64]
+                part = self._small(label_map(self.procedure, rows, self.options, self._unassigned))[0]
+                labels[block.y + top : block.y + top + len(part), block.x : block.x + wide] = part
+        return labels
+
+    def _stream_decide(self, blocks: Iterable[tiling.Block], spool: streaming.Spool) -> Segmentation:
+        classes, height, width = spool.shape
+        if self.procedure != "rankdice":
+            return Segmentation(self._stream_labels(_written(blocks, spool), height, width), probs=spool)
+        for block in blocks:
+            spool.write(block)
+        counts = spool.counts()
+        wanted = range(classes) if self.options.classes is None else sorted(self.options.classes)
+        chosen = {c: self._volume(counts[c]) for c in wanted}
+        scores, volumes = np.zeros(classes, np.float32), np.zeros(classes, np.int64)
+        for c, volume in chosen.items():
+            scores[c], volumes[c] = volume.score, volume.pixels
+        if classes == 1:
+            labels = streaming.top_pixels(spool, 0, chosen[0]).astype(np.uint8)
+        else:
+            mass = counts @ streaming.HALF_VALUES
+            labels = streaming.label_map(spool, mass, self.options.classes, self.options.smooth)
+        return Segmentation(labels, scores=scores, volumes=volumes, probs=spool if self.keep_probs else None)
+
+    def _volume(self, counts: np.ndarray) -> streaming.Volume:
+        chosen = self.options
+        return streaming.rank_dice_counts(
+            streaming.HALF_VALUES, counts, chosen.metric, chosen.solver, chosen.smooth, chosen.prune
+        )
+
+
+def _written(blocks: Iterable[tiling.Block], spool: streaming.Spool) -> Iterator[tiling.Block]:
+    for block in blocks:
+        spool.write(block)
+        yield block
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return the device that is meant: a name, a GPU's number as text, or None for the GPU where there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else _CPU
+    if isinstance(device, str) and device.isdigit():
+        device = f"cuda:{device}"
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        count = torch.cuda.device_count()
+        there = f"the CPU and {count} GPU(s)" if count else "the CPU only"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device {str(device)!r} cannot be used: this machine has {there} ({reason})") from None
+    return device
+
+
+_CPU = torch.device("cpu")
+
+
+def _default_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 10
+    return 512 * 2**20
+
+
+def _training_crop(loaded: LoadedModel) -> int | None:
+    crop = loaded.config.train_loader.args.get("crop_size")
+    return crop if isinstance(crop, int) and crop > 0 else None
+
+
+def _fit(image: np.ndarray, channels: int) -> np.ndarray:
+    """Give an array in memory the type and channels the model takes, as :func:`read_image` does for files."""
+    image = image[:, :, None] if image.ndim == 2 else image
+    if image.ndim != 3 or 0 in image.shape:
+        raise ValueError(f"images: an array (H, W) or (H, W, channels) expected, got shape {image.shape}")
+    if image.dtype == np.int32:
+        image = image.astype(np.float32) / 65535  # PIL's mode I: 16 bits in a wider type
+    elif image.dtype != np.uint8:
+        scale = np.iinfo(image.dtype).max if np.issubdtype(image.dtype, np.integer) else 1
+        image = image.astype(np.float32) / scale
+    have = image.shape[2]
+    if have == 4 and channels in (1, 3):
+        image, have = image[:, :, :3], 3
+    if have == 1 and channels == 3:
+        image = np.repeat(image, 3, axis=2)
+    elif have == 3 and channels == 1:
+        image = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[:, :, None]
+    elif have != channels:
+        raise ValueError(f"images: the model takes {channels} channels, the image has {have}")
+    return np.ascontiguousarray(image)
+
+
+def _to_tensor(image: np.ndarray) -> Tensor:
+    """Return ``(H, W, C)`` as a tensor ``(C, H, W)`` that shares its memory."""
+    if not image.flags.writeable:
+        image = image.copy()  # torch would warn of it; arrays of PIL images are read-only
+    return torch.from_numpy(image).permute(2, 0, 1)
