@@ -99,8 +99,6 @@ class Schedule:
         self.optimizer = optimizer
         self.total_steps = total_steps
         self.last_step = 0
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
         self._base = [_values(group) for group in optimizer.param_groups]
 
     def step(self) -> None:
@@ -132,7 +130,7 @@ class Schedule:
     def _reset_groups(self) -> None:
         """Put the base values back into the optimizer."""
         for group, base in zip(self.optimizer.param_groups, self._base, strict=True):
-            group["lr"] = group["initial_lr"] = base["lr"]
+            group["lr"] = base["lr"]
             if "momentum" in base:
                 _set_momentum(group, base["momentum"])
 
@@ -147,7 +145,7 @@ class Schedule:
 
 def _values(group: dict[str, Any]) -> dict[str, float]:
     """Return a group's base learning rate and, where it has one, momentum."""
-    values = {"lr": float(group["initial_lr"])}
+    values = {"lr": float(group["lr"])}
     if "betas" in group:
         values["momentum"] = float(group["betas"][0])
     elif "momentum" in group:
@@ -284,6 +282,8 @@ class TorchSchedule(Schedule):
         self._inner = self._fresh()
 
     def _fresh(self) -> Any:
+        for group in self.optimizer.param_groups:
+            group.pop("initial_lr", None)  # of a schedule before; torch would prefer it to the group's rate
         with _silence():
             return _make(self._name, self.optimizer, self.total_steps, self._args)
 
@@ -352,7 +352,8 @@ def _defaults(name: str, optimizer: Optimizer, length: int) -> dict[str, Any]:
         "PolynomialLR": {"total_iters": length},
         "OneCycleLR": {
             "total_steps": length,
-            "max_lr": [float(group["initial_lr"]) for group in optimizer.param_groups],
+            # Within SequentialLR, the scheduler before has changed the rate already.
+            "max_lr": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
         },
     }.get(name, {})
 

@@ -1,0 +1,187 @@
+"""Optimizers: the parameter groups they get, and what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.optim import OPTIMIZERS, build, learning_rates, signature_of
+
+
+class Toy(nn.Module):
+    """A model with a backbone and a decoder, as the contract of models asks."""
+
+    def __init__(self, backbone: bool = True) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU()) if backbone else nn.Identity()
+        self.decoder = nn.Sequential(nn.Conv2d(4, 2, 1), nn.GroupNorm(1, 2))
+
+    def get_backbone_params(self):
+        return self.encoder.parameters()
+
+    def get_decoder_params(self):
+        return self.decoder.parameters()
+
+
+def names(model: nn.Module, group) -> set[str]:
+    found = {id(p): name for name, p in model.named_parameters()}
+    return {found[id(p)] for p in group["params"]}
+
+
+def layout(optimizer) -> list[tuple[str, float, float]]:
+    return [(group["name"], group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+
+
+def test_one_group_of_everything_by_default():
+    model = Toy()
+    optimizer = build("SGD", model, lr=0.1, momentum=0.9, weight_decay=1e-4)
+    assert layout(optimizer) == [("all", 0.1, 1e-4)]
+    assert names(model, optimizer.param_groups[0]) == {name for name, _ in model.named_parameters()}
+
+
+def test_differential_lr_puts_the_decoder_first():
+    model = Toy()
+    optimizer = build("SGD", model, differential_lr=True, lr=0.1)
+    assert layout(optimizer) == [("decoder", 0.1, 0), ("backbone", pytest.approx(0.01), 0)]
+    assert all(name.startswith("decoder") for name in names(model, optimizer.param_groups[0]))
+    assert all(name.startswith("encoder") for name in names(model, optimizer.param_groups[1]))
+    # A checkpoint numbers parameters in this order.
+    assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [
+        *map(id, model.decoder.parameters()),
+        *map(id, model.encoder.parameters()),
+    ]
+
+
+def test_the_factor_applies_to_the_default_rate_too():
+    optimizer = build("AdamW", Toy(), differential_lr=True, backbone_lr_factor=0.5)
+    default = inspect.signature(torch.optim.AdamW).parameters["lr"].default
+    assert learning_rates(optimizer) == {"decoder": default, "backbone": default / 2}
+
+
+def test_no_decay_on_norm_and_bias():
+    model = Toy()
+    optimizer = build("AdamW", model, True, 0.1, True, lr=0.1, weight_decay=0.05)
+    assert layout(optimizer) == [
+        ("decoder", 0.1, 0.05),
+        ("decoder_no_decay", 0.1, 0.0),
+        ("backbone", pytest.approx(0.01), 0.05),
+        ("backbone_no_decay", pytest.approx(0.01), 0.0),
+    ]
+    assert [names(model, group) for group in optimizer.param_groups] == [
+        {"decoder.0.weight"},
+        {"decoder.0.bias", "decoder.1.weight", "decoder.1.bias"},
+        {"encoder.0.weight"},
+        {"encoder.0.bias", "encoder.1.weight", "encoder.1.bias", "encoder.2.weight"},
+    ]
+    assert [g["name"] for g in build("SGD", model, False, 0.1, True).param_groups] == ["all", "all_no_decay"]
+
+
+def test_decay_really_stops():
+    model = Toy()
+    optimizer = build("SGD", model, no_decay_on_norm_and_bias=True, lr=0.1, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        expected = before[name] * (0.95 if p.ndim > 1 else 1.0)
+        torch.testing.assert_close(p.detach(), expected)
+
+
+def test_frozen_parameters_and_empty_groups_are_left_out():
+    optimizer = build("SGD", Toy(backbone=False), differential_lr=True)
+    assert [group["name"] for group in optimizer.param_groups] == ["decoder"]
+    frozen = Toy()
+    for p in frozen.encoder.parameters():
+        p.requires_grad_(False)
+    assert [g["name"] for g in build("SGD", frozen, differential_lr=True).param_groups] == ["decoder"]
+    assert names(frozen, build("SGD", frozen).param_groups[0]) == {
+        f"decoder.{n}" for n, _ in frozen.decoder.named_parameters()
+    }
+    for p in frozen.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        build("SGD", frozen)
+
+
+def test_groups_that_forget_or_repeat_a_parameter_are_refused():
+    class Forgetful(Toy):
+        def get_backbone_params(self):
+            return list(super().get_backbone_params())[1:]
+
+    class Repeating(Toy):
+        def get_decoder_params(self):
+            return [*super().get_decoder_params(), *super().get_backbone_params()]
+
+    with pytest.raises(ValueError, match=r"Forgetful's parameter groups leave out encoder\.0\.weight$"):
+        build("SGD", Forgetful(), differential_lr=True)
+    with pytest.raises(ValueError, match="hold a parameter twice"):
+        build("SGD", Repeating(), differential_lr=True)
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_every_optimizer_trains(name):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, bias=False)  # Muon takes matrices only
+    optimizer = build(name, model)
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    losses = []
+    for _ in range(5):
+        loss = (model(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert learning_rates(optimizer) == {"all": signature_of(name).parameters["lr"].default}
+
+
+def test_lists_from_json_become_tuples():
+    optimizer = build("Adam", Toy(), betas=[0.8, 0.99])
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.99)
+
+
+def test_names_survive_a_checkpoint():
+    saved = build("SGD", Toy(), differential_lr=True, lr=0.1).state_dict()
+    resumed = build("SGD", Toy(), differential_lr=True, lr=0.5)
+    resumed.load_state_dict(saved)
+    assert learning_rates(resumed) == {"decoder": 0.1, "backbone": pytest.approx(0.01)}
+
+
+def test_what_cannot_be_used_is_told():
+    with pytest.raises(UserError, match="did you mean AdamW"):
+        build("AdamWW", Toy())
+    with pytest.raises(UserError, match="LBFGS cannot be used here: it evaluates the loss several times"):
+        build("LBFGS", Toy())
+    with pytest.raises(UserError, match="sparse gradients"):
+        OPTIMIZERS["SparseAdam"]
+    assert "Optimizer" not in OPTIMIZERS
+    assert len(list(OPTIMIZERS)) == len(OPTIMIZERS) > 10
+    with pytest.raises(TypeError, match=r"SGD takes no argument 'momentun'; did you mean momentum\?"):
+        build("SGD", Toy(), momentun=0.9)
+    with pytest.raises(TypeError, match="takes no argument 'params'"):
+        build("SGD", Toy(), params=[])
+    with pytest.raises(ValueError, match="learning rate"):
+        build("SGD", Toy(), lr=-1.0)
+    with pytest.raises(ValueError, match="backbone_lr_factor"):
+        build("SGD", Toy(), backbone_lr_factor=-1.0)
+    with pytest.raises(ValueError, match="Rprop has no weight decay"):
+        build("Rprop", Toy(), no_decay_on_norm_and_bias=True)
+
+
+def test_signatures_can_be_checked_by_a_config():
+    parameters = signature_of("SGD").parameters
+    assert "params" not in parameters
+    assert {"lr", "momentum", "weight_decay", "nesterov"} <= set(parameters)
+    assert parameters["nesterov"].annotation in (bool, inspect.Parameter.empty)
+
+
+def test_reading_the_module_does_not_import_torch(root):
+    code = "import sys, utils.optim; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
