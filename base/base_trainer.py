@@ -391,10 +391,10 @@ def newest_run(config: Config) -> Path:
         UserError: there is none.
     """
     parent = Path(config.trainer.save_dir) / config.name / config.loss.type / config.predict.val
-    found = [*parent.glob(f"*/{LATEST}"), *parent.glob("*/checkpoint-epoch*.pth")]
+    found = [p for name in (LATEST, BEST, "checkpoint-epoch*.pth") for p in parent.glob(f"*/{name}")]
     if not found:
         raise UserError(f"-r auto: there is no run with a checkpoint below {parent}; start one without -r")
-    return max(found, key=lambda p: (p.stat().st_mtime, p.name == LATEST))
+    return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name == LATEST))
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:

@@ -46,7 +46,8 @@ class RunLog:
 
     def _forget_after(self, epoch: int, iteration: int) -> None:
         lines = self._records()
-        kept = [r for r in lines if r["iteration"] < iteration or (r["iteration"] == iteration and r["epoch"] <= epoch)]
+        # At the last iteration of an epoch, the checkpoint may come before that epoch's own record.
+        kept = [r for r in lines if r["iteration"] <= iteration and (r["kind"] != "epoch" or r["epoch"] <= epoch)]
         if len(kept) < len(lines):
             _write(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
         self._write_csv(kept)
