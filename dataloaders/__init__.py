@@ -21,7 +21,7 @@ LOADERS = Registry(
         "KvasirSEG": "dataloaders.kvasir.KvasirSEG",
         "DeepScene": "dataloaders.deepscene.DeepScene",
         "Folder": "dataloaders.folder.Folder",
-        "Shapes": "dataloaders.shapes.Shapes",
+        "Shapes": "dataloaders.shapes.dataset.Shapes",
     },
     aliases={"kvasirSEG": "KvasirSEG", "Kvasir": "KvasirSEG"},
 )

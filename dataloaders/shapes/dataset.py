@@ -1,0 +1,75 @@
+"""The built-in data set: scenes rendered on the fly, without files, as many as one likes."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+from base.base_dataset import BaseDataSet, Entry
+from dataloaders.shapes import scene
+
+
+class Shapes(BaseDataSet):
+    """Rendered scenes of eight classes whose labels are uncertain where an annotator's would be.
+
+    Scene ``number`` of a split is a function of (scene_seed, split, number) alone, whatever the machine's
+    number of workers and the run's ``seed`` (which drives augmentation and order). In the training split epoch e
+    shows the numbers from e * length on, so nothing is seen twice, unless ``endless`` is false.
+
+    Args:
+        length: scenes per epoch.
+        size: side of the scenes, or (height, width).
+        scene_seed: another one is another data set.
+        endless: training epochs show new scenes.
+    """
+
+    class_names = scene.CLASS_NAMES
+    num_classes = len(class_names)
+    palette = scene.PALETTE
+    mean = (0.42, 0.42, 0.41)
+    std = (0.14, 0.14, 0.14)
+    ignore_index = scene.IGNORED
+    splits = scene.SPLITS
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        length: int = 1000,
+        size: int | tuple[int, int] = 128,
+        scene_seed: int = 0,
+        endless: bool = True,
+        **common: object,
+    ) -> None:
+        self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
+        if min(self.size) < scene.SMALLEST:
+            raise ValueError(f"size must be at least {scene.SMALLEST}, got {size}")
+        if scene_seed < 0:
+            raise ValueError(f"scene_seed must not be negative, got {scene_seed}")
+        self.length, self.scene_seed = length, scene_seed
+        self.endless = endless and split == "train"
+        super().__init__(split=split, **common)
+        if len(self.class_names) != scene.CLASS_COUNT:
+            raise ValueError(f"classes must be {scene.CLASS_COUNT} names for Shapes, got {len(self.class_names)}")
+
+    def samples(self) -> list[Entry]:
+        """Return one name per scene; there are no files."""
+        return [Entry(None, None, f"{self.split}_{index:06d}") for index in range(self.length)]
+
+    def scene(self, number: int, with_probability: bool = False) -> scene.Scene:
+        """Return a scene of the split; with the exact probability of its labels, if asked."""
+        return scene.numbered(self.scene_seed, self.split, number, *self.size, with_probability)
+
+    def read(self, index: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Render the scene for a sample of an epoch."""
+        image, label, _ = self.scene(index + (epoch * self.length if self.endless else 0))
+        if self.in_channels == 1:
+            image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
+        elif self.in_channels != 3:
+            raise ValueError(f"in_channels must be 1 or 3 for Shapes, got {self.in_channels}")
+        return image, self.translate(label, self.entries[index].name)
+
+    def _label_alone(self, index: int) -> np.ndarray:
+        return self.load(index)[1]
