@@ -117,8 +117,14 @@ class BaseTrainer:
     def _build_model(self, model: nn.Module) -> None:
         """Place the model on its device, and wrap it for several devices; ``self.model`` stays the bare one."""
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
-        if self.config.use_synch_bn and distributed.world_size() > 1 and self.device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if self.config.use_synch_bn and distributed.world_size() > 1:
+            if self.device.type == "cuda":
+                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            elif distributed.is_main():
+                print(
+                    "warning: use_synch_bn: torch synchronises batch norm on GPUs only; on the CPU each process has its own",
+                    file=sys.stderr,
+                )
         self.model = model.to(self.device, memory_format=layout)
         self.ema = None
         if self.settings.ema is not None:
