@@ -122,7 +122,7 @@ class BaseTrainer:
                 model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
             elif distributed.is_main():
                 print(
-                    "warning: use_synch_bn: torch synchronises batch norm on GPUs only; on the CPU each process has its own",
+                    "warning: use_synch_bn: torch synchronises batch norm on GPUs only; here each process has its own",
                     file=sys.stderr,
                 )
         self.model = model.to(self.device, memory_format=layout)

@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -322,10 +323,10 @@ def arch_arguments(config: Config, facts: Facts) -> dict[str, Any]:
 
 def _facts_of_config(config: Config, num_classes: int, path: str | Path) -> Facts:
     """Return the facts for a checkpoint that carries none: those of the data set its config names."""
-    loaders = import_module("dataloaders").LOADERS
-    facts = Facts.of(loaders[config.train_loader.type])
-    if config.ignore_index is not None:
-        facts = Facts(**(asdict(facts) | {"ignore_index": config.ignore_index}))
+    dataset = import_module("dataloaders").LOADERS[config.train_loader.type]
+    known = signature(dataset.facts_for).parameters
+    args = {name: value for name, value in config.train_loader.args.items() if name in known}
+    facts = Facts.of(dataset.facts_for(**args, ignore_index=config.ignore_index))
     if facts.num_classes != num_classes:
         raise UserError(
             f"{path}: its weights have {num_classes} classes, its data set {config.train_loader.type} has "
