@@ -137,14 +137,17 @@ def predict_logits(
 def label_map(
     procedure: str,
     probs: Tensor,
-    options: PredictOptions = PredictOptions(),
-    unassigned: int = 255,  # noqa: B008
+    options: PredictOptions = PredictOptions(),  # noqa: B008
+    unassigned: int = 255,
 ) -> Tensor:
     """Return one label per pixel, int64 ``(B, H, W)``, under a procedure, for pictures and PNG masks.
 
     ``max`` gives the most probable class; ``T`` the most probable class among those above the threshold, and
     ``unassigned`` where there is none; ``rankdice`` the label map with the highest total of expected scores
     (:func:`utils.rankdice.label_map`). One channel gives 0 (background) and 1.
+
+    All classes take part, those of no interest too: classes of interest say what is scored, and a picture in which
+    the background may not win would be painted over with them.
     """
     if probs.shape[1] == 1:
         prediction = PROCEDURES[procedure](probs, options)
@@ -154,7 +157,7 @@ def label_map(
     if procedure == "T":
         best, labels = probs.max(dim=1)
         return torch.where(best > options.threshold, labels, unassigned)
-    return rd.label_map(probs, classes=options.classes, smooth=options.smooth)
+    return rd.label_map(probs, smooth=options.smooth)
 
 
 def classes_of_interest(options: PredictOptions, num_classes: int) -> Sequence[int]:
