@@ -12,10 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dataloaders.download import Archive, Unreachable, fetch, unpack, verify
-from dataloaders.labels import labels
 from dataloaders.matlab import load_mat
 from utils.errors import UserError
-from utils.images import write_png
+from utils.images import voc_colormap, write_png
 
 DOWNLOADS = "downloads"
 VOC_ROOT = Path("VOCdevkit/VOC2012")
@@ -150,7 +149,7 @@ def augment_voc(folder: Path) -> None:
         if name in own:
             shutil.copyfile(own[name], output)
         else:
-            write_png(output, read_contours(added[name]), labels("voc").palette)
+            write_png(output, read_contours(added[name]), voc_colormap())
     _write_lists(voc, own.keys() | added.keys())
 
 
