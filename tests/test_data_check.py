@@ -1,0 +1,245 @@
+"""What `python -m dataloaders check` finds in good and bad data, and the picture it draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dataloaders
+from dataloaders.__main__ import main
+from dataloaders.check import inspect, is_legal, warnings
+from dataloaders.sheet import contact_sheet
+from utils.errors import UserError
+
+CLASSES = ["ground", "tree", "lake"]
+SIZE = (20, 30)  # height, width
+
+
+def save(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Eight images of two sizes; ground 0.5, tree 0.25, not labelled 0.25 in each; lake nowhere."""
+    for i in range(8):
+        height, width = SIZE if i else (10, 30)
+        label = np.zeros((height, width), np.uint8)
+        label[: height // 2, : width // 2] = 1
+        label[: height // 2, width // 2 :] = 255
+        save(tmp_path / f"images/im{i}.png", np.full((height, width, 3), (51, 102, 204), np.uint8))
+        save(tmp_path / f"masks/im{i}.png", label)
+    return tmp_path
+
+
+def config(folder: Path, **args: Any) -> Path:
+    loader = {"type": "Folder", "args": {"data_dir": str(folder), "classes": CLASSES, **args}}
+    content = {
+        "name": "x",
+        "arch": {"type": "UNet"},
+        "train_loader": loader,
+        "trainer": {"val": False, "monitor": "off"},
+    }
+    path = folder / "config.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def check(folder: Path, *options: str, **args: Any) -> int:
+    return main(["check", "--config", str(config(folder, **args)), "--out", str(folder / "sheet.png"), *options])
+
+
+def test_findings_are_the_true_numbers(data: Path) -> None:
+    dataset = dataloaders.build("Folder", data_dir=str(data), classes=CLASSES).dataset
+    found = inspect(dataset)
+    pixels = 7 * 600 + 300
+    assert found.pixels.tolist() == [pixels // 2, pixels // 4, 0, pixels // 4]
+    assert found.images.tolist() == [8, 8, 0, 8]
+    assert dict(found.sizes) == {(30, 20): 7, (30, 10): 1}
+    assert dict(found.stored) == {0: pixels // 2, 1: pixels // 4, 255: pixels // 4}
+    assert (found.problems, found.illegal) == ([], {})
+    assert np.allclose(found.mean, [0.2, 0.4, 0.8])
+    assert np.allclose(found.std, 0, atol=1e-6)
+    assert found.weights == pytest.approx(dataset.class_weights().tolist())
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_mean_and_std_agree_with_numpy(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (9, 11, 5)).astype(np.uint8) for _ in range(3)]
+    if kind == "float32":
+        images = [image.astype(np.float32) / 255 for image in images]
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for i, image in enumerate(images):
+        np.save(tmp_path / f"images/{i}.npy", image)
+        save(tmp_path / f"masks/{i}.png", np.zeros((9, 11), np.uint8))
+    dataset = dataloaders.build("Folder", data_dir=str(tmp_path), classes=CLASSES, in_channels=5).dataset
+    found = inspect(dataset)
+    every = np.stack(images).reshape(-1, 5).astype(np.float64) / (255 if kind == "uint8" else 1)
+    assert np.allclose(found.mean, every.mean(0))
+    assert np.allclose(found.std, every.std(0))
+
+
+def test_report_of_good_data(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(data) == 0
+    text = capsys.readouterr().out
+    assert "pairs           8 (looked at all of them)" in text
+    assert "30x20 (7 images), 30x10 (1 images)" in text
+    assert "stored values   0, 1, 255" in text
+    assert "tree" in text
+    assert "25.0000%" in text
+    assert '"mean": [0.2, 0.4, 0.8]' in text
+    assert "no pixel of lake" in text
+    assert '"weight": [' in text
+    assert "no file with a problem" in text
+
+
+def test_samples_are_spread_evenly(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = dataloaders.build("Folder", data_dir=str(data), classes=CLASSES).dataset
+    assert inspect(dataset, 3).looked_at == [0, 3, 7]
+    assert check(data, "--samples", "3") == 0
+    assert "looked at 3 of them" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--samples"):
+        check(data, "--samples", "-1")
+
+
+def test_every_problem_is_listed_and_the_rest_still_looked_at(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(data / "masks/im1.png", np.full(SIZE, 7, np.uint8))
+    save(data / "masks/im2.png", np.zeros((20, 29), np.uint8))
+    (data / "images/im3.png").write_bytes((data / "images/im3.png").read_bytes()[:60])
+    save(data / "images/lonely.png", np.zeros((*SIZE, 3), np.uint8))
+    save(data / "masks/alone.png", np.zeros(SIZE, np.uint8))
+    assert check(data) == 1
+    text = capsys.readouterr().out
+    assert "7 (ILLEGAL)" in text
+    for part in ("im1.png holds label values", "im2.png is 29x20", "im3.png cannot be read"):
+        assert part in text, part
+    assert text.count("problem: ") == 3
+    assert str(data / "images/lonely.png") in text
+    assert str(data / "masks/alone.png") in text
+    assert "ground" in text, "the other five are counted"
+    assert (data / "sheet.png").exists()
+
+
+def test_files_that_a_list_names_but_are_not_there(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "list.txt").write_text("images/im1.png masks/im1.png\nimages/none.png masks/im2.png\n")
+    assert check(data, list_file="list.txt") == 1
+    assert f"there is no file {data}/images/none.png" in capsys.readouterr().out
+
+
+def test_nothing_readable_at_all(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (data / "images").iterdir():
+        path.write_bytes(b"junk")
+    assert check(data) == 1
+    assert "nothing could be read" in capsys.readouterr().out
+    assert not (data / "sheet.png").exists()
+
+
+def test_wrong_folder_shows_both_trees(data: Path) -> None:
+    with pytest.raises(UserError, match=r"train_loader\.args: [\s\S]*expected:[\s\S]*data_dir/") as error:
+        check(data, "--set", f"train_loader.args.data_dir={data / 'nowhere'}")
+    assert "nearest existing folder" in str(error.value)
+    with pytest.raises(UserError, match=r"train_loader\.args: Folder takes no argument 'clases'; did you mean classes"):
+        check(data, clases=["a"])
+
+
+def test_ignore_index_that_is_a_class_and_labels_mostly_void(data: Path) -> None:
+    dataset = dataloaders.build("Folder", data_dir=str(data), classes=CLASSES, ignore_index=0).dataset
+    text = " ".join(warnings(dataset, inspect(dataset)))
+    assert "ignore_index 0 is also the id of 'ground'" in text
+    assert "75% of all pixels are not labelled" in text
+
+
+def test_legality_is_the_data_set_s_own() -> None:
+    table = {"CityScapes": ([-1, 34, 200], [0, 7, 33, 255])}
+    for name, (illegal, legal) in table.items():
+        cls = dataloaders.LOADERS[name]
+        dataset = object.__new__(cls)
+        assert not any(is_legal(dataset, value) for value in illegal)
+        assert all(is_legal(dataset, value) for value in legal)
+
+
+def test_images_in_train_and_val_are_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config(data, split="train", val_fraction=0.25)
+    content = json.loads(path.read_text())
+    content["val_loader"] = json.loads(json.dumps(content["train_loader"]))
+    content["val_loader"]["args"]["split"] = "val"
+    path.write_text(json.dumps(content))
+    out = ["--out", str(data / "sheet.png")]
+    assert main(["check", "-c", str(path), *out]) == 0
+    text = capsys.readouterr().out
+    assert "== train_loader" in text
+    assert "== val_loader" in text
+    assert "in common" not in text
+    assert main(["check", "-c", str(path), "--set", "val_loader.args.split=all", *out]) == 0
+    assert "train and val have 6 images in common" in capsys.readouterr().out
+    assert main(["check", "-c", str(path), "--loader", "val", *out]) == 0
+    assert "== train_loader" not in capsys.readouterr().out
+
+
+def test_sheet_shows_images_masks_and_void(data: Path) -> None:
+    palette = [[10, 20, 30], [240, 0, 0], [0, 0, 240]]
+    dataset = dataloaders.build("Folder", data_dir=str(data), classes=CLASSES, palette=palette).dataset
+    sheet = contact_sheet([("title", [dataset[1], dataset[2]], dataset)])
+    assert sheet.dtype == np.uint8
+    colours = {tuple(c) for c in sheet.reshape(-1, 3)}
+    photo = np.array([51, 102, 204])
+    assert tuple(photo) in colours, "the image"
+    for colour in (palette[0], palette[1]):
+        mixed = (photo + colour) / 2
+        assert any(np.abs(mixed - c).max() <= 1 for c in map(np.array, colours)), "the mask laid over"
+    assert (240, 0, 0) in colours, "the legend"
+
+
+def test_sheet_is_augmented_as_training_is(data: Path) -> None:
+    assert check(data, augment=True, crop_size=64, base_size=40) == 0
+    sheet = np.asarray(Image.open(data / "sheet.png"))
+    fill = [round(255 * m) for m in dataloaders.LOADERS["Folder"].mean]
+    assert (sheet == fill).all(-1).sum() > 1000, "the border of rotated and shrunk images"
+
+
+def test_sheet_of_one_class_and_of_many(data: Path) -> None:
+    for path in (data / "masks").iterdir():
+        save(path, (np.asarray(Image.open(path)) == 1).astype(np.uint8))
+    for classes in (["tree"], 150):
+        dataset = dataloaders.build("Folder", data_dir=str(data), classes=classes, ignore_index=-1).dataset
+        assert contact_sheet([("t" * 300, [dataset[0]], dataset)]).shape[2] == 3
+
+
+def test_generated_data_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loader = {"type": "Shapes", "args": {}}
+    content = {
+        "name": "x",
+        "arch": {"type": "UNet"},
+        "train_loader": loader,
+        "trainer": {"val": False, "monitor": "off"},
+    }
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    args = ["check", "-c", str(tmp_path / "c.json"), "--samples", "8", "--out", str(tmp_path / "sheet.png")]
+    assert main(args) == 0
+    assert "generated" in capsys.readouterr().out
+    assert (tmp_path / "sheet.png").exists()
+
+
+def test_real_data(shared_dir: Path, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CamVid's shares, image counts, mean and std as they were recorded when the data was made."""
+    folder = shared_dir / "data" / "camvid"
+    args = ["check", "-c", str(root / "configs" / "camvid.json"), "--out", str(tmp_path / "sheet.png")]
+    for stage in ("train", "val"):
+        args += ["--set", f"{stage}_loader.args.data_dir={folder}"]
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    assert "pairs           367 (looked at all of them)" in text
+    assert "pairs           101 (looked at all of them)" in text
+    assert '"mean": [0.4116, 0.4249, 0.4321], "std": [0.3068, 0.3111, 0.3068]' in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["9", "Pedestrian", "0.6392%", "317"] in [line[:4] for line in lines]
+    assert ["10", "Bicyclist", "2.2175%", "101"] in [line[:4] for line in lines]
