@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from utils import rankdice_exact, rankdice_solvers
-from utils.rankdice_exact import Volumes, row_tiles
+from utils.rankdice_exact import Volumes, tiles
 
 SOLVERS = ("exact", "ba", "trna", "paper", "rma")
 METRICS = ("dice", "iou")
@@ -219,32 +219,32 @@ def _budget(probs: Tensor) -> int:
 
 def _masks(rows: Tensor, found: Volumes, budget: int) -> Tensor:
     """Return the masks of the ``found.volumes`` most probable pixels of each row, ties by pixel index."""
-    masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
-    if rows.numel() == 0:
-        return masks
-    taken = found.volumes.nonzero().view(-1)
-    for chosen, part, _, columns in row_tiles(rows, taken, max(1, budget // 16)):
-        inside = part >= found.cutoffs[chosen].unsqueeze(1)
-        if chosen.numel() == rows.shape[0] and columns.stop - columns.start == rows.shape[1]:
-            masks = inside
-        else:
-            masks[chosen, columns] = inside
+    if bool((found.volumes > 0).all()):
+        masks = rows >= found.cutoffs.unsqueeze(1)
+    else:
+        masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+        taken = found.volumes.nonzero().view(-1)
+        for tile in tiles(rows, taken, max(1, budget // 16)):
+            chosen = taken[tile.names]
+            masks[chosen, tile.columns] = tile.values() >= found.cutoffs[chosen].unsqueeze(1)
     torn = (found.surplus > 0).nonzero().view(-1)  # rows whose cut runs through equal probabilities
-    _drop_last_ties(rows, masks, found, torn, budget)
+    if torn.numel():
+        _drop_last_ties(rows, masks, found, torn, budget)
     return masks
 
 
 def _drop_last_ties(rows: Tensor, masks: Tensor, found: Volumes, torn: Tensor, budget: int) -> None:
     """Take the ``found.surplus`` last pixels that equal the cut-off out of the masks of rows ``torn``."""
-    surplus = found.surplus.clone()
-    tiles = list(row_tiles(rows, torn, max(1, budget // 32), lazily=True))
-    for chosen, load, _, columns in reversed(tiles):
-        tied = load() == found.cutoffs[chosen].unsqueeze(1)
+    surplus = found.surplus[torn]
+    for tile in reversed(list(tiles(rows, torn, max(1, budget // 64)))):
+        chosen, left = torn[tile.names], surplus[tile.names]
+        tied = tile.values() == found.cutoffs[chosen].unsqueeze(1)
         row, column = tied.nonzero(as_tuple=True)
-        from_end = tied.sum(1).cumsum(0)[row] - torch.arange(row.numel(), device=row.device)  # last tie: 1
-        drop = from_end <= surplus[chosen][row]
-        masks[chosen[row[drop]], column[drop] + columns.start] = False
-        surplus[chosen] = (surplus[chosen] - tied.sum(1)).clamp_(min=0)
+        counts = torch.zeros_like(left).scatter_add_(0, row, torch.ones_like(row))
+        from_end = counts.cumsum(0)[row] - torch.arange(row.numel(), device=row.device)  # the row's last tie: 1
+        drop = from_end <= left[row]
+        masks[chosen[row[drop]], column[drop] + tile.columns.start] = False
+        surplus[tile.names] = (left - counts).clamp_(min=0)
 
 
 # --- one label per pixel ----------------------------------------------------------------------------------------------
