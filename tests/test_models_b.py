@@ -173,6 +173,19 @@ def test_segresnet_returns_every_size(published: bool) -> None:
             assert model(torch.randn(1, 3, *size)).shape == (1, 2, *size)
 
 
+def test_segresnet_decodes_at_the_encoders_sizes() -> None:
+    """Every decoder stage begins at its encoder stage's size; cutting only at the end would shift features."""
+    model = SegResNet(2, backbone="resnet18").eval()
+    sizes: list[tuple[int, ...]] = []
+    for stage in model.decoder:
+        stage.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
+    x = torch.randn(1, 3, 70, 133)
+    with torch.no_grad():
+        model(x)
+        features = model.backbone(x)
+    assert sizes == [tuple(f.shape[-2:]) for f in reversed(features)]
+
+
 def test_cut_drops_the_surplus_at_the_end_or_on_both_sides() -> None:
     x = torch.arange(7).expand(1, 1, 7, 7)
     like = torch.zeros(1, 1, 4, 4)
