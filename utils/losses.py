@@ -20,125 +20,27 @@ one-hot code, N the number of counted pixels.
 from __future__ import annotations
 
 import inspect
-import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.errors import UserError, did_you_mean
-from utils.lovasz import lovasz_extension
+from utils.loss_base import (
+    Classes,
+    RegionLoss,
+    SegmentationLoss,
+    Weights,
+    non_negative,
+    one_hot,
+    positive,
+    weight_buffer,
+    weight_for,
+    weighted_mean,
+)
+from utils.lovasz import LovaszHinge, LovaszSoftmax
 
-Weights = list[float] | Literal["balanced"] | None
-Classes = Literal["all", "present"]
-
-
-class SegmentationLoss(nn.Module):
-    """What all losses share: the ignored pixels, the dtype, the checks.
-
-    Subclasses implement :meth:`compute` and may trust what it is given.
-
-    Args:
-        ignore_index: pixels with this label count nowhere.
-    """
-
-    proper: bool = False
-    activation: Literal["softmax", "sigmoid"] = "softmax"
-
-    def __init__(self, ignore_index: int = 255) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the loss, a float32 (float64 for float64 logits) scalar.
-
-        Args:
-            logits: floating point ``(B, C, H, W)``; any number of spatial axes.
-            target: integers ``(B, H, W)`` in [0, max(C, 2)) or ``ignore_index``.
-
-        Raises:
-            ValueError: the shapes do not belong together, or ``target`` is not integer.
-        """
-        expected = (logits.shape[0], *logits.shape[2:])
-        if target.shape != expected:
-            raise ValueError(
-                f"target has the shape {tuple(target.shape)}; logits {tuple(logits.shape)} need {expected}"
-            )
-        if target.is_floating_point():
-            raise ValueError(f"target holds {target.dtype}; expected integer class ids")
-        target = target.flatten(1)
-        valid = target != self.ignore_index  # (B, N)
-        # Zeros in place of ignored logits, not a mask on the result: 0 * nan would be nan in the backward pass.
-        clean = logits.flatten(2).masked_fill(~valid.unsqueeze(1), 0.0)  # (B, C, N)
-        clean = clean if clean.dtype == torch.float64 else clean.float()
-        return self.compute(clean, target.long().masked_fill(~valid, 0), valid)
-
-    def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """Return the loss of float logits ``(B, C, N)``, int64 labels ``(B, N)``, bool ``valid`` ``(B, N)``.
-
-        Logits and labels of invalid pixels are 0.
-        """
-        raise NotImplementedError
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """Return what the loss takes for probabilities, of the shape of ``logits``."""
-        if self.activation == "sigmoid" or logits.shape[1] == 1:
-            return logits.sigmoid()
-        return logits.softmax(1)
-
-
-# -- helpers ---------------------------------------------------------------------------------------------------
-
-
-def _non_negative(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} is {value}; expected a finite number >= 0")
-    return value
-
-
-def _weight_buffer(loss: nn.Module, name: str, weight: Weights) -> None:
-    """Check class weights and keep them on ``loss`` as a buffer that moves with it but is not saved."""
-    if weight is None:
-        loss.register_buffer(name, None)
-        return
-    if weight == "balanced":
-        raise ValueError(f"{name} is 'balanced'; the data set's own weights have to be filled in before building")
-    values = torch.as_tensor(weight, dtype=torch.float64)
-    if values.ndim != 1 or not len(values) or not values.isfinite().all() or (values < 0).any():
-        raise ValueError(f"{name} is {weight}; expected one finite number >= 0 per class")
-    if not values.any():
-        raise ValueError(f"{name} is zero for every class")
-    loss.register_buffer(name, values, persistent=False)
-
-
-def _weight_for(weight: Tensor, logits: Tensor, count: int, name: str = "weight") -> Tensor:
-    """Return ``weight`` with the dtype and device of ``logits``; raise unless it has ``count`` entries."""
-    if len(weight) != count:
-        pair = " (background, class)" if logits.shape[1] == 1 and count == 2 else ""
-        raise ValueError(f"{name} has {len(weight)} entries; logits with {logits.shape[1]} channels need {count}{pair}")
-    return weight.to(logits)
-
-
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted mean; 0 where all weights are 0."""
-    return (values * weights).sum() / _positive(weights.sum())
-
-
-def _positive(total: Tensor) -> Tensor:
-    """Return what a sum of non-negative numbers may be divided by: 0 / 0 becomes 0."""
-    return total.clamp_min(torch.finfo(total.dtype).tiny)
-
-
-def _one_hot(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Return ``target`` as 0/1 of the dtype and shape ``(B, C, N)`` of ``logits``, 0 at invalid pixels.
-
-    One channel: 1 where the label is 1. A label outside the range is an index error, not a zero.
-    """
-    channels = logits.shape[1]
-    code = logits.new_zeros(len(logits), max(channels, 2), logits.shape[2])
-    code.scatter_(1, target.unsqueeze(1), valid.unsqueeze(1).to(code.dtype))
-    return code if channels > 1 else code[:, 1:]
+# -- per pixel -------------------------------------------------------------------------------------------------
 
 
 def _two_classes(logits: Tensor) -> Tensor:
@@ -158,9 +60,6 @@ def _hardest(losses: Tensor, valid: Tensor, fraction: float) -> Tensor:
     order = losses.detach().masked_fill(~valid, -1.0).flatten().argsort(descending=True)
     keep = torch.arange(order.numel(), device=order.device) < (valid.sum() * fraction).ceil()
     return torch.zeros_like(keep).scatter_(0, order, keep).view_as(valid)
-
-
-# -- per pixel -------------------------------------------------------------------------------------------------
 
 
 class CrossEntropyLoss2d(SegmentationLoss):
@@ -188,7 +87,7 @@ class CrossEntropyLoss2d(SegmentationLoss):
         top_k: float = 1.0,
     ) -> None:
         super().__init__(ignore_index)
-        _weight_buffer(self, "weight", weight)
+        weight_buffer(self, "weight", weight)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing}; expected 0 <= label_smoothing < 1")
         if not 0 < top_k <= 1:
@@ -200,12 +99,12 @@ class CrossEntropyLoss2d(SegmentationLoss):
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """See :meth:`SegmentationLoss.compute`."""
         logits2 = _two_classes(logits)
-        weight = None if self.weight is None else _weight_for(self.weight, logits, logits2.shape[1])
+        weight = None if self.weight is None else weight_for(self.weight, logits, logits2.shape[1])
         losses = F.cross_entropy(logits2, target, weight, reduction="none", label_smoothing=self.label_smoothing)
         keep = valid if self.top_k == 1 else _hardest(losses, valid, self.top_k)
         # The losses carry the weights of their classes already.
         weights = keep.to(losses.dtype) if weight is None else weight[target] * keep
-        return (losses * keep).sum() / _positive(weights.sum())
+        return (losses * keep).sum() / positive(weights.sum())
 
 
 class FocalLoss(SegmentationLoss):
@@ -223,8 +122,8 @@ class FocalLoss(SegmentationLoss):
 
     def __init__(self, ignore_index: int = 255, gamma: float = 2.0, weight: Weights = None) -> None:
         super().__init__(ignore_index)
-        self.gamma = _non_negative("gamma", gamma)
-        _weight_buffer(self, "weight", weight)
+        self.gamma = non_negative("gamma", gamma)
+        weight_buffer(self, "weight", weight)
         self.proper = gamma == 0 and weight is None
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -233,8 +132,8 @@ class FocalLoss(SegmentationLoss):
         cross_entropy = F.cross_entropy(logits2, target, reduction="none")
         weights = valid.to(logits.dtype)
         if self.weight is not None:
-            weights = weights * _weight_for(self.weight, logits, logits2.shape[1])[target]
-        return _mean(_focal_factor(-cross_entropy, self.gamma) * cross_entropy, weights)
+            weights = weights * weight_for(self.weight, logits, logits2.shape[1])[target]
+        return weighted_mean(_focal_factor(-cross_entropy, self.gamma) * cross_entropy, weights)
 
 
 class BCEWithLogitsLoss2d(SegmentationLoss):
@@ -256,8 +155,8 @@ class BCEWithLogitsLoss2d(SegmentationLoss):
 
     def __init__(self, ignore_index: int = 255, weight: Weights = None, pos_weight: list[float] | None = None) -> None:
         super().__init__(ignore_index)
-        _weight_buffer(self, "weight", weight)
-        _weight_buffer(self, "pos_weight", pos_weight)
+        weight_buffer(self, "weight", weight)
+        weight_buffer(self, "pos_weight", pos_weight)
         self.proper = weight is None and pos_weight is None
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -265,10 +164,10 @@ class BCEWithLogitsLoss2d(SegmentationLoss):
         channels = logits.shape[1]
         pos_weight = None
         if self.pos_weight is not None:
-            pos_weight = _weight_for(self.pos_weight, logits, channels, "pos_weight").unsqueeze(1)
-        truth = _one_hot(logits, target, valid)
+            pos_weight = weight_for(self.pos_weight, logits, channels, "pos_weight").unsqueeze(1)
+        truth = one_hot(logits, target, valid)
         losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none", pos_weight=pos_weight)
-        return _mean(losses, _channel_weights(self.weight, logits, target, valid))
+        return weighted_mean(losses, _channel_weights(self.weight, logits, target, valid))
 
 
 class BCEWithLogitsFocalLoss2d(SegmentationLoss):
@@ -295,21 +194,21 @@ class BCEWithLogitsFocalLoss2d(SegmentationLoss):
         weight: Weights = None,
     ) -> None:
         super().__init__(ignore_index)
-        self.gamma = _non_negative("gamma", gamma)
+        self.gamma = non_negative("gamma", gamma)
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(f"alpha is {alpha}; expected 0 <= alpha <= 1 or None")
         self.alpha = alpha
-        _weight_buffer(self, "weight", weight)
+        weight_buffer(self, "weight", weight)
         self.proper = gamma == 0 and alpha is None and weight is None
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """See :meth:`SegmentationLoss.compute`."""
-        truth = _one_hot(logits, target, valid)
+        truth = one_hot(logits, target, valid)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
         losses = _focal_factor(-cross_entropy, self.gamma) * cross_entropy
         if self.alpha is not None:
             losses = losses * (self.alpha * truth + (1 - self.alpha) * (1 - truth))
-        return _mean(losses, _channel_weights(self.weight, logits, target, valid))
+        return weighted_mean(losses, _channel_weights(self.weight, logits, target, valid))
 
 
 def _channel_weights(weight: Tensor | None, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -321,40 +220,14 @@ def _channel_weights(weight: Tensor | None, logits: Tensor, target: Tensor, vali
     counted = valid.unsqueeze(1).to(logits.dtype).expand_as(logits)
     if weight is None:
         return counted
-    weight = _weight_for(weight, logits, max(channels, 2))
+    weight = weight_for(weight, logits, max(channels, 2))
     return counted * (weight.unsqueeze(1) if channels > 1 else weight[target].unsqueeze(1))
 
 
 # -- per region ------------------------------------------------------------------------------------------------
 
 
-class _RegionLoss(SegmentationLoss):
-    """Losses that are a mean over regions: classes, images, or both."""
-
-    def __init__(self, ignore_index: int, classes: Classes, weight: Weights) -> None:
-        super().__init__(ignore_index)
-        if classes not in ("all", "present"):
-            raise ValueError(f"classes is {classes!r}; expected 'all' or 'present'")
-        self.classes = classes
-        _weight_buffer(self, "weight", weight)
-
-    def mean_of_regions(self, terms: Tensor, present: Tensor, counted: Tensor, channels: int) -> Tensor:
-        """Return the weighted mean of ``terms`` ``(R, K)``, R images (or 1) and K classes (or 1).
-
-        ``present`` ``(R, K)``: the class occurs; ``counted`` ``(R, 1)``: there is a valid pixel at all.
-        """
-        weights = counted.expand_as(terms).to(terms.dtype)
-        # One channel has no other class to stand in for an image without it: false alarms must cost there too.
-        if self.classes == "present" and channels > 1:
-            weights = weights * present
-        if self.weight is not None:
-            if channels == 1:
-                raise ValueError("weight weighs classes against each other; one channel has nothing to weigh")
-            weights = weights * _weight_for(self.weight, terms, channels)
-        return _mean(terms, weights)
-
-
-class TverskyLoss(_RegionLoss):
+class TverskyLoss(RegionLoss):
     """Tversky loss: ``1 - (TP + s) / (TP + alpha FP + beta FN + s)``, per class, with soft counts.
 
     TP = sum p t, FP = sum p (1 - t), FN = sum (1 - p) t. Source: Salehi et al., MLMI 2017 (arXiv 1706.05721).
@@ -383,9 +256,9 @@ class TverskyLoss(_RegionLoss):
         weight: Weights = None,
     ) -> None:
         super().__init__(ignore_index, classes, weight)
-        self.alpha = _non_negative("alpha", alpha)
-        self.beta = _non_negative("beta", beta)
-        self.smooth = _non_negative("smooth", smooth)
+        self.alpha = non_negative("alpha", alpha)
+        self.beta = non_negative("beta", beta)
+        self.smooth = non_negative("smooth", smooth)
         if not per_class and (weight is not None or classes != "all"):
             raise ValueError("weight and classes choose among classes; they need per_class = true")
         self.per_class = per_class
@@ -395,7 +268,7 @@ class TverskyLoss(_RegionLoss):
         """See :meth:`SegmentationLoss.compute`."""
         channels = logits.shape[1]
         p = self.probabilities(logits) * valid.unsqueeze(1)
-        t = _one_hot(logits, target, valid)
+        t = one_hot(logits, target, valid)
         hit, said, true = (self._sum(x) for x in ((p * t).sum(2), p.sum(2), t.sum(2)))  # (R, K) each
         # TP + alpha FP + beta FN
         below = (1 - self.alpha - self.beta) * hit + self.alpha * said + self.beta * true + self.smooth
@@ -477,7 +350,7 @@ class CE_DiceLoss(SegmentationLoss):  # noqa: N801 (the published name)
         super().__init__(ignore_index)
         self.cross_entropy = CrossEntropyLoss2d(ignore_index, weight)
         self.dice = DiceLoss(ignore_index, smooth, per_class, per_image, classes)
-        self.dice_weight = _non_negative("dice_weight", dice_weight)
+        self.dice_weight = non_negative("dice_weight", dice_weight)
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """See :meth:`SegmentationLoss.compute`."""
@@ -511,88 +384,12 @@ class BCEDiceLoss(SegmentationLoss):
         super().__init__(ignore_index)
         self.cross_entropy = BCEWithLogitsLoss2d(ignore_index, weight, pos_weight)
         self.dice = BDiceLoss(ignore_index, smooth, per_class, per_image, classes)
-        self.dice_weight = _non_negative("dice_weight", dice_weight)
+        self.dice_weight = non_negative("dice_weight", dice_weight)
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """See :meth:`SegmentationLoss.compute`."""
         dice = self.dice.compute(logits, target, valid)
         return self.cross_entropy.compute(logits, target, valid) + self.dice_weight * dice
-
-
-class _LovaszLoss(_RegionLoss):
-    """Mean over classes (and images) of the Lovász extension of the Jaccard loss of :meth:`errors`."""
-
-    def __init__(
-        self,
-        ignore_index: int = 255,
-        classes: Classes = "present",
-        per_image: bool = False,
-        weight: Weights = None,
-    ) -> None:
-        super().__init__(ignore_index, classes, weight)
-        self.per_image = per_image
-
-    def errors(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Return the errors >= 0 of the pixels, of the shape ``(B, C, N)`` of both arguments."""
-        raise NotImplementedError
-
-    def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """See :meth:`SegmentationLoss.compute`."""
-        truth = _one_hot(logits, target, valid)
-        errors = self.errors(logits, truth)
-        channels = logits.shape[1]
-        rows = (lambda x: x) if self.per_image else (lambda x: x.reshape(1, -1))
-        counted = rows(valid)
-        # Class by class: sorting is the cost either way, and this holds one class's order at a time.
-        terms = [lovasz_extension(rows(errors[:, c]), rows(truth[:, c]) > 0, counted) for c in range(channels)]
-        present = torch.stack([rows(truth[:, c]).any(1) for c in range(channels)], dim=1)
-        return self.mean_of_regions(torch.stack(terms, dim=1), present, counted.any(1, keepdim=True), channels)
-
-
-class LovaszSoftmax(_LovaszLoss):
-    """Lovász-Softmax: the Lovász extension of the Jaccard loss of the errors |t - p|, mean over classes.
-
-    Source: Berman et al., CVPR 2018, equation 11. Not proper: it optimises IoU, its minimiser is a hard mask.
-
-    Args:
-        ignore_index: pixels with this label count nowhere.
-        classes: mean over "all" classes or those "present" in the labels of the region.
-        per_image: one term per image, then their mean; else all pixels of the batch together.
-        weight: per class, in the mean (C > 1).
-    """
-
-    def errors(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Return |t - p|."""
-        return (truth - self.probabilities(logits)).abs()
-
-
-class LovaszHinge(_LovaszLoss):
-    """Lovász hinge: the Lovász extension of the Jaccard loss of the hinge errors max(0, 1 - (2 t - 1) z).
-
-    Source: Yu & Blaschko, ICML 2015; Berman et al., CVPR 2018, Section 3.1. Meant for one channel; several are
-    taken one-vs-rest. Not proper: the logits are margins, their sigmoid is no probability.
-
-    Args:
-        ignore_index: pixels with this label count nowhere.
-        classes: mean over "all" classes or those "present" in the labels of the region (C > 1).
-        per_image: one term per image, then their mean (the authors' default); else the batch together.
-        weight: per class, in the mean (C > 1).
-    """
-
-    activation = "sigmoid"
-
-    def __init__(
-        self,
-        ignore_index: int = 255,
-        classes: Classes = "present",
-        per_image: bool = True,
-        weight: Weights = None,
-    ) -> None:
-        super().__init__(ignore_index, classes, per_image, weight)
-
-    def errors(self, logits: Tensor, truth: Tensor) -> Tensor:
-        """Return max(0, 1 - margin)."""
-        return (1 - (2 * truth - 1) * logits).relu()
 
 
 LOSSES: dict[str, type[SegmentationLoss]] = {

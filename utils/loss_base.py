@@ -1,0 +1,143 @@
+"""What all losses share: ignored pixels, dtype, class weights, one-hot labels. See :mod:`utils.losses`."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Weights = list[float] | Literal["balanced"] | None
+Classes = Literal["all", "present"]
+
+
+class SegmentationLoss(nn.Module):
+    """What all losses share: the ignored pixels, the dtype, the checks.
+
+    Subclasses implement :meth:`compute` and may trust what it is given.
+
+    Args:
+        ignore_index: pixels with this label count nowhere.
+    """
+
+    proper: bool = False
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+
+    def __init__(self, ignore_index: int = 255) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss, a float32 (float64 for float64 logits) scalar.
+
+        Args:
+            logits: floating point ``(B, C, H, W)``; any number of spatial axes.
+            target: integers ``(B, H, W)`` in [0, max(C, 2)) or ``ignore_index``.
+
+        Raises:
+            ValueError: the shapes do not belong together, or ``target`` is not integer.
+        """
+        expected = (logits.shape[0], *logits.shape[2:])
+        if target.shape != expected:
+            raise ValueError(
+                f"target has the shape {tuple(target.shape)}; logits {tuple(logits.shape)} need {expected}"
+            )
+        if target.is_floating_point():
+            raise ValueError(f"target holds {target.dtype}; expected integer class ids")
+        target = target.flatten(1)
+        valid = target != self.ignore_index  # (B, N)
+        # Zeros in place of ignored logits, not a mask on the result: 0 * nan would be nan in the backward pass.
+        clean = logits.flatten(2).masked_fill(~valid.unsqueeze(1), 0.0)  # (B, C, N)
+        clean = clean if clean.dtype == torch.float64 else clean.float()
+        return self.compute(clean, target.long().masked_fill(~valid, 0), valid)
+
+    def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """Return the loss of float logits ``(B, C, N)``, int64 labels ``(B, N)``, bool ``valid`` ``(B, N)``.
+
+        Logits and labels of invalid pixels are 0.
+        """
+        raise NotImplementedError
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return what the loss takes for probabilities, of the shape of ``logits``."""
+        if self.activation == "sigmoid" or logits.shape[1] == 1:
+            return logits.sigmoid()
+        return logits.softmax(1)
+
+
+def non_negative(name: str, value: float) -> float:
+    """Return ``value``; raise ValueError unless it is a finite number >= 0."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} is {value}; expected a finite number >= 0")
+    return value
+
+
+def weight_buffer(loss: nn.Module, name: str, weight: Weights) -> None:
+    """Check class weights and keep them on ``loss`` as a buffer that moves with it but is not saved."""
+    if weight is None:
+        loss.register_buffer(name, None)
+        return
+    if weight == "balanced":
+        raise ValueError(f"{name} is 'balanced'; the data set's own weights have to be filled in before building")
+    values = torch.as_tensor(weight, dtype=torch.float64)
+    if values.ndim != 1 or not len(values) or not values.isfinite().all() or (values < 0).any():
+        raise ValueError(f"{name} is {weight}; expected one finite number >= 0 per class")
+    if not values.any():
+        raise ValueError(f"{name} is zero for every class")
+    loss.register_buffer(name, values, persistent=False)
+
+
+def weight_for(weight: Tensor, logits: Tensor, count: int, name: str = "weight") -> Tensor:
+    """Return ``weight`` with the dtype and device of ``logits``; raise unless it has ``count`` entries."""
+    if len(weight) != count:
+        pair = " (background, class)" if logits.shape[1] == 1 and count == 2 else ""
+        raise ValueError(f"{name} has {len(weight)} entries; logits with {logits.shape[1]} channels need {count}{pair}")
+    return weight.to(logits)
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted mean; 0 where all weights are 0."""
+    return (values * weights).sum() / positive(weights.sum())
+
+
+def positive(total: Tensor) -> Tensor:
+    """Return what a sum of non-negative numbers may be divided by: 0 / 0 becomes 0."""
+    return total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def one_hot(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Return ``target`` as 0/1 of the dtype and shape ``(B, C, N)`` of ``logits``, 0 at invalid pixels.
+
+    One channel: 1 where the label is 1. A label outside the range is an index error, not a zero.
+    """
+    channels = logits.shape[1]
+    code = logits.new_zeros(len(logits), max(channels, 2), logits.shape[2])
+    code.scatter_(1, target.unsqueeze(1), valid.unsqueeze(1).to(code.dtype))
+    return code if channels > 1 else code[:, 1:]
+
+
+class RegionLoss(SegmentationLoss):
+    """Losses that are a mean over regions: classes, images, or both."""
+
+    def __init__(self, ignore_index: int, classes: Classes, weight: Weights) -> None:
+        super().__init__(ignore_index)
+        if classes not in ("all", "present"):
+            raise ValueError(f"classes is {classes!r}; expected 'all' or 'present'")
+        self.classes = classes
+        weight_buffer(self, "weight", weight)
+
+    def mean_of_regions(self, terms: Tensor, present: Tensor, counted: Tensor, channels: int) -> Tensor:
+        """Return the weighted mean of ``terms`` ``(R, K)``, R images (or 1) and K classes (or 1).
+
+        ``present`` ``(R, K)``: the class occurs; ``counted`` ``(R, 1)``: there is a valid pixel at all.
+        """
+        weights = counted.expand_as(terms).to(terms.dtype)
+        # One channel has no other class to stand in for an image without it: false alarms must cost there too.
+        if self.classes == "present" and channels > 1:
+            weights = weights * present
+        if self.weight is not None:
+            if channels == 1:
+                raise ValueError("weight weighs classes against each other; one channel has nothing to weigh")
+            weights = weights * weight_for(self.weight, terms, channels)
+        return weighted_mean(terms, weights)
