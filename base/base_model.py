@@ -72,10 +72,20 @@ class BaseModel(nn.Module):
         In training, networks with an auxiliary head return ``{"out": logits, "aux": logits}`` of that shape.
 
         Raises:
-            ValueError: the images have another number of channels, or a size the network cannot take.
+            ValueError: the images have another number of channels or a size the network cannot take, or a
+                single one is too small for training with BatchNorm.
         """
         self._check_input(x)
-        outputs = self.logits(x)
+        try:
+            outputs = self.logits(x)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"{type(self).__name__} cannot be trained on one image of {x.shape[2]} x {x.shape[3]} at a time: at "
+                "its deepest features a single value per channel is left, which BatchNorm cannot normalise. Use "
+                "larger images (crop_size), more of them (batch_size), or freeze_bn"
+            ) from error
         if isinstance(outputs, dict):
             return {name: resize_to(y, x, self.align_corners) for name, y in outputs.items()}
         return resize_to(outputs, x, self.align_corners)
