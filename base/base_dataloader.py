@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -250,6 +251,10 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 def _start_worker(worker: int) -> None:
     # Processes are the parallelism; threads of OpenCV inside each would fight over the cores.
     cv2.setNumThreads(0)
+    # Ctrl-C and a terminating launcher reach the whole process group; the main process saves first and then
+    # ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _worker_count(num_workers: int | None) -> int:
