@@ -90,11 +90,12 @@ def rank_dice(
     highest = _check_values(rows)
     budget = _budget(probs) if max_bytes is None else max_bytes
     active = highest > (0.0 if prune is None else prune)
+    masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
     if solver == "exact":
-        found = rankdice_exact.solve(rows, highest, active, metric, float(smooth), budget)
+        found = rankdice_exact.solve(rows, masks, highest, active, metric, float(smooth), budget)
     else:
         found = rankdice_solvers.solve(rows, active, metric, solver, float(smooth), budget)
-    masks = _masks(rows, found, budget)
+    _draw(rows, masks, found, budget)
     shape = probs.shape[:2]
     return RankDice(
         masks.view(probs.shape), found.volumes.view(shape), found.cutoffs.view(shape), found.scores.view(shape)
@@ -217,20 +218,21 @@ def _budget(probs: Tensor) -> int:
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def _masks(rows: Tensor, found: Volumes, budget: int) -> Tensor:
-    """Return the masks of the ``found.volumes`` most probable pixels of each row, ties by pixel index."""
-    if bool((found.volumes > 0).all()):
-        masks = rows >= found.cutoffs.unsqueeze(1)
-    else:
-        masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
-        taken = found.volumes.nonzero().view(-1)
-        for tile in tiles(rows, taken, max(1, budget // 16)):
-            chosen = taken[tile.names]
-            masks[chosen, tile.columns] = tile.values() >= found.cutoffs[chosen].unsqueeze(1)
+def _draw(rows: Tensor, masks: Tensor, found: Volumes, budget: int) -> None:
+    """Finish the masks of the ``found.volumes`` most probable pixels of each row, ties by pixel index."""
+    missing = ~found.drawn
+    masks[(missing & (found.volumes == 0)).nonzero().view(-1)] = False
+    missing = (missing & (found.volumes > 0)).nonzero().view(-1)
+    for tile in tiles(rows, missing, max(1, budget // 16)):
+        names = missing[tile.names]
+        inside = tile.values() >= found.cutoffs[names].unsqueeze(1)
+        if tile.place is None:
+            masks[names, tile.columns] = inside
+        else:
+            masks.view(-1)[tile.place : tile.place + inside.numel()] = inside.view(-1)
     torn = (found.surplus > 0).nonzero().view(-1)  # rows whose cut runs through equal probabilities
     if torn.numel():
         _drop_last_ties(rows, masks, found, torn, budget)
-    return masks
 
 
 def _drop_last_ties(rows: Tensor, masks: Tensor, found: Volumes, torn: Tensor, budget: int) -> None:

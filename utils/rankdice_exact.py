@@ -29,14 +29,15 @@ from utils.rankdice_integral import BLOCK, POWERS, Facts, Pixels, Runs, best_vol
 # 36 / mu^4 < 1e-10 of the score. Below it only pixels with p <= mu / SERIES_MEAN may enter so; of the others there are
 # at most SERIES_MEAN, since each adds more than mu / SERIES_MEAN to mu.
 SERIES_MEAN = 800.0
-MOST_BINS = 8192
+FEW_PIXELS = 2048  # smaller maps are not searched by bins: all pixels above the cut are sorted and scored
+LEAST_BINS, MOST_BINS = 1024, 8192
 PIXELS_PER_BIN = 512
 PLATEAU_PARTS = 1024
 BAND_LIMIT = 16384  # a band with more pixels is narrowed further before it is sorted
 NARROWINGS = 6
 RETRIES = 3
 SLACK = 1e-12  # relative, for rounding in the bounds
-CACHE_PIXELS = 1 << 17  # what stays in a core's cache as float64
+CACHE_PIXELS = 1 << 16  # what stays in a core's cache as float64
 PIXEL_BYTES = 64  # working memory per pixel of a tile when all its pixels are above the cut, about
 
 
@@ -48,12 +49,14 @@ class Volumes(NamedTuple):
         cutoffs: ``(R,)``, smallest probability in the mask, ``inf`` for an empty mask; dtype of the rows.
         scores: float64 ``(R,)``.
         surplus: int64 ``(R,)``, how many of the pixels that equal the cut-off are left out of the mask.
+        drawn: bool ``(R,)``, whether the mask is written already, but for the surplus.
     """
 
     volumes: Tensor
     cutoffs: Tensor
     scores: Tensor
     surplus: Tensor
+    drawn: Tensor
 
     @classmethod
     def empty(cls, count: int, like: Tensor) -> Volumes:
@@ -63,6 +66,7 @@ class Volumes(NamedTuple):
             torch.full((count,), torch.inf, dtype=like.dtype, device=like.device),
             torch.zeros(count, dtype=torch.float64, device=like.device),
             torch.zeros(count, dtype=torch.int64, device=like.device),
+            torch.zeros(count, dtype=torch.bool, device=like.device),
         )
 
     def put(self, index: Tensor, part: Volumes) -> None:
@@ -72,10 +76,18 @@ class Volumes(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A piece of some rows; ``names`` are positions among the chosen rows, ``values()`` reads the piece."""
+    """A piece of some rows.
+
+    Attributes:
+        names: positions among the chosen rows.
+        columns: the pixels.
+        place: where the piece begins in the flattened map; None if its rows are not neighbours.
+        values: reads the piece, ``(names, columns)``.
+    """
 
     names: slice
     columns: slice
+    place: int | None
     values: Callable[[], Tensor]
 
 
@@ -101,14 +113,16 @@ def tiles(rows: Tensor, chosen: Tensor, pixels: int) -> Iterator[Tile]:
         names = slice(row, min(row + per_tile, count))
         for start in range(0, width, length):
             columns = slice(start, min(start + length, width))
-            yield Tile(names, columns, lambda names=names, columns=columns: values(names, columns))
+            place = (first + row) * width + start if together else None
+            yield Tile(names, columns, place, lambda names=names, columns=columns: values(names, columns))
 
 
 @dataclass
 class Task:
-    """What is asked, of which map."""
+    """What is asked, of which map, and where the masks go."""
 
     rows: Tensor
+    masks: Tensor
     metric: str
     smooth: float
     budget: int
@@ -140,11 +154,14 @@ class Band:
         return Band(self.low[index], self.high[index], self.count[index], self.rank[index], self.above[index])
 
 
-def solve(rows: Tensor, highest: Tensor, active: Tensor, metric: str, smooth: float, budget: int) -> Volumes:
+def solve(
+    rows: Tensor, masks: Tensor, highest: Tensor, active: Tensor, metric: str, smooth: float, budget: int
+) -> Volumes:
     """Find the best volume of every active row; the others get the empty mask.
 
     Args:
         rows: ``(R, N)`` probabilities, contiguous.
+        masks: bool ``(R, N)``, contiguous, all False; the rows that come back as ``drawn`` are written.
         highest: ``(R,)`` largest value of each row.
         active: bool ``(R,)``.
         metric: "dice" or "iou".
@@ -157,8 +174,9 @@ def solve(rows: Tensor, highest: Tensor, active: Tensor, metric: str, smooth: fl
     if chosen.numel() == 0 or rows.shape[1] == 0:
         found.scores[:] = float(smooth > 0)
         return found
-    task = Task(rows, metric, smooth, budget)
-    bins = min(MOST_BINS, max(2, 1 << (rows.shape[1] // PIXELS_PER_BIN).bit_length()))
+    task = Task(rows, masks, metric, smooth, budget)
+    bins = min(MOST_BINS, max(LEAST_BINS, 1 << (rows.shape[1] // PIXELS_PER_BIN).bit_length()))
+    bins = bins if rows.shape[1] >= FEW_PIXELS else 2
     for index in chosen.split(max(1, budget // (bins * 8 * 64))):
         facts = Facts(_row_power_sums(task, index), highest.new_zeros(index.numel()).double(), active[index])
         # Some volume scores about S2 / S1 or more: a mask cut at a uniformly random height has mean mass S2 and mean
@@ -185,6 +203,8 @@ def _solve_rows(
     found = Volumes.empty(index.numel(), task.rows)
     if bool(easy.any()):
         found.put(easy.nonzero().view(-1), _solve_easy(task, sweep, facts, band, easy))
+        if sweep.draw(found.cutoffs.double()):
+            found.drawn[:] = easy
     part = heavy.nonzero().view(-1)
     if part.numel():
         found.put(part, _solve_heavy(task, index[part], facts[part], cut[part], highest[part]))
@@ -202,20 +222,23 @@ def _row_power_sums(task: Task, index: Tensor) -> Tensor:
     """Return ``sum_j p_j^n``, n = 1..4, float64 ``(R, 4)``."""
     width = task.rows.shape[1]
     pixels = CACHE_PIXELS if task.rows.device.type == "cpu" else task.tile_pixels
-    blocks = -(-width // BLOCK)
-    sums = torch.empty(POWERS, index.numel(), blocks, dtype=torch.float64, device=task.rows.device)
+    sums = torch.empty(POWERS, index.numel(), -(-width // BLOCK), dtype=torch.float64, device=task.rows.device)
+    space = torch.empty(2, max(pixels, BLOCK, min(width, pixels)), dtype=torch.float64, device=task.rows.device)
     for tile in tiles(task.rows, index, pixels):
-        values = tile.values().double()
-        first, whole = tile.columns.start // BLOCK, values.shape[1] // BLOCK
-        power = values
+        read = tile.values()
+        values, power = (part[: read.numel()].view(read.shape) for part in space)
+        values.copy_(read)
+        first, whole = tile.columns.start // BLOCK, read.shape[1] // BLOCK
+        edge = whole * BLOCK
         for n in range(POWERS):
             if n:
-                power = power * values if n == 1 else power.mul_(values)
-            head = power[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)) if whole else None
-            if head is not None:
+                torch.mul(values if n == 1 else power, values, out=power)
+            current = power if n else values
+            if whole:
+                head = current[:, :edge].unflatten(1, (whole, BLOCK))
                 sums[n, tile.names, first : first + whole] = head.sum(2)
-            if whole * BLOCK < values.shape[1]:
-                sums[n, tile.names, first + whole] = power[:, whole * BLOCK :].sum(1)
+            if edge < read.shape[1]:
+                sums[n, tile.names, first + whole] = current[:, edge:].sum(1)
     return block_sum(sums).T.contiguous()
 
 
@@ -232,60 +255,90 @@ class Sweep:
         self.width = ((high - low) / (bins - 1)).clamp(min=1e-300)
         # 2^-scale is the unit of the integer sums: a row's sum stays under 2^62, its rounding under 2^-61 d of mu.
         self.unit = torch.exp2(torch.ceil(torch.log2(mean + 1)) - 61)
-        self.kept: list[tuple[Tensor, Tensor]] | None = None
+        self.kept: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self.drawing = False
 
-    def _read(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield row and value of the pixels in pieces."""
+    def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield row, value and place in the flattened map of the pixels, tile by tile."""
         low = self.low.to(self.task.rows.dtype)
-        below = self.high.to(self.task.rows.dtype)
+        high = self.high.to(self.task.rows.dtype)
         whole = bool((self.high >= 1).all())
+        masks = self.task.masks.view(-1)
         for tile in tiles(self.task.rows, self.index, self.task.tile_pixels):
             values = tile.values()
-            inside = values >= low[tile.names].unsqueeze(1)
+            self.drawing = whole and tile.place is not None
+            if self.drawing:  # the mask itself is where the pixels are marked: see draw()
+                inside = masks[tile.place : tile.place + values.numel()].view(values.shape)
+                torch.ge(values, low[tile.names].unsqueeze(1), out=inside)
+            else:
+                inside = values >= low[tile.names].unsqueeze(1)
             if not whole:
-                inside &= values <= below[tile.names].unsqueeze(1)
+                inside &= values <= high[tile.names].unsqueeze(1)
             flat = inside.view(-1).nonzero().view(-1)
             ends = torch.arange(1, values.shape[0] + 1, device=flat.device) * values.shape[1]
             row = torch.bucketize(flat, ends, right=True) if values.shape[0] > 1 else torch.zeros_like(flat)
-            yield row + tile.names.start, values.reshape(-1)[flat].double()
+            found = values.reshape(-1)[flat].double()
+            yield row.add_(tile.names.start), found, flat.add_(tile.place) if self.drawing else None
 
-    def _keyed(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``row * bins + bin`` and value."""
+    def _keyed(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield ``row * bins + bin``, value and place of the pixels, tile by tile."""
         if self.kept is not None:
             yield from self.kept
             return
         kept, room = [], self.task.budget // 2
-        for row, values in self._read():
-            key = ((values - self.low[row]) / self.width[row]).long().clamp_(max=self.bins - 1)
+        for row, values, place in self._read():
+            key = ((values - self.low[row]) * (1 / self.width)[row]).long().clamp_(max=self.bins - 1)
             key += row * self.bins
-            room -= 16 * key.numel()
+            room -= 24 * key.numel()
             if room >= 0:
-                kept.append((key, values))
-            yield key, values
+                kept.append((key, values, place))
+            else:
+                kept.clear()
+            yield key, values, place
         self.kept = kept if room >= 0 else None
 
-    def histogram(self) -> tuple[Tensor, Tensor]:
-        """Return counts ``(R, bins)`` and power sums in units ``(4, R, bins)``, int64: any order gives the same."""
-        rows = self.index.numel()
-        device = self.task.rows.device
-        counts = torch.zeros(rows * self.bins, dtype=torch.int64, device=device)
-        sums = torch.zeros(POWERS, rows * self.bins, dtype=torch.int64, device=device)
-        inverse = 1 / self.unit
-        for key, values in self._keyed():
-            counts.scatter_add_(0, key, torch.ones_like(key))
-            power = values * inverse[key // self.bins]
-            for n in range(POWERS):
+    def histogram(self, orders: int) -> tuple[Tensor, list[Tensor]]:
+        """Return counts and the power sums of the bins, ``(R, bins)``.
+
+        The first ``orders`` power sums are summed up as integers: any order of the pixels gives the same. The others
+        follow from the mean of each bin, as if its pixels were spread evenly: with 1024 bins and mean volumes of
+        SERIES_MEAN and more, the scores do not see the difference.
+        """
+        size = (self.index.numel(), self.bins)
+        counts = self.index.new_zeros(size)
+        sums = [self.index.new_zeros(size) for _ in range(orders)]
+        inverse = (1 / self.unit).repeat_interleave(self.bins)
+        for key, values, _ in self._keyed():
+            counts.view(-1).scatter_add_(0, key, torch.ones_like(key))
+            power = values * inverse[key]
+            for n in range(orders):
                 if n:
                     power = power * values
-                sums[n].scatter_add_(0, key, power.long())
-        sums = sums.view(POWERS, rows, self.bins)
+                sums[n].view(-1).scatter_add_(0, key, power.long())
         self.total = sums[0].sum(1, keepdim=True).double() * self.unit.unsqueeze(1)
-        return counts.view(rows, self.bins), sums
+        powers = [part.double() * self.unit.unsqueeze(1) for part in sums]
+        mean = powers[0] / counts.clamp(min=1)
+        spread = (self.width**2 / 12).unsqueeze(1)
+        for n in range(orders + 1, POWERS + 1):
+            powers.append(counts * (mean**n + n * (n - 1) / 2 * mean ** (n - 2) * spread))
+        return counts, powers
+
+    def draw(self, cutoffs: Tensor) -> bool:
+        """Take the pixels under the cut-offs out of the masks; False if the pixels were not kept."""
+        if not self.drawing or self.kept is None:
+            return False
+        masks, cutoffs = self.task.masks.view(-1), cutoffs.repeat_interleave(self.bins)
+        for key, values, place in self.kept:
+            masks.index_fill_(0, place[(values < cutoffs[key]).nonzero().view(-1)], False)
+        return True
 
     def pixels(self) -> tuple[Tensor, Tensor]:
         """Return row and value of all the pixels."""
-        read = list(self._read())
-        return torch.cat([row for row, _ in read]), torch.cat([values for _, values in read])
+        rows, kept = [], []
+        for row, values, _ in self._read():
+            rows.append(row)
+            kept.append(values)
+        return torch.cat(rows), torch.cat(kept)
 
     def within(self, band: Band, which: Tensor) -> tuple[Tensor, Tensor]:
         """Return row and value of the pixels in the band's bins, for rows ``which``."""
@@ -293,7 +346,7 @@ class Sweep:
         table = (bins >= band.low.unsqueeze(1)) & (bins <= band.high.unsqueeze(1)) & which.unsqueeze(1)
         table = table.view(-1)
         keys, kept = [], []
-        for key, values in self._keyed():
+        for key, values, _ in self._keyed():
             hit = table[key].nonzero().view(-1)
             keys.append(key[hit])
             kept.append(values[hit])
@@ -303,7 +356,7 @@ class Sweep:
         """Return the smallest and the largest probability in the band's bins."""
         low = torch.full_like(self.low, torch.inf)
         high = torch.full_like(self.low, -torch.inf)
-        for key, values in self._keyed():
+        for key, values, _ in self._keyed():
             row = key // self.bins
             key = key - row * self.bins
             hit = ((key >= band.low[row]) & (key <= band.high[row])).nonzero().view(-1)
@@ -311,18 +364,15 @@ class Sweep:
             high.scatter_reduce_(0, row[hit], values[hit], "amax")
         return low, high
 
-    def runs(self, counts: Tensor, sums: Tensor, rank: Tensor, above: Tensor) -> tuple[Runs, Tensor, Tensor]:
-        """Return the bins as runs of volumes, with ``rank`` and power sums ``(R, bins, 4)`` above each bin."""
+    def runs(self, counts: Tensor, own: Tensor, rank: Tensor, above: Tensor) -> tuple[Runs, Tensor]:
+        """Return the bins as runs of volumes after ``rank`` pixels that sum up to ``above``, and their int64 ranks."""
         ranks = counts.flip(1).cumsum(1).flip(1) - counts + rank.unsqueeze(1)
-        powers = (sums.flip(2).cumsum(2).flip(2) - sums).double() * self.unit.unsqueeze(1)
-        powers = powers.permute(1, 2, 0) + above.unsqueeze(1)
-        own = sums[0].double() * self.unit.unsqueeze(1)
+        mass = own.flip(1).cumsum(1).flip(1) - own + above.unsqueeze(1)
         edges = self.low.unsqueeze(1) + self.width.unsqueeze(1) * torch.arange(self.bins, device=counts.device)
-        upper = torch.cat([edges[:, 1:], self.high.unsqueeze(1)], 1)
         high = self.high.unsqueeze(1) * (1 + SLACK)
         low = torch.minimum(edges, high) * (1 - SLACK)
-        upper = torch.minimum(upper * (1 + SLACK), high)
-        return Runs(ranks.double(), powers[..., 0], counts.double(), own, low, upper), ranks, powers
+        upper = torch.cat([torch.minimum(edges[:, 1:] * (1 + SLACK), high), high], 1)
+        return Runs(ranks.double(), mass, counts.double(), own, low, upper), ranks
 
 
 # --- where the best volume can be -------------------------------------------------------------------------------------
@@ -336,35 +386,39 @@ class Search:
         low, high: int64 ``(R,)``; ``low > high`` where nothing is left.
         counts: int64 ``(R, bins)``.
         ranks: int64 ``(R, bins)``, pixels above each bin.
-        powers: float64 ``(R, bins, 4)``, power sums of the pixels above each bin.
+        powers: 4 x float64 ``(R, bins)``, power sums of the pixels in each bin.
+        above: float64 ``(R, 4)``, power sums of the pixels above all bins.
     """
 
     low: Tensor
     high: Tensor
     counts: Tensor
     ranks: Tensor
-    powers: Tensor
+    powers: list[Tensor]
+    above: Tensor
 
     def band(self) -> Band:
         """Return what lies from bin ``low`` to bin ``high``."""
-        last = self.counts.shape[1] - 1
-        low, high = self.low.clamp(max=last).unsqueeze(1), self.high.clamp(min=0).unsqueeze(1)
+        bins = self.counts.shape[1]
+        low, high = self.low.clamp(max=bins - 1).unsqueeze(1), self.high.clamp(min=0).unsqueeze(1)
         rank = self.ranks.gather(1, high).squeeze(1)
         end = (self.ranks.gather(1, low) + self.counts.gather(1, low)).squeeze(1)
-        above = self.powers.gather(1, high.unsqueeze(2).expand(-1, -1, POWERS)).squeeze(1)
-        return Band(self.low, self.high, torch.where(self.low <= self.high, end - rank, 0), rank, above)
+        higher = torch.arange(bins, device=low.device) > high
+        above = torch.stack([block_sum(power * higher) for power in self.powers], 1)
+        return Band(self.low, self.high, torch.where(self.low <= self.high, end - rank, 0), rank, self.above + above)
 
 
-def _search(task: Task, facts: Facts, sweep: Sweep, rank: Tensor, above: Tensor) -> Search:
+def _search(task: Task, facts: Facts, sweep: Sweep, rank: Tensor, above: Tensor, orders: int) -> Search:
     """Bound the scores of the volumes in each bin; ``rank`` pixels with power sums ``above`` precede the bins.
 
-    Raises ``facts.lower`` where a volume at the end of a bin is known to score more.
+    Raises ``facts.lower`` where a volume at the end of a bin is known to score more. ``orders``: see
+    :meth:`Sweep.histogram`.
     """
-    counts, sums = sweep.histogram()
-    runs, ranks, powers = sweep.runs(counts, sums, rank, above)
+    counts, powers = sweep.histogram(orders)
+    runs, ranks = sweep.runs(counts, powers[0], rank, above[:, 0])
     facts.lower = runs.lower(task.metric, task.smooth, facts)
     low, high = _left_over(task, facts, runs)
-    return Search(low, high, counts, ranks, powers)
+    return Search(low, high, counts, ranks, powers, above)
 
 
 def _left_over(task: Task, facts: Facts, runs: Runs) -> tuple[Tensor, Tensor]:
@@ -377,7 +431,7 @@ def _left_over(task: Task, facts: Facts, runs: Runs) -> tuple[Tensor, Tensor]:
 def _first_band(task: Task, facts: Facts, sweep: Sweep) -> tuple[Band, Tensor]:
     """Return the band, and which rows may have their best volume among the pixels under the sweep's cut."""
     none = torch.zeros_like(sweep.index)
-    search = _search(task, facts, sweep, none, torch.zeros_like(facts.power))
+    search = _search(task, facts, sweep, none, torch.zeros_like(facts.power), 1)
     rank = (search.ranks[:, :1] + search.counts[:, :1]).double()
     mass = sweep.total
     under = Runs(
@@ -389,7 +443,7 @@ def _first_band(task: Task, facts: Facts, sweep: Sweep) -> tuple[Band, Tensor]:
         high=sweep.low.unsqueeze(1),
     )
     bound = under.upper(task.metric, task.smooth, facts).squeeze(1)
-    few = facts.mean < SERIES_MEAN  # these need every pixel above the cut one by one
+    few = (facts.mean < SERIES_MEAN) | (task.rows.shape[1] < FEW_PIXELS)  # every pixel above the cut, one by one
     search.low = torch.where(few, 0, torch.where(facts.searched, search.low, sweep.bins))
     search.high = torch.where(few, sweep.bins - 1, torch.where(facts.searched, search.high, -1))
     return search.band(), facts.searched & (bound >= facts.lower * (1 - SLACK))
@@ -454,9 +508,9 @@ def _solve_band(
     extra_above, extra_below = extra or (nothing, nothing)
     left_ties = torch.zeros_like(band.rank) if left_ties is None else left_ties
     # The width depends on the row's own band only, so that its sums do not depend on the rows beside it.
-    size = torch.ceil(torch.log2(band.count.clamp(min=16).double()) / 2).long()
+    size = torch.ceil(torch.log2(band.count.clamp(min=16).double())).long()
     for exponent in size.unique().tolist():
-        width = 4**exponent
+        width = 2**exponent
         rows = (size == exponent).nonzero().view(-1)
         for part in rows.split(max(1, task.budget // (width * 8 * 16))):
             pixels = Pixels(
@@ -484,6 +538,7 @@ def _choose(task: Task, facts: Facts, pixels: Pixels, left_ties: Tensor) -> Volu
         torch.where(none, torch.inf, cut.squeeze(1)),
         torch.where(none, empty, score),
         torch.where(none, 0, surplus),
+        torch.zeros_like(none),
     )
 
 
@@ -507,7 +562,7 @@ def _solve_heavy(task: Task, index: Tensor, facts: Facts, low: Tensor, high: Ten
     for turn in range(NARROWINGS):
         mine = facts[open_rows]
         sweep = Sweep(task, index[open_rows], band.low, band.high, mine.mean, MOST_BINS)
-        next_band = _search(task, mine, sweep, band.rank, band.above).band()
+        next_band = _search(task, mine, sweep, band.rank, band.above, POWERS).band()
         next_band.low, next_band.high = sweep.extremes(next_band)
         facts.lower[open_rows] = mine.lower
         done = (next_band.count <= BAND_LIMIT) | (next_band.low == next_band.high)

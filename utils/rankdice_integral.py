@@ -22,6 +22,7 @@ from torch import Tensor
 
 POWERS = 4  # power sums that stand for the pixels that are not looked at one by one
 BLOCK = 1024  # elements per block of a sum
+CACHE = 1 << 17  # float64 values that a core's cache holds
 RATIO = 4.0  # volumes whose decay rates differ by at most this factor share one set of nodes
 NODES = 12
 MOST_NODES = 48
@@ -246,24 +247,32 @@ def integrate(
     above = (pixels.above - power_sums(pixels.extra_above)).clamp_(min=0)
     absent = 1 - values
     total = torch.zeros_like(volume)
-    for x, log_weight in _laguerre(nodes):
-        s = x / rate
+    # Groups of nodes, as a leading dimension, as large as a core's cache holds.
+    for s, log_weight in _node_groups(nodes, rate, max(1, CACHE // max(1, values.numel()))):  # s: (K, R, 1)
         e, u = torch.exp(-s), -torch.expm1(-s)
-        q = torch.addcmul(absent, values, e)  # 1 - p u without cancellation
+        q = torch.addcmul(absent, values, e)  # (K, R, W): 1 - p u without cancellation
         logs = _log_series(rest, u) + _logs(pixels.extra_below, e)
         exponent = log_weight - s * (volume + smooth)
         if metric == "iou":
             own = q.log_()
-            outside = _last(own.cumsum(1) if at is None else own * (1 - inside), at)
-            total += torch.exp(exponent + logs + outside)
-            continue
-        logs = logs + _log_series(above, u) + _logs(pixels.extra_above, e) + block_sum(q.log()).unsqueeze(1)
-        ratios = _ratio_series(above, u) + block_sum(pixels.extra_above / _q(pixels.extra_above, e)).unsqueeze(1)
-        own = values / q
-        ratios = ratios + (own.cumsum(1) if at is None else block_sum(own * inside).unsqueeze(1))
-        total += torch.exp(exponent + logs) * (2 * e * ratios + smooth)
+            outside = _last(own.cumsum(-1) if at is None else own * (1 - inside), at)
+            terms = exponent.add_(logs).add_(outside).exp_()
+        else:
+            own = values / q
+            logs = logs + _log_series(above, u) + _logs(pixels.extra_above, e) + block_sum(q.log_()).unsqueeze(-1)
+            ratios = _ratio_series(above, u) + block_sum(pixels.extra_above / _q(pixels.extra_above, e)).unsqueeze(-1)
+            ratios = ratios + (own.cumsum(-1) if at is None else block_sum(own * inside).unsqueeze(-1))
+            terms = exponent.add_(logs).exp_() * (2 * e * ratios + smooth)
+        for term in terms:  # one by one: the sum must not depend on the grouping
+            total += term
     total /= rate
     return total * (mass + smooth) if metric == "iou" else total
+
+
+def _node_groups(nodes: int, rate: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the nodes ``s = x / rate`` ``(K, R, 1)`` and ``log(w exp(x))`` ``(K, 1, 1)`` in groups."""
+    table = torch.tensor(_laguerre(nodes), dtype=torch.float64, device=rate.device).T.unsqueeze(-1).unsqueeze(-1)
+    return [(x / rate, log_weight) for x, log_weight in zip(*(part.split(size) for part in table), strict=True)]
 
 
 def _q(values: Tensor, e: Tensor) -> Tensor:
@@ -271,12 +280,12 @@ def _q(values: Tensor, e: Tensor) -> Tensor:
 
 
 def _logs(values: Tensor, e: Tensor) -> Tensor:
-    return block_sum(_q(values, e).log_()).unsqueeze(1)
+    return block_sum(_q(values, e).log_()).unsqueeze(-1)
 
 
 def _last(sums: Tensor, at: Tensor | None) -> Tensor:
     """Return what lies behind each column: from running sums, or the sum of terms already masked."""
-    return sums[:, -1:] - sums if at is None else block_sum(sums).unsqueeze(1)
+    return sums[..., -1:] - sums if at is None else block_sum(sums).unsqueeze(-1)
 
 
 def best_volume(metric: str, smooth: float, facts: Facts, pixels: Pixels, nodes: int = NODES) -> tuple[Tensor, Tensor]:
@@ -337,8 +346,7 @@ def empty_score(smooth: float, facts: Facts, pixels: Pixels, series_from: float)
     never = torch.where(facts.mean.unsqueeze(1) >= series_from, none, never)
     rate = smooth + facts.mean.clamp(min=1).unsqueeze(1)
     total = torch.zeros_like(none)
-    for x, log_weight in _laguerre(EMPTY_NODES):
-        s = x / rate
-        some = torch.exp(log_absent(torch.exp(-s), -torch.expm1(-s))) - never
-        total += torch.exp(log_weight - s * smooth) * some
+    for s, log_weight in _node_groups(EMPTY_NODES, rate, 1):
+        some = torch.exp(log_absent(torch.exp(-s[0]), -torch.expm1(-s[0]))) - never
+        total += torch.exp(log_weight[0] - s[0] * smooth) * some
     return (never + smooth * total / rate).squeeze(1)
