@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from utils.checkpoint import Facts
-from utils.config import PER_CLASS_SCORES
+from utils.config_checks import PER_CLASS_SCORES
 from utils.errors import UserError, did_you_mean
 from utils.losses import LOSSES, is_proper
 from utils.schema import Config
@@ -28,8 +28,17 @@ def built(path: str, builder: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
 
 def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
-    """Build the loader of a stage ("train", "val", "test") with ``build`` (:func:`dataloaders.build`)."""
+    """Build the loader of a stage ("train", "val", "test") with ``build`` (:func:`dataloaders.build`).
+
+    Raises:
+        UserError: the config has no such loader, or an argument or the data are not as they must be.
+    """
     component = config.loader(stage)
+    if component is None:
+        raise UserError(
+            f"{stage}_loader: absent, and so is val_loader: there is no data to use; give one in the config, or with "
+            f"--set {stage}_loader.type=NAME --set {stage}_loader.args.data_dir=FOLDER"
+        )
     field = "val_loader" if stage == "test" and config.test_loader is None else f"{stage}_loader"
     return built(
         f"{field}.args", build, component.type, seed=config.seed, ignore_index=config.ignore_index, **component.args

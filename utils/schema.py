@@ -23,7 +23,7 @@ SGD_DEFAULTS = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
 class Section(BaseModel):
     """A section knows all of its keys: an unknown one is a mistake, and so is a value of another type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class Component(Section):

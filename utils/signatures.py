@@ -68,13 +68,11 @@ def _check_type(path: str, target: Callable[..., Any], name: str, value: Any) ->
         # Through JSON, so that a list is a fine tuple, while "3" is still not a fine int.
         adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        expected = "; ".join(dict.fromkeys(_lower_first(e["msg"]) for e in error.errors()))
-        return [f"{path}: found {json.dumps(value)}; {expected}"]
+        # A class (a tensor, say) can come from no JSON: only where nothing else is expected is it worth a word.
+        details = [e for e in error.errors() if e["type"] != "is_instance_of" and "isinstance" not in e["msg"]]
+        messages = [e["msg"].removeprefix("Input ").rstrip(".") for e in details or error.errors()]
+        return [f"{path}: found {json.dumps(value)}; {' or '.join(dict.fromkeys(messages))}"]
     return []
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 @cache
@@ -88,6 +86,6 @@ def _adapter(target: Callable[..., Any], name: str) -> TypeAdapter[Any] | None:
     if hint is None or hint is Any:
         return None
     try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeError):
         return None
