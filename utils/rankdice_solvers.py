@@ -1,12 +1,192 @@
-"""The approximations from the literature, kept to reproduce papers and to compare with the exact solver."""
+"""The approximations from the literature, kept to reproduce papers and to be compared with the exact solver.
+
+``ba``, ``trna`` and ``paper`` are those of Dai & Li, JMLR 24(224), 2023: the number of positive pixels ``Gamma`` (for
+``trna`` without pixel j) follows the *refined normal* distribution
+
+    G(l) = Phi(x) + skew (1 - x^2) phi(x) / 6,   x = (l + 1/2 - mu) / sqrt(v),   P(l) = G(l) - G(l - 1),
+
+truncated to the volumes between its 1e-4 and 1 - 1e-4 quantiles and renormalised. ``rma`` is that of Wang & Dai,
+NeurIPS 2025. They sort whole rows: time and memory are those of a sort, and more.
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from utils.rankdice_exact import Volumes
+from utils.rankdice_integral import block_sum
+
+EPSILON = 1e-4
+PAPER_MEAN = 50.0  # the authors' program takes trna up to this mean volume and ba above
+PIXEL_BYTES = 96
+TRNA_TERMS = 1 << 16  # (pixel, volume) pairs of a row at a time
 
 
 def solve(rows: Tensor, active: Tensor, metric: str, solver: str, smooth: float, budget: int) -> Volumes:
-    """Find each row's volume by an approximation."""
-    raise NotImplementedError(solver)
+    """Find each active row's volume by an approximation; the score is the approximation's own.
+
+    Args:
+        rows: ``(R, N)`` probabilities.
+        active: bool ``(R,)``; the other rows get the empty mask.
+        metric: "dice", or "iou" for rma.
+        solver: "ba", "trna", "paper" or "rma".
+        smooth: the constant g.
+        budget: bytes of working memory, about; a row needs about 100 bytes per pixel.
+    """
+    found = Volumes.empty(rows.shape[0], rows)
+    chosen = (active if smooth == 0 else torch.ones_like(active)).nonzero().view(-1)
+    if rows.shape[1] == 0:
+        found.scores[:] = float(smooth > 0)
+        return found
+    for index in chosen.split(max(1, budget // (PIXEL_BYTES * rows.shape[1]))):
+        values = rows[index].sort(dim=1, descending=True).values
+        scores, empty = _scores(values.double(), metric, solver, smooth, budget)
+        score, best = scores.masked_fill_(values <= 0, -torch.inf).max(1)
+        cut = values.gather(1, best.unsqueeze(1))
+        none = ~active[index] | (cut.squeeze(1) <= 0) | (empty >= score)
+        part = Volumes(
+            torch.where(none, 0, best + 1),
+            torch.where(none, torch.inf, cut.squeeze(1)),
+            torch.where(none, empty, score),
+            torch.where(none, 0, (values >= cut).sum(1) - best - 1),
+            torch.zeros_like(none),
+        )
+        found.put(index, part)
+    return found
+
+
+def _scores(values: Tensor, metric: str, solver: str, smooth: float, budget: int) -> tuple[Tensor, Tensor]:
+    """Return the scores ``(R, N)`` of the volumes 1 to N, and of the empty mask ``(R,)``."""
+    if solver == "rma":
+        return _reciprocal_moment(values, metric, smooth)
+    moments = _Moments.of(values)
+    scores, empty = torch.empty_like(values), torch.empty_like(moments.mean)
+    use_trna = torch.full_like(moments.mean, solver == "trna", dtype=torch.bool)
+    if solver == "paper":
+        use_trna = moments.mean <= PAPER_MEAN
+    # Rows share one support width only with rows of similar variance: a row's sums do not depend on the batch.
+    width = torch.exp2(torch.ceil(torch.log2(16 * moments.variance.sqrt() + 16))).long()
+    for size in width.unique().tolist():
+        for which, approximate in ((use_trna, _trna), (~use_trna, _blind)):
+            for part in ((width == size) & which).nonzero().view(-1).split(max(1, budget // (TRNA_TERMS * 64))):
+                support = Support(moments[part], int(size), values.shape[1])
+                scores[part] = approximate(values[part], moments[part], support, smooth)
+                empty[part] = support.empty_score(smooth)
+    return scores, empty
+
+
+def _reciprocal_moment(values: Tensor, metric: str, smooth: float) -> tuple[Tensor, Tensor]:
+    """RMA: the mean of the denominator in place of the mean of its reciprocal."""
+    volume = torch.arange(1, values.shape[1] + 1, device=values.device, dtype=torch.float64)
+    mass = values.cumsum(1)
+    mean = mass[:, -1:]
+    empty = smooth / (mean.squeeze(1) + smooth) if smooth else torch.zeros_like(mean).squeeze(1)
+    if metric == "iou":
+        return (mass + smooth) / (volume + mean - mass + smooth), empty
+    return 2 * mass / (volume + mean + 1 + smooth) + smooth / (volume + mean + smooth), empty
+
+
+class _Moments:
+    """Mean, variance and third central moment ``(R, ...)`` of the number of positive pixels."""
+
+    def __init__(self, mean: Tensor, variance: Tensor, third: Tensor) -> None:
+        self.mean, self.variance, self.third = mean, variance, third
+
+    @classmethod
+    def of(cls, values: Tensor) -> _Moments:
+        spread = values * (1 - values)
+        return cls(block_sum(values), block_sum(spread), block_sum(spread * (1 - 2 * values)))
+
+    def __getitem__(self, index: Tensor) -> _Moments:
+        return _Moments(self.mean[index], self.variance[index], self.third[index])
+
+    def without(self, values: Tensor) -> _Moments:
+        """Return the moments ``(R, J)`` without each of the pixels ``values``."""
+        spread = values * (1 - values)
+        return _Moments(
+            self.mean.unsqueeze(1) - values,
+            (self.variance.unsqueeze(1) - spread).clamp_(min=0),
+            self.third.unsqueeze(1) - spread * (1 - 2 * values),
+        )
+
+
+class Support:
+    """Volumes ``first .. first + width - 1`` of each row, on which the refined normal is taken."""
+
+    def __init__(self, moments: _Moments, width: int, pixels: int) -> None:
+        """Args: moments of the rows; how many volumes; how many pixels a row has."""
+        self.moments = moments
+        first = (moments.mean - width / 2).floor().clamp_(min=0)
+        self.volumes = first.unsqueeze(1) + torch.arange(width, device=first.device)  # (R, L)
+        self.possible = self.volumes <= pixels
+        self.pmf = self.probabilities(moments)  # (R, L)
+
+    def probabilities(self, moments: _Moments) -> Tensor:
+        """Return the truncated, renormalised refined normal ``(..., L)`` for moments ``(R, ...)``."""
+        dims = moments.mean.dim() - 1
+        volumes = self.volumes.view(self.volumes.shape[0], *[1] * dims, -1)
+        mean = moments.mean.unsqueeze(-1)
+        deviation = moments.variance.clamp(min=1e-12).sqrt().unsqueeze(-1)
+        skew = moments.third.unsqueeze(-1) / deviation**3
+        upper = _refined_normal((volumes + 0.5 - mean) / deviation, skew)
+        lower = _refined_normal((volumes - 0.5 - mean) / deviation, skew)
+        kept = (upper >= EPSILON) & (lower <= 1 - EPSILON) & self.possible.view(volumes.shape)
+        mass = (upper - lower).clamp_(min=0) * kept
+        return mass / mass.sum(-1, keepdim=True).clamp(min=1e-300)
+
+    def empty_score(self, smooth: float) -> Tensor:
+        """Return ``E[g / (g + Gamma)]`` ``(R,)``."""
+        if smooth == 0:
+            return torch.zeros_like(self.moments.mean)
+        return (self.pmf * (smooth / (smooth + self.volumes))).sum(1)
+
+    def reciprocal(self, pixels: int, smooth: float) -> Tensor:
+        """Return ``E[1 / (tau + 1 + g + Gamma)]`` for tau = 0..pixels, ``(R, pixels + 1)``: a correlation, by FFT."""
+        length = 1 << (pixels + 1 + self.volumes.shape[1]).bit_length()
+        steps = torch.arange(length, device=self.volumes.device, dtype=torch.float64)
+        reciprocals = 1 / (steps + self.volumes[:, :1] + 1 + smooth)
+        spectrum = torch.fft.rfft(reciprocals) * torch.fft.rfft(self.pmf, n=length).conj()
+        return torch.fft.irfft(spectrum, n=length)[:, : pixels + 1]
+
+
+def _refined_normal(x: Tensor, skew: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return torch.special.ndtr(x) + skew * (1 - x * x) * density / 6
+
+
+def _blind(values: Tensor, moments: _Moments, support: Support, smooth: float) -> Tensor:
+    """Blind approximation: the count without pixel j is distributed like the count with it."""
+    del moments
+    reciprocal = support.reciprocal(values.shape[1], smooth)
+    return 2 * values.cumsum(1) * reciprocal[:, 1:] + smooth * reciprocal[:, :-1]
+
+
+def _trna(values: Tensor, moments: _Moments, support: Support, smooth: float) -> Tensor:
+    """Truncated refined normal approximation: each count without pixel j has its own refined normal."""
+    rows, pixels = values.shape
+    scores = torch.full_like(values, -torch.inf)
+    carried = torch.zeros_like(support.volumes)
+    best = torch.zeros_like(moments.mean)
+    step = max(1, TRNA_TERMS // support.volumes.shape[1])
+    mass = values.cumsum(1)
+    for first in range(0, pixels, step):
+        part = values[:, first : first + step]
+        if first:
+            # E[1 / (a + X)] <= 1 / (a + least X): nothing from here on can win.
+            least = first + 1 + smooth + support.volumes[:, 0]
+            if bool(((2 * mass[:, -1] + smooth) / least < best).all()):
+                break
+        volume = torch.arange(first + 1, first + part.shape[1] + 1, device=values.device).view(-1, 1)
+        weighted = part.unsqueeze(2) * support.probabilities(moments.without(part))  # (R, J, L)
+        weighted = weighted.cumsum_(1).add_(carried.unsqueeze(1))
+        carried = weighted[:, -1].clone()
+        below = volume + smooth + support.volumes.unsqueeze(1)
+        score = 2 * (weighted / (below + 1)).sum(2)
+        if smooth:
+            score += smooth * (support.pmf.unsqueeze(1) / below).sum(2)
+        scores[:, first : first + step] = score
+        best = torch.maximum(best, score.amax(1))
+    return scores
