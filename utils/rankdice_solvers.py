@@ -71,7 +71,8 @@ def _scores(values: Tensor, metric: str, solver: str, smooth: float, budget: int
     width = torch.exp2(torch.ceil(torch.log2(16 * moments.variance.sqrt() + 16))).long()
     for size in width.unique().tolist():
         for which, approximate in ((use_trna, _trna), (~use_trna, _blind)):
-            for part in ((width == size) & which).nonzero().view(-1).split(max(1, budget // (TRNA_TERMS * 64))):
+            rows = ((width == size) & which).nonzero().view(-1)
+            for part in rows.split(max(1, budget // (TRNA_TERMS * 64))) if rows.numel() else ():
                 support = Support(moments[part], int(size), values.shape[1])
                 scores[part] = approximate(values[part], moments[part], support, smooth)
                 empty[part] = support.empty_score(smooth)
