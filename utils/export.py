@@ -1,0 +1,327 @@
+"""Write a trained model in a form that runs without this project: ONNX, or a torch.export program.
+
+    python -m utils.export --model best_model.pth --format onnx
+
+The exported program takes ``images``, float32 ``(B, channels, H, W)``, RGB in [0, 1], of any batch size, height and
+width, and returns ``probabilities``, float32 ``(B, classes, H, W)``: normalisation, temperature and softmax (or
+sigmoid) are inside, so :func:`utils.rankdice.rank_dice` can be applied to its output as it is. Before a file gets its
+name, its output has been compared with PyTorch's on three sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.cli import add_overrides
+from utils.errors import UserError, run
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from utils.checkpoint import LoadedModel
+
+    Runner = Callable[[np.ndarray], np.ndarray]
+
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
+# One more than a multiple of 32: no level of a network divides evenly, so every resize in it is traced as one.
+TRACED_SIZE = (2, 97, 161)
+CHECKED_SIZES = ((1, 64, 96), (3, 97, 130), (2, 161, 224))
+SMALLEST_SIDE, LARGEST_SIDE, LARGEST_BATCH = 32, 16384, 1024
+TOLERANCE = 1e-3  # float32 rounding, amplified by confident logits; a real difference is far larger
+
+
+def main() -> int:
+    """Read the command line and export."""
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-m", "--model", required=True, help="checkpoint, such as saved/.../best_model.pth")
+    parser.add_argument("-f", "--format", choices=tuple(SUFFIXES), default="onnx", help="default: onnx")
+    parser.add_argument("-o", "--output", help="file to write (default: beside the checkpoint)")
+    parser.add_argument("-c", "--config", help="config to use in place of the one in the checkpoint")
+    parser.add_argument("--logits", action="store_true", help="return logits in place of probabilities")
+    add_overrides(parser)
+    args = parser.parse_args()
+    check_packages(args.format)
+    output = Path(args.output or Path(args.model).with_suffix(SUFFIXES[args.format]))
+    if output.suffix != SUFFIXES[args.format]:
+        raise UserError(f"--output {output}: a file of format {args.format} is named {SUFFIXES[args.format]}")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
+
+    from utils import checkpoint
+
+    state = checkpoint.read(args.model)
+    config = checkpoint.config_of(state, args.model, args.config, args.set)
+    loaded = checkpoint.build_model(state, args.model, config)
+    worst = export(loaded, output, args.format, logits=args.logits)
+    sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
+    print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB; largest difference to PyTorch {worst:.1e} (on {sizes})")
+    return 0
+
+
+def check_packages(kind: str) -> None:
+    """Raise UserError where a package that a format needs is not installed."""
+    missing = [package for package in PACKAGES[kind] if find_spec(package) is None]
+    if missing:
+        raise UserError(f"--format {kind} needs {', '.join(missing)}: pip install {' '.join(PACKAGES[kind])}")
+
+
+def export(loaded: LoadedModel, path: str | Path, kind: str = "onnx", logits: bool = False) -> float:
+    """Export a model; the file appears only after its output agreed with PyTorch's.
+
+    Args:
+        loaded: from :func:`utils.checkpoint.load_model`.
+        path: the file to write.
+        kind: "onnx" or "torch-export".
+        logits: whether the program returns logits in place of probabilities.
+
+    Returns:
+        The largest absolute difference to PyTorch over ``CHECKED_SIZES``.
+
+    Raises:
+        UserError: the model cannot be exported, or the exported program computes something else.
+    """
+    import torch
+
+    path = Path(path)
+    deployed = deployable(loaded, logits)
+    facts = _facts(loaded, logits)
+    name = loaded.config.arch.type
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        with _quiet(), _portable_pooling(), torch.no_grad():
+            program = _trace(deployed, loaded.facts.in_channels)
+            write, start = (_write_onnx, _start_onnx) if kind == "onnx" else (_write_program, _start_program)
+            write(program, temporary, facts)
+            del program
+            runner = start(temporary)
+        worst = _compare(deployed, runner, loaded.facts.in_channels, name, kind)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # the exporters raise whatever they stumble over
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"{name} cannot be exported as {kind} with free height, width and batch by torch {torch.__version__}: "
+            f"{type(error).__name__}: {reason[:300]}"
+        ) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return worst
+
+
+def deployable(loaded: LoadedModel, logits: bool = False) -> nn.Module:
+    """Return a module from images in [0, 1] to probabilities, or logits."""
+    import torch
+    from torch import nn
+
+    from utils.batch import Normalize
+    from utils.predict import probabilities
+
+    class Deployed(nn.Module):
+        """Normalise, run the network, make probabilities."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.normalize = Normalize(loaded.facts.mean, loaded.facts.std)
+            self.network = loaded.model
+
+        def forward(self, images: Tensor) -> Tensor:
+            output = self.network(self.normalize(images))
+            return output if logits else probabilities(output, loaded.activation, loaded.config.predict.temperature)
+
+    return Deployed().to(torch.device("cpu")).eval()
+
+
+def _facts(loaded: LoadedModel, logits: bool) -> dict[str, str]:
+    """Return what a user of the file needs to know, as text."""
+    facts = loaded.facts
+    return {
+        "class_names": json.dumps(facts.class_names),
+        "palette": json.dumps(facts.palette),
+        "input": f"images: float32 (B, {facts.in_channels}, H, W) in [0, 1]",
+        "output": f"{'logits' if logits else 'probabilities'}: float32 (B, {facts.num_classes}, H, W)",
+        "activation": "sigmoid" if facts.num_classes == 1 else loaded.activation,
+        "temperature": str(loaded.config.predict.temperature),
+    }
+
+
+# --------------------------------------------------------------------------------------------------- tracing
+
+
+def _trace(deployed: nn.Module, channels: int):
+    """Trace the module with free batch, height and width."""
+    import torch
+    from torch.export import Dim
+
+    batch, height, width = TRACED_SIZE
+    free = {
+        0: Dim("batch", min=1, max=LARGEST_BATCH),
+        2: Dim("height", min=SMALLEST_SIDE, max=LARGEST_SIDE),
+        3: Dim("width", min=SMALLEST_SIDE, max=LARGEST_SIDE),
+    }
+    arguments = {"dynamic_shapes": (free,), "strict": False}
+    images = (torch.rand(batch, channels, height, width),)
+    with _deferred_guards(torch.export.export) as export_program:
+        program = export_program(deployed, images, **arguments)
+    _drop_size_assertions(program)
+    return program
+
+
+@contextmanager
+def _deferred_guards(export_program: Callable) -> Iterator[Callable]:
+    """Give torch's export with comparisons of sizes as assertions in the program instead of refusals to trace it.
+
+    Networks compare sizes to skip a resize that would change nothing (their answer while traced was "resize", which
+    is right for every size), and torch cannot always prove what holds for pooled sizes.
+    """
+    import inspect
+
+    name = "prefer_deferred_runtime_asserts_over_guards"
+    if name in inspect.signature(export_program).parameters:
+        yield lambda *args, **kwargs: export_program(*args, **kwargs, **{name: True})
+    else:  # torch 2.6 to 2.8 have it one level down
+        from torch.export import _trace as internal
+
+        yield lambda *args, **kwargs: internal._export(
+            *args, **kwargs, allow_complex_guards_as_runtime_asserts=True, pre_dispatch=True
+        )
+
+
+def _drop_size_assertions(program) -> None:
+    """Remove the deferred comparisons; whether the program is right for other sizes is then checked by running it."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and "_assert_scalar" in str(node.target):
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+@contextmanager
+def _portable_pooling() -> Iterator[None]:
+    """Let adaptive average pooling be traced as two matrix products, which exist everywhere for free sizes."""
+    import torch.nn.functional as F
+
+    original = F.adaptive_avg_pool2d
+    F.adaptive_avg_pool2d = adaptive_average
+    try:
+        yield
+    finally:
+        F.adaptive_avg_pool2d = original
+
+
+def adaptive_average(x: Tensor, output_size: int | Sequence[int | None]) -> Tensor:
+    """Do what ``torch.nn.functional.adaptive_avg_pool2d`` does: each bin is the mean of the pixels it touches."""
+    rows, columns = (output_size, output_size) if isinstance(output_size, int) else output_size
+    if rows == columns == 1:
+        return x.mean(dim=(2, 3), keepdim=True)
+    height, width = x.shape[-2:]
+    vertical = _bins(rows or height, height, x)
+    horizontal = _bins(columns or width, width, x)
+    return vertical @ x @ horizontal.transpose(0, 1)
+
+
+def _bins(count: int, length: int, like: Tensor) -> Tensor:
+    """Return ``(count, length)``: bin i is the mean from ``floor(i l / n)`` to ``ceil((i + 1) l / n)``."""
+    import torch
+
+    index = torch.arange(count, device=like.device)[:, None]
+    position = torch.arange(length, device=like.device)[None]
+    first = (index * length) // count
+    stop = -((-(index + 1) * length) // count)
+    inside = ((position >= first) & (position < stop)).to(like.dtype)
+    return inside / inside.sum(dim=1, keepdim=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' own progress and warnings off the terminal."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+# --------------------------------------------------------------------------------------------------- formats
+
+
+def _write_onnx(program, path: str, facts: dict[str, str]) -> None:
+    import onnx
+    import torch
+
+    names = {"input_names": ["images"], "output_names": [facts["output"].partition(":")[0]]}
+    torch.onnx.export(program, (), path, dynamo=True, external_data=False, **names)
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, facts)
+    onnx.save(model, path)
+
+
+def _start_onnx(path: str) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images})[0]
+
+
+def _write_program(program, path: str, facts: dict[str, str]) -> None:
+    import torch
+
+    torch.export.save(program, path, extra_files={"facts.json": json.dumps(facts)})
+
+
+def _start_program(path: str) -> Runner:
+    import torch
+
+    module = torch.export.load(path).module()
+    return lambda images: module(torch.from_numpy(images)).detach().numpy()
+
+
+def _compare(deployed: nn.Module, runner: Runner, channels: int, name: str, kind: str) -> float:
+    """Return the largest difference of the exported program to PyTorch over the checked sizes."""
+    import numpy as np
+    import torch
+
+    worst, generator = 0.0, np.random.default_rng(0)
+    for batch, height, width in CHECKED_SIZES:
+        images = generator.random((batch, channels, height, width), dtype=np.float32)
+        with torch.no_grad():
+            expected = deployed(torch.from_numpy(images)).numpy()
+        found = runner(images)
+        size = f"{batch} x {channels} x {height} x {width}"
+        if found.shape != expected.shape:
+            raise UserError(f"{name} as {kind}: images {size} give shape {found.shape}, PyTorch gives {expected.shape}")
+        difference = float(np.abs(found - expected).max())
+        if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
+            raise UserError(
+                f"{name} as {kind} computes something else than PyTorch: images {size} differ by {difference:.2g}; "
+                "no file was written"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+if __name__ == "__main__":
+    run(main)
