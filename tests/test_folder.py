@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -21,6 +22,7 @@ from dataloaders.pairing import split_by_fraction
 from tests.test_tiff import tiff
 from utils.errors import UserError
 from utils.images import write_png
+from utils.signatures import check_arguments
 
 CLASSES = ["background", "cell", "dirt"]
 IDS = np.array([[0, 1, 2, 0], [1, 1, 2, 2], [0, 0, 0, 255]], np.uint8)
@@ -432,3 +434,17 @@ def test_batches_come_augmented(plain: Path) -> None:
     batch = next(iter(loader))
     assert batch.images.shape == (4, 3, 8, 8)
     assert set(batch.labels.unique().tolist()) <= {0, 1, 2, 255}
+
+
+# ---- the documentation
+
+
+def test_documented_examples_are_accepted(root: Path) -> None:
+    text = (root / "docs" / "datasets.md").read_text(encoding="utf-8")
+    lines = [line for block in text.split("```json\n")[1:] for line in block.split("```")[0].splitlines()]
+    examples = [json.loads(line[line.index("{") :]) for line in lines]
+    assert len(examples) >= 9
+    for example in examples:
+        cls = dataloaders.LOADERS[example["type"]]
+        targets = [cls, *cls.loader_targets()]
+        assert check_arguments("args", example["type"], targets, example["args"]) == []

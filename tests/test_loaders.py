@@ -369,3 +369,23 @@ def test_voc_masks_written_with_the_palette_are_read_back(tmp_path: Path) -> Non
     dataset = dataloaders.build("VOC", data_dir=str(tmp_path), split="train_aug").dataset
     assert set(label(dataset).flat) == {20}
     assert labels("voc") == (dataset.class_names, dataset.palette)
+
+
+# ---- the configs to start from
+
+
+@pytest.mark.parametrize("file", ["voc", "voc_aug", "cityscapes", "ade20k", "coco_stuff", "kvasir", "camvid", "folder"])
+def test_configs_are_valid_and_tell_their_story(file: str, root: Path, tmp_path: Path) -> None:
+    from models import MODELS
+    from utils.config import load
+
+    folders = [f"{stage}_loader.args.data_dir={tmp_path}" for stage in ("train", "val")]
+    config = load(root / "configs" / f"{file}.json", folders, models=MODELS, loaders=LOADERS)
+    assert f"--config configs/{file}.json" in config.about
+    train, val = config.train_loader.args, config.val_loader.args
+    assert train["split"] != val["split"] or "val_fraction" in val
+    assert "crop_size" not in val, "scored whole"
+    if file == "camvid":
+        assert tuple(train["classes"]) == labels("camvid").names
+        assert [tuple(colour) for colour in train["palette"]] == list(labels("camvid").palette)
+        assert (val["classes"], val["palette"]) == (train["classes"], train["palette"])
