@@ -441,6 +441,16 @@ def test_dice_per_class_and_image_by_hand(classes, weight):
     torch.testing.assert_close(found, dice_by_hand(logits, target, classes, weight))
 
 
+@pytest.mark.parametrize("name", ["DiceLoss", "BDiceLoss", "TverskyLoss"])
+def test_a_class_rightly_absent_costs_nothing_without_smoothing(name):
+    # 0 / 0: nothing there, nothing said.
+    target = torch.zeros(1, 2, 2, dtype=torch.int64)
+    logits = torch.tensor([1e4, -1e4, -1e4]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    value, gradient = value_and_gradient(build(name, smooth=0.0, per_class=True), logits, target)
+    assert value == 0
+    assert gradient.isfinite().all()
+
+
 def test_dice_is_tversky_at_one_half():
     logits, target = batch(4)
     dice = build("DiceLoss", per_class=True, smooth=2.0)(logits, target)
