@@ -124,6 +124,8 @@ class BaseDataLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for parcel in super().__iter__():
+            if parcel.failure is not None:
+                raise UserError(parcel.failure)
             for reason in parcel.problems:
                 self._report(reason)
             if parcel.batch is not None:
@@ -210,17 +212,22 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class Parcel(NamedTuple):
-    """What a worker hands over: a batch, None if nothing of it could be read, and what was wrong."""
+    """What a worker hands over: a batch, None if nothing of it could be read, what was left out, and what must
+    stop the run.
+    """
 
     batch: Batch | None
     problems: list[str]
+    failure: str | None = None
 
 
-def collate(items: Sequence[Sample | Skipped]) -> Parcel:
+def collate(items: Sequence[Sample | Skipped | UserError]) -> Parcel:
     """Stack samples to a batch; lists where their sizes differ."""
     problems: list[str] = []
     samples: list[Sample] = []
     for item in items:
+        if isinstance(item, UserError):
+            return Parcel(None, [], str(item))
         if isinstance(item, Skipped):
             problems += item.reasons
             if item.replacement is not None:

@@ -407,6 +407,19 @@ class BaseDataSet(Dataset[Any]):
         except UserError as error:
             return self._replace(epoch, index, str(error))
 
+    def __getitems__(self, keys: Sequence[Key]) -> list[Sample | Skipped | UserError]:
+        """Return the samples for a batch of keys, errors among them as they are: the loader raises them.
+
+        Raised in a worker process they would reach the user wrapped in the worker's traceback.
+        """
+        return [self._item_or_error(key) for key in keys]
+
+    def _item_or_error(self, key: Key) -> Sample | Skipped | UserError:
+        try:
+            return self[key]
+        except UserError as error:
+            return error
+
     def _replace(self, epoch: int, index: int, reason: str) -> Skipped:
         reasons = [reason]
         for step in range(1, min(len(self), 100) if self.replace_broken else 1):
