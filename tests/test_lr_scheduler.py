@@ -426,10 +426,12 @@ def test_constant_curves_can_be_drawn():
 
 
 def test_mistakes_are_one_message(config_file, tmp_path, capsys):
-    with pytest.raises(UserError, match=r"optimizer or lr_scheduler: .*runs without any"):
-        lr_plot.main(
-            ["--config", str(config_file), "--set", 'optimizer.args={"lr":0.1}', "--out", str(tmp_path / "a.png")]
-        )
+    out = ["--out", str(tmp_path / "a.png")]
+    warmup = ["--set", "lr_scheduler.type=Poly", "--set", "lr_scheduler.args.warmup=1000", "--iters-per-epoch", "5"]
+    with pytest.raises(UserError, match=r"lr_scheduler: warmup is 1000; expected .* less than the run's 12 steps"):
+        lr_plot.main(["--config", str(config_file), *warmup, *out])
+    with pytest.raises(UserError, match="without any"):
+        lr_plot.main(["--config", str(config_file), "--set", 'optimizer.args={"lr":0.1}', *out])
     with pytest.raises(UserError, match=r"ends in \.png"):
         lr_plot.main(["--config", str(config_file), "--out", str(tmp_path / "a.gif")])
     with pytest.raises(UserError, match="from 1 up"):
