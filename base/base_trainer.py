@@ -177,6 +177,7 @@ class BaseTrainer:
         """Write the resolved config into the run's folder, and print what is about to run."""
         text = configs.dump(self.config)
         (self.folder / "config.json").write_text(text, encoding="utf-8")
+        checkpoint.remove_leftovers(self.folder)
         self.log.text("config", text)
         print(self.banner())
 

@@ -22,7 +22,7 @@ import errno
 import os
 import pickle
 import tempfile
-import zipfile
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -36,8 +36,10 @@ import torch
 from torch import nn
 
 from utils import config as configs
+from utils.config_checks import dead_arguments
 from utils.errors import UserError
 from utils.schema import Config
+from utils.signatures import parameters
 
 FORMAT = 2
 
@@ -130,6 +132,13 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
                 temporary.unlink()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files of a run that was killed while it saved."""
+    for path in folder.glob(".*.pth.*"):
+        with suppress(OSError):
+            path.unlink()
+
+
 def link(source: Path, path: Path) -> None:
     """Make ``path`` another name of ``source``, replacing what it named; a copy where links are not possible."""
     temporary = path.with_name(f".{path.name}.link")
@@ -140,6 +149,10 @@ def link(source: Path, path: Path) -> None:
         os.replace(temporary, path)
     except OSError:
         save(read(source), path)
+    finally:
+        # Still there where both names are of one file already: then a rename does nothing.
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -164,35 +177,63 @@ def read(path: str | Path) -> dict[str, Any]:
         there = sorted(p.name for p in path.parent.glob("*.pth"))[:8] if path.parent.is_dir() else []
         hint = f"; in that folder: {', '.join(there)}" if there else ""
         raise UserError(f"{path}: there is no such checkpoint file{hint}")
+    _check_container(path)
     try:
-        with torch.serialization.safe_globals(_numpy_scalars()):
+        with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what torch warns of ends in an error of ours
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(_unpickling_message(path, error)) from None
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(_refusal(path, error)) from None
+    except Exception as error:  # bytes gone wrong end in nearly any exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         size = f"{path.stat().st_size:,} bytes"
         raise UserError(f"{path}: not a checkpoint, or cut short ({size}): {reason}; copy or train it again") from None
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: expected a checkpoint (a dict with 'state_dict'), found {type(state).__name__}")
     if "state_dict" not in state:
-        if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            keys = ", ".join(map(str, list(state)[:5]))
+        if not _are_weights(state):
+            keys = ", ".join(map(str, list(state)[:5])) or "none"
             raise UserError(f"{path}: expected 'state_dict' or the weights alone, found the keys {keys}")
         state = {"state_dict": state}
+    if not _are_weights(state["state_dict"]):
+        raise UserError(f"{path}: expected tensors by name in 'state_dict', found {type(state['state_dict']).__name__}")
     return dict(state)
 
 
-def _unpickling_message(path: Path, error: Exception) -> str:
+def _are_weights(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _check_container(path: Path) -> None:
+    """Raise UserError unless the file begins as torch writes files: a zip archive, or a pickle of old versions."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return
+    what = f"it begins with {start[:24]!r}" if start else "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        what = "this is a Git LFS pointer; fetch the file itself with git lfs pull"
+    elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        what = "this is a web page; the download went wrong"
+    raise UserError(f"{path}: not a checkpoint: {what}")
+
+
+def _refusal(path: Path, error: Exception) -> str:
     text = str(error)
-    if "Unsupported" in text or "GLOBAL" in text or "not allowed" in text or "Weights only load failed" in text:
-        named = text.split("GLOBAL ")[1].split(" ")[0] if "GLOBAL " in text else "an object that is not plain data"
+    if "GLOBAL " not in text:
         return (
-            f"{path}: refused: reading it would run code ({named}). A checkpoint may hold tensors, numbers, text, "
-            "lists and dicts only. If you trust where it comes from, load it once with "
-            "torch.load(..., weights_only=False) and save its 'state_dict' alone"
+            f"{path}: refused: it is not made of tensors, numbers, text, lists and dicts as torch.save writes them, "
+            "and anything else in such a file may run code; copy or train it again"
         )
-    return f"{path}: not a checkpoint: {text.splitlines()[0]}"
+    named = text.split("GLOBAL ")[1].split(" ")[0]
+    return (
+        f"{path}: refused: reading it would run code ({named}). A checkpoint may hold tensors, numbers, text, "
+        "lists and dicts only. If you trust where it comes from, load it once with "
+        "torch.load(..., weights_only=False) and save its 'state_dict' alone"
+    )
 
 
 def _numpy_scalars() -> list[Any]:
@@ -202,7 +243,7 @@ def _numpy_scalars() -> list[Any]:
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
         np.dtype,
-        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)),
     ]
 
 
@@ -232,14 +273,18 @@ def config_of(
     """
     models, loaders = import_module("models").MODELS, import_module("dataloaders").LOADERS
     stored = state.get("config")
+    if stored is not None and not isinstance(stored, Mapping):
+        raise UserError(f"{path}: its config is no section but {type(stored).__name__}; give one with --config")
     if given is not None:
         raw, source = configs.read(given), str(given)
-        if stored is not None and raw.get("arch") is not None and not _same_arch(stored["arch"], raw["arch"]):
+        own = (stored or {}).get("arch")
+        if "arch" in raw and own is not None and not _same_arch(own, raw["arch"], models):
             raise UserError(
-                f"{given}: its arch is {raw['arch']}, the checkpoint {path} has {stored['arch']}; "
+                f"{given}: its arch is {raw['arch']}, the checkpoint {path} has {own}; "
                 "the model of a checkpoint cannot be changed: leave -c out, or give the config of that run"
             )
-        raw["arch"] = raw.get("arch") or (stored or {}).get("arch")
+        if own is not None:
+            raw["arch"] = own
     elif stored is not None:
         raw, source = stored, f"the config in {path}"
     else:
@@ -247,10 +292,18 @@ def config_of(
     return configs.resolve(raw, overrides, source=source, models=models, loaders=loaders, stages=stages)
 
 
-def _same_arch(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    # Where the weights came from before training does not change the model.
-    def essence(arch: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return arch.get("type"), {k: v for k, v in (arch.get("args") or {}).items() if k != "pretrained"}
+def _same_arch(a: Any, b: Any, models: Mapping[str, Any]) -> bool:
+    """Return whether two ``arch`` sections build the same network, whether or not they spell out defaults."""
+
+    def essence(arch: Any) -> Any:
+        if not isinstance(arch, Mapping) or arch.get("type") not in models:
+            return arch
+        args = dict(arch.get("args") or {})
+        for name in dead_arguments(arch["type"], args, models):
+            del args[name]
+        defaults = {name: p.default for name, p in parameters(models[arch["type"]]).items()}
+        # Where the weights came from before training does not change the model.
+        return arch["type"], {name: value for name, value in (defaults | args).items() if name != "pretrained"}
 
     return essence(a) == essence(b)
 
@@ -286,16 +339,16 @@ def build_model(
     from utils.losses import LOSSES
 
     weights = state.get("ema") or state["state_dict"]
-    if "facts" in state:
-        facts = Facts.from_dict(state["facts"])
-        arch, args, num_classes = config.arch.type, arch_arguments(config, facts), facts.num_classes
-    else:
-        arch, args, num_classes = upstream.infer(weights, config.arch.type, config.arch.args)
-        facts = _facts_of_config(config, num_classes, path)
-    if "pretrained" in args:
-        args["pretrained"] = False  # the checkpoint's weights replace them anyway
-    model = models.build(arch, num_classes, **args)
     try:
+        if "facts" in state:
+            facts = _stored_facts(state["facts"])
+            arch, args, num_classes = config.arch.type, arch_arguments(config, facts), facts.num_classes
+        else:
+            arch, args, num_classes = upstream.infer(weights, config.arch.type, config.arch.args)
+            facts = _facts_of_config(config, num_classes)
+        if "pretrained" in args:
+            args["pretrained"] = False  # the checkpoint's weights replace them anyway
+        model = models.build(arch, num_classes, **args)
         models.load_weights(model, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -321,15 +374,25 @@ def arch_arguments(config: Config, facts: Facts) -> dict[str, Any]:
     return args if facts.in_channels == 3 else args | {"in_channels": channels}
 
 
-def _facts_of_config(config: Config, num_classes: int, path: str | Path) -> Facts:
+def _stored_facts(values: Any) -> Facts:
+    try:
+        return Facts.from_dict(values)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"its 'facts' (classes, palette, mean, std) are not as they were written: {error}") from None
+
+
+def _facts_of_config(config: Config, num_classes: int) -> Facts:
     """Return the facts for a checkpoint that carries none: those of the data set its config names."""
     dataset = import_module("dataloaders").LOADERS[config.train_loader.type]
     known = signature(dataset.facts_for).parameters
     args = {name: value for name, value in config.train_loader.args.items() if name in known}
-    facts = Facts.of(dataset.facts_for(**args, ignore_index=config.ignore_index))
+    try:
+        facts = Facts.of(dataset.facts_for(**args | {"ignore_index": config.ignore_index}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"train_loader.args: {error}") from None
     if facts.num_classes != num_classes:
         raise UserError(
-            f"{path}: its weights have {num_classes} classes, its data set {config.train_loader.type} has "
+            f"its weights have {num_classes} classes, its data set {config.train_loader.type} has "
             f"{facts.num_classes}; give the config it was trained with (--config)"
         )
     return facts

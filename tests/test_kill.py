@@ -1,0 +1,43 @@
+"""A run killed with SIGKILL at random points, again and again, ends with the bits of a run that was left alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from base.base_trainer import LATEST
+from tests.kill_worker import OPTIONS
+from tests.test_trainer import make_trainer, same_weights
+from utils import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_random_points(tmp_path: Path, seed: int) -> None:
+    whole = make_trainer(tmp_path / "whole", **OPTIONS)
+    whole.train()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kill_worker", str(tmp_path / "killed"), str(seed), "12"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) >= 3, "the run was through before it could be killed"
+    run = tmp_path / "killed/run"
+    resumed = make_trainer(tmp_path / "killed", resume=LATEST, **OPTIONS)
+    assert resumed.epoch == OPTIONS["epochs"]
+    assert same_weights(whole.model, resumed.model)
+    assert same_weights(whole.ema, resumed.ema)
+    assert (tmp_path / "whole/run/log.csv").read_text() == (run / "log.csv").read_text()
+    for path in run.glob("*.pth"):
+        checkpoint.read(path)
+    assert not list(run.glob(".*")), "files half-written under a kill are cleared away by the next start"
