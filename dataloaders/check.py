@@ -218,10 +218,11 @@ def report(stage: str, component: Component, dataset: BaseDataSet, findings: Fin
     lines = [
         f"\n== {stage}_loader: {component.type}, split {dataset.split!r}, {where}",
         f"pairs           {len(dataset)} (looked at {of_all})",
-        *_alone(dataset),
+        *(_alone(dataset) if dataset.layout else ()),
         f"sizes           {_sizes(findings.sizes)}",
-        f"stored values   {_values(findings)}",
     ]
+    if findings.stored:
+        lines.append(f"stored values   {_values(findings)}")
     if findings.good:
         lines += ["", *_class_table(dataset, findings), "", *_suggestions(stage, dataset, findings)]
     lines += [f"warning: {text}" for text in warnings(dataset, findings)]
@@ -307,7 +308,7 @@ def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
         never = [names[i] for i in np.flatnonzero(findings.pixels[:-1] == 0)]
         if never:
             more = f" and {len(never) - _SHOWN} more" if len(never) > _SHOWN else ""
-            found.append(f"no pixel of {', '.join(never[:_SHOWN])}{more}")
+            found.append(f"no pixel of {', '.join(never[:_SHOWN])}{more} in what was looked at")
         if findings.pixels[-1] > 0.5 * total:
             found.append(f"{findings.pixels[-1] / total:.0%} of all pixels are not labelled")
         if np.isfinite(findings.std).all() and (findings.std < 0.01).any():
