@@ -55,7 +55,7 @@ _COLOURS = {  # RGB of the object's body
 
 class Scene(NamedTuple):
     """``image`` uint8 ``(H, W, 3)``, ``label`` uint8 ``(H, W)``, ``probability`` float32 ``(classes, H, W)`` of the
-    labels given the scene, or None.
+    labels given what can be seen and that the pixel counts (0 where it never does), or None.
     """
 
     image: np.ndarray
@@ -245,6 +245,10 @@ class _Canvas:
         noise = rng.standard_normal(image.shape, dtype=np.float32)
         noise *= 4.0
         image = cv2.scaleAdd(image, 255.0, noise)
+        if self.probability is not None:
+            # What a band left over belongs to "ignored": given that a pixel counts, the rest is everything.
+            total = self.probability.sum(0)
+            self.probability /= np.where(total > 0, total, 1)
         return Scene(_to_bytes(image), self.label, self.probability)
 
 

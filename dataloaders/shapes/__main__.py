@@ -1,0 +1,89 @@
+"""Write Shapes to files in the layout of Pascal VOC: ``python -m dataloaders.shapes --out DIR --n N``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.errors import UserError, run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser; nothing heavy is imported for it."""
+    top = argparse.ArgumentParser(
+        prog="python -m dataloaders.shapes",
+        description="Write scenes of the built-in data set as image and mask files in the layout of Pascal VOC, "
+        "with its lists: three quarters train, the rest val; test has a tenth as many more. The VOC loader reads "
+        'them with "classes": "classes.txt".',
+    )
+    top.add_argument("--out", required=True, help="folder to write VOCdevkit/VOC2012 and classes.txt below")
+    top.add_argument("--n", type=int, required=True, help="how many scenes in train and val together (2 or more)")
+    top.add_argument("--size", type=int, default=128, help="side of the scenes in pixels (default: 128)")
+    top.add_argument("--seed", type=int, default=0, help="another one gives other scenes (default: 0)")
+    return top
+
+
+def main() -> int:
+    """Write the files."""
+    args = parser().parse_args()
+
+    from dataloaders.shapes.scene import SMALLEST
+
+    for name, value, least in (("n", args.n, 2), ("size", args.size, SMALLEST), ("seed", args.seed, 0)):
+        if value < least:
+            raise UserError(f"--{name} must be at least {least}, got {value}")
+    out = Path(args.out).expanduser()
+    try:
+        counts = write_voc(out, args.n, args.size, args.seed)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there: {error.strerror or error}") from None
+    print(f"{out}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
+    print(
+        f'load it with {{"type": "VOC", "args": {{"data_dir": "{out}", "split": "train", "classes": "classes.txt"}}}}'
+    )
+    return 0
+
+
+def write_voc(out: Path, n: int, size: int = 128, seed: int = 0) -> dict[str, int]:
+    """Write ``n`` scenes of train and val and some of test below ``out``; return how many each split has."""
+    from dataloaders.shapes import scene
+    from utils.images import voc_colormap, write_bytes, write_png
+
+    root = out / "VOCdevkit" / "VOC2012"
+    val = max(1, n // 4)
+    counts = {"train": n - val, "val": val, "test": max(1, n // 10)}
+    # Class colours, and VOC's own for what is ignored.
+    palette = (*scene.PALETTE, *voc_colormap(256)[len(scene.PALETTE) :])
+    names: dict[str, list[str]] = {}
+    for split, count in counts.items():
+        names[split] = [f"{split}_{number:06d}" for number in range(count)]
+        for number, name in enumerate(names[split]):
+            image, label, _ = scene.numbered(seed, split, number, size, size)
+            write_bytes(root / "JPEGImages" / f"{name}.jpg", _jpeg(image))
+            for folder in ("SegmentationClass", "SegmentationClassAug"):
+                write_png(root / folder / f"{name}.png", label, palette)
+    names["trainval"] = names["train"] + names["val"]
+    for split, listed in names.items():
+        lists = root / "ImageSets" / "Segmentation"
+        write_bytes(lists / f"{split}.txt", "".join(f"{name}\n" for name in listed).encode())
+        rows = (f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in listed)
+        write_bytes(lists / f"{split}_aug.txt", "".join(rows).encode())
+    write_bytes(out / "classes.txt", "".join(f"{name}\n" for name in scene.CLASS_NAMES).encode())
+    return {split: len(listed) for split, listed in names.items()}
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    import cv2
+
+    ok, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
+    if not ok:
+        raise OSError("the image cannot be encoded as JPEG")
+    return data.tobytes()
+
+
+if __name__ == "__main__":
+    run(main)
