@@ -121,11 +121,8 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch reports a failed write as a RuntimeError of its zip writer.
-        full = getattr(error, "errno", None) == errno.ENOSPC or "PytorchStreamWriter" in str(error)
-        reason = "the disk is full" if full else str(error)
         kept = "; the earlier file there is untouched" if path.exists() else ""
-        raise UserError(f"{path}: the checkpoint could not be written: {reason}{kept}") from None
+        raise UserError(f"{path}: the checkpoint could not be written: {_write_failure(error)}{kept}") from None
     finally:
         if temporary is not None:
             with suppress(OSError):
@@ -137,6 +134,16 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.pth.*"):
         with suppress(OSError):
             path.unlink()
+
+
+def _write_failure(error: BaseException) -> str:
+    """Return why writing failed; torch's zip writer buries the reason under an error of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return "the disk is full" if cause.errno == errno.ENOSPC else cause.strerror or str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return f"{error} (is the disk full?)"
 
 
 def link(source: Path, path: Path) -> None:

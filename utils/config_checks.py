@@ -100,19 +100,21 @@ def _unknown(path: str, name: str, table: Mapping[str, Any]) -> str:
     return f"{path}.type: found {name!r}{hint} Allowed: {', '.join(table)}"
 
 
-def _forget_dead_arguments(config: Config, models: Registry) -> None:
-    """Drop ``arch.args.backbone`` where it had no effect in the published code; say so, once.
+def dead_arguments(type: str, args: Mapping[str, Any], models: Mapping[str, Any]) -> list[str]:
+    """Return the arguments of a network that published configs give and that never had an effect."""
+    name = args.get("backbone")
+    if type not in models or not isinstance(name, str):
+        return []
+    unknown = "backbone" not in parameters(models[type])
+    return ["backbone"] if unknown or name in BACKBONES_WITHOUT_EFFECT.get(type, ()) else []
 
-    The published constructors swallowed arguments that they did not know.
-    """
-    name = config.arch.args.get("backbone")
-    if config.arch.type not in models or not isinstance(name, str):
-        return
-    unknown = "backbone" not in parameters(models[config.arch.type])
-    if unknown or name in BACKBONES_WITHOUT_EFFECT.get(config.arch.type, ()):
-        del config.arch.args["backbone"]
+
+def _forget_dead_arguments(config: Config, models: Registry) -> None:
+    """Drop what has no effect, which published constructors swallowed; say so, once."""
+    for name in dead_arguments(config.arch.type, config.arch.args, models):
+        value = config.arch.args.pop(name)
         print(
-            f"warning: arch.args.backbone: {name!r} has no effect on {config.arch.type}, here as where such configs "
+            f"warning: arch.args.{name}: {value!r} has no effect on {config.arch.type}, here as where such configs "
             "were published; remove it",
             file=sys.stderr,
         )
