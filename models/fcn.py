@@ -1,5 +1,5 @@
 """FCN-8s: Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015 and PAMI
-2017 (https://arxiv.org/abs/1605.06211), in its "at once" form.
+2017 (https://arxiv.org/abs/1605.06211), trained at once rather than in stages.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from base.base_model import BaseModel
 from models.backbones.common import Backbone, load_pretrained
 from models.backbones.vgg import VGG
-from models.blocks import init_weights
 
 VGG_16 = ("vgg16", "vgg16_bn")
 
-#: What pool4 and pool3 are multiplied by before they are scored, so that all three streams can be trained at
-#: once: their activations are that much larger than fc7's (PAMI version, section 4.3).
-POOL4_SCALE = 0.01
-POOL3_SCALE = 0.0001
+#: What the published form multiplies pool3 and pool4 by before they are scored: the authors' "at once" net (PAMI
+#: version, section 4.3), whose VGG-16 takes images in [0, 255] and has activations to match.
+PUBLISHED_SCALES = (0.0001, 0.01)
 
 #: Padding of the first convolution: enough that fc6 (7x7, unpadded, at stride 32) has a window for any image.
 PADDING = 100
@@ -47,9 +45,8 @@ class ConvolutionalVGG16(Backbone):
         self.fc7 = nn.Conv2d(4096, 4096, kernel_size=1)
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(0.5)
-        for fc in (self.fc6, self.fc7):  # as torchvision initialises VGG's classifier
-            nn.init.normal_(fc.weight, std=0.01)
-            nn.init.zeros_(fc.bias)
+        for fc in (self.fc6, self.fc7):
+            _init_classifier(fc)
         first_conv = "features.0.weight"
         load_pretrained(self._torchvision_names(), name, pretrained, first_conv, ignore=("classifier.6.",))
 
@@ -81,12 +78,16 @@ class FCN8(BaseModel):
         pretrained: ImageNet weights for VGG-16, fc6 and fc7 included: true (torchvision's), false, or a path.
         freeze_bn: BatchNorm (of vgg16_bn) keeps its running statistics.
         freeze_backbone: only the scoring convolutions are trained.
+        published: the published departure: pool3 and pool4 are multiplied by 0.0001 and 0.01 before they are
+            scored, as in the authors' "at once" net. Those factors fit Caffe's VGG-16, which takes images in
+            [0, 255]. On images and weights as torchvision's, all three streams are of one order of magnitude:
+            the factors would silence the finer two (and their gradients), so that the default has none.
 
     The enlargements are transposed convolutions with fixed bilinear kernels (the learning rate of the authors'
     "at once" net is 0 there); they are entries of the state dict. About 134 million parameters, 103 of them in
     fc6. Backbone: VGG-16 with fc6 and fc7.
 
-    Deviation from the paper: the scoring convolutions begin with random weights instead of zeros, so that
+    Deviation from the paper: the scoring convolutions begin with small random weights instead of zeros, so that
     gradients reach the backbone from the first step on.
     """
 
@@ -115,8 +116,9 @@ class FCN8(BaseModel):
         pretrained: bool | str = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
+        published: bool = False,
     ) -> None:
-        super().__init__(num_classes, in_channels)
+        super().__init__(num_classes, in_channels, published)
         if backbone not in VGG_16:
             raise ValueError(
                 f"backbone must be one of {', '.join(VGG_16)} for FCN8, got {backbone!r}. (Published configs name "
@@ -127,19 +129,21 @@ class FCN8(BaseModel):
         self.score_pool3 = nn.Conv2d(pool3, num_classes, kernel_size=1)
         self.score_pool4 = nn.Conv2d(pool4, num_classes, kernel_size=1)
         self.score_fc7 = nn.Conv2d(fc7, num_classes, kernel_size=1)
-        init_weights(self.score_pool3, self.score_pool4, self.score_fc7)
+        for score in (self.score_pool3, self.score_pool4, self.score_fc7):
+            _init_classifier(score)
         self.up_fc7 = bilinear_enlargement(num_classes, 2)
         self.up_pool4 = bilinear_enlargement(num_classes, 2)
         self.up_pool3 = bilinear_enlargement(num_classes, 8)
+        self.pool3_scale, self.pool4_scale = PUBLISHED_SCALES if published else (1.0, 1.0)
         self.freeze(freeze_bn, freeze_backbone)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits (B, num_classes, H, W)."""
         pool3, pool4, fc7 = self.backbone(x)
         score = self.up_fc7(self.score_fc7(fc7))
-        score = score + crop(self.score_pool4(POOL4_SCALE * pool4), score, POOL4_OFFSET)
+        score = score + crop(self.score_pool4(self.pool4_scale * pool4), score, POOL4_OFFSET)
         score = self.up_pool4(score)
-        score = score + crop(self.score_pool3(POOL3_SCALE * pool3), score, POOL3_OFFSET)
+        score = score + crop(self.score_pool3(self.pool3_scale * pool3), score, POOL3_OFFSET)
         return crop(self.up_pool3(score), x, IMAGE_OFFSET)
 
 
@@ -162,6 +166,12 @@ def bilinear_enlargement(channels: int, factor: int) -> nn.ConvTranspose2d:
     kernel[range(channels), range(channels)] = weights[:, None] * weights[None, :]
     up.weight = nn.Parameter(kernel, requires_grad=False)
     return up
+
+
+def _init_classifier(conv: nn.Conv2d) -> None:
+    """Initialise as torchvision does VGG's classifier."""
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
 
 
 def _as_linear(conv: nn.Conv2d) -> nn.Linear:

@@ -313,6 +313,22 @@ def test_bilinear_enlargement_is_bilinear_interpolation_channel_by_channel(facto
     torch.testing.assert_close(inner[window], expected[window])
 
 
+def test_fcn8_scores_pool3_and_pool4_unscaled_unless_published(fcn: FCN8) -> None:
+    seen = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, key=key: seen.update({key: inputs[0]}))
+        for key, layer in enumerate((fcn.score_pool3, fcn.score_pool4, fcn.score_fc7))
+    ]
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        fcn(x)
+        features = fcn.backbone(x)
+    for hook in hooks:
+        hook.remove()
+    for key, expected in enumerate(features):
+        assert torch.equal(seen[key], expected)
+
+
 def test_fcn8_kernels_are_in_the_state_dict_but_not_trained(fcn: FCN8) -> None:
     frozen = [name for name, p in fcn.named_parameters() if not p.requires_grad]
     assert frozen == ["up_fc7.weight", "up_pool4.weight", "up_pool3.weight"]
