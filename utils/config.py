@@ -1,7 +1,7 @@
 """Read, override, check and write configs.
 
 ``python -m utils.config check config.json`` checks a file; ``python -m utils.config schema`` prints the
-JSON Schema that editors use (kept in ``configs/schema.json``).
+JSON Schema that editors use (kept in ``configs/schema.json``), ``reference`` the tables of docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -173,13 +173,15 @@ def _without_titles(value: Any) -> Any:
 
 
 def main() -> int:
-    """Check a config, or print the JSON Schema."""
+    """Check a config, or print the JSON Schema or the reference."""
     parser = argparse.ArgumentParser(prog="python -m utils.config", description="Check a config, or print its schema.")
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="check a config file and print it with all defaults")
     checker.add_argument("config")
     checker.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a field")
     commands.add_parser("schema", help="print the JSON Schema of configs")
+    reference = commands.add_parser("reference", help="print the reference of all fields and arguments in Markdown")
+    reference.add_argument("--write", metavar="FILE", help="put it between the marks of a Markdown file instead")
     args = parser.parse_args()
 
     from dataloaders import LOADERS
@@ -187,6 +189,11 @@ def main() -> int:
 
     if args.command == "schema":
         print(json.dumps(json_schema(MODELS, LOADERS), indent=2))
+    elif args.command == "reference":
+        from utils import config_reference
+
+        text = config_reference.reference(MODELS, LOADERS)
+        config_reference.write(args.write, text) if args.write else print(text)
     else:
         print(dump(load(args.config, args.set, models=MODELS, loaders=LOADERS)), end="")
     return 0
