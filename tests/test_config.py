@@ -366,9 +366,10 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_run(field, tmp_path) ->
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_without_permission_is_told_before_the_run(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
-    assert "cannot be written to" in message(trainer={"save_dir": "runs"})
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc to fail to write to")
+def test_a_folder_that_cannot_be_written_is_told_before_the_run() -> None:
+    assert "/proc cannot be written to" in message(trainer={"save_dir": "/proc/runs"})
+    assert resolve(trainer={"log_dir": "/proc/runs", "tensorboard": False})
 
 
 def test_balanced_weights_are_taken_whatever_the_classes() -> None:

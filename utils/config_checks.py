@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -291,10 +292,10 @@ def _check_folders(config: Config) -> list[str]:
     folders = {"trainer.save_dir": config.trainer.save_dir}
     if config.trainer.tensorboard:
         folders["trainer.log_dir"] = config.trainer.log_dir
-    return [f"{path}: found {folder!r}; {why}" for path, folder in folders.items() if (why := _unwritable(folder))]
+    return [f"{path}: found {folder!r}; {why}" for path, folder in folders.items() if (why := unwritable(folder))]
 
 
-def _unwritable(folder: str) -> str | None:
+def unwritable(folder: str) -> str | None:
     """Return why a folder could not be made and written to; None if it could. Nothing is made."""
     if not folder:
         return "expected a folder"
@@ -302,4 +303,8 @@ def _unwritable(folder: str) -> str | None:
     nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not nearest.is_dir():
         return f"{nearest} is a file, not a folder"
-    return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} cannot be written to"
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return None
+    except OSError as error:
+        return f"{nearest} cannot be written to ({error.strerror})"

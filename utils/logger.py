@@ -8,15 +8,19 @@ hold beyond the checkpoint is dropped, since it will be computed again.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from utils.errors import UserError
 
 
 class RunLog:
@@ -37,19 +41,20 @@ class RunLog:
         self.writer = None
         if not active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._forget_after(epoch, iteration)
+        with _told(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._forget_after(epoch, iteration)
         if tensorboard_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(tensorboard_dir), purge_step=iteration + 1 if iteration else None)
 
     def _forget_after(self, epoch: int, iteration: int) -> None:
-        lines = self._records()
-        # At the last iteration of an epoch, the checkpoint may come before that epoch's own record.
-        kept = [r for r in lines if r["iteration"] <= iteration and (r["kind"] != "epoch" or r["epoch"] <= epoch)]
-        if len(kept) < len(lines):
-            _write(self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+        """Drop what the run will compute again, and what a kill left of a line."""
+        kept = [r for r in self._records() if _precedes(r, epoch, iteration)]
+        path, text = self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            _write(path, text)
         self._write_csv(kept)
 
     def _records(self) -> list[dict[str, Any]]:
@@ -98,10 +103,11 @@ class RunLog:
         record = {"kind": kind, "epoch": epoch, "iteration": iteration, "values": _plain(values)}
         if timing:
             record["timing"] = _plain(timing)
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        if kind == "epoch":
-            self._write_csv(self._records())
+        with _told(self.folder):
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            if kind == "epoch":
+                self._write_csv(self._records())
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write scalars to TensorBoard, by their full tags."""
@@ -131,6 +137,23 @@ class RunLog:
         """Flush everything."""
         if self.writer is not None:
             self.writer.close()
+
+
+def _precedes(record: Mapping[str, Any], epoch: int, iteration: int) -> bool:
+    """Return whether a record was written before a checkpoint with so many finished epochs and iterations."""
+    if record["iteration"] != iteration:
+        return record["iteration"] < iteration
+    # Saved in the middle of an epoch, after the iteration's own record; an epoch's record comes with its end.
+    return record["kind"] != "epoch" or record["epoch"] <= epoch
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+        raise UserError(f"{folder}: the logs of the run cannot be written there: {reason}") from None
 
 
 def _plain(values: Mapping[str, float]) -> dict[str, float | None]:

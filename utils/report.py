@@ -7,8 +7,8 @@ import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.checkpoint import Facts, LoadedModel
+from utils.config_checks import unwritable
 from utils.errors import UserError
 from utils.evaluation import Evaluation
 from utils.schema import Config
@@ -36,19 +37,15 @@ ABSENT_CLASSES = "left out where a class is in neither prediction nor target of 
 
 
 def prepare_folder(folder: str | Path) -> Path:
-    """Make the results' folder, now and not after an hour of testing.
+    """Make sure that results can be written to a folder, now and not after an hour of testing; nothing is made yet.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: the folder cannot be made or written.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"{folder}: results cannot be written there: {error.strerror}; choose --output") from None
-    return folder
+    why = unwritable(str(folder))
+    if why is not None:
+        raise UserError(f"{folder}: results cannot be written there: {why}; choose another folder with --output")
+    return Path(folder)
 
 
 def progress_bar(title: str) -> Callable[[Any], Iterable[Any]]:
@@ -195,9 +192,25 @@ def _number(value: Any, digits: int = 4) -> str:
 def write(content: Mapping[str, Any], outcome: Evaluation, facts: Facts, folder: Path) -> list[Path]:
     """Write ``results.json`` and ``per_image.csv``, each whole or not at all; return their paths."""
     paths = [folder / "results.json", folder / "per_image.csv"]
+    with suppress(OSError):  # where it cannot be made, writing says why
+        folder.mkdir(parents=True, exist_ok=True)
     _write(paths[0], json.dumps(content, indent=2) + "\n")
     _write(paths[1], _per_image(outcome, facts))
     return paths
+
+
+def write_scalars(content: Mapping[str, Any], folder: Path) -> None:
+    """Write the scores as TensorBoard scalars into the folder, ``test_PROCEDURE/SCORE`` (``tester.tensorboard``)."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    epoch = content["protocol"]["epoch"]
+    with SummaryWriter(str(folder)) as writer:
+        for name, scores in content["procedures"].items():
+            for key, value in scores.items():
+                values = {f"{key}/{c}": v for c, v in value.items()} if isinstance(value, Mapping) else {key: value}
+                for tag, number in values.items():
+                    if number is not None:
+                        writer.add_scalar(f"test_{name}/{tag}", number, epoch)
 
 
 def _per_image(outcome: Evaluation, facts: Facts) -> str:
@@ -237,5 +250,6 @@ def _write(path: Path, content: str) -> None:
         temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path}: could not be written: {error.strerror}") from None

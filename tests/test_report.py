@@ -1,0 +1,208 @@
+"""Reports: the fields that the README shows, files that programs can read, and nothing half-written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils import report
+from utils.checkpoint import Facts, LoadedModel
+from utils.config import resolve
+from utils.errors import UserError
+from utils.evaluation import Evaluation
+from utils.metrics import Metrics
+from utils.predict import PROCEDURES, PredictOptions
+
+FACTS = Facts(
+    num_classes=3,
+    class_names=("background", "dog, cat", "car"),
+    palette=((0, 0, 0), (255, 0, 0), (0, 255, 0)),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.2, 0.2, 0.2),
+    ignore_index=255,
+)
+NAMES = ["b", "a", "empty"]
+DATASET = SimpleNamespace(crop_size=None, val=False)
+
+
+def config(**changes: Any) -> Any:
+    raw = {
+        "name": "run",
+        "arch": {"type": "UNet"},
+        "train_loader": {"type": "VOC", "args": {"data_dir": "gone"}},
+        "val_loader": {"type": "VOC", "args": {"data_dir": "gone", "split": "val"}},
+    }
+    return resolve(raw | changes)
+
+
+def outcome(
+    procedures: tuple[str, ...] = ("T", "max", "rankdice"), classes: tuple[int, ...] | None = None
+) -> Evaluation:
+    """Return the evaluation of three images, of which one is ignored throughout; class 2 is nowhere."""
+    probs = torch.tensor(
+        [
+            [[[0.9, 0.8], [0.6, 0.2]], [[0.1, 0.2], [0.4, 0.8]], [[0.0, 0.0], [0.0, 0.0]]],
+            [[[0.9, 0.9], [0.9, 0.9]], [[0.1, 0.1], [0.1, 0.1]], [[0.0, 0.0], [0.0, 0.0]]],
+            [[[0.9, 0.9], [0.9, 0.9]], [[0.1, 0.1], [0.1, 0.1]], [[0.0, 0.0], [0.0, 0.0]]],
+        ]
+    )
+    target = torch.tensor([[[0, 0], [1, 1]], [[0, 0], [0, 0]], [[255, 255], [255, 255]]])
+    found = {}
+    for name in procedures:
+        found[name] = Metrics(3, 255, classes=classes, keep_images=True)
+        found[name].update(PROCEDURES[name](probs, PredictOptions()), target, NAMES)
+    return Evaluation(
+        metrics=found,
+        loss=0.25,
+        seconds=dict.fromkeys(procedures, 0.006),
+        peak_bytes=dict.fromkeys(procedures, 0),
+        forward_seconds=0.3,
+        images=3,
+    )
+
+
+def content(procedures: tuple[str, ...] = ("T", "max", "rankdice"), **changes: Any) -> dict[str, Any]:
+    used = config(**changes)
+    loaded = LoadedModel(torch.nn.Conv2d(3, 3, 1), FACTS, used, "softmax", Path("saved/best_model.pth"), 7)
+    interest = None if used.predict.CoI == "all" else tuple(used.predict.CoI)
+    return report.results(outcome(procedures, interest), used, loaded, DATASET)
+
+
+def test_results_have_the_fields_of_the_readme() -> None:
+    found = content()
+    assert list(found) == ["protocol", "procedures"]
+    assert list(found["procedures"]) == ["T", "max", "rankdice"]
+    for name, scores in found["procedures"].items():
+        for key in ("test_loss", "Pixel_Accuracy", "Mean_IoU", "Mean_Dice", "Dataset_mIoU", "Dataset_mDice"):
+            assert 0 <= scores[key] <= 1, (name, key)
+        assert list(scores["Class_Dice"]) == list(scores["Class_IoU"]) == list(FACTS.class_names)
+        assert scores["Class_Dice"]["car"] is None
+        assert scores["milliseconds_per_image"] == pytest.approx(2.0)
+        assert ("Expected_Dice" in scores) == (name == "rankdice")
+        assert ("Multiclass_Accuracy" in scores) == (name == "max")
+    # Image b under max: class 0 has P {3 pixels}, Y {2}, both 2; class 1 has P 1, Y 2, both 1.
+    assert found["procedures"]["max"]["Mean_Dice"] == pytest.approx(((4 / 5 + 2 / 3) / 2 + 1) / 2)
+    assert found["procedures"]["max"]["Class_Images"] == {"background": 2, "dog, cat": 1, "car": 0}
+
+
+def test_the_protocol_says_what_was_measured_and_how() -> None:
+    protocol = content(predict={"CoI": [1], "count_ignored": True, "temperature": 2.0})["protocol"]
+    assert protocol["checkpoint"] == "saved/best_model.pth"
+    assert protocol["epoch"] == 7
+    assert (protocol["data"], protocol["split"], protocol["images"]) == ("VOC", "val", 3)
+    assert protocol["resolution"] == "whole images"
+    assert protocol["classes_of_interest"] == ["dog, cat"]
+    assert protocol["ignored_pixels"] == "count as wrong predictions"
+    assert protocol["temperature"] == 2.0
+    cropped = SimpleNamespace(crop_size=(380, 400), val=True)
+    loaded = LoadedModel(torch.nn.Conv2d(3, 3, 1), FACTS, config(), "softmax", Path("x"), 7)
+    found = report.results(outcome(), config(), loaded, cropped)["protocol"]
+    assert found["resolution"] == "shorter side to 380, centre crop 380 x 400"
+
+
+def test_results_are_strict_json_with_null_for_what_nothing_defines() -> None:
+    text = json.dumps(content(), allow_nan=False)
+    assert json.loads(text)["procedures"]["max"]["Class_IoU"]["car"] is None
+
+
+def test_classes_of_no_interest_are_marked() -> None:
+    text = report.text(content(predict={"CoI": [1]}))
+    assert "background (not of interest): " in text
+    assert "dog, cat: " in text
+    assert "not of interest" not in report.text(content())
+
+
+def test_one_report_per_procedure_and_a_comparison_of_several() -> None:
+    text = report.text(content())
+    for name in PROCEDURES:
+        assert f"## Results of {name}" in text
+    for field in ("test_loss", "Pixel_Accuracy", "Mean_IoU", "Mean_Dice", "Class_IoU", "Class_Dice"):
+        assert field in text
+    assert "## Comparison" in text
+    assert report.ABSENT_CLASSES in text
+    assert "nan" not in text
+    assert "## Comparison" not in report.text(content(("rankdice",)))
+
+
+def test_tables_are_aligned() -> None:
+    lines = report.table(["name", "score"], [["a", "0.5"], ["much longer", "12.25"]]).splitlines()
+    assert lines == [
+        "    name         score",
+        "    -----------  -----",
+        "    a              0.5",
+        "    much longer  12.25",
+    ]
+
+
+def test_files(tmp_path) -> None:
+    folder = report.prepare_folder(tmp_path / "new" / "results")
+    assert list(tmp_path.iterdir()) == []  # nothing before there is something to write
+    paths = report.write(content(), outcome(), FACTS, folder)
+    assert [p.name for p in paths] == ["results.json", "per_image.csv"]
+    assert sorted(p.name for p in folder.iterdir()) == ["per_image.csv", "results.json"]
+    assert json.loads(paths[0].read_text()) == content()
+    with open(paths[1], newline="") as file:
+        rows = list(csv.DictReader(file))
+    # Worst first under the last procedure; the image without any score comes last and has empty cells.
+    assert [row["image"] for row in rows] == ["b", "a", "empty"]
+    assert rows[2]["rankdice_mDice"] == ""
+    assert float(rows[0]["max_Dice_dog, cat"]) == pytest.approx(2 / 3, abs=1e-6)
+    assert float(rows[1]["max_mDice"]) == 1
+    assert {"T_PixelAcc", "rankdice_expected_Dice"} < set(rows[0])
+    means = [float(row["max_mDice"]) for row in rows if row["max_mDice"]]
+    assert sum(means) / len(means) == pytest.approx(content()["procedures"]["max"]["Mean_Dice"], abs=1e-6)
+
+
+def test_the_table_of_images_holds_the_classes_of_interest(tmp_path) -> None:
+    report.write(content(predict={"CoI": [1]}), outcome(("max",), (1,)), FACTS, tmp_path)
+    header = next(csv.reader((tmp_path / "per_image.csv").read_text().splitlines()))
+    assert header == ["image", "max_mDice", "max_mIoU", "max_PixelAcc", "max_Dice_dog, cat"]
+
+
+def test_an_older_result_is_replaced_whole_or_kept(tmp_path, monkeypatch) -> None:
+    report.write(content(), outcome(), FACTS, tmp_path)
+    before = (tmp_path / "results.json").read_text()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(UserError, match="could not be written: No space left on device"):
+        report.write(content(("T",)), outcome(("T",)), FACTS, tmp_path)
+    assert (tmp_path / "results.json").read_text() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["per_image.csv", "results.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_test(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "results"):
+        with pytest.raises(UserError, match="results cannot be written there: .* is a file, not a folder"):
+            report.prepare_folder(folder)
+
+
+def test_no_image_at_all_is_reported_without_an_error(tmp_path) -> None:
+    empty = Evaluation({"max": Metrics(3, 255, keep_images=True)}, math.nan, {"max": 0.0}, {"max": 0}, 0.0, 0)
+    loaded = LoadedModel(torch.nn.Conv2d(3, 3, 1), FACTS, config(), "softmax", Path("x"), 7)
+    found = report.results(empty, config(), loaded, DATASET)
+    assert found["procedures"]["max"]["Mean_Dice"] is None
+    assert "Mean_Dice" in report.text(found)
+    report.write(found, empty, FACTS, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scores_as_tensorboard_scalars(tmp_path) -> None:
+    report.write_scalars(content(), tmp_path)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = events.Scalars("test_max/Mean_Dice")
+    assert [(e.step, e.value) for e in found] == [(7, pytest.approx(content()["procedures"]["max"]["Mean_Dice"]))]
+    assert "test_rankdice/Class_Dice/background" in events.Tags()["scalars"]
+    assert "test_max/Class_Dice/car" not in events.Tags()["scalars"]
