@@ -1,0 +1,629 @@
+"""RankDice against slow references, brute force, Monte Carlo and itself (batches, layouts, dtypes, chunks)."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.profiler import ProfilerActivity, profile
+
+from tests.reference_rankdice import (
+    approximate_scores,
+    best_of_all_subsets,
+    expected_scores,
+    integral_scores,
+)
+from utils import rankdice_exact
+from utils.rankdice import IOU_SOLVERS, METRICS, SOLVERS, RankDice, label_map, rank_dice
+from utils.rankdice_integral import Facts, Runs, lower_bound, upper_bound
+
+SMOOTHS = (0.0, 0.3, 1.0, 20.0)
+EXACT = settings(max_examples=60, deadline=None, derandomize=True)
+
+probability = st.one_of(
+    st.sampled_from([0.0, 1.0, 0.5, 0.25, 1e-3, 0.999, 0.5000001]),
+    st.floats(0, 1, width=32),
+    st.floats(0, 1).map(lambda p: p**8),
+)
+row = st.lists(probability, min_size=1, max_size=14)
+
+
+def smooth_maps(*shape: int, seed: int = 0, contrast: float = 6.0, grain: int = 16) -> Tensor:
+    """Return probabilities (B, C, H, W) as a network's: smooth random fields with a little noise, through softmax."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, classes, height, width = shape
+    coarse = torch.randn(batch, classes, height // grain + 2, width // grain + 2, generator=generator)
+    logits = interpolate(coarse, (height, width), mode="bicubic", align_corners=False) * contrast
+    return (logits + 0.3 * torch.randn(shape, generator=generator)).softmax(1)
+
+
+def odd_rows(pixels: int = 5000) -> Tensor:
+    """Return rows (1, R, N) of every kind that the solver treats differently."""
+    generator = torch.Generator().manual_seed(3)
+    uniform = torch.rand(pixels, generator=generator)
+    kinds = [
+        uniform,
+        uniform**8,
+        uniform**60,
+        uniform * 0.2,
+        uniform * 1e-4,
+        (uniform * 8).round() / 8,
+        torch.full_like(uniform, 0.7),
+        torch.full_like(uniform, 0.003),
+        torch.ones_like(uniform),
+        torch.zeros_like(uniform),
+        (uniform > 0.9).float(),
+        torch.where(uniform > 0.5, torch.ones_like(uniform), 0.3),
+        torch.cat([torch.tensor([0.6]), torch.full((pixels - 1,), 0.005)]),
+        torch.cat([torch.tensor([0.9, 0.6]), torch.full((pixels - 2,), 1e-6)]),
+        torch.cat([torch.tensor([0.51]), 0.01 + 0.2 * uniform[1:]]),
+        torch.cat([torch.full((pixels // 2,), 0.45), uniform[pixels // 2 :] * 0.9]),
+        0.45 + 0.0001 * uniform,
+        uniform.clamp(max=0.5),
+    ]
+    return torch.stack(kinds).unsqueeze(0)
+
+
+def same(a: RankDice, b: RankDice) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def check_masks(probs: Tensor, found: RankDice) -> None:
+    """A mask holds exactly ``volumes`` pixels, the most probable ones, and of equal ones those with low index."""
+    rows, masks = probs.flatten(2), found.masks.flatten(2)
+    assert torch.equal(masks.sum(2), found.volumes)
+    order = rows.double().sort(dim=2, descending=True, stable=True).indices
+    places = torch.arange(rows.shape[2]).expand_as(order)
+    rank = torch.empty_like(order).scatter_(2, order, places)
+    assert torch.equal(masks, rank < found.volumes.unsqueeze(2))
+    inside = torch.where(masks, rows, torch.inf).amin(2) if rows.shape[2] else found.cutoffs
+    assert torch.equal(found.cutoffs, inside)
+
+
+# --- the exact solver is exact ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("smooth", SMOOTHS)
+@EXACT
+@given(row=row)
+@example(row=[1.0])
+@example(row=[0.0])
+@example(row=[1e-30, 1e-38])
+@example(row=[1.0] * 5 + [0.0] * 5)
+@example(row=[0.5] * 14)
+@example(row=[1.0, 0.4, 0.4, 0.4, 0.4])
+def test_small_rows_against_the_joint_distribution(row: list[float], metric: str, smooth: float) -> None:
+    probs = torch.tensor(row, dtype=torch.float64).view(1, 1, -1)
+    found = rank_dice(probs, metric, smooth=smooth, prune=None)
+    scores = expected_scores(np.array(row), metric, smooth)
+    best = scores.max()
+    assert float(found.scores) == pytest.approx(best, rel=1e-9, abs=1e-300)
+    assert scores[int(found.volumes)] == pytest.approx(best, rel=1e-9, abs=1e-300)
+    check_masks(probs, found)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(row=st.lists(probability, min_size=1, max_size=7), smooth=st.sampled_from(SMOOTHS))
+def test_no_subset_is_better(row: list[float], smooth: float, metric: str) -> None:
+    found = rank_dice(torch.tensor(row, dtype=torch.float64).view(1, 1, -1), metric, smooth=smooth, prune=None)
+    assert float(found.scores) == pytest.approx(
+        best_of_all_subsets(np.array(row), metric, smooth), rel=1e-9, abs=1e-300
+    )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("smooth", [0.0, 1.0])
+def test_odd_rows_against_the_integral_at_every_volume(metric: str, smooth: float) -> None:
+    probs = odd_rows(3000)
+    found = rank_dice(probs, metric, smooth=smooth, prune=None)
+    check_masks(probs, found)
+    for k, row in enumerate(probs[0].numpy()):
+        positive = int((row > 0).sum())
+        if positive == 0:
+            assert found.volumes[0, k] == 0
+            assert found.scores[0, k] == float(smooth > 0)
+            continue
+        scores = integral_scores(row, metric, smooth, np.arange(1, positive + 1))
+        score, volume = float(found.scores[0, k]), int(found.volumes[0, k])
+        assert score >= scores.max() * (1 - 1e-9), k
+        if volume:
+            assert score == pytest.approx(scores[volume - 1], rel=1e-9), k
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_maps_against_the_integral_at_every_volume(metric: str) -> None:
+    probs = smooth_maps(1, 4, 96, 128)
+    found = rank_dice(probs, metric)
+    check_masks(probs, found)
+    for k, row in enumerate(probs[0].flatten(1).numpy()):
+        scores = integral_scores(row, metric, 0.0, np.arange(1, row.size + 1))
+        assert float(found.scores[0, k]) >= scores.max() * (1 - 1e-9)
+        assert scores[int(found.volumes[0, k]) - 1] >= scores.max() * (1 - 1e-9)
+        assert float(found.scores[0, k]) == pytest.approx(scores.max(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("metric", "seed"), [("dice", 0), ("iou", 1)])
+def test_a_large_map_against_the_integral(metric: str, seed: int) -> None:
+    probs = smooth_maps(1, 2, 1024, 2048, seed=seed, grain=128)[:, :1]
+    found = rank_dice(probs, metric)
+    best = int(found.volumes)
+    near = np.arange(best - 1500, best + 1500)
+    far = np.arange(best // 2, min(3 * best, probs.numel()), 1999)
+    volumes = np.union1d(near, far)
+    scores = integral_scores(probs.numpy().ravel(), metric, 0.0, volumes)
+    assert float(found.scores) == pytest.approx(scores.max(), rel=1e-9)
+    assert scores[volumes == best] >= scores.max() * (1 - 1e-9)
+
+
+def test_the_score_is_the_mean_dice_of_drawn_labels() -> None:
+    probs = smooth_maps(1, 2, 24, 32, seed=4)
+    generator = torch.Generator().manual_seed(5)
+    for metric in METRICS:
+        found = rank_dice(probs, metric)
+        for k in range(2):
+            p, mask = probs[0, k].flatten(), found.masks[0, k].flatten()
+            labels = torch.rand(8000, p.numel(), generator=generator) < p
+            both = (labels & mask).sum(1).double()
+            size, volume = labels.sum(1), mask.sum()
+            drawn = 2 * both / (size + volume) if metric == "dice" else both / (size + volume - both)
+            error = drawn.std() / len(drawn) ** 0.5
+            assert abs(drawn.mean() - found.scores[0, k]) < 4 * error
+
+
+# --- the bounds hold --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@EXACT
+@given(row=row, smooth=st.sampled_from(SMOOTHS), cuts=st.lists(st.integers(1, 13), max_size=3))
+def test_bounds_hold_at_every_volume(row: list[float], smooth: float, cuts: list[int], metric: str) -> None:
+    probs = torch.tensor(sorted(row, reverse=True), dtype=torch.float64)
+    scores = torch.from_numpy(expected_scores(probs.numpy(), metric, smooth))[1:]
+    volume, mass = torch.arange(1, len(row) + 1).double(), probs.cumsum(0)
+    mean, variance = mass[-1], (probs * (1 - probs)).sum()
+    low = lower_bound(metric, smooth, mean, volume, mass)
+    high = upper_bound(metric, smooth, mean, variance, volume, mass, volume, mass)
+    positive = probs > 0
+    assert (low <= scores * (1 + 1e-12))[positive].all()
+    assert (high >= scores * (1 - 1e-12))[positive].all()
+    # Runs of volumes, as the bins of the histogram and the parts of a plateau are.
+    edges = sorted({0, len(row), *(c for c in cuts if c < len(row))})
+    parts = [probs[a:b] for a, b in itertools.pairwise(edges)]
+    runs = Runs(
+        rank=torch.tensor([edges[:-1]]).double(),
+        mass=torch.tensor([[float(probs[:a].sum()) for a in edges[:-1]]], dtype=torch.float64),
+        count=torch.tensor([[len(p) for p in parts]]).double(),
+        own=torch.stack([p.sum() for p in parts]).unsqueeze(0),
+        low=torch.stack([p.min() for p in parts]).unsqueeze(0) * 0.99,
+        high=torch.stack([p.max() for p in parts]).unsqueeze(0) * 1.01,
+    )
+    power = torch.stack([(probs**n).sum() for n in range(1, 5)]).unsqueeze(0)
+    facts = Facts(power, torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
+    bound = runs.upper(metric, smooth, facts)[0]
+    for k, (a, b) in enumerate(itertools.pairwise(edges)):
+        if probs[a] > 0:
+            assert float(bound[k]) >= float(scores[a:b].max()) * (1 - 1e-9)
+    if positive.all():
+        assert float(runs.lower(metric, smooth, facts)) <= float(scores.max()) * (1 + 1e-12)
+
+
+def test_a_cut_that_is_too_high_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first guess of the low cut far above the best volume, the bounds ask for lower cuts."""
+    probs = torch.cat([smooth_maps(1, 3, 64, 64).flatten(2), odd_rows(4096)], 1)
+    expected = rank_dice(probs, prune=None)
+    first_look = rankdice_exact._solve_rows
+    calls = []
+
+    def too_high(task, index, facts, highest, cut, bins, retries):  # noqa: ANN001, ANN202
+        calls.append(index.numel())
+        cut = torch.full_like(cut, 0.9) if retries == rankdice_exact.RETRIES else cut
+        return first_look(task, index, facts, highest, cut, bins, retries)
+
+    monkeypatch.setattr(rankdice_exact, "_solve_rows", too_high)
+    found = rank_dice(probs, prune=None)
+    assert len(calls) > 1
+    assert torch.equal(found.volumes, expected.volumes)
+    assert torch.equal(found.masks, expected.masks)
+    assert torch.allclose(found.scores, expected.scores, rtol=1e-10)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_wide_bands_are_narrowed_to_the_same_answer(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    probs = torch.cat([smooth_maps(1, 3, 64, 64).flatten(2), odd_rows(4096)], 1)
+    for smooth in (0.0, 1.0):
+        expected = rank_dice(probs, metric, smooth=smooth, prune=None)
+        with monkeypatch.context() as patch:
+            patch.setattr(rankdice_exact, "BAND_LIMIT", 8)
+            found = rank_dice(probs, metric, smooth=smooth, prune=None)
+        # Plateaus may score alike to the last digits; the score decides.
+        assert torch.allclose(found.scores, expected.scores, rtol=2e-10, atol=0)
+        check_masks(probs, found)
+
+
+def test_two_pixels_by_hand() -> None:
+    """Two pixels, p = 0.9 and 0.4, as worked out in ``docs/rankdice.md``."""
+    p, q = 0.9, 0.4
+    one = p * (1 - q) * 1 + p * q * 2 / 3
+    two = p * q * 1 + (p * (1 - q) + (1 - p) * q) * 2 / 3
+    found = rank_dice(torch.tensor([p, q], dtype=torch.float64).view(1, 1, 2))
+    assert two < one
+    assert found.volumes.tolist() == [[1]]
+    assert float(found.scores) == pytest.approx(one, rel=1e-12)
+    assert rank_dice(torch.tensor([0.6, 0.45]).view(1, 1, 2)).volumes.tolist() == [[2]]
+
+
+# --- approximations ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "exact"])
+@pytest.mark.parametrize("smooth", [0.0, 1.0])
+def test_approximations_against_direct_sums(solver: str, smooth: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.rand(1, 3, 40, generator=generator, dtype=torch.float64) ** torch.tensor([[[1.0], [3.0], [9.0]]])
+    rows = torch.cat([rows, torch.full((1, 1, 40), 0.5, dtype=torch.float64), rows.round()], 1)
+    for metric in METRICS if solver in IOU_SOLVERS else ("dice",):
+        found = rank_dice(rows, metric, solver, smooth=smooth, prune=None)
+        check_masks(rows, found)
+        for k in range(rows.shape[1]):
+            scores = approximate_scores(rows[0, k].numpy(), metric, solver, smooth)
+            volume = int(found.volumes[0, k])
+            assert volume > 0
+            assert float(found.scores[0, k]) == pytest.approx(scores.max(), rel=1e-9)
+            assert scores[volume - 1] == pytest.approx(scores.max(), rel=1e-9)
+
+
+def test_paper_changes_solver_at_a_mean_of_fifty() -> None:
+    probs = smooth_maps(1, 1, 32, 32).clone()
+    probs = torch.rand(1, 2, 1000, generator=torch.Generator().manual_seed(0)) ** torch.tensor([[[25.0], [5.0]]])
+    paper, trna, ba = (rank_dice(probs, solver=s) for s in ("paper", "trna", "ba"))
+    assert probs[0, 0].sum() < 50 < probs[0, 1].sum()
+    assert paper.scores[0, 0] == trna.scores[0, 0] != ba.scores[0, 0]
+    assert paper.scores[0, 1] == ba.scores[0, 1] != trna.scores[0, 1]
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "exact"])
+def test_approximations_lose_little_and_never_win(solver: str) -> None:
+    probs = smooth_maps(1, 3, 48, 64, seed=2)
+    exact, other = rank_dice(probs), rank_dice(probs, solver=solver)
+    for k in range(3):
+        volumes = np.array([int(other.volumes[0, k])])
+        reached = integral_scores(probs[0, k].numpy().ravel(), "dice", 0.0, volumes)[0]
+        best = float(exact.scores[0, k])
+        assert best * (1 - 1e-3) < reached <= best * (1 + 1e-10)
+
+
+# --- batches, chunks, layouts, dtypes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_batch_gives_what_single_rows_give(solver: str) -> None:
+    rows = odd_rows(2100) if solver == "exact" else odd_rows(700)
+    rows = torch.cat([rows, rows.roll(7, 2).flip(1)]).contiguous()[:, :: 1 if solver == "exact" else 2]
+    for metric, smooth in itertools.product(METRICS if solver in IOU_SOLVERS else ("dice",), (0.0, 1.0)):
+        options = {"metric": metric, "solver": solver, "smooth": smooth, "prune": 0.4}
+        whole = rank_dice(rows, **options)
+        order = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))
+        shuffled = rank_dice(rows[:, order], **options)
+        assert all(torch.equal(a[:, order], b) for a, b in zip(whole, shuffled, strict=True))
+        for b, c in itertools.product(range(rows.shape[0]), range(rows.shape[1])):
+            single = rank_dice(rows[b : b + 1, c : c + 1], **options)
+            assert same(single, RankDice(*(part[b : b + 1, c : c + 1] for part in whole))), (b, c)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_maps_give_the_same_alone_and_in_any_chunks(metric: str) -> None:
+    probs = smooth_maps(2, 5, 190, 211)
+    whole = rank_dice(probs, metric)
+    check_masks(probs, whole)
+    for b, c in itertools.product(range(2), range(5)):
+        single = rank_dice(probs[b : b + 1, c : c + 1], metric)
+        assert same(single, RankDice(*(part[b : b + 1, c : c + 1] for part in whole)))
+    for max_bytes in (1, 300_000, 2_000_000, 1 << 30):
+        assert same(rank_dice(probs, metric, max_bytes=max_bytes), whole), max_bytes
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_threads_change_nothing(metric: str) -> None:
+    probs = smooth_maps(1, 3, 190, 211)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = rank_dice(probs, metric)
+        torch.set_num_threads(3)
+        assert same(rank_dice(probs, metric), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_memory_layouts() -> None:
+    probs = smooth_maps(2, 3, 48, 52)
+    expected = rank_dice(probs)
+    before = probs.clone()
+    wide = torch.zeros(2, 3, 96, 104)
+    wide[:, :, ::2, ::2] = probs
+    layouts = [
+        probs.contiguous(memory_format=torch.channels_last),
+        probs.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
+        wide[:, :, ::2, ::2],
+        probs.transpose(2, 3).contiguous().transpose(2, 3),
+    ]
+    for layout in layouts:
+        assert same(rank_dice(layout), expected)
+    assert torch.equal(rank_dice(probs).masks, expected.masks)
+    assert torch.equal(probs, before)
+    assert expected.masks.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40), (2, 3, 5, 8), (2, 3, 2, 4, 5), (1, 1, 1), (1, 1, 1, 1)])
+def test_any_number_of_spatial_dimensions(shape: tuple[int, ...]) -> None:
+    probs = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    found = rank_dice(probs, prune=None)
+    flat = rank_dice(probs.flatten(2), prune=None)
+    assert found.masks.shape == shape
+    assert torch.equal(found.masks.flatten(2), flat.masks)
+    assert found.volumes.shape == shape[:2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("metric", METRICS)
+def test_dtypes_give_what_the_same_values_give(dtype: torch.dtype, metric: str) -> None:
+    """Values that a dtype holds exactly give the same masks as in float64; float64 sees no further rounding."""
+    probs = smooth_maps(1, 3, 64, 80).to(dtype)
+    found, wide = rank_dice(probs, metric), rank_dice(probs.double(), metric)
+    assert torch.equal(found.masks, wide.masks)
+    assert torch.allclose(found.scores, wide.scores, rtol=1e-9)
+    assert found.cutoffs.dtype == dtype
+    assert found.scores.dtype == torch.float64
+    check_masks(probs, found)
+
+
+def test_float32_and_float64_agree_on_the_score() -> None:
+    probs = smooth_maps(1, 3, 64, 80).double() * (1 - 1e-9)
+    assert torch.allclose(rank_dice(probs).scores, rank_dice(probs.float()).scores, rtol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_gpu_gives_the_masks_of_the_cpu(metric: str) -> None:
+    probs = torch.cat([smooth_maps(2, 5, 190, 211).flatten(2), odd_rows(190 * 211).expand(2, -1, -1)], 1)
+    expected, found = rank_dice(probs, metric), rank_dice(probs.cuda(), metric)
+    assert torch.equal(found.masks.cpu(), expected.masks)
+    assert torch.allclose(found.scores.cpu(), expected.scores, rtol=1e-12)
+
+
+# --- corners ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_empty_and_trivial_rows(solver: str) -> None:
+    for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0), (2, 3, 4, 0)):
+        found = rank_dice(torch.zeros(shape), solver=solver)
+        assert found.masks.shape == shape
+        assert found.volumes.shape == found.scores.shape == shape[:2]
+    nothing = rank_dice(torch.zeros(1, 2, 3, 3), solver=solver, prune=None)
+    assert not nothing.masks.any()
+    assert nothing.scores.tolist() == [[0.0, 0.0]]
+    assert nothing.cutoffs.tolist() == [[float("inf")] * 2]
+    everything = rank_dice(torch.ones(1, 1, 3, 3), solver=solver)
+    assert everything.masks.all()
+    one = rank_dice(torch.full((1, 1, 1), 0.7, dtype=torch.float64), solver=solver)
+    assert one.masks.all()
+    if solver in ("exact", "trna"):
+        assert float(one.scores) == pytest.approx(0.7)
+
+
+def test_prune() -> None:
+    probs = torch.tensor([[[0.5, 0.5, 0.1], [0.5001, 0.5, 0.1], [0.2, 0.1, 0.1]]])
+    assert rank_dice(probs).volumes.bool().tolist() == [[False, True, False]]
+    assert rank_dice(probs, prune=None).volumes.bool().tolist() == [[True, True, True]]
+    assert rank_dice(probs, prune=0.15).volumes.bool().tolist() == [[True, True, True]]
+    found = rank_dice(probs, smooth=1.0)
+    for k in (0, 2):  # the score of an empty mask, which smoothing makes positive
+        assert float(found.scores[0, k]) == pytest.approx(
+            expected_scores(probs[0, k].numpy(), "dice", 1.0)[0], rel=1e-9
+        )
+
+
+def test_scores_of_pruned_large_rows_with_smoothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(1, 3, 3000, generator=generator, dtype=torch.float64) * torch.tensor([[[0.5], [0.02], [1e-4]]])
+    for smooth in (0.1, 30.0):
+        found = rank_dice(probs, smooth=smooth)
+        assert found.volumes.tolist() == [[0, 0, 0]]
+        x, w = np.polynomial.legendre.leggauss(30)
+        for k in range(3):
+            row, total = probs[0, k].numpy(), 0.0
+            edges = np.concatenate([[0], np.logspace(-6, np.log10(60 / smooth), 200)])
+            for low, high in itertools.pairwise(edges):
+                s = (high + low + x * (high - low)) / 2
+                logs = np.log1p(np.expm1(-s)[:, None] * row).sum(1)
+                total += (w * (high - low) / 2 * smooth * np.exp(-s * smooth + logs)).sum()
+            assert float(found.scores[0, k]) == pytest.approx(total, rel=1e-9)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_ties_are_broken_by_index(solver: str) -> None:
+    probs = (smooth_maps(1, 3, 40, 50) * 6).round() / 6
+    found = rank_dice(probs, solver=solver)
+    check_masks(probs, found)
+    check_masks(probs[:, :, 0], rank_dice(probs[:, :, 0], solver=solver))
+
+
+@pytest.mark.parametrize("value", [0.3, 0.7, 1.0])
+def test_large_plateaus(value: float) -> None:
+    probs = torch.full((1, 2, 300, 310), value)
+    probs[0, 1, :100] = 0.9 * value
+    found = rank_dice(probs, prune=None)
+    check_masks(probs, found)
+    assert found.volumes[0, 0] == 300 * 310
+    scores = integral_scores(probs[0, 1].numpy().ravel(), "dice", 0.0, np.arange(1, 93001, 31))
+    assert float(found.scores[0, 1]) >= scores.max() * (1 - 1e-9)
+
+
+def test_a_cut_inside_a_plateau() -> None:
+    """One certain pixel more than the plateau is worth: the volume ends somewhere among equal probabilities."""
+    probs = (smooth_maps(1, 1, 256, 256, grain=64) * 3).round() / 3 * 0.7 + 0.15
+    for metric in METRICS:
+        check_masks(probs, rank_dice(probs, metric))
+    ties = RankDice(*rank_dice(probs))
+    draws = rankdice_exact.Volumes.empty(1, probs)
+    assert draws.surplus.item() == 0
+    assert ties.volumes.item() > 0
+
+
+def test_torn_ties_drop_the_last_pixels() -> None:
+    from utils.rankdice import _draw
+
+    rows = torch.tensor([[0.5, 0.9, 0.5, 0.5, 0.1, 0.5], [0.2, 0.5, 0.5, 0.2, 0.2, 0.1]])
+    found = rankdice_exact.Volumes(
+        torch.tensor([3, 2]), torch.tensor([0.5, 0.5]), torch.zeros(2), torch.tensor([2, 0]), torch.zeros(2).bool()
+    )
+    masks = torch.zeros(2, 6, dtype=torch.bool)
+    _draw(rows, masks, found, 1)
+    assert masks.int().tolist() == [[1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0]]
+    big = torch.full((2, 5000), 0.5)
+    found = found._replace(volumes=torch.tensor([1, 4999]), surplus=torch.tensor([4999, 1]))
+    masks = torch.zeros(2, 5000, dtype=torch.bool)
+    _draw(big, masks, found, 1)  # tiles of 1024 pixels: the surplus reaches over several
+    assert masks.sum(1).tolist() == [1, 4999]
+    assert masks[0, 0]
+    assert not masks[1, -1]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_valid_pixels_only(solver: str) -> None:
+    probs = smooth_maps(2, 3, 20, 30)
+    valid = torch.rand(2, 20, 30, generator=torch.Generator().manual_seed(0)) < 0.6
+    found = rank_dice(probs, solver=solver, valid=valid)
+    for b in range(2):
+        cropped = rank_dice(probs[b : b + 1, :, valid[b]], solver=solver)
+        assert torch.equal(found.masks[b][:, valid[b]], cropped.masks[0])
+        assert torch.equal(found.volumes[b], cropped.volumes[0])
+        assert torch.allclose(found.scores[b], cropped.scores[0], rtol=1e-9)
+    assert not (found.masks & ~valid.unsqueeze(1)).any()
+    spoiled = probs.masked_fill(~valid.unsqueeze(1), float("nan"))
+    assert same(rank_dice(spoiled, solver=solver, valid=valid), found)
+    assert same(rank_dice(probs, solver=solver, valid=valid.unsqueeze(1)), found)
+    assert rank_dice(probs, solver=solver, valid=torch.zeros(20, 30, dtype=torch.bool)).volumes.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric": "f1"}, "metric"),
+        ({"solver": "bruteforce"}, "solver"),
+        ({"metric": "iou", "solver": "ba"}, "solver"),
+        ({"metric": "iou", "solver": "trna"}, "solver"),
+        ({"metric": "iou", "solver": "paper"}, "solver"),
+        ({"smooth": -1.0}, "smooth"),
+        ({"smooth": float("nan")}, "smooth"),
+        ({"prune": 1.5}, "prune"),
+        ({"max_bytes": 0}, "max_bytes"),
+        ({"probs": torch.zeros(3, 4)}, "probs"),
+        ({"probs": torch.full((1, 1, 3), float("nan"))}, "probs.*finite"),
+        ({"probs": torch.full((1, 1, 3), float("inf"))}, "probs.*finite"),
+        ({"probs": torch.tensor([[[0.2, float("nan"), 0.9]]])}, "probs.*finite"),
+        ({"probs": torch.full((1, 1, 3), 1.01)}, r"probs.*\[0, 1\].*1.01"),
+        ({"probs": torch.full((1, 1, 3), -0.01)}, r"probs.*\[0, 1\]"),
+        ({"valid": torch.ones(1, 7, dtype=torch.bool)}, "valid"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict, message: str) -> None:
+    options = {"probs": torch.full((1, 1, 3), 0.6), **change}
+    with pytest.raises(ValueError, match=message):
+        rank_dice(**options)
+
+
+def test_wrong_types_are_named() -> None:
+    with pytest.raises(TypeError, match="probs"):
+        rank_dice(torch.ones(1, 1, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match="valid"):
+        rank_dice(torch.ones(1, 1, 3), valid=torch.ones(1, 3))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(run) -> int:  # noqa: ANN001
+    """Return the largest number of bytes that live tensors made inside ``run`` hold at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        kept = run()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    del kept
+    return int(live.max())
+
+
+@pytest.mark.parametrize("kind", ["fields", "channels_last", "half", "uniform", "constant", "no contrast", "one row"])
+def test_extra_memory_is_at_most_twice_the_map(kind: str) -> None:
+    if kind in ("fields", "channels_last", "half"):
+        probs = smooth_maps(1, 21, 320, 512)
+        probs = probs.contiguous(memory_format=torch.channels_last) if kind == "channels_last" else probs
+        probs = probs.half() if kind == "half" else probs
+    elif kind == "one row":
+        probs = smooth_maps(1, 2, 1536, 2048, grain=256)[:, :1].contiguous()
+    else:
+        probs = torch.rand(1, 2, 1024, 1024, generator=torch.Generator().manual_seed(0))
+        probs = {"uniform": probs, "constant": torch.full_like(probs, 0.7), "no contrast": 0.2 * probs}[kind]
+    assert peak_bytes(lambda: rank_dice(probs, prune=None)) <= 2 * probs.numel() * probs.element_size()
+
+
+# --- label maps -------------------------------------------------------------------------------------------------------
+
+
+def label_total(probs: Tensor, labels: Tensor, smooth: float = 0.0) -> float:
+    """Return what ``label_map`` maximises, for one image (C, N)."""
+    probs = probs.double()
+    total = 0.0
+    for c in range(probs.shape[0]):
+        own = labels == c
+        total += float((2 * probs[c][own].sum() + smooth) / (own.sum() + probs[c].sum() + 1 + smooth))
+    return total
+
+
+def test_label_map_beats_argmax_and_comes_near_the_best() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gaps = []
+    for _ in range(12):
+        probs = (3 * torch.randn(3, 6, generator=generator)).softmax(0)
+        labels = label_map(probs.unsqueeze(0))[0]
+        best = max(label_total(probs, torch.tensor(choice)) for choice in itertools.product(range(3), repeat=6))
+        reached = label_total(probs, labels)
+        assert reached >= label_total(probs, probs.argmax(0)) - 1e-12
+        gaps.append(best - reached)
+    assert max(gaps) < 0.2  # a local optimum: six pixels leave little room to climb
+    assert float(np.mean(gaps)) < 0.04
+
+
+def test_label_map_is_one_image_at_a_time() -> None:
+    probs = smooth_maps(3, 5, 40, 48)
+    labels = label_map(probs)
+    assert labels.dtype == torch.int64
+    assert labels.shape == (3, 40, 48)
+    for b in range(3):
+        assert torch.equal(label_map(probs[b : b + 1])[0], labels[b])
+        assert label_total(probs[b].flatten(1), labels[b].flatten()) >= label_total(
+            probs[b].flatten(1), probs[b].argmax(0).flatten()
+        )
+    assert torch.equal(label_map(probs, max_bytes=10_000), labels)
+    assert torch.equal(label_map(probs.contiguous(memory_format=torch.channels_last)), labels)
+
+
+def test_label_map_of_some_classes() -> None:
+    probs = smooth_maps(2, 5, 20, 24)
+    labels = label_map(probs, classes=[4, 1])
+    assert set(labels.unique().tolist()) <= {1, 4}
+    assert torch.equal(label_map(probs, classes=[3]), torch.full((2, 20, 24), 3))
+    assert label_map(probs[:, :1]).eq(0).all()
+    assert label_map(torch.zeros(0, 3, 4, 4)).shape == (0, 4, 4)
+    for classes in ([], [0, 0], [5], [-1]):
+        with pytest.raises(ValueError, match="classes"):
+            label_map(probs, classes=classes)
