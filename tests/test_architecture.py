@@ -1,0 +1,221 @@
+"""The rules of the house: who imports whom, nothing heavy before it is needed, docstrings, no machine's own paths."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("utils", "base", "models", "dataloaders")
+SCRIPTS = ("train.py", "test.py", "inference.py")
+EVERYTHING = {*ROOMS, "trainer", "tests", "benchmarks", "train", "test", "inference"}
+
+# Room -> the rooms it may import from.
+MAY_IMPORT = {
+    "utils": {"utils"},
+    "base": {"base", "utils"},
+    "models": {"models", "base", "utils"},
+    "dataloaders": {"dataloaders", "base", "utils"},
+    "trainer": {"base", "utils"},
+    "train": EVERYTHING - {"tests", "benchmarks", "test", "inference", "train"},
+    "test": EVERYTHING - {"tests", "benchmarks", "test", "inference", "train"},
+    "inference": EVERYTHING - {"tests", "benchmarks", "test", "inference", "train"},
+    "benchmarks": EVERYTHING - {"tests"},
+}
+
+
+@cache
+def sources() -> dict[str, ast.Module]:
+    """Return our code by path, without the tests."""
+    paths = [*ROOT.glob("*.py"), *(p for room in (*ROOMS, "benchmarks") for p in ROOT.glob(f"{room}/**/*.py"))]
+    return {str(p.relative_to(ROOT)): ast.parse(p.read_text(encoding="utf-8")) for p in sorted(paths)}
+
+
+def room_of(path: str) -> str:
+    return path.split("/")[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Yield every module that is imported anywhere below a node, by statement or by name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or ""), node
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            name = node.args[0] if node.args else None
+            yield (name.value if isinstance(name, ast.Constant) else "?"), node
+
+
+def commands(tree: ast.Module) -> set[ast.AST]:
+    """Return all nodes that only a command line runs: inside ``main()`` or below ``if __name__ == "__main__"``."""
+    found: set[ast.AST] = set()
+    for node in tree.body:
+        is_main = isinstance(node, ast.FunctionDef) and node.name == "main"
+        is_guard = isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
+        if is_main or is_guard:
+            found.update(ast.walk(node))
+    return found
+
+
+def may(path: str, module: str, node: ast.AST, of_commands: set[ast.AST]) -> bool:
+    if path == "utils/registry.py" and module == "?":
+        return True  # the one place that imports what a table names
+    if path == "utils/checkpoint.py" and isinstance(node, ast.Call):
+        return module in ("models", "dataloaders", "models.upstream")  # a checkpoint names the model that it needs
+    if room_of(path) == "utils" and node in of_commands:
+        return True  # `python -m utils.config` looks at every room, as scripts do
+    return module.split(".")[0] in MAY_IMPORT[room_of(path)]
+
+
+@pytest.mark.parametrize("path", sources())
+def test_rooms_import_only_what_they_may(path) -> None:
+    tree = sources()[path]
+    of_commands = commands(tree)
+    for module, node in imports(tree):
+        if module == "?" or module.split(".")[0] in EVERYTHING:
+            assert may(path, module, node, of_commands), f"{path}:{node.lineno} imports {module}"
+
+
+@pytest.mark.parametrize("path", sources())
+def test_imports_are_explicit(path) -> None:
+    for module, node in imports(sources()[path]):
+        assert not module.startswith("."), f"{path}:{node.lineno}: a relative import"
+        if isinstance(node, ast.ImportFrom):
+            assert all(alias.name != "*" for alias in node.names), f"{path}:{node.lineno}: a star import"
+
+
+def test_the_rules_notice_what_they_forbid() -> None:
+    tree = ast.parse("def f():\n    from models import build\n    import_module('dataloaders')\nfrom x import *")
+    found = list(imports(tree))
+    assert {module for module, _ in found} == {"models", "dataloaders", "x"}
+    assert not any(may("utils/new.py", module, node, set()) for module, node in found if module != "x")
+    assert not may("models/new.py", "dataloaders.voc", tree, set())
+    assert may("trainer.py", "base.base_trainer", tree, set())
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if room_of(p) != "benchmarks"])
+def test_public_things_have_docstrings(path) -> None:
+    tree = sources()[path]
+    if tree.body:
+        assert ast.get_docstring(tree), f"{path}: no module docstring"
+    for owner, node in public(tree):
+        assert ast.get_docstring(node), f"{path}:{node.lineno}: {owner}{node.name} has no docstring"
+
+
+def public(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for node in tree.body:
+        if isinstance(node, kinds) and not node.name.startswith("_"):
+            yield "", node
+            for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                is_setter = any(getattr(d, "attr", "") == "setter" for d in getattr(inner, "decorator_list", ()))
+                if isinstance(inner, kinds) and not inner.name.startswith("_") and not is_setter:
+                    yield f"{node.name}.", inner
+
+
+@pytest.mark.parametrize("path", sources())
+def test_public_functions_tell_their_types(path) -> None:
+    for owner, node in public(sources()[path]):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
+            assert not untyped, f"{path}:{node.lineno}: {owner}{node.name}: {untyped}"
+            assert node.returns is not None, f"{path}:{node.lineno}: {owner}{node.name} returns what?"
+
+
+# -- what is loaded before it is needed ------------------------------------------------------------------------
+
+
+def command_lines() -> list[list[str]]:
+    """Return all scripts, and all modules that are run with ``python -m``."""
+    found = [[script] for script in SCRIPTS]
+    for path, tree in sources().items():
+        is_command = any(isinstance(n, ast.If) and "__main__" in ast.dump(n.test) for n in tree.body)
+        if is_command and room_of(path) in ROOMS:
+            found.append(["-m", path.removesuffix(".py").removesuffix("/__main__").replace("/", ".")])
+    return found
+
+
+@pytest.mark.parametrize("arguments", command_lines(), ids=" ".join)
+def test_help_does_not_wait_for_torch(arguments) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "usage:" in done.stdout
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    heavy = {"torch", "torchvision", "cv2", "numpy", "tensorboard", "PIL.Image"} & loaded
+    assert not heavy, f"--help imports {sorted(heavy)}"
+
+
+def test_tables_import_nothing_until_they_are_asked() -> None:
+    code = "import sys, models, dataloaders; print(sorted(m for m in ('torch', 'cv2', 'numpy') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- files -----------------------------------------------------------------------------------------------------
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_tracked_file_names_a_place_of_one_machine() -> None:
+    """Paths below somebody's home or workplace mean nothing to anybody else."""
+    place = re.compile(r"(?<![\w.~-])/(?:" + "|".join(("work", "root", "home", "Users", "mnt")) + r")/[\w.-]+")
+    allowed = re.compile(r"/(?:home|mnt)/(?:me|you|user|data)\b")  # made up, in examples
+    for path in tracked():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            found = [m.group() for m in place.finditer(line) if not allowed.match(m.group())]
+            assert not found, f"{path.relative_to(ROOT)}:{number}: {found}"
+
+
+def test_what_runs_leave_behind_is_not_tracked() -> None:
+    for path in tracked():
+        assert path.suffix not in (".pth", ".pyc", ".npz.tmp"), path
+        assert path.relative_to(ROOT).parts[0] not in ("saved", "outputs", ".venv"), path
+
+
+def test_files_stay_short_enough_to_read() -> None:
+    """A file that grows much beyond what fits in the head holds two ideas."""
+    for path in sources():
+        lines = (ROOT / path).read_text(encoding="utf-8").count("\n")
+        assert lines < 750, f"{path}: {lines} lines"
+
+
+def test_scripts_read_like_recipes() -> None:
+    """train.py and test.py build what the config names; no model, data set or loss is named in them."""
+    from dataloaders import LOADERS
+    from models import MODELS
+    from utils.losses import LOSSES
+
+    for script in ("train.py", "test.py", "trainer.py", "base/base_trainer.py"):
+        words = {
+            n.value for n in ast.walk(sources()[script]) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
+        words |= {n.id for n in ast.walk(sources()[script]) if isinstance(n, ast.Name)}
+        assert not words & {*MODELS, *LOADERS, *LOSSES}, script
