@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from base.base_trainer import BaseTrainer, Interrupted, Stopwatch
 from utils import checkpoint, distributed
@@ -22,6 +20,7 @@ from utils.metrics import Metrics
 from utils.optim import learning_rates
 from utils.palette import colourise, displayable, grid
 from utils.predict import PredictOptions, label_map, predict_logits
+from utils.progress import progress_bar
 
 # Pictures per validation in TensorBoard, and the longer side they are shown at.
 PICTURES, PICTURE_SIZE = 6, 320
@@ -79,13 +78,7 @@ class Trainer(BaseTrainer):
         meter = _Meter(self)
         first = self.batch
         self.train_loader.set_epoch(epoch, first)
-        bar = tqdm(
-            total=self.batches,
-            initial=first,
-            desc=f"TRAIN ({epoch})",
-            disable=not distributed.is_main(),
-            mininterval=0.5,
-        )
+        bar = progress_bar(desc=f"TRAIN ({epoch})", total=self.batches, initial=first)
         batches = iter(self.train_loader)
         self._restore_rng()  # after the iterator, which draws a random number of its own
         watch = Stopwatch()
@@ -209,14 +202,11 @@ class Trainer(BaseTrainer):
             if distributed.world_size() == 1 and self._stop_signal is not None:
                 raise Interrupted
 
-        def progress(loader: Any) -> Iterator[Batch]:
-            return tqdm(loader, desc=f"EVAL ({epoch})", disable=not distributed.is_main(), mininterval=0.5)
-
         outcome = evaluate(
             self.evaluator(),
             self.val_loader,
             {name: Decision(name, self.options)},
-            progress=progress,
+            progress=lambda loader: progress_bar(loader, desc=f"EVAL ({epoch})"),
             on_part=look,
             limit_batches=self.settings.limit_batches,
         )

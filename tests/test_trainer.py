@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
 from pathlib import Path
@@ -322,6 +323,39 @@ def test_mixed_precision_trains(tmp_path: Path, amp: str) -> None:
     scores = trainer.train()
     assert scores["train_loss"] < 1.1
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_compiled_training_gives_plain_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The eager backend traces without generating code, which takes minutes on a slow machine.
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: compile_(network, backend="eager"))
+    plain, compiled = make_trainer(tmp_path / "plain"), make_trainer(tmp_path / "compiled", compile=True)
+    plain.train()
+    compiled.train()
+    assert not [n for n in checkpoint.read(tmp_path / "compiled/run" / LATEST)["state_dict"] if "_orig_mod" in n]
+    assert same_weights(plain.model, compiled.model)
+
+
+def test_memory_stays_flat(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, epochs=1, val=False, monitor="off", log_per_iter=50, loader=ToyLoader(2000))
+    sizes = {}
+    after_batch = trainer._after_batch
+
+    def watch() -> None:
+        after_batch()
+        if trainer.iteration in (200, 1000):
+            gc.collect()
+            sizes[trainer.iteration] = resident_bytes()
+
+    trainer._after_batch = watch
+    trainer.train()
+    assert sizes[1000] - sizes[200] < 8 * 2**20
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory in bytes, from /proc."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_the_averaged_weights_are_deployed(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""Progress bars that suit where they go: a terminal, a notebook, or a log file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from tqdm.auto import tqdm
+
+from utils import distributed
+
+# Seconds between two looks at a run: a terminal can be redrawn, in a file every look is one more line.
+TERMINAL_SECONDS, FILE_SECONDS = 0.5, 30.0
+
+
+class _Lines:
+    """A stream in which every redrawing of a bar becomes a line of its own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        # A bar begins with a carriage return and, when it closes, ends with a line feed.
+        text = text.strip("\r\n")
+        if text:
+            self.stream.write(text + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None, *, desc: str, total: int | None = None, initial: int = 0
+) -> tqdm:
+    """Return a tqdm bar on stderr; silent in all processes but the main one.
+
+    In a file or a pipe it writes a line every half a minute, and one at the end.
+    """
+    interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return tqdm(
+        iterable,
+        desc=desc,
+        total=total,
+        initial=initial,
+        disable=not distributed.is_main(),
+        file=None if interactive else _Lines(sys.stderr),
+        mininterval=TERMINAL_SECONDS if interactive else FILE_SECONDS,
+        maxinterval=10 * TERMINAL_SECONDS if interactive else FILE_SECONDS,
+        dynamic_ncols=interactive,
+    )
