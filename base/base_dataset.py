@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -62,6 +63,14 @@ class Facts(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     ignore_index: int
+
+
+class _ByteTables(NamedTuple):
+    """For stored label values 0 to 255: the id, whether it is illegal (255 if so), whether all stay as they are."""
+
+    ids: np.ndarray
+    illegal: np.ndarray
+    as_stored: bool
 
 
 class Entries(Sequence[Entry]):
@@ -342,14 +351,11 @@ class BaseDataSet(Dataset[Any]):
     def translate(self, label: np.ndarray, path: Path | str) -> np.ndarray:
         """Return a stored label map as class ids and ignore_index; UserError if it holds anything else."""
         if label.dtype == np.uint8:
-            table, legal = self._tables()
-            values = np.flatnonzero(np.bincount(label.reshape(-1), minlength=256))
-            illegal = values[~legal[values]]
-            if illegal.size:
-                raise self._illegal(label, illegal, path)
-            # Most maps hold class ids already: nothing to write.
-            same = label.dtype == table.dtype and np.array_equal(table[values], values)
-            return label if same else table[label]
+            tables = self._tables()
+            if cv2.countNonZero(cv2.LUT(label, tables.illegal)):
+                values = np.unique(label)
+                raise self._illegal(label, values[tables.illegal[values] > 0], path)
+            return label if tables.as_stored else tables.ids[label]
         return self._translate_wide(label, path)
 
     def _translate_wide(self, label: np.ndarray, path: Path | str) -> np.ndarray:
@@ -364,8 +370,8 @@ class BaseDataSet(Dataset[Any]):
             raise self._illegal(stored, np.unique(stored[illegal]), path)
         return label.astype(self.label_dtype)
 
-    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return, for stored values 0..255, what they become and whether they may occur."""
+    def _tables(self) -> _ByteTables:
+        """Return what becomes of the stored values 0 to 255."""
         tables = self.__dict__.get("_byte_tables")
         if tables is None:
             ids = np.arange(256, dtype=np.int64)
@@ -374,7 +380,9 @@ class BaseDataSet(Dataset[Any]):
             if self.void_label is not None:
                 ids[ids == self.void_label] = self.ignore_index
             legal = ((ids >= 0) & (ids < self.label_count)) | (ids == self.ignore_index)
-            tables = self._byte_tables = (np.where(legal, ids, 0).astype(self.label_dtype), legal)
+            as_stored = self.label_dtype == np.uint8 and np.array_equal(ids[legal], np.flatnonzero(legal))
+            ids = np.where(legal, ids, 0).astype(self.label_dtype)
+            tables = self._byte_tables = _ByteTables(ids, np.uint8(255) * ~legal, as_stored)
         return tables
 
     def _illegal(self, label: np.ndarray, values: np.ndarray, path: Path | str) -> UserError:
@@ -434,7 +442,7 @@ class BaseDataSet(Dataset[Any]):
         parameters = self._parameters(epoch, index, *label.shape)
         if parameters is not None:
             image, label = aug.apply(image, label, parameters, self._fill(image), self.ignore_index)
-        return Sample(_to_tensor(image.transpose(2, 0, 1)), _to_tensor(label), self.entries[index].name)
+        return Sample(_planes(image), torch.from_numpy(label.copy()), self.entries[index].name)
 
     def _parameters(self, epoch: int, index: int, height: int, width: int) -> aug.Parameters | None:
         if self.augmentation is not None:
@@ -668,9 +676,13 @@ def _size(array: np.ndarray) -> str:
     return f"{array.shape[1]}x{array.shape[0]}"
 
 
-def _to_tensor(array: np.ndarray) -> Tensor:
-    # A copy where the array is a view of the cache: what a user changes must not change the cache.
-    return torch.from_numpy(np.array(array, order="C"))
+def _planes(image: np.ndarray) -> Tensor:
+    """Return ``(C, H, W)`` of an image ``(H, W, C)``: always a copy, the image may be a view of the cache."""
+    planes = np.empty((image.shape[2], *image.shape[:2]), image.dtype)
+    for channel, plane in enumerate(planes):
+        # Several times faster than NumPy's transposed copy.
+        cv2.extractChannel(image, channel, plane)
+    return torch.from_numpy(planes)
 
 
 def _threads() -> int:
