@@ -329,8 +329,9 @@ def test_compiled_training_gives_plain_checkpoints(tmp_path: Path, monkeypatch: 
     # The eager backend traces without generating code, which takes minutes on a slow machine.
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network: compile_(network, backend="eager"))
-    plain, compiled = make_trainer(tmp_path / "plain"), make_trainer(tmp_path / "compiled", compile=True)
+    plain = make_trainer(tmp_path / "plain")
     plain.train()
+    compiled = make_trainer(tmp_path / "compiled", compile=True)
     compiled.train()
     assert not [n for n in checkpoint.read(tmp_path / "compiled/run" / LATEST)["state_dict"] if "_orig_mod" in n]
     assert same_weights(plain.model, compiled.model)
