@@ -1,0 +1,105 @@
+"""What the steps of an evaluation cost: seconds, and the most memory they held at one time."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+_Result = Any
+
+
+class Clock:
+    """Adds up what each step takes.
+
+    On CUDA the memory is that of torch's allocator above what was there before, taken in every lap. On the CPU
+    torch keeps no such count; :meth:`measure_memory` runs a step once more under its profiler.
+
+    Args:
+        device: where the steps compute.
+        names: of the steps.
+    """
+
+    def __init__(self, device: torch.device, names: Iterable[str]) -> None:
+        self.cuda = device if device.type == "cuda" else None
+        names = list(names)
+        self.laps: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+        self.peak = dict.fromkeys(names, 0)
+
+    def measure(self, name: str, images: int) -> Lap:
+        """Return a context that times one step over ``images`` images."""
+        return Lap(self, name, images)
+
+    def measure_memory(self, name: str, step: Callable[[], _Result]) -> None:
+        """Run ``step`` for its memory alone, where laps cannot tell (on the CPU); it must return its result."""
+        if self.cuda is None:
+            self.note_peak(name, cpu_peak(step))
+
+    def note_peak(self, name: str, peak: int | None) -> None:
+        """Remember the highest of the peaks of a step, in bytes; None: unknown."""
+        self.peak[name] = max(self.peak[name], peak or 0)
+
+    def totals(self) -> dict[str, tuple[float, int]]:
+        """Return seconds and images of each step, without the first lap, which warms up, where there are more."""
+        totals = {}
+        for name, laps in self.laps.items():
+            counted = laps[1:] or laps
+            totals[name] = (sum(seconds for seconds, _ in counted), sum(images for _, images in counted))
+        return totals
+
+
+class Lap:
+    """One step in a :class:`Clock`."""
+
+    def __init__(self, clock: Clock, name: str, images: int) -> None:
+        self.clock, self.name, self.images = clock, name, images
+
+    def __enter__(self) -> None:
+        cuda = self.clock.cuda
+        if cuda is not None:
+            torch.cuda.synchronize(cuda)
+            torch.cuda.reset_peak_memory_stats(cuda)
+            self.memory = torch.cuda.memory_allocated(cuda)
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        cuda = self.clock.cuda
+        if cuda is not None:
+            torch.cuda.synchronize(cuda)
+            self.clock.note_peak(self.name, torch.cuda.max_memory_allocated(cuda) - self.memory)
+        self.clock.laps[self.name].append((time.perf_counter() - self.start, self.images))
+
+
+def cpu_peak(step: Callable[[], _Result]) -> int | None:
+    """Return the most bytes that CPU tensors made inside ``step`` held at one time; None where torch cannot say.
+
+    Exact for torch's own allocations, its kernels' temporaries included; it sees nothing of NumPy. This is the old
+    profiler of torch: the new one takes seconds to start.
+    """
+    try:
+        from torch.autograd import _disable_profiler_legacy
+        from torch.autograd.profiler_legacy import profile
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            profiler = profile(profile_memory=True)
+            profiler.__enter__()
+    except (ImportError, AttributeError, TypeError, RuntimeError):  # another torch, or a profiler at work already
+        return None
+    try:
+        kept = step()
+    finally:
+        threads = _disable_profiler_legacy()
+    del kept
+    total = 0
+    for records in threads:
+        held = peak = 0
+        for record in records:
+            if record.kind() == "memory_alloc":
+                held += record.cpu_memory_usage()
+                peak = max(peak, held)
+        total += peak
+    return total
