@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 from torch.utils.data import DataLoader, Sampler
 
 from base.base_dataset import BaseDataSet, Sample, Skipped
@@ -243,16 +243,7 @@ def collate(items: Sequence[Sample | Skipped | UserError]) -> Parcel:
     names = [s.name for s in samples]
     if len({image.shape for image in images}) > 1:
         return Parcel(Batch(images, labels, names), problems)
-    return Parcel(Batch(_stack(images), _stack(labels), names), problems)
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    if torch.utils.data.get_worker_info() is None:
-        return torch.stack(tensors)
-    # Straight into shared memory: the batch is not copied once more on its way to the main process.
-    first = tensors[0]
-    storage = first._typed_storage()._new_shared(len(tensors) * first.numel(), device=first.device)
-    return torch.stack(tensors, out=first.new(storage).resize_(len(tensors), *first.shape))
+    return Parcel(Batch(torch.stack(images), torch.stack(labels), names), problems)
 
 
 def _start_worker(worker: int) -> None:
