@@ -151,6 +151,14 @@ def test_flip_makes_the_result_symmetric(model: Path) -> None:
         torch.testing.assert_close(one, other.flip(-1), rtol=1e-3, atol=1e-4)
 
 
+def test_half_precision_is_near(model: Path) -> None:
+    image = photo(64, 80)
+    full = Predictor(model, mode="single", keep_probs=True)(image)
+    half = Predictor(model, mode="single", keep_probs=True, amp=True)(image)
+    assert half.probs.dtype == torch.float32
+    assert 0 < (full.probs - half.probs).abs().mean() < 0.02
+
+
 def test_large_views_are_cut_into_tiles(model: Path) -> None:
     image = photo(100, 120)
     whole = Predictor(model, mode="multiscale", keep_probs=True)(image)

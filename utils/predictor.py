@@ -98,6 +98,8 @@ class Predictor:
         max_pixels: a larger view is predicted in tiles instead.
         memory: bytes that the probabilities of one image may take; a larger image is streamed. None: 512 MiB on the
             CPU, a tenth of the memory of a GPU. The peak is a few times as high.
+        amp: let the network compute in half precision (bfloat16 on the CPU, float16 on a GPU): faster where the
+            hardware has units for it, with probabilities of about three digits.
         keep_masks, keep_probs: whether results carry ``masks`` and ``probs``.
 
     Raises:
@@ -121,6 +123,7 @@ class Predictor:
         temperature: float | None = None,
         max_pixels: int = MAX_PIXELS,
         memory: int | None = None,
+        amp: bool = False,
         keep_masks: bool = True,
         keep_probs: bool = False,
     ) -> None:
@@ -128,7 +131,10 @@ class Predictor:
         loaded = model if isinstance(model, LoadedModel) else load_model(model, self.device)
         settings = loaded.config.predict
         self.facts, self.activation, self.config = loaded.facts, loaded.activation, loaded.config
-        self.model: nn.Module = loaded.model.to(self.device).eval()
+        self.amp = amp
+        # The layout that convolutions on CPUs, and in half precision on GPUs, are fastest in.
+        self._layout = torch.channels_last if amp or self.device.type == "cpu" else torch.contiguous_format
+        self.model: nn.Module = loaded.model.to(self.device, memory_format=self._layout).eval()
         self.procedure = predict or settings.test
         self.options = options or PredictOptions.from_config(settings)
         self.temperature = settings.temperature if temperature is None else temperature
@@ -245,7 +251,8 @@ class Predictor:
         return probs.clamp_(max=1.0)  # the mean of ones may round to a little more
 
     def _logits(self, images: Tensor) -> Tensor:
-        output = self.model(images)
+        with torch.autocast(self.device.type, _HALF.get(self.device.type, torch.bfloat16), enabled=self.amp):
+            output = self.model(images.contiguous(memory_format=self._layout))
         return output["out"] if isinstance(output, dict) else output
 
     def _link(self, logits: Tensor) -> Tensor:
@@ -379,6 +386,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 _CPU = torch.device("cpu")
+_HALF = {"cpu": torch.bfloat16, "cuda": torch.float16}
 
 
 def _default_memory(device: torch.device) -> int:

@@ -1,0 +1,170 @@
+"""How fast are multi-scale and sliding inference, against the way of yassouali/pytorch-segmentation?
+
+    python -m benchmarks.inference [--quick] [--json FILE] [--device cpu] [--amp]
+
+The predecessor resized images by scipy on the CPU, one scale after the other, saw one tile at a time, and summed
+float64 scores in NumPy. Both ways run the same network with the same scales, tile size and flips, from an image in
+memory to a label map; "network" is the time that the forward passes of the predecessor's way take by themselves.
+Sliding is timed twice: with the predecessor's overlap (1/3, four tiles a row), and with ours (1/4, three tiles a row;
+the blending window hides the seams that the larger overlap was for).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor, nn
+
+import models
+from utils.checkpoint import Facts, LoadedModel
+from utils.palette import default_palette
+from utils.predictor import SCALES, Predictor
+
+CLASSES = 21
+NETWORKS = {
+    "UNet width 8": ("UNet", {"width": 8}),
+    "ENet": ("ENet", {}),
+    "PSPNet resnet18": ("PSPNet", {"backbone": "resnet18", "pretrained": False}),
+}
+TILE_SHARE, OVERLAP = 1 / 2.5, 1 / 3
+# mode, our overlap
+WAYS = (("multiscale", 0.0), ("sliding", OVERLAP), ("sliding", 0.25))
+
+
+class Clock(nn.Module):
+    """A network that adds up the time it takes."""
+
+    def __init__(self, network: nn.Module, wait: Callable[[], None]) -> None:
+        super().__init__()
+        self.network, self.wait, self.seconds = network, wait, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.wait()
+        start = time.perf_counter()
+        y = self.network(x)
+        self.wait()
+        self.seconds += time.perf_counter() - start
+        return y
+
+
+def older_multiscale(network: nn.Module, image: Tensor, device: torch.device) -> np.ndarray:
+    """Sum logits over scales in NumPy; images are resized by scipy."""
+    size = image.shape[-2:]
+    total = np.zeros((CLASSES, *size))
+    pixels = image.numpy()
+    for scale in SCALES:
+        scaled = torch.from_numpy(ndimage.zoom(pixels, (1, 1, scale, scale), order=1, prefilter=False)).to(device)
+        logits = F.interpolate(network(scaled).cpu(), size=size, mode="bilinear", align_corners=True)
+        total += logits[0].numpy()
+    return torch.from_numpy(total / len(SCALES)).softmax(0).argmax(0).numpy()
+
+
+def older_sliding(network: nn.Module, image: Tensor, device: torch.device) -> np.ndarray:
+    """Sum logits of tiles and of their mirror images in NumPy, one at a time; the last tiles are padded."""
+    height, width = image.shape[-2:]
+    tall, wide = int(height * TILE_SHARE), int(width * TILE_SHARE)
+    stride = ceil(tall * (1 - OVERLAP))
+    total, count = np.zeros((CLASSES, height, width)), np.zeros((height, width))
+    for y in range(0, ceil((height - tall) / stride) * stride + 1, stride):
+        for x in range(0, ceil((width - wide) / stride) * stride + 1, stride):
+            tile = image[:, :, y : y + tall, x : x + wide]
+            h, w = tile.shape[-2:]
+            tile = F.pad(tile, (0, wide - w, 0, tall - h)).to(device)
+            logits = 0.5 * (network(tile) + network(tile.flip(-1)).flip(-1))
+            total[:, y : y + h, x : x + w] += logits[0, :, :h, :w].cpu().numpy()
+            count[y : y + h, x : x + w] += 1
+    return torch.from_numpy(total / count).softmax(0).argmax(0).numpy()
+
+
+def best_of(action: Callable[[], np.ndarray], repeats: int) -> tuple[float, np.ndarray]:
+    """Return the shortest time, and the result."""
+    result, times = action(), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = action()
+        times.append(time.perf_counter() - start)
+    return min(times), result
+
+
+def compare(name: str, mode: str, overlap: float, side: int, device: torch.device, repeats: int, amp: bool) -> dict:
+    """Time both ways on one square image."""
+    kind, args = NETWORKS[name]
+    torch.manual_seed(0)
+    network = models.build(kind, CLASSES, **args).eval()
+    facts = Facts(
+        CLASSES, tuple(map(str, range(CLASSES))), default_palette(CLASSES), (0.45,) * 3, (0.25,) * 3, ignore_index=255
+    )
+    config = SimpleNamespace(
+        predict=SimpleNamespace(test="max", temperature=1.0, CoI="all", threshold=0.5, rankdice=SimpleNamespace(
+            solver="exact", metric="dice", smooth=0.0, prune=0.5)),
+        train_loader=SimpleNamespace(args={}),
+    )  # fmt: skip
+    picture = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3))
+    picture = np.kron(picture, np.ones((8, 8, 1))).astype(np.uint8)
+    normalised = (torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255 - 0.45) / 0.25
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    older = older_multiscale if mode == "multiscale" else older_sliding
+
+    clock = Clock(network.to(device), wait)
+    with torch.no_grad():
+        before, labels_before = best_of(lambda: older(clock, normalised, device), repeats)
+    inside = clock.seconds / (repeats + 1)
+
+    predictor = Predictor(
+        LoadedModel(network, facts, config, "softmax", Path(), 0),
+        mode=mode, flip=mode == "sliding", tile=int(side * TILE_SHARE), overlap=overlap, batch_size=4, device=device,
+        max_pixels=2**30, memory=2**34, amp=amp,
+    )  # fmt: skip
+    after, labels_after = best_of(lambda: predictor(picture).labels, repeats)
+    return {
+        "network": name,
+        "mode": mode if mode == "multiscale" else f"sliding, overlap {overlap:.2f}",
+        "image": f"{side} x {side}",
+        "older_s": before,
+        "network_s": inside,
+        "ours_s": after,
+        "times": before / after,
+        "same_labels": float((labels_before == labels_after).mean()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small image, the smallest network")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers")
+    parser.add_argument("--amp", action="store_true", help="our way in half precision")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    names, side, repeats = (["UNet width 8"], 160, 1) if args.quick else (list(NETWORKS), 480, 2)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
+    print(f"torch {torch.__version__}, {where}, {platform.machine()}; {CLASSES} classes, {len(SCALES)} scales\n")
+    print("| network | mode | image | older way, s | of it network, s | ours, s | times faster | same labels |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for name in names:
+        for mode, overlap in WAYS:
+            row = compare(name, mode, overlap, side, device, repeats, args.amp)
+            rows.append(row)
+            print(
+                f"| {name} | {row['mode']} | {row['image']} | {row['older_s']:.2f} | {row['network_s']:.2f} | "
+                f"{row['ours_s']:.2f} | {row['times']:.1f} | {row['same_labels']:.1%} |",
+                flush=True,
+            )
+    if args.json:
+        Path(args.json).write_text(json.dumps({"torch": torch.__version__, "device": where, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
