@@ -150,6 +150,11 @@ def test_a_loss_by_name_takes_arguments_from_overrides() -> None:
     assert resolve(("loss.args.gamma=3",), loss="FocalLoss").loss.args == {"gamma": 3}
     assert resolve(("loss=DiceLoss",)).loss.type == "DiceLoss"
     assert resolve(("loss.type=DiceLoss",)).loss.type == "DiceLoss"
+    assert resolve(("loss.args.weight=balanced",)).loss.model_dump() == {
+        "type": "CrossEntropyLoss2d",
+        "args": {"weight": "balanced"},
+    }
+    assert resolve(("lr_scheduler.args.warmup=10",)).lr_scheduler.type == "Poly"
 
 
 def test_a_value_may_hold_an_equals_sign() -> None:
@@ -328,7 +333,6 @@ def test_all_problems_are_told_at_once() -> None:
         "optimizer.type: found 'SDG'",
         "loss.args.gama: FocalLoss",
         "lr_scheduler.typ: unknown key",
-        "lr_scheduler.type: required",
         "predict.CoI: found [30]",
         "predict.val: found",
         "predict.threshold: found 2",
@@ -652,7 +656,7 @@ def test_every_field_says_what_it_means() -> None:
 # How the code calls the sections it reads from: `config.trainer`, `self.settings`, ...
 HOLDERS = {
     "Config": {"config", "self", "loaded"},
-    "Component": {"component", "arch", "loss", "lr_scheduler", "schedule", "train_loader", "loader", "self"},
+    "Component": {"component", "arch", "loss", "lr_scheduler", "schedule", "train_loader", "loader"},
     "Optimizer": {"optimizer"},
     "RankDiceOptions": {"rankdice", "chosen"},
     "Predict": {"predict"},

@@ -6,6 +6,7 @@ reference in the documentation and the hints in editors (``configs/schema.json``
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
@@ -119,7 +120,12 @@ class Tester(Section):
     out_dir: str | None = Field(None, description="folder of the results; null: beside the checkpoint")
 
 
-def _component_or_name(value: Any) -> Any:
+def _default_type(name: str) -> Callable[[Any], Any]:
+    """Return what gives a section its type where only arguments were given: the default one."""
+    return lambda value: {"type": name, **value} if isinstance(value, Mapping) else value
+
+
+def _section_of_name(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
 
 
@@ -152,7 +158,10 @@ class Config(Section):
     trainer: Trainer = Field(default_factory=Trainer)
     tester: Tester = Field(default_factory=Tester)
 
-    _loss_by_name = field_validator("loss", mode="before")(_component_or_name)
+    # Validators that run before run last to first.
+    _loss_type = field_validator("loss", mode="before")(_default_type("CrossEntropyLoss2d"))
+    _loss_by_name = field_validator("loss", mode="before")(_section_of_name)
+    _schedule_type = field_validator("lr_scheduler", mode="before")(_default_type("Poly"))
 
     @field_validator("name")
     @classmethod
