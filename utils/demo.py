@@ -1,0 +1,177 @@
+"""A page to try a model: upload an image, see the three procedures beside each other.
+
+    pip install gradio
+    python -m utils.demo --model best_model.pth
+
+Everything stays on this machine: the page is served to this machine only unless ``--host`` says otherwise, and
+nothing is reported anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from utils.errors import UserError, run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from utils.checkpoint import Facts
+    from utils.predictor import Predictor
+
+PROCEDURES = {"T": "T: above the threshold", "max": "max: most probable class", "rankdice": "rankdice: highest Dice"}
+LARGEST_SHOWN = 1600  # pixels of the longer side of pictures sent to the browser
+
+
+class Comparison(NamedTuple):
+    """One image under the three procedures.
+
+    ``image``: uint8 RGB ``(H, W, 3)``. ``labels``: per procedure ``(H, W)``.
+    ``pixels``: per procedure, the pixels of each class's mask. ``scores``: the expected Dice of each rankdice mask.
+    """
+
+    image: np.ndarray
+    labels: dict[str, np.ndarray]
+    pixels: dict[str, list[int]]
+    scores: list[float]
+
+
+def main() -> int:
+    """Serve the page until Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-m", "--model", required=True, help="checkpoint, such as saved/.../best_model.pth")
+    parser.add_argument("-mo", "--mode", choices=("multiscale", "sliding", "single"), default="single")
+    parser.add_argument("-d", "--device", help="cpu, cuda, or a GPU's number (default: a GPU where there is one)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: every one (default: 127.0.0.1)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="default: 7860")
+    args = parser.parse_args()
+    check_gradio()
+    from utils.predictor import Predictor
+
+    predictor = Predictor(args.model, mode=args.mode, device=args.device)
+    try:
+        page(predictor).launch(server_name=args.host, server_port=args.port, quiet=False)
+    except OSError as error:
+        raise UserError(f"--port {args.port}: the page cannot be served there: {error}") from None
+    return 0
+
+
+def check_gradio() -> None:
+    """Raise UserError where gradio is not installed; keep it from calling home where it is."""
+    if find_spec("gradio") is None:
+        raise UserError("the demo page needs gradio, which is not installed: pip install gradio")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+
+def compare(predictor: Predictor, path: str) -> Comparison:
+    """Segment an image file once and decide by every procedure.
+
+    Raises:
+        UserError: the file cannot be read, or is too large for a page.
+    """
+    import torch
+
+    from utils.palette import displayable
+    from utils.predict import PROCEDURES as DECIDE
+    from utils.predict import label_map
+
+    image = predictor.read(path)
+    if predictor.streams(*image.shape[:2]):
+        raise UserError(f"the image has {image.shape[1]} x {image.shape[0]} pixels: use inference.py for such sizes")
+    probs = predictor.probabilities(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+    classes = predictor.facts.num_classes
+    labels, pixels, scores = {}, {}, [0.0] * classes
+    for name in PROCEDURES:
+        labels[name] = label_map(name, probs, predictor.options)[0].cpu().numpy()
+        found = DECIDE[name](probs, predictor.options)
+        if found.masks is not None:
+            pixels[name] = found.masks[0].flatten(1).sum(1).tolist()
+        else:
+            counts = torch.bincount(found.labels.flatten(), minlength=max(2, classes)).tolist()
+            pixels[name] = counts[1:2] if classes == 1 else counts[:classes]
+        if found.scores is not None:
+            scores = found.scores[0].tolist()
+    return Comparison(displayable(image), labels, pixels, scores)
+
+
+def pictures(comparison: Comparison, facts: Facts, opacity: float) -> list[np.ndarray]:
+    """Return one overlay per procedure, at most ``LARGEST_SHOWN`` pixels wide or high."""
+    import cv2
+
+    from utils.palette import overlay
+
+    shrink = max(1.0, max(comparison.image.shape[:2]) / LARGEST_SHOWN)
+    size = [max(1, round(side / shrink)) for side in comparison.image.shape[1::-1]]
+    shown = []
+    for labels in comparison.labels.values():
+        picture = overlay(comparison.image, labels, facts.palette, opacity)
+        shown.append(cv2.resize(picture, size, interpolation=cv2.INTER_AREA) if shrink > 1 else picture)
+    return shown
+
+
+def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
+    """Return an HTML table: classes that any procedure found, their colours, shares of the image, expected scores."""
+    total = comparison.image.shape[0] * comparison.image.shape[1]
+    lines = []
+    for c in range(facts.num_classes):
+        counts = [comparison.pixels[name][c] for name in PROCEDURES]
+        if not any(counts):
+            continue
+        name = html.escape(facts.class_names[c] if c < len(facts.class_names) else f"class {c}")
+        colour = "#{:02x}{:02x}{:02x}".format(*facts.palette[c])
+        swatch = (
+            f'<span style="display:inline-block;width:1em;height:1em;background:{colour};border:1px solid #888"></span>'
+        )
+        cells = "".join(f"<td>{100 * count / total:.2f} %</td>" for count in counts)
+        score = f"{comparison.scores[c]:.3f}" if counts[-1] else "–"
+        lines.append(f"<tr><td>{swatch} {name}</td>{cells}<td><b>{score}</b></td></tr>")
+    title = "IoU" if metric == "iou" else "Dice"
+    head = "".join(f"<th>{text}</th>" for text in ("class", "T", "max", "rankdice", f"expected {title} of rankdice"))
+    return f'<table id="found" style="width:100%"><tr>{head}</tr>{"".join(lines)}</table>'
+
+
+def page(predictor: Predictor) -> Any:
+    """Return the gradio page."""
+    import gradio as gr
+
+    facts, metric = predictor.facts, predictor.options.metric
+
+    def segment(path: str | None, opacity: float) -> tuple:
+        if path is None:
+            return None, *([None] * len(PROCEDURES)), ""
+        try:
+            comparison = compare(predictor, path)
+        except (UserError, ValueError) as error:
+            raise gr.Error(str(error)) from None
+        return comparison, *pictures(comparison, facts, opacity), table(comparison, facts, metric)
+
+    def redraw(comparison: Comparison | None, opacity: float) -> list:
+        return [None] * len(PROCEDURES) if comparison is None else pictures(comparison, facts, opacity)
+
+    with gr.Blocks(title="Segmentation: T, max, rankdice", analytics_enabled=False) as blocks:
+        gr.Markdown(
+            f"## {html.escape(predictor.config.arch.type)}, {facts.num_classes} class(es), mode {predictor.mode}"
+        )
+        state = gr.State(None)
+        with gr.Row():
+            upload = gr.Image(type="filepath", label="image", sources=["upload", "clipboard"], elem_id="upload")
+            with gr.Column():
+                opacity = gr.Slider(0, 1, value=0.5, step=0.05, label="opacity of the masks", elem_id="opacity")
+                found = gr.HTML()
+        with gr.Row():
+            shown = [gr.Image(label=label, elem_id=f"mask-{name}") for name, label in PROCEDURES.items()]
+        upload.change(segment, [upload, opacity], [state, *shown, found])
+        opacity.release(redraw, [state, opacity], shown)
+    return blocks
+
+
+if __name__ == "__main__":
+    run(main)
