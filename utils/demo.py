@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from utils.predictor import Predictor
 
 PROCEDURES = {"T": "T: above the threshold", "max": "max: most probable class", "rankdice": "rankdice: highest Dice"}
-LARGEST_SHOWN = 1600  # pixels of the longer side of pictures sent to the browser
+SMALLEST_SHOWN, LARGEST_SHOWN = 480, 1600  # pixels of the longer side of pictures sent to the browser
 
 
 class Comparison(NamedTuple):
@@ -103,18 +103,17 @@ def compare(predictor: Predictor, path: str) -> Comparison:
 
 
 def pictures(comparison: Comparison, facts: Facts, opacity: float) -> list[np.ndarray]:
-    """Return one overlay per procedure, at most ``LARGEST_SHOWN`` pixels wide or high."""
+    """Return one overlay per procedure; very small pictures enlarged by whole pixels, very large ones reduced."""
     import cv2
 
     from utils.palette import overlay
 
-    shrink = max(1.0, max(comparison.image.shape[:2]) / LARGEST_SHOWN)
-    size = [max(1, round(side / shrink)) for side in comparison.image.shape[1::-1]]
-    shown = []
-    for labels in comparison.labels.values():
-        picture = overlay(comparison.image, labels, facts.palette, opacity)
-        shown.append(cv2.resize(picture, size, interpolation=cv2.INTER_AREA) if shrink > 1 else picture)
-    return shown
+    longest = max(comparison.image.shape[:2])
+    scale = min(1.0, LARGEST_SHOWN / longest) if longest > SMALLEST_SHOWN else max(1, SMALLEST_SHOWN // longest)
+    size = [max(1, round(side * scale)) for side in comparison.image.shape[1::-1]]
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST
+    shown = [overlay(comparison.image, labels, facts.palette, opacity) for labels in comparison.labels.values()]
+    return [cv2.resize(picture, size, interpolation=method) if scale != 1 else picture for picture in shown]
 
 
 def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
@@ -130,12 +129,13 @@ def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
         swatch = (
             f'<span style="display:inline-block;width:1em;height:1em;background:{colour};border:1px solid #888"></span>'
         )
-        cells = "".join(f"<td>{100 * count / total:.2f} %</td>" for count in counts)
+        cells = "".join(f"<td>{100 * count / total:.2f}&nbsp;%</td>" for count in counts)
         score = f"{comparison.scores[c]:.3f}" if counts[-1] else "–"
         lines.append(f"<tr><td>{swatch} {name}</td>{cells}<td><b>{score}</b></td></tr>")
     title = "IoU" if metric == "iou" else "Dice"
     head = "".join(f"<th>{text}</th>" for text in ("class", "T", "max", "rankdice", f"expected {title} of rankdice"))
-    return f'<table id="found" style="width:100%"><tr>{head}</tr>{"".join(lines)}</table>'
+    body = f"<tr>{head}</tr>{''.join(lines)}"
+    return f'<div style="overflow-x:auto"><table id="found" style="width:100%">{body}</table></div>'
 
 
 def page(predictor: Predictor) -> Any:
