@@ -37,7 +37,7 @@ BAND_LIMIT = 16384  # a band with more pixels is narrowed further before it is s
 NARROWINGS = 6
 RETRIES = 3
 SLACK = 1e-12  # relative, for rounding in the bounds
-CACHE_PIXELS = 1 << 16  # what stays in a core's cache as float64
+CACHE_PIXELS = 1 << 18  # small enough for the cores' caches as float64, large enough for few and long parallel steps
 PIXEL_BYTES = 64  # working memory per pixel of a tile when all its pixels are above the cut, about
 
 
