@@ -13,7 +13,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,9 @@ class Outputs:
         except OSError as error:
             for path in written:
                 path.unlink(missing_ok=True)
+            if self.probs == "png":
+                with suppress(OSError):
+                    (self.folder / f"{name}_probs").rmdir()
             raise UserError(f"{source}: its outputs could not be written: {error.strerror or error}") from None
         finally:
             if isinstance(result.probs, Spool):
