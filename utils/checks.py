@@ -75,6 +75,11 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
                 f"{path}: its images have {other.in_channels} channels, the model takes {facts.in_channels} "
                 "(args.in_channels)"
             )
+        if other.ignore_index != facts.ignore_index:
+            raise UserError(
+                f"{path}: its data ignores the label {other.ignore_index}, the model was told to ignore "
+                f"{facts.ignore_index}; give the config one ignore_index for both"
+            )
     if config.predict.CoI != "all":
         outside = [c for c in config.predict.CoI if c >= facts.num_classes]
         if outside:
@@ -97,7 +102,7 @@ def warn_about_loss(config: Config, procedures: list[str]) -> None:
     """Say once when rankdice is to decode a network whose loss does not give it probabilities."""
     if "rankdice" not in procedures or config.loss.type not in LOSSES:
         return
-    if not is_proper(config.loss.type, **{k: v for k, v in config.loss.args.items() if v != "balanced"}):
+    if not is_proper(config.loss.type, **config.loss.args):
         print(
             f"warning: rankdice needs calibrated probabilities, and {config.loss.type} is not a strictly proper loss: "
             "its outputs are not probabilities, and expected scores will be off. Train with CrossEntropyLoss2d, "

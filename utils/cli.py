@@ -37,7 +37,8 @@ def select_devices(device: str | None) -> list[str]:
         return []
     if device == "cpu":
         return ["n_gpu=0"]
-    if not re.fullmatch(r"\d+(,\d+)*", device):
-        raise UserError(f"--device {device}: expected GPU numbers such as 0 or 0,1, or cpu")
+    numbers = device.split(",")
+    if not re.fullmatch(r"\d+(,\d+)*", device) or len(set(numbers)) < len(numbers):
+        raise UserError(f"--device {device}: expected GPU numbers such as 0 or 0,1, each once, or cpu")
     os.environ["CUDA_VISIBLE_DEVICES"] = device
-    return [f"n_gpu={len(device.split(','))}"]
+    return [f"n_gpu={len(numbers)}"]

@@ -198,9 +198,8 @@ def _check_loss(config: Config, facts: Any | None) -> list[str]:
 
     channels = facts.num_classes if facts is not None else None
     args = dict(config.loss.args)
-    for name in ("weight", "pos_weight"):
-        if args.get(name) == "balanced":
-            args[name] = [1.0] * max(channels or 2, 2)
+    if args.get("weight") == "balanced":
+        args["weight"] = [1.0] * max(channels or 2, 2)  # one channel: background and class
     try:
         loss = losses.build(config.loss.type, 255, **args)
         if channels is not None:
