@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from utils.checkpoint import Facts
 from utils.config_checks import PER_CLASS_SCORES
 from utils.errors import UserError, did_you_mean
-from utils.losses import LOSSES, is_proper
+from utils.losses import LOSSES, gives_probabilities
 from utils.schema import Config
 
 T = TypeVar("T")
@@ -100,12 +100,14 @@ def _some(names: tuple[str, ...]) -> str:
 
 def warn_about_loss(config: Config, procedures: list[str]) -> None:
     """Say once when rankdice is to decode a network whose loss does not give it probabilities."""
-    if "rankdice" not in procedures or config.loss.type not in LOSSES:
+    if not any(name.startswith("rankdice") for name in procedures) or config.loss.type not in LOSSES:
         return
-    if not is_proper(config.loss.type, **config.loss.args):
+    if not gives_probabilities(config.loss.type, **config.loss.args):
+        tilted = LOSSES[config.loss.type].proper or LOSSES[config.loss.type].nearly_proper
+        which = f"{config.loss.type} with {', '.join(config.loss.args)}" if tilted else config.loss.type
         print(
-            f"warning: rankdice needs calibrated probabilities, and {config.loss.type} is not a strictly proper loss: "
-            "its outputs are not probabilities, and expected scores will be off. Train with CrossEntropyLoss2d, "
-            "BCEWithLogitsLoss2d or FocalLoss for RankDice (docs/rankdice.md)",
+            f"warning: rankdice needs calibrated probabilities, and {which} is not a strictly proper loss: "
+            "its outputs are not probabilities, and expected scores will be off. For RankDice train with "
+            "CrossEntropyLoss2d or BCEWithLogitsLoss2d, without weights (docs/rankdice.md)",
             file=sys.stderr,
         )

@@ -22,6 +22,8 @@ class SegmentationLoss(nn.Module):
     """
 
     proper: bool = False
+    # Not proper, yet what comes out still rises with the probabilities and a temperature mends most of it.
+    nearly_proper: bool = False
     activation: Literal["softmax", "sigmoid"] = "softmax"
 
     def __init__(self, ignore_index: int = 255) -> None:

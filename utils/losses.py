@@ -120,11 +120,14 @@ class FocalLoss(SegmentationLoss):
         weight: per class, as in :class:`CrossEntropyLoss2d` (the paper's alpha).
     """
 
+    nearly_proper = True
+
     def __init__(self, ignore_index: int = 255, gamma: float = 2.0, weight: Weights = None) -> None:
         super().__init__(ignore_index)
         self.gamma = non_negative("gamma", gamma)
         weight_buffer(self, "weight", weight)
         self.proper = gamma == 0 and weight is None
+        self.nearly_proper = weight is None
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """See :meth:`SegmentationLoss.compute`."""
@@ -185,6 +188,7 @@ class BCEWithLogitsFocalLoss2d(SegmentationLoss):
     """
 
     activation = "sigmoid"
+    nearly_proper = True
 
     def __init__(
         self,
@@ -200,6 +204,7 @@ class BCEWithLogitsFocalLoss2d(SegmentationLoss):
         self.alpha = alpha
         weight_buffer(self, "weight", weight)
         self.proper = gamma == 0 and alpha is None and weight is None
+        self.nearly_proper = alpha is None and weight is None
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """See :meth:`SegmentationLoss.compute`."""
@@ -437,6 +442,19 @@ def build(type: str, ignore_index: int = 255, **args) -> SegmentationLoss:
 
 def is_proper(type: str, **args) -> bool:
     """Return whether the loss ``type`` with ``args`` (as in a config) is strictly proper."""
+    return _as_in_config(type, args).proper
+
+
+def gives_probabilities(type: str, **args) -> bool:
+    """Return whether outputs trained with the loss ``type`` and ``args`` (as in a config) can pass as probabilities.
+
+    Those of a strictly proper loss, and, with some calibration (``test.py --fit``), those of the focal losses.
+    """
+    loss = _as_in_config(type, args)
+    return loss.proper or loss.nearly_proper
+
+
+def _as_in_config(type: str, args: dict) -> SegmentationLoss:
     if args.get("weight") == "balanced":
         args = {**args, "weight": [1.0]}
-    return build(type, **args).proper
+    return build(type, **args)

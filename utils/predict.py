@@ -6,9 +6,17 @@ pixel. :func:`label_map` makes one label per pixel of any of them, for pictures.
 
 With one output channel (a binary task) the channel is the probability of the class itself: labels are 0
 (background) and 1, and ``max`` is the threshold 0.5.
+
+``python -m utils.predict --probs FOLDER -p rankdice`` decides probabilities again that ``test.py --save-probs`` wrote.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # first of all, so that --help need not wait for torch
+    from utils.decode import main
+    from utils.errors import run
+
+    run(main)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,0 +1,200 @@
+"""Which prediction procedure is better? Paired differences over the same images, with bootstrap intervals.
+
+Procedures are compared on the images they were all applied to. Images are drawn again with replacement (Efron &
+Tibshirani, *An Introduction to the Bootstrap*, 1993, percentile intervals); within a draw every procedure is scored
+on the same images, so what makes an image hard for all of them does not widen the interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.metrics import Metrics
+
+BASELINE = "max"
+RESAMPLES, LEVEL, SEED = 10_000, 0.95, 0
+# Images whose mean Dice differs by no more count as the same: a tenth of a point.
+SAME = 0.001
+# Below so many images an interval says little.
+FEW_IMAGES = 20
+WORST_SHARE = 0.1
+# Numbers that one block of bootstrap draws may hold.
+_BLOCK = 2**22
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher the mean scores of one procedure are than those of another.
+
+    ``mean``: the difference of the two means (of the table); ``low``, ``high``: the ends of its interval, nan with
+    fewer than two images. ``better``, ``same``, ``worse``: images, ``largest_gain`` and ``largest_loss`` the extremes
+    among them, over the images with a score under both.
+    """
+
+    mean: float
+    low: float
+    high: float
+    better: int
+    same: int
+    worse: int
+    largest_gain: float
+    largest_loss: float
+
+    @property
+    def clear(self) -> int:
+        """1: the interval lies above 0; -1: below; 0: it does not tell."""
+        return int(self.low > 0) - int(self.high < 0)
+
+
+def bootstrap(
+    scores: NDArray[np.float64],
+    baseline: NDArray[np.float64],
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = SEED,
+) -> NDArray[np.float64]:
+    """Return percentile intervals of ``mean(scores) - mean(baseline)`` over images drawn with replacement.
+
+    Args:
+        scores, baseline: ``(N, K)``, K pairs of columns over the same N images; nan where a score is undefined: it is
+            left out of its mean.
+        resamples: number of draws, the same images for all columns.
+        level: of the interval, in (0, 1).
+        seed: of the draws.
+
+    Returns:
+        ``(2, K)``: lower and upper ends; nan for columns with fewer than two defined scores on either side.
+    """
+    images, columns = scores.shape
+    if baseline.shape != scores.shape:
+        raise ValueError(f"baseline: expected the shape of scores {scores.shape}, found {baseline.shape}")
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number in (0, 1), found {level}")
+    both = np.concatenate([scores, baseline], axis=1)
+    defined = np.isfinite(both)
+    values, weights = np.where(defined, both, 0.0), defined.astype(np.float64)
+    rng = np.random.default_rng(seed)
+    means = np.full((resamples, columns), np.nan)
+    block = max(1, _BLOCK // max(images, 1))
+    for first in range(0, resamples if images else 0, block):
+        rows = min(block, resamples - first)
+        drawn = rng.integers(0, images, (rows, images)) + np.arange(rows)[:, None] * images
+        times = np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images).astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = (times @ values) / (times @ weights)
+        means[first : first + rows] = mean[:, :columns] - mean[:, columns:]
+    enough = (defined[:, :columns].sum(axis=0) > 1) & (defined[:, columns:].sum(axis=0) > 1)
+    ends = np.full((2, columns), np.nan)
+    if enough.any():
+        # A draw may hold none of the few images that define a column.
+        ends[:, enough] = np.nanquantile(means[:, enough], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return ends
+
+
+def differences(scores: NDArray[np.float64], baseline: NDArray[np.float64]) -> list[Difference]:
+    """Return how each column of ``scores`` ``(N, K)`` differs from that of ``baseline``; see :func:`bootstrap`."""
+    low, high = bootstrap(scores, baseline)
+    found = []
+    for k in range(scores.shape[1]):
+        a, b = scores[:, k], baseline[:, k]
+        change = (a - b)[np.isfinite(a) & np.isfinite(b)]
+        found.append(
+            Difference(
+                mean=_mean(a) - _mean(b),
+                low=float(low[k]),
+                high=float(high[k]),
+                better=int((change > SAME).sum()),
+                same=int((np.abs(change) <= SAME).sum()),
+                worse=int((change < -SAME).sum()),
+                largest_gain=float(change.max(initial=0.0)),
+                largest_loss=float(change.min(initial=0.0)),
+            )
+        )
+    return found
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else math.nan
+
+
+def image_means(metrics: Metrics) -> NDArray[np.float64]:
+    """Return the mean Dice of each image over the classes of interest, ``(N,)``, images sorted by name."""
+    _, scores, _ = metrics.rows()
+    return scores.dice[:, metrics.classes].nanmean(dim=1).numpy()
+
+
+def worst_mean(means: NDArray[np.float64], share: float = WORST_SHARE) -> float:
+    """Return the mean over the worst ``share`` of the images, at least one; nan without any."""
+    means = np.sort(means[np.isfinite(means)])
+    return float(means[: math.ceil(share * len(means))].mean()) if len(means) else math.nan
+
+
+def compare(metrics: Mapping[str, Metrics], class_names: Sequence[str]) -> dict[str, Any] | None:
+    """Compare every procedure with ``max``; None where there is nothing to compare.
+
+    Returns:
+        ``{"baseline", "level", "resamples", "same_within", "Mean_Dice": {procedure: Difference as dict},
+        "Class_Dice": {procedure: {class: {"mean", "low", "high"}}}, "verdict"}``.
+    """
+    others = [name for name in metrics if name != BASELINE]
+    if BASELINE not in metrics or not others:
+        return None
+    means = {name: image_means(m) for name, m in metrics.items()}
+    base = means[BASELINE]
+    columns = np.stack([means[name] for name in others], axis=1)
+    overall = dict(zip(others, differences(columns, np.stack([base] * len(others), axis=1)), strict=True))
+    per_class = {}
+    for name in others:
+        found = differences(metrics[name].rows()[1].dice.numpy(), metrics[BASELINE].rows()[1].dice.numpy())
+        per_class[name] = {
+            cls: {"mean": d.mean, "low": d.low, "high": d.high} for cls, d in zip(class_names, found, strict=True)
+        }
+    scores = {name: _mean(values) for name, values in means.items()}
+    return {
+        "baseline": BASELINE,
+        "level": LEVEL,
+        "resamples": RESAMPLES,
+        "same_within": SAME,
+        "Mean_Dice": {name: asdict(d) for name, d in overall.items()},
+        "Class_Dice": per_class,
+        "verdict": verdict(scores, overall, int(np.isfinite(base).sum())),
+    }
+
+
+def verdict(scores: Mapping[str, float], overall: Mapping[str, Difference], images: int) -> str:
+    """Return one sentence: which procedure to deploy, or that there is no difference.
+
+    A procedure is recommended over ``max`` only where the interval of its difference lies above 0.
+    """
+    if not images:
+        return "Nothing to say: no image has a score."
+    better = [name for name, d in overall.items() if d.clear > 0]
+    few = f"; {images} images are few, test on more" if images < FEW_IMAGES else ""
+    if better:
+        best = max(better, key=lambda name: scores[name])
+        d = overall[best]
+        return (
+            f"Deploy {best}: its mDice is {d.mean:+.4f} against {BASELINE} ({_interval(d)}), better in {d.better}, "
+            f"the same in {d.same} and worse in {d.worse} of {images} images{few}."
+        )
+    best = max(overall, key=lambda name: scores[name] if math.isfinite(scores[name]) else -1.0)
+    d = overall[best]
+    if d.clear < 0:
+        return f"Deploy {BASELINE}: every other procedure is worse, {best} by {d.mean:+.4f} ({_interval(d)}){few}."
+    return (
+        f"No difference that {images} images could show: keep {BASELINE}; the best of the others, {best}, has an "
+        f"mDice {d.mean:+.4f} against it ({_interval(d)}){few}."
+    )
+
+
+def _interval(d: Difference) -> str:
+    if math.isnan(d.low):
+        return "no interval"
+    return f"{LEVEL:.0%} interval {d.low:+.4f} to {d.high:+.4f}"
