@@ -37,7 +37,7 @@ BAND_LIMIT = 16384  # a band with more pixels is narrowed further before it is s
 NARROWINGS = 6
 RETRIES = 3
 SLACK = 1e-12  # relative, for rounding in the bounds
-CACHE_PIXELS = 1 << 18  # small enough for the cores' caches as float64, large enough for few and long parallel steps
+CACHE_PIXELS = 1 << 16  # what stays in the cache of one core as float64
 PIXEL_BYTES = 64  # working memory per pixel of a tile when all its pixels are above the cut, about
 
 
@@ -221,7 +221,7 @@ def _solve_rows(
 def _row_power_sums(task: Task, index: Tensor) -> Tensor:
     """Return ``sum_j p_j^n``, n = 1..4, float64 ``(R, 4)``."""
     width = task.rows.shape[1]
-    pixels = CACHE_PIXELS if task.rows.device.type == "cpu" else task.tile_pixels
+    pixels = CACHE_PIXELS * torch.get_num_threads() if task.rows.device.type == "cpu" else task.tile_pixels
     sums = torch.empty(POWERS, index.numel(), -(-width // BLOCK), dtype=torch.float64, device=task.rows.device)
     space = torch.empty(2, max(pixels, BLOCK, min(width, pixels)), dtype=torch.float64, device=task.rows.device)
     for tile in tiles(task.rows, index, pixels):
@@ -255,11 +255,14 @@ class Sweep:
         self.width = ((high - low) / (bins - 1)).clamp(min=1e-300)
         # 2^-scale is the unit of the integer sums: a row's sum stays under 2^62, its rounding under 2^-61 d of mu.
         self.unit = torch.exp2(torch.ceil(torch.log2(mean + 1)) - 61)
-        self.kept: list[tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self.kept: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
         self.drawing = False
 
     def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield row, value and place in the flattened map of the pixels, tile by tile."""
+        """Yield row, value and place in the flattened map of the pixels, tile by tile.
+
+        The row is ``(1,)`` for a tile inside one row: what depends on it is then broadcast, not gathered.
+        """
         low = self.low.to(self.task.rows.dtype)
         high = self.high.to(self.task.rows.dtype)
         whole = bool((self.high >= 1).all())
@@ -275,26 +278,28 @@ class Sweep:
             if not whole:
                 inside &= values <= high[tile.names].unsqueeze(1)
             flat = inside.view(-1).nonzero().view(-1)
-            ends = torch.arange(1, values.shape[0] + 1, device=flat.device) * values.shape[1]
-            row = torch.bucketize(flat, ends, right=True) if values.shape[0] > 1 else torch.zeros_like(flat)
+            row = torch.arange(tile.names.start, tile.names.stop, device=flat.device)
+            if row.numel() > 1:
+                ends = torch.arange(1, row.numel() + 1, device=flat.device) * values.shape[1]
+                row = row[torch.bucketize(flat, ends, right=True)]
             found = values.reshape(-1)[flat].double()
-            yield row.add_(tile.names.start), found, flat.add_(tile.place) if self.drawing else None
+            yield row, found, flat.add_(tile.place) if self.drawing else None
 
-    def _keyed(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield ``row * bins + bin``, value and place of the pixels, tile by tile."""
+    def _keyed(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Yield row (see :meth:`_read`), ``row * bins + bin``, value and place of the pixels, tile by tile."""
         if self.kept is not None:
             yield from self.kept
             return
-        kept, room = [], self.task.budget // 2
+        kept, room, steps = [], self.task.budget // 2, 1 / self.width
         for row, values, place in self._read():
-            key = ((values - self.low[row]) * (1 / self.width)[row]).long().clamp_(max=self.bins - 1)
+            key = (values - self.low[row]).mul_(steps[row]).long().clamp_(max=self.bins - 1)
             key += row * self.bins
-            room -= 24 * key.numel()
+            room -= 32 * key.numel()
             if room >= 0:
-                kept.append((key, values, place))
+                kept.append((row, key, values, place))
             else:
                 kept.clear()
-            yield key, values, place
+            yield row, key, values, place
         self.kept = kept if room >= 0 else None
 
     def histogram(self, orders: int) -> tuple[Tensor, list[Tensor]]:
@@ -307,10 +312,9 @@ class Sweep:
         size = (self.index.numel(), self.bins)
         counts = self.index.new_zeros(size)
         sums = [self.index.new_zeros(size) for _ in range(orders)]
-        inverse = (1 / self.unit).repeat_interleave(self.bins)
-        for key, values, _ in self._keyed():
+        for row, key, values, _ in self._keyed():
             counts.view(-1).scatter_add_(0, key, torch.ones_like(key))
-            power = values * inverse[key]
+            power = values * (1 / self.unit)[row]
             for n in range(orders):
                 if n:
                     power = power * values
@@ -327,16 +331,16 @@ class Sweep:
         """Take the pixels under the cut-offs out of the masks; False if the pixels were not kept."""
         if not self.drawing or self.kept is None:
             return False
-        masks, cutoffs = self.task.masks.view(-1), cutoffs.repeat_interleave(self.bins)
-        for key, values, place in self.kept:
-            masks.index_fill_(0, place[(values < cutoffs[key]).nonzero().view(-1)], False)
+        masks = self.task.masks.view(-1)
+        for row, _, values, place in self.kept:
+            masks.index_fill_(0, place[(values < cutoffs[row]).nonzero().view(-1)], False)
         return True
 
     def pixels(self) -> tuple[Tensor, Tensor]:
         """Return row and value of all the pixels."""
         rows, kept = [], []
         for row, values, _ in self._read():
-            rows.append(row)
+            rows.append(row.expand_as(values))
             kept.append(values)
         return torch.cat(rows), torch.cat(kept)
 
@@ -346,7 +350,7 @@ class Sweep:
         table = (bins >= band.low.unsqueeze(1)) & (bins <= band.high.unsqueeze(1)) & which.unsqueeze(1)
         table = table.view(-1)
         keys, kept = [], []
-        for key, values, _ in self._keyed():
+        for _, key, values, _ in self._keyed():
             hit = table[key].nonzero().view(-1)
             keys.append(key[hit])
             kept.append(values[hit])
@@ -356,7 +360,7 @@ class Sweep:
         """Return the smallest and the largest probability in the band's bins."""
         low = torch.full_like(self.low, torch.inf)
         high = torch.full_like(self.low, -torch.inf)
-        for key, values, _ in self._keyed():
+        for _, key, values, _ in self._keyed():
             row = key // self.bins
             key = key - row * self.bins
             hit = ((key >= band.low[row]) & (key <= band.high[row])).nonzero().view(-1)
