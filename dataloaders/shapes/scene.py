@@ -44,7 +44,7 @@ _HUE_DOUBT = 0.25  # hue is -1 (coin) to 1 (button); normal annotators' error in
 _STRAY = 1.1  # pixels: correlation length (sigma) of where a border is drawn
 _COLOURS = {  # RGB of the object's body
     BOX: (0.70, 0.30, 0.22),
-    TRIANGLE: (0.22, 0.58, 0.28),
+    TRIANGLE: (0.08, 0.66, 0.20),
     COIN: (0.85, 0.70, 0.18),
     BUTTON: (0.20, 0.40, 0.80),
     CLOUD: (0.90, 0.93, 0.97),
@@ -95,7 +95,7 @@ def _things(rng: np.random.Generator, height: int, width: int) -> list[Thing]:
     unit = min(height, width) / _UNIT
     area = height * width / min(height, width) ** 2
     large = rng.choice(
-        [BOX, TRIANGLE, COIN, CLOUD], size=round(area * rng.integers(3, 7)), p=[0.22, 0.18, 0.36, 0.24]
+        [BOX, TRIANGLE, COIN, CLOUD], size=round(area * rng.integers(3, 7)), p=[0.20, 0.22, 0.36, 0.22]
     ).tolist()
     sparks = round(area * rng.integers(6, 19)) if rng.random() < 0.7 else 0
     kinds = large + [SPARK] * sparks + [STAR] * (rng.random() < _RARE)
@@ -107,15 +107,15 @@ def _thing(kind: int, u: np.ndarray, height: int, width: int, unit: float) -> Th
     if kind == SPARK:
         # Some are bright; most are dim enough to be left out more often than not.
         radius = 1.6 + 1.6 * u[0]
-        contrast = 0.6 + 0.35 * u[2] if u[1] < 0.35 else 0.34 + 0.07 * u[2]
+        contrast = 0.6 + 0.35 * u[2] if u[1] < 0.3 else 0.34 + 0.07 * u[2]
     elif kind == STAR:
         radius, contrast = 7 + 8 * u[0], 0.9
     elif kind == CLOUD:
         radius, contrast = 12 + 14 * u[0], 0.8 + 0.2 * u[1]
     else:
-        # Mostly middle-sized, now and then very small; a third of boxes and triangles can hardly be seen.
+        # Mostly middle-sized, now and then very small; a quarter of boxes and triangles can hardly be seen.
         radius = 6 + 18 * u[0] ** 1.5
-        faint = kind in (BOX, TRIANGLE) and u[1] < 0.35
+        faint = kind in (BOX, TRIANGLE) and u[1] < 0.25
         contrast = 0.25 + 0.3 * u[2] if faint else 0.75 + 0.25 * u[2]
     return Thing(
         kind,
