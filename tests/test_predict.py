@@ -159,11 +159,19 @@ def test_one_channel(procedure) -> None:
     st.sampled_from([0.5, 1.0, 3.0]),
 )
 def test_max_of_logits_is_max_of_probabilities(seed, channels, activation, temperature) -> None:
-    # Steps of 1/4 within [-4, 4]: ties happen, and the probabilities of different logits never coincide by rounding.
-    logits = torch.randint(-16, 17, (2, channels, 5, 5), generator=torch.Generator().manual_seed(seed)) / 4
+    # The logits of a pixel differ by 1/2 or more: of equal ones, torch's vectorised sigmoid may round one up.
+    generator = torch.Generator().manual_seed(seed)
+    ranks = torch.rand(2, channels, 5, 5, generator=generator).argsort(dim=1)
+    logits = ranks / 2 + torch.randint(-8, 8, (2, 1, 5, 5), generator=generator) / 2 + 0.25
     direct = predict_logits("max", logits, activation, temperature, PredictOptions())
     longer = PROCEDURES["max"](probabilities(logits, activation, temperature), PredictOptions())
     assert torch.equal(direct.labels, longer.labels)
+
+
+def test_of_equal_logits_the_lowest_class_wins() -> None:
+    logits = image([1.0, 2.0], [1.0, 3.0], [0.0, 3.0])
+    assert rows(predict_logits("max", logits, "softmax", 1.0, PredictOptions()).labels) == [0, 1]
+    assert rows(predict_logits("max", image([0.0, 0.1]), "sigmoid", 1.0, PredictOptions()).labels) == [0, 1]
 
 
 @pytest.mark.parametrize("procedure", ["T", "rankdice"])
