@@ -162,8 +162,9 @@ class _Canvas:
         rows, columns = self._window(thing.x, thing.y, reach)
         if rows.start >= rows.stop or columns.start >= columns.stop:
             return
-        y, x = np.ogrid[rows, columns]
-        depth = _depth(thing, (x - np.float32(thing.x)), (y - np.float32(thing.y)))
+        y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] - np.float32(thing.y)
+        x = np.arange(columns.start, columns.stop, dtype=np.float32)[None] - np.float32(thing.x)
+        depth = _depth(thing, x, y)
         if thing.kind not in (CLOUD, SPARK):
             self._shadow(rows, columns, depth, thing.contrast)
         self._paint(rows, columns, depth, thing)
