@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.small_checkpoint import photo, write_checkpoint
-from utils import streaming
+from utils import rankdice, streaming
 from utils.checkpoint import load_model
 from utils.errors import UserError
 from utils.predict import PredictOptions, label_map
@@ -207,7 +207,7 @@ def test_classes_of_interest_must_exist(model: Path) -> None:
         Predictor(model, options=PredictOptions(classes=(1, 9)))
 
 
-@pytest.mark.parametrize("device", ["cuda:77", "99", "gpu"])
+@pytest.mark.parametrize("device", ["cuda:77", "99", "graphics"])
 def test_devices_that_are_not_there(model: Path, device: str) -> None:
     with pytest.raises(UserError, match="cannot be used"):
         Predictor(model, device=device)
@@ -302,7 +302,7 @@ def test_top_pixels_breaks_ties_by_index() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_label_map_of_a_spool_is_that_of_the_tensor(seed: int, classes: tuple[int, ...] | None) -> None:
     probs = some_probs(5, seed=seed, sharpness=1.0)
-    expected = label_map("rankdice", probs[None], PredictOptions(classes=classes))[0]
+    expected = rankdice.label_map(probs[None], classes)[0]
     with spool_of(probs) as spool:
         got = streaming.label_map(spool, probs.double().sum((1, 2)).numpy(), classes)
     np.testing.assert_array_equal(got, expected.numpy())
@@ -334,6 +334,26 @@ def test_streamed_images_get_what_others_get(model: Path, procedure: str, keep_p
             plane = np.concatenate(list(streamed.probs.planes(c)))
             np.testing.assert_allclose(plane, whole.probs[c], atol=6e-4)
         streamed.probs.close()
+
+
+def test_streamed_classes_of_interest(model: Path) -> None:
+    """They say which masks are made and scored; label maps are of all classes, as for other images."""
+    image, options = photo(150, 170), PredictOptions(classes=(0, 2))
+    whole = Predictor(model, mode="sliding", options=options)(image)
+    streamed = Predictor(model, mode="sliding", options=options, memory=4 * 4 * 48 * 100)(image)
+    assert (streamed.labels == whole.labels).mean() > 0.999
+    np.testing.assert_allclose(streamed.scores, whole.scores, atol=2e-4)
+    assert whole.volumes.nonzero()[0].tolist() == streamed.volumes.nonzero()[0].tolist() == [0, 2]
+
+
+def test_streamed_masks_of_the_highest_iou(model: Path) -> None:
+    image, options = photo(150, 170), PredictOptions(metric="iou")
+    whole = Predictor(model, mode="sliding", options=options)(image)
+    streamed = Predictor(model, mode="sliding", options=options, memory=4 * 4 * 48 * 100)(image)
+    held = np.where(whole.masks, Predictor(model, mode="sliding", keep_probs=True)(image).probs, -1)
+    np.testing.assert_array_equal(whole.labels, np.where(held.max(0) >= 0, held.argmax(0), 255))
+    assert (streamed.labels == whole.labels).mean() > 0.999
+    np.testing.assert_allclose(streamed.scores, whole.scores, atol=2e-4)
 
 
 def test_streamed_one_class(one_class: Path) -> None:

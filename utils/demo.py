@@ -81,7 +81,7 @@ def compare(predictor: Predictor, path: str) -> Comparison:
 
     from utils.palette import displayable
     from utils.predict import PROCEDURES as DECIDE
-    from utils.predict import label_map
+    from utils.probs import pictures as label_maps
 
     image = predictor.read(path)
     if predictor.streams(*image.shape[:2]):
@@ -90,8 +90,8 @@ def compare(predictor: Predictor, path: str) -> Comparison:
     classes = predictor.facts.num_classes
     labels, pixels, scores = {}, {}, [0.0] * classes
     for name in PROCEDURES:
-        labels[name] = label_map(name, probs, predictor.options)[0].cpu().numpy()
         found = DECIDE[name](probs, predictor.options)
+        labels[name] = label_maps(name, probs, found, predictor.options)[0]
         if found.masks is not None:
             pixels[name] = found.masks[0].flatten(1).sum(1).tolist()
         else:

@@ -33,6 +33,7 @@ from utils.checkpoint import LoadedModel, load_model
 from utils.errors import UserError, did_you_mean
 from utils.images import read_image
 from utils.predict import PROCEDURES, PredictOptions, label_map, probabilities
+from utils.probs import pictures
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -263,11 +264,7 @@ class Predictor:
     def _decide(self, probs: Tensor) -> list[Segmentation]:
         """Turn the probabilities of a batch into results, by the procedures that ``test.py`` uses."""
         found = PROCEDURES[self.procedure](probs, self.options)
-        if found.labels is not None:
-            labels = found.labels
-        else:
-            labels = label_map(self.procedure, probs, self.options, self._unassigned)
-        labels = self._small(labels)
+        labels = pictures(self.procedure, probs, found, self.options)
         masks = found.masks.cpu().numpy() if self.keep_masks and found.masks is not None else None
         scores = None if found.scores is None else found.scores.float().cpu().numpy()
         volumes = None if found.volumes is None else found.volumes.cpu().numpy()
@@ -346,9 +343,12 @@ class Predictor:
             scores[c], volumes[c] = volume.score, volume.pixels
         if classes == 1:
             labels = streaming.top_pixels(spool, 0, chosen[0]).astype(np.uint8)
+        elif self.options.metric == "iou":
+            labels = streaming.label_masks(spool, chosen, self._unassigned)
         else:
             mass = counts @ streaming.HALF_VALUES
-            labels = streaming.label_map(spool, mass, self.options.classes, self.options.smooth)
+            # of all classes, whichever are of interest, as utils.predict.label_map says
+            labels = streaming.label_map(spool, mass, smooth=self.options.smooth)
         return Segmentation(labels, scores=scores, volumes=volumes, probs=spool if self.keep_probs else None)
 
     def _volume(self, counts: np.ndarray) -> streaming.Volume:

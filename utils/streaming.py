@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -254,6 +254,31 @@ def top_pixels(spool: Spool, c: int, volume: Volume) -> np.ndarray:
         left = max(0, left - int(rank[-1, -1]))
         y += len(plane)
     return mask
+
+
+def label_masks(spool: Spool, volumes: Mapping[int, Volume], unassigned: int) -> np.ndarray:
+    """Return one label per pixel: the most probable class among the masks that hold it, else ``unassigned``.
+
+    What :func:`utils.probs.pictures` makes of masks that have no label map of their own.
+
+    Args:
+        spool: the probabilities.
+        volumes: the best mask of each class that has one.
+        unassigned: label of pixels in no mask.
+    """
+    labels = np.full(spool.shape[1:], unassigned, np.uint8 if unassigned < 256 else np.uint16)
+    best = np.full(spool.shape[1:], -1, np.float16)
+    for c, volume in sorted(volumes.items()):
+        if not volume.pixels:
+            continue
+        mask, y = top_pixels(spool, c, volume), 0
+        for plane in spool.planes(c):
+            rows = slice(y, y + len(plane))
+            better = mask[rows] & (plane > best[rows])
+            labels[rows][better] = c
+            best[rows][better] = plane[better]
+            y += len(plane)
+    return labels
 
 
 def label_map(
