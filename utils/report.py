@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,21 +18,27 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.checkpoint import Facts, LoadedModel
+from utils.comparison import compare, image_means, worst_mean
 from utils.config_checks import unwritable
 from utils.errors import UserError
 from utils.evaluation import Evaluation
-from utils.schema import Config
+from utils.metrics import Metrics
+from utils.schema import Component, Config
 
 # The table of the comparison: field of the results, heading.
 COLUMNS = (
     ("Mean_Dice", "mDice"),
     ("Mean_IoU", "mIoU"),
+    ("Worst_Tenth_Dice", "worst 10 %"),
     ("Dataset_mDice", "dataset mDice"),
     ("Dataset_mIoU", "dataset mIoU"),
     ("Pixel_Accuracy", "PixelAcc"),
     ("Expected_Dice", "expected Dice"),
     ("Measured_Dice", "measured Dice"),
+    ("Expected_IoU", "expected IoU"),
+    ("Measured_IoU", "measured IoU"),
     ("milliseconds_per_image", "ms/image"),
+    ("peak_mebibytes", "peak MiB"),
 )
 ABSENT_CLASSES = "left out where a class is in neither prediction nor target of an image"
 
@@ -53,24 +60,81 @@ def progress_bar(title: str) -> Callable[[Any], Iterable[Any]]:
     return lambda loader: tqdm(loader, desc=title, disable=not distributed.is_main(), mininterval=0.5)
 
 
-def results(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset: Any) -> dict[str, Any]:
-    """Return the content of ``results.json``: the protocol, and the scores per procedure; nan becomes None."""
-    procedures = {}
-    for name, metrics in outcome.metrics.items():
-        scores = metrics.compute()
-        entry: dict[str, Any] = {"test_loss": outcome.loss}
-        for key, value in scores.items():
-            if isinstance(value, list):
-                entry[key] = dict(zip(loaded.facts.class_names, value, strict=True))
-            else:
-                entry[key] = value
-        if math.isnan(entry["Multiclass_Accuracy"]):
-            del entry["Multiclass_Accuracy"]  # masks may overlap: there is no one label to be right or wrong
-        entry["milliseconds_per_image"] = 1000 * outcome.seconds[name] / max(outcome.images, 1)
-        if outcome.peak_bytes[name]:
-            entry["peak_mebibytes"] = outcome.peak_bytes[name] / 2**20
-        procedures[name] = entry
-    return _plain({"protocol": _protocol(outcome, config, loaded, dataset), "procedures": procedures})
+def results(
+    outcome: Evaluation,
+    config: Config,
+    loaded: LoadedModel,
+    dataset: Any,
+    *,
+    views: str = "one view per image",
+    reliability: Mapping[str, Any] | None = None,
+    fitted: str | None = None,
+) -> dict[str, Any]:
+    """Return the content of ``results.json``; nan becomes None.
+
+    ``protocol``: what was measured and how; ``procedures``: the scores of each; with ``max`` among several also
+    ``comparison``: differences to it (:func:`utils.comparison.compare`); ``reliability``, where it was gathered.
+
+    Args:
+        outcome: of the evaluation.
+        config, loaded, dataset: what was evaluated.
+        views: of each image, in words.
+        reliability: :meth:`utils.calibration.Reliability.compute`.
+        fitted: where temperature and threshold come from, in words.
+    """
+    names = loaded.facts.class_names
+    procedures = {name: _scores(name, outcome, names) for name in outcome.metrics}
+    protocol = _protocol(outcome, config, loaded, dataset) | {
+        "views": views,
+        "fitted": fitted or "temperature and threshold are those of the config",
+        "images_per_class_mean": _images_per_class(procedures),
+    }
+    content = {"protocol": protocol, "procedures": procedures}
+    found = compare(outcome.metrics, names)
+    if found is not None:
+        content["comparison"] = found
+    if reliability is not None:
+        content["reliability"] = dict(reliability)
+    return _plain(content)
+
+
+def _scores(name: str, outcome: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:
+    metrics = outcome.metrics[name]
+    scores = metrics.compute()
+    decision = outcome.decisions.get(name)
+    if decision is not None and decision.expects == "iou":
+        scores = {key: v for key, v in scores.items() if "Expected" not in key and "Measured" not in key}
+        scores |= _expected_iou(metrics)
+    entry: dict[str, Any] = {"test_loss": outcome.loss}
+    for key, value in scores.items():
+        entry[key] = dict(zip(class_names, value, strict=True)) if isinstance(value, list) else value
+    if math.isnan(entry["Multiclass_Accuracy"]):
+        del entry["Multiclass_Accuracy"]  # masks may overlap: there is no one label to be right or wrong
+    entry["Worst_Tenth_Dice"] = worst_mean(image_means(metrics))
+    entry["milliseconds_per_image"] = 1000 * outcome.seconds[name] / max(outcome.images, 1)
+    if outcome.peak_bytes[name]:
+        entry["peak_mebibytes"] = outcome.peak_bytes[name] / 2**20
+    return entry
+
+
+def _expected_iou(metrics: Metrics) -> dict[str, float]:
+    """Return expected and measured IoU over the rows with a mask and a defined score."""
+    _, scores, expected = metrics.rows()
+    if expected is None:
+        return {}
+    both = expected.isfinite() & scores.iou.isfinite()
+    values = {"Expected_IoU": expected, "Measured_IoU": scores.iou}
+    return {
+        key: torch.where(both, value, torch.nan)[:, metrics.classes].nanmean(dim=1).nanmean().item()
+        for key, value in values.items()
+    }
+
+
+def _images_per_class(procedures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Return the fewest and most images behind each class's mean; procedures differ where they see false alarms."""
+    first = next(iter(procedures.values()), {"Class_Images": {}})
+    found = {c: [scores["Class_Images"][c] for scores in procedures.values()] for c in first["Class_Images"]}
+    return {c: [min(counts), max(counts)] for c, counts in found.items()}
 
 
 def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset: Any) -> dict[str, Any]:
@@ -85,8 +149,10 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
         "loss": config.loss.type,
         "data": loader.type,
         "split": loader.args.get("split"),
+        "note": optimism(config),
         "images": outcome.images,
         "resolution": f"shorter side to {min(crop)}, centre crop {crop[0]} x {crop[1]}" if crop else "whole images",
+        "image_sizes": _sizes(outcome.sizes),
         "scores": "per image and class, mean over classes, then over images (RankSEG paper, Appendix A); "
         "Dataset_*: counts of all images added up first",
         "absent_classes": ABSENT_CLASSES,
@@ -97,9 +163,43 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
         "threshold": config.predict.threshold,
         "rankdice": config.predict.rankdice.model_dump(),
         "forward_milliseconds_per_image": 1000 * outcome.forward_seconds / max(outcome.images, 1),
+        "memory": _memory_note(outcome, loaded),
         "device": str(next(loaded.model.parameters()).device),
         "torch": torch.__version__,
     }
+
+
+def optimism(config: Config) -> str | None:
+    """Return a warning where the test data are those that chose the checkpoint and fitted the threshold."""
+    test, val = config.test_loader, config.val_loader
+    if val is None:
+        return None
+    if test is None:
+        return "there is no test_loader: scored on the validation data that chose the checkpoint; scores are optimistic"
+
+    def data(loader: Component) -> tuple[str, dict[str, Any]]:
+        return loader.type, {k: v for k, v in loader.args.items() if k not in ("batch_size", "num_workers", "cache")}
+
+    if data(test) == data(val):
+        return "the test data are the validation data that chose the checkpoint: scores are optimistic"
+    return None
+
+
+def _sizes(sizes: Sequence[tuple[int, int]]) -> str | None:
+    if not sizes:
+        return None
+    by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    smallest, largest = by_area[0], by_area[-1]
+    text = f"{smallest[0]} x {smallest[1]}"
+    return text if smallest == largest else f"{text} to {largest[0]} x {largest[1]} (height x width)"
+
+
+def _memory_note(outcome: Evaluation, loaded: LoadedModel) -> str:
+    if not any(outcome.peak_bytes.values()):
+        return "not measured"
+    if next(loaded.model.parameters()).device.type == "cuda":
+        return "peak of torch's CUDA allocations in a procedure, beside the probabilities of a batch"
+    return "peak of torch's CPU allocations in a procedure (profiled), beside the probabilities of the largest batch"
 
 
 def _plain(value: Any) -> Any:
@@ -123,17 +223,56 @@ def text(content: Mapping[str, Any]) -> str:
     parts += [_report(name, scores, protocol) for name, scores in procedures.items()]
     if len(procedures) > 1:
         parts += [
-            _comparison(procedures),
             _class_table(procedures, "Class_Dice"),
             _class_table(procedures, "Class_IoU"),
+            _comparison(procedures),
         ]
+    if "reliability" in content:
+        parts.append(_reliability(content["reliability"]))
+    if "comparison" in content:
+        parts.append(_differences(content["comparison"]))
     return "\n".join(parts)
 
 
 def _header(protocol: Mapping[str, Any]) -> str:
-    shown = ("checkpoint", "model", "loss", "data", "split", "images", "resolution", "scores", "absent_classes")
-    shown += ("ignored_pixels", "classes_of_interest", "temperature", "threshold")
-    return "\n    ## Protocol\n" + "\n".join(f"    {key:<20}: {protocol[key]}" for key in shown)
+    shown = ("checkpoint", "model", "loss", "data", "split", "note", "images", "resolution", "image_sizes", "views")
+    shown += ("scores", "absent_classes", "ignored_pixels", "classes_of_interest", "temperature", "threshold", "fitted")
+    lines = [_line(key, str(protocol[key])) for key in shown if protocol[key] is not None]
+    counts = ", ".join(f"{c} {_range(n)}" for c, n in protocol["images_per_class_mean"].items())
+    return "\n".join(["\n    ## Protocol", *lines, _line("images_per_class_mean", counts)])
+
+
+def _line(key: str, value: str) -> str:
+    head = f"    {key:<22}: "
+    return textwrap.fill(value, 118, initial_indent=head, subsequent_indent=" " * len(head)) if value else head
+
+
+def _range(counts: Sequence[int]) -> str:
+    return str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} to {counts[1]}"
+
+
+def _differences(found: Mapping[str, Any]) -> str:
+    level = f"{found['level']:.0%}"
+    rows = [
+        [
+            name,
+            *(_number(d[key], signed=True) for key in ("mean", "low", "high")),
+            *(str(d[key]) for key in ("better", "same", "worse")),
+            *(_number(d[key], signed=True) for key in ("largest_gain", "largest_loss")),
+        ]
+        for name, d in found["Mean_Dice"].items()
+    ]
+    header = ["procedure", "difference", f"{level} from", "to", "better", "same", "worse", "best image", "worst image"]
+    title = f"\n    ## mDice against {found['baseline']} (paired bootstrap over images, {found['resamples']:,} draws; "
+    title += f"same: within {found['same_within']})\n"
+    return title + table(header, rows) + f"\n\n    ## Verdict\n    {found['verdict']}"
+
+
+def _reliability(found: Mapping[str, Any]) -> str:
+    shown = (("NLL", "NLL"), ("Brier", "Brier"), ("ECE", "ECE"), ("Class_ECE", "class ECE"))
+    row = [_number(found[key]) for key, _ in shown]
+    title = f"\n    ## Calibration of the probabilities ({found['pixels']:,} pixels)\n"
+    return title + table([title for _, title in shown], [row])
 
 
 def _report(name: str, scores: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
@@ -179,10 +318,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _number(value: Any, digits: int = 4) -> str:
+def _number(value: Any, digits: int = 4, signed: bool = False) -> str:
     if value is None:
         return "-"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    return f"{value:{'+' if signed else ''}.{digits}f}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -230,7 +369,9 @@ def _per_image(outcome: Evaluation, facts: Facts) -> str:
         header += [f"{name}_{key}" for key in ("mDice", "mIoU", "PixelAcc")]
         if expected is not None:
             values.append(expected[:, interest].nanmean(dim=1))
-            header.append(f"{name}_expected_Dice")
+            decision = outcome.decisions.get(name)
+            iou = decision is not None and decision.expects == "iou"
+            header.append(f"{name}_expected_{'IoU' if iou else 'Dice'}")
         header += [f"{name}_Dice_{facts.class_names[c]}" for c in interest]
         columns[name] = torch.cat([torch.stack(values, dim=1), scores.dice[:, interest]], dim=1).tolist()
     last = columns[names[-1]]

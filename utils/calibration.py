@@ -1,0 +1,338 @@
+"""Are the probabilities right, and what makes them right: reliability, a temperature, a threshold.
+
+RankDice sums and ranks probabilities, so a network that is too sure of itself costs it score. One temperature, fitted
+on validation data, mends most of that (Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017), and the
+best single threshold for procedure T can be fitted beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.checkpoint import Facts
+from utils.evaluation import Part
+from utils.metrics import Counts, image_scores
+from utils.predict import Activation, probabilities
+
+BINS = 15
+# Pixels of each image that enter NLL, Brier score and reliability: neighbours say much the same.
+PIXELS_PER_IMAGE = 2**16
+# Bytes of logits that the fit of the temperature looks at.
+SAMPLE_BYTES = 2**27
+TEMPERATURES = (0.1, 10.0)
+THRESHOLDS = tuple(k / 100 for k in range(1, 100))
+_TINY = 1e-12
+
+
+# ---------------------------------------------------------------------------------------------------- pixels
+
+
+def chosen_pixels(name: str, target: Tensor, ignore_index: int, count: int) -> Tensor:
+    """Return the indices of at most ``count`` counted pixels of an image, int64, the same ones in every run.
+
+    Args:
+        name: of the image; seeds the choice.
+        target: ``(H, W)``.
+        ignore_index: of pixels that do not count.
+        count: where there are more, so many are drawn (with replacement).
+    """
+    valid = (target.flatten() != ignore_index).nonzero()[:, 0]
+    if len(valid) <= count:
+        return valid
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return valid[torch.randint(len(valid), (count,), generator=generator).to(valid.device)]
+
+
+def _pixels(part: Part, maps: Tensor, i: int, ignore_index: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return values ``(N, C)`` of a map and targets ``(N,)`` at the chosen pixels of image ``i``."""
+    where = chosen_pixels(part.batch.names[i], part.target[i], ignore_index, count)
+    return maps[i].flatten(1)[:, where].T, part.target[i].flatten()[where].long()
+
+
+# ---------------------------------------------------------------------------------------------------- reliability
+
+
+class Reliability:
+    """Gathers how often what is given probability p is true.
+
+    Two views: *pixels and classes*, each class's probability at each pixel against whether the pixel is of the class
+    (what RankDice uses), and *confidence*, the highest probability of a pixel against whether its class is right.
+
+    Args:
+        num_classes: 1 stands for a sigmoid of one class over its background.
+        ignore_index: of pixels that do not count.
+        activation: "softmax", or "sigmoid": NLL and Brier score are then means over the channels.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int, activation: Activation) -> None:
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.binary = activation == "sigmoid" or num_classes == 1
+        # Per class, and one row more for the confidence: pixels, sum of probabilities, pixels that are true.
+        self.sums = torch.zeros(3, num_classes + 1, BINS, dtype=torch.float64)
+        self.totals = torch.zeros(3, dtype=torch.float64)  # NLL, Brier score, pixels
+
+    def add(self, part: Part) -> None:
+        """Add the images of a part."""
+        for i in range(len(part.target)):
+            self.add_pixels(*_pixels(part, part.probs, i, self.ignore_index, PIXELS_PER_IMAGE))
+
+    def add_pixels(self, probs: Tensor, target: Tensor) -> None:
+        """Add pixels: probabilities ``(N, C)`` and labels ``(N,)``, none ignored."""
+        count, classes = probs.shape
+        if not count:
+            return
+        truth = torch.zeros_like(probs)
+        if classes == 1:
+            truth[:, 0] = (target == 1).to(probs.dtype)
+            confidence, right = torch.maximum(probs[:, 0], 1 - probs[:, 0]), (probs[:, 0] > 0.5) == (target == 1)
+        else:
+            truth.scatter_(1, target[:, None], 1.0)
+            confidence, best = probs.max(dim=1)
+            right = best == target
+        everything = torch.cat([probs, confidence[:, None]], dim=1).double()  # (N, C + 1)
+        hits = torch.cat([truth, right[:, None].to(truth.dtype)], dim=1).double()
+        rows = torch.arange(classes + 1, device=probs.device)
+        where = ((everything * BINS).long().clamp_(max=BINS - 1) + rows * BINS).flatten()
+        size = (classes + 1) * BINS
+        found = [torch.bincount(where, weights, size) for weights in (None, everything.flatten(), hits.flatten())]
+        self.sums += torch.stack([f.double() for f in found]).view(3, classes + 1, BINS).cpu()
+        self.totals += torch.tensor([self._nll(probs, truth), self._brier(probs, truth), count], dtype=torch.float64)
+
+    def _nll(self, probs: Tensor, truth: Tensor) -> float:
+        probs = probs.double()
+        if not self.binary:
+            return float(-(probs * truth).sum(dim=1).clamp_min(_TINY).log().sum())
+        said = torch.where(truth > 0, probs, 1 - probs)
+        return float(-said.clamp_min(_TINY).log().mean(dim=1).sum())
+
+    def _brier(self, probs: Tensor, truth: Tensor) -> float:
+        squares = (probs - truth).double().square()
+        return float((squares.mean(dim=1) if self.binary else squares.sum(dim=1)).sum())
+
+    def merge(self, others: Sequence[Reliability]) -> None:
+        """Add what other processes have gathered."""
+        for other in others:
+            self.sums += other.sums
+            self.totals += other.totals
+
+    def compute(self) -> dict[str, Any]:
+        """Return ``NLL``, ``Brier``, ``ECE`` (of the confidence), ``Class_ECE`` (mean over the classes), ``pixels``.
+
+        And the two diagrams, ``confidence`` and ``classes`` (all classes together): lists of ``[mean probability,
+        share that is true, share of the pixels]`` of the bins that are not empty.
+        """
+        pixels = float(self.totals[2])
+        if not pixels:
+            nothing = dict.fromkeys(("NLL", "Brier", "ECE", "Class_ECE"), math.nan)
+            return nothing | {"pixels": 0, "confidence": [], "classes": []}
+        count, said, true = self.sums
+        errors = (said - true).abs().sum(dim=1) / pixels  # (C + 1): every pixel is in one bin of each row
+        return {
+            "NLL": float(self.totals[0]) / pixels,
+            "Brier": float(self.totals[1]) / pixels,
+            "ECE": float(errors[-1]),
+            "Class_ECE": float(errors[:-1].mean()),
+            "pixels": int(pixels),
+            "confidence": _diagram(count[-1], said[-1], true[-1]),
+            "classes": _diagram(count[:-1].sum(0), said[:-1].sum(0), true[:-1].sum(0)),
+        }
+
+
+def _diagram(count: Tensor, said: Tensor, true: Tensor) -> list[list[float]]:
+    there = count > 0
+    columns = (said[there] / count[there], true[there] / count[there], count[there] / count.sum())
+    return torch.stack(columns, dim=1).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------- temperature
+
+
+@dataclass
+class LogitSample:
+    """Logits of pixels of the validation images, the same ones in every run.
+
+    Args:
+        facts: of the model.
+        images: how many there will be; bounds what each may contribute.
+    """
+
+    facts: Facts
+    images: int
+    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add(self, part: Part) -> None:
+        """Add the images of a part."""
+        count = max(16, SAMPLE_BYTES // (4 * self.facts.num_classes * max(self.images, 1)))
+        for i, name in enumerate(part.batch.names):
+            logits, target = _pixels(part, part.logits, i, self.facts.ignore_index, count)
+            self.rows[name] = (logits.float().cpu(), target.cpu())
+
+    def merge(self, others: Sequence[LogitSample]) -> None:
+        """Add what other processes have gathered."""
+        for other in others:
+            self.rows |= other.rows
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """Return logits float32 ``(N, C)`` and labels ``(N,)``, images sorted by name."""
+        if not self.rows:
+            return torch.zeros(0, self.facts.num_classes), torch.zeros(0, dtype=torch.long)
+        logits, target = zip(*(self.rows[name] for name in sorted(self.rows)), strict=True)
+        return torch.cat(logits), torch.cat(target)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """A fitted temperature; ``bound`` says whether it ran to an end of the allowed range."""
+
+    value: float
+    bound: bool
+
+
+def fit_temperature(
+    logits: Tensor, target: Tensor, activation: Activation, bounds: tuple[float, float] = TEMPERATURES
+) -> Temperature:
+    """Return the temperature with the lowest negative log-likelihood of the labels.
+
+    As a function of b = 1 / T the likelihood of ``b * logits`` is convex: its slope is found to be zero by Newton
+    steps, each kept inside an interval that brackets the zero and that a bisection halves where a step leaves it. So
+    it cannot diverge, and where the slope does not change its sign within the bounds the bound is the answer.
+
+    Args:
+        logits: ``(N, C)``, finite.
+        target: ``(N,)``, labels of [0, max(C, 2)).
+        activation: "softmax" or "sigmoid"; one channel is always a sigmoid.
+        bounds: lowest and highest temperature.
+
+    Raises:
+        ValueError: no pixel, or a logit that is not finite.
+    """
+    if not len(target):
+        raise ValueError("logits: expected at least one pixel with a label, found none")
+    if not logits.isfinite().all():
+        raise ValueError("logits: expected finite numbers, found some that are not")
+    low, high = 1 / bounds[1], 1 / bounds[0]
+    if _slope(logits, target, activation, low)[0] >= 0:
+        return Temperature(bounds[1], True)
+    if _slope(logits, target, activation, high)[0] <= 0:
+        return Temperature(bounds[0], True)
+    b = 1.0 if low < 1 < high else (low + high) / 2
+    for _ in range(60):
+        slope, curvature = _slope(logits, target, activation, b)
+        low, high = (b, high) if slope < 0 else (low, b)
+        following = b - slope / curvature if curvature > 0 else math.nan
+        if not low < following < high:
+            following = (low + high) / 2
+        if abs(following - b) <= 1e-7 * b:
+            break
+        b = following
+    return Temperature(1 / b, False)
+
+
+def _slope(logits: Tensor, target: Tensor, activation: Activation, b: float) -> tuple[float, float]:
+    """Return the first and second derivative by b of the mean negative log-likelihood of ``b * logits``."""
+    first = second = 0.0
+    for z, y in zip(logits.split(2**18), target.split(2**18), strict=True):
+        z = z.double()
+        if activation == "sigmoid" or z.shape[1] == 1:
+            truth = (y == 1)[:, None].double() if z.shape[1] == 1 else torch.zeros_like(z).scatter_(1, y[:, None], 1.0)
+            p = (b * z).sigmoid()
+            first += float((z * (p - truth)).sum())
+            second += float((z.square() * p * (1 - p)).sum())
+            continue
+        p = (b * z).softmax(dim=1)
+        mean = (p * z).sum(dim=1)
+        first += float((mean - z.gather(1, y[:, None])[:, 0]).sum())
+        second += float(((p * z.square()).sum(dim=1) - mean.square()).sum())
+    return first / len(target), second / len(target)
+
+
+# ---------------------------------------------------------------------------------------------------- threshold
+
+
+class ThresholdSweep:
+    """The mean Dice of procedure T at every threshold of a list, from one pass over the images.
+
+    Args:
+        facts: of the model.
+        classes: the classes of interest; None: all.
+        count_ignored: see :func:`utils.metrics.count`.
+        thresholds: in rising order.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        classes: Sequence[int] | None = None,
+        count_ignored: bool = False,
+        thresholds: Sequence[float] = THRESHOLDS,
+    ) -> None:
+        self.facts, self.count_ignored = facts, count_ignored
+        self.classes = list(range(facts.num_classes)) if classes is None else list(classes)
+        self.thresholds = tuple(thresholds)
+        self.rows: dict[str, Tensor] = {}  # image -> mean Dice per threshold, float64 (K,)
+
+    def add(self, part: Part) -> None:
+        """Add the images of a part."""
+        for i, name in enumerate(part.batch.names):
+            self.rows[name] = self._scores(part.probs[i], part.target[i])
+
+    def _scores(self, probs: Tensor, target: Tensor) -> Tensor:
+        classes, steps = probs.shape[0], len(self.thresholds)
+        # The number of thresholds below a probability: p > t[k] means k < that number, in float32 as T compares.
+        edges = torch.tensor(self.thresholds, dtype=probs.dtype, device=probs.device)
+        below = torch.bucketize(probs.flatten(1), edges) + torch.arange(classes, device=probs.device)[:, None] * (
+            steps + 1
+        )
+        flat = target.flatten().long()
+        valid = flat != self.facts.ignore_index
+        # With one channel the class is label 1, and background no class.
+        own = torch.where(flat == 1, 0, -1) if classes == 1 else flat
+        true = valid & (own >= 0) & (own < classes)
+        size = classes * (steps + 1)
+        counted = below if self.count_ignored else below[:, valid]
+        predicted = self._above(torch.bincount(counted.flatten(), minlength=size))
+        hit = below.gather(0, own.clamp(0, classes - 1)[None])[0][true]
+        intersection = self._above(torch.bincount(hit, minlength=size))
+        volume = torch.bincount(own[true], minlength=classes).cpu().expand(steps, classes)
+        pixels = torch.full((steps,), len(flat) if self.count_ignored else int(valid.sum()))
+        counts = Counts(intersection, predicted, volume, pixels, torch.full((steps,), -1))
+        return image_scores(counts).dice[:, self.classes].nanmean(dim=1)
+
+    def _above(self, histogram: Tensor) -> Tensor:
+        """Return pixels above each threshold ``(K, C)`` from pixels between the thresholds."""
+        histogram = histogram.view(-1, len(self.thresholds) + 1).cpu()
+        return histogram.flip(1).cumsum(1).flip(1)[:, 1:].T
+
+    def merge(self, others: Sequence[ThresholdSweep]) -> None:
+        """Add what other processes have gathered."""
+        for other in others:
+            self.rows |= other.rows
+
+    def means(self) -> Tensor:
+        """Return the mean Dice over the images at each threshold, float64 ``(K,)``."""
+        if not self.rows:
+            return torch.full((len(self.thresholds),), torch.nan, dtype=torch.float64)
+        return torch.stack([self.rows[name] for name in sorted(self.rows)]).nanmean(dim=0)
+
+    def best(self) -> tuple[float, float]:
+        """Return the threshold with the highest mean Dice, of equal ones that nearest to 0.5, and that mean."""
+        means = self.means().nan_to_num(nan=-1.0).tolist()
+        value, _, threshold = max((m, -abs(t - 0.5), t) for m, t in zip(means, self.thresholds, strict=True))
+        return threshold, value
+
+
+def sample_calibration(
+    logits: Tensor, target: Tensor, activation: Activation, temperature: float, ignore_index: int = 255
+) -> dict[str, Any]:
+    """Return :meth:`Reliability.compute` of a sample of logits ``(N, C)`` at a temperature."""
+    gathered = Reliability(logits.shape[1], ignore_index, activation)
+    for z, y in zip(logits.split(2**18), target.split(2**18), strict=True):
+        gathered.add_pixels(probabilities(z, activation, temperature), y)
+    return gathered.compute()
