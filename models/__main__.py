@@ -14,7 +14,9 @@ from utils import errors
 
 #: The rows: each model with its arguments. A model without a row here gets one with its defaults.
 ROWS: dict[str, tuple[dict[str, Any], ...]] = {
+    "FCN8": ({"backbone": "vgg16"},),
     "UNetResnet": ({"backbone": "resnet50"},),
+    "SegResNet": ({"backbone": "resnet50"},),
     "GCN": ({"backbone": "resnet50"}, {"backbone": "resnet101"}),
     "DeepLab": (
         {"backbone": "resnet50"},

@@ -276,6 +276,12 @@ def _parameters(model: type[BaseModel]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(model.__init__).parameters
 
 
+def known_args(type: str, args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return those of ``arch.args`` that the model takes: the published constructors ignored all others."""
+    parameters = _parameters(MODELS[type])
+    return {key: value for key, value in (args or {}).items() if key in parameters}
+
+
 def infer(
     state_dict: Mapping[str, Tensor], type: str, args: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any], int]:
@@ -311,6 +317,5 @@ def infer(
         "use_deconv": "decon1.weight" in weights or None,
         "stem": "unpadded" if "block0.3.weight" in weights else None,
     }
-    known = {key: value for key, value in {**(args or {})}.items() if key in parameters}
     told = {key: value for key, value in told.items() if value is not None and key in parameters}
-    return kind, {**known, **told}, classes
+    return kind, known_args(kind, args) | told, classes

@@ -103,7 +103,7 @@ def recorded_shapes(name: str, prefix: str = "") -> dict[str, Tensor]:
 
 def config_args(name: str) -> dict[str, Any]:
     """Return ``arch.args`` as a published config might have them, with options that had no effect."""
-    args = dict(spec(name)["kwargs"]) | {"freeze_bn": False, "freeze_backbone": False}
+    args = dict(spec(name)["kwargs"]) | {"freeze_bn": False, "freeze_backbone": False, "no_such_option": 1}
     return args | ({"backbone": "resnet101"} if spec(name)["model"] == "FCN8" else {})
 
 
