@@ -84,6 +84,9 @@ def choose_device(n_gpu: int) -> torch.device:
     if n_gpu == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible:
+            print(f"warning: there is no GPU among those asked for ({visible}); using the CPU", file=sys.stderr)
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
