@@ -1,92 +1,204 @@
 """Score a checkpoint: ``python test.py -r saved/.../best_model.pth -p rankdice`` (or ``T``, ``max``, ``all``).
 
-The config comes from the checkpoint, unless one is given. One forward pass serves all procedures; the report goes to
-the screen, to ``results.json`` and to one CSV with the scores of each image.
+The config comes from the checkpoint, unless one is given. One forward pass serves all procedures; scores go to the
+screen, to ``results.json`` and to one CSV with the scores of each image, and with ``-p all`` to ``report.html``.
+``--fit`` finds a temperature and a threshold on the validation data and writes a checkpoint that uses them. See
+docs/testing.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from utils.cli import add_device, add_overrides, select_devices
 from utils.errors import run
 from utils.schema import PROCEDURES
 
+VIEWS = ("flip", "multiscale")
+
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="test.py", description="Score a checkpoint on the test data of its config.")
-    parser.add_argument("-r", "--resume", metavar="CHECKPOINT", required=True, help="the checkpoint to score")
-    parser.add_argument("-c", "--config", help="config file; replaces the checkpoint's config, except arch")
-    parser.add_argument(
+    add = parser.add_argument
+    add("-r", "--resume", metavar="CHECKPOINT", required=True, help="the checkpoint to score")
+    add("-c", "--config", help="config file; replaces the checkpoint's config, except arch")
+    add(
         "-p",
         "--predict",
         choices=(*PROCEDURES, "all"),
-        help="prediction procedure; all: every one, from one forward pass (default: the config's predict.test)",
+        help="prediction procedure; all: every one, from one forward pass, and report.html (default: the config's "
+        "predict.test)",
     )
-    parser.add_argument(
-        "-o", "--output", metavar="FOLDER", help="folder of the results (default: beside the checkpoint)"
+    add(
+        "--fit",
+        action="store_true",
+        help="fit temperature and threshold on the validation data and write NAME_calibrated.pth, instead of scoring",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="score only the first N batches")
+    add("-o", "--output", metavar="FOLDER", help="folder of the results (default: beside the checkpoint)")
+    add("--limit", type=int, metavar="N", help="only the first N images")
+    add("--tta", nargs="+", choices=VIEWS, default=[], help="average the probabilities over mirror images, over scales")
+    add("--save-masks", action="store_true", help="write masks/PROCEDURE/NAME.png, palette PNGs, beside the results")
+    add("--save-probs", metavar="FOLDER", help="keep the probabilities, for python -m utils.predict --probs FOLDER")
     add_device(parser)
     add_overrides(parser)
     args = parser.parse_args()
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit}: expected at least 1")
+    if args.fit and (args.predict or args.tta or args.save_masks or args.save_probs):
+        parser.error("--fit looks at single views of the validation data: it goes without -p, --tta and --save-...")
     return args
 
 
 def main() -> int:
-    """Load, score once, report."""
+    """Load, then score or fit."""
     args = parse_arguments()
     overrides = args.set + select_devices(args.device)
 
-    import dataloaders
-    from base.base_trainer import AMP_DTYPES, seed_everything
-    from utils import checkpoint, checks, distributed, losses, report
-    from utils.evaluation import Decision, Evaluator, evaluate
-    from utils.predict import PredictOptions
+    from base.base_trainer import seed_everything
+    from utils import checkpoint, distributed, report
 
     state = checkpoint.read(args.resume)
-    config = checkpoint.config_of(state, args.resume, args.config, overrides, stages=("test",))
-    procedures = PROCEDURES if args.predict == "all" else (args.predict or config.predict.test,)
+    stages = ("test",) if not args.fit else ("val",)
+    config = checkpoint.config_of(state, args.resume, args.config, overrides, stages=stages)
     folder = report.prepare_folder(args.output or config.tester.out_dir or Path(args.resume).parent)
     device = distributed.choose_device(config.n_gpu)
     with distributed.process_group(device):
         seed_everything(config.seed, config.deterministic)
         loaded = checkpoint.build_model(state, args.resume, config, device)
-        loader = checks.build_loader(dataloaders.build, config, "test")
-        checks.check_facts(config, loaded.facts, {"test_loader": checkpoint.Facts.of(loader.dataset)})
-        checks.warn_about_loss(config, list(procedures))
-        arguments = checks.loss_arguments(config, loader.dataset)
-        loss = checks.built("loss.args", losses.build, config.loss.type, loaded.facts.ignore_index, **arguments)
-        options = PredictOptions.from_config(config.predict)
-        evaluator = Evaluator(
-            model=loaded.model,
-            facts=loaded.facts,
-            activation=loaded.activation,
-            device=device,
-            temperature=config.predict.temperature,
-            classes=options.classes,
-            count_ignored=config.predict.count_ignored,
-            loss=loss.to(device),
-            amp=AMP_DTYPES[config.trainer.amp],
-            channels_last=config.trainer.channels_last,
-        )
-        outcome = evaluate(
-            evaluator,
-            loader,
-            {name: Decision(name, options) for name in procedures},
-            progress=report.progress_bar("TEST"),
-            limit_batches=args.limit,
-        )
-        if distributed.is_main():
-            results = report.results(outcome, config, loaded, loader.dataset)
-            print(report.text(results))
-            for path in report.write(results, outcome, loaded.facts, folder):
-                print(f"written: {path}")
+        if args.fit:
+            fit(args, state, loaded, device)
+        else:
+            score(args, state, loaded, device, folder)
     return 0
+
+
+def evaluator_of(loaded, device, **changes):
+    """Return the evaluator of a loaded model."""
+    from base.base_trainer import AMP_DTYPES
+    from utils.evaluation import Evaluator
+
+    config = loaded.config
+    return Evaluator(
+        model=loaded.model,
+        facts=loaded.facts,
+        activation=loaded.activation,
+        device=device,
+        temperature=config.predict.temperature,
+        classes=None if config.predict.CoI == "all" else tuple(config.predict.CoI),
+        count_ignored=config.predict.count_ignored,
+        amp=AMP_DTYPES[config.trainer.amp],
+        channels_last=config.trainer.channels_last,
+        **changes,
+    )
+
+
+def score(args, state, loaded, device, folder) -> None:
+    """Score the test data under one procedure, or under all of them."""
+    import dataloaders
+    from utils import checkpoint, checks, distributed, losses, report
+    from utils.evaluation import Decision, all_decisions, evaluate
+    from utils.predict import PredictOptions
+    from utils.predictor import SCALES
+    from utils.watching import Watcher
+
+    config, facts = loaded.config, loaded.facts
+    loader = checks.build_loader(dataloaders.build, config, "test")
+    checks.check_facts(config, facts, {"test_loader": checkpoint.Facts.of(loader.dataset)})
+    arguments = checks.loss_arguments(config, loader.dataset)
+    loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments).to(device)
+    scales = SCALES if "multiscale" in args.tta else (1.0,)
+    evaluator = evaluator_of(loaded, device, loss=loss, scales=scales, flip="flip" in args.tta)
+    options = PredictOptions.from_config(config.predict)
+    everything = args.predict == "all"
+    procedure = args.predict or config.predict.test
+    decisions = all_decisions(options) if everything else {procedure: Decision(procedure, options)}
+    if distributed.is_main():
+        checks.warn_about_loss(config, list(decisions))
+    watcher = Watcher(loaded, decisions, evaluator, report=everything)
+    if args.save_masks:
+        watcher.save_masks(folder / "masks")
+    if args.save_probs:
+        watcher.save_probs(Path(args.save_probs), options, procedure)
+    outcome = evaluate(
+        evaluator,
+        loader,
+        decisions,
+        progress=report.progress_bar("TEST"),
+        on_part=watcher.look if watcher.watches else None,
+        limit_images=args.limit,
+        measure_memory=everything,
+    )
+    watcher.gather()
+    if not distributed.is_main():
+        return
+    views = f"mean probabilities over scales {list(scales)}" if evaluator.augments else "one view per image"
+    views += " and their mirror images" if evaluator.flip else ""
+    results = report.results(
+        outcome,
+        config,
+        loaded,
+        loader.dataset,
+        views=views,
+        reliability=watcher.reliability.compute() if everything else None,
+        fitted=checkpoint_note(state),
+    )
+    print(report.text(results))
+    written = report.write(results, outcome, facts, folder)
+    if everything:
+        written.append(watcher.write_page(folder / "report.html", results, outcome, sys.argv))
+    if config.tester.tensorboard:
+        report.write_scalars(results, folder)
+    for path in [*written, *watcher.folders]:
+        print(f"written: {path}")
+
+
+def checkpoint_note(state) -> str | None:
+    """Return where a checkpoint's temperature and threshold come from, where ``--fit`` found them."""
+    found = state.get("calibration")
+    if not isinstance(found, dict):
+        return None
+    return (
+        f"temperature {found['temperature']:.4f} and threshold {found['threshold']:.2f} were fitted on "
+        f"{found['images']} validation images ({found['data']})"
+    )
+
+
+def fit(args, state, loaded, device) -> None:
+    """Fit temperature and threshold on the validation data, and write a checkpoint that uses them."""
+    import dataloaders
+    from utils import checkpoint, checks, distributed, fitting, report
+    from utils.errors import UserError
+    from utils.predict import PredictOptions
+
+    config = loaded.config
+    if config.val_loader is not None:
+        loader, component = checks.build_loader(dataloaders.build, config, "val"), config.val_loader
+    else:
+        loader, component = (
+            checks.build_loader(dataloaders.build, config, "train").get_val_loader(),
+            config.train_loader,
+        )
+    if loader is None:
+        raise UserError(
+            "val_loader: absent, and train_loader has no val_split: --fit needs validation data (never the test "
+            "data); give one in the config, or with --set val_loader.type=NAME --set val_loader.args.data_dir=FOLDER"
+        )
+    checks.check_facts(config, loaded.facts, {"val_loader": checkpoint.Facts.of(loader.dataset)})
+    found = fitting.fit(
+        evaluator_of(loaded, device),
+        loader,
+        PredictOptions.from_config(config.predict),
+        report.progress_bar,
+        args.limit,
+    )
+    if distributed.is_main():
+        data = " ".join(str(x) for x in (component.type, component.args.get("split")) if x)
+        print(fitting.text(found, config, data))
+        path = fitting.save(fitting.calibrated(state, config, found, data), args.resume, args.output)
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

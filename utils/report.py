@@ -333,8 +333,8 @@ def write(content: Mapping[str, Any], outcome: Evaluation, facts: Facts, folder:
     paths = [folder / "results.json", folder / "per_image.csv"]
     with suppress(OSError):  # where it cannot be made, writing says why
         folder.mkdir(parents=True, exist_ok=True)
-    _write(paths[0], json.dumps(content, indent=2) + "\n")
-    _write(paths[1], _per_image(outcome, facts))
+    write_file(paths[0], json.dumps(content, indent=2) + "\n")
+    write_file(paths[1], _per_image(outcome, facts))
     return paths
 
 
@@ -385,7 +385,12 @@ def _per_image(outcome: Evaluation, facts: Facts) -> str:
     return stream.getvalue()
 
 
-def _write(path: Path, content: str) -> None:
+def write_file(path: Path, content: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        UserError: it could not be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(content, encoding="utf-8")
