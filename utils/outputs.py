@@ -157,11 +157,11 @@ class Outputs:
         return Row(source, result.expected, scores)
 
     def _describe(self, source: str, result: Segmentation, row: Row | None) -> dict[str, Any]:
-        labels = np.bincount(result.labels.ravel())
+        labels = _count_labels(result.labels)
         single = self.facts.num_classes == 1
         classes = []
         for label in range(2 if single else self.facts.num_classes):
-            pixels = int(labels[label]) if label < len(labels) else 0
+            pixels = int(labels[label])
             entry: dict[str, Any] = {"id": label, "name": self._label_name(label), "pixels": pixels}
             channel = label - 1 if single else label
             if row is not None and channel >= 0:
@@ -283,6 +283,14 @@ def _renamed(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _count_labels(labels: np.ndarray, rows: int = 256) -> np.ndarray:
+    """Return how often each label occurs; a few rows at a time, since ``bincount`` makes int64 of all it is given."""
+    counts = np.zeros(int(np.iinfo(labels.dtype).max) + 1, np.int64)
+    for y in range(0, len(labels), rows):
+        counts += np.bincount(labels[y : y + rows].ravel(), minlength=len(counts))
+    return counts
 
 
 def _file_name(text: str) -> str:
