@@ -176,9 +176,8 @@ def test_overrides_are_accepted(page: str, root: Path, tmp_path: Path, monkeypat
     for item in overrides(page):
         if item in ("PATH=VALUE", "path=value") or "=..." in item:
             continue
-        if item.startswith("arch.args."):
-            name = item.removeprefix("arch.args.").partition("=")[0]
-            assert any(name in parameters(MODELS[m]) for m in MODELS), item
+        if item.startswith(("arch.args.", "train_loader.args.", "val_loader.args.", "test_loader.args.", "loss.args.")):
+            assert re.split(r"[.=]", item)[2] in known_keys(), item
             continue
         raw = configs.override(configs.read(root / "config.json"), [item])
         configs.resolve(raw, source=f"{page}: --set {item}", models=MODELS, loaders=LOADERS, stages=())
@@ -392,7 +391,7 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
     printed = execute(in_run(given(page, r"test\.py .*-p all"), run), tmp_path)
     assert "## Comparison" in printed
     results = json.loads((run / "results.json").read_text())
-    assert list(results["procedures"]) == ["T", "max", "rankdice"]
+    assert list(results["procedures"])[:3] == ["T", "max", "rankdice"]
     assert (run / "per_image.csv").is_file()
 
     shapes = given(page, "dataloaders.shapes")
