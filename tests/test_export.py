@@ -69,7 +69,7 @@ def test_a_network_at_other_sizes(kind: str, tmp_path: Path) -> None:
         properties = json.loads(extra["facts.json"])
     assert json.loads(properties["class_names"]) == list(NAMES[:3])
     assert "probabilities" in properties["output"]
-    for size in ((1, 32, 32), (5, 33, 250), (1, 400, 301), (2, 48, 48)):
+    for size in ((1, 64, 64), (5, 65, 250), (1, 400, 301), (2, 96, 72)):
         images = pictures(*size)
         with torch.no_grad():
             expected = (model((images - 0.4) / 0.2) / 2.0).softmax(1)  # temperature, softmax
@@ -79,7 +79,7 @@ def test_a_network_at_other_sizes(kind: str, tmp_path: Path) -> None:
 def test_logits_and_one_channel(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = Toy(classes=1, channels=4)
-    path, images = tmp_path / "toy.pt2", pictures(2, 40, 41, 4)
+    path, images = tmp_path / "toy.pt2", pictures(2, 70, 71, 4)
     export.export(loaded(model, 1, channels=4), path, "torch-export")
     with torch.no_grad():
         logits = model((images - 0.4) / 0.2)
