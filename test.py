@@ -143,7 +143,7 @@ def score(args, state, loaded, device, folder) -> None:
         loader.dataset,
         views=views,
         reliability=watcher.reliability.compute() if everything else None,
-        fitted=checkpoint_note(state),
+        fitted=calibration_note(state, config),
     )
     print(report.text(results))
     written = report.write(results, outcome, facts, folder)
@@ -155,11 +155,13 @@ def score(args, state, loaded, device, folder) -> None:
         print(f"written: {path}")
 
 
-def checkpoint_note(state) -> str | None:
-    """Return where a checkpoint's temperature and threshold come from, where ``--fit`` found them."""
+def calibration_note(state, config) -> str | None:
+    """Return where temperature and threshold come from, where they are those that ``--fit`` found."""
     found = state.get("calibration")
     if not isinstance(found, dict):
         return None
+    if (found["temperature"], found["threshold"]) != (config.predict.temperature, config.predict.threshold):
+        return "temperature and threshold were fitted, and are overridden in this run"
     return (
         f"temperature {found['temperature']:.4f} and threshold {found['threshold']:.2f} were fitted on "
         f"{found['images']} validation images ({found['data']})"

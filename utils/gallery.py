@@ -9,20 +9,19 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from utils.checkpoint import Facts
-from utils.evaluation import Decision, Part
+from utils.evaluation import Part
 from utils.metrics import image_scores
 from utils.palette import complete_palette, displayable
-from utils.predict import label_map
+from utils.probs import mask_labels
 
 Picture = NDArray[np.uint8]
 
 KEPT = 12
 SIDE = 256  # the longer side of a picture
+NO_CLASS = -1  # label of pixels in no mask
 UNASSIGNED = (235, 235, 235)
 # Where rankdice and max differ: who is right?
 RANKDICE_RIGHT, MAX_RIGHT, BOTH_WRONG = (26, 152, 80), (215, 48, 39), (255, 193, 7)
@@ -48,16 +47,14 @@ class Gallery:
 
     Args:
         facts: classes and palette.
-        decisions: by name; ``T``, ``max`` and ``rankdice`` are shown.
         classes: the classes of interest; None: all.
         kept: how many gains, and how many losses.
     """
 
-    def __init__(
-        self, facts: Facts, decisions: dict[str, Decision], classes: Sequence[int] | None = None, kept: int = KEPT
-    ) -> None:
+    shown = ("T", "max", "rankdice")
+
+    def __init__(self, facts: Facts, classes: Sequence[int] | None = None, kept: int = KEPT) -> None:
         self.facts, self.kept = facts, kept
-        self.decisions = {name: decisions[name] for name in ("T", "max", "rankdice")}
         self.classes = list(range(facts.num_classes)) if classes is None else list(classes)
         # Heaps of (size of the change, name, case): the smallest is the first to go. Equal ones: the name decides.
         self._gains: list[tuple[float, str, Case]] = []
@@ -108,7 +105,7 @@ class Gallery:
         shrink = min(1.0, SIDE / max(height, width))
         size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
         target = part.target[i].cpu().numpy().astype(np.int64)
-        labels = {name: self._labels(decision, part.probs[i : i + 1]) for name, decision in self.decisions.items()}
+        labels = {name: self._labels(part, name, i) for name in self.shown}
         pictures = {"image": cv2.resize(displayable(image), size, interpolation=cv2.INTER_AREA)}
         pictures["target"] = self._colours(_smaller(target, size))
         for name, one in labels.items():
@@ -117,10 +114,12 @@ class Gallery:
         pictures["rankdice against max"] = self._disagreement(pictures["image"], *small)
         return pictures
 
-    def _labels(self, decision: Decision, probs: Tensor) -> NDArray[np.int64]:
-        unassigned = self.facts.ignore_index if self.facts.ignore_index > self.facts.num_classes else 65535
-        with torch.no_grad():
-            return label_map(decision.procedure, probs, decision.options, unassigned)[0].cpu().numpy()
+    def _labels(self, part: Part, name: str, i: int) -> NDArray[np.int64]:
+        """Return what was scored as one label per pixel; see :func:`utils.probs.mask_labels`."""
+        prediction = part.predictions[name]
+        if prediction.labels is not None:
+            return prediction.labels[i].cpu().numpy()
+        return mask_labels(part.probs[i : i + 1], prediction.masks[i : i + 1], NO_CLASS)[0].cpu().numpy()
 
     def _colours(self, labels: NDArray[np.int64]) -> Picture:
         known = max(self.facts.num_classes, 2)

@@ -153,23 +153,35 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], best: Sequence[
 
 
 def _comparison(procedures: Mapping[str, Mapping[str, Any]], protocol: Mapping[str, Any]) -> str:
-    columns = [(key, name) for key, name in COLUMNS if any(s.get(key) is not None for s in procedures.values())]
+    columns = [(key, name) for key, name in COLUMNS if key.partition("_")[0] not in ("Expected", "Measured")]
+    columns = [(key, name) for key, name in columns if any(s.get(key) is not None for s in procedures.values())]
     digits = {"milliseconds_per_image": 2, "peak_mebibytes": 1}
-    rows = [[name, *(_number(s.get(k), digits.get(k, 4)) for k, _ in columns)] for name, s in procedures.items()]
+    rows = [
+        [name, *(_number(s.get(key), digits.get(key, 4)) for key, _ in columns), _foretold(s)]
+        for name, s in procedures.items()
+    ]
     ranked = ("Mean_Dice", "Mean_IoU", "Worst_Tenth_Dice", "Dataset_mDice", "Dataset_mIoU", "Pixel_Accuracy")
     top = {key: max((s[key] for s in procedures.values() if s[key] is not None), default=None) for key in ranked}
     best = [
-        [False, *(k in top and s[k] is not None and s[k] == top[k] for k, _ in columns)] for s in procedures.values()
+        [False, *(s.get(key) is not None and s[key] == top.get(key) for key, _ in columns), False]
+        for s in procedures.values()
     ]
     return (
         "<h2>Procedures</h2>"
-        + _table(["", *(name for _, name in columns)], rows, best)
+        + _table(["", *(name for _, name in columns), "expected / measured"], rows, best)
         + '<p class="soft">mDice and mIoU: per image and class, mean over classes, then over images. worst 10 %: '
         "mDice of that tenth of the images in which a procedure does worst. Expected: what the procedure foretold "
         "without labels, over the masks whose measured score stands beside it. ms/image: deciding alone, one forward "
         f"pass ({protocol['forward_milliseconds_per_image']:.1f} ms per image) serves all. Memory: "
         f"{escape(protocol['memory'])}.</p>"
     )
+
+
+def _foretold(scores: Mapping[str, Any]) -> str:
+    for kind in ("Dice", "IoU"):
+        if scores.get(f"Expected_{kind}") is not None:
+            return f"{kind} {_number(scores[f'Expected_{kind}'])} / {_number(scores[f'Measured_{kind}'])}"
+    return "–"
 
 
 def _differences(found: Mapping[str, Any] | None) -> str:
@@ -297,7 +309,13 @@ def expected_points(metrics: Metrics) -> list[tuple[str, float, float]]:
 def _cases(title: str, cases: Sequence[Case], gallery: Gallery) -> str:
     if not cases:
         return f'<h2>{escape(title)}</h2><p class="soft">No image.</p>'
-    parts = [f"<h2>{escape(title)}</h2>", _disagreement_legend(), _palette_legend(gallery)]
+    parts = [
+        f"<h2>{escape(title)}</h2>",
+        '<p class="soft">T and rankdice give each class a mask of its own: a pixel in several shows the most probable '
+        "of their classes, a pixel in none is pale.</p>",
+        _disagreement_legend(),
+        _palette_legend(gallery),
+    ]
     for case in cases:
         figures = "".join(
             f'<figure><img {"" if name == "image" else "class=labels "}alt="{escape(name)} of {escape(case.name)}" '

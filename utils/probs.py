@@ -157,12 +157,21 @@ def pictures(procedure: str, probs: Tensor, prediction: Prediction, options: Pre
     """
     classes = probs.shape[1]
     unassigned = 255 if classes <= 255 else 65535
-    if procedure == "rankdice" and options.metric == "iou" and classes > 1:
-        best, labels = probs.masked_fill(~prediction.masks, -1.0).max(dim=1)
-        labels = torch.where(best >= 0, labels, unassigned)
+    if procedure == "rankdice" and options.metric == "iou":
+        labels = mask_labels(probs, prediction.masks, unassigned)
     else:
         labels = label_map(procedure, probs, options, unassigned)
     return labels.cpu().numpy().astype(np.uint8 if classes <= 255 else np.uint16)
+
+
+def mask_labels(probs: Tensor, masks: Tensor, unassigned: int) -> Tensor:
+    """Return one label per pixel ``(B, H, W)`` of masks that may overlap: the most probable class among those that
+    hold the pixel, ``unassigned`` where none does; with one channel 0 and 1.
+    """
+    if probs.shape[1] == 1:
+        return masks[:, 0].long()
+    best, labels = probs.masked_fill(~masks, -1.0).max(dim=1)
+    return torch.where(best >= 0, labels, unassigned)
 
 
 def write_masks(folder: Path, facts: Facts, names: list[str], labels: NDArray[Any]) -> None:

@@ -32,7 +32,7 @@ class Watcher:
         self.loaded, self.decisions, self.evaluator = loaded, dict(decisions), evaluator
         facts = loaded.facts
         self.reliability = Reliability(facts.num_classes, facts.ignore_index, loaded.activation)
-        self.gallery = Gallery(facts, self.decisions, evaluator.classes) if report else None
+        self.gallery = Gallery(facts, evaluator.classes) if report else None
         self.folders: list[Path] = []
         self._on_part: list[Callable[[Part], None]] = []
         if self.gallery is not None:
