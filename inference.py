@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.cli import add_overrides
+from utils.cli import add_overrides, share_cores
 from utils.errors import USER_ERROR_EXIT_CODE, UserError, run
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def check(args: argparse.Namespace) -> None:
 def main() -> int:
     """Segment everything; return 2 when an image failed."""
     args = parse_arguments()
+    share_cores()
     check(args)
 
     from PIL import Image

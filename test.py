@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.cli import add_device, add_overrides, select_devices
+from utils.cli import add_device, add_overrides, select_devices, share_cores
 from utils.errors import run
 from utils.schema import PROCEDURES
 
@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Load, then score or fit."""
     args = parse_arguments()
+    share_cores()
     overrides = args.set + select_devices(args.device)
 
     from base.base_trainer import seed_everything

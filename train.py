@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.cli import add_device, add_overrides, select_devices
+from utils.cli import add_device, add_overrides, select_devices, share_cores
 from utils.errors import run
 
 
@@ -21,11 +21,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "-r", "--resume", metavar="CHECKPOINT", help="continue the run of a checkpoint; 'auto': the config's newest run"
     )
+    parser.add_argument(
+        "-w", "--weights", metavar="CHECKPOINT", help="start a new run from the weights of a checkpoint (fine-tuning)"
+    )
     add_device(parser)
     add_overrides(parser)
     args = parser.parse_args()
     if not args.config and not args.resume:
         parser.error("give a config with --config, or a checkpoint to continue with --resume")
+    if args.resume and args.weights:
+        parser.error("--resume continues a run with its own weights; give --weights without it")
     if args.resume == "auto" and not args.config:
         parser.error("--resume auto needs --config, to know whose newest run to continue")
     return args
@@ -34,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Build what the config names, and train it."""
     args = parse_arguments()
+    share_cores()
     overrides = args.set + select_devices(args.device)
 
     import dataloaders
@@ -69,6 +75,8 @@ def main() -> int:
         checks.warn_about_loss(config, [config.predict.train, config.predict.val])
         arguments = checkpoint.arch_arguments(config, facts)
         model = checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
+        if args.weights:
+            checkpoint.load_weights(model, args.weights)
         arguments = checks.loss_arguments(config, train_loader.dataset)
         loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments)
         folder = Path(resume).resolve().parent if resume else run_folder(config)

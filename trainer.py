@@ -97,6 +97,12 @@ class Trainer(BaseTrainer):
         return meter.finish()
 
     def _train_batch(self, batch: Batch, meter: _Meter) -> None:
+        if isinstance(batch.images, list):
+            sizes = " and ".join(sorted({f"{i.shape[2]} x {i.shape[1]}" for i in batch.images})[:3])
+            raise UserError(
+                f"train_loader: the images of a batch differ in size ({sizes}, such as {batch.names[0]}); give "
+                'train_loader.args.crop_size with "augment": true, so that all are cut to one size'
+            )
         images = self.normalize(batch.images.to(self.device, non_blocking=True))
         target = batch.labels.to(self.device, non_blocking=True)
         # The last optimizer step of an epoch may be made of fewer batches than `accumulate`.

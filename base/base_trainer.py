@@ -285,7 +285,7 @@ class BaseTrainer:
         if "scheduler" not in state or "processes" not in state:
             raise UserError(
                 "the checkpoint holds weights but not the state of a run of this framework, so it cannot be resumed; "
-                "to start from its weights, give them as arch.args.pretrained"
+                "to start a new run from its weights: train.py --config CONFIG --weights CHECKPOINT"
             )
         self.model.load_state_dict(state["state_dict"])
         if self.ema is not None and state["ema"] is not None:

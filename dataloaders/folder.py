@@ -12,7 +12,6 @@ import numpy as np
 from base.base_dataset import BaseDataSet, Colour, Entry
 from dataloaders.colours import ColourTable
 from dataloaders.pairing import Pairs, image_files, pair, relative_stem, split_by_fraction
-from utils import tiff
 from utils.errors import UserError
 from utils.images import read_image, read_label
 
@@ -210,24 +209,6 @@ or, split by folders,
         raise UserError(f"{where}: {name!r} has no file in {self._below(folder)}")
 
     # ---- reading
-
-    def load_image(self, path: Path) -> np.ndarray:
-        """Return an image ``(H, W, in_channels)``, uint8 or float32 in [0, 1]."""
-        if self.in_channels > 4 and path.suffix.lower() in (".tif", ".tiff") and path.is_file():
-            # OpenCV and Pillow stop at four channels.
-            return self._many_channels(tiff.decode(path.read_bytes(), path), path)
-        return read_image(path, self.in_channels)
-
-    def _many_channels(self, image: np.ndarray, path: Path) -> np.ndarray:
-        if image.shape[2] != self.in_channels:
-            raise UserError(f"{path} has {image.shape[2]} channels, but `in_channels` is {self.in_channels}")
-        if image.dtype == np.uint8:
-            return image
-        if np.issubdtype(image.dtype, np.integer):
-            return image.astype(np.float32) / np.iinfo(image.dtype).max
-        if not np.isfinite(image).all():
-            raise UserError(f"{path} holds values that are not finite (nan or inf)")
-        return image.astype(np.float32)
 
     def load_label(self, path: Path) -> np.ndarray:
         """Return class ids (or values that are none, which the caller refuses), from whatever the mask holds."""

@@ -53,15 +53,16 @@ class PyramidSceneParsing(BaseModel):
 class PSPNet(PyramidSceneParsing):
     """PSPNet on a ResNet at output stride 8; any input size; logits (B, num_classes, H, W).
 
-    resnet50, 101 and 152 have the paper's deep stem (three 3x3 convolutions): torchvision has no ImageNet
-    weights for those; ``pretrained`` takes a file (the "resnet50s" family of PyTorch-Encoding). resnet18
-    and 34 have the usual stem and torchvision's weights.
+    resnet50, 101 and 152 have the paper's deep stem (three 3x3 convolutions) unless ``stem`` says otherwise.
+    torchvision has no ImageNet weights for it: train with ``stem: "torchvision"``, or give a file of the
+    "resnet50s" family of PyTorch-Encoding. resnet18 and 34 have the usual stem.
 
     Args:
         num_classes: output channels.
         in_channels: channels of the images.
         backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
         pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
+        stem: "deep" or "torchvision" (7x7); None: the published one of the backbone.
         use_aux: in training, also return the logits of the auxiliary head on the last stage but one.
         freeze_bn: BatchNorm keeps its running statistics.
         freeze_backbone: only the decoder is trained.
@@ -80,11 +81,13 @@ class PSPNet(PyramidSceneParsing):
         in_channels: int = 3,
         backbone: str = "resnet152",
         pretrained: bool | str = False,
+        stem: str | None = None,
         use_aux: bool = True,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
     ) -> None:
-        stem = "torchvision" if backbone in ("resnet18", "resnet34") else "deep"
+        if stem is None:
+            stem = "torchvision" if backbone in ("resnet18", "resnet34") else "deep"
         network = resnet(backbone, in_channels, pretrained, output_stride=8, stem=stem)
         super().__init__(network, num_classes, in_channels, use_aux)
         self.freeze(freeze_bn, freeze_backbone)

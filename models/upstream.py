@@ -239,7 +239,9 @@ def has_published_names(weights: Mapping[str, Tensor], rules: Rules) -> bool:
 
 def number_of_classes(kind: str, weights: Mapping[str, Tensor], rules: Rules) -> int | None:
     """Return the number of classes that weights under recorded or our names are for."""
-    recorded = RECORDED[kind]
+    recorded = RECORDED.get(kind)
+    if recorded is None:  # a model of this project alone
+        return None
     for key in (recorded.classifier, *_candidates(recorded.classifier, rules)):
         if key in weights:
             return weights[key].shape[recorded.axis]

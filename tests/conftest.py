@@ -6,7 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+
+from utils.cli import share_cores
+
+share_cores()  # before torch
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

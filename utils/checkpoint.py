@@ -293,10 +293,20 @@ def config_of(
         if own is not None:
             raw["arch"] = own
     elif stored is not None:
-        raw, source = stored, f"the config in {path}"
+        raw, source = dict(stored), f"the config in {path}"
     else:
         raise UserError(f"{path}: holds weights alone and no config; give the config of its run with --config")
+    if "facts" not in state:
+        raw["arch"] = _without_ignored(raw.get("arch"), models)
     return configs.resolve(raw, overrides, source=source, models=models, loaders=loaders, stages=stages)
+
+
+def _without_ignored(arch: Any, models: Mapping[str, Any]) -> Any:
+    """Return a published ``arch`` without the arguments that the published constructors ignored."""
+    if not isinstance(arch, Mapping) or arch.get("type") not in models:
+        return arch
+    upstream = import_module("models.upstream")
+    return {**arch, "args": upstream.known_args(arch["type"], arch.get("args"))}
 
 
 def _same_arch(a: Any, b: Any, models: Mapping[str, Any]) -> bool:
@@ -386,6 +396,19 @@ def _stored_facts(values: Any) -> Facts:
         return Facts.from_dict(values)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"its 'facts' (classes, palette, mean, std) are not as they were written: {error}") from None
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load the weights of a checkpoint, ours or a published one, into a model of the same architecture.
+
+    Raises:
+        UserError: an unusable file, or weights that do not fit, saying which and probably why.
+    """
+    state = read(path)
+    try:
+        import_module("models").load_weights(model, state.get("ema") or state["state_dict"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _facts_of_config(config: Config, num_classes: int) -> Facts:
