@@ -171,14 +171,16 @@ def compare(metrics: Mapping[str, Metrics], class_names: Sequence[str]) -> dict[
 def verdict(scores: Mapping[str, float], overall: Mapping[str, Difference], images: int) -> str:
     """Return one sentence: which procedure to deploy, or that there is no difference.
 
-    A procedure is recommended over ``max`` only where the interval of its difference lies above 0.
+    A procedure is recommended over ``max`` only where the interval of its difference lies above 0; of those whose
+    mDice is practically the highest, the first.
     """
     if not images:
         return "Nothing to say: no image has a score."
     better = [name for name, d in overall.items() if d.clear > 0]
     few = f"; {images} images are few, test on more" if images < FEW_IMAGES else ""
     if better:
-        best = max(better, key=lambda name: scores[name])
+        highest = max(scores[name] for name in better)
+        best = next(name for name in better if scores[name] >= highest - SAME)  # the simplest one comes first
         d = overall[best]
         return (
             f"Deploy {best}: its mDice is {d.mean:+.4f} against {BASELINE} ({_interval(d)}), better in {d.better}, "

@@ -312,7 +312,7 @@ def _cases(title: str, cases: Sequence[Case], gallery: Gallery) -> str:
     parts = [
         f"<h2>{escape(title)}</h2>",
         '<p class="soft">T and rankdice give each class a mask of its own: a pixel in several shows the most probable '
-        "of their classes, a pixel in none is pale.</p>",
+        "of their classes, a pixel in none, and an ignored one, is pale.</p>",
         _disagreement_legend(),
         _palette_legend(gallery),
     ]
