@@ -116,6 +116,22 @@ class SizeDependent(nn.Module):
         return x if x.shape[2] * x.shape[3] < 20_000 else x.flip(2)
 
 
+class FreePadding(nn.Module):
+    """What ONNX has no word for: a transposed convolution whose padding depends on the size of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 3, 3, 2, 1), nn.ConvTranspose2d(3, 3, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x), output_size=x.shape[-2:])
+
+
+def test_the_part_that_onnx_lacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(errors.UserError, match=r"cannot be exported as onnx.*aten\.convolution"):
+        export.export(loaded(FreePadding()), tmp_path / "x.onnx")
+
+
 @pytest.mark.parametrize("kind", ["onnx", "torch-export"])
 @pytest.mark.parametrize(
     ("model", "message"),

@@ -117,14 +117,21 @@ def export(loaded: LoadedModel, path: str | Path, kind: str = "onnx", logits: bo
     except (UserError, OSError):
         raise
     except Exception as error:  # the exporters raise whatever they stumble over
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"{name} cannot be exported as {kind} with free height, width and batch by torch {torch.__version__}: "
-            f"{type(error).__name__}: {reason[:300]}"
+            f"{_reason(error)}"
         ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
     return worst
+
+
+def _reason(error: Exception) -> str:
+    """Return one line: which part the exporter failed at, without its advice to those who develop it."""
+    if type(error).__name__ == "ConversionError" and error.__cause__ is not None:
+        error = error.__cause__  # the outer one only says that it failed
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{type(error).__name__}: {line[:300]}"
 
 
 def deployable(loaded: LoadedModel, logits: bool = False) -> nn.Module:
