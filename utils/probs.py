@@ -160,7 +160,8 @@ def pictures(procedure: str, probs: Tensor, prediction: Prediction, options: Pre
     if procedure == "rankdice" and options.metric == "iou":
         labels = mask_labels(probs, prediction.masks, unassigned)
     else:
-        labels = label_map(procedure, probs, options, unassigned)
+        # One image at a time: what is decoded later from a file must not depend on the batch it was in.
+        labels = torch.cat([label_map(procedure, one, options, unassigned) for one in probs.split(1)])
     return labels.cpu().numpy().astype(np.uint8 if classes <= 255 else np.uint16)
 
 
