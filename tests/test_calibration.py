@@ -19,6 +19,7 @@ from utils.calibration import (
 )
 from utils.checkpoint import Facts
 from utils.evaluation import Part
+from utils.losses import gives_probabilities
 from utils.metrics import Metrics
 from utils.predict import PredictOptions, predict_threshold, probabilities
 
@@ -195,3 +196,19 @@ def test_shares_of_processes_add_up_and_probabilities_that_are_true_have_no_erro
     assert half.compute()["ECE"] == pytest.approx(whole.compute()["ECE"], rel=1e-9)
     assert whole.compute()["ECE"] < 0.01
     assert sample_calibration(logits, target, "softmax", 0.3)["ECE"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("loss", "usable"),
+    [
+        ({"type": "CrossEntropyLoss2d"}, True),
+        ({"type": "FocalLoss", "gamma": 2.0}, True),
+        ({"type": "BCEWithLogitsFocalLoss2d"}, True),
+        ({"type": "BCEWithLogitsFocalLoss2d", "alpha": 0.25}, False),
+        ({"type": "FocalLoss", "weight": "balanced"}, False),
+        ({"type": "CrossEntropyLoss2d", "weight": "balanced"}, False),
+        ({"type": "DiceLoss"}, False),
+    ],
+)
+def test_losses_whose_outputs_can_pass_as_probabilities(loss, usable) -> None:
+    assert gives_probabilities(**loss) == usable
