@@ -24,8 +24,23 @@ $(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
 
 install: $(VENV)/.installed ## make .venv and install what the project needs
 
+# The newest run of config.json; expanded only when a recipe runs.
+RUN = $(shell ls -td saved/UNet_Shapes/*/*/*/ | head -n 1)
+
 demo: $(VENV)/.installed ## train, test and segment on built-in data: a few minutes on a CPU
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python train.py --config config.json
+	@$(MAKE) --no-print-directory demo-show
+
+.PHONY: demo-show
+demo-show:
+	$(BIN)/python test.py -r $(RUN)best_model.pth -p all
+	$(BIN)/python -m dataloaders.shapes --out saved/demo --n 12 --size 128
+	$(BIN)/python inference.py --model $(RUN)best_model.pth --images saved/demo/VOCdevkit/VOC2012/JPEGImages \
+	  --output saved/demo/masks --mode single --overlay
+	@echo
+	@echo "masks and overlays : saved/demo/masks"
+	@echo "comparison         : $(RUN)results.json, per_image.csv, report.html"
+	@echo "TensorBoard        : $(BIN)/tensorboard --logdir saved"
 
 test: $(VENV)/.installed-tests ## run the whole test suite
 	$(BIN)/python -m pytest

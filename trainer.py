@@ -219,6 +219,8 @@ class Trainer(BaseTrainer):
         self._leave_if_asked()
         result = outcome.metrics[name].compute()
         scores = {key: value for key, value in result.items() if isinstance(value, float)}
+        if self.options.metric == "iou":  # what rankdice expects then is no Dice
+            scores = {k: v for k, v in scores.items() if k not in ("Expected_Dice", "Measured_Dice")}
         scores["val_loss"] = outcome.loss
         tags = {f"val/{key}": value for key, value in scores.items()}
         for key in ("Class_Dice", "Class_IoU"):

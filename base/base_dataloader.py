@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -249,10 +249,10 @@ def collate(items: Sequence[Sample | Skipped | UserError]) -> Parcel:
 def _start_worker(worker: int) -> None:
     # Processes are the parallelism; threads of OpenCV inside each would fight over the cores.
     cv2.setNumThreads(0)
-    # Ctrl-C and a terminating launcher reach the whole process group; the main process saves first and then
-    # ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C and a terminating launcher signal the whole process group. Outside of it, workers live on while the
+    # main process saves, which ends them itself.
+    with contextlib.suppress(OSError, AttributeError):
+        os.setpgid(0, 0)
 
 
 def _worker_count(num_workers: int | None) -> int:

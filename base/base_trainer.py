@@ -165,7 +165,8 @@ class BaseTrainer:
                     if self._finish_epoch(epoch, scores):
                         break
             if distributed.is_main():
-                self.log.hparams(self._hparams(), scores)
+                final = {k: v for k, v in scores.items() if not k.startswith(configs.PER_CLASS_SCORES)}
+                self.log.hparams(self._hparams(), final)
         except Interrupted:
             self._save_latest()
             raise

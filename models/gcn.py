@@ -161,7 +161,7 @@ class GCN(BaseModel):
         *finer, scores = [refine(convolve(feature)) for refine, convolve, feature in parts]
 
         height, width = x.shape[-2:]
-        half = (-(-height // 2), -(-width // 2))
+        half = ((height + 1) // 2, (width + 1) // 2)  # not -(-height // 2): ONNX truncates negative quotients
         if self.published and not self.use_deconv:
             half = finer[0].shape[-2:]
         targets = [*(level.shape[-2:] for level in reversed(finer)), half, (height, width)]

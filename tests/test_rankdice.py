@@ -627,3 +627,15 @@ def test_label_map_of_some_classes() -> None:
     for classes in ([], [0, 0], [5], [-1]):
         with pytest.raises(ValueError, match="classes"):
             label_map(probs, classes=classes)
+
+
+def test_label_map_of_an_image_does_not_depend_on_images_that_take_more_rounds() -> None:
+    # Found by search: one image falls in total before it would rise again, while others still rise.
+    generator = torch.Generator().manual_seed(9)
+    classes = int(torch.randint(3, 9, (1,), generator=generator))
+    side = int(torch.randint(6, 20, (1,), generator=generator))
+    noise = torch.randn(8, classes, side, side, generator=generator)
+    probs = (noise * torch.rand(8, 1, 1, 1, generator=generator) * 4).softmax(1)
+    together = label_map(probs)
+    for b in range(len(probs)):
+        assert torch.equal(label_map(probs[b : b + 1])[0], together[b])

@@ -267,9 +267,11 @@ def _ascend(maps: Tensor, smooth: float, rounds: int, budget: int) -> Tensor:
         score = (2 * mass + smooth) / (volume + mean + 1 + smooth)
         total = score.sum(1, keepdim=True)
         if best is None:
-            best, best_total = labels, total
+            best, best_total, running = labels, total, torch.ones_like(total, dtype=torch.bool)
         else:
-            better = total > best_total
+            # An image that has stopped rising rests, so that none depends on those beside it.
+            better = running & (total > best_total)
+            running = better
             if not bool(better.any()):
                 break
             best = torch.where(better, labels, best)

@@ -1,0 +1,147 @@
+"""Make the pictures of the README and the docs from a run of ours.
+
+``python -m benchmarks.figures --checkpoint saved/UNet_Shapes/.../best_model.pth [--tensorboard saved]``
+
+* ``docs/images/gain.png``: image, target, probability, argmax and RankDice mask of a class in test images;
+* ``docs/images/learning-rates.png``: Poly and OneCycle over a run;
+* with ``--tensorboard``: ``tensorboard-scalars.png`` and ``tensorboard-images.png``, photographed in a headless
+  Chromium (needs the packages selenium, chromium and chromium-driver).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+ROWS = 4
+CELL = 168
+PORT = 6017
+VIEWS = {
+    "tensorboard-scalars": "?tagFilter=train%2Floss%7Cval%2FMean%7Cval%2FDataset%7Clr%2F#timeseries",
+    "tensorboard-images": "#images",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description="Make the pictures of the docs.")
+    parser.add_argument("--checkpoint", required=True, help="a trained model; its test loader is used")
+    parser.add_argument("--tensorboard", metavar="LOGDIR", help="also photograph TensorBoard on this folder")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    gain(args.checkpoint)
+    learning_rates()
+    if args.tensorboard:
+        photograph(args.tensorboard)
+
+
+def gain(path: str) -> None:
+    """Draw one class's mask in images where RankDice gains about what it gains on average over argmax."""
+    import cv2
+    import numpy as np
+
+    import dataloaders
+    from utils import checkpoint, checks
+    from utils.evaluation import Decision, Evaluator, Part, evaluate
+    from utils.palette import displayable, grid
+
+    loaded = checkpoint.load_model(path)
+    loader = checks.build_loader(dataloaders.build, loaded.config, "test")
+    evaluator = Evaluator(loaded.model, loaded.facts, loaded.activation, next(loaded.model.parameters()).device)
+    images: dict[str, Any] = {}
+    planes: dict[str, Any] = {}  # per image: target, probability, argmax mask, RankDice mask; (4, C, H, W)
+
+    def keep(part: Part) -> None:
+        classes = np.arange(loaded.facts.num_classes)[:, None, None]
+        for i, name in enumerate(part.batch.names):
+            images[name] = displayable(part.batch.images[i].permute(1, 2, 0).numpy())
+            target = part.target[i].numpy()[None] == classes
+            argmax = part.predictions["max"].labels[i].numpy()[None] == classes
+            ranked = part.predictions["rankdice"].masks[i].numpy()
+            planes[name] = np.stack([target, part.probs[i].numpy(), argmax, ranked])
+
+    outcome = evaluate(evaluator, loader, {name: Decision(name) for name in ("max", "rankdice")}, on_part=keep)
+    names, ranked, _ = outcome.metrics["rankdice"].rows()
+    base = outcome.metrics["max"].rows()[1]
+    difference = (ranked.dice.nanmean(dim=1) - base.dice.nanmean(dim=1)).numpy()
+    order = np.argsort(difference)
+    typical = [i for i in order if difference[i] >= np.median(difference)][:ROWS]
+    pictures = []
+    for index in typical:
+        per_class = (ranked.dice[index] - base.dice[index]).nan_to_num(-1.0)
+        c = int(per_class.argmax())
+        colour = np.array(loaded.facts.palette[c])
+        titles = (
+            "image",
+            f"target: {loaded.facts.class_names[c]}",
+            "probability",
+            f"argmax, Dice {base.dice[index, c]:.2f}",
+            f"RankDice, Dice {ranked.dice[index, c]:.2f}",
+        )
+        cells = [images[names[index]]]
+        cells += [
+            (p[c].astype(float)[..., None] * colour + 24).clip(0, 255).astype(np.uint8) for p in planes[names[index]]
+        ]
+        for title, cell in zip(titles, cells, strict=True):
+            big = cv2.resize(cell, (CELL, CELL), interpolation=cv2.INTER_NEAREST)
+            strip = np.full((22, CELL, 3), 255, np.uint8)
+            cv2.putText(strip, title, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (30, 30, 30), 1, cv2.LINE_AA)
+            pictures.append(np.concatenate([strip, big]))
+    cv2.imwrite(str(IMAGES / "gain.png"), grid(pictures, columns=5)[:, :, ::-1])
+
+
+def learning_rates() -> None:
+    """Draw Poly and OneCycle over a run of 80 epochs."""
+    base = {"name": "x", "arch": {"type": "UNet"}, "train_loader": {"type": "Shapes"}, "val_loader": {"type": "Shapes"}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("Poly", "OneCycle"):
+            config = Path(folder, f"{name}.json")
+            config.write_text(json.dumps({**base, "lr_scheduler": {"type": name}}))
+            out = IMAGES / f"learning-rate-{name.lower()}.png"
+            command = [sys.executable, "-m", "utils.lr_scheduler", "-c", str(config), "-o", str(out)]
+            subprocess.run([*command, "--epochs", "80", "--iters-per-epoch", "100"], check=True)
+
+
+def photograph(logdir: str) -> None:
+    """Photograph TensorBoard as a user sees it."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", "--logdir", logdir, "--port", str(PORT)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with tempfile.TemporaryDirectory() as profile:
+            options = Options()
+            flags = ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking")
+            for flag in (*flags, "disable-sync", "window-size=1300,900", f"user-data-dir={profile}"):
+                options.add_argument(f"--{flag}")
+            # The driver of the system: selenium would look for one on the network.
+            browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+            time.sleep(12)  # the server reads its logs
+            for name, view in VIEWS.items():
+                browser.get("about:blank")
+                browser.get(f"http://localhost:{PORT}/{view}")
+                time.sleep(10)
+                browser.save_screenshot(str(IMAGES / f"{name}.png"))
+            browser.quit()
+    finally:
+        server.terminate()
+
+
+if __name__ == "__main__":
+    main()
