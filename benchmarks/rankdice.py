@@ -24,7 +24,12 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
+
+from utils.cli import share_cores
+
+share_cores()  # before torch
+
+import torch  # noqa: E402
 from torch import Tensor
 from torch.nn.functional import conv1d, interpolate
 

@@ -28,13 +28,15 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def share_cores() -> None:
-    """Let idle threads sleep instead of spin; call it before torch is imported.
+    """Let torch's idle threads sleep soon instead of spinning for long; call it before torch is imported.
 
-    torch's CPU threads busy-wait for each other between two operations. On cores that others use too (the
-    loader's workers, another run, a colleague), that costs a factor of three to five; asleep they cost nothing
-    measurable on an idle machine. ``OMP_WAIT_POLICY=ACTIVE`` in the environment brings the spinning back.
+    CPU threads wait for each other between two operations by spinning. On cores that others use too (the loader's
+    workers, another run, a colleague) that costs a factor of three to five. Spinning some microseconds only keeps
+    the speed of an idle machine and gives a busy one its cores back. ``GOMP_SPINCOUNT`` in the environment decides
+    where it is set.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def select_devices(device: str | None) -> list[str]:
