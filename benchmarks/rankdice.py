@@ -13,6 +13,7 @@ the distribution of the count), as a stand-in for its cost: their code is not pa
 rankseg is measured when it is installed (``pip install rankseg matplotlib``).
 """
 
+# ruff: noqa: E402 (threads are set up before torch is imported)
 from __future__ import annotations
 
 import argparse
@@ -29,7 +30,7 @@ from utils.cli import share_cores
 
 share_cores()  # before torch
 
-import torch  # noqa: E402
+import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, interpolate
 
