@@ -10,11 +10,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from utils.cli import add_device, add_overrides, select_devices, share_cores
 from utils.errors import run
 from utils.schema import PROCEDURES
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.checkpoint import LoadedModel
+    from utils.evaluation import Evaluator
+    from utils.schema import Config
 
 VIEWS = ("flip", "multiscale")
 
@@ -76,7 +85,7 @@ def main() -> int:
     return 0
 
 
-def evaluator_of(loaded, device, **changes):
+def evaluator_of(loaded: LoadedModel, device: torch.device, **changes: Any) -> Evaluator:
     """Return the evaluator of a loaded model."""
     from base.base_trainer import AMP_DTYPES
     from utils.evaluation import Evaluator
@@ -96,7 +105,9 @@ def evaluator_of(loaded, device, **changes):
     )
 
 
-def score(args, state, loaded, device, folder) -> None:
+def score(
+    args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device, folder: Path
+) -> None:
     """Score the test data under one procedure, or under all of them."""
     import dataloaders
     from utils import checkpoint, checks, distributed, losses, report
@@ -156,7 +167,7 @@ def score(args, state, loaded, device, folder) -> None:
         print(f"written: {path}")
 
 
-def calibration_note(state, config) -> str | None:
+def calibration_note(state: Mapping[str, Any], config: Config) -> str | None:
     """Return where temperature and threshold come from, where they are those that ``--fit`` found."""
     found = state.get("calibration")
     if not isinstance(found, dict):
@@ -169,7 +180,7 @@ def calibration_note(state, config) -> str | None:
     )
 
 
-def fit(args, state, loaded, device) -> None:
+def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device) -> None:
     """Fit temperature and threshold on the validation data, and write a checkpoint that uses them."""
     import dataloaders
     from utils import checkpoint, checks, distributed, fitting, report

@@ -195,7 +195,7 @@ def write_docs(text: str, path: Path = DOCS) -> None:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny data, one seed: to see whether it runs")
-    parser.add_argument("--losses", nargs="+", metavar="NAME", help="rows whose label begins so (default: all)")
+    parser.add_argument("--losses", nargs="+", metavar="NAME", help="rows called so, or whose label begins so")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     for field, default in asdict(Recipe()).items():
@@ -214,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {field: getattr(args, field) for field in asdict(Recipe()) if getattr(args, field) is not None}
     recipe = Recipe(**{**(QUICK if args.quick else {}), **given})
     seeds = 1 if args.quick else args.seeds
-    variants = [v for v in VARIANTS if not args.losses or v.startswith(tuple(args.losses))]
+    wanted = args.losses or list(VARIANTS)
+    variants = [v for v in VARIANTS if v in wanted or any(v.startswith(w) for w in wanted if w not in VARIANTS)]
 
     import torch
 
