@@ -190,13 +190,10 @@ def test_tiffs_of_many_bands(tmp_path: Path, bands: int, dtype: str, options: di
 
 def test_pages_of_a_tiff_are_bands(tmp_path: Path) -> None:
     many = np.random.default_rng(0).integers(0, 256, (12, 17, 6), np.uint8)
-    for name, options in (("plain", {"compression": None}), ("deflated", {"compression": "tiff_adobe_deflate"})):
+    for name, compression in (("plain", None), ("deflated", "tiff_adobe_deflate"), ("lzw", "tiff_lzw")):
         pages = [Image.fromarray(many[:, :, b]) for b in range(6)]
-        pages[0].save(tmp_path / f"{name}.tif", save_all=True, append_images=pages[1:], **options)
+        pages[0].save(tmp_path / f"{name}.tif", save_all=True, append_images=pages[1:], compression=compression)
         assert np.array_equal(read_image(tmp_path / f"{name}.tif", 6), many)
-    pages[0].save(tmp_path / "lzw.tif", save_all=True, append_images=pages[1:], compression="tiff_lzw")
-    with pytest.raises(UserError, match=r"lzw\.tif cannot be read.*compression 5.*\.npy"):
-        read_image(tmp_path / "lzw.tif", 6)
 
 
 def test_a_preview_page_is_no_band(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from base.base_trainer import LATEST
 from tests.kill_worker import OPTIONS
@@ -19,8 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_random_points(tmp_path: Path, seed: int) -> None:
-    whole = make_trainer(tmp_path / "whole", **OPTIONS)
-    whole.train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the killed runs: sums over other threads round otherwise
+    try:
+        whole = make_trainer(tmp_path / "whole", **OPTIONS)
+        whole.train()
+    finally:
+        torch.set_num_threads(threads)
     done = subprocess.run(
         [sys.executable, "-m", "tests.kill_worker", str(tmp_path / "killed"), str(seed), "12"],
         cwd=ROOT,

@@ -181,7 +181,7 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
     "no such checkpoint": (["-r", "nowhere.pth"], ["no such checkpoint file; in that folder: cut.pth"]),
     "nothing to resume": (["-r", "auto"], ["there is no run with a checkpoint below"]),
     "not a checkpoint": (["-r", "text.pth"], ["text.pth: not a checkpoint: it begins with b'not a checkpoint'"]),
-    "weights without the state of a run": (["-r", "weights.pth"], ["the state of a run", "arch.args.pretrained"]),
+    "weights without the state of a run": (["-r", "weights.pth"], ["the state of a run", "--weights"]),
     "a checkpoint that would run code": (["-r", "evil.pth"], ["refused", "posix.system"]),
     "another arch than the checkpoint's": (["-r", "good.pth", "-c", "other_arch.json"], ["cannot be changed"]),
 }
@@ -312,4 +312,4 @@ def test_without_a_mistake_both_run(place, monkeypatch, capsys) -> None:
     captured = capsys.readouterr()
     assert ended.value.code == 0, captured.err
     assert "## Comparison" in captured.out
-    assert sorted(p.name for p in Path("results").iterdir()) == ["per_image.csv", "results.json"]
+    assert sorted(p.name for p in Path("results").iterdir()) == ["per_image.csv", "report.html", "results.json"]

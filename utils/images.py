@@ -173,21 +173,11 @@ def _decode_image(data: bytes, path: Path, channels: int) -> np.ndarray:
         # The usual case: OpenCV decodes faster, applies EXIF orientation and converts the colours.
         image = _opencv(data, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
     elif data.startswith(_TIFF_SIGNATURES) and tiff.is_multiband(data):
-        return _many_bands(data, path)
+        return tiff.decode(data, path)
     elif data.startswith(_TIFF_SIGNATURES) or (_is_whole_png(data) and data[24] == 16):
         # Depths and channel counts that Pillow does not know.
         image = _opencv(data, cv2.IMREAD_UNCHANGED)
     return _pillow_image(data, path) if image is None else image
-
-
-def _many_bands(data: bytes, path: Path) -> np.ndarray:
-    try:
-        return tiff.decode(data)
-    except tiff.UnsupportedTiff as error:
-        raise UserError(
-            f"{path} cannot be read as a TIFF of several bands: {error}. Uncompressed and deflated classic TIFF "
-            "and .npy arrays (H, W, bands) are read."
-        ) from None
 
 
 def _opencv(data: bytes, flag: int) -> np.ndarray | None:

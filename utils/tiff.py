@@ -1,32 +1,50 @@
-"""TIFF files with more bands than image libraries read: a small reader for the kinds that science writes.
+"""TIFF files with more channels than image libraries take (satellites, microscopes): all bands as one array.
 
-Follows the TIFF 6.0 specification (Adobe, 1992): bands interleaved or one after the other, in strips or tiles,
-uncompressed or deflated, with or without the horizontal predictor, 8 to 64 bits, integers or floating point; and
-several one-band pages, which are taken as bands. BigTIFF and other compressions are not read.
+OpenCV decodes up to four channels, with whatever compression libtiff knows. But pixels whose channels lie side by
+side, W pixels of C samples a row, are the same bytes as one channel of W x C pixels; and channels that lie one
+after the other are C images. So the file's directory is rewritten to say that, and OpenCV decodes it. Some programs
+write one page per band: pages of equal size are read as bands.
 """
 
 from __future__ import annotations
 
 import struct
-import zlib
-from typing import Any
+from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 
+from utils.errors import UserError
+
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
-_STRIP_OFFSETS, _BANDS, _ROWS_PER_STRIP, _STRIP_BYTES, _PLANAR = 273, 277, 278, 279, 284
+_STRIP_OFFSETS, _SAMPLES, _ROWS_PER_STRIP, _STRIP_BYTES, _PLANAR = 273, 277, 278, 279, 284
 _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES, _FORMAT = 317, 322, 323, 324, 325, 339
-_RGB = 2
-_NONE, _DEFLATE, _OLD_DEFLATE = 1, 8, 32946
-# Field type -> struct letter.
-_TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
-_MAX_PAGES = 1000
 
-Tags = dict[int, tuple[int, ...]]
+_RGB = 2  # photometric interpretations below it are grey
+_MAX_PAGES = 4096
+_NUMBER_FORMATS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # byte, short, long, long8
+_DTYPES = {
+    (8, 1): np.uint8,
+    (16, 1): np.uint16,
+    (32, 1): np.uint32,
+    (8, 2): np.int8,
+    (16, 2): np.int16,
+    (32, 2): np.int32,
+    (32, 3): np.float32,
+    (64, 3): np.float64,
+}
+# None, LZW, deflate (both numbers), PackBits: they compress rows of bytes and know nothing of pixels.
+_BYTEWISE = (1, 5, 8, 32946, 32773)
 
 
-class UnsupportedTiff(Exception):
-    """The file is TIFF, but of a kind that is not read here, or it is damaged; the message says what it is."""
+class _Layout(NamedTuple):
+    """How the numbers of a file's structure are written."""
+
+    order: str  # of bytes, as struct writes it
+    count: str  # the number of entries of a directory
+    offset: str
+    first: int  # where the header says where the directory is
 
 
 def is_multiband(data: bytes) -> bool:
@@ -35,107 +53,164 @@ def is_multiband(data: bytes) -> bool:
     Image libraries read such files in part, without a word.
     """
     try:
-        _, pages = _pages(data)
-    except (UnsupportedTiff, struct.error):
+        pages = _directories(data, _layout(data))
+    except (struct.error, KeyError, IndexError):
         return False
-    bands = _first(pages[0], _BANDS, 1)
     if len(pages) > 1:
-        # Pages of other sizes are previews, not bands.
-        sizes = {(page.get(_HEIGHT), page.get(_WIDTH)) for page in pages}
-        return len(sizes) == 1 and all(_first(page, _BANDS, 1) == 1 for page in pages)
-    return bands > 4 or bands == 2 or (bands > 1 and _first(pages[0], _PHOTOMETRIC, 1) < _RGB)
+        return _are_bands(pages)
+    channels, meaning = (pages[0].get(tag, (1,))[0] for tag in (_SAMPLES, _PHOTOMETRIC))
+    return channels > 4 or channels == 2 or (channels > 1 and meaning < _RGB)
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Return all bands, ``(H, W, bands)`` in the file's own type of number.
+def _are_bands(pages: list[dict[int, tuple[int, ...]]]) -> bool:
+    # Pages of other sizes are previews.
+    sizes = {(page.get(_HEIGHT), page.get(_WIDTH)) for page in pages}
+    return len(sizes) == 1 and all(page.get(_SAMPLES, (1,))[0] == 1 for page in pages)
+
+
+def decode(data: bytes, path: Path | str = "") -> np.ndarray:
+    """Return all bands of a TIFF file, ``(H, W, channels)``, in the file's own type of numbers.
+
+    Any number of channels, side by side or one after the other, in strips or tiles; uncompressed, LZW, deflate or
+    PackBits, with or without horizontal prediction; 8 to 32 bit integers, 32 and 64 bit floating point.
 
     Raises:
-        UnsupportedTiff: the file is damaged, or of a kind that is not read here.
+        UserError: the file is damaged, or of a kind that is not listed above.
     """
     try:
-        order, pages = _pages(data)
-        bands = [_page(data, order, page) for page in pages]
-    except (struct.error, zlib.error, ValueError, IndexError, KeyError) as error:
-        raise UnsupportedTiff(f"damaged or truncated ({error})") from None
-    if len({b.shape[:2] for b in bands}) > 1:
-        raise UnsupportedTiff("its pages differ in size")
-    return np.concatenate(bands, axis=2)
+        layout = _layout(data)
+        pages = _directories(data, layout)
+        if len(pages) == 1 or not _are_bands(pages):
+            return _decode(data, layout, pages[0], path)
+        return np.concatenate([_decode(data, layout, page, path) for page in pages], axis=2)
+    except (struct.error, KeyError, IndexError, cv2.error) as error:
+        raise UserError(f"{path} cannot be read, it is damaged or truncated ({error!r})") from error
 
 
-def _pages(data: bytes) -> tuple[str, list[Tags]]:
-    """Return the byte order and the tags of each page."""
-    order = {b"II": "<", b"MM": ">"}.get(data[:2])
-    if order is None or struct.unpack_from(order + "H", data, 2)[0] != 42:
-        raise UnsupportedTiff("no classic TIFF")
-    pages: list[Tags] = []
-    (offset,) = struct.unpack_from(order + "I", data, 4)
-    while offset and len(pages) < _MAX_PAGES:
-        (count,) = struct.unpack_from(order + "H", data, offset)
-        pages.append(dict(_field(data, order, offset + 2 + 12 * i) for i in range(count)))
-        (offset,) = struct.unpack_from(order + "I", data, offset + 2 + 12 * count)
+def _layout(data: bytes) -> _Layout:
+    order = {b"II": "<", b"MM": ">"}[data[:2]]
+    (version,) = struct.unpack_from(f"{order}H", data, 2)
+    return {42: _Layout(order, "H", "I", 4), 43: _Layout(order, "Q", "Q", 8)}[version]
+
+
+def _directories(data: bytes, layout: _Layout) -> list[dict[int, tuple[int, ...]]]:
+    """Return the whole numbers of each page's directory: tag -> values."""
+    pages = []
+    (at,) = struct.unpack_from(layout.order + layout.offset, data, layout.first)
+    while at and len(pages) < _MAX_PAGES:
+        tags, following = _directory(data, layout, at)
+        pages.append(tags)
+        (at,) = struct.unpack_from(layout.order + layout.offset, data, following)
     if not pages:
-        raise UnsupportedTiff("no page")
-    return order, pages
+        raise IndexError("no page")
+    return pages
 
 
-def _field(data: bytes, order: str, at: int) -> tuple[int, tuple[int, ...]]:
-    tag, kind, count = struct.unpack_from(order + "HHI", data, at)
-    if kind not in _TYPES:
-        return tag, ()  # text and fractions: nothing that is needed
-    layout = f"{order}{count}{_TYPES[kind]}"
-    place = at + 8 if struct.calcsize(layout) <= 4 else struct.unpack_from(order + "I", data, at + 8)[0]
-    return tag, struct.unpack_from(layout, data, place)
+def _directory(data: bytes, layout: _Layout, at: int) -> tuple[dict[int, tuple[int, ...]], int]:
+    """Return one directory, and where the position of the next one is written."""
+    order, size = layout.order, struct.calcsize(layout.offset)
+    (entries,) = struct.unpack_from(order + layout.count, data, at)
+    at += struct.calcsize(layout.count)
+    end = at + entries * (4 + 2 * size)
+    tags = {}
+    for place in range(at, end, 4 + 2 * size):
+        tag, kind, count = struct.unpack_from(f"{order}HH{layout.offset}", data, place)
+        if kind not in _NUMBER_FORMATS:
+            continue
+        values, place = f"{order}{count}{_NUMBER_FORMATS[kind]}", place + 4 + size
+        if struct.calcsize(values) > size:
+            (place,) = struct.unpack_from(order + layout.offset, data, place)
+        tags[tag] = struct.unpack_from(values, data, place)
+    return tags, end
 
 
-def _first(tags: Tags, tag: int, default: int) -> int:
-    return (tags.get(tag) or (default,))[0]
+def _decode(data: bytes, layout: _Layout, tags: dict[int, tuple[int, ...]], path: Path | str) -> np.ndarray:
+    width, height, channels = tags[_WIDTH][0], tags[_HEIGHT][0], tags.get(_SAMPLES, (1,))[0]
+    bits, formats = set(tags[_BITS]), set(tags.get(_FORMAT, (1,)))
+    key = (bits.pop(), formats.pop())
+    compression, predictor = tags.get(_COMPRESSION, (1,))[0], tags.get(_PREDICTOR, (1,))[0]
+    if bits or formats or key not in _DTYPES:
+        raise UserError(f"{path} holds numbers of a kind that cannot be read (bits and format {key}, mixed: {bits})")
+    dtype = np.dtype(_DTYPES[key])
+    if tags.get(_PLANAR, (1,))[0] == 2:
+        parts = [_plane(tags, channel, channels) for channel in range(channels)]
+        planes = [_opencv(data, layout, part, dtype, path) for part in parts]
+        return np.stack(planes, axis=2)
+    if compression not in _BYTEWISE or predictor not in (1, 2):
+        raise UserError(
+            f"{path} is compressed in a way (compression {compression}, predictor {predictor}) that cannot be read "
+            f"with {channels} channels; write it uncompressed, with LZW or deflate, or as .npy"
+        )
+    # One channel of width x channels pixels; the prediction, which steps over pixels, is undone here.
+    wide = {**tags, _WIDTH: (width * channels,), _PREDICTOR: (1,)}
+    if _TILE_WIDTH in tags:
+        wide[_TILE_WIDTH] = (tags[_TILE_WIDTH][0] * channels,)
+    image = _opencv(data, layout, wide, dtype, path).reshape(height, width, channels)
+    return _undo_prediction(image, tags.get(_TILE_WIDTH, (width,))[0]) if predictor == 2 else image
 
 
-def _number_type(tags: Tags, order: str) -> np.dtype[Any]:
-    bits, kinds = set(tags[_BITS]), set(tags.get(_FORMAT) or (1,))
-    if len(bits) > 1 or len(kinds) > 1:
-        raise UnsupportedTiff("its bands differ in type")
-    bit, kind = bits.pop(), {1: "u", 2: "i", 3: "f", 4: "u"}.get(kinds.pop())
-    if kind is None or bit not in (8, 16, 32, 64) or (kind == "f" and bit == 8):
-        raise UnsupportedTiff(f"{bit} bits per sample of an unusual format")
-    return np.dtype(f"{order}{kind}{bit // 8}")
+def _plane(tags: dict[int, tuple[int, ...]], channel: int, channels: int) -> dict[int, tuple[int, ...]]:
+    """Return the directory of one channel of a file that holds them one after the other."""
+    part = dict(tags)
+    for tag in (_STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES):
+        if tag in tags:
+            count = len(tags[tag]) // channels
+            part[tag] = tags[tag][channel * count : (channel + 1) * count]
+    return part
 
 
-def _page(data: bytes, order: str, tags: Tags) -> np.ndarray:
-    """Return ``(H, W, bands)`` of one page."""
-    height, width, bands = tags[_HEIGHT][0], tags[_WIDTH][0], _first(tags, _BANDS, 1)
-    dtype = _number_type(tags, order)
-    separate = _first(tags, _PLANAR, 1) == 2
-    tiled = _TILE_OFFSETS in tags
-    block_width = tags[_TILE_WIDTH][0] if tiled else width
-    block_height = tags[_TILE_HEIGHT][0] if tiled else min(height, _first(tags, _ROWS_PER_STRIP, height))
-    offsets, sizes = (tags[t] for t in ((_TILE_OFFSETS, _TILE_BYTES) if tiled else (_STRIP_OFFSETS, _STRIP_BYTES)))
-    if len(data) < max(o + s for o, s in zip(offsets, sizes, strict=True)):
-        raise UnsupportedTiff("damaged or truncated (its data ends too early)")
-    page = np.empty((height, width, bands), dtype.newbyteorder("="))
-    blocks = iter(zip(offsets, sizes, strict=True))
-    depth = 1 if separate else bands
-    for band in range(bands if separate else 1):
-        for top in range(0, height, block_height):
-            for left in range(0, width, block_width):
-                offset, size = next(blocks, (0, 0))
-                rows = block_height if tiled else min(block_height, height - top)
-                block = _block(data[offset : offset + size], tags, dtype, (rows, block_width, depth))
-                window = page[top : top + rows, left : left + block_width, band : band + depth]
-                window[...] = block[: window.shape[0], : window.shape[1]]
-    return page
+def _undo_prediction(image: np.ndarray, tile: int) -> np.ndarray:
+    """Return sums along the rows, begun anew in every tile; they wrap around as the differences did."""
+    result = np.empty_like(image)
+    for start in range(0, image.shape[1], tile):
+        part = image[:, start : start + tile]
+        result[:, start : start + tile] = np.cumsum(part, axis=1, dtype=image.dtype)
+    return result
 
 
-def _block(packed: bytes, tags: Tags, dtype: np.dtype[Any], shape: tuple[int, int, int]) -> np.ndarray:
-    compression, predictor = _first(tags, _COMPRESSION, _NONE), _first(tags, _PREDICTOR, 1)
-    if compression in (_DEFLATE, _OLD_DEFLATE):
-        packed = zlib.decompress(packed)
-    elif compression != _NONE:
-        raise UnsupportedTiff(f"compression {compression} is not read for many bands")
-    if predictor not in (1, 2):
-        raise UnsupportedTiff(f"predictor {predictor} is not read for many bands")
-    block = np.frombuffer(packed, dtype, count=shape[0] * shape[1] * shape[2]).reshape(shape)
-    if predictor == 2 and compression != _NONE:
-        # Each pixel holds the difference to its left neighbour; sums wrap around as the differences did.
-        block = np.cumsum(block, axis=1, dtype=dtype.newbyteorder("="))
-    return block
+def _opencv(
+    data: bytes, layout: _Layout, tags: dict[int, tuple[int, ...]], dtype: np.dtype, path: Path | str
+) -> np.ndarray:
+    """Return ``(H, W)`` of the single channel that ``tags`` describe in ``data``."""
+    # Integers of 8 and 16 bits are decoded as unsigned, wider numbers as floating point: the same bits.
+    bits = 8 * dtype.itemsize
+    described = {
+        tag: tags[tag]
+        for tag in (
+            *(_WIDTH, _HEIGHT, _COMPRESSION, _PREDICTOR, _STRIP_OFFSETS, _STRIP_BYTES, _ROWS_PER_STRIP),
+            *(_TILE_WIDTH, _TILE_HEIGHT, _TILE_OFFSETS, _TILE_BYTES),
+        )
+        if tag in tags
+    }
+    described |= {_BITS: (bits,), _PHOTOMETRIC: (1,), _SAMPLES: (1,), _PLANAR: (1,)}
+    described[_FORMAT] = (3 if bits >= 32 else 1,)
+    rewritten = _with_directory(data, layout, described)
+    image = cv2.imdecode(np.frombuffer(rewritten, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None or image.itemsize != dtype.itemsize:
+        raise UserError(f"{path} cannot be read, it is damaged or truncated")
+    return np.ascontiguousarray(image).view(dtype)
+
+
+def _with_directory(data: bytes, layout: _Layout, tags: dict[int, tuple[int, ...]]) -> bytes:
+    """Return the file with another directory: values and directory are appended, the header points there."""
+    order, size = layout.order, struct.calcsize(layout.offset)
+    kind = 4 if layout.offset == "I" else 16
+    start = len(data) + len(data) % 2
+    values, entries = b"", b""
+    for tag in sorted(tags):
+        packed = struct.pack(f"{order}{len(tags[tag])}{layout.offset}", *tags[tag])
+        if len(packed) > size:
+            place = struct.pack(order + layout.offset, start + len(values))
+            values += packed
+        else:
+            place = packed
+        # Short numbers have a type of their own, which readers insist on.
+        if len(tags[tag]) == 1 and tags[tag][0] < 1 << 16:
+            place = struct.pack(f"{order}H", tags[tag][0]).ljust(size, b"\0")
+            entries += struct.pack(f"{order}HH{layout.offset}", tag, 3, 1) + place
+        else:
+            entries += struct.pack(f"{order}HH{layout.offset}", tag, kind, len(tags[tag])) + place
+    directory = struct.pack(order + layout.count, len(tags)) + entries + bytes(size)
+    header = data[: layout.first] + struct.pack(order + layout.offset, start + len(values))
+    body = data[layout.first + size :].ljust(start - layout.first - size, b"\0")
+    return header + body + values + directory
