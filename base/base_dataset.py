@@ -198,6 +198,8 @@ class BaseDataSet(Dataset[Any]):
         )
         for name, value in facts._asdict().items():
             setattr(self, name, value)
+        if 0 <= self.ignore_index < self.label_count:
+            log.warning("ignore_index %d is also a class id: no pixel of that class will count", self.ignore_index)
         self.crop_size = _pair("crop_size", crop_size)
         self.val = val
         self.augmentation = (

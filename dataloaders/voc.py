@@ -37,8 +37,8 @@ class VOC(BaseDataSet):
     )
     num_classes = len(class_names)
     palette = voc_colormap(num_classes)
-    mean = (0.457, 0.437, 0.404)
-    std = (0.236, 0.233, 0.237)
+    mean = (0.45734706, 0.43338275, 0.40058118)
+    std = (0.23965294, 0.23532275, 0.2398498)
     splits = ("train", "val", "trainval", "test", "train_aug", "val_aug", "trainval_aug", "test_aug")
     layout = """
 data_dir/

@@ -67,8 +67,7 @@ def _count_labels(
     rows = torch.where(valid, target, num_classes)
     columns = torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
     size = num_classes + 1
-    joint = torch.bincount(((image * size + rows) * size + columns).flatten(), minlength=batch * size * size)
-    joint = joint.view(batch, size, size)
+    joint = _histogram((image * size + rows) * size + columns, batch * size * size).view(batch, size, size)
     scored = joint if count_ignored else joint[:, :num_classes]
     intersection = joint.diagonal(dim1=1, dim2=2)[:, :num_classes]
     return Counts(
@@ -87,23 +86,46 @@ def _count_masks(
     batch = target.shape[0]
     image = torch.arange(batch, device=target.device).view(-1, 1, 1).expand_as(target)
     known = valid & (target >= 0) & (target < num_classes)
-    rows = image * num_classes + torch.where(known, target, 0)
     size = batch * num_classes
-    targets = torch.bincount(rows[known], minlength=size).view(batch, num_classes)
-    own = masks.gather(1, torch.where(known, target, 0)[:, None])[:, 0] & known
-    intersection = torch.bincount(rows[own], minlength=size).view(batch, num_classes)
+    inside = torch.where(known, target, 0)
+    # Pixels that do not count go to a bin of their own, the last.
+    rows = torch.where(known, image * num_classes + inside, size)
+    targets = _histogram(rows, size + 1)[:size].view(batch, num_classes)
+    own = masks.gather(1, inside[:, None])[:, 0]
+    intersection = _histogram(torch.where(own, rows, size), size + 1)[:size].view(batch, num_classes)
     if prediction.volumes is None:
         predicted = torch.count_nonzero(masks, dim=(2, 3))
     else:
         predicted = prediction.volumes
     pixels = torch.full((batch,), target[0].numel() if batch else 0, device=target.device)
     if not count_ignored:
-        # Only the few ignored pixels are looked at again, not the whole map.
-        where, y, x = torch.nonzero(~valid, as_tuple=True)
-        on_ignored = torch.zeros_like(predicted).index_add_(0, where, masks[where, :, y, x].to(predicted.dtype))
+        on_ignored, ignored = _ignored(masks, valid)
         predicted = predicted - on_ignored
-        pixels = pixels - torch.bincount(where, minlength=batch)
+        pixels = pixels - ignored
     return Counts(intersection, predicted, targets, pixels, torch.full_like(pixels, -1))
+
+
+def _histogram(index: Tensor, bins: int) -> Tensor:
+    """Count each of the integers 0 ... ``bins - 1`` in ``index``; int64 ``(bins,)``.
+
+    bincount is fastest on a CPU; on a GPU it would wait for the device to learn the largest value.
+    """
+    index = index.flatten()
+    if index.device.type == "cpu":
+        return torch.bincount(index, minlength=bins)
+    return torch.zeros(bins, dtype=torch.int64, device=index.device).scatter_add_(0, index, torch.ones_like(index))
+
+
+def _ignored(masks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many ignored pixels each mask ``(B, C)`` holds, and how many each image ``(B,)`` has."""
+    if masks.device.type != "cpu":
+        # One more pass over the masks, which waits for nothing.
+        return torch.count_nonzero(masks & ~valid[:, None], dim=(2, 3)), torch.count_nonzero(~valid, dim=(1, 2))
+    # Only the few ignored pixels are looked at again.
+    where, y, x = torch.nonzero(~valid, as_tuple=True)
+    counts = torch.zeros(masks.shape[:2], dtype=torch.int64)
+    counts.index_add_(0, where, masks[where, :, y, x].to(counts.dtype))
+    return counts, torch.bincount(where, minlength=len(masks))
 
 
 class ImageScores(NamedTuple):
