@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 .PHONY: help install demo test lint format clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # Stamps, so that pip runs again only when the requirements change.
 $(VENV)/.installed: requirements.txt
