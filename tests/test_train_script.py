@@ -113,7 +113,8 @@ def test_two_processes_train_and_test(config: Path) -> None:
 def test_the_launcher_for_synchronised_batch_norm(tmp_path: Path) -> None:
     # What train.py does by itself where there are several GPUs; here over two processes without any.
     script = tmp_path / "child.py"
-    script.write_text("import os, sys; print('rank', os.environ['RANK'], sys.argv[1:], flush=True); sys.exit(0)")
+    # One write each: the lines of processes that print at the same time must not mix.
+    script.write_text("import os, sys; os.write(1, f'rank {os.environ[\"RANK\"]} {sys.argv[1:]}\\n'.encode())")
     code = f"import sys; from utils.distributed import launch; sys.exit(launch({str(script)!r}, ['--set', 'a=1'], 2))"
     done = run("-c", code)
     assert "starting 2 processes" in done.stdout
