@@ -54,11 +54,12 @@ class Recipe:
 
     epochs: int = 20
     length: int = 640
-    test_length: int = 256
-    size: int = 96
-    batch_size: int = 16
+    test_length: int = 200
+    size: int = 64
+    batch_size: int = 8
     width: int = 8
-    lr: float = 3e-3
+    lr: float = 0.01
+    precision: str = "bf16"  # of the forward pass in training; tests always run in float32
 
 
 class Study:
@@ -113,7 +114,9 @@ class Study:
         from utils.batch import Normalize
 
         torch.manual_seed(seed)
-        model = models.build("UNet", self.facts.num_classes, width=self.recipe.width).to(self.device).train()
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+        model = models.build("UNet", self.facts.num_classes, width=self.recipe.width).train()
+        model = model.to(self.device, memory_format=torch.channels_last)
         normalize = Normalize(self.facts.mean, self.facts.std).to(self.device)
         optimizer = optim.build("AdamW", model, lr=self.recipe.lr, weight_decay=1e-4)
         steps = lr_scheduler.optimizer_steps(self.recipe.epochs, len(self.train_loader))
@@ -121,7 +124,9 @@ class Study:
         for epoch in range(self.recipe.epochs):
             self.train_loader.set_epoch(seed * self.recipe.epochs + epoch)  # another order for each seed
             for batch in self.train_loader:
-                value = loss(model(normalize(batch.images.to(self.device))), batch.labels.to(self.device))
+                images = normalize(batch.images.to(self.device)).contiguous(memory_format=torch.channels_last)
+                with half:
+                    value = loss(model(images), batch.labels.to(self.device))
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
                 optimizer.step()
@@ -178,7 +183,7 @@ def caption(recipe: Recipe, seeds: int, device: str) -> str:
     return (
         f"mDice / mIoU in percent, mean over {many}. UNet (width {recipe.width}), {recipe.epochs} epochs of "
         f"{recipe.length} scenes of {recipe.size} x {recipe.size}, batch {recipe.batch_size}, AdamW at {recipe.lr:g}, "
-        f"OneCycle; {recipe.test_length} test scenes. torch {torch.__version__}, {where}."
+        f"OneCycle, {recipe.precision}; {recipe.test_length} test scenes. torch {torch.__version__}, {where}."
     )
 
 
@@ -200,7 +205,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     for field, default in asdict(Recipe()).items():
         option = f"--{field.replace('_', '-')}"
-        parser.add_argument(option, type=type(default), help=f"default: {default}")
+        choices = ("fp32", "bf16") if field == "precision" else None
+        parser.add_argument(option, type=type(default), choices=choices, help=f"default: {default}")
     parser.add_argument("--json", type=Path, help="keep results here after each run, and go on from it")
     parser.add_argument("--write-docs", action="store_true", help=f"put the table into {DOCS.relative_to(ROOT)}")
     return parser.parse_args(argv)
