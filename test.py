@@ -189,12 +189,10 @@ def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel,
 
     config = loaded.config
     if config.val_loader is not None:
-        loader, component = checks.build_loader(dataloaders.build, config, "val"), config.val_loader
+        loader, component, origin = checks.build_loader(dataloaders.build, config, "val"), config.val_loader, ""
     else:
-        loader, component = (
-            checks.build_loader(dataloaders.build, config, "train").get_val_loader(),
-            config.train_loader,
-        )
+        loader = checks.build_loader(dataloaders.build, config, "train").get_val_loader()
+        component, origin = config.train_loader, "held out of"
     if loader is None:
         raise UserError(
             "val_loader: absent, and train_loader has no val_split: --fit needs validation data (never the test "
@@ -209,7 +207,7 @@ def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel,
         args.limit,
     )
     if distributed.is_main():
-        data = " ".join(str(x) for x in (component.type, component.args.get("split")) if x)
+        data = " ".join(str(x) for x in (origin, component.type, component.args.get("split")) if x)
         print(fitting.text(found, config, data))
         path = fitting.save(fitting.calibrated(state, config, found, data), args.resume, args.output)
         print(f"written: {path}")

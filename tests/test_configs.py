@@ -20,7 +20,7 @@ from utils.batch import Batch, equal_sizes
 from utils.schema import Component, Config
 
 ROOT = Path(__file__).resolve().parent.parent
-HEIGHT, WIDTH, IMAGES = 60, 80, 3
+HEIGHT, WIDTH, IMAGES = 60, 80, 8  # images: enough that a tenth held out is one
 SEED = 7
 
 
@@ -150,7 +150,10 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def first_batch(config: Config, stage: str) -> tuple[Any, Batch]:
-    loader = checks.build_loader(dataloaders.build, config, stage)
+    held_out = stage == "val" and config.val_loader is None
+    loader = checks.build_loader(dataloaders.build, config, "train" if held_out else stage)
+    if held_out:
+        loader = loader.get_val_loader()
     loader.set_epoch(1)
     return loader.dataset, next(iter(loader))
 

@@ -141,7 +141,7 @@ def test_fitting_never_looks_at_the_test_data(tmp_path, monkeypatch, capsys) -> 
 def test_fitting_takes_what_training_held_out(tmp_path, monkeypatch, capsys) -> None:
     train = loader("train", 12, shuffle=True, val_split=0.25, endless=False)
     path = write_checkpoint(tmp_path / "a.pth", val_loader=None, train_loader=train)
-    assert "fitted on 3 validation images" in run(monkeypatch, capsys, "-r", path, "--fit")
+    assert "fitted on 3 validation images (held out of Shapes train)" in run(monkeypatch, capsys, "-r", path, "--fit")
     quiet = {"monitor": "off", "val": False}
     path = write_checkpoint(tmp_path / "b.pth", val_loader=None, trainer=quiet)
     with pytest.raises(UserError, match="--fit needs validation data"):
