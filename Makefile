@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test bench lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,13 @@ demo-show:
 
 test: $(VENV)/.installed-tests ## run the whole test suite
 	$(BIN)/python -m pytest
+
+$(VENV)/.installed-benchmarks: $(VENV)/.installed benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet -r benchmarks/requirements.txt
+	@touch $@
+
+bench: $(VENV)/.installed-benchmarks ## time every part against its peers, write docs/benchmarks.md: some minutes
+	$(BIN)/python -m benchmarks.page
 
 lint: $(VENV)/.installed-tests ## check style and formatting
 	$(BIN)/python -m ruff check .

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--data-dir", help="folder in VOC layout, with classes.txt (default: written scenes)")
     top.add_argument("--images", type=int, default=100, help="images per round (default: 100)")
     top.add_argument("--rounds", type=int, default=7, help="rounds (default: 7)")
-    top.add_argument("--quick", action="store_true", help="a look: 20 images, 3 rounds")
+    top.add_argument("--quick", action="store_true", help="a look: 40 images, 5 rounds")
     top.add_argument("--memory", action="store_true", help="also: memory of a worker over 20,000 samples")
     top.add_argument("--json", metavar="FILE", help="write the numbers there")
     return top
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     if args.quick:
-        args.images, args.rounds = 20, 3
+        args.images, args.rounds = 40, 5
     if args.images < 1 or args.rounds < 1:
         raise UserError("--images and --rounds must be at least 1")
 
@@ -107,7 +107,7 @@ def measure(folder: str, images: int, rounds: int) -> dict[str, Any]:
     kept = decoded.__getitem__
 
     def our_sample(index: int, load: Callable[..., Any]) -> Any:
-        ours.load = lambda i, epoch=0: load(i)  # type: ignore[method-assign]
+        ours.load = lambda i, epoch=0: load(i)  # type: ignore[assignment, method-assign]
         return ours[(next(epoch), index)]
 
     epoch = iter(range(10**9))

@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +34,7 @@ from utils.palette import default_palette
 from utils.predictor import SCALES, Predictor
 
 CLASSES = 21
-NETWORKS = {
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "UNet width 8": ("UNet", {"width": 8}),
     "ENet": ("ENet", {}),
     "PSPNet resnet18": ("PSPNet", {"backbone": "resnet18", "pretrained": False}),
@@ -87,18 +89,18 @@ def older_sliding(network: nn.Module, image: Tensor, device: torch.device) -> np
     return torch.from_numpy(total / count).softmax(0).argmax(0).numpy()
 
 
-def best_of(action: Callable[[], np.ndarray], repeats: int) -> float:
-    """Return the shortest time of a few runs, after one that does not count."""
-    action()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def in_turns(actions: list[Callable[[], object]], rounds: int) -> list[float]:
+    """Return the median time of each action. They take turns, so that a busy machine slows all of them alike."""
+    times: list[list[float]] = [[] for _ in actions]
+    for _ in range(rounds):
+        for action, spent in zip(actions, times, strict=True):
+            start = time.perf_counter()
+            action()
+            spent.append(time.perf_counter() - start)
+    return [median(spent) for spent in times]
 
 
-def compare(name: str, mode: str, overlap: float, side: int, device: torch.device, repeats: int, amp: bool) -> dict:
+def compare(name: str, mode: str, overlap: float, side: int, device: torch.device, rounds: int, amp: bool) -> dict:
     """Time both ways on one square image."""
     kind, args = NETWORKS[name]
     torch.manual_seed(0)
@@ -106,7 +108,7 @@ def compare(name: str, mode: str, overlap: float, side: int, device: torch.devic
     facts = Facts(
         CLASSES, tuple(map(str, range(CLASSES))), default_palette(CLASSES), (0.45,) * 3, (0.25,) * 3, ignore_index=255
     )
-    config = SimpleNamespace(
+    config: Any = SimpleNamespace(
         predict=SimpleNamespace(test="max", temperature=1.0, CoI="all", threshold=0.5, rankdice=SimpleNamespace(
             solver="exact", metric="dice", smooth=0.0, prune=0.5)),
         train_loader=SimpleNamespace(args={}),
@@ -118,22 +120,28 @@ def compare(name: str, mode: str, overlap: float, side: int, device: torch.devic
     older = older_multiscale if mode == "multiscale" else older_sliding
 
     clock = Clock(network.to(device), wait)
-    with torch.no_grad():
-        before = best_of(lambda: older(clock, normalised, device), repeats)
-    inside = clock.seconds / (repeats + 1)
+    inside = []
+
+    def older_way() -> None:
+        clock.seconds = 0.0
+        older(clock, normalised, device)
+        inside.append(clock.seconds)
 
     predictor = Predictor(
         LoadedModel(network, facts, config, "softmax", Path(), 0),
         mode=mode, flip=mode == "sliding", tile=int(side * TILE_SHARE), overlap=overlap, batch_size=4, device=device,
         max_pixels=2**30, memory=2**34, amp=amp,
     )  # fmt: skip
-    after = best_of(lambda: predictor(picture).labels, repeats)
+    with torch.no_grad():
+        actions = [older_way, lambda: predictor(picture).labels]
+        in_turns(actions, 1)  # warms up
+        before, after = in_turns(actions, rounds)
     return {
         "network": name,
         "mode": mode if mode == "multiscale" else f"sliding, overlap {overlap:.2f}",
         "image": f"{side} x {side}",
         "older_s": before,
-        "network_s": inside,
+        "network_s": median(inside[1:]),
         "ours_s": after,
         "times": before / after,
     }
@@ -141,21 +149,21 @@ def compare(name: str, mode: str, overlap: float, side: int, device: torch.devic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small image, the smallest network")
+    parser.add_argument("--quick", action="store_true", help="a smaller image")
     parser.add_argument("--json", metavar="FILE", help="write the numbers")
     parser.add_argument("--amp", action="store_true", help="our way in half precision")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
-    names, side, repeats = (["UNet width 8"], 160, 1) if args.quick else (list(NETWORKS), 480, 2)
+    side, rounds = (320, 3) if args.quick else (480, 5)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     print(f"torch {torch.__version__}, {where}, {platform.machine()}; {CLASSES} classes, {len(SCALES)} scales\n")
     print("| network | mode | image | older way, s | of it network, s | ours, s | times faster |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rows = []
-    for name in names:
+    for name in NETWORKS:
         for mode, overlap in WAYS:
-            row = compare(name, mode, overlap, side, device, repeats, args.amp)
+            row = compare(name, mode, overlap, side, device, rounds, args.amp)
             rows.append(row)
             print(
                 f"| {name} | {row['mode']} | {row['image']} | {row['older_s']:.2f} | {row['network_s']:.2f} | "

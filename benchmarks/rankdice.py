@@ -1,7 +1,7 @@
 """What RankDice costs, beside its alternatives, in one process.
 
     python -m benchmarks.rankdice                      # every table; some minutes
-    python -m benchmarks.rankdice --quick              # small maps, a minute
+    python -m benchmarks.rankdice --quick              # two maps, a minute or two
     python -m benchmarks.rankdice --device cuda        # timed by events
     python -m benchmarks.rankdice --probs FILE         # a real map: array or tensor "probs" (B, C, H, W), .npz or .pt
     python -m benchmarks.rankdice --json FILE --plots docs/images
@@ -20,7 +20,8 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -37,9 +38,15 @@ from torch.nn.functional import conv1d, interpolate
 from utils.rankdice import rank_dice
 from utils.rankdice_integral import Facts, Pixels, decay, integrate, power_sums
 
-SHAPES = [(1, 2, 512, 512), (1, 21, 512, 1024), (8, 21, 512, 512), (1, 19, 1024, 2048), (1, 150, 512, 512)]
+SHAPES: list[tuple[int, ...]] = [
+    (1, 2, 512, 512),
+    (1, 21, 512, 1024),
+    (8, 21, 512, 512),
+    (1, 19, 1024, 2048),
+    (1, 150, 512, 512),
+]
 SINGLE = (1, 1, 8192, 8192)
-QUICK_SHAPES = [(1, 2, 512, 512), (1, 21, 256, 512)]
+QUICK_SHAPES: list[tuple[int, ...]] = [(1, 2, 512, 512), (1, 21, 512, 1024)]
 LIMIT_S = 8.0  # a candidate is not started again once it has used this much time on one map
 
 
@@ -119,7 +126,7 @@ def once(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - begin
 
 
-def race(candidates: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+def race(candidates: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
     """Time the candidates in turns after a warm-up round of the cheap ones."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     first = {name: once(run, device) for name, run in candidates.items()}
@@ -209,7 +216,7 @@ def one_map(title: str, probs: Tensor, logits: Tensor | None, rounds: int, other
         candidates["our rma dice"] = lambda: rank_dice(probs, solver="rma")
         candidates["our ba dice"] = lambda: rank_dice(probs, solver="ba")
         for name, run in others.items():
-            candidates[name] = lambda run=run: run(probs)
+            candidates[name] = partial(run, probs)
         candidates["authors' loop (stand-in)"] = lambda: authors_loop(probs)
     times = race(candidates, rounds, device)
     table(times, "exact dice")
@@ -305,15 +312,15 @@ def load_probs(path: Path) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time RankDice and its alternatives.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small maps and few rounds")
-    parser.add_argument("--rounds", type=int, help="timed rounds per candidate (default 7, quick 3)")
+    parser.add_argument("--quick", action="store_true", help="two maps and few rounds")
+    parser.add_argument("--rounds", type=int, help="timed rounds per candidate (default 7, quick 5)")
     parser.add_argument("--probs", type=Path, help="a real map: .npz or .pt with 'probs' (B, C, H, W)")
     parser.add_argument("--shapes", nargs="*", metavar="BxCxHxW", help="these maps instead of the usual ones")
     parser.add_argument("--no-growth", action="store_true")
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--plots", type=Path, help="draw the plots of docs/rankdice.md into this folder")
     options = parser.parse_args()
-    rounds = options.rounds or (3 if options.quick else 7)
+    rounds = options.rounds or (5 if options.quick else 7)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {name}, {rounds} rounds")
     others = package()

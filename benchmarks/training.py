@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
     if args.quick:
-        args.rounds, args.iterations = 3, 3
+        args.rounds, args.iterations = 5, 4
     return args
 
 
@@ -50,8 +50,10 @@ def main() -> None:
     logging.disable(logging.INFO)
     arch_args = json.loads(args.arch_args)
     table = compare(args, arch_args)
-    print_table(f"{args.arch} {arch_args}, {args.batch_size} x {args.size} x {args.size}, {args.device}", table)
-    result: dict[str, Any] = {"iteration": table}
+    details = "".join(f" {name} {value}" for name, value in arch_args.items())
+    title = f"{args.arch}{details}, {args.batch_size} x {args.size} x {args.size}, {args.device}"
+    print_table(title, table)
+    result: dict[str, Any] = {"title": title, "iteration": table}
     if args.device != "cpu":
         result["throughput"] = throughput(args, arch_args)
     if args.json:

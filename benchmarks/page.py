@@ -1,0 +1,294 @@
+"""Run the benchmarks one after the other and write docs/benchmarks.md: ``python -m benchmarks.page [--full]``.
+
+Each benchmark is a process of its own, in its short form unless ``--full`` is given. Its numbers go to
+saved/benchmarks/NAME.json; the page is made of these alone. With ``--only NAME ...`` the others keep the numbers of an
+earlier run, if that was in the same form on the same machine with the same versions.
+
+A benchmark that fails is named on the page with its reason, and the exit status is 1. Where matplotlib is missing the
+page has no plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import BENCHMARKS, Benchmark, Row, number
+from utils.cli import share_cores
+from utils.errors import run
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+IMAGES = ROOT / "docs" / "images"
+RESULTS = ROOT / "saved" / "benchmarks"
+UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # what a file of other contents may raise
+LIBRARIES = ("torch", "torchvision", "numpy", "opencv-python-headless")
+
+
+@dataclass
+class Outcome:
+    """What one run gave: numbers, or the reason why there are none."""
+
+    command: str
+    facts: dict[str, str]
+    date: str
+    seconds: float = 0.0
+    error: str = ""
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+# -- the machine -----------------------------------------------------------------------------------------------
+
+
+def version_of(package: str) -> str:
+    """Return a package's version, or "not installed"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def processor() -> str:
+    """Return the processor's name as Linux tells it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def memory() -> str:
+    """Return the machine's memory."""
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (AttributeError, ValueError):
+        return "unknown"
+
+
+def system() -> str:
+    """Return the operating system, without the machine's name."""
+    try:
+        name = platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        name = platform.release()
+    return f"{platform.system()} ({name}), {platform.machine()}"
+
+
+def facts() -> dict[str, str]:
+    """Return what the numbers depend on, in the order of the page."""
+    import torch
+
+    affinity = getattr(os, "sched_getaffinity", None)
+    peers = dict.fromkeys(peer for one in BENCHMARKS.values() for peer in one.peers)
+    return {
+        "processor": processor(),
+        "cores": str(len(affinity(0)) if affinity else os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+        "memory": memory(),
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "system": system(),
+        "Python": platform.python_version(),
+        **{package: version_of(package) for package in (*LIBRARIES, *peers)},
+    }
+
+
+# -- running ---------------------------------------------------------------------------------------------------
+
+
+def measure(one: Benchmark, full: bool, device: str, known: dict[str, str], results: Path = RESULTS) -> Outcome:
+    """Run one benchmark, show what it prints, and keep its numbers in ``results``."""
+    results.mkdir(parents=True, exist_ok=True)
+    numbers = results / f"{one.name}.json"
+    numbers.unlink(missing_ok=True)
+    outcome = Outcome("python " + " ".join(one.command(full, device)), known, date.today().isoformat())
+    print(f"\n=== {outcome.command}\n", flush=True)
+    start = time.perf_counter()
+    status, last = stream([sys.executable, "-u", *one.command(full, device, numbers)])
+    outcome.seconds = time.perf_counter() - start
+    if status:
+        outcome.error = f"it ended with status {status}: {last or 'without a message'}"
+    else:
+        try:
+            outcome.result = json.loads(numbers.read_text(encoding="utf-8"))
+            one.rows(outcome.result)
+        except UNREADABLE as error:
+            outcome.error = f"its numbers cannot be read: {type(error).__name__}: {error}"
+    write(results / f"{one.name}.run.json", json.dumps(asdict(outcome), indent=1).encode())
+    return outcome
+
+
+def stream(words: list[str]) -> tuple[int, str]:
+    """Run a command in the project's folder and print what it prints; return its status and its last line."""
+    last: deque[str] = deque(maxlen=1)
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.strip():
+                last.append(line.strip())
+    return process.returncode, "".join(last)
+
+
+def earlier(one: Benchmark, full: bool, device: str, known: dict[str, str], results: Path = RESULTS) -> Outcome | None:
+    """Return what an earlier run gave in the same form under the same circumstances, None if there was none."""
+    try:
+        outcome = Outcome(**json.loads((results / f"{one.name}.run.json").read_text(encoding="utf-8")))
+        if not outcome.error:
+            one.rows(outcome.result)
+    except UNREADABLE:
+        return None
+    same = outcome.facts == known and outcome.command == "python " + " ".join(one.command(full, device))
+    return outcome if same else None
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    from utils.images import write_bytes
+
+    write_bytes(path, data)
+
+
+# -- the page --------------------------------------------------------------------------------------------------
+
+
+def prose(text: str) -> str:
+    """Return a paragraph in lines of the usual length."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def table(rows: list[Row], note: str) -> list[str]:
+    """Return the lines of a Markdown table."""
+    heads = ["case", "peer", "ours, ms", "peer, ms", "peer / ours"] + ([note] if note else [])
+    lines = ["| " + " | ".join(heads) + " |", "| --- | --- | ---: | ---: | ---: |" + (" --- |" if note else "")]
+    for row in rows:
+        cells = [row.case, row.peer, number(row.ours), number(row.theirs), number(row.ratio)]
+        lines.append("| " + " | ".join(cells + ([row.note] if note else [])) + " |")
+    return lines
+
+
+def draw(rows: list[Row]) -> bytes | None:
+    """Return a PNG of the ratios, None without matplotlib."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return None
+    ratios = [row.ratio for row in rows]
+    figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.27 * len(rows)))
+    # Bars begin at 1: to the right the peer takes longer, to the left ours does.
+    colours = ["#4c72b0" if ratio >= 1 else "#c44e52" for ratio in ratios]
+    axes.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colours)
+    axes.set_xscale("log")
+    axes.set_xlim(min([0.5, *ratios]) / 2, max([2, *ratios]) * 2)
+    for place, ratio in enumerate(ratios):
+        axes.text(ratio, place, f" {number(ratio)} ", va="center", ha="left" if ratio >= 1 else "right", fontsize=8)
+    labels = [f"{row.case} | {row.peer}".replace("`", "") for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlabel("time of the peer / time of ours (right of 1: ours is faster)")
+    figure.tight_layout()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    pyplot.close(figure)
+    return picture.getvalue()
+
+
+def section(one: Benchmark, outcome: Outcome | None, images: Path) -> list[str]:
+    """Return a benchmark's part of the page, and write its plot."""
+    lines = ["", f"## {one.title}", "", prose(one.about), ""]
+    if outcome is None:
+        return [*lines, f"**Not measured** in this form on this machine: `make bench` or `--only {one.name}` does it."]
+    if outcome.error:
+        reason = outcome.error.replace(str(ROOT), ".").replace("`", "'")
+        return [*lines, f"**Failed:** `{outcome.command}`: {reason}"]
+    for peer in one.peers:
+        if outcome.facts.get(peer) == "not installed":
+            lines += [f"Package {peer} is not installed here (`pip install {peer}`): its rows are left out.", ""]
+    rows = one.rows(outcome.result)
+    lines += table(rows, one.note)
+    picture = draw(rows)
+    if picture is not None:
+        write(images / f"benchmarks-{one.name}.png", picture)
+        lines += ["", f"![peer's time over ours: {one.title}](images/benchmarks-{one.name}.png)"]
+    return [*lines, "", f"`{outcome.command}`, {outcome.date}, {outcome.seconds:.0f} s."]
+
+
+def page(outcomes: dict[str, Outcome | None], known: dict[str, str], full: bool, images: Path = IMAGES) -> str:
+    """Return the page; plots go to ``images``."""
+    plots = "" if version_of("matplotlib") != "not installed" else " Plots are left out: matplotlib is not installed."
+    form = "in full" if full else "in the short form"
+    lines = [
+        "# Benchmarks",
+        "",
+        "<!-- written by benchmarks/page.py: change that, not this -->",
+        "",
+        prose(
+            f"Every part against its peers, {form}; the date stands below each table. `make bench` measures again and "
+            "writes this page, `python -m benchmarks.page --full` with more cases and rounds, "
+            "`python -m benchmarks.page --only rankdice` a part of it."
+        ),
+        "",
+        prose(
+            "All times are medians over rounds in which the candidates take turns in one process. **peer / ours** "
+            "above 1: ours is faster; below 1: the peer is. Ratios carry over to other machines better than times "
+            f"do.{plots}"
+        ),
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in known.items()),
+    ]
+    for name, outcome in outcomes.items():
+        lines += section(BENCHMARKS[name], outcome, images)
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.page", description="Run the benchmarks and write docs/benchmarks.md."
+    )
+    top.add_argument("--full", action="store_true", help="all cases and rounds (default: the short form of each)")
+    top.add_argument("--only", nargs="+", metavar="NAME", choices=list(BENCHMARKS), help=", ".join(BENCHMARKS))
+    top.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return top
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(words)
+    share_cores()  # the benchmarks inherit it
+    known = facts() | {"measured on": "the GPU" if args.device == "cuda" else "the CPU"}
+    chosen = args.only or list(BENCHMARKS)
+    outcomes: dict[str, Outcome | None] = {}
+    for name, one in BENCHMARKS.items():
+        act = measure if name in chosen else earlier
+        outcomes[name] = act(one, args.full, args.device, known)
+    write(PAGE, page(outcomes, known, args.full).encode())
+    failed = {name: o.error for name, o in outcomes.items() if name in chosen and o is not None and o.error}
+    print(f"\nwritten: {PAGE.relative_to(ROOT)}")
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run(main)

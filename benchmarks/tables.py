@@ -1,0 +1,178 @@
+"""The benchmarks of docs/benchmarks.md: what each compares, how it is started, how its JSON becomes rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+PIPELINES = {"separate": "OpenCV step by step on floats", "torchvision": "torchvision transforms.v2"}
+LOOPS = {"bare": "bare loop: model, loss, backward, step", "predecessor": "published procedure: two forward passes"}
+
+
+class Row(NamedTuple):
+    """One comparison: milliseconds of ours and of a peer on the same case; ``note`` stands in a column of its own."""
+
+    case: str
+    peer: str
+    ours: float
+    theirs: float
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long as ours the peer takes: above 1 ours is faster."""
+        return self.theirs / self.ours
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One script of this folder and how its JSON becomes rows."""
+
+    name: str
+    title: str
+    about: str
+    rows: Callable[[dict[str, Any]], list[Row]]
+    note: str = ""  # heading of the column of notes
+    peers: tuple[str, ...] = ()  # packages that are measured when they are installed
+    arguments: tuple[str, ...] = ()
+    on_device: bool = True  # takes --device
+
+    def command(self, full: bool, device: str, out: Path | None = None) -> list[str]:
+        """Return the words after ``python``."""
+        words = ["-m", f"benchmarks.{self.name}", *self.arguments]
+        words += [] if full else ["--quick"]
+        words += ["--device", device] if self.on_device else []
+        return words + (["--json", str(out)] if out else [])
+
+
+# -- rows of each benchmark's JSON -----------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """Return three significant digits, without an exponent."""
+    digits = f"{value:.3g}"
+    return digits if "e" not in digits else f"{value:.0f}"
+
+
+def ms(seconds: Sequence[float]) -> float:
+    """Return the median in milliseconds."""
+    return 1e3 * median(seconds)
+
+
+def rankdice_rows(result: dict[str, Any]) -> list[Row]:
+    """Exact Dice or IoU against every candidate, then our renderings of the approximations against rankseg's."""
+    rows = []
+    for one in result["maps"].values():
+        times, case = one["seconds"], "x".join(map(str, one["shape"]))
+        lost = {name: f"{value['mean']:.0e}" for name, value in one.get("lost", {}).items()}
+        for name, spent in times.items():
+            if not name.startswith(("exact", "our ")):
+                ours = "exact iou" if "iou" in name else "exact dice"
+                rows.append(Row(f"{case}, {ours}", name, ms(times[ours]), ms(spent), lost.get(name, "")))
+        for solver in ("rma", "ba"):
+            name = f"rankseg {solver.upper()} dice"
+            if name in times:
+                case_of_solver = f'{case}, our `solver="{solver}"`'
+                rows.append(Row(case_of_solver, name, ms(times[f"our {solver} dice"]), ms(times[name]), lost[name]))
+    return rows
+
+
+def data_rows(result: dict[str, Any]) -> list[Row]:
+    """Milliseconds per sample; ours ends in bytes as the trainer takes them, or in normalised floats as the peers."""
+    rates = result["images_per_second"]
+    rows = []
+    for source, words in (("files", "from files"), ("memory", "from memory")):
+        for ours, end in (("ours", "ours ends in bytes"), ("ours, normalised", "ours normalised, too")):
+            for peer in ("separate", "torchvision"):
+                times = [1e3 / median(rates[name][source]) for name in (ours, peer)]
+                rows.append(Row(f"{words}, {end}", PIPELINES[peer], *times))
+    return rows
+
+
+def training_rows(result: dict[str, Any]) -> list[Row]:
+    """Milliseconds per iteration."""
+    times = {name: row["milliseconds"] for name, row in result["iteration"].items()}
+    return [Row(result["title"], words, times["ours"], times[name]) for name, words in LOOPS.items()]
+
+
+def metrics_rows(result: dict[str, Any]) -> list[Row]:
+    """Milliseconds per batch."""
+    return [
+        Row(title, name, ms(one["seconds"]["ours"]), ms(spent), ", ".join(f"`{s}`" for s in one["gives"][name]))
+        for title, one in result["maps"].items()
+        for name, spent in one["seconds"].items()
+        if name != "ours"
+    ]
+
+
+def inference_rows(result: dict[str, Any]) -> list[Row]:
+    """Milliseconds per image."""
+    return [
+        Row(
+            f"{row['network']}, {row['mode']}, {row['image']}",
+            "predecessor's way",
+            1e3 * row["ours_s"],
+            1e3 * row["older_s"],
+            number(1e3 * row["network_s"]),
+        )
+        for row in result["rows"]
+    ]
+
+
+BENCHMARKS = {
+    one.name: one
+    for one in (
+        Benchmark(
+            "rankdice",
+            "RankDice",
+            "From a map of probabilities (images x classes x height x width) to one mask per class: our exact solution "
+            "against package rankseg, against a plain loop over images and classes as a stand-in for the authors' "
+            "program, and for scale against `argmax`, softmax, a sort and one read of the same map. The last column is "
+            "what the peer's masks lose in expected Dice on average; exact loses nothing. "
+            "More: [rankdice.md](rankdice.md).",
+            rankdice_rows,
+            note="expected Dice lost",
+            peers=("rankseg",),
+            arguments=("--no-growth",),
+        ),
+        Benchmark(
+            "data",
+            "Data pipeline",
+            "One training sample in one thread, as in a loader's worker: scale, rotate, pad, crop to 320 x 320, flip, "
+            "blur. Ours is one warp on bytes, and normalises on the device; the peers do one step after the other and "
+            "normalise. Both ends are shown.",
+            data_rows,
+            on_device=False,
+        ),
+        Benchmark(
+            "training",
+            "Training",
+            "One iteration on batches made before: our trainer with scores, logs and the check of the loss, against a "
+            "bare loop, which has none of these, and against the published procedure, which runs the network a second "
+            "time for the training scores. More: [scaling.md](scaling.md).",
+            training_rows,
+        ),
+        Benchmark(
+            "metrics",
+            "Scores",
+            "From label maps or masks of a batch to scores. Ours gives every score of the report; the last column says "
+            "which of them the peer gives. Shared scores were checked to agree first. More: [metrics.md](metrics.md).",
+            metrics_rows,
+            note="peer gives",
+            peers=("torchmetrics",),
+        ),
+        Benchmark(
+            "inference",
+            "Inference",
+            "From an image in memory to a label map, over six scales or in tiles with mirror images, against the way "
+            "of the predecessor (resized by SciPy, one tile at a time, sums in NumPy) with the same network. The last "
+            "column is what the network alone takes in the predecessor's way. More: [inference.md](inference.md).",
+            inference_rows,
+            note="of it network, ms",
+            peers=("scipy",),
+        ),
+    )
+}
