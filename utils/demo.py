@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from utils.predictor import Predictor
 
 PROCEDURES = {"T": "T: above the threshold", "max": "max: most probable class", "rankdice": "rankdice: highest Dice"}
+# Narrow enough for five columns on a telephone: the last one is what the page is for.
+_CELL = 'style="padding:.4em .2em;font-size:.8rem"'
 SMALLEST_SHOWN, LARGEST_SHOWN = 480, 1600  # pixels of the longer side of pictures sent to the browser
 
 
@@ -117,7 +119,10 @@ def pictures(comparison: Comparison, facts: Facts, opacity: float) -> list[np.nd
 
 
 def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
-    """Return an HTML table: classes that any procedure found, their colours, shares of the image, expected scores."""
+    """Return an HTML table: classes that any procedure found, their colours, shares of the image, expected scores.
+
+    The expected score is that of the rankdice mask.
+    """
     total = comparison.image.shape[0] * comparison.image.shape[1]
     lines = []
     for c in range(facts.num_classes):
@@ -129,11 +134,13 @@ def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
         swatch = (
             f'<span style="display:inline-block;width:1em;height:1em;background:{colour};border:1px solid #888"></span>'
         )
-        cells = "".join(f"<td>{100 * count / total:.2f}&nbsp;%</td>" for count in counts)
         score = f"{comparison.scores[c]:.3f}" if counts[-1] else "–"
-        lines.append(f"<tr><td>{swatch} {name}</td>{cells}<td><b>{score}</b></td></tr>")
+        shares = (f"{100 * count / total:.2f}" for count in counts)
+        cells = (f"{swatch} {name}", *shares, f"<b>{score}</b>")
+        lines.append(f"<tr>{''.join(f'<td {_CELL}>{cell}</td>' for cell in cells)}</tr>")
     title = "IoU" if metric == "iou" else "Dice"
-    head = "".join(f"<th>{text}</th>" for text in ("class", "T", "max", "rankdice", f"expected {title} of rankdice"))
+    titles = ("class", "T, %", "max, %", "rankdice, %", f"expected {title}")
+    head = "".join(f"<th {_CELL}>{text}</th>" for text in titles)
     body = f"<tr>{head}</tr>{''.join(lines)}"
     return f'<div style="overflow-x:auto"><table id="found" style="width:100%">{body}</table></div>'
 
@@ -144,6 +151,7 @@ def page(predictor: Predictor) -> Any:
 
     facts, metric = predictor.facts, predictor.options.metric
 
+    classes = "1 class" if facts.num_classes == 1 else f"{facts.num_classes} classes"
     def segment(path: str | None, opacity: float) -> tuple:
         if path is None:
             return None, *([None] * len(PROCEDURES)), ""
@@ -157,9 +165,7 @@ def page(predictor: Predictor) -> Any:
         return [None] * len(PROCEDURES) if comparison is None else pictures(comparison, facts, opacity)
 
     with gr.Blocks(title="Segmentation: T, max, rankdice", analytics_enabled=False) as blocks:
-        gr.Markdown(
-            f"## {html.escape(predictor.config.arch.type)}, {facts.num_classes} class(es), mode {predictor.mode}"
-        )
+        gr.Markdown(f"## {html.escape(predictor.config.arch.type)}, {classes}, mode {predictor.mode}")
         state = gr.State(None)
         with gr.Row():
             upload = gr.Image(type="filepath", label="image", sources=["upload", "clipboard"], elem_id="upload")
@@ -169,7 +175,8 @@ def page(predictor: Predictor) -> Any:
         with gr.Row():
             shown = [gr.Image(label=label, elem_id=f"mask-{name}") for name, label in PROCEDURES.items()]
         upload.change(segment, [upload, opacity], [state, *shown, found])
-        opacity.release(redraw, [state, opacity], shown)
+        # On every change, by mouse, key, number or reset button; while one is drawn only the last of others waits.
+        opacity.change(redraw, [state, opacity], shown, trigger_mode="always_last", show_progress="hidden")
     return blocks
 
 

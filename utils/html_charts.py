@@ -33,7 +33,7 @@ def legend(names: Sequence[str]) -> str:
 
 def bars(values: Mapping[str, Mapping[str, float | None]], classes: Sequence[str]) -> str:
     """Return one bar per class and procedure, of values in [0, 1]; None is left empty."""
-    names, left, right, thick = list(values), 96, 32, 9
+    names, left, right, thick = list(values), 108, 32, 11  # the values beside the bars are 9 high
     row = thick * len(names) + 8
     width, height = 380, row * len(classes) + 22
     scale = width - left - right
@@ -54,7 +54,7 @@ def bars(values: Mapping[str, Mapping[str, float | None]], classes: Sequence[str
                 f'<rect x="{left}" y="{y:.1f}" width="{value * scale:.1f}" height="{thick - 1}" '
                 f'fill="{COLOURS[name]}"><title>{escape(cls)}, {escape(name)}: {value:.4f}</title></rect>'
             )
-            body.append(_text(left + value * scale + 3, y + thick - 1.5, f"{value:.2f}", extra='class="tiny"'))
+            body.append(_text(left + value * scale + 3, y + thick - 2, f"{value:.2f}", extra='class="tiny"'))
     return _svg(width, height, "Dice per class and procedure", body)
 
 

@@ -47,7 +47,7 @@ td.best { font-weight: 700; }
 dl { display: grid; grid-template-columns: minmax(7em, 14em) 1fr; gap: 2px 12px; font-size: .87rem; }
 dt { color: var(--soft); } dd { margin: 0; min-width: 0; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--text); font-size: 11px; }
-svg .small { font-size: 10px; } svg .tiny { font-size: 7.5px; fill: var(--soft); }
+svg .small { font-size: 10px; } svg .tiny { font-size: 9px; fill: var(--soft); }
 svg .grid { stroke: var(--line); stroke-width: .6; } svg .axis { stroke: var(--soft); stroke-width: 1; }
 svg .diagonal { stroke: var(--soft); stroke-dasharray: 4 4; }
 .pair { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); }
