@@ -150,8 +150,8 @@ def page(predictor: Predictor) -> Any:
     import gradio as gr
 
     facts, metric = predictor.facts, predictor.options.metric
-
     classes = "1 class" if facts.num_classes == 1 else f"{facts.num_classes} classes"
+
     def segment(path: str | None, opacity: float) -> tuple:
         if path is None:
             return None, *([None] * len(PROCEDURES)), ""
