@@ -198,7 +198,8 @@ def draw(rows: list[Row]) -> bytes | None:
     colours = ["#4c72b0" if ratio >= 1 else "#c44e52" for ratio in ratios]
     axes.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colours)
     axes.set_xscale("log")
-    axes.set_xlim(min([0.5, *ratios]) / 2, max([2, *ratios]) * 2)
+    axes.set_xlim(min([0.5, *ratios]) / 4, max([2, *ratios]) * 4)  # room for the numbers
+    axes.margins(y=0.01)
     for place, ratio in enumerate(ratios):
         axes.text(ratio, place, f" {number(ratio)} ", va="center", ha="left" if ratio >= 1 else "right", fontsize=8)
     labels = [f"{row.case} | {row.peer}".replace("`", "") for row in rows]

@@ -1,4 +1,4 @@
-"""The page of benchmarks: rows from each script's JSON, failures and missing peers named; the scores of all ways agree."""
+"""The page of benchmarks: rows of every script's JSON, failures and missing peers named; all ways to scores agree."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ RECORDED: dict[str, dict[str, Any]] = {
                     "exact dice": [0.002, 0.001, 0.004],
                     "exact iou": [0.003],
                     "torch.argmax": [0.001],
+                    "one read (sum)": [0.0001],
+                    "softmax": [0.0005],
+                    "torch.sort": [0.002],
                     "our rma dice": [0.008],
                     "our ba dice": [0.016],
                     "rankseg RMA dice": [0.004],
@@ -99,6 +102,9 @@ def test_exact_iou_and_the_approximations_meet_their_own_peers() -> None:
         ("1x2x8x8, exact dice", "rankseg BA dice"): (2.0, 32.0),
         ('1x2x8x8, our `solver="rma"`', "rankseg RMA dice"): (8.0, 4.0),
         ('1x2x8x8, our `solver="ba"`', "rankseg BA dice"): (16.0, 32.0),
+        ("1x2x8x8, for scale", "one read (sum)"): (2.0, 0.1),
+        ("1x2x8x8, for scale", "softmax"): (2.0, 0.5),
+        ("1x2x8x8, for scale", "torch.sort"): (2.0, 2.0),
     }
     notes = {row.peer: row.note for row in rows_of("rankdice")}
     assert notes["rankseg BA dice"] == "2e-08"
@@ -110,7 +116,7 @@ def test_without_rankseg_its_rows_are_left_out() -> None:
     times = result["maps"]["1x2x8x8"]["seconds"]
     for name in [name for name in times if "rankseg" in name]:
         del times[name]
-    assert [row.peer for row in tables.rankdice_rows(result)] == ["torch.argmax"]
+    assert [row.peer for row in tables.rankdice_rows(result)] == ["torch.argmax", *tables.SCALE]
 
 
 def test_rates_become_milliseconds_per_sample() -> None:
@@ -129,7 +135,7 @@ def test_training_shows_the_loop_that_is_faster() -> None:
 
 def test_scores_tell_what_the_peer_gives() -> None:
     (row,) = rows_of("metrics")
-    assert row == Row("labels 2x3x8x8", "loop", 2.0, 1.0, "`Mean_Dice`, `Mean_IoU`")
+    assert row == Row("labels 2x3x8x8", "loop over images and classes", 2.0, 1.0, "`Mean_Dice`, `Mean_IoU`")
 
 
 def test_inference_tells_the_share_of_the_network() -> None:
@@ -295,6 +301,6 @@ def test_ways_that_disagree_stop_the_benchmark() -> None:
 def test_the_numbers_of_the_scores_become_rows() -> None:
     result = metrics.compare("labels", (1, 3, 64, 64), 1, "cpu")
     rows = tables.metrics_rows(json.loads(json.dumps({"maps": {"tiny": result}})))
-    assert [row.peer for row in rows][:2] == ["histograms", "loop"]
+    assert [row.peer for row in rows][:2] == list(tables.SCORES.values())
     assert rows[0].note == "`Dataset_mIoU`"
     assert all(row.ours > 0 and row.theirs > 0 for row in rows)
