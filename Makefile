@@ -52,9 +52,10 @@ $(VENV)/.installed-benchmarks: $(VENV)/.installed benchmarks/requirements.txt
 bench: $(VENV)/.installed-benchmarks ## time every part against its peers, write docs/benchmarks.md: some minutes
 	$(BIN)/python -m benchmarks.page
 
-lint: $(VENV)/.installed-tests ## check style and formatting
+lint: $(VENV)/.installed-tests ## check style, formatting and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(VENV)/.installed-tests ## format the code
 	$(BIN)/python -m ruff check --fix .

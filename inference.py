@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -104,12 +104,13 @@ def main() -> int:
     folder = Path(args.output)
     problems: list[str] = []
     video = None
+    items: Iterable[Item]
     if is_video(args.images):
         items = video = Video(args.images, (rank, world))
         total = video.frames and -(-(video.frames - rank) // world)
     else:
-        items, problems = find_images(args.images, folder, args.extension)
-        items, problems = items[rank::world], problems if rank == 0 else []
+        found, problems = find_images(args.images, folder, args.extension)
+        items, problems = found[rank::world], problems if rank == 0 else []
         total = len(items)
     predictor = load(args)
     check_folder(folder)

@@ -188,11 +188,11 @@ def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel,
     from utils.predict import PredictOptions
 
     config = loaded.config
-    if config.val_loader is not None:
-        loader, component, origin = checks.build_loader(dataloaders.build, config, "val"), config.val_loader, ""
-    else:
+    if config.val_loader is None:
         loader = checks.build_loader(dataloaders.build, config, "train").get_val_loader()
         component, origin = config.train_loader, "held out of"
+    else:
+        loader, component, origin = checks.build_loader(dataloaders.build, config, "val"), config.val_loader, ""
     if loader is None:
         raise UserError(
             "val_loader: absent, and train_loader has no val_split: --fit needs validation data (never the test "

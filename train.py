@@ -65,10 +65,10 @@ def main() -> int:
     with distributed.process_group(device):
         seed_everything(config.seed, config.deterministic)
         train_loader = checks.build_loader(dataloaders.build, config, "train")
-        if config.val_loader is not None:
-            val_loader = checks.build_loader(dataloaders.build, config, "val")
-        else:
+        if config.val_loader is None:
             val_loader = train_loader.get_val_loader()
+        else:
+            val_loader = checks.build_loader(dataloaders.build, config, "val")
         facts = checkpoint.Facts.of(train_loader.dataset)
         others = {"val_loader": checkpoint.Facts.of(val_loader.dataset)} if val_loader is not None else {}
         checks.check_facts(config, facts, others)

@@ -36,7 +36,7 @@ class Trainer(BaseTrainer):
         self.normalize = Normalize(self.facts.mean, self.facts.std).to(self.device)
         self.options = PredictOptions.from_config(self.config.predict)
         # The batches whose loss has not been looked at yet: on a GPU looking waits, so it is done one step late.
-        self._unchecked: deque[tuple[int, Batch, Tensor]] = deque()
+        self._unchecked: deque[tuple[int, Batch, Tensor, torch.cuda.Event | None]] = deque()
         self._lag = 1 if self.device.type == "cuda" else 0
 
     # -- one step ----------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class Trainer(BaseTrainer):
         return meter.finish()
 
     def _train_batch(self, batch: Batch, meter: _Meter) -> None:
-        if isinstance(batch.images, list):
+        if isinstance(batch.images, list) or isinstance(batch.labels, list):
             sizes = " and ".join(sorted({f"{i.shape[2]} x {i.shape[1]}" for i in batch.images})[:3])
             raise UserError(
                 f"train_loader: the images of a batch differ in size ({sizes}, such as {batch.names[0]}); give "
@@ -119,8 +119,9 @@ class Trainer(BaseTrainer):
 
     def _without_sync(self, steps: bool) -> Any:
         """Let the processes exchange gradients only for the batch that completes an optimizer step."""
-        parallel = isinstance(self.network, nn.parallel.DistributedDataParallel)
-        return self.network.no_sync() if parallel and not steps else nullcontext()
+        if isinstance(self.network, nn.parallel.DistributedDataParallel) and not steps:
+            return self.network.no_sync()
+        return nullcontext()
 
     def _after_batch(self) -> None:
         every = self.settings.save_every_iters
@@ -144,21 +145,19 @@ class Trainer(BaseTrainer):
 
     def _watch(self, loss: Tensor, batch: Batch) -> None:
         """Remember a loss until it can be looked at without waiting for the device."""
-        seen = loss.detach()
+        seen, arrived = loss.detach(), None
         if self._lag:
-            seen = seen.to("cpu", non_blocking=True)
-            seen = (seen, torch.cuda.Event())
-            seen[1].record()
-        self._unchecked.append((self.iteration + 1, batch, seen))
+            seen, arrived = seen.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self._unchecked.append((self.iteration + 1, batch, seen, arrived))
         self._check_losses(self._lag)
 
     def _check_losses(self, lag: int) -> None:
         """Stop the run at a loss that is not finite, with all that is needed to find out why."""
         while len(self._unchecked) > lag:
-            iteration, batch, seen = self._unchecked.popleft()
-            if isinstance(seen, tuple):
-                seen[1].synchronize()
-                seen = seen[0]
+            iteration, batch, seen, arrived = self._unchecked.popleft()
+            if arrived is not None:
+                arrived.synchronize()
             value = float(seen)
             if not math.isfinite(value):
                 raise UserError(self._explain_loss(value, iteration, batch))
@@ -346,8 +345,8 @@ class _Pictures:
             return
         facts = self.trainer.facts
         labels = label_map(self.procedure, part.probs[:wanted], self.trainer.options).cpu().numpy()
-        targets = part.target[:wanted].cpu().long()
-        targets = torch.where(targets == facts.ignore_index, 255, targets).numpy()
+        target = part.target[:wanted].cpu().long()
+        targets = torch.where(target == facts.ignore_index, 255, target).numpy()
         for image, target, predicted in zip(part.batch.images, targets, labels, strict=False):
             picture = displayable(image.permute(1, 2, 0).cpu().numpy())
             step = max(1, -(-max(picture.shape[:2]) // PICTURE_SIZE))

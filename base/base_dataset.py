@@ -148,9 +148,9 @@ class BaseDataSet(Dataset[Any]):
     ignore_index: int = 255
     splits: ClassVar[tuple[str, ...]] = ("train", "val")
     # The value that means "not labelled" in the files as load_label returns them; it becomes ignore_index.
-    void_label: ClassVar[int | None] = 255
+    void_label: int | None = 255
     # The tree below data_dir, for messages.
-    layout: ClassVar[str] = ""
+    layout: str = ""
     # Stored label -> class id or ignore index, applied to what the files hold (uint8 files: 256 entries).
     lut: np.ndarray | None = None
     # Generated data sets draw another image per epoch; nothing of them can be counted or kept.
@@ -186,7 +186,7 @@ class BaseDataSet(Dataset[Any]):
         if in_channels < 1:
             raise ValueError(f"in_channels must be at least 1, got {in_channels}")
         self.split, self.seed, self.in_channels, self.on_error = split, seed, in_channels, on_error
-        self.data_dir = Path(data_dir).expanduser() if data_dir is not None else None
+        self._data_dir = Path(data_dir).expanduser() if data_dir is not None else None
         facts = self.facts_for(
             data_dir=data_dir,
             classes=classes,
@@ -279,16 +279,20 @@ class BaseDataSet(Dataset[Any]):
 
     # ---- listing
 
+    @property
+    def data_dir(self) -> Path:
+        """The folder of the data; ValueError where none was given."""
+        if self._data_dir is None:
+            raise ValueError(f"data_dir is missing: {type(self).__name__} reads files")
+        return self._data_dir
+
     def samples(self) -> list[Entry] | list[tuple[Path, Path | None, str]]:
         """Return the (image path, label path or None, name) of all samples, in a fixed order."""
         raise NotImplementedError
 
     def _list(self) -> Sequence[Entry]:
-        if self.layout:
-            if self.data_dir is None:
-                raise ValueError(f"data_dir is missing: {type(self).__name__} reads files")
-            if not self.data_dir.is_dir():
-                raise self.layout_error(f"data_dir {self.data_dir} does not exist or is no folder")
+        if self.layout and not self.data_dir.is_dir():
+            raise self.layout_error(f"data_dir {self.data_dir} does not exist or is no folder")
         found = self.samples()
         if not found:
             raise self.layout_error(f"split {self.split!r} of {type(self).__name__} has no images")
@@ -296,7 +300,7 @@ class BaseDataSet(Dataset[Any]):
 
     def layout_error(self, problem: str) -> UserError:
         """Return the error that tells ``problem`` with the expected tree beside what is there."""
-        return UserError(layout_problem(problem, self.layout, self.data_dir))
+        return UserError(layout_problem(problem, self.layout, self._data_dir))
 
     def _check_geometry(self, augment: bool, base_size: int | None) -> None:
         if self.val and self.crop_size is None:
@@ -329,6 +333,7 @@ class BaseDataSet(Dataset[Any]):
     def read(self, index: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return image ``(H, W, C)`` and label ``(H, W)`` from the files, labels translated and checked."""
         entry = self.entries[index]
+        assert entry.image is not None  # data sets without files have a read() of their own
         image = self.load_image(entry.image)
         if entry.label is None:
             return image, np.full(image.shape[:2], self.ignore_index, self.label_dtype)
@@ -449,7 +454,7 @@ class BaseDataSet(Dataset[Any]):
     def _parameters(self, epoch: int, index: int, height: int, width: int) -> aug.Parameters | None:
         if self.augmentation is not None:
             return self.augmentation.draw(np.random.default_rng([self.seed, epoch, index]), height, width)
-        return aug.centre_crop(height, width, self.crop_size) if self.val else None
+        return aug.centre_crop(height, width, self.crop_size) if self.val and self.crop_size else None
 
     def _fill(self, image: np.ndarray) -> list[float]:
         """The mean colour: 0 after normalisation."""
@@ -581,7 +586,7 @@ class _Buffer:
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self._bytes = np.empty(int(self._starts[-1]), np.uint8)
         for i, start in enumerate(self._starts[:-1].tolist()):
-            array, arrays[i] = arrays[i], None  # released one by one: never everything twice
+            array, arrays[i] = arrays[i], np.empty(0)  # released one by one: never everything twice
             self._bytes[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
 
     def __getitem__(self, row: int) -> np.ndarray:

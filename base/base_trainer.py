@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from utils.checkpoint import Facts
 from utils.checks import built
 from utils.errors import UserError
 from utils.logger import RunLog
+from utils.loss_base import SegmentationLoss
 from utils.schema import Config
 
 LATEST, BEST = "latest.pth", "best_model.pth"
@@ -56,7 +57,7 @@ class BaseTrainer:
         self,
         config: Config,
         model: nn.Module,
-        loss: nn.Module,
+        loss: SegmentationLoss,
         train_loader: Any,
         val_loader: Any | None,
         facts: Facts,
@@ -125,13 +126,13 @@ class BaseTrainer:
                     "warning: use_synch_bn: torch synchronises batch norm on GPUs only; here each process has its own",
                     file=sys.stderr,
                 )
-        self.model = model.to(self.device, memory_format=layout)
+        self.model = model.to(self.device).to(memory_format=layout)
         self.ema = None
         if self.settings.ema is not None:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
         self.network: nn.Module = self.model
         if self.settings.compile:
-            self.network = torch.compile(self.network)
+            self.network = cast("nn.Module", torch.compile(self.network))
         if distributed.world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.network = nn.parallel.DistributedDataParallel(self.network, device_ids=ids)
@@ -418,7 +419,8 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 def _rng_state(device: torch.device) -> dict[str, Any]:
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     state: dict[str, Any] = {
         "python": [version, list(internal), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],

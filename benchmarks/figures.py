@@ -64,12 +64,14 @@ def gain(path: str) -> None:
 
     def keep(part: Part) -> None:
         classes = np.arange(loaded.facts.num_classes)[:, None, None]
+        labels, masks = part.predictions["max"].labels, part.predictions["rankdice"].masks
+        assert labels is not None
+        assert masks is not None
         for i, name in enumerate(part.batch.names):
             images[name] = displayable(part.batch.images[i].permute(1, 2, 0).numpy())
             target = part.target[i].numpy()[None] == classes
-            argmax = part.predictions["max"].labels[i].numpy()[None] == classes
-            ranked = part.predictions["rankdice"].masks[i].numpy()
-            planes[name] = np.stack([target, part.probs[i].numpy(), argmax, ranked])
+            argmax = labels[i].numpy()[None] == classes
+            planes[name] = np.stack([target, part.probs[i].numpy(), argmax, masks[i].numpy()])
 
     outcome = evaluate(evaluator, loader, {name: Decision(name) for name in ("max", "rankdice")}, on_part=keep)
     names, ranked, _ = outcome.metrics["rankdice"].rows()

@@ -116,7 +116,7 @@ class Study:
         torch.manual_seed(seed)
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
         model = models.build("UNet", self.facts.num_classes, width=self.recipe.width).train()
-        model = model.to(self.device, memory_format=torch.channels_last)
+        model = model.to(self.device).to(memory_format=torch.channels_last)
         normalize = Normalize(self.facts.mean, self.facts.std).to(self.device)
         optimizer = optim.build("AdamW", model, lr=self.recipe.lr, weight_decay=1e-4)
         steps = lr_scheduler.optimizer_steps(self.recipe.epochs, len(self.train_loader))
@@ -124,6 +124,8 @@ class Study:
         for epoch in range(self.recipe.epochs):
             self.train_loader.set_epoch(seed * self.recipe.epochs + epoch)  # another order for each seed
             for batch in self.train_loader:
+                assert isinstance(batch.images, torch.Tensor)  # crops are of one size
+                assert isinstance(batch.labels, torch.Tensor)
                 images = normalize(batch.images.to(self.device)).contiguous(memory_format=torch.channels_last)
                 with half:
                     value = loss(model(images), batch.labels.to(self.device))
@@ -162,8 +164,8 @@ def table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 for key in ("Mean_Dice", "Mean_IoU")
             )
             cells.append(f"{dice:.1f} / {iou:.1f}")
-        dice = [{p: 100 * r["scores"][p]["Mean_Dice"] for p in PROCEDURES} for r in results]
-        gain = [d["rankdice"] - max(d["T"], d["max"]) for d in dice]
+        scores = [{p: 100 * r["scores"][p]["Mean_Dice"] for p in PROCEDURES} for r in results]
+        gain = [d["rankdice"] - max(d["T"], d["max"]) for d in scores]
         spread = f" ± {statistics.stdev(gain):.1f}" if len(gain) > 1 else ""
         off = [
             100 * (r["scores"]["rankdice"]["Expected_Dice"] - r["scores"]["rankdice"]["Measured_Dice"]) for r in results

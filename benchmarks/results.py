@@ -124,9 +124,8 @@ class Seeds:
 
     def before_after(self, key: str, form: str, scale: float = 1) -> str:
         """Return a measure of calibration on the held-out data, before and after the fit."""
-        before, after = (
-            self.text(lambda entry, when=when: scale * entry["fit"][when][key], form) for when in ("before", "after")
-        )
+        before = self.text(lambda entry: scale * entry["fit"]["before"][key], form)
+        after = self.text(lambda entry: scale * entry["fit"]["after"][key], form)
         return f"{before} → {after}"
 
 

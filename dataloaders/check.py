@@ -191,6 +191,8 @@ def _add(findings: Findings, look: _Look, dataset: BaseDataSet) -> None:
     if look.problem is not None:
         findings.problems.append(look.problem)
         return
+    assert look.size is not None
+    assert look.counts is not None
     findings.good.append(look.index)
     findings.sizes[look.size] += 1
     findings.pixels += look.counts

@@ -305,14 +305,15 @@ class _ValueTable:
 
 
 def _colour_table(palette: Sequence[Colour], count: int, ignored: Sequence[Colour], ignore_index: int) -> ColourTable:
-    colours = [tuple(colour) for colour in palette]
+    colours = [(r, g, b) for r, g, b in palette]
     if len(colours) < count:  # one class against an unnamed background
         colours = [(0, 0, 0), *colours]
     hint = (
         f"The palette has {', '.join(str(list(c)) for c in colours[:30])}{' ...' if len(colours) > 30 else ''}: "
         "correct `palette` in the loader's args, or give colours that count nowhere as `ignore_colors`."
     )
-    ids = {**dict.fromkeys((tuple(c) for c in ignored), ignore_index), **{c: i for i, c in enumerate(colours)}}
+    ids = dict.fromkeys(((r, g, b) for r, g, b in ignored), ignore_index)
+    ids |= {colour: i for i, colour in enumerate(colours)}
     return ColourTable(ids, hint)
 
 

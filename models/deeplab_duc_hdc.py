@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from base.base_model import BaseModel
 from models import upstream
 from models.backbones import resnet
-from models.backbones.resnet import RESNETS
+from models.backbones.resnet import RESNETS, ResNet
 from models.blocks import ASPP, SkipDecoder, init_weights
 
 RATES = (6, 12, 18, 24, 36)
@@ -45,8 +45,9 @@ class DUC(nn.Sequential):
 
     def start_smooth(self) -> None:
         """Give the fine positions of a coarse one equal weights: no checkerboard at first (Aitken et al. 2017)."""
-        weight = self[0].weight
-        weight.data = weight.data[:: self.factor**2].repeat_interleave(self.factor**2, dim=0)
+        conv = self[0]
+        assert isinstance(conv, nn.Conv2d)
+        conv.weight.data = conv.weight.data[:: self.factor**2].repeat_interleave(self.factor**2, dim=0)
 
 
 class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
@@ -84,6 +85,7 @@ class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
         *upstream.ASPP_NAMES,
         *upstream.SKIP_DECODER_NAMES,
     )
+    backbone: ResNet
 
     def __init__(
         self,

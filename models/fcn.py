@@ -171,10 +171,12 @@ def bilinear_enlargement(channels: int, factor: int) -> nn.ConvTranspose2d:
 def _init_classifier(conv: nn.Conv2d) -> None:
     """Initialise as torchvision does VGG's classifier."""
     nn.init.normal_(conv.weight, std=0.01)
+    assert conv.bias is not None
     nn.init.zeros_(conv.bias)
 
 
 def _as_linear(conv: nn.Conv2d) -> nn.Linear:
+    assert conv.bias is not None
     linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, device="meta")
     linear.weight = nn.Parameter(conv.weight.detach().flatten(1))
     linear.bias = nn.Parameter(conv.bias.detach())

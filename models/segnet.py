@@ -5,7 +5,6 @@ Segmentation", PAMI 2017 (https://arxiv.org/abs/1511.00561).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 
 from base.base_model import BaseModel
 from models.backbones import vgg
+from models.backbones.vgg import VGG
 from models.blocks import init_weights
 from models.pooling import pool_with_indices, unpool
 
 
-def mirror(stage: Iterable[nn.Module], out_channels: int, share: bool = False) -> nn.Sequential:
+def mirror(stage: nn.Module, out_channels: int, share: bool = False) -> nn.Sequential:
     """Build the decoder stage of an encoder stage: as many convolutions, each with BatchNorm and ReLU.
 
     Args:
@@ -29,8 +29,8 @@ def mirror(stage: Iterable[nn.Module], out_channels: int, share: bool = False) -
     Returns:
         a stage from the encoder stage's output channels to ``out_channels``.
     """
-    convs = [layer for layer in stage if isinstance(layer, nn.Conv2d)]
-    norms = [layer for layer in stage if isinstance(layer, nn.BatchNorm2d)]
+    convs = [layer for layer in stage.children() if isinstance(layer, nn.Conv2d)]
+    norms = [layer for layer in stage.children() if isinstance(layer, nn.BatchNorm2d)]
     width = convs[-1].out_channels
     layers: list[nn.Module] = []
     for conv, norm in zip(reversed(convs), reversed(norms), strict=True):
@@ -74,6 +74,7 @@ class SegNet(BaseModel):
         (r"stage5_decoder\.6\.", "classifier."),
         *((rf"stage{i}_decoder\.", f"decoder.{i - 1}.") for i in range(1, 6)),
     )
+    backbone: VGG
 
     def __init__(
         self,
@@ -107,11 +108,12 @@ class SegNet(BaseModel):
         pooled = []
         for stage in self.backbone.stages:
             x = stage(x)
-            size = x.shape[-2:]
+            size = (x.shape[-2], x.shape[-1])
             x, indices = pool_with_indices(x, ceil_mode=not self.published)
             pooled.append((indices, size))
         for stage in self.decoder:
-            x = stage(unpool(x, *pooled.pop()))
+            indices, size = pooled.pop()
+            x = stage(unpool(x, indices, size))
         return self.classifier(x)
 
 
@@ -123,6 +125,7 @@ def _untie_norms(model: SegNet, state_dict: dict[str, Any], prefix: str, *_: obj
     """
     encoder = {module: name for name, module in model.backbone.named_modules()}
     for i, stage in enumerate(model.decoder):
+        assert isinstance(stage, nn.Sequential)
         for j, norm in enumerate(stage):
             if not isinstance(norm, nn.BatchNorm2d) or norm not in encoder:
                 continue

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from base.base_model import BaseModel
 from models.backbones import resnet
-from models.backbones.resnet import RESNETS
+from models.backbones.resnet import RESNETS, ResNet
 from models.blocks import init_weights
 from models.pooling import pool_with_indices, unpool
 
@@ -29,6 +29,8 @@ class Bottleneck(nn.Module):
         width = in_channels // 4
         self.conv1 = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.conv2: nn.Module
+        shortcut: nn.Module
         if upsample:
             self.conv2 = nn.ConvTranspose2d(width, width, kernel_size=2, stride=2, bias=False)
             shortcut = nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2, bias=False)
@@ -79,7 +81,7 @@ class StemPooling(nn.Module):
         if self.overlapping:
             return pooled, indices, (2 * pooled.shape[-2], 2 * pooled.shape[-1])
         _, indices = pool_with_indices(x, ceil_mode=True)
-        return pooled, indices, x.shape[-2:]
+        return pooled, indices, (x.shape[-2], x.shape[-1])
 
 
 class SegResNet(BaseModel):
@@ -119,6 +121,7 @@ class SegResNet(BaseModel):
         (r"last_conv\.0\.", "up."),
         (r"last_conv\.1\.", "classifier."),
     )
+    backbone: ResNet
 
     def __init__(
         self,

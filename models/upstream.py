@@ -243,7 +243,7 @@ def number_of_classes(kind: str, weights: Mapping[str, Tensor], rules: Rules) ->
     if recorded is None:  # a model of this project alone
         return None
     for key in (recorded.classifier, *_candidates(recorded.classifier, rules)):
-        if key in weights:
+        if key is not None and key in weights:
             return weights[key].shape[recorded.axis]
     return None
 

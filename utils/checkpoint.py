@@ -38,6 +38,7 @@ from torch import nn
 from utils import config as configs
 from utils.config_checks import dead_arguments
 from utils.errors import UserError
+from utils.predict import Activation
 from utils.schema import Config
 from utils.signatures import parameters
 
@@ -65,7 +66,7 @@ class Facts:
         return cls(
             num_classes=int(dataset.num_classes),
             class_names=tuple(str(n) for n in dataset.class_names),
-            palette=tuple(tuple(int(v) for v in colour) for colour in dataset.palette),
+            palette=tuple((int(r), int(g), int(b)) for r, g, b in dataset.palette),
             mean=tuple(float(v) for v in dataset.mean),
             std=tuple(float(v) for v in dataset.std),
             ignore_index=int(dataset.ignore_index),
@@ -93,7 +94,7 @@ class LoadedModel:
     model: nn.Module
     facts: Facts
     config: Config
-    activation: str
+    activation: Activation
     path: Path
     epoch: int
 

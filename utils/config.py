@@ -69,9 +69,9 @@ def resolve(
         messages = list(problems.values())
         messages += [p for p in further if not config_errors.under(p.partition(": ")[0], problems)]
         raise UserError(config_errors.report(source, messages)) from None
-    problems = check(config, models, loaders, stages)
-    if problems:
-        raise UserError(config_errors.report(source, problems))
+    found = check(config, models, loaders, stages)
+    if found:
+        raise UserError(config_errors.report(source, found))
     return config
 
 

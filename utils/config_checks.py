@@ -160,7 +160,7 @@ def _check_loader(path: str, component: Component, loaders: Registry) -> list[st
             f"{path}.args.data_dir: found {folder!r}, which is not a folder (looked in {Path.cwd()}); "
             f"mend the path, or give it with --set {path}.args.data_dir=FOLDER"
         )
-    if folder is None and getattr(dataset, "layout", ""):
+    if folder is None and getattr(dataset, "layout", None):
         problems.append(
             f"{path}.args.data_dir: {component.type} reads files and the config does not say where they are"
         )

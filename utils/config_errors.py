@@ -112,8 +112,7 @@ def _remove(section: dict[str, Any], keys: Sequence[str], missing: bool) -> None
     for depth, key in enumerate(keys):
         field = inside.model_fields.get(key)
         deeper = _section_at(keys[: depth + 1])
-        last = depth == len(keys) - 1 or deeper is None or not isinstance(section.get(key), dict)
-        if last:
+        if depth == len(keys) - 1 or deeper is None or not isinstance(section.get(key), dict):
             section.pop(key, None)
             if field is not None and field.is_required():
                 section[key] = {"type": PLACEHOLDER} if deeper is not None else PLACEHOLDER

@@ -64,8 +64,9 @@ def main() -> int:
         stored.write_masks(output, index.facts, [name], stored.pictures(procedure, probs, prediction, options))
         if args.packed and prediction.masks is not None:
             stored.write_packed(output / f"{stored.file_name(name)}.masks.npz", prediction)
-        if prediction.scores is not None and prediction.volumes.any():
-            expected.append(float(prediction.scores[prediction.volumes > 0].mean()))
+        scores, volumes = prediction.scores, prediction.volumes
+        if scores is not None and volumes is not None and volumes.any():
+            expected.append(float(scores[volumes > 0].mean()))
     print(f"written: {len(images)} masks of {procedure} in {output}")
     if expected:
         print(f"expected {options.metric}, mean over images and their masks: {sum(expected) / len(expected):.4f}")

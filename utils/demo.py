@@ -97,6 +97,7 @@ def compare(predictor: Predictor, path: str) -> Comparison:
         if found.masks is not None:
             pixels[name] = found.masks[0].flatten(1).sum(1).tolist()
         else:
+            assert found.labels is not None
             counts = torch.bincount(found.labels.flatten(), minlength=max(2, classes)).tolist()
             pixels[name] = counts[1:2] if classes == 1 else counts[:classes]
         if found.scores is not None:

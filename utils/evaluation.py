@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -244,6 +245,8 @@ class _Work:
     def add(self, batch: Batch) -> None:
         """Score a batch of images of equal size."""
         evaluator = self.evaluator
+        assert isinstance(batch.images, Tensor)  # as equal_sizes() gives them
+        assert isinstance(batch.labels, Tensor)
         with self.clock.measure("forward", len(batch.images)):
             logits, probs = evaluator.forward(batch.images)
         target = batch.labels.to(evaluator.device, non_blocking=True)
@@ -265,7 +268,7 @@ class _Work:
         predictions, counts = {}, {}
         for name, decide in self.decisions.items():
             if largest:
-                self.clock.measure_memory(name, lambda decide=decide: decide(probs))
+                self.clock.measure_memory(name, partial(decide, probs))
             with self.clock.measure(name, len(probs)):
                 prediction = decide(probs)
             counts[name] = self.metrics[name].update(prediction, target, batch.names)

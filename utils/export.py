@@ -21,7 +21,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from utils.cli import add_overrides
 from utils.errors import UserError, run
@@ -126,7 +126,7 @@ def export(loaded: LoadedModel, path: str | Path, kind: str = "onnx", logits: bo
     return worst
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Return one line: which part the exporter failed at, without its advice to those who develop it."""
     if type(error).__name__ == "ConversionError" and error.__cause__ is not None:
         error = error.__cause__  # the outer one only says that it failed
@@ -228,7 +228,7 @@ def _portable_pooling() -> Iterator[None]:
     import torch.nn.functional as F
 
     original = F.adaptive_avg_pool2d
-    F.adaptive_avg_pool2d = adaptive_average
+    F.adaptive_avg_pool2d = adaptive_average  # type: ignore[assignment]  # sizes as our models give them
     try:
         yield
     finally:
@@ -278,8 +278,10 @@ def _write_onnx(program, path: str, facts: dict[str, str]) -> None:
     import onnx
     import torch
 
-    names = {"input_names": ["images"], "output_names": [facts["output"].partition(":")[0]]}
-    torch.onnx.export(program, (), path, dynamo=True, external_data=False, **names)
+    output = facts["output"].partition(":")[0]
+    torch.onnx.export(
+        program, (), path, dynamo=True, external_data=False, input_names=["images"], output_names=[output]
+    )
     model = onnx.load(path)
     onnx.helper.set_model_props(model, facts)
     onnx.save(model, path)
@@ -307,7 +309,7 @@ def _start_program(path: str) -> Runner:
     return lambda images: module(torch.from_numpy(images)).detach().numpy()
 
 
-def _compare(deployed: nn.Module, runner: Runner, channels: int, name: str, kind: str) -> float:
+def _compare(deployed: Any, runner: Runner, channels: int, name: str, kind: str) -> float:
     """Return the largest difference of the exported program to PyTorch over the checked sizes."""
     import numpy as np
     import torch

@@ -106,12 +106,13 @@ class Gallery:
         size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
         target = part.target[i].cpu().numpy().astype(np.int64)
         labels = {name: self._labels(part, name, i) for name in self.shown}
-        pictures = {"image": cv2.resize(displayable(image), size, interpolation=cv2.INTER_AREA)}
+        small_image = np.asarray(cv2.resize(displayable(image), size, interpolation=cv2.INTER_AREA), np.uint8)
+        pictures: dict[str, Picture] = {"image": small_image}
         pictures["target"] = self._colours(_smaller(target, size))
         for name, one in labels.items():
             pictures[name] = self._colours(_smaller(one, size))
         small = [_smaller(x, size) for x in (labels["rankdice"], labels["max"], target)]
-        pictures["rankdice against max"] = self._disagreement(pictures["image"], *small)
+        pictures["rankdice against max"] = self._disagreement(small_image, *small)
         return pictures
 
     def _labels(self, part: Part, name: str, i: int) -> NDArray[np.int64]:
@@ -119,19 +120,21 @@ class Gallery:
         prediction = part.predictions[name]
         if prediction.labels is not None:
             return prediction.labels[i].cpu().numpy()
+        assert prediction.masks is not None
         return mask_labels(part.probs[i : i + 1], prediction.masks[i : i + 1], NO_CLASS)[0].cpu().numpy()
 
     def _colours(self, labels: NDArray[np.int64]) -> Picture:
         known = max(self.facts.num_classes, 2)
         colours = complete_palette(self.facts.palette, max(known, 256))
         inside = (labels >= 0) & (labels < known)
-        return np.where(inside[..., None], colours[np.where(inside, labels, 0)], np.uint8(UNASSIGNED)).astype(np.uint8)
+        unassigned = np.array(UNASSIGNED, np.uint8)
+        return np.where(inside[..., None], colours[np.where(inside, labels, 0)], unassigned).astype(np.uint8)
 
     def _disagreement(
         self, image: Picture, ranked: NDArray[np.int64], base: NDArray[np.int64], target: NDArray[np.int64]
     ) -> Picture:
         """Return the image in pale grey with coloured pixels where the two label maps differ."""
-        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
         canvas = np.repeat((128 + grey // 2)[..., None], 3, axis=2)
         differ = (ranked != base) & (target != self.facts.ignore_index)
         canvas[differ] = BOTH_WRONG

@@ -355,7 +355,7 @@ def _source(picture: NDArray[Any], photo: bool) -> str:
     kind, options = (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 85]) if photo else (".png", [cv2.IMWRITE_PNG_COMPRESSION, 9])
     data = cv2.imencode(kind, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)[1]
     media = "jpeg" if photo else "png"
-    return f"data:image/{media};base64,{base64.b64encode(data).decode()}"
+    return f"data:image/{media};base64,{base64.b64encode(data.tobytes()).decode()}"
 
 
 # ---------------------------------------------------------------------------------------------------- the rest

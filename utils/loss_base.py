@@ -122,6 +122,8 @@ def one_hot(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 class RegionLoss(SegmentationLoss):
     """Losses that are a mean over regions: classes, images, or both."""
 
+    weight: Tensor | None
+
     def __init__(self, ignore_index: int, classes: Classes, weight: Weights) -> None:
         super().__init__(ignore_index)
         if classes not in ("all", "present"):

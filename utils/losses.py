@@ -78,6 +78,7 @@ class CrossEntropyLoss2d(SegmentationLoss):
     """
 
     proper = True
+    weight: Tensor | None
 
     def __init__(
         self,
@@ -121,6 +122,7 @@ class FocalLoss(SegmentationLoss):
     """
 
     nearly_proper = True
+    weight: Tensor | None
 
     def __init__(self, ignore_index: int = 255, gamma: float = 2.0, weight: Weights = None) -> None:
         super().__init__(ignore_index)
@@ -155,6 +157,8 @@ class BCEWithLogitsLoss2d(SegmentationLoss):
 
     proper = True
     activation = "sigmoid"
+    weight: Tensor | None
+    pos_weight: Tensor | None
 
     def __init__(self, ignore_index: int = 255, weight: Weights = None, pos_weight: list[float] | None = None) -> None:
         super().__init__(ignore_index)
@@ -189,6 +193,7 @@ class BCEWithLogitsFocalLoss2d(SegmentationLoss):
 
     activation = "sigmoid"
     nearly_proper = True
+    weight: Tensor | None
 
     def __init__(
         self,

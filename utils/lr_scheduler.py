@@ -347,7 +347,7 @@ def _make_all(name: str, specs: list[dict[str, Any]], optimizer: Optimizer, leng
 
 def _defaults(name: str, optimizer: Optimizer, length: int) -> dict[str, Any]:
     """Return arguments that follow from the run: its length, and the optimizer's rates as peaks."""
-    return {
+    defaults: dict[str, dict[str, Any]] = {
         "CosineAnnealingLR": {"T_max": length},
         "PolynomialLR": {"total_iters": length},
         "OneCycleLR": {
@@ -355,7 +355,8 @@ def _defaults(name: str, optimizer: Optimizer, length: int) -> dict[str, Any]:
             # Within SequentialLR, the scheduler before has changed the rate already.
             "max_lr": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
         },
-    }.get(name, {})
+    }
+    return defaults.get(name, {})
 
 
 # -- the table -------------------------------------------------------------------------------------------------
@@ -392,7 +393,7 @@ def _factory(name: str, scheduler: type) -> Callable[..., Schedule]:
         own.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
     make.__name__ = make.__qualname__ = name
     make.__doc__ = f"torch.optim.lr_scheduler.{name}, stepped once per optimizer step."
-    make.__signature__ = inspect.Signature([*run, *own])
+    make.__signature__ = inspect.Signature([*run, *own])  # type: ignore[attr-defined]  # PEP 362; unknown to stubs
     make.__annotations__ = {p.name: p.annotation for p in own if p.annotation is not p.empty}
     return make
 

@@ -47,20 +47,20 @@ def count(
         count_ignored: pixels whose target is ignored stay in the prediction's count, where they can only be wrong
             (the published script's way); by default they count nowhere.
     """
+    masks, labels = prediction.masks, prediction.labels
     valid = target != ignore_index
     if num_classes == 1:
         # One channel: the class is label 1; background has no mask of its own.
-        masks = (prediction.labels == 1)[:, None] if prediction.masks is None else prediction.masks
-        prediction = Prediction(masks=masks, volumes=prediction.volumes)
+        if labels is not None:
+            masks, labels = (labels == 1)[:, None], None
         target = torch.where(target == 1, 0, 1)
-    counter = _count_labels if prediction.masks is None else _count_masks
-    return counter(prediction, target.long(), valid, num_classes, count_ignored)
+    if labels is not None:
+        return _count_labels(labels, target.long(), valid, num_classes, count_ignored)
+    assert masks is not None
+    return _count_masks(masks, prediction.volumes, target.long(), valid, num_classes, count_ignored)
 
 
-def _count_labels(
-    prediction: Prediction, target: Tensor, valid: Tensor, num_classes: int, count_ignored: bool
-) -> Counts:
-    labels = prediction.labels
+def _count_labels(labels: Tensor, target: Tensor, valid: Tensor, num_classes: int, count_ignored: bool) -> Counts:
     batch = target.shape[0]
     image = torch.arange(batch, device=target.device).view(-1, 1, 1).expand_as(target)
     # Joint histogram of (image, target, label); target id C stands for "ignored", label id C for "none".
@@ -80,9 +80,8 @@ def _count_labels(
 
 
 def _count_masks(
-    prediction: Prediction, target: Tensor, valid: Tensor, num_classes: int, count_ignored: bool
+    masks: Tensor, volumes: Tensor | None, target: Tensor, valid: Tensor, num_classes: int, count_ignored: bool
 ) -> Counts:
-    masks = prediction.masks
     batch = target.shape[0]
     image = torch.arange(batch, device=target.device).view(-1, 1, 1).expand_as(target)
     known = valid & (target >= 0) & (target < num_classes)
@@ -93,10 +92,7 @@ def _count_masks(
     targets = _histogram(rows, size + 1)[:size].view(batch, num_classes)
     own = masks.gather(1, inside[:, None])[:, 0]
     intersection = _histogram(torch.where(own, rows, size), size + 1)[:size].view(batch, num_classes)
-    if prediction.volumes is None:
-        predicted = torch.count_nonzero(masks, dim=(2, 3))
-    else:
-        predicted = prediction.volumes
+    predicted = torch.count_nonzero(masks, dim=(2, 3)) if volumes is None else volumes
     pixels = torch.full((batch,), target[0].numel() if batch else 0, device=target.device)
     if not count_ignored:
         on_ignored, ignored = _ignored(masks, valid)
@@ -201,14 +197,13 @@ class Metrics:
         return counts
 
     def _keep(self, counts: Counts, prediction: Prediction, names: Sequence[str]) -> None:
-        scores = prediction.scores
-        if scores is not None:
+        expected = None
+        if prediction.scores is not None and prediction.volumes is not None:
             # Where there is no mask, its expected score of 0 says nothing: see Expected_Dice.
-            scores = torch.where(prediction.volumes > 0, scores.double(), torch.nan)
+            expected = torch.where(prediction.volumes > 0, prediction.scores.double(), torch.nan).cpu()
         on_cpu = Counts(*(c.cpu() for c in counts))
-        expected = None if scores is None else scores.cpu()
         for i, name in enumerate(names):
-            row = {"name": name, "counts": Counts(*(c[i] for c in on_cpu))}
+            row: dict[str, Any] = {"name": name, "counts": Counts(*(c[i] for c in on_cpu))}
             row["expected"] = None if expected is None else expected[i]
             self._images.append(row)
 
@@ -261,16 +256,15 @@ class Metrics:
         expects scores also ``Expected_Dice`` and ``Measured_Dice`` (the mean over the same rows: those with a mask and
         a defined score) and per class ``Class_Expected_Dice``.
         """
+        sums = self._sums
         if self.keep_images:
             images = self.images
             counts = self._stacked(images)
             sums = _reduce(image_scores(counts, self.smooth), counts, self.classes)
-        else:
-            sums = self._sums
         if sums is None or not sums["images"]:
             return self._finish(None)
         result = self._finish(sums)
-        if self.keep_images and images[0]["expected"] is not None:
+        if self.keep_images:
             result |= self._expected()
         return result
 
@@ -308,6 +302,8 @@ class Metrics:
 
     def _expected(self) -> dict[str, Any]:
         _, scores, expected = self.rows()
+        if expected is None:
+            return {}
         both = expected.isfinite() & scores.dice.isfinite()
         measured = torch.where(both, scores.dice, torch.nan)
         expected = torch.where(both, expected, torch.nan)

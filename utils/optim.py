@@ -172,7 +172,7 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     }
 
 
-def _groups(model: nn.Module, differential_lr: bool) -> list[dict[str, Any]]:
+def _groups(model: Any, differential_lr: bool) -> list[dict[str, Any]]:
     """Return the parameter groups; raise ValueError unless they hold each trainable parameter exactly once."""
     everything = [p for p in model.parameters() if p.requires_grad]
     if not differential_lr:

@@ -91,8 +91,10 @@ class Outputs:
         written: list[Path] = []
         try:
             if self.opacity is not None:
-                self._write_overlay(name, image, result.labels, written)
+                assert image is not None
+                self._write_overlay(name, image, result.labels, self.opacity, written)
             if self.probs:
+                assert result.probs is not None
                 self._write_probs(name, result.probs, written)
             row = self._row(source, result)
             if self.json:
@@ -112,8 +114,10 @@ class Outputs:
                 result.probs.close()
         return row
 
-    def _write_overlay(self, name: str, image: np.ndarray, labels: np.ndarray, written: list[Path]) -> None:
-        picture = overlay(image, labels, self.facts.palette, self.opacity, in_place=True)
+    def _write_overlay(
+        self, name: str, image: np.ndarray, labels: np.ndarray, opacity: float, written: list[Path]
+    ) -> None:
+        picture = overlay(image, labels, self.facts.palette, opacity, in_place=True)
         cv2.cvtColor(picture, cv2.COLOR_RGB2BGR, dst=picture)
         if self.video is not None:
             self.video.append(picture)
@@ -122,7 +126,7 @@ class Outputs:
         shrink = max(picture.shape[:2]) / _JPEG_LARGEST_SIDE
         if shrink > 1:
             picture = cv2.resize(picture, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA)
-        write_bytes(written[-1], cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].data)
+        write_bytes(written[-1], cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
 
     def _write_probs(self, name: str, probs: Tensor | Spool, written: list[Path]) -> None:
         if self.probs == "npz":
@@ -149,7 +153,7 @@ class Outputs:
         )
 
     def _row(self, source: str, result: Segmentation) -> Row | None:
-        if result.scores is None:
+        if result.scores is None or result.volumes is None:
             return None
         scores = tuple(
             float(s) if v else None for s, v in zip(result.scores.tolist(), result.volumes.tolist(), strict=True)
@@ -164,7 +168,7 @@ class Outputs:
             pixels = int(labels[label])
             entry: dict[str, Any] = {"id": label, "name": self._label_name(label), "pixels": pixels}
             channel = label - 1 if single else label
-            if row is not None and channel >= 0:
+            if row is not None and result.volumes is not None and channel >= 0:
                 entry[f"expected_{self.metric}"] = row.per_class[channel]
                 entry["mask_pixels"] = int(result.volumes[channel])
             if pixels or entry.get("mask_pixels"):

@@ -164,9 +164,12 @@ def label_map(
     """
     if probs.shape[1] == 1:
         prediction = PROCEDURES[procedure](probs, options)
-        return prediction.labels if prediction.labels is not None else prediction.masks[:, 0].long()
+        if prediction.masks is not None:
+            return prediction.masks[:, 0].long()
+        assert prediction.labels is not None
+        return prediction.labels
     if procedure == "max":
-        return predict_max(probs, options).labels
+        return _argmax(probs)
     if procedure == "T":
         best, labels = probs.max(dim=1)
         return torch.where(best > options.threshold, labels, unassigned)

@@ -75,7 +75,7 @@ class Segmentation:
     @property
     def expected(self) -> float | None:
         """Return the mean of ``scores`` over the classes that have a mask; None where there is none."""
-        if self.scores is None or not self.volumes.any():
+        if self.scores is None or self.volumes is None or not self.volumes.any():
             return None
         return float(self.scores[self.volumes > 0].mean())
 
@@ -135,7 +135,7 @@ class Predictor:
         self.amp = amp
         # The layout that convolutions on CPUs, and in half precision on GPUs, are fastest in.
         self._layout = torch.channels_last if amp or self.device.type == "cpu" else torch.contiguous_format
-        self.model: nn.Module = loaded.model.to(self.device, memory_format=self._layout).eval()
+        self.model: nn.Module = loaded.model.to(self.device).to(memory_format=self._layout).eval()
         self.procedure = predict or settings.test
         self.options = options or PredictOptions.from_config(settings)
         self.temperature = settings.temperature if temperature is None else temperature
@@ -179,7 +179,7 @@ class Predictor:
         Returns:
             A :class:`Segmentation`, or a list of them.
         """
-        if isinstance(images, list | tuple):
+        if isinstance(images, Sequence) and not isinstance(images, str):
             return self.segment([self.read(image) for image in images])
         return self.segment([self.read(images)])[0]
 
@@ -203,7 +203,7 @@ class Predictor:
     @torch.inference_mode()
     def segment(self, images: Sequence[np.ndarray]) -> list[Segmentation]:
         """Segment images as :meth:`read` returns them; those of one size share forward passes."""
-        results: list[Segmentation | None] = [None] * len(images)
+        results: dict[int, Segmentation] = {}
         groups: dict[Any, list[int]] = {}
         for index, image in enumerate(images):
             groups.setdefault((image.shape, image.dtype.str), []).append(index)
@@ -217,7 +217,7 @@ class Predictor:
                 batch = torch.stack([_to_tensor(images[index]) for index in part])
                 for index, result in zip(part, self._decide(self.probabilities(batch)), strict=True):
                     results[index] = replace(result, tiled=self.tiles(*shape[:2]))
-        return results
+        return [results[index] for index in range(len(images))]
 
     # ------------------------------------------------------------------------------------------ probabilities
 

@@ -158,6 +158,7 @@ def pictures(procedure: str, probs: Tensor, prediction: Prediction, options: Pre
     classes = probs.shape[1]
     unassigned = 255 if classes <= 255 else 65535
     if procedure == "rankdice" and options.metric == "iou":
+        assert prediction.masks is not None
         labels = mask_labels(probs, prediction.masks, unassigned)
     else:
         # One image at a time: what is decoded later from a file must not depend on the batch it was in.
@@ -192,8 +193,9 @@ def write_masks(folder: Path, facts: Facts, names: list[str], labels: NDArray[An
 
 def write_packed(path: Path, prediction: Prediction) -> None:
     """Write the overlapping masks of one image: ``masks`` (bits packed along the last axis), ``shape``, ``scores``."""
+    assert prediction.masks is not None
     masks = prediction.masks[0].cpu().numpy()
-    arrays = {"masks": np.packbits(masks, axis=-1), "shape": np.array(masks.shape)}
+    arrays: dict[str, Any] = {"masks": np.packbits(masks, axis=-1), "shape": np.array(masks.shape)}
     if prediction.scores is not None:
         arrays["scores"] = prediction.scores[0].float().cpu().numpy()
     temporary = path.with_name(f".{path.name}.tmp.npz")

@@ -266,7 +266,7 @@ def _ascend(maps: Tensor, smooth: float, rounds: int, budget: int) -> Tensor:
         labels, volume, mass = _assign(maps, slope, offset, parts)
         score = (2 * mass + smooth) / (volume + mean + 1 + smooth)
         total = score.sum(1, keepdim=True)
-        if best is None:
+        if best is None or best_total is None:
             best, best_total, running = labels, total, torch.ones_like(total, dtype=torch.bool)
         else:
             # An image that has stopped rising rests, so that none depends on those beside it.
@@ -278,6 +278,7 @@ def _ascend(maps: Tensor, smooth: float, rounds: int, budget: int) -> Tensor:
             best_total = torch.where(better, total, best_total)
         slope = 2 / (volume + mean + 1 + smooth)
         offset = score / (volume + mean + 1 + smooth)
+    assert best is not None
     return best
 
 

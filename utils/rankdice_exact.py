@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -114,7 +115,7 @@ def tiles(rows: Tensor, chosen: Tensor, pixels: int) -> Iterator[Tile]:
         for start in range(0, width, length):
             columns = slice(start, min(start + length, width))
             place = (first + row) * width + start if together else None
-            yield Tile(names, columns, place, lambda names=names, columns=columns: values(names, columns))
+            yield Tile(names, columns, place, partial(values, names, columns))
 
 
 @dataclass
@@ -269,9 +270,10 @@ class Sweep:
         masks = self.task.masks.view(-1)
         for tile in tiles(self.task.rows, self.index, self.task.tile_pixels):
             values = tile.values()
-            self.drawing = whole and tile.place is not None
-            if self.drawing:  # the mask itself is where the pixels are marked: see draw()
-                inside = masks[tile.place : tile.place + values.numel()].view(values.shape)
+            place = tile.place if whole else None
+            self.drawing = place is not None
+            if place is not None:  # the mask itself is where the pixels are marked: see draw()
+                inside = masks[place : place + values.numel()].view(values.shape)
                 torch.ge(values, low[tile.names].unsqueeze(1), out=inside)
             else:
                 inside = values >= low[tile.names].unsqueeze(1)
@@ -283,7 +285,7 @@ class Sweep:
                 ends = torch.arange(1, row.numel() + 1, device=flat.device) * values.shape[1]
                 row = row[torch.bucketize(flat, ends, right=True)]
             found = values.reshape(-1)[flat].double()
-            yield row, found, flat.add_(tile.place) if self.drawing else None
+            yield row, found, None if place is None else flat.add_(place)
 
     def _keyed(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         """Yield row (see :meth:`_read`), ``row * bins + bin``, value and place of the pixels, tile by tile."""
@@ -333,6 +335,7 @@ class Sweep:
             return False
         masks = self.task.masks.view(-1)
         for row, _, values, place in self.kept:
+            assert place is not None  # drawn, so in place
             masks.index_fill_(0, place[(values < cutoffs[row]).nonzero().view(-1)], False)
         return True
 

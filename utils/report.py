@@ -132,13 +132,14 @@ def _expected_iou(metrics: Metrics) -> dict[str, float]:
 
 def _images_per_class(procedures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
     """Return the fewest and most images behind each class's mean; procedures differ where they see false alarms."""
-    first = next(iter(procedures.values()), {"Class_Images": {}})
-    found = {c: [scores["Class_Images"][c] for scores in procedures.values()] for c in first["Class_Images"]}
+    images = [scores["Class_Images"] for scores in procedures.values()]
+    found = {c: [of_one[c] for of_one in images] for c in (images[0] if images else {})}
     return {c: [min(counts), max(counts)] for c, counts in found.items()}
 
 
 def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset: Any) -> dict[str, Any]:
     loader = config.loader("test")
+    assert loader is not None  # its data have just been scored
     crop = getattr(dataset, "crop_size", None) if getattr(dataset, "val", False) else None
     names = loaded.facts.class_names
     interest = config.predict.CoI
@@ -235,8 +236,8 @@ def text(content: Mapping[str, Any]) -> str:
 
 
 def _header(protocol: Mapping[str, Any]) -> str:
-    shown = ("checkpoint", "model", "loss", "data", "split", "note", "images", "resolution", "image_sizes", "views")
-    shown += ("scores", "absent_classes", "ignored_pixels", "classes_of_interest", "temperature", "threshold", "fitted")
+    shown = ["checkpoint", "model", "loss", "data", "split", "note", "images", "resolution", "image_sizes", "views"]
+    shown += ["scores", "absent_classes", "ignored_pixels", "classes_of_interest", "temperature", "threshold", "fitted"]
     lines = [_line(key, str(protocol[key])) for key in shown if protocol[key] is not None]
     counts = ", ".join(f"{c} {_range(n)}" for c, n in protocol["images_per_class_mean"].items())
     return "\n".join(["\n    ## Protocol", *lines, _line("images_per_class_mean", counts)])

@@ -170,8 +170,8 @@ class Config(Section):
             raise ValueError("the name becomes a folder: not empty and without slashes")
         return value
 
-    def loader(self, stage: Literal["train", "val", "test"]) -> Component | None:
-        """Return the loader of a stage: test falls back on val."""
+    def loader(self, stage: str) -> Component | None:
+        """Return the loader of a stage ("train", "val" or "test"): test falls back on val."""
         if stage == "train":
             return self.train_loader
         return self.val_loader if stage == "val" or self.test_loader is None else self.test_loader

@@ -308,6 +308,7 @@ def label_map(
             break
         labels, best = candidate, float(score.sum())
         slope, offset = 2 / size, score / size
+    assert labels is not None
     return labels
 
 
@@ -323,13 +324,15 @@ def _assign(spool: Spool, chosen: np.ndarray, slope: Tensor, offset: Tensor) -> 
         for k, c in enumerate(chosen.tolist()):
             probs = torch.from_numpy(band[c]).float()
             gain = probs.double().mul_(slope[k]).sub_(offset[k])  # float32 would lose the smallest objects' digits
-            if best is None:
+            if best is None or winner is None or own is None:
                 best, winner, own = gain, torch.zeros_like(gain, dtype=kind), probs
                 continue
             better = gain > best
             torch.maximum(best, gain, out=best)
             winner.masked_fill_(better, k)
             own = torch.where(better, probs, own)
+        assert winner is not None
+        assert own is not None
         index = winner.flatten().int()
         tau += torch.bincount(index, minlength=len(chosen))
         inside += torch.bincount(index, own.flatten().double(), minlength=len(chosen))

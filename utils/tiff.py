@@ -42,7 +42,7 @@ class _Layout(NamedTuple):
     """How the numbers of a file's structure are written."""
 
     order: str  # of bytes, as struct writes it
-    count: str  # the number of entries of a directory
+    entry_count: str  # of a directory
     offset: str
     first: int  # where the header says where the directory is
 
@@ -95,7 +95,7 @@ def _layout(data: bytes) -> _Layout:
 
 def _directories(data: bytes, layout: _Layout) -> list[dict[int, tuple[int, ...]]]:
     """Return the whole numbers of each page's directory: tag -> values."""
-    pages = []
+    pages: list[dict[int, tuple[int, ...]]] = []
     (at,) = struct.unpack_from(layout.order + layout.offset, data, layout.first)
     while at and len(pages) < _MAX_PAGES:
         tags, following = _directory(data, layout, at)
@@ -109,8 +109,8 @@ def _directories(data: bytes, layout: _Layout) -> list[dict[int, tuple[int, ...]
 def _directory(data: bytes, layout: _Layout, at: int) -> tuple[dict[int, tuple[int, ...]], int]:
     """Return one directory, and where the position of the next one is written."""
     order, size = layout.order, struct.calcsize(layout.offset)
-    (entries,) = struct.unpack_from(order + layout.count, data, at)
-    at += struct.calcsize(layout.count)
+    (entries,) = struct.unpack_from(order + layout.entry_count, data, at)
+    at += struct.calcsize(layout.entry_count)
     end = at + entries * (4 + 2 * size)
     tags = {}
     for place in range(at, end, 4 + 2 * size):
@@ -210,7 +210,7 @@ def _with_directory(data: bytes, layout: _Layout, tags: dict[int, tuple[int, ...
             entries += struct.pack(f"{order}HH{layout.offset}", tag, 3, 1) + place
         else:
             entries += struct.pack(f"{order}HH{layout.offset}", tag, kind, len(tags[tag])) + place
-    directory = struct.pack(order + layout.count, len(tags)) + entries + bytes(size)
+    directory = struct.pack(order + layout.entry_count, len(tags)) + entries + bytes(size)
     header = data[: layout.first] + struct.pack(order + layout.offset, start + len(values))
     body = data[layout.first + size :].ljust(start - layout.first - size, b"\0")
     return header + body + values + directory

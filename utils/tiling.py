@@ -88,6 +88,7 @@ def views(
             plain, mirrored = scores.chunk(2)
             scores = plain + mirrored.flip(-1)
         total = scores if total is None else total + scores
+    assert total is not None  # there is a scale
     count = len(scales) * (2 if flip else 1)
     return total if count == 1 else total / count
 
@@ -240,5 +241,6 @@ def sliding(
             if whole is None:
                 whole = scores.new_empty((num_classes, *image.shape[-2:]))
             whole[:, y : y + scores.shape[1], x : x + scores.shape[2]] = scores
+        assert whole is not None  # there is a tile
         outputs.append(whole)
     return torch.stack(outputs)

@@ -82,8 +82,10 @@ class Watcher:
             self.gallery.merge([share[1] for share in shares[1:]])
 
     def write_page(self, path: Path, content: Mapping[str, Any], outcome: Evaluation, command: Sequence[str]) -> Path:
-        """Write ``report.html`` and return its path."""
+        """Write ``report.html`` and return its path; only after watching with ``report``."""
         from utils.html_report import page
 
+        if self.gallery is None:
+            raise ValueError("a Watcher without report has no pictures for the page")
         write_file(path, page(content, outcome.metrics, self.gallery, self.loaded.config, command))
         return path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 
@@ -39,7 +41,7 @@ class Shapes(BaseDataSet):
         size: int | tuple[int, int] = 128,
         scene_seed: int = 0,
         endless: bool = True,
-        **common: object,
+        **common: Any,
     ) -> None:
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
         if length < 1:

@@ -218,23 +218,10 @@ class _Canvas:
             window[band] = IGNORED
         if self.probability is not None:
             here = p_labelled * (_normal_cdf(depth / stray) if soft else inside)
-            self._mix(rows, columns, here, thing, band)
+            _mix(self.probability[:, rows, columns], here, thing, band)
 
     def _room(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return self.errors.shape[0] - shape[0] + 1, self.errors.shape[1] - shape[1] + 1
-
-    def _mix(self, rows: slice, columns: slice, here: np.ndarray, thing: Thing, band: np.ndarray | None) -> None:
-        """Bring the probabilities up to date: this object where labelled, else what was there before."""
-        window = self.probability[:, rows, columns]
-        window *= 1 - here
-        if thing.kind == COIN:
-            button = button_probability(thing.hue)
-            window[BUTTON] += here * button
-            window[COIN] += here * (1 - button)
-        else:
-            window[thing.kind] += here
-        if band is not None:
-            window[:, band] = 0
 
     def finish(self) -> Scene:
         """Return the scene as the camera sees it: light, blur, noise."""
@@ -316,7 +303,20 @@ def _depth(thing: Thing, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return radius - distance
 
 
-def _ramp(depth: np.ndarray, width: float) -> np.ndarray:
+def _mix(probability: np.ndarray, here: np.ndarray, thing: Thing, band: np.ndarray | None) -> None:
+    """Bring probabilities ``(classes, h, w)`` up to date: this object where labelled, else what was there before."""
+    probability *= 1 - here
+    if thing.kind == COIN:
+        button = button_probability(thing.hue)
+        probability[BUTTON] += here * button
+        probability[COIN] += here * (1 - button)
+    else:
+        probability[thing.kind] += here
+    if band is not None:
+        probability[:, band] = 0
+
+
+def _ramp(depth: np.ndarray, width: float | np.ndarray) -> np.ndarray:
     """Return 0 outside to 1 inside, over ``width`` pixels around the border."""
     return np.clip(depth * np.float32(1 / width) + np.float32(0.5), 0, 1)
 

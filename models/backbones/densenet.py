@@ -71,6 +71,8 @@ class DenseNet(Backbone):
     without its outer ``features.``. Arguments: see :func:`densenet`.
     """
 
+    denseblock4: DenseBlock
+
     def __init__(
         self,
         name: str,

@@ -42,6 +42,11 @@ class ResNet(Backbone):
     on the 3x3 convolution of a bottleneck). Arguments: see :func:`resnet`.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         name: str,

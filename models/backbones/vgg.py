@@ -47,6 +47,7 @@ class VGG(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -61,7 +62,7 @@ class VGG(Backbone):
         """Return the same layers under torchvision's names (``features.0`` ...), for loading weights."""
         layers: list[nn.Module] = []
         for stage in self.stages:
-            layers += [*stage, self.pool]
+            layers += [*stage.children(), self.pool]
         return nn.ModuleDict({"features": nn.Sequential(*layers)})
 
 

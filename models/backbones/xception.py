@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -106,8 +108,7 @@ class Xception(Backbone):
         stride3, dilation, exit_dilation = (2, 1, 2) if output_stride == 16 else (1, 2, 4)
         self.published = published
 
-        def block(*args: int, **kwargs: int | bool) -> XceptionBlock:
-            return XceptionBlock(*args, relu_before_shortcut=published, **kwargs)
+        block = partial(XceptionBlock, relu_before_shortcut=published)
 
         self.conv1 = nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(32)
