@@ -163,7 +163,7 @@ class UpBottleneck(Bottleneck):
     @staticmethod
     def main(width: int, dilation: int) -> nn.Module:
         """Return the convolution in the middle."""
-        return nn.ConvTranspose2d(width, width, kernel_size=3, stride=2, padding=1, bias=False)
+        return _doubling(width, width)
 
     @staticmethod
     def adapter(in_channels: int, out_channels: int) -> nn.Module:
@@ -175,7 +175,7 @@ class UpBottleneck(Bottleneck):
         """Map (B, in, h, w) to (B, out, H, W), the size of the map that was pooled."""
         indices, size = pooled
         shortcut = unpool(self.shortcut(x), indices, size)
-        y = self.expand(self.conv2(self.project(x), output_size=size))
+        y = self.expand(_cropped(self.conv2(self.project(x)), size))
         return self.prelu_out(shortcut + y)
 
 
@@ -229,7 +229,7 @@ class ENet(BaseModel):
             )
             self.add_module(name, block)
             channels = out_channels
-        self.fullconv = nn.ConvTranspose2d(channels, num_classes, 3, stride=2, padding=1, bias=False)
+        self.fullconv = _doubling(channels, num_classes)
         init_weights(self)
         self.freeze(freeze_bn)
 
@@ -247,7 +247,22 @@ class ENet(BaseModel):
                 x = block(x, pools.pop())
             else:
                 x = block(x)
-        return self.fullconv(x, output_size=size)
+        return _cropped(self.fullconv(x), size)
+
+
+def _doubling(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
+    """Return a convolution from (B, in, h, w) to (B, out, 2 h, 2 w); the network crops where the map was odd.
+
+    The last row and column depend on nothing else, so that cropping gives what ``output_size`` would; but a padding
+    that depends on the image's size has no ONNX form.
+    """
+    return nn.ConvTranspose2d(
+        in_channels, out_channels, kernel_size=3, stride=2, padding=1, output_padding=1, bias=False
+    )
+
+
+def _cropped(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x[..., : size[0], : size[1]]
 
 
 def _activation(channels: int, published: bool, relu: bool) -> nn.Module:

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import models
 from tests.small_checkpoint import NAMES, photo, write_checkpoint
+from tests.test_models import calibrate
 from utils import errors, export
 from utils.checkpoint import Facts, LoadedModel
 from utils.predictor import Predictor
@@ -86,6 +88,24 @@ def test_logits_and_one_channel(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.export.load(path).module()(images), logits.sigmoid(), rtol=1e-4, atol=1e-5)
         export.export(loaded(model, 1, channels=4), path, "torch-export", logits=True)
         torch.testing.assert_close(torch.export.load(path).module()(images), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_enet_at_other_sizes(tmp_path: Path) -> None:
+    """Its decoder goes back to the sizes that its encoder halved, odd ones rounded up."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = models.build("ENet", 3)
+    calibrate(model)
+    export.export(loaded(model), tmp_path / "enet.onnx", logits=True)
+    session = onnxruntime.InferenceSession(str(tmp_path / "enet.onnx"))
+    for size in ((1, 64, 64), (2, 65, 131), (1, 99, 70), (1, 96, 73)):
+        images = pictures(*size)
+        (found,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            expected = model((images - 0.4) / 0.2).numpy()
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max(), size
 
 
 @pytest.mark.parametrize("size", [(7, 9), (6, 6), (5, 40), (1, 1)])
