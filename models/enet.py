@@ -6,6 +6,7 @@ Table 1 of the paper is :data:`ARCHITECTURE`; figure 2 is :class:`InitialBlock` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -149,7 +150,7 @@ class DownBottleneck(Bottleneck):
         """Return what the shortcut does to the channels before the sum: append channels of zeros."""
         return nn.ZeroPad3d((0, 0, 0, 0, 0, out_channels - in_channels))  # the last three axes: C, h, w
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Pooled]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Pooled]:  # type: ignore[override]  # blocks are called by kind
         """Map (B, in, h, w) to (B, out, ceil(h / 2), ceil(w / 2)); also return where the maxima were."""
         height, width = x.shape[-2:]
         pooled, indices = pool_with_indices(x, ceil_mode=True)
@@ -171,7 +172,7 @@ class UpBottleneck(Bottleneck):
         conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
         return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
-    def forward(self, x: Tensor, pooled: Pooled) -> Tensor:
+    def forward(self, x: Tensor, pooled: Pooled) -> Tensor:  # type: ignore[override]  # blocks are called by kind
         """Map (B, in, h, w) to (B, out, H, W), the size of the map that was pooled."""
         indices, size = pooled
         shortcut = unpool(self.shortcut(x), indices, size)
@@ -261,7 +262,7 @@ def _doubling(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
     )
 
 
-def _cropped(x: Tensor, size: tuple[int, int]) -> Tensor:
+def _cropped(x: Tensor, size: Sequence[int]) -> Tensor:
     return x[..., : size[0], : size[1]]
 
 
