@@ -124,8 +124,12 @@ class Trainer(BaseTrainer):
         return nullcontext()
 
     def _after_batch(self) -> None:
-        every = self.settings.save_every_iters
-        if every and self.iteration % every == 0:
+        """Save and leave where that is due, but never within an optimizer step: a checkpoint holds no gradients."""
+        accumulate, every = self.settings.accumulate, self.settings.save_every_iters
+        taken = (self.batch - 1) % accumulate + 1  # batches of the present step
+        if taken < accumulate and self.batch < self.batches:
+            return
+        if every and self.iteration // every > (self.iteration - taken) // every:
             self._save_latest()
         self._leave_if_asked()
 
@@ -218,8 +222,6 @@ class Trainer(BaseTrainer):
         self._leave_if_asked()
         result = outcome.metrics[name].compute()
         scores = {key: value for key, value in result.items() if isinstance(value, float)}
-        if self.options.metric == "iou":  # what rankdice expects then is no Dice
-            scores = {k: v for k, v in scores.items() if k not in ("Expected_Dice", "Measured_Dice")}
         scores["val_loss"] = outcome.loss
         tags = {f"val/{key}": value for key, value in scores.items()}
         for key in ("Class_Dice", "Class_IoU"):

@@ -279,6 +279,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"trainer": {"monitor": "max Multiclass_Accuracy"}},
         ["Multiclass_Accuracy is known with predict.val 'max' only, and predict.val is 'rankdice'"],
     ),
+    "monitor of what rankdice does not expect": (
+        {"trainer": {"monitor": "max Expected_Dice"}, "predict": {"rankdice": {"metric": "iou"}}},
+        ["trainer.monitor: found Expected_Dice; with predict.rankdice.metric 'iou' rankdice states Expected_IoU"],
+    ),
     "monitor of a class that there is not": (
         {"trainer": {"monitor": "max Class_Dice/aeroplan"}},
         ["trainer.monitor: there is no class 'aeroplan'; did you mean aeroplane?"],
@@ -411,7 +415,9 @@ def test_every_loss_and_every_model_is_known_by_its_own_name() -> None:
 def test_every_logged_score_can_be_monitored(score) -> None:
     mode = "min" if score.endswith("loss") else "max"
     procedure = "max" if score == "Multiclass_Accuracy" else "rankdice"
-    assert resolve(trainer={"monitor": f"{mode} {score}"}, predict={"val": procedure})
+    metric = "iou" if score == "Expected_IoU" else "dice"
+    predict = {"val": procedure, "rankdice": {"metric": metric}}
+    assert resolve(trainer={"monitor": f"{mode} {score}"}, predict=predict)
 
 
 # -- defaults and the way back ---------------------------------------------------------------------------------

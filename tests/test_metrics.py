@@ -270,6 +270,13 @@ def test_expected_scores_are_compared_over_the_rows_that_have_a_mask() -> None:
     assert found["Measured_Dice"] == pytest.approx((1 + 2 / 3) / 2)
     assert found["Class_Expected_Dice"] == pytest.approx([0.9, 0.5, NAN], abs=1e-6, nan_ok=True)
     assert found["Mean_Dice"] == pytest.approx((1 + 2 / 3 + 0) / 3)  # the missing mask is still wrong here
+    prediction = Prediction(masks=masks, scores=scores, volumes=masks.sum(dim=(2, 3)))
+    metrics = Metrics(3, keep_images=True, expects="iou")
+    metrics.update(prediction, target)
+    found = metrics.compute()
+    assert "Expected_Dice" not in found
+    assert found["Expected_IoU"] == pytest.approx((0.9 + 0.5) / 2, abs=1e-6)
+    assert found["Measured_IoU"] == pytest.approx((1 + 1 / 2) / 2)
 
 
 # -- other libraries -------------------------------------------------------------------------------------------

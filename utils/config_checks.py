@@ -24,12 +24,13 @@ VALIDATION_SCORES = (
     "Dataset_mDice",
     "Dataset_mIoU",
     "Expected_Dice",
+    "Expected_IoU",
     "val_loss",
 )
 TRAINING_SCORES = ("train_loss", "train_Mean_Dice", "train_Mean_IoU", "train_Pixel_Accuracy")
 PER_CLASS_SCORES = ("Class_Dice/", "Class_IoU/")
 # Scores that only one procedure has: label maps know right and wrong pixels, rankdice what it expects.
-SCORES_OF_ONE_PROCEDURE = {"Multiclass_Accuracy": "max", "Expected_Dice": "rankdice"}
+SCORES_OF_ONE_PROCEDURE = {"Multiclass_Accuracy": "max", "Expected_Dice": "rankdice", "Expected_IoU": "rankdice"}
 
 STAGES = ("train", "val", "test")
 
@@ -268,6 +269,10 @@ def _check_monitored_score(config: Config, mode: str, name: str, facts: Any | No
             f"trainer.monitor: {name} is known with predict.val {procedure!r} only, and predict.val is "
             f"{config.predict.val!r}"
         ]
+    metric = config.predict.rankdice.metric
+    expected = {"dice": "Expected_Dice", "iou": "Expected_IoU"}[metric]
+    if name.startswith("Expected_") and name != expected:
+        return [f"trainer.monitor: found {name}; with predict.rankdice.metric {metric!r} rankdice states {expected}"]
     if facts is not None and name.startswith(PER_CLASS_SCORES):
         wanted = name.partition("/")[2]
         if wanted not in facts.class_names:

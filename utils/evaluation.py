@@ -140,14 +140,15 @@ class Evaluator:
             logits = logits - (1 - probs).clamp_min(tiny).log()
         return logits
 
-    def new_metrics(self) -> Metrics:
-        """Return empty metrics that keep their images."""
+    def new_metrics(self, decision: Decision) -> Metrics:
+        """Return empty metrics for what is decided so, which keep their images."""
         return Metrics(
             self.facts.num_classes,
             self.facts.ignore_index,
             classes=self.classes,
             count_ignored=self.count_ignored,
             keep_images=True,
+            expects=decision.expects or "dice",
         )
 
 
@@ -235,7 +236,7 @@ class _Work:
         measure_memory: bool,
     ) -> None:
         self.evaluator, self.decisions, self.on_part = evaluator, dict(decisions), on_part
-        self.metrics = {name: evaluator.new_metrics() for name in decisions}
+        self.metrics = {name: evaluator.new_metrics(decision) for name, decision in decisions.items()}
         self.clock = Clock(evaluator.device, [*decisions, "forward"])
         self.losses: dict[str, float] = {}
         self.images = 0

@@ -162,6 +162,7 @@ class Metrics:
         keep_images: keep the counts of each image (a few numbers per class), so that :meth:`compute` gives the same
             bits for any batch size, order and number of processes, and :meth:`rows` can list the images. Without it
             only running sums are kept: constant memory, for training.
+        expects: what the expected scores of predictions are expectations of, "dice" or "iou".
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class Metrics:
         smooth: float = 0.0,
         count_ignored: bool = False,
         keep_images: bool = False,
+        expects: str = "dice",
     ) -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
@@ -179,6 +181,7 @@ class Metrics:
         self.smooth = smooth
         self.count_ignored = count_ignored
         self.keep_images = keep_images
+        self.expects = expects
         self.reset()
 
     def reset(self) -> None:
@@ -254,7 +257,7 @@ class Metrics:
         Keys: ``Mean_Dice, Mean_IoU, Pixel_Accuracy, Multiclass_Accuracy, Dataset_mDice, Dataset_mIoU, Class_Dice,
         Class_IoU, Class_Images`` (images behind each class mean) ``, images``; when images are kept and the procedure
         expects scores also ``Expected_Dice`` and ``Measured_Dice`` (the mean over the same rows: those with a mask and
-        a defined score) and per class ``Class_Expected_Dice``.
+        a defined score) and per class ``Class_Expected_Dice, Class_Measured_Dice``; where it expects IoU, ``_IoU``.
         """
         sums = self._sums
         if self.keep_images:
@@ -304,15 +307,14 @@ class Metrics:
         _, scores, expected = self.rows()
         if expected is None:
             return {}
-        both = expected.isfinite() & scores.dice.isfinite()
-        measured = torch.where(both, scores.dice, torch.nan)
-        expected = torch.where(both, expected, torch.nan)
-        return {
-            "Expected_Dice": expected[:, self.classes].nanmean(dim=1).nanmean().item(),
-            "Measured_Dice": measured[:, self.classes].nanmean(dim=1).nanmean().item(),
-            "Class_Expected_Dice": expected.nanmean(dim=0).tolist(),
-            "Class_Measured_Dice": measured.nanmean(dim=0).tolist(),
-        }
+        kind, measured = ("IoU", scores.iou) if self.expects == "iou" else ("Dice", scores.dice)
+        both = expected.isfinite() & measured.isfinite()
+        result: dict[str, Any] = {}
+        for name, values in (("Expected", expected), ("Measured", measured)):
+            values = torch.where(both, values, torch.nan)
+            result[f"{name}_{kind}"] = values[:, self.classes].nanmean(dim=1).nanmean().item()
+            result[f"Class_{name}_{kind}"] = values.nanmean(dim=0).tolist()
+        return result
 
 
 def _reduce(scores: ImageScores, counts: Counts, classes: Sequence[int]) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ from utils.comparison import compare, image_means, worst_mean
 from utils.config_checks import unwritable
 from utils.errors import UserError
 from utils.evaluation import Evaluation
-from utils.metrics import Metrics
 from utils.schema import Component, Config
 
 # The table of the comparison: field of the results, heading.
@@ -101,10 +100,6 @@ def results(
 def _scores(name: str, outcome: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:
     metrics = outcome.metrics[name]
     scores = metrics.compute()
-    decision = outcome.decisions.get(name)
-    if decision is not None and decision.expects == "iou":
-        scores = {key: v for key, v in scores.items() if "Expected" not in key and "Measured" not in key}
-        scores |= _expected_iou(metrics)
     entry: dict[str, Any] = {"test_loss": outcome.loss}
     for key, value in scores.items():
         entry[key] = dict(zip(class_names, value, strict=True)) if isinstance(value, list) else value
@@ -115,19 +110,6 @@ def _scores(name: str, outcome: Evaluation, class_names: Sequence[str]) -> dict[
     if outcome.peak_bytes[name]:
         entry["peak_mebibytes"] = outcome.peak_bytes[name] / 2**20
     return entry
-
-
-def _expected_iou(metrics: Metrics) -> dict[str, float]:
-    """Return expected and measured IoU over the rows with a mask and a defined score."""
-    _, scores, expected = metrics.rows()
-    if expected is None:
-        return {}
-    both = expected.isfinite() & scores.iou.isfinite()
-    values = {"Expected_IoU": expected, "Measured_IoU": scores.iou}
-    return {
-        key: torch.where(both, value, torch.nan)[:, metrics.classes].nanmean(dim=1).nanmean().item()
-        for key, value in values.items()
-    }
 
 
 def _images_per_class(procedures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
@@ -370,9 +352,7 @@ def _per_image(outcome: Evaluation, facts: Facts) -> str:
         header += [f"{name}_{key}" for key in ("mDice", "mIoU", "PixelAcc")]
         if expected is not None:
             values.append(expected[:, interest].nanmean(dim=1))
-            decision = outcome.decisions.get(name)
-            iou = decision is not None and decision.expects == "iou"
-            header.append(f"{name}_expected_{'IoU' if iou else 'Dice'}")
+            header.append(f"{name}_expected_{'IoU' if metrics.expects == 'iou' else 'Dice'}")
         header += [f"{name}_Dice_{facts.class_names[c]}" for c in interest]
         columns[name] = torch.cat([torch.stack(values, dim=1), scores.dice[:, interest]], dim=1).tolist()
     last = columns[names[-1]]
