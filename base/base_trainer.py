@@ -181,6 +181,12 @@ class BaseTrainer:
         (self.folder / "config.json").write_text(text, encoding="utf-8")
         checkpoint.remove_leftovers(self.folder)
         self.log.text("config", text)
+        if self.settings.amp == "fp16" and self.device.type == "cpu":
+            print(
+                "warning: trainer.amp 'fp16' is made for GPUs; on the CPU it computes many times slower than 'off', "
+                "'bf16' does not",
+                file=sys.stderr,
+            )
         print(self.banner())
 
     def banner(self) -> str:
@@ -345,7 +351,7 @@ class BaseTrainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the current batch, save, and leave; a second one leaves at once."""
+        """Let Ctrl-C and SIGTERM end the current optimizer step, save, and leave; a second one leaves at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

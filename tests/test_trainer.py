@@ -275,8 +275,10 @@ def test_keep_last_prunes_numbered_checkpoints_only(tmp_path: Path) -> None:
     assert kept == [BEST, "checkpoint-epoch4.pth", "checkpoint-epoch5.pth", LATEST]
 
 
-def test_a_signal_saves_and_leaves(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, epochs=3)
+@pytest.mark.parametrize(("accumulate", "saved"), [(1, 5), (2, 6), (3, 7)])
+def test_a_signal_saves_and_leaves(tmp_path: Path, accumulate: int, saved: int) -> None:
+    """At the end of the optimizer step: what its first batches have added to the gradients is not in a checkpoint."""
+    trainer = make_trainer(tmp_path, epochs=3, accumulate=accumulate)
 
     def after() -> None:
         if trainer.iteration == 5:
@@ -286,10 +288,10 @@ def test_a_signal_saves_and_leaves(tmp_path: Path) -> None:
     trainer._after_batch = after
     with pytest.raises(Interrupted):
         trainer.train()
-    resumed = make_trainer(tmp_path, resume=LATEST, epochs=3)
-    assert (resumed.iteration, resumed.epoch, resumed.batch) == (5, 1, 1)
+    resumed = make_trainer(tmp_path, resume=LATEST, epochs=3, accumulate=accumulate)
+    assert (resumed.iteration, resumed.epoch, resumed.batch) == (saved, 1, saved - 4)
     resumed.train()
-    whole = make_trainer(tmp_path / "whole", epochs=3)
+    whole = make_trainer(tmp_path / "whole", epochs=3, accumulate=accumulate)
     whole.train()
     assert same_weights(whole.model, resumed.model)
 
