@@ -183,8 +183,7 @@ class BaseTrainer:
         self.log.text("config", text)
         if self.settings.amp == "fp16" and self.device.type == "cpu":
             print(
-                "warning: trainer.amp 'fp16' is made for GPUs; on the CPU it computes many times slower than 'off', "
-                "'bf16' does not",
+                "warning: trainer.amp 'fp16' is made for GPUs; on the CPU it computes many times slower than 'off'",
                 file=sys.stderr,
             )
         print(self.banner())
