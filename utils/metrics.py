@@ -92,13 +92,19 @@ def _count_masks(
     targets = _histogram(rows, size + 1)[:size].view(batch, num_classes)
     own = masks.gather(1, inside[:, None])[:, 0]
     intersection = _histogram(torch.where(own, rows, size), size + 1)[:size].view(batch, num_classes)
-    predicted = torch.count_nonzero(masks, dim=(2, 3)) if volumes is None else volumes
+    predicted = _volumes(masks) if volumes is None else volumes
     pixels = torch.full((batch,), target[0].numel() if batch else 0, device=target.device)
     if not count_ignored:
         on_ignored, ignored = _ignored(masks, valid)
         predicted = predicted - on_ignored
         pixels = pixels - ignored
     return Counts(intersection, predicted, targets, pixels, torch.full_like(pixels, -1))
+
+
+def _volumes(masks: Tensor) -> Tensor:
+    """Count the pixels of each mask ``(B, C, H, W)``; int64 ``(B, C)``."""
+    # Whole rows are added first, in 32 bits: several times as fast on a CPU as count_nonzero along two dimensions.
+    return masks.view(torch.uint8).sum(dim=2, dtype=torch.int32).sum(dim=2)
 
 
 def _histogram(index: Tensor, bins: int) -> Tensor:
