@@ -88,33 +88,64 @@ def anchors(page: str) -> set[str]:
     return found
 
 
+PROGRAMS = r"(python3?|torchrun|srun|sbatch|make|pip|tensorboard|pre-commit|docker|git|\S+/python)"
+
+
 def lines_of_shell(page: str) -> Iterator[str]:
     """Yield what a reader might type: lines of shell blocks, of indented blocks, and spans that are commands."""
     for block in blocks(page):
+        lines = block.text.replace("\\\n", " ").splitlines()
         if block.language in ("bash", "sh", "console"):
-            yield from block.text.replace("\\\n", " ").splitlines()
+            yield from lines
+        elif not block.language:
+            yield from (line for line in lines if re.match(rf"{PROGRAMS} [\w./-]", line))
     for line in prose(page).splitlines():
-        if re.match(r"    (python|torchrun|make) ", line):
+        if re.match(rf"    {PROGRAMS} [\w./-]", line):
             yield line
     for span in spans(page):
-        if re.match(r"(python3?|torchrun|make|pip|tensorboard|\S+/python) [\w./-]", span):
+        if re.match(rf"{PROGRAMS} [\w./-]", span):
             yield span
+
+
+OTHERS = {"venv", "pip", "pytest", "ruff", "mypy"}  # modules behind `python -m` that are not ours
+
+
+def ours(command: Command) -> tuple[str, ...] | None:
+    """Return a command's words from our script or module on; None for a command that is not ours."""
+    words = list(command.words)
+    if words[0] in ("srun", "torchrun"):
+        script = next((i for i, w in enumerate(words) if w.endswith(".py")), None)
+        return tuple(words[script:]) if script is not None else None
+    if not re.fullmatch(r"(.*/)?python3?", words[0]):
+        return None
+    if len(words) > 2 and words[1] == "-m":
+        return None if words[2] in OTHERS else ("-m", *words[2:])
+    return tuple(words[1:]) if len(words) > 1 and words[1].endswith(".py") else None
 
 
 def commands(page: str) -> list[Command]:
     """Return the single commands of a page, as lists of words."""
     found = []
     for line in lines_of_shell(page):
-        line = re.sub(r"(^|\s)#.*$", "", line)
-        line = re.sub(r'"\$\([^)]*\)([^"]*)"', r"RUN/\1", line)  # "$(ls ...)best_model.pth"
-        line = re.sub(r"\s\[[^\]]*\]", "", line)  # [--optional]
-        for part in re.split(r"&&|\|\||[|;>]", line):
-            try:
-                words = shlex.split(part)
-            except ValueError:
-                continue
-            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-                words.pop(0)  # OMP_NUM_THREADS=1 python ...
-            if words and words[0] not in ("...", "…"):
-                found.append(Command(page, tuple(words)))
+        found += [Command(page, words) for words in commands_of(line)]
+    return found
+
+
+def commands_of(line: str) -> list[tuple[str, ...]]:
+    """Return the single commands of a line of shell, as words: comments, redirections and settings are left out."""
+    line = re.sub(r"(^|\s)#.*$", "", line)
+    line = re.sub(r'"\$\([^)]*\)([^"]*)"', r"RUN/\1", line)  # "$(ls ...)best_model.pth"
+    line = re.sub(r"\s\[[^\]]*\]", "", line)  # [--optional]
+    line = re.sub(r"^\w+=\$\((.*)\)$", r"\1", line)  # head=$(scontrol ...)
+    line = re.sub(r"\s>\s*\S+", "", line)  # > file
+    found = []
+    for part in re.split(r"&&|\|\||[|;>]", line):
+        try:
+            words = shlex.split(part)
+        except ValueError:
+            continue
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words.pop(0)  # OMP_NUM_THREADS=1 python ...
+        if words and words[0] not in ("...", "…"):
+            found.append(tuple(words))
     return found

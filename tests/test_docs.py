@@ -26,7 +26,7 @@ from PIL import Image
 
 from dataloaders import LOADERS
 from models import MODELS
-from tests.markdown import ROOT, Block, Command, anchors, blocks, commands, lines_of_shell, links, pages, spans
+from tests.markdown import ROOT, Block, anchors, blocks, commands, lines_of_shell, links, ours, pages, spans
 from utils import config as configs
 from utils import optim
 from utils.losses import LOSSES
@@ -36,7 +36,6 @@ from utils.signatures import parameters
 OURS = ("utils", "base", "models", "dataloaders", "trainer", "train", "test", "inference", "benchmarks", "tests")
 # What a reader calls the thing that is to be added.
 PLACEHOLDERS = ("mine", "Mine", "old", "test_X", "mine.json", "old.json")
-OTHERS = {"venv", "pip", "pytest", "ruff", "mypy"}  # modules behind `python -m` that are not ours
 
 each_page = pytest.mark.parametrize("page", pages())
 
@@ -184,19 +183,6 @@ def test_overrides_are_accepted(page: str, root: Path, tmp_path: Path, monkeypat
 
 
 # -- commands ------------------------------------------------------------------------------------------------------
-
-
-def ours(command: Command) -> tuple[str, ...] | None:
-    """Return a command's words from our script or module on; None for a command that is not ours."""
-    words = list(command.words)
-    if words[0] in ("srun", "torchrun"):
-        script = next((i for i, w in enumerate(words) if w.endswith(".py")), None)
-        return tuple(words[script:]) if script is not None else None
-    if not re.fullmatch(r"(.*/)?python3?", words[0]):
-        return None
-    if len(words) > 2 and words[1] == "-m":
-        return None if words[2] in OTHERS else ("-m", *words[2:])
-    return tuple(words[1:]) if len(words) > 1 and words[1].endswith(".py") else None
 
 
 @cache

@@ -19,6 +19,7 @@ from PIL import Image
 
 from dataloaders import download
 from dataloaders.__main__ import main
+from dataloaders.ade20k import ADE20K
 from dataloaders.download import Archive, Unreachable, fetch, unpack, verify
 from dataloaders.labels import labels
 from dataloaders.prepare import Recipe, by_hand, prepare, recipes
@@ -315,6 +316,15 @@ def test_the_mirror_s_other_archives_are_refused_without_no_verify(server: FileS
     with pytest.raises(UserError, match="sha1"):
         main(["prepare", "ade20k", "--dir", str(tmp_path), "--mirror", server.url])
     assert not (tmp_path / "ADEChallengeData2016").exists()
+
+
+def test_ade20k_lands_where_its_loader_looks(server: FileServer, tmp_path: Path) -> None:
+    parts = {"images": ("jpg", jpg()), "annotations": ("png", png(np.ones((6, 8), np.uint8)))}
+    files = {f"ADEChallengeData2016/{part}/training/1.{kind}": data for part, (kind, data) in parts.items()}
+    server.files = {"ADEChallengeData2016.zip": zip_of(files)}
+    assert main(["prepare", "ade20k", "--dir", str(tmp_path), "--mirror", server.url, "--no-verify"]) == 0
+    (entry,) = ADE20K(data_dir=str(tmp_path), split="training").entries
+    assert (entry.name, entry.image.suffix, entry.label.suffix) == ("1", ".jpg", ".png")
 
 
 def test_coco_stuff_lands_where_its_loader_looks(server: FileServer, tmp_path: Path) -> None:
