@@ -70,6 +70,7 @@ NOT_RUN = {
     r"python train\.py .*-d 0,1": _GPUS,
     r"python train\.py .*n_gpu=4": _GPUS,
     r"torchrun --nnodes 2": "needs two machines",
+    r"docker run": "needs Docker",
     r"srun |scontrol |head -n 1": "needs Slurm",
 }
 
