@@ -1,0 +1,146 @@
+"""A fitted checkpoint in inference.py: its temperature and threshold are used without a flag."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import inference
+from dataloaders.shapes.dataset import Shapes
+from tests.shapes_checkpoint import loader, raw_config
+from utils import checkpoint
+from utils.batch import Normalize
+from utils.rankdice import rank_dice
+
+ORIGINAL, CALIBRATED = "best_model.pth", "best_model_calibrated.pth"
+NO_CLASS = 255
+
+pytestmark = pytest.mark.slow  # a network is trained first
+
+Masks = Callable[..., dict[str, np.ndarray]]
+
+
+def script(root: Path, name: str, *arguments: object) -> None:
+    command = [sys.executable, name, *map(str, arguments)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """Return a folder with a trained network that is too sure, what ``test.py --fit`` made of it, and two images."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    trainer = {"epochs": 3, "val": False, "monitor": "off", "tensorboard": False, "save_dir": str(folder)}
+    rate = {"type": "AdamW", "args": {"lr": 0.01}}
+    train_loader = loader("train", 200, shuffle=True, batch_size=4)
+    config = raw_config(trainer=trainer, optimizer=rate, train_loader=train_loader, val_loader=loader("val", 20))
+    (folder / "config.json").write_text(json.dumps(config))
+    script(root, "train.py", "--config", folder / "config.json")
+    state = checkpoint.read(next(folder.glob("small/*/*/*/latest.pth")))
+    for name in list(state["state_dict"])[-2:]:  # the last convolution
+        state["state_dict"][name] *= 3
+    checkpoint.save(state, folder / "best_model.pth")
+    script(root, "test.py", "-r", folder / "best_model.pth", "--fit", "-o", folder)
+    (folder / "photos").mkdir()
+    for i, name in enumerate(("a", "b")):
+        image = Shapes(split="test", length=2, size=64)[i].image
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"photos/{name}.png")
+    return folder
+
+
+@pytest.fixture
+def masks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Masks:
+    """Run inference.py in this process; return the labels that it wrote."""
+
+    def run(model: str, procedure: str, *more: str) -> dict[str, np.ndarray]:
+        output = tmp_path / f"{model}-{procedure}-{len(more)}"
+        monkeypatch.setattr(sys, "argv", ["inference.py", *command(folder, model, procedure, output), *more])
+        assert inference.main() == 0
+        return {name: np.asarray(Image.open(output / f"{name}.png")) for name in ("a", "b")}
+
+    return run
+
+
+def command(folder: Path, model: str, procedure: str, output: Path) -> list[str]:
+    files = ["-m", str(folder / model), "-i", str(folder / "photos"), "-o", str(output)]
+    return [*files, "-p", procedure, "-mo", "single", "-d", "cpu"]
+
+
+def fitted(folder: Path) -> tuple[float, float]:
+    """Return the temperature and the threshold that were found."""
+    predict = checkpoint.read(folder / CALIBRATED)["config"]["predict"]
+    return predict["temperature"], predict["threshold"]
+
+
+def probabilities(folder: Path, name: str, temperature: float) -> torch.Tensor:
+    """Return the probabilities of an image out of the original network, ``(C, H, W)``."""
+    loaded = checkpoint.load_model(folder / "best_model.pth")
+    image = torch.from_numpy(np.asarray(Image.open(folder / f"photos/{name}.png")).copy()).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        logits = loaded.model.eval()(Normalize(loaded.facts.mean, loaded.facts.std)(image))
+    return (logits[0] / temperature).softmax(0)
+
+
+def above(probs: torch.Tensor, threshold: float) -> np.ndarray:
+    """Return what procedure T draws: the most probable class where it is above the threshold."""
+    best, labels = probs.max(0)
+    return torch.where(best > threshold, labels, NO_CLASS).numpy()
+
+
+def test_t_uses_the_fitted_temperature_and_threshold(root: Path, folder: Path, masks: Masks, tmp_path: Path) -> None:
+    temperature, threshold = fitted(folder)
+    assert temperature > 1.5
+    assert abs(threshold - 0.5) > 0.05
+    script(root, "inference.py", *command(folder, CALIBRATED, "T", tmp_path / "masks"))
+    tuned = {name: np.asarray(Image.open(tmp_path / f"masks/{name}.png")) for name in ("a", "b")}
+    plain = masks(ORIGINAL, "T")
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(plain[name], above(probabilities(folder, name, 1.0), 0.5))
+        np.testing.assert_array_equal(tuned[name], above(probabilities(folder, name, temperature), threshold))
+    assert (plain["b"] != tuned["b"]).any()
+    flags = ("--set", f"predict.temperature={temperature}", "--set", f"predict.threshold={threshold}")
+    by_flags = masks(ORIGINAL, "T", *flags)
+    assert all((by_flags[name] == tuned[name]).all() for name in tuned)
+
+
+def test_both_numbers_count(folder: Path, masks: Masks) -> None:
+    """With a threshold that few pixels miss neither number could be told from its default; so with a higher one."""
+    state, temperature = checkpoint.read(folder / CALIBRATED), fitted(folder)[0]
+    state["config"]["predict"]["threshold"] = 0.6
+    checkpoint.save(state, folder / "strict_calibrated.pth")
+    drawn = masks("strict_calibrated.pth", "T")
+    for name in ("a", "b"):
+        sure, warm = probabilities(folder, name, 1.0), probabilities(folder, name, temperature)
+        np.testing.assert_array_equal(drawn[name], above(warm, 0.6))
+        for other in (above(sure, 0.5), above(warm, 0.5), above(sure, 0.6)):
+            assert (drawn[name] != other).any()
+
+
+def test_rankdice_uses_the_fitted_temperature(folder: Path, masks: Masks, tmp_path: Path) -> None:
+    drawn = {}
+    for model, temperature in ((ORIGINAL, 1.0), (CALIBRATED, fitted(folder)[0])):
+        drawn[model] = masks(model, "rankdice")
+        with (tmp_path / f"{model}-rankdice-0/expected_dice.csv").open() as file:
+            rows = {Path(row["image"]).stem: row for row in csv.DictReader(file)}
+        for name in ("a", "b"):
+            found = rank_dice(probabilities(folder, name, temperature)[None])
+            for c, cls in enumerate(Shapes.class_names):
+                written = rows[name][cls]
+                assert bool(written) == bool(found.volumes[0, c])
+                assert not written or float(written) == pytest.approx(found.scores[0, c].item(), abs=1e-4)
+    assert all((drawn[ORIGINAL][name] != drawn[CALIBRATED][name]).any() for name in ("a", "b"))
+
+
+def test_max_is_the_same(masks: Masks) -> None:
+    """Dividing logits by a number changes no order."""
+    plain, tuned = masks(ORIGINAL, "max"), masks(CALIBRATED, "max")
+    assert all((plain[name] == tuned[name]).all() for name in plain)
