@@ -4,8 +4,8 @@
     python -m benchmarks.results --camvid DIR camvid_unet --seeds 1          # one row, one seed
     python -m benchmarks.results --write-docs                                # tables of what has been run
 
-A row is a config of ``configs/results/``. Each is trained by train.py, scored by ``test.py -p all``, fitted by
-``test.py --fit`` on what its training data holds out, and scored again from the fitted checkpoint. ``--camvid`` and
+A row is a config of ``configs/results/``. Each is trained by train.py, scored by ``test.py -p all``, scored by rankdice
+without pruning, fitted by ``test.py --fit`` on what its training data holds out, and scored again. ``--camvid`` and
 ``--medical`` are the folders of the data sets (``VOCdevkit`` inside the one, ``images_split`` inside the other).
 """
 
@@ -38,6 +38,8 @@ TITLES = {
 }
 DATASETS = {"camvid": "CamVid val", "medical": "DRIVE val, vessels"}
 PROCEDURES = ("T", "max", "rankdice")
+# What a run is scored as: as trained; with rankdice.prune off; with the fitted temperature and threshold.
+PARTS = ("plain", "unpruned", "fitted")
 
 
 # -- running -------------------------------------------------------------------------------------------------------
@@ -72,6 +74,9 @@ def run(row: str, seed: int, data: Path, folder: Path, extra: Sequence[str]) -> 
     (best,) = folder.rglob("best_model.pth")
     if not (folder / "plain" / "results.json").exists():
         script("test.py", "-r", best, "-p", "all", "-o", folder / "plain", *options)
+    if not (folder / "unpruned" / "results.json").exists():
+        unpruned = [*options, "--set=predict.rankdice.prune=null"]
+        script("test.py", "-r", best, "-p", "rankdice", "-o", folder / "unpruned", *unpruned)
     fitted = folder / "fitted" / "best_model_calibrated.pth"
     if not fitted.exists():
         fitted.parent.mkdir(exist_ok=True)
@@ -90,7 +95,7 @@ def gather(out: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in TITLES:
         for folder in sorted((out / row).glob("seed*")):
-            files = {part: folder / part / "results.json" for part in ("plain", "fitted")}
+            files = {part: folder / part / "results.json" for part in PARTS}
             if not all(path.exists() for path in files.values()):
                 continue
             state = torch.load(folder / "fitted" / "best_model_calibrated.pth", map_location="cpu", weights_only=True)
@@ -112,8 +117,12 @@ class Seeds:
         return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
     def score(self, part: str, procedure: str, key: str) -> str:
-        """Return a score in percent: ``part`` is "plain" or "fitted"."""
+        """Return a score in percent; ``part`` is one of PARTS."""
         return self.text(lambda entry: 100 * entry[part]["procedures"][procedure][key])
+
+    def both(self, part: str, procedure: str) -> str:
+        """Return mDice / mIoU."""
+        return f"{self.score(part, procedure, 'Mean_Dice')} / {self.score(part, procedure, 'Mean_IoU')}"
 
     def expected(self, part: str) -> str:
         """Return the mDice that rankdice expected of its masks, and the one it got."""
@@ -132,8 +141,9 @@ class Seeds:
 def table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return the table of the scores as trained: one line per row, mDice / mIoU in percent."""
     lines = [
-        "| data | network, loss | T | max | rankdice | rankdice - max | better / same / worse | expected (got) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| data | network, loss | T | max | rankdice | rankdice - max | better / same / worse | expected (got) "
+        "| without `prune` | expected (got) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row, entries in runs.items():
         seeds = Seeds(entries)
@@ -144,10 +154,12 @@ def table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         cells = [
             DATASETS[row.split("_")[0]],
             f"[{TITLES[row]}](../configs/results/{row}.json)" + (f", {len(entries)} seeds" if len(entries) > 1 else ""),
-            *(f"{seeds.score('plain', p, 'Mean_Dice')} / {seeds.score('plain', p, 'Mean_IoU')}" for p in PROCEDURES),
+            *(seeds.both("plain", procedure) for procedure in PROCEDURES),
             gain,
             " / ".join(str(sum(d[key] for d in differences)) for key in ("better", "same", "worse")),
             seeds.expected("plain"),
+            seeds.both("unpruned", "rankdice"),
+            seeds.expected("unpruned"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -29,7 +29,7 @@ def content(gain: float, low: float = 0.01, high: float = 0.03) -> dict[str, Any
 
 
 def entry(gain: float) -> dict[str, Any]:
-    return {"plain": content(gain), "fitted": content(gain + 0.01), "fit": FIT}
+    return {"plain": content(gain), "unpruned": content(gain + 0.02), "fitted": content(gain + 0.01), "fit": FIT}
 
 
 def cells(line: str) -> list[str]:
@@ -40,7 +40,7 @@ def test_one_seed_shows_the_interval_and_several_the_deviation() -> None:
     text = results.table({"camvid_fcn8": [entry(0.02)], "medical_unet": [entry(0.01), entry(0.03)]})
     one, several = map(cells, text.splitlines()[2:])
     assert one[2:6] == ["50.0 / 40.0", "50.0 / 40.0", "52.0 / 40.0", "+2.0 (+1.0 to +3.0)"]
-    assert one[6:] == ["9 / 0 / 1", "60.0 (55.0)"]
+    assert one[6:] == ["9 / 0 / 1", "60.0 (55.0)", "54.0 / 40.0", "60.0 (55.0)"]
     assert several[4] == "52.0 ± 1.4 / 40.0 ± 0.0"
     assert several[5] == "+2.0 ± 1.4"
     assert several[6] == "18 / 0 / 2"
@@ -106,7 +106,14 @@ class Scripts:
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "camvid_unet" / "seed0"
     folder.mkdir(parents=True)
-    for stop_at, expected in ((0, []), (1, ["resume"]), (0, []), (2, ["test", "fit"]), (None, ["test"]), (None, [])):
+    for stop_at, expected in (
+        (0, []),
+        (1, ["resume"]),
+        (0, []),
+        (3, ["test", "test", "fit"]),
+        (None, ["test"]),
+        (None, []),
+    ):
         scripts = Scripts(folder, stop_at)
         monkeypatch.setattr(results, "script", scripts)
         if stop_at is None:
