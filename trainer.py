@@ -205,6 +205,7 @@ class Trainer(BaseTrainer):
     def _validate(self, epoch: int) -> dict[str, float]:
         name = self.config.predict.val
         pictures = _Pictures(self, name)
+        distributed.share_buffers(self.deployed_model)  # all score the network that the main process saves
 
         def look(part: Part) -> None:
             pictures.add(part)

@@ -130,14 +130,26 @@ class BaseTrainer:
         self.ema = None
         if self.settings.ema is not None:
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
-        self.network: nn.Module = self.model
+        self.network = self._parallel(self.model)
+
+    def _parallel(self, network: nn.Module) -> nn.Module:
+        """Return the network as training calls it: compiled, and spread over processes or GPUs."""
+        gpus = distributed.usable_gpus(self.config.n_gpu) if self.device.type == "cuda" else 0
+        if distributed.world_size() == 1 and gpus > 1:
+            if self.settings.compile:
+                raise UserError(
+                    "trainer.compile: torch cannot spread a compiled network over several GPUs from one process; set "
+                    f"it to false, or start one process per GPU: torchrun --standalone --nproc_per_node {gpus} ..."
+                )
+            return nn.DataParallel(distributed.Autocast(network, self.amp), device_ids=list(range(gpus)))
         if self.settings.compile:
-            self.network = cast("nn.Module", torch.compile(self.network))
+            network = cast("nn.Module", torch.compile(network))
         if distributed.world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.network = nn.parallel.DistributedDataParallel(self.network, device_ids=ids)
-        elif self.device.type == "cuda" and (gpus := distributed.usable_gpus(self.config.n_gpu)) > 1:
-            self.network = nn.DataParallel(self.network, device_ids=list(range(gpus)))
+            # An auxiliary head whose loss has no weight gets no gradients; the processes must not wait for them.
+            unused = not self.config.aux_weight
+            network = nn.parallel.DistributedDataParallel(network, device_ids=ids, find_unused_parameters=unused)
+        return network
 
     @property
     def deployed_model(self) -> nn.Module:

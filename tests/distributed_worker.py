@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs: ``distributed_worker.py train|die FOLDER [BATCH ACCUMULATE]``."""
+"""What each process of test_distributed.py runs: ``distributed_worker.py MODE FOLDER [BATCH ACCUMULATE]``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from base.base_trainer import seed_everything
 from tests.test_trainer import FACTS, ToyLoader, ToyNet, make_config
 from trainer import Trainer
-from utils import distributed, losses
+from utils import checkpoint, distributed, losses
 from utils.batch import Batch
 from utils.evaluation import Decision, evaluate
 
@@ -80,6 +80,26 @@ def train(folder: Path, batch_size: int, accumulate: int) -> None:
             torch.save(result, folder / "result.pth")
 
 
+def validate(folder: Path) -> None:
+    """Train with batch norm and an auxiliary head whose loss has no weight; validate, and score what was saved."""
+    config = make_config(folder, epochs=3, save_period=100, ema=0.5).model_copy(update={"aux_weight": 0.0})
+    device = distributed.choose_device(0)
+    with distributed.process_group(device):
+        seed_everything(0, True)
+        loader = ShardedLoader(8, 2, True)
+        loader.images[1::2] //= 8  # the images of the other process are dark
+        loss = losses.build("CrossEntropyLoss2d", 255)
+        val_loader = ShardedLoader(7, 3, False)
+        trainer = Trainer(config, ToyNet(aux=True), loss, loader, val_loader, FACTS, device, folder / "run")
+        scores = trainer.train()
+        distributed.barrier()  # until the main process has written it
+        saved = checkpoint.read(folder / "run/latest.pth")["ema"]
+        trainer.ema.module.load_state_dict(saved)
+        again = evaluate(trainer.evaluator(), ShardedLoader(7, 3, False), {"max": Decision("max")})
+        if distributed.is_main():
+            torch.save({"val_loss": scores["val_loss"], "again": again.loss}, folder / "result.pth")
+
+
 def die(folder: Path) -> None:
     device = distributed.choose_device(0)
     with distributed.process_group(device):
@@ -91,5 +111,7 @@ def die(folder: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "train":
         train(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    elif sys.argv[1] == "validate":
+        validate(Path(sys.argv[2]))
     else:
         die(Path(sys.argv[2]))

@@ -70,6 +70,14 @@ def test_only_the_main_process_writes(trained: dict[str, dict]) -> None:
     assert trained["two"]["log_lines"] == trained["one"]["log_lines"]
 
 
+def test_what_is_validated_is_what_is_saved(tmp_path: Path) -> None:
+    """Each process has moved batch norm's statistics by its own batches, and one of them is saved."""
+    done = torchrun(2, "validate", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "result.pth", weights_only=True)
+    assert found["val_loss"] == pytest.approx(found["again"], rel=1e-9)
+
+
 def test_a_process_that_dies_ends_the_run_with_the_cause(tmp_path: Path) -> None:
     done = torchrun(2, "die", str(tmp_path), timeout=100)
     assert done.returncode != 0

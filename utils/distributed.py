@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from utils.errors import UserError
 from utils.schema import Config
@@ -77,6 +78,34 @@ def any_process(flag: bool, device: torch.device) -> bool:
     total = torch.tensor(float(flag), device=device)
     dist.all_reduce(total)
     return bool(total.item())
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the main one's buffers: batch norm's statistics, which each has moved by its own batches."""
+    if is_active():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+class Autocast(nn.Module):
+    """Runs a network under autocast to a dtype, in whatever thread it is called.
+
+    The threads of ``torch.nn.DataParallel`` take over whether autocast is on, but not to which dtype: without this,
+    bfloat16 would become float16 there, whose gradients nothing scales.
+
+    Args:
+        network: takes images.
+        dtype: what to compute in; None: no autocast.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """Return what the network returns."""
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return self.network(images)
 
 
 def choose_device(n_gpu: int) -> torch.device:
