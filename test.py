@@ -110,15 +110,16 @@ def score(
 ) -> None:
     """Score the test data under one procedure, or under all of them."""
     import dataloaders
-    from utils import checkpoint, checks, distributed, losses, report
+    from utils import checks, distributed, losses, report
     from utils.evaluation import Decision, all_decisions, evaluate
+    from utils.facts import Facts
     from utils.predict import PredictOptions
     from utils.predictor import SCALES
     from utils.watching import Watcher
 
     config, facts = loaded.config, loaded.facts
     loader = checks.build_loader(dataloaders.build, config, "test")
-    checks.check_facts(config, facts, {"test_loader": checkpoint.Facts.of(loader.dataset)})
+    checks.check_facts(config, facts, {"test_loader": Facts.of(loader.dataset)})
     arguments = checks.loss_arguments(config, loader.dataset)
     loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments).to(device)
     scales = SCALES if "multiscale" in args.tta else (1.0,)
@@ -183,8 +184,9 @@ def calibration_note(state: Mapping[str, Any], config: Config) -> str | None:
 def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device) -> None:
     """Fit temperature and threshold on the validation data, and write a checkpoint that uses them."""
     import dataloaders
-    from utils import checkpoint, checks, distributed, fitting, report
+    from utils import checks, distributed, fitting, report
     from utils.errors import UserError
+    from utils.facts import Facts
     from utils.predict import PredictOptions
 
     config = loaded.config
@@ -198,7 +200,7 @@ def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel,
             "val_loader: absent, and train_loader has no val_split: --fit needs validation data (never the test "
             "data); give one in the config, or with --set val_loader.type=NAME --set val_loader.args.data_dir=FOLDER"
         )
-    checks.check_facts(config, loaded.facts, {"val_loader": checkpoint.Facts.of(loader.dataset)})
+    checks.check_facts(config, loaded.facts, {"val_loader": Facts.of(loader.dataset)})
     found = fitting.fit(
         evaluator_of(loaded, device),
         loader,

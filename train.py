@@ -48,6 +48,7 @@ def main() -> int:
     from trainer import Trainer
     from utils import checkpoint, checks, distributed, losses
     from utils import config as configs
+    from utils.facts import Facts
 
     stages = ("train", "val")
     resume, state = args.resume, None
@@ -69,8 +70,8 @@ def main() -> int:
             val_loader = train_loader.get_val_loader()
         else:
             val_loader = checks.build_loader(dataloaders.build, config, "val")
-        facts = checkpoint.Facts.of(train_loader.dataset)
-        others = {"val_loader": checkpoint.Facts.of(val_loader.dataset)} if val_loader is not None else {}
+        facts = Facts.of(train_loader.dataset)
+        others = {"val_loader": Facts.of(val_loader.dataset)} if val_loader is not None else {}
         checks.check_facts(config, facts, others)
         checks.warn_about_loss(config, [config.predict.train, config.predict.val])
         arguments = checkpoint.arch_arguments(config, facts)

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from base import augmentation as aug
 from base.layout import layout_problem
 from utils.errors import UserError
+from utils.facts import Facts
 from utils.images import read_image, read_label, voc_colormap
 
 log = logging.getLogger("data")
@@ -52,17 +53,6 @@ class Entry(NamedTuple):
     image: Path | None
     label: Path | None
     name: str
-
-
-class Facts(NamedTuple):
-    """What is known about a data set without its files."""
-
-    num_classes: int
-    class_names: tuple[str, ...]
-    palette: tuple[Colour, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    ignore_index: int
 
 
 class _ByteTables(NamedTuple):
@@ -146,6 +136,7 @@ class BaseDataSet(Dataset[Any]):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     ignore_index: int = 255
+    in_channels: int = 3
     splits: ClassVar[tuple[str, ...]] = ("train", "val")
     # The value that means "not labelled" in the files as load_label returns them; it becomes ignore_index.
     void_label: int | None = 255
@@ -185,7 +176,7 @@ class BaseDataSet(Dataset[Any]):
         _one_of("cache", cache, (None, "ram"))
         if in_channels < 1:
             raise ValueError(f"in_channels must be at least 1, got {in_channels}")
-        self.split, self.seed, self.in_channels, self.on_error = split, seed, in_channels, on_error
+        self.split, self.seed, self.on_error = split, seed, on_error
         self._data_dir = Path(data_dir).expanduser() if data_dir is not None else None
         facts = self.facts_for(
             data_dir=data_dir,
@@ -196,7 +187,7 @@ class BaseDataSet(Dataset[Any]):
             in_channels=in_channels,
             ignore_index=ignore_index,
         )
-        for name, value in facts._asdict().items():
+        for name, value in vars(facts).items():
             setattr(self, name, value)
         if 0 <= self.ignore_index < self.label_count:
             log.warning("ignore_index %d is also a class id: no pixel of that class will count", self.ignore_index)
@@ -258,6 +249,7 @@ class BaseDataSet(Dataset[Any]):
             mean=_per_channel("mean", mean, cls.mean, in_channels),
             std=_per_channel("std", std, cls.std, in_channels),
             ignore_index=cls.ignore_index if ignore_index is None else ignore_index,
+            in_channels=in_channels,
         )
 
     @classmethod
@@ -270,7 +262,7 @@ class BaseDataSet(Dataset[Any]):
     @property
     def facts(self) -> Facts:
         """The facts as they hold for this instance: plain Python values."""
-        return Facts(*(getattr(self, name) for name in Facts._fields))
+        return Facts.of(self)
 
     @property
     def label_count(self) -> int:

@@ -29,7 +29,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 import models
-from utils.checkpoint import Facts, LoadedModel
+from utils.checkpoint import LoadedModel
+from utils.facts import Facts
 from utils.palette import default_palette
 from utils.predictor import SCALES, Predictor
 

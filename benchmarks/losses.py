@@ -74,7 +74,7 @@ class Study:
         import torch
 
         import dataloaders
-        from utils.checkpoint import Facts
+        from utils.facts import Facts
 
         self.recipe, self.device = recipe, torch.device(device)
         shared = {"size": recipe.size, "batch_size": recipe.batch_size, "num_workers": 0, "cache": "ram"}

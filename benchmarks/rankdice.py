@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, interpolate
 
 from utils.rankdice import rank_dice
-from utils.rankdice_integral import Facts, Pixels, decay, integrate, power_sums
+from utils.rankdice_integral import Pixels, RowFacts, decay, integrate, power_sums
 
 SHAPES: list[tuple[int, ...]] = [
     (1, 2, 512, 512),
@@ -150,7 +150,7 @@ def exact_score(row: Tensor, volume: int, metric: str) -> float:
     values = row.double().sort(descending=True).values.unsqueeze(0)
     none = values.new_zeros(1, 1)
     power = power_sums(values)
-    facts = Facts(power, none[0], torch.ones(1, dtype=torch.bool, device=row.device))
+    facts = RowFacts(power, none[0], torch.ones(1, dtype=torch.bool, device=row.device))
     pixels = Pixels(values, torch.zeros(1, dtype=torch.int64, device=row.device), torch.zeros_like(power), none, none)
     at = torch.full((1, 1), volume - 1, device=row.device)
     rate = decay(metric, 0.0, power[:, :1], pixels.volumes.gather(1, at), pixels.mass.gather(1, at))

@@ -104,8 +104,8 @@ def make_trainer(args: argparse.Namespace, arch_args: dict[str, Any], folder: Pa
     import models
     from trainer import Trainer
     from utils import losses
-    from utils.checkpoint import Facts
     from utils.config import resolve
+    from utils.facts import Facts
 
     base = {
         "epochs": 100_000,

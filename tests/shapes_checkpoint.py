@@ -11,6 +11,7 @@ import models
 from dataloaders.shapes.dataset import Shapes
 from utils import checkpoint
 from utils.config import resolve
+from utils.facts import Facts
 
 
 def loader(split: str, length: int = 7, **args: Any) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def write_checkpoint(path: Path, **changes: Any) -> Path:
             "state_dict": model.state_dict(),
             "optimizer": {"state": {}},
             "config": resolve(raw_config(**changes)).model_dump(),
-            "facts": checkpoint.Facts.of(Shapes).to_dict(),
+            "facts": Facts.of(Shapes).to_dict(),
         },
         path,
     )

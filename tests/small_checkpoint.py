@@ -11,6 +11,7 @@ import torch
 import models
 from utils import checkpoint
 from utils.config import resolve
+from utils.facts import Facts
 from utils.palette import default_palette
 
 NAMES = ("background", "dog / cat", "car", "tree", "sky", "road")
@@ -34,7 +35,7 @@ def write_checkpoint(path: Path, num_classes: int = 4, in_channels: int = 3, cro
         "trainer": {"val": False, "monitor": "off"},
         "predict": {"test": "rankdice", **predict},
     }
-    facts = checkpoint.Facts(
+    facts = Facts(
         num_classes=num_classes,
         class_names=NAMES[1:2] if num_classes == 1 else NAMES[:num_classes],
         palette=default_palette(2)[1:] if num_classes == 1 else default_palette(num_classes),

@@ -22,8 +22,9 @@ from tests.test_evaluation import data
 from tests.test_report import config
 from utils import html_report, report
 from utils.calibration import Reliability
-from utils.checkpoint import Facts, LoadedModel
+from utils.checkpoint import LoadedModel
 from utils.evaluation import Evaluator, Part, all_decisions, evaluate
+from utils.facts import Facts
 from utils.gallery import Gallery
 from utils.palette import default_palette
 from utils.predict import PredictOptions

@@ -17,8 +17,8 @@ from utils.calibration import (
     fit_temperature,
     sample_calibration,
 )
-from utils.checkpoint import Facts
 from utils.evaluation import Part
+from utils.facts import Facts
 from utils.losses import gives_probabilities
 from utils.metrics import Metrics
 from utils.predict import PredictOptions, predict_threshold, probabilities

@@ -25,8 +25,9 @@ from dataloaders import LOADERS
 from models import MODELS
 from utils import checkpoint
 from utils import config as configs
-from utils.checkpoint import Facts, config_of, load_model, read, save
+from utils.checkpoint import config_of, load_model, read, save
 from utils.errors import UserError
+from utils.facts import Facts
 
 FACTS = Facts(
     num_classes=3,

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from utils import checks, cli, errors
-from utils.checkpoint import Facts
 from utils.config import resolve
 from utils.errors import UserError, did_you_mean
+from utils.facts import Facts
 from utils.registry import Registry
 from utils.schema import Config
 from utils.signatures import check_arguments, parameters

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from utils.batch import Batch
-from utils.checkpoint import Facts
 from utils.cost import Clock, cpu_peak
 from utils.errors import UserError
 from utils.evaluation import Decision, Evaluator, Part, all_decisions, evaluate
+from utils.facts import Facts
 from utils.losses import build
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, PredictOptions, probabilities

@@ -18,7 +18,8 @@ import models
 from tests.small_checkpoint import NAMES, photo, write_checkpoint
 from tests.test_models import calibrate
 from utils import errors, export
-from utils.checkpoint import Facts, LoadedModel
+from utils.checkpoint import LoadedModel
+from utils.facts import Facts
 from utils.predictor import Predictor
 from utils.rankdice import rank_dice
 

@@ -17,8 +17,9 @@ from tests.test_report import config
 from utils import html_charts, report
 from utils.batch import Batch
 from utils.calibration import Reliability
-from utils.checkpoint import Facts, LoadedModel
+from utils.checkpoint import LoadedModel
 from utils.evaluation import Evaluator, Part, all_decisions, evaluate
+from utils.facts import Facts
 from utils.gallery import BOTH_WRONG, MAX_RIGHT, RANKDICE_RIGHT, UNASSIGNED, Gallery
 from utils.html_report import expected_points, page
 from utils.metrics import Metrics, count

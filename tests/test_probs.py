@@ -11,8 +11,8 @@ from PIL import Image
 
 from tests.small_checkpoint import NAMES
 from utils import decode, probs
-from utils.checkpoint import Facts
 from utils.errors import UserError
+from utils.facts import Facts
 from utils.palette import default_palette
 from utils.predict import PROCEDURES, PredictOptions
 

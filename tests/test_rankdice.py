@@ -21,7 +21,7 @@ from tests.reference_rankdice import (
 )
 from utils import rankdice_exact
 from utils.rankdice import IOU_SOLVERS, METRICS, SOLVERS, RankDice, label_map, rank_dice
-from utils.rankdice_integral import Facts, Runs, lower_bound, upper_bound
+from utils.rankdice_integral import RowFacts, Runs, lower_bound, upper_bound
 
 SMOOTHS = (0.0, 0.3, 1.0, 20.0)
 EXACT = settings(max_examples=60, deadline=None, derandomize=True)
@@ -204,7 +204,7 @@ def test_bounds_hold_at_every_volume(row: list[float], smooth: float, cuts: list
         high=torch.stack([p.max() for p in parts]).unsqueeze(0) * 1.01,
     )
     power = torch.stack([(probs**n).sum() for n in range(1, 5)]).unsqueeze(0)
-    facts = Facts(power, torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
+    facts = RowFacts(power, torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
     bound = runs.upper(metric, smooth, facts)[0]
     for k, (a, b) in enumerate(itertools.pairwise(edges)):
         if probs[a] > 0:

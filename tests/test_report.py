@@ -14,10 +14,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils import report
-from utils.checkpoint import Facts, LoadedModel
+from utils.checkpoint import LoadedModel
 from utils.config import resolve
 from utils.errors import UserError
 from utils.evaluation import Evaluation
+from utils.facts import Facts
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, PredictOptions
 

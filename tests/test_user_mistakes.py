@@ -27,6 +27,7 @@ import train as train_script
 from models import MODELS
 from utils import checkpoint, errors
 from utils import config as configs
+from utils.facts import Facts
 from utils.images import write_png
 from utils.palette import default_palette
 
@@ -79,7 +80,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "other_arch.json").write_text(json.dumps(CONFIG | {"arch": {"type": "UNet", "args": {"width": 4}}}))
     torch.manual_seed(0)
     model = models.build("UNet", 3, width=2)
-    facts = checkpoint.Facts(3, tuple(CLASSES), default_palette(3), (0.5,) * 3, (0.2,) * 3, 255)
+    facts = Facts(3, tuple(CLASSES), default_palette(3), (0.5,) * 3, (0.2,) * 3, 255)
     raw = configs.resolve(CONFIG, models=MODELS).model_dump()
     state = {"format": 2, "epoch": 1, "state_dict": model.state_dict(), "config": raw, "facts": facts.to_dict()}
     checkpoint.save(state, folder / "good.pth")

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.checkpoint import Facts
 from utils.evaluation import Part
+from utils.facts import Facts
 from utils.metrics import Counts, image_scores
 from utils.predict import Activation, probabilities
 

@@ -25,7 +25,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -38,53 +38,12 @@ from torch import nn
 from utils import config as configs
 from utils.config_checks import dead_arguments
 from utils.errors import UserError
+from utils.facts import Facts
 from utils.predict import Activation
 from utils.schema import Config
 from utils.signatures import parameters
 
 FORMAT = 2
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What using a model needs to know of the data it was trained on.
-
-    ``mean`` and ``std`` are per channel for intensities in [0, 1]; ``palette`` has one RGB triple per class.
-    """
-
-    num_classes: int
-    class_names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    ignore_index: int
-    in_channels: int = 3
-
-    @classmethod
-    def of(cls, dataset: Any) -> Facts:
-        """Return the facts of a data set (an object or, for its defaults, a class)."""
-        return cls(
-            num_classes=int(dataset.num_classes),
-            class_names=tuple(str(n) for n in dataset.class_names),
-            palette=tuple((int(r), int(g), int(b)) for r, g, b in dataset.palette),
-            mean=tuple(float(v) for v in dataset.mean),
-            std=tuple(float(v) for v in dataset.std),
-            ignore_index=int(dataset.ignore_index),
-            in_channels=len(dataset.mean),
-        )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Facts:
-        """Return the facts that :meth:`to_dict` wrote."""
-        values = dict(values)
-        values["palette"] = tuple(tuple(colour) for colour in values["palette"])
-        for key in ("class_names", "mean", "std"):
-            values[key] = tuple(values[key])
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain lists and numbers."""
-        return asdict(self)
 
 
 @dataclass

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from utils.checkpoint import Facts
 from utils.config_checks import PER_CLASS_SCORES
 from utils.errors import UserError, did_you_mean
+from utils.facts import Facts
 from utils.losses import LOSSES, gives_probabilities
 from utils.schema import Config
 

@@ -20,7 +20,7 @@ from utils.errors import UserError, run
 if TYPE_CHECKING:
     import numpy as np
 
-    from utils.checkpoint import Facts
+    from utils.facts import Facts
     from utils.predictor import Predictor
 
 PROCEDURES = {"T": "T: above the threshold", "max": "max: most probable class", "rankdice": "rankdice: highest Dice"}

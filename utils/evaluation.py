@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from utils import distributed, tiling
 from utils.batch import Batch, Normalize, equal_sizes
-from utils.checkpoint import Facts
 from utils.cost import Clock
 from utils.errors import UserError
+from utils.facts import Facts
 from utils.metrics import Counts, Metrics
 from utils.predict import PROCEDURES, Activation, Prediction, PredictOptions, probabilities
 

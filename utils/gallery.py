@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.checkpoint import Facts
 from utils.evaluation import Part
+from utils.facts import Facts
 from utils.metrics import image_scores
 from utils.palette import complete_palette, displayable
 from utils.probs import mask_labels

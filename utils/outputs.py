@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from utils.checkpoint import Facts
 from utils.errors import UserError
+from utils.facts import Facts
 from utils.images import write_bytes, write_png
 from utils.palette import overlay, write_mask
 from utils.predictor import Segmentation

@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from utils.checkpoint import Facts
 from utils.errors import UserError
+from utils.facts import Facts
 from utils.images import write_bytes
 from utils.palette import write_mask
 from utils.predict import Prediction, PredictOptions, label_map

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.rankdice_integral import BLOCK, POWERS, Facts, Pixels, Runs, best_volume, block_sum, empty_score
+from utils.rankdice_integral import BLOCK, POWERS, Pixels, RowFacts, Runs, best_volume, block_sum, empty_score
 
 # From this mean volume on, four power sums stand for any set of pixels: what they leave out is less than
 # 36 / mu^4 < 1e-10 of the score. Below it only pixels with p <= mu / SERIES_MEAN may enter so; of the others there are
@@ -179,7 +179,7 @@ def solve(
     bins = min(MOST_BINS, max(LEAST_BINS, 1 << (rows.shape[1] // PIXELS_PER_BIN).bit_length()))
     bins = bins if rows.shape[1] >= FEW_PIXELS else 2
     for index in chosen.split(max(1, budget // (bins * 8 * 64))):
-        facts = Facts(_row_power_sums(task, index), highest.new_zeros(index.numel()).double(), active[index])
+        facts = RowFacts(_row_power_sums(task, index), highest.new_zeros(index.numel()).double(), active[index])
         # Some volume scores about S2 / S1 or more: a mask cut at a uniformly random height has mean mass S2 and mean
         # volume S1; and the best cut is about half the best score. The bounds check what this only makes likely.
         half_score = 0.45 * facts.power[:, 1] / facts.mean.clamp(min=1e-300)
@@ -190,7 +190,7 @@ def solve(
 
 
 def _solve_rows(
-    task: Task, index: Tensor, facts: Facts, highest: Tensor, cut: Tensor, bins: int, retries: int
+    task: Task, index: Tensor, facts: RowFacts, highest: Tensor, cut: Tensor, bins: int, retries: int
 ) -> Volumes:
     """Solve rows ``index``, looking first at the pixels from probability ``cut`` up."""
     info = torch.finfo(task.rows.dtype)
@@ -415,7 +415,7 @@ class Search:
         return Band(self.low, self.high, torch.where(self.low <= self.high, end - rank, 0), rank, self.above + above)
 
 
-def _search(task: Task, facts: Facts, sweep: Sweep, rank: Tensor, above: Tensor, orders: int) -> Search:
+def _search(task: Task, facts: RowFacts, sweep: Sweep, rank: Tensor, above: Tensor, orders: int) -> Search:
     """Bound the scores of the volumes in each bin; ``rank`` pixels with power sums ``above`` precede the bins.
 
     Raises ``facts.lower`` where a volume at the end of a bin is known to score more. ``orders``: see
@@ -428,14 +428,14 @@ def _search(task: Task, facts: Facts, sweep: Sweep, rank: Tensor, above: Tensor,
     return Search(low, high, counts, ranks, powers, above)
 
 
-def _left_over(task: Task, facts: Facts, runs: Runs) -> tuple[Tensor, Tensor]:
+def _left_over(task: Task, facts: RowFacts, runs: Runs) -> tuple[Tensor, Tensor]:
     """Return the first and the last run whose upper bound reaches the lower bound of the row."""
     able = runs.upper(task.metric, task.smooth, facts) >= (facts.lower * (1 - SLACK)).unsqueeze(1)
     number = torch.arange(able.shape[1], device=able.device).expand_as(able)
     return torch.where(able, number, able.shape[1]).amin(1), torch.where(able, number, -1).amax(1)
 
 
-def _first_band(task: Task, facts: Facts, sweep: Sweep) -> tuple[Band, Tensor]:
+def _first_band(task: Task, facts: RowFacts, sweep: Sweep) -> tuple[Band, Tensor]:
     """Return the band, and which rows may have their best volume among the pixels under the sweep's cut."""
     none = torch.zeros_like(sweep.index)
     search = _search(task, facts, sweep, none, torch.zeros_like(facts.power), 1)
@@ -483,7 +483,7 @@ class Ragged:
         return torch.where(real, self.values[place.clamp_(max=self.values.numel() - 1)], 0.0)
 
 
-def _solve_easy(task: Task, sweep: Sweep, facts: Facts, band: Band, easy: Tensor) -> Volumes:
+def _solve_easy(task: Task, sweep: Sweep, facts: RowFacts, band: Band, easy: Tensor) -> Volumes:
     """Solve the rows ``easy`` (bool) of a sweep: their bands are small."""
     row, values = sweep.within(band, easy)
     part = easy.nonzero().view(-1)
@@ -494,7 +494,7 @@ def _solve_easy(task: Task, sweep: Sweep, facts: Facts, band: Band, easy: Tensor
 
 def _solve_band(
     task: Task,
-    facts: Facts,
+    facts: RowFacts,
     band: Band,
     padded: Callable[[Tensor, int], Tensor],
     left_ties: Tensor | None = None,
@@ -527,7 +527,7 @@ def _solve_band(
     return found
 
 
-def _choose(task: Task, facts: Facts, pixels: Pixels, left_ties: Tensor) -> Volumes:
+def _choose(task: Task, facts: RowFacts, pixels: Pixels, left_ties: Tensor) -> Volumes:
     """Return the best volume of each row, 0 where nothing may be chosen or the empty mask scores as much."""
     where, score = best_volume(task.metric, task.smooth, facts, pixels)
     cut = pixels.values.gather(1, where.unsqueeze(1))
@@ -557,7 +557,7 @@ def _last_value(values: Tensor) -> Tensor:
 # --- rows with wide bands: plateaus, and maps with next to no contrast ------------------------------------------------
 
 
-def _solve_heavy(task: Task, index: Tensor, facts: Facts, low: Tensor, high: Tensor) -> Volumes:
+def _solve_heavy(task: Task, index: Tensor, facts: RowFacts, low: Tensor, high: Tensor) -> Volumes:
     """Solve rows ``index``, whose best volumes end between probabilities ``low`` and ``high``.
 
     The interval is cut into bins again and again, until few pixels, one single value, or no progress is left.
@@ -590,7 +590,7 @@ def _solve_heavy(task: Task, index: Tensor, facts: Facts, low: Tensor, high: Ten
     return found
 
 
-def _solve_wide(task: Task, index: Tensor, facts: Facts, band: Band) -> Volumes:
+def _solve_wide(task: Task, index: Tensor, facts: RowFacts, band: Band) -> Volumes:
     """Solve rows by all the pixels of their bands, however many."""
     row, values = Sweep(task, index, band.low, band.high, facts.mean, 2).pixels()
     ragged = Ragged.sort(row, values, band.count)
@@ -598,7 +598,7 @@ def _solve_wide(task: Task, index: Tensor, facts: Facts, band: Band) -> Volumes:
     return _solve_band(task, facts, band, lambda part, width: ragged.padded(part, band.count, width), extra=extra)
 
 
-def _solve_plateau(task: Task, index: Tensor, facts: Facts, band: Band) -> Volumes:
+def _solve_plateau(task: Task, index: Tensor, facts: RowFacts, band: Band) -> Volumes:
     """Solve rows whose bands hold one single probability: their volumes need no pixels to be scored."""
     value, start, end = band.high, torch.zeros_like(band.count), band.count
     steps = torch.arange(PLATEAU_PARTS + 1, device=index.device)
@@ -625,7 +625,7 @@ def _solve_plateau(task: Task, index: Tensor, facts: Facts, band: Band) -> Volum
     return _solve_band(task, facts, part, padded, band.count - end, _extra(task, index, facts, band))
 
 
-def _extra(task: Task, index: Tensor, facts: Facts, band: Band) -> tuple[Tensor, Tensor]:
+def _extra(task: Task, index: Tensor, facts: RowFacts, band: Band) -> tuple[Tensor, Tensor]:
     """Return the pixels above and below the bands that power sums cannot stand for, ``(R, 2 BLOCK)`` at most each."""
     nothing = facts.power.new_zeros(index.numel(), 1)
     few = facts.mean < SERIES_MEAN

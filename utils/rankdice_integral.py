@@ -31,7 +31,7 @@ TOLERANCE = 1e-10  # twice the nodes must give the same score, relative
 
 
 @dataclass
-class Facts:
+class RowFacts:
     """What is known about some rows.
 
     Attributes:
@@ -54,8 +54,8 @@ class Facts:
         """Return v."""
         return (self.power[:, 0] - self.power[:, 1]).clamp(min=0)
 
-    def __getitem__(self, index: Tensor) -> Facts:
-        return Facts(self.power[index], self.lower[index], self.searched[index])
+    def __getitem__(self, index: Tensor) -> RowFacts:
+        return RowFacts(self.power[index], self.lower[index], self.searched[index])
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Runs:
     low: Tensor
     high: Tensor
 
-    def upper(self, metric: str, smooth: float, facts: Facts) -> Tensor:
+    def upper(self, metric: str, smooth: float, facts: RowFacts) -> Tensor:
         """Return a bound ``(R, B)`` that no volume ``rank + t``, ``1 <= t <= count``, exceeds; -inf for empty runs.
 
         ``C(rank + t)`` is at most ``mass + high t`` and at most ``mass + own - low (count - t)``. Under either line
@@ -185,7 +185,7 @@ class Runs:
             best = torch.maximum(best, score)
         return best.masked_fill_(self.count <= 0, -torch.inf)
 
-    def lower(self, metric: str, smooth: float, facts: Facts) -> Tensor:
+    def lower(self, metric: str, smooth: float, facts: RowFacts) -> Tensor:
         """Return a score ``(R,)`` that the best volume reaches, from the volumes at the ends of the runs."""
         volume = self.rank + self.count
         score = lower_bound(metric, smooth, facts.mean.unsqueeze(1), volume.clamp(min=1), self.mass + self.own)
@@ -226,7 +226,7 @@ def decay(metric: str, smooth: float, mean: Tensor, volume: Tensor, mass: Tensor
 
 
 def integrate(
-    metric: str, smooth: float, facts: Facts, pixels: Pixels, rate: Tensor, nodes: int, at: Tensor | None = None
+    metric: str, smooth: float, facts: RowFacts, pixels: Pixels, rate: Tensor, nodes: int, at: Tensor | None = None
 ) -> Tensor:
     """Return the exact scores ``(R, W)`` of ``pixels.volumes``, or ``(R, 1)`` of the volume at column ``at``.
 
@@ -288,7 +288,9 @@ def _last(sums: Tensor, at: Tensor | None) -> Tensor:
     return sums[..., -1:] - sums if at is None else block_sum(sums).unsqueeze(-1)
 
 
-def best_volume(metric: str, smooth: float, facts: Facts, pixels: Pixels, nodes: int = NODES) -> tuple[Tensor, Tensor]:
+def best_volume(
+    metric: str, smooth: float, facts: RowFacts, pixels: Pixels, nodes: int = NODES
+) -> tuple[Tensor, Tensor]:
     """Return the column ``(R,)`` of the best of ``pixels.volumes`` and its score.
 
     Bounds leave a window of volumes. They are scored with ``nodes`` nodes, and the winner with twice as many; rows in
@@ -328,7 +330,7 @@ def best_volume(metric: str, smooth: float, facts: Facts, pixels: Pixels, nodes:
     return where, exact.clamp_(max=1)
 
 
-def empty_score(smooth: float, facts: Facts, pixels: Pixels, series_from: float) -> Tensor:
+def empty_score(smooth: float, facts: RowFacts, pixels: Pixels, series_from: float) -> Tensor:
     """Return ``E[g / (g + |Y|)]`` ``(R,)``, the score of the empty mask for g > 0.
 
     With ``F(inf) = P(|Y| = 0)`` taken out, what is left under the integral falls at least like exp(-s).

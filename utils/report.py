@@ -17,11 +17,12 @@ import torch
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoint import Facts, LoadedModel
+from utils.checkpoint import LoadedModel
 from utils.comparison import compare, image_means, worst_mean
 from utils.config_checks import unwritable
 from utils.errors import UserError
 from utils.evaluation import Evaluation
+from utils.facts import Facts
 from utils.schema import Component, Config
 
 # The table of the comparison: field of the results, heading.

@@ -1,0 +1,49 @@
+"""What is known about a data set without its files, and all that using a trained model needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Classes, colours, normalisation and ignore index of a data set: plain Python values.
+
+    ``palette`` has one RGB triple per class; ``mean`` and ``std`` are per channel, for intensities in [0, 1].
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    ignore_index: int
+    in_channels: int = 3
+
+    @classmethod
+    def of(cls, dataset: Any) -> Facts:
+        """Return the facts of a data set (an object or, for its defaults, a class)."""
+        return cls(
+            num_classes=int(dataset.num_classes),
+            class_names=tuple(str(n) for n in dataset.class_names),
+            palette=tuple((int(r), int(g), int(b)) for r, g, b in dataset.palette),
+            mean=tuple(float(v) for v in dataset.mean),
+            std=tuple(float(v) for v in dataset.std),
+            ignore_index=int(dataset.ignore_index),
+            in_channels=len(dataset.mean),
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Facts:
+        """Return the facts that :meth:`to_dict` wrote."""
+        values = dict(values)
+        values["palette"] = tuple(tuple(colour) for colour in values["palette"])
+        for key in ("class_names", "mean", "std"):
+            values[key] = tuple(values[key])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain lists and numbers."""
+        return asdict(self)
