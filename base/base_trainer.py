@@ -22,9 +22,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils import checkpoint, distributed, lr_scheduler, optim
 from utils import config as configs
-from utils.checkpoint import Facts
 from utils.checks import built
 from utils.errors import UserError
+from utils.facts import Facts
 from utils.logger import RunLog
 from utils.loss_base import SegmentationLoss
 from utils.schema import Config

@@ -19,9 +19,9 @@ from base.base_trainer import BEST, LATEST, Interrupted, newest_run, run_folder,
 from trainer import Trainer
 from utils import checkpoint, losses
 from utils.batch import Batch
-from utils.checkpoint import Facts
 from utils.config import resolve
 from utils.errors import UserError
+from utils.facts import Facts
 
 CLASSES = 3
 FACTS = Facts(
