@@ -136,7 +136,7 @@ class BaseTrainer:
         """Return the network as training calls it: compiled, and spread over processes or GPUs."""
         gpus = distributed.usable_gpus(self.config.n_gpu) if self.device.type == "cuda" else 0
         if distributed.world_size() == 1 and gpus > 1:
-            if self.settings.compile:
+            if self.settings.compile:  # replicating torch.compile's wrapper takes the original's parameters away
                 raise UserError(
                     "trainer.compile: torch cannot spread a compiled network over several GPUs from one process; set "
                     f"it to false, or start one process per GPU: torchrun --standalone --nproc_per_node {gpus} ..."

@@ -72,10 +72,3 @@ def test_a_compiled_network_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     trainer.settings = trainer.settings.model_copy(update={"compile": True})
     with pytest.raises(UserError, match=r"trainer\.compile.*torchrun --standalone --nproc_per_node 2"):
         trainer._parallel(trainer.model)
-
-
-def test_torch_still_breaks_a_compiled_network_in_replicas() -> None:
-    """Why it is refused: replicating empties the original. When this fails, torch has learnt it."""
-    model = nn.Conv2d(3, 4, 1)
-    torch.compile(model, backend="eager")._replicate_for_data_parallel()
-    assert not list(model.parameters())
