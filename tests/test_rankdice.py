@@ -181,6 +181,7 @@ def test_the_score_is_the_mean_dice_of_drawn_labels() -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 @EXACT
+@example(row=[1.0, 1.0, 0.0], smooth=0.0, cuts=[])
 @given(row=row, smooth=st.sampled_from(SMOOTHS), cuts=st.lists(st.integers(1, 13), max_size=3))
 def test_bounds_hold_at_every_volume(row: list[float], smooth: float, cuts: list[int], metric: str) -> None:
     probs = torch.tensor(sorted(row, reverse=True), dtype=torch.float64)

@@ -175,12 +175,14 @@ class Runs:
         the leading term of the score is monotone in t, so that it is largest at an end or where the lines cross.
         """
         mean, variance = facts.mean.unsqueeze(1), facts.variance.unsqueeze(1)
-        crossing = (self.own - self.low * self.count) / (self.high - self.low).clamp(min=1e-300)
+        # A run's upper edge may lie above 1; a line as steep as that would cross the other one too early.
+        high = self.high.clamp(max=1)
+        crossing = (self.own - self.low * self.count) / (high - self.low).clamp(min=1e-300)
         crossing = torch.maximum(torch.minimum(crossing, self.count), torch.ones_like(crossing))
         best = torch.full_like(self.rank, -torch.inf)
-        first, first_mass = self.rank + 1, self.mass + self.high
+        first, first_mass = self.rank + 1, self.mass + high
         for t in (torch.ones_like(crossing), crossing, self.count):
-            most = torch.minimum(self.mass + self.high * t, self.mass + self.own - self.low * (self.count - t))
+            most = torch.minimum(self.mass + high * t, self.mass + self.own - self.low * (self.count - t))
             score = upper_bound(metric, smooth, mean, variance, first, first_mass, self.rank + t, most)
             best = torch.maximum(best, score)
         return best.masked_fill_(self.count <= 0, -torch.inf)
