@@ -9,6 +9,7 @@ docs/testing.md.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +47,12 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="fit temperature and threshold on the validation data and write NAME_calibrated.pth, instead of scoring",
     )
-    add("-o", "--output", metavar="FOLDER", help="folder of the results (default: beside the checkpoint)")
+    add(
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        help="folder of the results (default: beside best_model.pth; for another NAME.pth the folder NAME beside it)",
+    )
     add("--limit", type=int, metavar="N", help="only the first N images")
     add("--tta", nargs="+", choices=VIEWS, default=[], help="average the probabilities over mirror images, over scales")
     add("--save-masks", action="store_true", help="write masks/PROCEDURE/NAME.png, palette PNGs, beside the results")
@@ -72,8 +78,9 @@ def main() -> int:
 
     state = checkpoint.read(args.resume)
     stages = ("test",) if not args.fit else ("val",)
+    overrides = from_val_loader(state.get("config"), args.config, overrides)
     config = checkpoint.config_of(state, args.resume, args.config, overrides, stages=stages)
-    folder = report.prepare_folder(args.output or config.tester.out_dir or Path(args.resume).parent)
+    folder = report.prepare_folder(results_folder(args, config))
     device = distributed.choose_device(config.n_gpu)
     with distributed.process_group(device):
         seed_everything(config.seed, config.deterministic)
@@ -83,6 +90,43 @@ def main() -> int:
         else:
             score(args, state, loaded, device, folder)
     return 0
+
+
+def from_val_loader(stored: Any, given: str | None, overrides: list[str]) -> list[str]:
+    """Let ``--set test_loader.args...`` start from the val_loader where there is no test_loader: it is what is scored.
+
+    Args:
+        stored: the config in the checkpoint.
+        given: a config file that replaces it.
+        overrides: of the command line.
+    """
+    from utils import config as configs
+
+    raw = configs.read(given) if given else stored
+    first = next((i for i, item in enumerate(overrides) if item.startswith("test_loader.args.")), None)
+    whole = any(item.startswith(("test_loader=", "test_loader.type=")) for item in overrides)
+    if first is None or whole or not isinstance(raw, Mapping) or raw.get("test_loader") is not None:
+        return overrides
+    scored = configs.override(raw, overrides[:first]).get("val_loader")
+    if scored is None:
+        return overrides
+    return [*overrides[:first], f"test_loader={json.dumps(scored)}", *overrides[first:]]
+
+
+def results_folder(args: argparse.Namespace, config: Config) -> Path:
+    """Return where results go; those of two checkpoints of one folder never to the same place unless ``-o`` says so.
+
+    What ``--fit`` writes goes beside the checkpoint.
+    """
+    from base.base_trainer import BEST
+
+    path = Path(args.resume)
+    if args.output or args.fit:
+        return Path(args.output or path.parent)
+    folder = Path(config.tester.out_dir or path.parent)
+    if path.name == BEST:
+        return folder
+    return folder / (path.stem if path.suffix else f"{path.name}_results")
 
 
 def evaluator_of(loaded: LoadedModel, device: torch.device, **changes: Any) -> Evaluator:
@@ -159,9 +203,15 @@ def score(
         fitted=calibration_note(state, config),
     )
     print(report.text(results))
+    replaced = report.other_checkpoint(folder, loaded.path)
+    stale = not everything and (folder / report.PAGE).exists()
     written = report.write(results, outcome, facts, folder)
+    if replaced:
+        print(f"replaced: the results of {replaced}")
+    if stale:
+        print(f"removed: {folder / report.PAGE}, which was of an earlier run; -p all writes it")
     if everything:
-        written.append(watcher.write_page(folder / "report.html", results, outcome, sys.argv))
+        written.append(watcher.write_page(folder / report.PAGE, results, outcome, sys.argv))
     if config.tester.tensorboard:
         report.write_scalars(results, folder)
     for path in [*written, *watcher.folders]:

@@ -109,6 +109,15 @@ def test_the_protocol_says_what_was_measured_and_how() -> None:
     assert found["resolution"] == "shorter side to 380, centre crop 380 x 400"
 
 
+def test_validation_data_in_another_folder_are_not_taken_for_test_data() -> None:
+    moved = {"type": "VOC", "args": {"data_dir": "copy", "split": "val"}}
+    assert "in another folder" in report.optimism(config(test_loader=moved))
+    moved["args"]["split"] = "test"
+    assert report.optimism(config(test_loader=moved)) is None
+    folders = [{"type": "Folder", "args": {"data_dir": name}} for name in ("val", "test")]
+    assert report.optimism(config(val_loader=folders[0], test_loader=folders[1])) is None
+
+
 def test_results_are_strict_json_with_null_for_what_nothing_defines() -> None:
     text = json.dumps(content(), allow_nan=False)
     assert json.loads(text)["procedures"]["max"]["Class_IoU"]["car"] is None

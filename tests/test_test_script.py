@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.shapes_checkpoint import loader, write_checkpoint
+from tests.shapes_checkpoint import loader, raw_config, write_checkpoint
 from utils import decode
 from utils.errors import UserError
 
@@ -152,6 +152,54 @@ def test_test_data_that_chose_the_checkpoint_are_said_to_be_optimistic(tmp_path,
     path = write_checkpoint(tmp_path / "a.pth", test_loader=None)
     out = run(monkeypatch, capsys, "-r", path, "-p", "max")
     assert "scores are optimistic" in " ".join(out.split())
+
+
+def test_moved_data_of_a_config_without_a_test_loader(tmp_path, monkeypatch, capsys) -> None:
+    """``test_loader`` falls back to ``val_loader``, and so does what ``--set`` changes of it."""
+    path = write_checkpoint(tmp_path / "best_model.pth", test_loader=None)
+    run(monkeypatch, capsys, "-r", path, "-p", "max", "--set", "test_loader.args.length=4")
+    protocol = results(tmp_path)["protocol"]
+    assert (protocol["data"], protocol["split"], protocol["images"]) == ("Shapes", "val", 4)
+    # What was set before of the val_loader counts; a test_loader that the command line names is that one alone.
+    before = ["--set", "val_loader.args.length=5", "--set", "test_loader.args.batch_size=2"]
+    run(monkeypatch, capsys, "-r", path, "-p", "max", *before)
+    assert results(tmp_path)["protocol"]["images"] == 5
+    named = ["--set", "test_loader.args.classes=4", "--set", "test_loader.type=VOC"]
+    with pytest.raises(UserError, match=r"test_loader\.args"):
+        run(monkeypatch, capsys, "-r", path, "-p", "max", *named)
+    given = tmp_path / "config.json"
+    given.write_text(json.dumps(raw_config(test_loader=None, val_loader=loader("test", 6))))
+    run(monkeypatch, capsys, "-r", path, "-c", given, "-p", "max", "--set", "test_loader.args.length=3")
+    protocol = results(tmp_path)["protocol"]
+    assert (protocol["split"], protocol["images"]) == ("test", 3)
+
+
+def test_results_of_two_checkpoints_of_a_folder_stay_apart(tmp_path, monkeypatch, capsys) -> None:
+    """Files side by side belong together: the page goes when the scores beside it change."""
+    best, other = (write_checkpoint(tmp_path / name) for name in ("best_model.pth", "best_model_calibrated.pth"))
+    files = ["results.json", "per_image.csv", "report.html"]
+    limit = ("--limit", 2)
+    run(monkeypatch, capsys, "-r", best, "-p", "all", *limit)
+    before = {name: (tmp_path / name).read_bytes() for name in files}
+    out = run(monkeypatch, capsys, "-r", other, "-p", "rankdice", *limit)
+    assert {name: (tmp_path / name).read_bytes() for name in files} == before
+    apart = tmp_path / "best_model_calibrated"
+    assert sorted(p.name for p in apart.iterdir()) == ["per_image.csv", "results.json"]
+    assert f"written: {apart / 'results.json'}" in out
+    assert "replaced" not in out
+    assert "removed" not in out
+
+    out = run(monkeypatch, capsys, "-r", best, "-p", "max", *limit)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == sorted([best.name, other.name, *files[:2]])
+    assert f"removed: {tmp_path / 'report.html'}" in out
+    out = run(monkeypatch, capsys, "-r", other, "-p", "max", *limit, "-o", tmp_path)
+    assert f"replaced: the results of {best}" in out
+    # A folder that the config names is shared by all checkpoints of its run.
+    there = ["--set", f"tester.out_dir={tmp_path / 'there'}"]
+    run(monkeypatch, capsys, "-r", best, "-p", "max", *limit, *there)
+    run(monkeypatch, capsys, "-r", other, "-p", "max", *limit, *there)
+    for folder, path in ((tmp_path / "there", best), (tmp_path / "there/best_model_calibrated", other)):
+        assert results(folder)["protocol"]["checkpoint"] == str(path)
 
 
 def test_views_limits_and_their_mention(checkpoint, tmp_path, monkeypatch, capsys) -> None:

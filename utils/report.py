@@ -40,6 +40,8 @@ COLUMNS = (
     ("milliseconds_per_image", "ms/image"),
     ("peak_mebibytes", "peak MiB"),
 )
+# The page of a test of all procedures; written by :mod:`utils.html_report`, removed where it is of an earlier run.
+PAGE = "report.html"
 ABSENT_CLASSES = "left out where a class is in neither prediction nor target of an image"
 
 
@@ -161,11 +163,18 @@ def optimism(config: Config) -> str | None:
     if test is None:
         return "there is no test_loader: scored on the validation data that chose the checkpoint; scores are optimistic"
 
-    def data(loader: Component) -> tuple[str, dict[str, Any]]:
-        return loader.type, {k: v for k, v in loader.args.items() if k not in ("batch_size", "num_workers", "cache")}
+    def data(loader: Component, *but: str) -> tuple[str, dict[str, Any]]:
+        aside = ("batch_size", "num_workers", "cache", *but)
+        return loader.type, {k: v for k, v in loader.args.items() if k not in aside}
 
     if data(test) == data(val):
         return "the test data are the validation data that chose the checkpoint: scores are optimistic"
+    # Without a split the folder alone tells test from validation data.
+    if test.args.get("split") and data(test, "data_dir") == data(val, "data_dir"):
+        return (
+            "the test data are those that chose the checkpoint, in another folder (data_dir); "
+            "unless that holds other images, scores are optimistic"
+        )
     return None
 
 
@@ -313,13 +322,27 @@ def _number(value: Any, digits: int = 4, signed: bool = False) -> str:
 
 
 def write(content: Mapping[str, Any], outcome: Evaluation, facts: Facts, folder: Path) -> list[Path]:
-    """Write ``results.json`` and ``per_image.csv``, each whole or not at all; return their paths."""
+    """Write ``results.json`` and ``per_image.csv``, each whole or not at all; return their paths.
+
+    A ``report.html`` that lies there is of an earlier run and is removed: files side by side belong together.
+    """
     paths = [folder / "results.json", folder / "per_image.csv"]
     with suppress(OSError):  # where it cannot be made, writing says why
         folder.mkdir(parents=True, exist_ok=True)
     write_file(paths[0], json.dumps(content, indent=2) + "\n")
     write_file(paths[1], _per_image(outcome, facts))
+    with suppress(OSError):
+        (folder / PAGE).unlink(missing_ok=True)
     return paths
+
+
+def other_checkpoint(folder: Path, checkpoint: str | Path) -> str | None:
+    """Return the checkpoint whose results lie in a folder; None where it is this one, or there are none."""
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["protocol"]["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if Path(found).resolve() == Path(checkpoint).resolve() else str(found)
 
 
 def write_scalars(content: Mapping[str, Any], folder: Path) -> None:
