@@ -258,8 +258,10 @@ def test_a_missing_file_names_its_neighbours(tmp_path) -> None:
     save(WEIGHTS, tmp_path / "best_model.pth")
     with pytest.raises(UserError, match="no such checkpoint file; in that folder: best_model.pth"):
         read(tmp_path / "best.pth")
-    with pytest.raises(UserError, match="no such checkpoint file"):
+    with pytest.raises(UserError, match="is a folder; in it: best_model.pth; give one of them"):
         read(tmp_path)
+    with pytest.raises(UserError, match='"..." stands for the folder of a run'):
+        read("saved/.../best_model.pth")
     with pytest.raises(UserError, match="no such checkpoint file"):
         read(tmp_path / "no" / "folder" / "best.pth")
 

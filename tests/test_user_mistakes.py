@@ -189,7 +189,9 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
 
 TESTING: dict[str, tuple[list[str], list[str]]] = {
     "no such checkpoint": (["-r", "best.pth"], ["best.pth: there is no such checkpoint file; in that folder: cut.pth"]),
-    "a folder for a checkpoint": (["-r", "data"], ["there is no such checkpoint file"]),
+    "a folder for a checkpoint": (["-r", "."], ["is a folder; in it: cut.pth, ", "; give one of them"]),
+    "a folder without a checkpoint": (["-r", "data"], ["data: is a folder, and no checkpoint is in it"]),
+    "the dots of a command": (["-r", "saved/.../best_model.pth"], ['"..." stands for the folder of a run']),
     "not a checkpoint": (["-r", "text.pth"], ["text.pth: not a checkpoint"]),
     "a picture for a checkpoint": (["-r", "data/VOCdevkit/VOC2012/JPEGImages/image0.jpg"], ["not a checkpoint"]),
     "half a checkpoint": (["-r", "cut.pth"], ["cut short (5,000 bytes)"]),

@@ -141,9 +141,7 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.pth"))[:8] if path.parent.is_dir() else []
-        hint = f"; in that folder: {', '.join(there)}" if there else ""
-        raise UserError(f"{path}: there is no such checkpoint file{hint}")
+        raise UserError(f"{path}: {_what_is_there(path)}")
     _check_container(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
@@ -165,6 +163,18 @@ def read(path: str | Path) -> dict[str, Any]:
     if not _are_weights(state["state_dict"]):
         raise UserError(f"{path}: expected tensors by name in 'state_dict', found {type(state['state_dict']).__name__}")
     return dict(state)
+
+
+def _what_is_there(path: Path) -> str:
+    """Return why a path is no checkpoint file, with the checkpoints that are near it."""
+    folder = path if path.is_dir() else path.parent
+    found = sorted(p.name for p in folder.glob("*.pth")) if folder.is_dir() else []
+    there = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+    if path.is_dir():
+        return f"is a folder; in it: {there}; give one of them" if found else "is a folder, and no checkpoint is in it"
+    if "..." in path.parts:
+        return 'there is no such checkpoint file: "..." stands for the folder of a run, which training prints as "run"'
+    return "there is no such checkpoint file" + (f"; in that folder: {there}" if found else "")
 
 
 def _are_weights(value: Any) -> bool:
