@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from utils.cli import add_device, add_overrides, select_devices, share_cores
 from utils.errors import run
+
+if TYPE_CHECKING:
+    from utils.schema import Config
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="train.py", description="Train a segmentation model from a config.")
-    parser.add_argument("-c", "--config", help="config file; with -r it replaces the checkpoint's config, except arch")
     parser.add_argument(
-        "-r", "--resume", metavar="CHECKPOINT", help="continue the run of a checkpoint; 'auto': the config's newest run"
+        "-c",
+        "--config",
+        help="config file; with -r it replaces the checkpoint's config; its arch, if it has one, must be the same",
+    )
+    parser.add_argument(
+        "-r",
+        "--resume",
+        metavar="CHECKPOINT",
+        help="continue the run of a checkpoint; 'auto': the newest run of the config's name, as -r FILE -c CONFIG",
     )
     parser.add_argument(
         "-w", "--weights", metavar="CHECKPOINT", help="start a new run from the weights of a checkpoint (fine-tuning)"
@@ -34,6 +46,25 @@ def parse_arguments() -> argparse.Namespace:
     if args.resume == "auto" and not args.config:
         parser.error("--resume auto needs --config, to know whose newest run to continue")
     return args
+
+
+def finished(state: Mapping[str, Any], config: Config) -> bool:
+    """Say what a continued run will do otherwise than before; return whether it has nothing left to do."""
+    from utils import config as configs
+    from utils import distributed
+
+    if "processes" not in state:
+        return False  # no run of ours: the trainer says so
+    through = bool(state["epoch"] >= config.trainer.epochs)
+    if distributed.is_first():
+        # A config may have changed by mistake, or an override been forgotten.
+        changes = configs.differences(state["config"], config)
+        if changes:
+            print("changed since the checkpoint was written:", *changes, sep="\n    ", file=sys.stderr)
+        if through:
+            done = f"{state['epoch']} of {config.trainer.epochs} epochs are done"
+            print(f"nothing to do: {done}; train longer with --set trainer.epochs=N")
+    return through
 
 
 def main() -> int:
@@ -57,8 +88,9 @@ def main() -> int:
         resume = newest_run(config) if resume == "auto" else None
     if resume:
         state = checkpoint.read(resume)
-        given = args.config if args.resume != "auto" else None
-        config = checkpoint.config_of(state, resume, given, overrides, stages=stages)
+        config = checkpoint.config_of(state, resume, args.config, overrides, stages=stages)
+        if finished(state, config):
+            return 0
     if distributed.needs_processes(config):
         return distributed.launch(__file__, sys.argv[1:], distributed.usable_gpus(config.n_gpu))
 

@@ -133,6 +133,29 @@ def dump(config: Config) -> str:
     return json.dumps(config.model_dump(), indent=4) + "\n"
 
 
+def differences(before: Mapping[str, Any], config: Config) -> list[str]:
+    """Return ``field: before -> now`` for each field in which a config differs from an earlier one's dump."""
+    old, new = _flat(before), _flat(json.loads(dump(config)))
+    shown = config_errors.found
+    changed = []
+    for path in dict.fromkeys([*old, *new]):
+        values = [shown(fields[path]) if path in fields else "absent" for fields in (old, new)]
+        if path not in old or path not in new or old[path] != new[path]:
+            changed.append(f"{path}: {values[0]} -> {values[1]}")
+    return changed
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return all values of nested sections by their paths."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat |= _flat(inner, f"{above}{key}.")
+        else:
+            flat[f"{above}{key}"] = json.loads(json.dumps(inner))
+    return flat
+
+
 # ---------------------------------------------------------------------------------------------------
 # Command line
 

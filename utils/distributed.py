@@ -47,6 +47,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_first() -> bool:
+    """Return :func:`is_main` also before the group is set up, by what the launcher told this process."""
+    return is_main() and os.environ.get("RANK", "0") == "0"
+
+
 def barrier() -> None:
     """Wait for the other processes."""
     if is_active():

@@ -1,0 +1,116 @@
+"""What ``train.py -r`` continues with: whose config counts, what has changed, and when nothing is left to do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train as train_script
+from utils import config as configs
+from utils import errors
+
+LOADER = {"length": 4, "size": 32, "batch_size": 2, "num_workers": 0}
+CONFIG: dict[str, Any] = {
+    "name": "run",
+    "n_gpu": 0,
+    "arch": {"type": "UNet", "args": {"width": 2}},
+    "train_loader": {"type": "Shapes", "args": {**LOADER, "crop_size": 32, "shuffle": True, "augment": True}},
+    "val_loader": {"type": "Shapes", "args": {**LOADER, "split": "val"}},
+    "trainer": {"epochs": 1, "tensorboard": False, "save_period": 1},
+}
+
+Train = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Train:
+    """Run train.py in an empty folder; return its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    write(CONFIG)
+
+    def call(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            errors.run(train_script.main)
+        return int(ended.value.code or 0), "".join(capsys.readouterr())
+
+    return call
+
+
+def write(config: dict[str, Any], **trainer: Any) -> None:
+    Path("config.json").write_text(json.dumps(config | {"trainer": config["trainer"] | trainer}))
+
+
+def latest() -> Path:
+    (path,) = Path("saved").glob("run/*/*/*/latest.pth")
+    return path
+
+
+@pytest.mark.parametrize("which", ["auto", "file"])
+def test_a_changed_config_counts_and_the_change_is_told(train: Train, which: str) -> None:
+    assert train("-c", "config.json")[0] == 0
+    write(CONFIG, epochs=2, keep_last=1)
+    code, text = train("-r", "auto" if which == "auto" else str(latest()), "-c", "config.json")
+    assert code == 0, text
+    assert "trainer.epochs: 1 -> 2" in text
+    assert "trainer.keep_last: null -> 1" in text
+    state = torch.load(latest(), weights_only=True)
+    assert state["epoch"] == 2
+    assert state["config"]["trainer"]["keep_last"] == 1
+    assert json.loads((latest().parent / "config.json").read_text())["trainer"]["epochs"] == 2
+
+
+def test_with_auto_another_arch_is_an_error_as_with_a_file(train: Train) -> None:
+    assert train("-c", "config.json")[0] == 0
+    write(CONFIG | {"arch": {"type": "UNet", "args": {"width": 4}}})
+    for which in ("auto", str(latest())):
+        code, text = train("-r", which, "-c", "config.json")
+        assert code == 2
+        assert "the model of a checkpoint cannot be changed" in text
+
+
+def test_an_unchanged_config_changes_nothing(train: Train) -> None:
+    """Stopped after one epoch of two, as a kill would: the same config, and the same weights in the end."""
+    write(CONFIG, epochs=2)
+    assert train("-c", "config.json")[0] == 0
+    whole = torch.load(latest(), weights_only=True)["state_dict"]
+    folder = latest().parent
+    for name in ("latest.pth", "best_model.pth", "checkpoint-epoch2.pth"):
+        (folder / name).unlink()
+    code, text = train("-r", "auto", "-c", "config.json")
+    assert code == 0, text
+    assert "changed since" not in text
+    parted = torch.load(latest(), weights_only=True)["state_dict"]
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_do(train: Train) -> None:
+    write(CONFIG, epochs=2)
+    assert train("-c", "config.json")[0] == 0
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in latest().parent.iterdir()}
+    for arguments in (["-r", "auto", "-c", "config.json"], ["-r", str(latest()), "--set", "trainer.epochs=1"]):
+        code, text = train(*arguments)
+        assert code == 0
+        planned = 1 if "--set" in arguments else 2
+        assert f"nothing to do: 2 of {planned} epochs are done; train longer with --set trainer.epochs=N" in text
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in latest().parent.iterdir()} == before
+
+
+def test_differences_name_each_field_with_both_values() -> None:
+    config = configs.resolve(CONFIG)
+    before = json.loads(configs.dump(config))
+    assert configs.differences(before, config) == []
+    before["train_loader"]["args"]["crop_size"] = [16, 32]
+    del before["arch"]["args"]["width"]
+    before["seed"] = 7
+    assert sorted(configs.differences(before, config)) == [
+        "arch.args.width: absent -> 2",
+        "seed: 7 -> 0",
+        "train_loader.args.crop_size: [16, 32] -> 32",
+    ]
