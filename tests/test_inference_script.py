@@ -213,11 +213,25 @@ def test_images_that_differ_in_extension_only(script: Script) -> None:
     assert files("masks") == ["a.jpg.png", "a.png.png", "b.png"]
 
 
-def test_outputs_inside_the_images_are_not_inputs(script: Script) -> None:
-    write("photos/a.png", photo(20, 20))
-    for _ in range(2):
-        assert script("-o", "photos/masks", "-p", "max")[0] == 0
-    assert files("photos") == ["a.png", "masks/a.png"]
+@pytest.mark.parametrize(
+    ("images", "output", "words"),
+    [
+        ("photos", "photos", ["--output photos is the folder", "--output outputs"]),
+        ("photos", "./photos/../photos", ["is the folder of the images", "--output outputs"]),
+        ("photos", "photos/masks", ["--output photos/masks lies inside", "--images photos", "--output outputs"]),
+        (".", "outputs", ["--output outputs lies inside", "_outputs"]),
+    ],
+)
+def test_masks_do_not_go_among_the_images(script: Script, images: str, output: str, words: list[str]) -> None:
+    write("photos/a.jpg", photo(20, 20))
+    before = files(".")
+    code, out, err = script("-i", images, "-o", output, "-p", "max")
+    assert (code, out) == (2, "")
+    assert all(word in err for word in words), err
+    assert files(".") == before
+    # One image with its mask beside it is what the command says.
+    assert script("-i", "photos/a.jpg", "-o", "photos", "-p", "max")[0] == 0
+    assert files("photos") == ["a.jpg", "a.png"]
 
 
 def test_skip_existing_continues(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +410,8 @@ MISTAKES = {
     "opacity": (["--overlay", "50"], "--overlay 50.0: expected"),
     "scales": (["--scales", "1", "-2"], "--scales -2.0: expected"),
     "the output is a file": (["-o", "texts/notes.txt"], "there is a file of that name"),
-    "the output overwrites the images": (["-o", "photos"], "would overwrite the image"),
+    "the output is the images' folder": (["-o", "photos"], "--output photos is the folder of the images"),
+    "the output overwrites the image": (["-i", "photos/a.png", "-o", "photos"], "would overwrite the image"),
     "an unknown class": (["--set", "predict.CoI=[9]"], "predict.CoI: found [9]"),
     "no such video": (["-i", "missing.mp4"], "missing.mp4: there is no such video"),
     "no video": (["-i", "texts/fake.mp4"], "the video cannot be read"),

@@ -63,12 +63,13 @@ def find_images(
     """Return the images of a file or of a folder and its subfolders, sorted, and what could not be looked into.
 
     Args:
-        images: an image file or a folder. Hidden files, and the output folder where it lies inside, are left out.
-        output: the folder that outputs go to, for the same structure of subfolders.
+        images: an image file or a folder. Hidden files are left out.
+        output: the folder that outputs go to, with the same structure of subfolders.
         extensions: such as ``["jpg", ".png"]``, in any case; None: all that :func:`utils.images.read_image` knows.
 
     Raises:
-        UserError: nothing there, no image in it, or an output that would overwrite an image.
+        UserError: nothing there, no image in it, an output folder among the images, or an output that would
+            overwrite an image.
     """
     from utils.images import IMAGE_EXTENSIONS, read_image
 
@@ -78,7 +79,8 @@ def find_images(
     if root.is_file():
         files, root = [root], root.parent
     elif root.is_dir():
-        files, others = _walk(root, Path(output), wanted, problems)
+        _refuse_to_mix(root, Path(output))
+        files, others = _walk(root, wanted, problems)
         if not files and not problems:
             raise UserError(_nothing_found(root, wanted, others))
     else:
@@ -99,18 +101,31 @@ def _extension(text: str) -> str:
     return f".{text.lower().lstrip('*').lstrip('.')}"
 
 
-def _walk(root: Path, output: Path, wanted: Sequence[str], problems: list[str]) -> tuple[list[Path], Counter[str]]:
+def _refuse_to_mix(root: Path, output: Path) -> None:
+    """Masks among images are images to whoever reads the folder next: a training, or this program."""
+    inner, outer = output.resolve(), root.resolve()
+    if not inner.is_relative_to(outer):
+        return
+    default = Path("outputs")
+    free = outer.parent / f"{outer.name}_outputs" if default.resolve().is_relative_to(outer) else default
+    relation = "is" if inner == outer else "lies inside"
+    raise UserError(
+        f"--output {output} {relation} the folder of the images, --images {root}: masks would lie among the images; "
+        f"choose a folder outside, such as --output {free}"
+    )
+
+
+def _walk(root: Path, wanted: Sequence[str], problems: list[str]) -> tuple[list[Path], Counter[str]]:
     """List the wanted files below ``root``, and count the extensions of the others."""
     files: list[Path] = []
     others: Counter[str] = Counter()
-    skipped = output.resolve()
 
     def unreadable(error: OSError) -> None:
         problems.append(f"{error.filename}: the folder cannot be read: {error.strerror}")
 
     for folder, subfolders, names in os.walk(root, onerror=unreadable):
         here = Path(folder)
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and (here / s).resolve() != skipped)
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
         for name in sorted(n for n in names if not n.startswith(".")):
             extension = Path(name).suffix.lower()
             if extension in wanted:
