@@ -98,8 +98,15 @@ def test_verdicts() -> None:
     assert said.startswith("Deploy rankdice: its mDice is +0.0200 against max (95% interval +0.0100 to +0.0300)")
     assert "better in 30, the same in 10 and worse in 20 of 60 images." in said
     said = verdict({"max": 0.5, "T": 0.48, "rankdice": 0.51}, {"T": down, "rankdice": none}, 60)
+    assert said.startswith(
+        "Keep max: no other procedure is better as far as 60 images can show; the best of the others"
+    )
+    assert "rankdice, has an mDice +0.0100" in said
+    assert said.endswith("T is worse than max here: -0.0200 (95% interval -0.0300 to -0.0100).")
+    said = verdict({"max": 0.5, "rankdice": 0.51}, {"rankdice": none}, 60, "rankdice")
     assert said.startswith("No difference that 60 images could show: keep max")
-    assert verdict({"max": 0.5, "T": 0.48}, {"T": down}, 60).startswith("Deploy max: every other procedure is worse")
+    assert "worse" not in said
+    assert verdict({"max": 0.5, "T": 0.48}, {"T": down}, 60).startswith("Deploy max: every other procedure is worse.")
     # A hair's breadth is no reason for the less simple one; a real lead is.
     assert "Deploy T:" in verdict({"max": 0.5, "T": 0.52, "rankdice": 0.5201}, {"T": up, "rankdice": up}, 60)
     assert "Deploy rankdice:" in verdict({"max": 0.5, "T": 0.52, "rankdice": 0.53}, {"T": up, "rankdice": up}, 60)
@@ -108,6 +115,23 @@ def test_verdicts() -> None:
     assert (
         verdict({"max": NAN, "T": NAN}, {"T": difference(NAN, NAN, NAN)}, 0) == "Nothing to say: no image has a score."
     )
+
+
+def test_the_verdict_names_what_is_worse_and_the_configured_procedure_first() -> None:
+    down, none = difference(-0.0013, -0.002, -0.0005), difference(-0.0001, -0.01, 0.003)
+    scores = {"max": 0.5, "T": 0.4987, "rankdice": 0.4987, "rankdice_iou": 0.4999}
+    overall = {"T": down, "rankdice": down, "rankdice_iou": none}
+    said = verdict(scores, overall, 5, "rankdice")
+    assert "keep max" in said.lower()
+    assert "rankdice_iou, has an mDice -0.0001" in said
+    configured = (
+        "rankdice, the config's predict.test, is worse than max here: -0.0013 (95% interval -0.0020 to -0.0005)"
+    )
+    assert said.index(configured) < said.index("T is worse than max here: -0.0013")
+    up = difference(0.02, 0.01, 0.03)
+    said = verdict({"max": 0.5, "T": 0.52, "rankdice": 0.4987}, {"T": up, "rankdice": down}, 60, "T")
+    assert said.startswith("Deploy T:")
+    assert said.endswith("rankdice is worse than max here: -0.0013 (95% interval -0.0020 to -0.0005).")
 
 
 def test_procedures_are_compared_by_the_means_of_the_table() -> None:
@@ -128,5 +152,7 @@ def test_procedures_are_compared_by_the_means_of_the_table() -> None:
         one = found["Class_Dice"][name]["b"]["mean"]
         assert one == pytest.approx(scores[name]["Class_Dice"][1] - scores["max"]["Class_Dice"][1])
     assert found["verdict"].startswith("Deploy rankdice")
+    worse = compare({"max": metrics["rankdice"], "T": metrics["T"]}, ("a", "b", "c"), "T")
+    assert "T, the config's predict.test, is worse than max here" in worse["verdict"]
     assert compare({"max": metrics["max"]}, ("a", "b", "c")) is None
     assert compare({"T": metrics["T"], "rankdice": metrics["rankdice"]}, ("a", "b", "c")) is None

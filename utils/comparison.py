@@ -136,8 +136,12 @@ def worst_mean(means: NDArray[np.float64], share: float = WORST_SHARE) -> float:
     return float(means[: math.ceil(share * len(means))].mean()) if len(means) else math.nan
 
 
-def compare(metrics: Mapping[str, Metrics], class_names: Sequence[str]) -> dict[str, Any] | None:
+def compare(
+    metrics: Mapping[str, Metrics], class_names: Sequence[str], configured: str | None = None
+) -> dict[str, Any] | None:
     """Compare every procedure with ``max``; None where there is nothing to compare.
+
+    ``configured`` is the procedure that inference uses, ``predict.test``: the verdict says so where that is worse.
 
     Returns:
         ``{"baseline", "level", "resamples", "same_within", "Mean_Dice": {procedure: Difference as dict},
@@ -164,36 +168,49 @@ def compare(metrics: Mapping[str, Metrics], class_names: Sequence[str]) -> dict[
         "same_within": SAME,
         "Mean_Dice": {name: asdict(d) for name, d in overall.items()},
         "Class_Dice": per_class,
-        "verdict": verdict(scores, overall, int(np.isfinite(base).sum())),
+        "verdict": verdict(scores, overall, int(np.isfinite(base).sum()), configured),
     }
 
 
-def verdict(scores: Mapping[str, float], overall: Mapping[str, Difference], images: int) -> str:
-    """Return one sentence: which procedure to deploy, or that there is no difference.
+def verdict(
+    scores: Mapping[str, float], overall: Mapping[str, Difference], images: int, configured: str | None = None
+) -> str:
+    """Return in a few sentences which procedure to deploy, or that there is no difference, and which are worse.
 
     A procedure is recommended over ``max`` only where the interval of its difference lies above 0; of those whose
-    mDice is practically the highest, the first.
+    mDice is practically the highest, the first. Every one whose interval lies below 0 is named, ``configured``
+    (``predict.test``) first.
     """
     if not images:
         return "Nothing to say: no image has a score."
-    better = [name for name, d in overall.items() if d.clear > 0]
     few = f"; {images} images are few, test on more" if images < FEW_IMAGES else ""
+    better = [name for name, d in overall.items() if d.clear > 0]
+    worse = sorted((name for name, d in overall.items() if d.clear < 0), key=lambda name: name != configured)
+    undecided = [name for name in overall if name not in (*better, *worse)]
     if better:
         highest = max(scores[name] for name in better)
         best = next(name for name in better if scores[name] >= highest - SAME)  # the simplest one comes first
         d = overall[best]
-        return (
+        said = (
             f"Deploy {best}: its mDice is {d.mean:+.4f} against {BASELINE} ({_interval(d)}), better in {d.better}, "
             f"the same in {d.same} and worse in {d.worse} of {images} images{few}."
         )
-    best = max(overall, key=lambda name: scores[name] if math.isfinite(scores[name]) else -1.0)
-    d = overall[best]
-    if d.clear < 0:
-        return f"Deploy {BASELINE}: every other procedure is worse, {best} by {d.mean:+.4f} ({_interval(d)}){few}."
-    return (
-        f"No difference that {images} images could show: keep {BASELINE}; the best of the others, {best}, has an "
-        f"mDice {d.mean:+.4f} against it ({_interval(d)}){few}."
-    )
+    elif undecided:
+        best = max(undecided, key=lambda name: scores[name] if math.isfinite(scores[name]) else -1.0)
+        d = overall[best]
+        if worse:
+            said = f"Keep {BASELINE}: no other procedure is better as far as {images} images can show"
+        else:
+            said = f"No difference that {images} images could show: keep {BASELINE}"
+        said += f"; the best of the others, {best}, has an mDice {d.mean:+.4f} against it ({_interval(d)}){few}."
+    else:
+        said = f"Deploy {BASELINE}: every other procedure is worse{few}."
+    return " ".join([said, *(_is_worse(name, overall[name], configured) for name in worse)])
+
+
+def _is_worse(name: str, d: Difference, configured: str | None) -> str:
+    of_config = ", the config's predict.test," if name == configured else ""
+    return f"{name}{of_config} is worse than {BASELINE} here: {d.mean:+.4f} ({_interval(d)})."
 
 
 def _interval(d: Difference) -> str:

@@ -92,7 +92,7 @@ def results(
         "images_per_class_mean": _images_per_class(procedures),
     }
     content = {"protocol": protocol, "procedures": procedures}
-    found = compare(outcome.metrics, names)
+    found = compare(outcome.metrics, names, config.predict.test)
     if found is not None:
         content["comparison"] = found
     if reliability is not None:
@@ -240,6 +240,10 @@ def _line(key: str, value: str) -> str:
     return textwrap.fill(value, 118, initial_indent=head, subsequent_indent=" " * len(head)) if value else head
 
 
+def _wrapped(value: str) -> str:
+    return textwrap.fill(value, 118, initial_indent="    ", subsequent_indent="    ")
+
+
 def _range(counts: Sequence[int]) -> str:
     return str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} to {counts[1]}"
 
@@ -258,7 +262,7 @@ def _differences(found: Mapping[str, Any]) -> str:
     header = ["procedure", "difference", f"{level} from", "to", "better", "same", "worse", "best image", "worst image"]
     title = f"\n    ## mDice against {found['baseline']} (paired bootstrap over images, {found['resamples']:,} draws; "
     title += f"same: within {found['same_within']})\n"
-    return title + table(header, rows) + f"\n\n    ## Verdict\n    {found['verdict']}"
+    return title + table(header, rows) + f"\n\n    ## Verdict\n{_wrapped(found['verdict'])}"
 
 
 def _reliability(found: Mapping[str, Any]) -> str:
