@@ -125,21 +125,42 @@ def test_results_are_strict_json_with_null_for_what_nothing_defines() -> None:
 
 def test_classes_of_no_interest_are_marked() -> None:
     text = report.text(content(predict={"CoI": [1]}))
+    assert "    background (not of interest)  " in text
+    assert "    dog, cat  " in text
+    text = report.text(content(("max",), predict={"CoI": [1]}))
     assert "background (not of interest): " in text
     assert "dog, cat: " in text
     assert "not of interest" not in report.text(content())
 
 
-def test_one_report_per_procedure_and_a_comparison_of_several() -> None:
+def test_one_procedure_is_reported_and_several_are_compared() -> None:
     text = report.text(content())
-    for name in PROCEDURES:
-        assert f"## Results of {name}" in text
-    for field in ("test_loss", "Pixel_Accuracy", "Mean_IoU", "Mean_Dice", "Class_IoU", "Class_Dice"):
+    assert "## Results of" not in text  # the tables have it all, once
+    for field in ("test_loss", "PixelAcc", "mIoU", "mDice", "## Class IoU", "## Class Dice", "ms/image"):
         assert field in text
     assert "## Comparison" in text
+    assert text.count("\n    background ") == 2
+    for name in PROCEDURES:
+        alone = report.text(content((name,)))
+        assert f"## Results of {name}" in alone
+        for field in ("test_loss", "Pixel_Accuracy", "Mean_IoU", "Mean_Dice", "Class_IoU", "Class_Dice"):
+            assert field in alone
     assert report.ABSENT_CLASSES in text
     assert "nan" not in text
     assert "## Comparison" not in report.text(content(("rankdice",)))
+
+
+def test_numbers_on_the_screen_are_short_and_whole_in_the_file() -> None:
+    found = content(predict={"temperature": 0.29552449857571994})
+    assert "temperature           : 0.2955\n" in report.text(found)
+    assert found["protocol"]["temperature"] == 0.29552449857571994
+
+
+def test_procedures_of_their_own_are_explained_below_the_table() -> None:
+    found = content()
+    assert "rankdice_iou" not in report.text(found)
+    found["procedures"]["rankdice_iou"] = found["procedures"]["rankdice"]
+    assert report.RANKDICE_IOU in report.text(found)
 
 
 def test_tables_are_aligned() -> None:

@@ -42,6 +42,7 @@ COLUMNS = (
 )
 # The page of a test of all procedures; written by :mod:`utils.html_report`, removed where it is of an earlier run.
 PAGE = "report.html"
+RANKDICE_IOU = "masks with the highest expected IoU; nearly the same masks as rankdice's"
 ABSENT_CLASSES = "left out where a class is in neither prediction nor target of an image"
 
 
@@ -210,16 +211,17 @@ def _plain(value: Any) -> Any:
 
 
 def text(content: Mapping[str, Any]) -> str:
-    """Return the protocol, one full report per procedure, and, for several, the comparison."""
+    """Return the protocol, and the full report of a procedure, or, for several, tables that compare them."""
     protocol, procedures = content["protocol"], content["procedures"]
     parts = [_header(protocol)]
-    parts += [_report(name, scores, protocol) for name, scores in procedures.items()]
     if len(procedures) > 1:
         parts += [
-            _class_table(procedures, "Class_Dice"),
-            _class_table(procedures, "Class_IoU"),
+            _class_table(procedures, "Class_Dice", protocol),
+            _class_table(procedures, "Class_IoU", protocol),
             _comparison(procedures),
         ]
+    else:
+        parts += [_report(name, scores, protocol) for name, scores in procedures.items()]
     if "reliability" in content:
         parts.append(_reliability(content["reliability"]))
     if "comparison" in content:
@@ -230,7 +232,7 @@ def text(content: Mapping[str, Any]) -> str:
 def _header(protocol: Mapping[str, Any]) -> str:
     shown = ["checkpoint", "model", "loss", "data", "split", "note", "images", "resolution", "image_sizes", "views"]
     shown += ["scores", "absent_classes", "ignored_pixels", "classes_of_interest", "temperature", "threshold", "fitted"]
-    lines = [_line(key, str(protocol[key])) for key in shown if protocol[key] is not None]
+    lines = [_line(key, _shown(protocol[key])) for key in shown if protocol[key] is not None]
     counts = ", ".join(f"{c} {_range(n)}" for c, n in protocol["images_per_class_mean"].items())
     return "\n".join(["\n    ## Protocol", *lines, _line("images_per_class_mean", counts)])
 
@@ -238,6 +240,10 @@ def _header(protocol: Mapping[str, Any]) -> str:
 def _line(key: str, value: str) -> str:
     head = f"    {key:<22}: "
     return textwrap.fill(value, 118, initial_indent=head, subsequent_indent=" " * len(head)) if value else head
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _wrapped(value: str) -> str:
@@ -279,11 +285,13 @@ def _report(name: str, scores: Mapping[str, Any], protocol: Mapping[str, Any]) -
             lines.append(f"    {key:<22}: {_number(value)}")
     interest = protocol["classes_of_interest"]
     for key in ("Class_IoU", "Class_Dice"):
-        values = scores[key]
-        marked = {c: "" if interest == "all" or c in interest else " (not of interest)" for c in values}
-        listing = ", ".join(f"{c}{marked[c]}: {_number(v, 3)}" for c, v in values.items())
+        listing = ", ".join(f"{_marked(c, interest)}: {_number(v, 3)}" for c, v in scores[key].items())
         lines.append(f"    {key:<22}: {{{listing}}}")
     return "\n".join(lines)
+
+
+def _marked(name: str, interest: str | Sequence[str]) -> str:
+    return name if interest == "all" or name in interest else f"{name} (not of interest)"
 
 
 def _comparison(procedures: Mapping[str, Mapping[str, Any]]) -> str:
@@ -291,13 +299,19 @@ def _comparison(procedures: Mapping[str, Mapping[str, Any]]) -> str:
         (key, title) for key, title in COLUMNS if any(scores.get(key) is not None for scores in procedures.values())
     ]
     rows = [[name, *(_number(scores.get(key)) for key, _ in columns)] for name, scores in procedures.items()]
-    return "\n    ## Comparison\n" + table(["procedure", *(title for _, title in columns)], rows)
+    loss = next(iter(procedures.values()))["test_loss"]
+    notes = [f"test_loss, the same for all: {_number(loss)}"]
+    if "rankdice_iou" in procedures:
+        notes.append(f"rankdice_iou: {RANKDICE_IOU}")
+    text = "\n    ## Comparison\n" + table(["procedure", *(title for _, title in columns)], rows)
+    return "\n".join([text, *(_wrapped(note) for note in notes)])
 
 
-def _class_table(procedures: Mapping[str, Mapping[str, Any]], key: str) -> str:
+def _class_table(procedures: Mapping[str, Mapping[str, Any]], key: str, protocol: Mapping[str, Any]) -> str:
     first = next(iter(procedures.values()))
+    images, interest = protocol["images_per_class_mean"], protocol["classes_of_interest"]
     rows = [
-        [name, *(_number(scores[key][name]) for scores in procedures.values()), str(first["Class_Images"][name])]
+        [_marked(name, interest), *(_number(s[key][name]) for s in procedures.values()), _range(images[name])]
         for name in first[key]
     ]
     return f"\n    ## {key.replace('_', ' ')}\n" + table(["class", *procedures, "images"], rows)
