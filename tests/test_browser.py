@@ -63,6 +63,7 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch.names[:] = [f"{'deeply_nested_folder/' * 5}{name}" for name in batch.names]
     used = Evaluator(net, facts, "softmax", torch.device("cpu"))
     outcome = evaluate(used, images, all_decisions(PredictOptions(threshold=0.4)), on_part=look)
+    outcome.peak_bytes.update(dict.fromkeys(outcome.peak_bytes, 2**40))
     assert len(gallery.gains) == len(gallery.losses) == 12
     settings = config(name="a_run_with_a_name_that_goes_on_and_on", about="about " * 40)
     loaded = LoadedModel(net, facts, settings, "softmax", Path("best.pth"), 7)
@@ -86,6 +87,14 @@ def test_the_report_can_be_read(driver: Any, report_page: Path, width: int, sche
     assert not [text for text in written if text[2] < 8.5]
     assert browser.requests(driver) == {report_page.as_uri()}
     assert not driver.get_log("browser")
+
+
+def test_the_comparison_is_seen_without_scrolling(driver: Any, report_page: Path) -> None:
+    """At a desk, with every procedure, tuned threshold and memory included."""
+    browser.look(driver, 1200)
+    driver.get(report_page.as_uri())
+    hidden = "return [...document.querySelectorAll('.wide')].slice(0, 2).map(d => d.scrollWidth - d.clientWidth)"
+    assert driver.execute_script(hidden) == [0, 0]
 
 
 @pytest.mark.parametrize("width", browser.WIDTHS)

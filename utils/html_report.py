@@ -42,7 +42,7 @@ h1 { font-size: 1.45rem; margin: .4em 0; } h2 { font-size: 1.15rem; margin: 1.8e
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; white-space: nowrap; }
 th, td { padding: 4px 9px; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
-thead th { color: var(--soft); font-weight: 600; }
+thead th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
 td.best { font-weight: 700; }
 dl { display: grid; grid-template-columns: minmax(7em, 14em) 1fr; gap: 2px 12px; font-size: .87rem; }
 dt { color: var(--soft); } dd { margin: 0; min-width: 0; }
