@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -106,6 +107,7 @@ class BaseTrainer:
         self._stop_signal: int | None = None
         if resume is not None:
             self._restore(resume)
+        self._made = [] if resume is not None else _missing(folder, self._tensorboard_dir())
         self.log = RunLog(
             folder, self._tensorboard_dir(), distributed.is_main(), epoch=self.epoch, iteration=self.iteration
         )
@@ -166,9 +168,9 @@ class BaseTrainer:
             UserError: a loss that is not finite, a full disk, data that cannot be used.
         """
         scores: dict[str, float] = {}
-        if distributed.is_main():
-            self._introduce()
         try:
+            if distributed.is_main():
+                self._introduce()
             with self._signals():
                 while self.epoch < self.settings.epochs:
                     epoch = self.epoch + 1
@@ -185,7 +187,19 @@ class BaseTrainer:
             raise
         finally:
             self.log.close()
+            self._clear_away()
         return scores
+
+    def _clear_away(self) -> None:
+        """Remove the folders that this start made where it ended, in an error, before anything was learnt."""
+        if self.iteration or not distributed.is_main() or any(self.folder.glob("*.pth")):
+            return
+        for path in self._made:
+            if path in (self.folder, self._tensorboard_dir()):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):  # another run is in it by now
+                    path.rmdir()
 
     def _introduce(self) -> None:
         """Write the resolved config into the run's folder, and print what is about to run."""
@@ -397,6 +411,12 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _missing(*folders: Path | None) -> list[Path]:
+    """Return the folders that do not exist, and those above them that do not either, the inner ones first."""
+    missing = {p for folder in folders if folder is not None for p in (folder, *folder.parents) if not p.exists()}
+    return sorted(missing, key=lambda path: len(path.parts), reverse=True)
 
 
 def run_folder(config: Config) -> Path:

@@ -6,6 +6,7 @@ import csv
 import gc
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -393,3 +394,57 @@ def test_run_folders_are_new_and_newest_run_finds_the_last(tmp_path: Path) -> No
         path.touch()
         os.utime(path, (second_of_day, second_of_day))
     assert newest_run(config) == second / "checkpoint-epoch1.pth"
+
+
+class Broken(ToyLoader):
+    """Fails at a batch, as on a file that cannot be read."""
+
+    at = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, batch in enumerate(super().__iter__()):
+            if number == self.at:
+                raise UserError("image7.jpg cannot be read")
+            yield batch
+
+
+def test_a_start_that_fails_in_its_first_batch_leaves_nothing(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, loader=Broken(), tensorboard=True)
+    assert list(tmp_path.rglob("events*"))
+    with pytest.raises(UserError, match="image7"):
+        trainer.train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_other_runs_have_made_stays(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, loader=Broken(), tensorboard=True)
+    other = tmp_path / "saved/runs/toy/other/events"
+    other.parent.mkdir(parents=True)
+    other.write_text("of another run")
+    with pytest.raises(UserError, match="image7"):
+        trainer.train()
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [other]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_has_learnt_something_stays(tmp_path: Path) -> None:
+    loader = Broken()
+    loader.at = 1
+    with pytest.raises(UserError, match="image7"):
+        make_trainer(tmp_path, loader=loader).train()
+    assert (tmp_path / "run/config.json").exists()
+
+
+def test_a_resumed_run_stays_whatever_happens(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, epochs=1)
+    trainer.train()
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    for path in (tmp_path / "run").glob("*.pth"):
+        if path.name != LATEST:
+            path.unlink()
+    resumed = make_trainer(tmp_path, resume=LATEST, loader=Broken(), epochs=2)
+    resumed.iteration = 0  # as if it had been saved before anything was learnt
+    (tmp_path / "run" / LATEST).unlink()
+    with pytest.raises(UserError, match="image7"):
+        resumed.train()
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {name for name in files if not name.endswith(".pth")}
