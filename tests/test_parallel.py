@@ -72,3 +72,20 @@ def test_a_compiled_network_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     trainer.settings = trainer.settings.model_copy(update={"compile": True})
     with pytest.raises(UserError, match=r"trainer\.compile.*torchrun --standalone --nproc_per_node 2"):
         trainer._parallel(trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("n_gpu", "visible", "expected"),
+    [
+        (0, "", ""),
+        (1, "", ""),
+        (2, "", "warning: no GPU found (n_gpu is 2): using the CPU"),
+        (1, "3", "warning: no GPU found (CUDA_VISIBLE_DEVICES or -d 3): using the CPU"),
+    ],
+)
+def test_gpus_that_were_chosen_and_are_not_there_are_told_once(n_gpu, visible, expected, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert distributed.choose_device(n_gpu) == torch.device("cpu")
+    distributed.usable_gpus(n_gpu)
+    assert capsys.readouterr().err.strip() == expected

@@ -17,7 +17,7 @@ from utils import rankdice, streaming
 from utils.checkpoint import load_model
 from utils.errors import UserError
 from utils.predict import PredictOptions, label_map
-from utils.predictor import Predictor
+from utils.predictor import Predictor, choose_device
 from utils.rankdice import rank_dice
 from utils.tiling import Block
 
@@ -371,3 +371,18 @@ def test_streaming_knows_what_it_cannot_do(model: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(streaming.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 5}))
     with pytest.raises(UserError, match="TMPDIR"):
         Predictor(model, memory=1000)(photo(100, 100))
+
+
+def test_a_gpu_that_is_not_there_is_told_with_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def no_driver(*size: int, device: torch.device) -> Tensor:
+        raise RuntimeError("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU.")
+
+    monkeypatch.setattr(torch, "empty", no_driver)
+    with pytest.raises(UserError) as error:
+        choose_device("0")
+    told = (
+        "device 'cuda:0' cannot be used: this machine has the CPU only, no GPU was found; use -d cpu, or leave -d out"
+    )
+    assert str(error.value) == told

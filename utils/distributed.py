@@ -119,8 +119,10 @@ def choose_device(n_gpu: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if visible:
-            print(f"warning: there is no GPU among those asked for ({visible}); using the CPU", file=sys.stderr)
+        # One GPU is what configs ask for by default, "if there is one"; more, or certain ones, somebody has chosen.
+        asked = f"CUDA_VISIBLE_DEVICES or -d {visible}" if visible else f"n_gpu is {n_gpu}" if n_gpu > 1 else ""
+        if asked and is_first():
+            print(f"warning: no GPU found ({asked}): using the CPU", file=sys.stderr)
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
@@ -134,8 +136,8 @@ def choose_device(n_gpu: int) -> torch.device:
 def usable_gpus(n_gpu: int) -> int:
     """Return how many of the GPUs that were asked for there are; say so where there are fewer."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if n_gpu > max(there, 1) or (n_gpu > there and there > 0):
-        print(f"warning: n_gpu is {n_gpu}, and this machine has {there}; using {there or 'the CPU'}", file=sys.stderr)
+    if n_gpu > there > 0:  # without any, choose_device speaks
+        print(f"warning: n_gpu is {n_gpu}, and this machine has {there}; using {there}", file=sys.stderr)
     return min(n_gpu, there)
 
 

@@ -378,10 +378,13 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        count = torch.cuda.device_count()
-        there = f"the CPU and {count} GPU(s)" if count else "the CPU only"
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"device {str(device)!r} cannot be used: this machine has {there} ({reason})") from None
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = f"the CPU and {count} GPU(s), 0 to {count - 1}" if count else "the CPU only, no GPU was found"
+        # What torch says where no GPU is asks for a driver, of all things; of one that is there it knows the trouble.
+        named = isinstance(device, torch.device) and (device.index or 0) < count
+        reason = f" ({str(error).strip().splitlines()[0]})" if named else ""
+        use = "use one of them, or cpu" if count else "use -d cpu, or leave -d out"
+        raise UserError(f"device {str(device)!r} cannot be used{reason}: this machine has {there}; {use}") from None
     return device
 
 
