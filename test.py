@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -191,7 +192,7 @@ def score(
     watcher.gather()
     if not distributed.is_main():
         return
-    views = f"mean probabilities over scales {list(scales)}" if evaluator.augments else "one view per image"
+    views = f"mean probabilities over scales {list(scales)}" if evaluator.augments else report.ONE_VIEW
     views += " and their mirror images" if evaluator.flip else ""
     results = report.results(
         outcome,
@@ -263,6 +264,7 @@ def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel,
         print(fitting.text(found, config, data))
         path = fitting.save(fitting.calibrated(state, config, found, data), args.resume, args.output)
         print(f"written: {path}")
+        print(f"now    : python test.py -r {shlex.quote(str(path))} -p all")
 
 
 if __name__ == "__main__":

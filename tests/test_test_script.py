@@ -96,7 +96,9 @@ def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp
     out = run(monkeypatch, capsys, "-r", checkpoint, "--fit", "-o", tmp_path, "--set", "test_loader.args.length=1")
     assert "fitted on 6 validation images (Shapes val)" in out
     assert "NLL" in out
+    assert "6 validation images are few" in out
     fitted = tmp_path / "best_model_calibrated.pth"
+    assert out.endswith(f"now    : python test.py -r {fitted} -p all\n")
     assert checkpoint.read_bytes() == before
     state = torch.load(fitted, weights_only=True)
     old = torch.load(checkpoint, weights_only=True)
@@ -116,6 +118,20 @@ def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp
     assert list(found["procedures"]) == ["T", "T_tuned", *ALL[1:]]
     assert found["protocol"]["temperature"] == record["temperature"]
     assert "were fitted on 6 validation images" in found["protocol"]["fitted"]
+    # A temperature leaves the loss as in training, and mends the likelihood of the probabilities.
+    untempered, loss = found["protocol"]["test_loss"], found["procedures"]["max"]["test_loss"]
+    assert "without the temperature" in untempered
+    assert untempered[:40] in out
+    run(monkeypatch, capsys, "-r", checkpoint, "-p", "max", "-o", tmp_path / "own")
+    own = results(tmp_path / "own")
+    assert own["protocol"]["test_loss"] is None
+    assert own["procedures"]["max"]["test_loss"] == loss
+    assert found["reliability"]["NLL"] < loss
+    # With several views the loss is that of their mean probabilities, which have it.
+    run(monkeypatch, capsys, "-r", fitted, "-p", "max", "-o", tmp_path / "views", "--tta", "flip")
+    views = results(tmp_path / "views")
+    assert views["protocol"]["test_loss"] is None
+    assert views["procedures"]["max"]["test_loss"] < loss
     # On the data it was fitted on, the tuned threshold scores what the fit said, to the last bit but rounding.
     on_val = f"test_loader={json.dumps(loader('val', 6))}"
     run(monkeypatch, capsys, "-r", fitted, "-p", "T", "-o", tmp_path / "val", "--set", on_val)
@@ -136,6 +152,14 @@ def test_fitting_never_looks_at_the_test_data(tmp_path, monkeypatch, capsys) -> 
     path = write_checkpoint(tmp_path / "a.pth", test_loader={"type": "VOC", "args": {"data_dir": "gone"}})
     run(monkeypatch, capsys, "-r", path, "--fit")
     assert (tmp_path / "a_calibrated.pth").exists()
+
+
+def test_fitting_on_enough_images_needs_no_caution(tmp_path, monkeypatch, capsys) -> None:
+    path = write_checkpoint(tmp_path / "a.pth", val_loader=loader("val", 20))
+    out = run(monkeypatch, capsys, "-r", path, "--fit")
+    assert "fitted on 20 validation images" in out
+    assert "are few" not in out
+    assert "few" in run(monkeypatch, capsys, "-r", path, "--fit", "--limit", 19)
 
 
 def test_fitting_takes_what_training_held_out(tmp_path, monkeypatch, capsys) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from utils import checkpoint, distributed
 from utils.calibration import LogitSample, ThresholdSweep, fit_temperature, sample_calibration
+from utils.comparison import FEW_IMAGES
 from utils.errors import UserError
 from utils.evaluation import Decision, Evaluator, Progress, evaluate
 from utils.predict import PredictOptions
@@ -104,6 +105,11 @@ def text(found: Fit, config: Config, data: str) -> str:
         parts.append(
             f"    warning: the temperature ran to the bound {found.temperature:g}: the network's outputs are no "
             "probabilities (is the loss a proper one?), or the validation data is too little or perfectly separated"
+        )
+    if found.images < FEW_IMAGES:
+        parts.append(
+            f"    warning: {found.images} validation images are few: on others temperature, and more so threshold, "
+            f"may do worse than before; fit on at least {FEW_IMAGES}"
         )
     return "\n".join(parts)
 

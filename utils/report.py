@@ -43,6 +43,9 @@ COLUMNS = (
 # The page of a test of all procedures; written by :mod:`utils.html_report`, removed where it is of an earlier run.
 PAGE = "report.html"
 RANKDICE_IOU = "masks with the highest expected IoU; nearly the same masks as rankdice's"
+ONE_VIEW = "one view per image"
+# Losses take the logits as the network gives them (those of several views are made of tempered probabilities).
+UNTEMPERED = "of the network's own logits, as in training, without the temperature; the NLL of -p all has it"
 ABSENT_CLASSES = "left out where a class is in neither prediction nor target of an image"
 
 
@@ -69,7 +72,7 @@ def results(
     loaded: LoadedModel,
     dataset: Any,
     *,
-    views: str = "one view per image",
+    views: str = ONE_VIEW,
     reliability: Mapping[str, Any] | None = None,
     fitted: str | None = None,
 ) -> dict[str, Any]:
@@ -91,6 +94,7 @@ def results(
         "views": views,
         "fitted": fitted or "temperature and threshold are those of the config",
         "images_per_class_mean": _images_per_class(procedures),
+        "test_loss": UNTEMPERED if config.predict.temperature != 1 and views == ONE_VIEW else None,
     }
     content = {"protocol": protocol, "procedures": procedures}
     found = compare(outcome.metrics, names, config.predict.test)
@@ -232,6 +236,7 @@ def text(content: Mapping[str, Any]) -> str:
 def _header(protocol: Mapping[str, Any]) -> str:
     shown = ["checkpoint", "model", "loss", "data", "split", "note", "images", "resolution", "image_sizes", "views"]
     shown += ["scores", "absent_classes", "ignored_pixels", "classes_of_interest", "temperature", "threshold", "fitted"]
+    shown += ["test_loss"]
     lines = [_line(key, _shown(protocol[key])) for key in shown if protocol[key] is not None]
     counts = ", ".join(f"{c} {_range(n)}" for c, n in protocol["images_per_class_mean"].items())
     return "\n".join(["\n    ## Protocol", *lines, _line("images_per_class_mean", counts)])
