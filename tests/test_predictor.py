@@ -17,7 +17,7 @@ from utils import rankdice, streaming
 from utils.checkpoint import load_model
 from utils.errors import UserError
 from utils.predict import PredictOptions, label_map
-from utils.predictor import Predictor, choose_device
+from utils.predictor import Predictor, Segmentation, choose_device
 from utils.rankdice import rank_dice
 from utils.tiling import Block
 
@@ -386,3 +386,15 @@ def test_a_gpu_that_is_not_there_is_told_with_what_to_use(monkeypatch: pytest.Mo
         "device 'cuda:0' cannot be used: this machine has the CPU only, no GPU was found; use -d cpu, or leave -d out"
     )
     assert str(error.value) == told
+
+
+def test_a_segmentation_shows_what_was_found_and_no_array() -> None:
+    labels = np.zeros((300, 400), np.uint8)
+    labels[5, 5] = 3
+    assert repr(Segmentation(labels)) == "Segmentation(300 x 400, labels 0, 3)"
+    scores, volumes = np.array([0.91, 0, 0, 0.5], np.float32), np.array([119_999, 0, 0, 1])
+    masks = np.zeros((4, 300, 400), bool)
+    shown = repr(Segmentation(labels, scores, volumes, masks, torch.zeros(4, 300, 400), tiled=True))
+    assert shown == (
+        "Segmentation(300 x 400, labels 0, 3, expected scores {0: 0.910, 3: 0.500}, with masks, with probs, tiled)"
+    )

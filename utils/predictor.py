@@ -46,7 +46,7 @@ UNASSIGNED = 255
 MAX_PIXELS = 2**23
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Segmentation:
     """What a predictor found in one image of ``H x W`` pixels.
 
@@ -59,7 +59,7 @@ class Segmentation:
     :class:`utils.streaming.Spool` for a streamed image (close it after use).
     ``tiled``: whether a large image was predicted in tiles although the mode would have seen it whole.
 
-    ``numpy.asarray(segmentation)`` is ``labels``.
+    ``numpy.asarray(segmentation)`` is ``labels``; ``repr`` tells what was found, without the arrays.
     """
 
     labels: np.ndarray
@@ -71,6 +71,18 @@ class Segmentation:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.labels, dtype=dtype, copy=copy) if copy is not None else np.asarray(self.labels, dtype)
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        found = ", ".join(str(label) for label in np.unique(self.labels))
+        parts = [f"{height} x {width}", f"labels {found or 'none'}"]
+        if self.scores is not None and self.volumes is not None:
+            scores = zip(self.scores.tolist(), self.volumes.tolist(), strict=True)
+            listed = ", ".join(f"{c}: {score:.3f}" for c, (score, volume) in enumerate(scores) if volume)
+            parts.append(f"expected scores {{{listed}}}")
+        parts += [f"with {name}" for name in ("masks", "probs") if getattr(self, name) is not None]
+        parts += ["tiled"] * self.tiled
+        return f"Segmentation({', '.join(parts)})"
 
     @property
     def expected(self) -> float | None:
