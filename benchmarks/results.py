@@ -30,8 +30,8 @@ SEEDS = {"medical_unet": 3}
 TITLES = {
     "camvid_unet": "U-Net (width 16), CE",
     "camvid_pspnet": "PSPNet-R18, CE",
-    "camvid_pspnet_focal": "PSPNet-R18, focal",
-    "camvid_pspnet_bce": "PSPNet-R18, BCE",
+    "camvid_pspnet_focal": "PSPNet-R18, focal, 10 epochs",
+    "camvid_pspnet_bce": "PSPNet-R18, BCE, 10 epochs",
     "camvid_deeplab": "DeepLabV3+-R18, CE",
     "camvid_fcn8": "FCN8-VGG16bn, CE",
     "medical_unet": "U-Net (width 16), CE",
