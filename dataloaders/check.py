@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ DEFAULT_SAMPLES = 500
 PROBLEMS_EXIT_CODE = 1
 _SHEET_SAMPLES = 12
 _SHOWN = 10
+_NAMED = 3
+_STRIDE = 32  # of the networks: crops are best multiples of it
 _NOT_TAKEN = ("cache", "on_error", "sampler", "num_workers", "val_split", "drop_last")
 
 
@@ -34,11 +37,12 @@ def main(args: argparse.Namespace) -> int:
     config = load(args.config, args.set)
     stages = ("train", "val", "test") if args.loader == "all" else (args.loader,)
     opened = list(open_stages(config, stages))
-    sheets, wrong = [], False
+    sheets, wrong, summary = [], False, []
     for stage, component, dataset in opened:
         findings = inspect(dataset, DEFAULT_SAMPLES if args.samples is None else args.samples)
         print(report(stage, component, dataset, findings))
         wrong |= bool(findings.problems or findings.illegal)
+        summary.append(f"{stage}_loader: {_count_of_problems(findings)}")
         pictures = draw(dataset, findings)
         if pictures:
             sheets.append((f"{stage}: {component.type}, {dataset.split}", pictures, dataset))
@@ -47,6 +51,8 @@ def main(args: argparse.Namespace) -> int:
     if sheets:
         write_png(args.out, contact_sheet(sheets))
         print(f"\ncontact sheet: {args.out}")
+    if wrong:
+        print("", *summary, sep="\n")
     return PROBLEMS_EXIT_CODE if wrong else 0
 
 
@@ -90,6 +96,7 @@ class Findings:
         stored: value in the label files -> pixels, as they are before translation.
         illegal: stored value that is no class -> the first file with it.
         problems: one message per file that cannot be used.
+        alike: what such messages say beside their files and counts -> (name of the sample, message) of each.
         pixels: per class id, and last for ignored ones.
         images: in how many images each of these occurs.
         mean, std: of the images per channel, intensities in [0, 1].
@@ -102,6 +109,7 @@ class Findings:
     stored: Counter[int] = field(default_factory=Counter)
     illegal: dict[int, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    alike: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(0))
     images: np.ndarray = field(default_factory=lambda: np.zeros(0))
     mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -190,6 +198,11 @@ def _add(findings: Findings, look: _Look, dataset: BaseDataSet) -> None:
             findings.stored[value] += pixels
     if look.problem is not None:
         findings.problems.append(look.problem)
+        entry = dataset.entries[look.index]
+        kind = re.sub(r"\d+ pixels?\b", "", look.problem)
+        for path in (entry.image, entry.label):
+            kind = kind.replace(str(path), "")
+        findings.alike.setdefault(kind, []).append((entry.name, look.problem))
         return
     assert look.size is not None
     assert look.counts is not None
@@ -228,13 +241,35 @@ def report(stage: str, component: Component, dataset: BaseDataSet, findings: Fin
     if findings.good:
         lines += ["", *_class_table(dataset, findings), "", *_suggestions(stage, dataset, findings)]
     lines += [f"warning: {text}" for text in warnings(dataset, findings)]
-    for text in findings.problems[:_SHOWN]:
-        lines.append(f"problem: {text}")
-    if len(findings.problems) > _SHOWN:
-        lines.append(f"problem: ... and {len(findings.problems) - _SHOWN} files more")
+    return "\n".join([*lines, *_problems(findings)])
+
+
+def _problems(findings: Findings) -> list[str]:
+    """Return each kind of problem once: its first message, and how many samples have it, with a few of them."""
     if not findings.problems:
-        lines.append("no file with a problem")
-    return "\n".join(lines)
+        return ["no file with a problem"]
+    lines = []
+    groups = list(findings.alike.values())
+    for group in groups[:_SHOWN]:
+        lines.append(f"problem: {group[0][1]}")
+        if len(group) > 1:
+            names = ", ".join(name for name, _ in group[:_NAMED])
+            more = ", ..." if len(group) > _NAMED else ""
+            lines.append(f"         {len(group)} files have this problem: {names}{more}")
+    left = sum(map(len, groups[_SHOWN:]))
+    if left:
+        lines.append(f"problem: ... and {plural(left, 'file')} more")
+    return lines
+
+
+def _count_of_problems(findings: Findings) -> str:
+    count = len(findings.problems)
+    return f"{plural(count, 'file')} with a problem, see above" if count else "no file with a problem"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a number with its noun, which gets an s unless there is one."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _alone(dataset: BaseDataSet) -> list[str]:
@@ -250,7 +285,7 @@ def _sizes(sizes: Counter[tuple[int, int]]) -> str:
     if not sizes:
         return "nothing could be read"
     if len(sizes) <= 3:
-        return ", ".join(f"{w}x{h} ({n} images)" for (w, h), n in sizes.most_common())
+        return ", ".join(f"{w}x{h} ({plural(n, 'image')})" for (w, h), n in sizes.most_common())
     every = np.repeat(np.array(list(sizes)), list(sizes.values()), axis=0)
     low, middle, high = (np.percentile(every, q, axis=0, method="nearest") for q in (0, 50, 100))
     return (
@@ -315,7 +350,38 @@ def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
             found.append(f"{findings.pixels[-1] / total:.0%} of all pixels are not labelled")
         if np.isfinite(findings.std).all() and (findings.std < 0.01).any():
             found.append("the images hardly vary in brightness: are they 12 or 16 bit data stored without scaling?")
+        found += _too_large_a_crop(dataset, findings)
     return found
+
+
+def _too_large_a_crop(dataset: BaseDataSet, findings: Findings) -> list[str]:
+    """Return a message where training crops are larger, both ways, than every image seen."""
+    plan = dataset.augmentation
+    if plan is None or plan.crop_size is None:
+        return []
+    height, width = plan.crop_size
+    # As base_size brings the images; (width, height) like the sizes.
+    sizes = [
+        (w * scale, h * scale, count)
+        for (w, h), count in findings.sizes.items()
+        for scale in ((plan.base_size or max(w, h)) / max(w, h),)
+    ]
+    widest, highest = max(w for w, _, _ in sizes), max(h for _, h, _ in sizes)
+    if widest >= width or highest >= height:
+        return []
+    factors = np.linspace(*plan.scale, 31)
+    filled = sum(
+        count * float((np.minimum(w * factors, width) * np.minimum(h * factors, height)).mean())
+        for w, h, count in sizes
+    )
+    padding = 1 - filled / (width * height * findings.sizes.total())
+    crop = str(height) if height == width else f"{height} x {width} (height x width)"
+    brought = f" at base_size {plan.base_size}" if plan.base_size else ""
+    better = max(_STRIDE, int(max(widest, highest)) // _STRIDE * _STRIDE)
+    return [
+        f"crop_size {crop} is larger than every image seen{brought} ({widest:.0f} x {highest:.0f}): "
+        f"{padding:.0%} of a training crop is padding" + (f"; try {better}" if better < min(height, width) else "")
+    ]
 
 
 def shared_images(opened: list[tuple[str, Component, BaseDataSet]]) -> list[str]:

@@ -92,7 +92,7 @@ def test_report_of_good_data(data: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert check(data) == 0
     text = capsys.readouterr().out
     assert "pairs           8 (looked at all of them)" in text
-    assert "30x20 (7 images), 30x10 (1 images)" in text
+    assert "30x20 (7 images), 30x10 (1 image)" in text
     assert "stored values   0, 1, 255" in text
     assert "tree" in text
     assert "25.0000%" in text
@@ -127,6 +127,47 @@ def test_every_problem_is_listed_and_the_rest_still_looked_at(data: Path, capsys
     assert str(data / "masks/alone.png") in text
     assert "ground" in text, "the other five are counted"
     assert (data / "sheet.png").exists()
+
+
+def test_problems_alike_are_one_and_each_loader_is_summed_up(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(1, 6):
+        mask = np.zeros(SIZE, np.uint8)
+        mask[:i] = 7
+        save(data / f"masks/im{i}.png", mask)
+    (data / "images/im6.png").write_bytes(b"junk")
+    path = config(data)
+    content = json.loads(path.read_text())
+    loader = content["train_loader"]
+    for part in ("train", "val"):
+        (data / f"{part}.txt").write_text("im7\n" if part == "val" else "\n".join(f"im{i}" for i in range(7)))
+    loader["args"]["list_file"] = "{split}.txt"
+    content["val_loader"] = {**loader, "args": {**loader["args"], "split": "val"}}
+    path.write_text(json.dumps(content))
+    assert main(["check", "--config", str(path), "--out", str(data / "sheet.png")]) == 1
+    text = capsys.readouterr().out
+    assert text.count("\nproblem: ") == 2
+    assert "im1.png holds label values" in text
+    assert "         5 files have this problem: im1, im2, im3, ...\n" in text
+    assert text.endswith("\ntrain_loader: 6 files with a problem, see above\nval_loader: no file with a problem\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        # Seven images of 30 x 20 and one of 30 x 10 fill 562.5 pixels in the mean.
+        ({"crop_size": 64, "scale": (1.0, 1.0)}, "crop_size 64 is larger than every image seen (30 x 20): 86% of a "),
+        ({"crop_size": 128, "scale": (1.0, 1.0), "base_size": 100},
+         "crop_size 128 is larger than every image seen at base_size 100 (100 x 67): 62% of a training crop is "
+         "padding; try 96"),
+        ({"crop_size": [48, 64], "scale": (1.0, 1.0)}, "crop_size 48 x 64 (height x width) is larger"),
+        ({"crop_size": 30}, None),
+        ({"crop_size": 64, "augment": False, "val": True}, None),
+    ],
+)  # fmt: skip
+def test_a_crop_larger_than_all_images(data: Path, args: dict[str, Any], told: str | None) -> None:
+    loader = dataloaders.build("Folder", data_dir=str(data), classes=CLASSES, **{"augment": True, **args})
+    text = " ".join(warnings(loader.dataset, inspect(loader.dataset)))
+    assert (told in text) if told else ("crop_size" not in text)
 
 
 def test_files_that_a_list_names_but_are_not_there(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
