@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader, Sampler
 
-from base.base_dataset import BaseDataSet, Sample, Skipped
+from base.base_dataset import BROKEN_FILES_HINT, BaseDataSet, Sample, Skipped
 from utils.batch import Batch
 from utils.errors import UserError
 
@@ -125,7 +125,7 @@ class BaseDataLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for parcel in super().__iter__():
             if parcel.failure is not None:
-                raise UserError(parcel.failure)
+                raise UserError(f"{parcel.failure}{BROKEN_FILES_HINT}")
             for reason in parcel.problems:
                 self._report(reason)
             if parcel.batch is not None:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from base import augmentation as aug
 from base.layout import layout_problem
-from utils.errors import UserError
+from utils.errors import DataFolderError, UserError, plural
 from utils.facts import Facts
 from utils.images import read_image, read_label, voc_colormap
 
@@ -27,6 +27,10 @@ Colour = tuple[int, int, int]
 Key = int | tuple[int, int]
 
 CHECKED_AT_START = 4  # label maps that are read when the data set is opened
+BROKEN_FILES_HINT = (
+    "\n(python -m dataloaders check --config CONFIG finds all such files; "
+    '"on_error": "skip" in the loader\'s args goes on without them)'
+)
 STATISTICS_SAMPLES = 5000  # label maps that are counted, at most, for class weights
 
 
@@ -290,9 +294,9 @@ class BaseDataSet(Dataset[Any]):
             raise self.layout_error(f"split {self.split!r} of {type(self).__name__} has no images")
         return Entries([Entry(*entry) for entry in found])
 
-    def layout_error(self, problem: str) -> UserError:
+    def layout_error(self, problem: str) -> DataFolderError:
         """Return the error that tells ``problem`` with the expected tree beside what is there."""
-        return UserError(layout_problem(problem, self.layout, self._data_dir))
+        return DataFolderError(layout_problem(problem, self.layout, self._data_dir))
 
     def _check_geometry(self, augment: bool, base_size: int | None) -> None:
         if self.val and self.crop_size is None:
@@ -310,7 +314,10 @@ class BaseDataSet(Dataset[Any]):
             return
         count = min(CHECKED_AT_START, len(self.entries))
         for index in np.linspace(0, len(self.entries) - 1, count).astype(int):
-            self.load(int(index))
+            try:
+                self.load(int(index))
+            except UserError as error:
+                raise UserError(f"{error}{BROKEN_FILES_HINT}") from None
 
     # ---- reading
 
@@ -391,7 +398,7 @@ class BaseDataSet(Dataset[Any]):
         if self.label_count == 2 and set(values.tolist()) <= {255, *range(2, 256)}:
             hint = " (Masks stored as 0 and 255? The Folder loader takes them with `mask_values` or a palette.)"
         return UserError(
-            f"{path} holds label values that are no class: {shown} ({pixels} pixels). "
+            f"{path} holds label values that are no class: {shown} ({plural(pixels, 'pixel')}). "
             f"{type(self).__name__} expects 0 to {self.label_count - 1} ({self.num_classes} classes) or "
             f"{self.ignore_index} (ignore_index). Change `classes` in the loader's args if there are more "
             f"classes, `ignore_index` if this value means 'not labelled', or mend the file.{hint}"

@@ -17,7 +17,7 @@ import dataloaders
 from base.base_dataset import BaseDataSet, Sample
 from dataloaders.sheet import contact_sheet
 from utils.config import load
-from utils.errors import UserError
+from utils.errors import DataFolderError, UserError, plural
 from utils.images import write_png
 from utils.schema import Component, Config
 
@@ -80,6 +80,8 @@ def open_stages(config: Config, stages: tuple[str, ...]) -> Iterator[tuple[str, 
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: {error}") from error
+        except DataFolderError as error:
+            raise UserError(f"{path}.data_dir: {error}") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
         yield stage, component, loader.dataset
@@ -265,11 +267,6 @@ def _problems(findings: Findings) -> list[str]:
 def _count_of_problems(findings: Findings) -> str:
     count = len(findings.problems)
     return f"{plural(count, 'file')} with a problem, see above" if count else "no file with a problem"
-
-
-def plural(count: int, noun: str) -> str:
-    """Return a number with its noun, which gets an s unless there is one."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _alone(dataset: BaseDataSet) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, plural
 
 Colour = tuple[int, int, int]
 _SHOWN = 5
@@ -48,7 +48,7 @@ class ColourTable:
     def _unknown(self, pixels: np.ndarray, path: Path | str) -> UserError:
         colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
         order = np.argsort(-counts, kind="stable")[:_SHOWN]
-        shown = ", ".join(f"{colours[i].tolist()} ({counts[i]} pixels)" for i in order)
+        shown = ", ".join(f"{colours[i].tolist()} ({plural(counts[i], 'pixel')})" for i in order)
         more = f" and {len(colours) - _SHOWN} more" if len(colours) > _SHOWN else ""
         return UserError(f"{path} holds colours that stand for no class: {shown}{more}. {self._hint}".rstrip())
 

@@ -12,7 +12,7 @@ import numpy as np
 from base.base_dataset import BaseDataSet, Colour, Entry
 from dataloaders.colours import ColourTable
 from dataloaders.pairing import Pairs, image_files, pair, relative_stem, split_by_fraction
-from utils.errors import UserError
+from utils.errors import UserError, plural
 from utils.images import read_image, read_label
 
 _SPLIT_FOLDERS = {
@@ -298,8 +298,8 @@ class _ValueTable:
         if not self._known[rows].all():
             unknown = mask[~self._known[rows]]
             raise UserError(
-                f"{path} holds values {np.unique(unknown)[:10].tolist()} ({unknown.size} pixels), which are neither "
-                f"in mask_values {self._shown} nor in ignore_values"
+                f"{path} holds values {np.unique(unknown)[:10].tolist()} ({plural(unknown.size, 'pixel')}), which are "
+                f"neither in mask_values {self._shown} nor in ignore_values"
             )
         return self._ids[rows]
 

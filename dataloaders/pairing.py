@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base.base_dataset import Entry
-from utils.errors import UserError
+from utils.errors import UserError, plural
 from utils.images import IMAGE_EXTENSIONS
 
 log = logging.getLogger("data")
@@ -28,14 +29,21 @@ class Pairs(NamedTuple):
     def warn(self) -> list[Path]:
         """Log how many files have no partner, with a few of them; return them all."""
         for what, missing, files in (
-            ("images", "mask", self.images_alone),
-            ("masks", "image", self.masks_alone),
+            ("image", "mask", self.images_alone),
+            ("mask", "image", self.masks_alone),
         ):
             if files:
                 more = ", ..." if len(files) > _SHOWN else ""
                 shown = ", ".join(str(f) for f in files[:_SHOWN])
-                log.warning("%d %s have no %s and are left out: %s%s", len(files), what, missing, shown, more)
+                left_out = f"has no {missing} and is" if len(files) == 1 else f"have no {missing} and are"
+                _warn(f"{plural(len(files), what)} {left_out} left out: {shown}{more}")
         return [*self.images_alone, *self.masks_alone]
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    # Once, though the loaders of several splits may list the same folder.
+    log.warning(message)
 
 
 def image_files(folder: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> list[Path]:

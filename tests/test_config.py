@@ -726,3 +726,20 @@ def test_the_command_line_checks_and_prints(tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(sys, "argv", ["config.py", "schema"])
     assert configs.main() == 0
     assert json.loads(capsys.readouterr().out)["required"] == ["name", "arch", "train_loader"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"name": "x",\n "arch": {},\n  "loss" {}}', ", line 3, column 10: not valid JSON"),
+        ('{"seed": 1, "seed": 2}', ': not valid JSON (comments and trailing commas are fine): Duplicate key "seed"'),
+        ("", ": not valid JSON"),
+    ],
+)
+def test_invalid_json_is_told_by_file_line_and_column(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        configs.read(path)
+    assert str(error.value).startswith(f"{path}{told}")
+    assert "<string>" not in str(error.value)

@@ -240,7 +240,7 @@ def test_broken_files_are_replaced_in_training() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_files_stop_by_default(workers: int) -> None:
     # The message alone, without the traceback of a worker.
-    with pytest.raises(UserError, match="^file 3 is broken$"):
+    with pytest.raises(UserError, match=r"^file 3 is broken\n\(python -m dataloaders check .*skip.*\)$"):
         list(loader(10, data={"broken": (3,)}, batch_size=2, num_workers=workers))
 
 

@@ -81,8 +81,8 @@ def test_files_without_partner_are_told(plain: Path, caplog: pytest.LogCaptureFi
         dataset = folder(plain)
     assert len(dataset) == 10
     assert dataset.alone == lonely
-    assert "1 images have no mask" in caplog.text
-    assert "1 masks have no image" in caplog.text
+    assert "1 image has no mask and is left out" in caplog.text
+    assert "1 mask has no image" in caplog.text
 
 
 def test_two_images_of_one_name_are_refused(plain: Path) -> None:
@@ -283,7 +283,7 @@ def test_painted_masks_with_transparency_or_as_palette_files(tmp_path: Path) -> 
 def test_unknown_colours_are_reported_with_counts(tmp_path: Path) -> None:
     photo(tmp_path / "images/a.jpg")
     save(tmp_path / "masks/a.png", painted())
-    with pytest.raises(UserError, match=r"masks/a.png .*\[255, 255, 255\] \(1 pixels\)[\s\S]*ignore_colors"):
+    with pytest.raises(UserError, match=r"masks/a.png .*\[255, 255, 255\] \(1 pixel\)[\s\S]*ignore_colors"):
         folder(tmp_path, palette=PALETTE)
 
 
@@ -384,7 +384,7 @@ def test_mask_values_map_by_position_and_refuse_the_rest(tmp_path: Path) -> None
     args = {"mask_values": [5, 300, 1000]}
     assert np.array_equal(label(folder(tmp_path, ignore_values=[7], **args)), IDS)
     assert (label(folder(tmp_path, ignore_values=[7], ignore_index=-1, **args)) == -1).sum() == 1
-    with pytest.raises(UserError, match=r"holds values \[7\] \(1 pixels\)"):
+    with pytest.raises(UserError, match=r"holds values \[7\] \(1 pixel\)"):
         folder(tmp_path, **args)
 
 

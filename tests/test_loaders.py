@@ -161,7 +161,7 @@ def test_files_without_partner_are_left_out_and_told(tmp_path: Path, caplog: pyt
         dataset = dataloaders.build("CityScapes", data_dir=str(tmp_path), split="train").dataset
     assert len(dataset) == 2
     assert dataset.alone == [lonely]
-    assert "1 images have no mask" in caplog.text
+    assert "1 image has no mask and is left out" in caplog.text
     assert lonely.name in caplog.text
 
 
@@ -344,7 +344,7 @@ def test_deepscene_decodes_colours(tmp_path: Path, inner: str) -> None:
 
 def test_deepscene_reports_unknown_colours(tmp_path: Path) -> None:
     deepscene(tmp_path, (1, 2, 3), (1, 2, 3), (9, 9, 9))
-    with pytest.raises(UserError, match=r"_mask.png .*\[1, 2, 3\] \(2 pixels\), \[9, 9, 9\] \(1 pixels\)"):
+    with pytest.raises(UserError, match=r"_mask.png .*\[1, 2, 3\] \(2 pixels\), \[9, 9, 9\] \(1 pixel\)"):
         dataloaders.build("DeepScene", data_dir=str(tmp_path), split="train")
 
 

@@ -136,7 +136,7 @@ def check_message(text: str) -> None:
 TRAINING: dict[str, tuple[list[str], list[str]]] = {
     "no such config": (["-c", "nowhere.json"], ["nowhere.json: there is no such config file"]),
     "config is a folder": (["-c", "data"], ["data: cannot be read as a config"]),
-    "broken json": (["-c", "broken.json"], ["broken.json: not valid JSON"]),
+    "broken json": (["-c", "broken.json"], ["broken.json, line 1, column 24: not valid JSON", 'Unexpected "{"']),
     "no such key": (["--set", "trainer.epoch=3"], ["trainer.epoch: unknown key; did you mean epochs?"]),
     "override without a value": (["--set", "trainer.epochs"], ["expected path=value"]),
     "override of a section": (["--set", "trainer=3"], ["trainer: found 3; expected a section"]),
@@ -157,7 +157,11 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
     ),
     "not the tree that is expected": (
         ["--set", "train_loader.args.data_dir=empty"],
-        ["VOCdevkit/VOC2012", "expected", "found in empty"],
+        ["train_loader.args.data_dir: ", "VOCdevkit/VOC2012", "expected", "found in empty"],
+    ),
+    "names for classes of interest": (
+        ["--set", 'predict.CoI=["cat"]'],
+        ["class ids, not names: background is 0, cat is 1, dog is 2"],
     ),
     "no such split": (["--set", "train_loader.args.split=training"], ["split", "training", "train"]),
     "labels out of range": (
@@ -205,7 +209,7 @@ TESTING: dict[str, tuple[list[str], list[str]]] = {
         ["cannot be changed", "'width': 4", "'width': 2"],
     ),
     "no such config": (["-c", "nowhere.json"], ["nowhere.json: there is no such config file"]),
-    "broken json": (["-c", "broken.json"], ["broken.json: not valid JSON"]),
+    "broken json": (["-c", "broken.json"], ["broken.json, line 1, column 24: not valid JSON", 'Unexpected "{"']),
     "no such data folder": (
         ["--set", "val_loader.args.data_dir=nowhere"],
         ["val_loader.args.data_dir: found 'nowhere'", "--set val_loader.args.data_dir=FOLDER"],
@@ -250,7 +254,10 @@ def test_a_broken_image_is_told_by_its_name(complaint, place) -> None:
     (root / "JPEGImages" / "image3.jpg").write_bytes(b"\xff\xd8\xff broken")
     assert "image3.jpg" in complaint(test_script, "-r", "good.pth")
     (root / "JPEGImages" / "image0.jpg").unlink()
-    assert "image0.jpg" in complaint(train_script, "-c", "config.json")
+    text = complaint(train_script, "-c", "config.json")
+    assert "image0.jpg" in text
+    assert "python -m dataloaders check" in text
+    assert '"on_error": "skip"' in text
 
 
 def test_an_image_and_a_label_of_different_sizes_are_told(complaint, place) -> None:
@@ -316,3 +323,23 @@ def test_without_a_mistake_both_run(place, monkeypatch, capsys) -> None:
     assert ended.value.code == 0, captured.err
     assert "## Comparison" in captured.out
     assert sorted(p.name for p in Path("results").iterdir()) == ["per_image.csv", "report.html", "results.json"]
+
+
+def test_an_image_without_a_mask_is_one_warning(place, monkeypatch, capsys) -> None:
+    for i in range(5):
+        for folder in ("images", "masks"):
+            (place / "pairs" / folder).mkdir(parents=True, exist_ok=True)
+            channels = (3,) if folder == "images" else ()
+            write_png(place / "pairs" / folder / f"{i}.png", np.zeros((32, 32, *channels), np.uint8))
+    (place / "pairs/masks/2.png").unlink()
+    loader = {"data_dir": "pairs", "classes": CLASSES, "val_fraction": 0.5, "num_workers": 0, "batch_size": 2}
+    train = {"type": "Folder", "args": {**loader, "crop_size": 32, "augment": True}}
+    config = CONFIG | {"train_loader": train, "val_loader": {"type": "Folder", "args": {**loader, "split": "val"}}}
+    (place / "pairs.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["train.py", "-c", "pairs.json"])
+    with pytest.raises(SystemExit) as ended:
+        errors.run(train_script.main)
+    text = capsys.readouterr().err
+    assert ended.value.code == 0, text
+    assert text.count("warning: 1 image has no mask and is left out: pairs/images/2.png\n") == 1
+    assert text.count("has no mask") == 1

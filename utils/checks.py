@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from utils.config_checks import PER_CLASS_SCORES
-from utils.errors import UserError, did_you_mean
+from utils.errors import DataFolderError, UserError, did_you_mean
 from utils.facts import Facts
 from utils.losses import LOSSES, gives_probabilities
 from utils.schema import Config
@@ -40,9 +40,12 @@ def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
             f"--set {stage}_loader.type=NAME --set {stage}_loader.args.data_dir=FOLDER"
         )
     field = "val_loader" if stage == "test" and config.test_loader is None else f"{stage}_loader"
-    return built(
-        f"{field}.args", build, component.type, seed=config.seed, ignore_index=config.ignore_index, **component.args
-    )
+    try:
+        return built(
+            f"{field}.args", build, component.type, seed=config.seed, ignore_index=config.ignore_index, **component.args
+        )
+    except DataFolderError as error:
+        raise UserError(f"{field}.args.data_dir: {error}") from None
 
 
 def loss_arguments(config: Config, dataset: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 
 from utils import config_errors
 from utils.config_checks import PER_CLASS_SCORES as PER_CLASS_SCORES
-from utils.config_checks import STAGES, check
+from utils.config_checks import STAGES, check, names_hint
 from utils.errors import UserError, run
 from utils.registry import Registry
 from utils.schema import Config
@@ -66,7 +67,10 @@ def resolve(
         # One round of mending is enough: what the rest of the config has wrong is said in the same message.
         rest = config_errors.usable_part(raw, error)
         further = [] if rest is None else check(rest, models, loaders, stages)
-        messages = list(problems.values())
+        messages = [
+            message + (names_hint(rest, path, loaders) if rest is not None else "")
+            for path, message in problems.items()
+        ]
         messages += [p for p in further if not config_errors.under(p.partition(": ")[0], problems)]
         raise UserError(config_errors.report(source, messages)) from None
     found = check(config, models, loaders, stages)
@@ -87,13 +91,20 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         raw = json5.loads(text, allow_duplicate_keys=False)
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON (comments and trailing commas are fine): {error}") from None
+        raise UserError(_invalid(path, str(error))) from None
     except RecursionError:
         raise UserError(f"{path}: not a config: its brackets are nested too deeply") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected one JSON object, found {type(raw).__name__}")
     raw.pop(EDITORS_KEY, None)
     return raw
+
+
+def _invalid(path: Path, reason: str) -> str:
+    """Return what is wrong with a file's JSON, and where, as editors and compilers say it."""
+    told = re.fullmatch(r"<string>:(\d+) (.*) at column (\d+)", reason, re.DOTALL)
+    where = f", line {told[1]}, column {told[3]}" if told else ""
+    return f"{path}{where}: not valid JSON (comments and trailing commas are fine): {told[2] if told else reason}"
 
 
 def override(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

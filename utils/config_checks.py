@@ -44,6 +44,8 @@ PROVIDED_TO_LOSS = ("ignore_index",)
 PROVIDED_TO_SCHEDULER = ("optimizer", "total_steps", "last_epoch")
 PROVIDED_TO_OPTIMIZER = ("params",)
 
+_NAMED = 30  # classes in a message
+
 
 def check(
     config: Config,
@@ -186,6 +188,17 @@ def _check_classes_of_interest(config: Config, facts: Any | None) -> list[str]:
         return []
     one = " (with one channel, the class itself is number 0)" if facts.num_classes == 1 else ""
     return [f"predict.CoI: found {outside}; the data has the classes 0 to {facts.num_classes - 1}{one}"]
+
+
+def names_hint(config: Config, path: str, loaders: Registry | None) -> str:
+    """Return, for a wrong value at ``path`` among the classes of interest, which id each class has; else nothing."""
+    if not path.startswith("predict.CoI.") or loaders is None or config.train_loader.type not in loaders:
+        return ""
+    facts = _facts_of("train_loader", config.train_loader, loaders)[1]
+    if facts is None:
+        return ""
+    ids = [f"{name} is {i}" for i, name in enumerate(facts.class_names[:_NAMED])]
+    return f"; class ids, not names: {', '.join(ids)}{', ...' if facts.num_classes > _NAMED else ''}"
 
 
 # -- loss and schedule -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -16,6 +17,10 @@ class UserError(Exception):
     """
 
 
+class DataFolderError(UserError):
+    """A data set's folder does not hold what it must; who knows the config names the field, ``...args.data_dir``."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence: ``"; did you mean X?"`` for the nearest known name, else a full stop."""
     known = list(known)
@@ -24,8 +29,23 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {folded[nearest[0]]}?" if nearest else "."
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a number with its noun, which gets an s unless there is one."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+class _Warnings(logging.Handler):
+    """Prints what the data's loaders warn of as the scripts print their own warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"warning: {record.getMessage()}", file=sys.stderr)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and exit: a :class:`UserError` becomes one message and exit code 2."""
+    data = logging.getLogger("data")
+    if not any(isinstance(handler, _Warnings) for handler in data.handlers):
+        data.addHandler(_Warnings(logging.WARNING))
     try:
         code = main()
     except UserError as error:
