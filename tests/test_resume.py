@@ -75,6 +75,14 @@ def test_with_auto_another_arch_is_an_error_as_with_a_file(train: Train) -> None
         assert "the model of a checkpoint cannot be changed" in text
 
 
+def test_an_override_of_the_arch_is_given_again(train: Train) -> None:
+    wider = ["-c", "config.json", "--set", "arch.args.width=4"]
+    assert train(*wider)[0] == 0
+    code, text = train("-r", "auto", *wider, "--set", "trainer.epochs=2")
+    assert code == 0, text
+    assert "arch" not in text.partition("changed since")[2].partition("    run")[0]
+
+
 def test_an_unchanged_config_changes_nothing(train: Train) -> None:
     """Stopped after one epoch of two, as a kill would: the same config, and the same weights in the end."""
     write(CONFIG, epochs=2)

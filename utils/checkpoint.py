@@ -253,7 +253,9 @@ def config_of(
     if stored is not None and not isinstance(stored, Mapping):
         raise UserError(f"{path}: its config is no section but {type(stored).__name__}; give one with --config")
     if given is not None:
-        raw, source = configs.read(given), str(given)
+        # A run may have been started with an override of its arch, which then is given again.
+        raw = configs.override(configs.read(given), [item for item in overrides if item.startswith(("arch.", "arch="))])
+        source = str(given)
         own = (stored or {}).get("arch")
         if "arch" in raw and own is not None and not _same_arch(own, raw["arch"], models):
             raise UserError(
