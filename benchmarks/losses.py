@@ -1,8 +1,8 @@
 """Which loss goes with which prediction procedure? A small network on Shapes, every loss, three seeds.
 
 Same network, data, optimizer and schedule for all; only the loss differs. Each trained network is scored on the
-same test scenes under T, max and rankdice. Shapes' labels are uncertain by construction, as real ones are, so that
-there is something for rankdice to decide.
+same test scenes under T, max and rankdice, as it is and with a temperature fitted on validation scenes. Shapes' labels
+are uncertain by construction, as real ones are, so that there is something for rankdice to decide.
 
     python -m benchmarks.losses --quick                  # a minute: does it run?
     python -m benchmarks.losses --json saved/losses.json # the study; an interrupted one goes on where it was
@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from utils.evaluation import Evaluator
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "losses.md"
@@ -54,6 +58,7 @@ class Recipe:
 
     epochs: int = 20
     length: int = 640
+    val_length: int = 200
     test_length: int = 200
     size: int = 64
     batch_size: int = 8
@@ -89,13 +94,15 @@ class Study:
             rotate=False,
             **shared,
         )
+        self.val_loader = dataloaders.build("Shapes", split="val", length=recipe.val_length, **shared)
         self.test_loader = dataloaders.build("Shapes", split="test", length=recipe.test_length, **shared)
         self.facts = Facts.of(self.train_loader.dataset)
         self.weights = self.train_loader.dataset.class_weights().tolist()
 
     def run(self, variant: str, seed: int) -> dict[str, Any]:
-        """Train and test one network; returns the scores of each procedure."""
+        """Train one network and test it, without and with a fitted temperature; returns each procedure's scores."""
         from utils import losses
+        from utils.evaluation import Evaluator
 
         name, args = VARIANTS[variant]
         if args.get("weight") == "balanced":
@@ -103,8 +110,17 @@ class Study:
         loss = losses.build(name, self.facts.ignore_index, **args).to(self.device)
         start = time.perf_counter()
         model = self._train(loss, seed)
-        scores = self._test(model, loss)
-        return {"proper": loss.proper, "seconds": round(time.perf_counter() - start, 1), "scores": scores}
+        evaluator = Evaluator(model, self.facts, loss.activation, self.device)
+        scores = self._test(evaluator)
+        temperature = self._temperature(evaluator)
+        fitted = self._test(replace(evaluator, temperature=temperature))
+        return {
+            "proper": loss.proper,
+            "seconds": round(time.perf_counter() - start, 1),
+            "scores": scores,
+            "temperature": temperature,
+            "fitted": fitted,
+        }
 
     def _train(self, loss: Any, seed: int) -> Any:
         import torch
@@ -135,45 +151,66 @@ class Study:
                 schedule.step()
         return model
 
-    def _test(self, model: Any, loss: Any) -> dict[str, dict[str, float]]:
-        from utils.evaluation import Decision, Evaluator, evaluate
+    def _temperature(self, evaluator: Evaluator) -> float:
+        from utils.fitting import fit
+        from utils.predict import PredictOptions
 
-        evaluator = Evaluator(model, self.facts, loss.activation, self.device)
+        return fit(evaluator, self.val_loader, PredictOptions(), progress=lambda title: iter).temperature
+
+    def _test(self, evaluator: Evaluator) -> dict[str, dict[str, float]]:
+        from utils.evaluation import Decision, evaluate
+
         outcome = evaluate(evaluator, self.test_loader, {name: Decision(name) for name in PROCEDURES})
         wanted = ("Mean_Dice", "Mean_IoU", "Expected_Dice", "Measured_Dice")
         computed = {name: metrics.compute() for name, metrics in outcome.metrics.items()}
         return {name: {k: scores[k] for k in wanted if k in scores} for name, scores in computed.items()}
 
 
-def table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return the Markdown table of ``{variant: results of its seeds}``; scores are percentages.
+def tables(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return the two Markdown tables of ``{variant: results of its seeds}``; scores are percentages.
 
     ``gain``: mDice of rankdice minus the better of T and max (mean and standard deviation over the seeds).
     ``expected - measured``: the mDice that rankdice expects of its masks minus the one measured; 0 where the
     probabilities are right.
     """
-    lines = [
-        "| loss | proper | T | max | rankdice | gain | expected - measured |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    first, second = [], []
     for variant, results in runs.items():
-        cells = []
-        for procedure in PROCEDURES:
-            dice, iou = (
-                100 * statistics.fmean(r["scores"][procedure][key] for r in results)
-                for key in ("Mean_Dice", "Mean_IoU")
-            )
-            cells.append(f"{dice:.1f} / {iou:.1f}")
-        scores = [{p: 100 * r["scores"][p]["Mean_Dice"] for p in PROCEDURES} for r in results]
-        gain = [d["rankdice"] - max(d["T"], d["max"]) for d in scores]
-        spread = f" ± {statistics.stdev(gain):.1f}" if len(gain) > 1 else ""
-        off = [
-            100 * (r["scores"]["rankdice"]["Expected_Dice"] - r["scores"]["rankdice"]["Measured_Dice"]) for r in results
-        ]
         proper = "yes" if results[0]["proper"] else "no"
-        cells += [f"{statistics.fmean(gain):+.1f}{spread}", f"{statistics.fmean(off):+.1f}"]
-        lines.append(f"| {variant} | {proper} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        temperature = statistics.fmean(r["temperature"] for r in results)
+        raw, fitted = [r["scores"] for r in results], [r["fitted"] for r in results]
+        first.append([variant, proper, *(_both(raw, p) for p in PROCEDURES), *_gain(raw)])
+        second.append([variant, f"{temperature:.2f}", *(_both(fitted, p) for p in PROCEDURES), *_gain(fitted)])
+    last = [*PROCEDURES, "gain", "expected - measured"]
+    return "\n".join(
+        [
+            "As the networks are:",
+            "",
+            *_markdown(["loss", "proper", *last], first),
+            "",
+            "The same networks with a temperature fitted on validation scenes, as `test.py --fit` does:",
+            "",
+            *_markdown(["loss", "temperature", *last], second),
+        ]
+    )
+
+
+def _both(scores: Sequence[Mapping[str, Mapping[str, float]]], procedure: str) -> str:
+    dice, iou = (100 * statistics.fmean(s[procedure][key] for s in scores) for key in ("Mean_Dice", "Mean_IoU"))
+    return f"{dice:.1f} / {iou:.1f}"
+
+
+def _gain(scores: Sequence[Mapping[str, Mapping[str, float]]]) -> tuple[str, str]:
+    """Return the gain of rankdice and what it expected too much, each as a cell."""
+    dice = [{p: 100 * s[p]["Mean_Dice"] for p in PROCEDURES} for s in scores]
+    gain = [d["rankdice"] - max(d["T"], d["max"]) for d in dice]
+    spread = f" ± {statistics.stdev(gain):.1f}" if len(gain) > 1 else ""
+    off = [100 * (s["rankdice"]["Expected_Dice"] - s["rankdice"]["Measured_Dice"]) for s in scores]
+    mean_off = statistics.fmean(off)  # nan where every mask is empty and nothing is expected
+    return f"{statistics.fmean(gain):+.1f}{spread}", "" if math.isnan(mean_off) else f"{mean_off:+.1f}"
+
+
+def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
 
 
 def caption(recipe: Recipe, seeds: int, device: str) -> str:
@@ -185,7 +222,8 @@ def caption(recipe: Recipe, seeds: int, device: str) -> str:
     return (
         f"mDice / mIoU in percent, mean over {many}. UNet (width {recipe.width}), {recipe.epochs} epochs of "
         f"{recipe.length} scenes of {recipe.size} x {recipe.size}, batch {recipe.batch_size}, AdamW at {recipe.lr:g}, "
-        f"OneCycle, {recipe.precision}; {recipe.test_length} test scenes. torch {torch.__version__}, {where}."
+        f"OneCycle, {recipe.precision}; {recipe.val_length} validation and {recipe.test_length} test "
+        f"scenes. torch {torch.__version__}, {where}."
     )
 
 
@@ -214,7 +252,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-QUICK = {"epochs": 1, "length": 32, "test_length": 8, "size": 64}
+QUICK = {"epochs": 1, "length": 32, "val_length": 8, "test_length": 8, "size": 64}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     args.json.parent.mkdir(parents=True, exist_ok=True)
                     args.json.write_text(json.dumps(kept, indent=1))
     runs = {v: [results[f"{v} #{seed}"] for seed in range(seeds)] for v in variants}
-    text = f"{table(runs)}\n\n{caption(recipe, seeds, device)}"
+    text = f"{tables(runs)}\n\n{caption(recipe, seeds, device)}"
     print(text)
     if args.write_docs:
         write_docs(text)

@@ -150,6 +150,16 @@ def test_the_sweep_gives_what_each_threshold_scores(channels, count_ignored, cla
     assert sweep.means()[sweep.thresholds.index(best)] == value
 
 
+def test_the_sweep_takes_channels_last_maps_without_a_warning(recwarn) -> None:
+    logits = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    torch.set_warn_always(True)  # else torch warns only the first time in a process
+    try:
+        ThresholdSweep(FACTS).add(part(logits, torch.zeros(2, 8, 8, dtype=torch.long)))
+    finally:
+        torch.set_warn_always(False)
+    assert not [str(w.message) for w in recwarn]
+
+
 def test_of_equal_thresholds_the_one_nearest_to_a_half_is_taken() -> None:
     logits = torch.full((1, 1, 4, 4), -9.0)
     logits[..., :2] = 9.0
