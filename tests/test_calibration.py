@@ -154,7 +154,7 @@ def test_the_sweep_takes_channels_last_maps_without_a_warning(recwarn) -> None:
     logits = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
     torch.set_warn_always(True)  # else torch warns only the first time in a process
     try:
-        ThresholdSweep(FACTS).add(part(logits, torch.zeros(2, 8, 8, dtype=torch.long)))
+        ThresholdSweep(FACTS).add(part(logits, torch.zeros(2, 8, 8, dtype=torch.long), "sigmoid"))
     finally:
         torch.set_warn_always(False)
     assert not [str(w.message) for w in recwarn]

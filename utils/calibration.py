@@ -287,7 +287,7 @@ class ThresholdSweep:
         classes, steps = probs.shape[0], len(self.thresholds)
         # The number of thresholds below a probability: p > t[k] means k < that number, in float32 as T compares.
         edges = torch.tensor(self.thresholds, dtype=probs.dtype, device=probs.device)
-        # Maps of a channels_last network are not contiguous; bucketize warns of it and copies them all the same.
+        # A sigmoid of channels_last maps is not contiguous; bucketize warns of it and copies them all the same.
         below = torch.bucketize(probs.flatten(1).contiguous(), edges)
         below += torch.arange(classes, device=probs.device)[:, None] * (steps + 1)
         flat = target.flatten().long()
