@@ -217,6 +217,8 @@ def test_shares_of_processes_add_up_and_probabilities_that_are_true_have_no_erro
         ({"type": "BCEWithLogitsFocalLoss2d", "alpha": 0.25}, False),
         ({"type": "FocalLoss", "weight": "balanced"}, False),
         ({"type": "CrossEntropyLoss2d", "weight": "balanced"}, False),
+        ({"type": "CrossEntropyLoss2d", "label_smoothing": 0.1}, True),
+        ({"type": "CrossEntropyLoss2d", "top_k": 0.2, "label_smoothing": 0.1}, False),
         ({"type": "DiceLoss"}, False),
     ],
 )

@@ -151,6 +151,20 @@ def test_rankdice_on_a_loss_that_gives_no_probabilities_is_a_warning(loss, proce
     assert bool(text) == warned
 
 
+@pytest.mark.parametrize(
+    "loss", ["FocalLoss", {"type": "CrossEntropyLoss2d", "args": {"label_smoothing": 0.1}}, "BCEWithLogitsFocalLoss2d"]
+)
+def test_rankdice_on_a_cautious_loss_asks_for_a_temperature_until_there_is_one(loss, capsys) -> None:
+    checks.warn_about_loss(config(loss=loss), ["rankdice"])
+    text = capsys.readouterr().err
+    assert "test.py --fit" in text
+    assert "not probabilities" not in text
+    checks.warn_about_loss(config(loss=loss, predict={"temperature": 0.6}), ["rankdice"])
+    assert not capsys.readouterr().err
+    checks.warn_about_loss(config(loss="DiceLoss", predict={"temperature": 0.6}), ["rankdice"])
+    assert "not probabilities" in capsys.readouterr().err
+
+
 # -- tables ----------------------------------------------------------------------------------------------------
 
 

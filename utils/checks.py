@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from utils.config_checks import PER_CLASS_SCORES
 from utils.errors import DataFolderError, UserError, did_you_mean
 from utils.facts import Facts
-from utils.losses import LOSSES, gives_probabilities
+from utils.losses import LOSSES, gives_probabilities, is_proper
 from utils.schema import Config
 
 T = TypeVar("T")
@@ -102,15 +102,24 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def warn_about_loss(config: Config, procedures: list[str]) -> None:
-    """Say once when rankdice is to decode a network whose loss does not give it probabilities."""
-    if not any(name.startswith("rankdice") for name in procedures) or config.loss.type not in LOSSES:
+    """Say once when rankdice is to decode a network whose loss does not give it calibrated probabilities."""
+    name, args = config.loss.type, config.loss.args
+    if not any(p.startswith("rankdice") for p in procedures) or name not in LOSSES or is_proper(name, **args):
         return
-    if not gives_probabilities(config.loss.type, **config.loss.args):
-        tilted = LOSSES[config.loss.type].proper or LOSSES[config.loss.type].nearly_proper
-        which = f"{config.loss.type} with {', '.join(config.loss.args)}" if tilted else config.loss.type
-        print(
-            f"warning: rankdice needs calibrated probabilities, and {which} is not a strictly proper loss: "
-            "its outputs are not probabilities, and expected scores will be off. For RankDice train with "
-            "CrossEntropyLoss2d or BCEWithLogitsLoss2d, without weights (docs/rankdice.md)",
-            file=sys.stderr,
+    which = f"{name} with {', '.join(args)}" if LOSSES[name].proper or LOSSES[name].nearly_proper and args else name
+    if not gives_probabilities(name, **args):
+        effect = (
+            f"{which} is not a strictly proper loss: its outputs are not probabilities, and expected scores will be "
+            "off. For RankDice train with CrossEntropyLoss2d or BCEWithLogitsLoss2d, without weights"
         )
+    elif config.predict.temperature == 1:
+        effect = (
+            f"{which} leaves a network less sure than it should be: rankdice can score below max. Fit a temperature "
+            "on validation data first (test.py --fit)"
+        )
+    else:  # a temperature was fitted, which is what these losses need
+        return
+    print(
+        f"warning: rankdice needs calibrated probabilities, and {effect} (docs/rankdice.md#when-not-to-use-it)",
+        file=sys.stderr,
+    )

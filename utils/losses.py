@@ -96,6 +96,7 @@ class CrossEntropyLoss2d(SegmentationLoss):
         self.label_smoothing = label_smoothing
         self.top_k = top_k
         self.proper = weight is None and label_smoothing == 0 and top_k == 1
+        self.nearly_proper = weight is None and top_k == 1
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """See :meth:`SegmentationLoss.compute`."""
@@ -453,7 +454,8 @@ def is_proper(type: str, **args) -> bool:
 def gives_probabilities(type: str, **args) -> bool:
     """Return whether outputs trained with the loss ``type`` and ``args`` (as in a config) can pass as probabilities.
 
-    Those of a strictly proper loss, and, with some calibration (``test.py --fit``), those of the focal losses.
+    Those of a strictly proper loss, and, with a temperature (``test.py --fit``), those of the focal losses and of label
+    smoothing.
     """
     loss = _as_in_config(type, args)
     return loss.proper or loss.nearly_proper
