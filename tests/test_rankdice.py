@@ -19,7 +19,7 @@ from tests.reference_rankdice import (
     expected_scores,
     integral_scores,
 )
-from utils import rankdice_exact
+from utils import rankdice_exact, rankdice_sweep
 from utils.rankdice import IOU_SOLVERS, METRICS, SOLVERS, RankDice, label_map, rank_dice
 from utils.rankdice_integral import RowFacts, Runs, lower_bound, upper_bound
 
@@ -330,6 +330,24 @@ def test_maps_give_the_same_alone_and_in_any_chunks(metric: str) -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_counting_in_place_and_gathering_give_the_same(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles with many probable pixels are binned as they lie, others are gathered: which is a matter of speed."""
+    probs = torch.cat([smooth_maps(2, 3, 190, 211).flatten(2), odd_rows(190 * 211).expand(2, -1, -1)], 1)
+    counted = []
+    count = rankdice_sweep.Sweep._count
+    monkeypatch.setattr(rankdice_sweep.Sweep, "_count", lambda *args: (counted.append(1), count(*args)))
+    found = {}
+    for share in (-1.0, 0.4, 1e9):
+        monkeypatch.setattr(rankdice_sweep, "CROWDED", share)
+        counted.clear()
+        found[share] = [rank_dice(probs, metric, prune=None, max_bytes=size) for size in (1, 1 << 24)]
+        assert bool(counted) == (share < 1e9)
+    whole = found[0.4][0]
+    check_masks(probs, whole)
+    assert all(same(one, whole) for some in found.values() for one in some)
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_threads_change_nothing(metric: str) -> None:
     probs = smooth_maps(1, 3, 190, 211)
     threads = torch.get_num_threads()
@@ -570,7 +588,7 @@ def test_extra_memory_is_at_most_twice_the_map(kind: str) -> None:
     elif kind == "one row":
         probs = smooth_maps(1, 2, 1536, 2048, grain=256)[:, :1].contiguous()
     else:
-        probs = torch.rand(1, 2, 1024, 1024, generator=torch.Generator().manual_seed(0))
+        probs = torch.rand(1, 2, 2048, 1024, generator=torch.Generator().manual_seed(0))  # not under the least budget
         probs = {"uniform": probs, "constant": torch.full_like(probs, 0.7), "no contrast": 0.2 * probs}[kind]
     assert peak_bytes(lambda: rank_dice(probs, prune=None)) <= 2 * probs.numel() * probs.element_size()
 

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from utils import rankdice_exact, rankdice_solvers
-from utils.rankdice_exact import Volumes, tiles
+from utils.rankdice_exact import Volumes
+from utils.rankdice_sweep import tiles
 
 SOLVERS = ("exact", "ba", "trna", "paper", "rma")
 METRICS = ("dice", "iou")
 IOU_SOLVERS = ("exact", "rma")
 
-_SMALLEST_BUDGET = 8 << 20
+_SMALLEST_BUDGET = 16 << 20
 _LARGEST_BUDGET = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 
@@ -74,7 +75,7 @@ def rank_dice(
         prune: rows whose largest probability is at most ``prune`` get the empty mask; None switches this off.
         valid: bool, ``(B, *spatial)`` or broadcastable to ``probs``: pixels outside never enter the ranking and are
             never in a mask (padding, outside the field of view). Their values are not looked at.
-        max_bytes: working memory beside the result, about. None: the size of ``probs``, at least 8 MiB and at most
+        max_bytes: working memory beside the result, about. None: the size of ``probs``, at least 16 MiB and at most
             256 MiB (1 GiB on a GPU). It changes the speed only.
 
     Returns:

@@ -3,7 +3,7 @@
 The steps, each for all rows at once (the formulas are in ``utils/rankdice_integral.py``, the reasons in
 ``docs/rankdice.md``):
 
-1. the power sums of each row (:func:`_row_power_sums`);
+1. the power sums of each row (:func:`row_power_sums`);
 2. a histogram of the pixels above a low cut: counts and power sums per bin of probability (:class:`Sweep`);
 3. a lower bound of the best score, and upper bounds for all the volumes that end inside one bin, leave a narrow *band*
    of bins: no volume outside it can be best (:func:`_band`). A row whose pixels under the low cut are not excluded by
@@ -16,15 +16,15 @@ map is read in: sums run over blocks aligned to the row, or over integers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from utils.rankdice_integral import BLOCK, POWERS, Pixels, RowFacts, Runs, best_volume, block_sum, empty_score
+from utils.rankdice_integral import BLOCK, POWERS, SLACK, Pixels, RowFacts, Runs, best_volume, block_sum, empty_score
+from utils.rankdice_sweep import Sweep, Task, row_power_sums
 
 # From this mean volume on, four power sums stand for any set of pixels: what they leave out is less than
 # 36 / mu^4 < 1e-10 of the score. Below it only pixels with p <= mu / SERIES_MEAN may enter so; of the others there are
@@ -37,9 +37,6 @@ PLATEAU_PARTS = 1024
 BAND_LIMIT = 16384  # a band with more pixels is narrowed further before it is sorted
 NARROWINGS = 6
 RETRIES = 3
-SLACK = 1e-12  # relative, for rounding in the bounds
-CACHE_PIXELS = 1 << 16  # what stays in the cache of one core as float64
-PIXEL_BYTES = 64  # working memory per pixel of a tile when all its pixels are above the cut, about
 
 
 class Volumes(NamedTuple):
@@ -74,64 +71,6 @@ class Volumes(NamedTuple):
         """Write the results of rows ``index``."""
         for mine, theirs in zip(self, part, strict=True):
             mine[index] = theirs.to(mine.dtype)
-
-
-class Tile(NamedTuple):
-    """A piece of some rows.
-
-    Attributes:
-        names: positions among the chosen rows.
-        columns: the pixels.
-        place: where the piece begins in the flattened map; None if its rows are not neighbours.
-        values: reads the piece, ``(names, columns)``.
-    """
-
-    names: slice
-    columns: slice
-    place: int | None
-    values: Callable[[], Tensor]
-
-
-def tiles(rows: Tensor, chosen: Tensor, pixels: int) -> Iterator[Tile]:
-    """Walk over rows ``chosen`` (ascending) in tiles of about ``pixels`` pixels: whole rows, or parts of one.
-
-    Neighbouring rows are read in place, others are gathered tile by tile.
-    """
-    count, width = chosen.numel(), rows.shape[1]
-    if count == 0 or width == 0:
-        return
-    first = int(chosen[0])
-    together = int(chosen[-1]) - first + 1 == count
-    per_tile = max(1, pixels // width)
-    length = width if pixels >= width else max(BLOCK, pixels // BLOCK * BLOCK)
-
-    def values(names: slice, columns: slice) -> Tensor:
-        if together:
-            return rows[first + names.start : first + names.stop, columns]
-        return rows[:, columns].index_select(0, chosen[names])
-
-    for row in range(0, count, per_tile):
-        names = slice(row, min(row + per_tile, count))
-        for start in range(0, width, length):
-            columns = slice(start, min(start + length, width))
-            place = (first + row) * width + start if together else None
-            yield Tile(names, columns, place, partial(values, names, columns))
-
-
-@dataclass
-class Task:
-    """What is asked, of which map, and where the masks go."""
-
-    rows: Tensor
-    masks: Tensor
-    metric: str
-    smooth: float
-    budget: int
-
-    @property
-    def tile_pixels(self) -> int:
-        """Return how many pixels a tile may have."""
-        return max(BLOCK, self.budget // PIXEL_BYTES // 2)
 
 
 @dataclass
@@ -179,7 +118,7 @@ def solve(
     bins = min(MOST_BINS, max(LEAST_BINS, 1 << (rows.shape[1] // PIXELS_PER_BIN).bit_length()))
     bins = bins if rows.shape[1] >= FEW_PIXELS else 2
     for index in chosen.split(max(1, budget // (bins * 8 * 64))):
-        facts = RowFacts(_row_power_sums(task, index), highest.new_zeros(index.numel()).double(), active[index])
+        facts = RowFacts(row_power_sums(task, index), highest.new_zeros(index.numel()).double(), active[index])
         # Some volume scores about S2 / S1 or more: a mask cut at a uniformly random height has mean mass S2 and mean
         # volume S1; and the best cut is about half the best score. The bounds check what this only makes likely.
         half_score = 0.45 * facts.power[:, 1] / facts.mean.clamp(min=1e-300)
@@ -204,8 +143,9 @@ def _solve_rows(
     found = Volumes.empty(index.numel(), task.rows)
     if bool(easy.any()):
         found.put(easy.nonzero().view(-1), _solve_easy(task, sweep, facts, band, easy))
-        if sweep.draw(found.cutoffs.double()):
+        if sweep.draw(found.cutoffs):
             found.drawn[:] = easy
+    sweep.kept.clear()
     part = heavy.nonzero().view(-1)
     if part.numel():
         found.put(part, _solve_heavy(task, index[part], facts[part], cut[part], highest[part]))
@@ -214,172 +154,6 @@ def _solve_rows(
         lower = cut[part] / 4 if retries else torch.zeros_like(cut[part])
         found.put(part, _solve_rows(task, index[part], facts[part], highest[part], lower, bins, retries - 1))
     return found
-
-
-# --- passes over the map ----------------------------------------------------------------------------------------------
-
-
-def _row_power_sums(task: Task, index: Tensor) -> Tensor:
-    """Return ``sum_j p_j^n``, n = 1..4, float64 ``(R, 4)``."""
-    width = task.rows.shape[1]
-    pixels = CACHE_PIXELS * torch.get_num_threads() if task.rows.device.type == "cpu" else task.tile_pixels
-    sums = torch.empty(POWERS, index.numel(), -(-width // BLOCK), dtype=torch.float64, device=task.rows.device)
-    space = torch.empty(2, max(pixels, BLOCK, min(width, pixels)), dtype=torch.float64, device=task.rows.device)
-    for tile in tiles(task.rows, index, pixels):
-        read = tile.values()
-        values, power = (part[: read.numel()].view(read.shape) for part in space)
-        values.copy_(read)
-        first, whole = tile.columns.start // BLOCK, read.shape[1] // BLOCK
-        edge = whole * BLOCK
-        for n in range(POWERS):
-            if n:
-                torch.mul(values if n == 1 else power, values, out=power)
-            current = power if n else values
-            if whole:
-                head = current[:, :edge].unflatten(1, (whole, BLOCK))
-                sums[n, tile.names, first : first + whole] = head.sum(2)
-            if edge < read.shape[1]:
-                sums[n, tile.names, first + whole] = current[:, edge:].sum(1)
-    return block_sum(sums).T.contiguous()
-
-
-class Sweep:
-    """The pixels of some rows between two probabilities, in bins: read once, kept if they are few.
-
-    Bin ``b`` of ``bins`` starts at ``low + b (high - low) / (bins - 1)``; the last one holds the pixels at ``high``.
-    """
-
-    def __init__(self, task: Task, index: Tensor, low: Tensor, high: Tensor, mean: Tensor, bins: int) -> None:
-        """Args: see :class:`Sweep`; ``mean``: of the rows, to scale the integer sums."""
-        self.task, self.index, self.bins = task, index, bins
-        self.low, self.high = low, high
-        self.width = ((high - low) / (bins - 1)).clamp(min=1e-300)
-        # 2^-scale is the unit of the integer sums: a row's sum stays under 2^62, its rounding under 2^-61 d of mu.
-        self.unit = torch.exp2(torch.ceil(torch.log2(mean + 1)) - 61)
-        self.kept: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] | None = None
-        self.drawing = False
-
-    def _read(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield row, value and place in the flattened map of the pixels, tile by tile.
-
-        The row is ``(1,)`` for a tile inside one row: what depends on it is then broadcast, not gathered.
-        """
-        low = self.low.to(self.task.rows.dtype)
-        high = self.high.to(self.task.rows.dtype)
-        whole = bool((self.high >= 1).all())
-        masks = self.task.masks.view(-1)
-        for tile in tiles(self.task.rows, self.index, self.task.tile_pixels):
-            values = tile.values()
-            place = tile.place if whole else None
-            self.drawing = place is not None
-            if place is not None:  # the mask itself is where the pixels are marked: see draw()
-                inside = masks[place : place + values.numel()].view(values.shape)
-                torch.ge(values, low[tile.names].unsqueeze(1), out=inside)
-            else:
-                inside = values >= low[tile.names].unsqueeze(1)
-            if not whole:
-                inside &= values <= high[tile.names].unsqueeze(1)
-            flat = inside.view(-1).nonzero().view(-1)
-            row = torch.arange(tile.names.start, tile.names.stop, device=flat.device)
-            if row.numel() > 1:
-                ends = torch.arange(1, row.numel() + 1, device=flat.device) * values.shape[1]
-                row = row[torch.bucketize(flat, ends, right=True)]
-            found = values.reshape(-1)[flat].double()
-            yield row, found, None if place is None else flat.add_(place)
-
-    def _keyed(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-        """Yield row (see :meth:`_read`), ``row * bins + bin``, value and place of the pixels, tile by tile."""
-        if self.kept is not None:
-            yield from self.kept
-            return
-        kept, room, steps = [], self.task.budget // 2, 1 / self.width
-        for row, values, place in self._read():
-            key = (values - self.low[row]).mul_(steps[row]).long().clamp_(max=self.bins - 1)
-            key += row * self.bins
-            room -= 32 * key.numel()
-            if room >= 0:
-                kept.append((row, key, values, place))
-            else:
-                kept.clear()
-            yield row, key, values, place
-        self.kept = kept if room >= 0 else None
-
-    def histogram(self, orders: int) -> tuple[Tensor, list[Tensor]]:
-        """Return counts and the power sums of the bins, ``(R, bins)``.
-
-        The first ``orders`` power sums are summed up as integers: any order of the pixels gives the same. The others
-        follow from the mean of each bin, as if its pixels were spread evenly: with 1024 bins and mean volumes of
-        SERIES_MEAN and more, the scores do not see the difference.
-        """
-        size = (self.index.numel(), self.bins)
-        counts = self.index.new_zeros(size)
-        sums = [self.index.new_zeros(size) for _ in range(orders)]
-        for row, key, values, _ in self._keyed():
-            counts.view(-1).scatter_add_(0, key, torch.ones_like(key))
-            power = values * (1 / self.unit)[row]
-            for n in range(orders):
-                if n:
-                    power = power * values
-                sums[n].view(-1).scatter_add_(0, key, power.long())
-        self.total = sums[0].sum(1, keepdim=True).double() * self.unit.unsqueeze(1)
-        powers = [part.double() * self.unit.unsqueeze(1) for part in sums]
-        mean = powers[0] / counts.clamp(min=1)
-        spread = (self.width**2 / 12).unsqueeze(1)
-        for n in range(orders + 1, POWERS + 1):
-            powers.append(counts * (mean**n + n * (n - 1) / 2 * mean ** (n - 2) * spread))
-        return counts, powers
-
-    def draw(self, cutoffs: Tensor) -> bool:
-        """Take the pixels under the cut-offs out of the masks; False if the pixels were not kept."""
-        if not self.drawing or self.kept is None:
-            return False
-        masks = self.task.masks.view(-1)
-        for row, _, values, place in self.kept:
-            assert place is not None  # drawn, so in place
-            masks.index_fill_(0, place[(values < cutoffs[row]).nonzero().view(-1)], False)
-        return True
-
-    def pixels(self) -> tuple[Tensor, Tensor]:
-        """Return row and value of all the pixels."""
-        rows, kept = [], []
-        for row, values, _ in self._read():
-            rows.append(row.expand_as(values))
-            kept.append(values)
-        return torch.cat(rows), torch.cat(kept)
-
-    def within(self, band: Band, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Return row and value of the pixels in the band's bins, for rows ``which``."""
-        bins = torch.arange(self.bins, device=self.index.device)
-        table = (bins >= band.low.unsqueeze(1)) & (bins <= band.high.unsqueeze(1)) & which.unsqueeze(1)
-        table = table.view(-1)
-        keys, kept = [], []
-        for _, key, values, _ in self._keyed():
-            hit = table[key].nonzero().view(-1)
-            keys.append(key[hit])
-            kept.append(values[hit])
-        return torch.cat(keys) // self.bins, torch.cat(kept)
-
-    def extremes(self, band: Band) -> tuple[Tensor, Tensor]:
-        """Return the smallest and the largest probability in the band's bins."""
-        low = torch.full_like(self.low, torch.inf)
-        high = torch.full_like(self.low, -torch.inf)
-        for _, key, values, _ in self._keyed():
-            row = key // self.bins
-            key = key - row * self.bins
-            hit = ((key >= band.low[row]) & (key <= band.high[row])).nonzero().view(-1)
-            low.scatter_reduce_(0, row[hit], values[hit], "amin")
-            high.scatter_reduce_(0, row[hit], values[hit], "amax")
-        return low, high
-
-    def runs(self, counts: Tensor, own: Tensor, rank: Tensor, above: Tensor) -> tuple[Runs, Tensor]:
-        """Return the bins as runs of volumes after ``rank`` pixels that sum up to ``above``, and their int64 ranks."""
-        ranks = counts.flip(1).cumsum(1).flip(1) - counts + rank.unsqueeze(1)
-        mass = own.flip(1).cumsum(1).flip(1) - own + above.unsqueeze(1)
-        edges = self.low.unsqueeze(1) + self.width.unsqueeze(1) * torch.arange(self.bins, device=counts.device)
-        high = self.high.unsqueeze(1) * (1 + SLACK)
-        low = torch.minimum(edges, high) * (1 - SLACK)
-        upper = torch.cat([torch.minimum(edges[:, 1:] * (1 + SLACK), high), high], 1)
-        return Runs(ranks.double(), mass, counts.double(), own, low, upper), ranks
 
 
 # --- where the best volume can be -------------------------------------------------------------------------------------
@@ -485,7 +259,7 @@ class Ragged:
 
 def _solve_easy(task: Task, sweep: Sweep, facts: RowFacts, band: Band, easy: Tensor) -> Volumes:
     """Solve the rows ``easy`` (bool) of a sweep: their bands are small."""
-    row, values = sweep.within(band, easy)
+    row, values = sweep.within(torch.where(easy, band.low, sweep.bins), torch.where(easy, band.high, -1))
     part = easy.nonzero().view(-1)
     band = band[part]
     ragged = Ragged.sort((easy.cumsum(0) - 1)[row], values, band.count)
@@ -570,7 +344,7 @@ def _solve_heavy(task: Task, index: Tensor, facts: RowFacts, low: Tensor, high: 
         mine = facts[open_rows]
         sweep = Sweep(task, index[open_rows], band.low, band.high, mine.mean, MOST_BINS)
         next_band = _search(task, mine, sweep, band.rank, band.above, POWERS).band()
-        next_band.low, next_band.high = sweep.extremes(next_band)
+        next_band.low, next_band.high = sweep.extremes(next_band.low, next_band.high)
         facts.lower[open_rows] = mine.lower
         done = (next_band.count <= BAND_LIMIT) | (next_band.low == next_band.high)
         if turn:

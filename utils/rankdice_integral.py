@@ -24,10 +24,11 @@ POWERS = 4  # power sums that stand for the pixels that are not looked at one by
 BLOCK = 1024  # elements per block of a sum
 CACHE = 1 << 17  # float64 values that a core's cache holds
 RATIO = 4.0  # volumes whose decay rates differ by at most this factor share one set of nodes
-NODES = 12
-MOST_NODES = 48
+NODES = 8
+MOST_NODES = 32
 EMPTY_NODES = 48
-TOLERANCE = 1e-10  # twice the nodes must give the same score, relative
+SLACK = 1e-12  # relative, for rounding in the bounds
+TOLERANCE = 1e-11  # twice the nodes must give the same score, relative
 
 
 @dataclass
@@ -302,7 +303,7 @@ def best_volume(
     mean, variance = facts.mean.unsqueeze(1), facts.variance.unsqueeze(1)
     real = pixels.values > 0
     low = lower_bound(metric, smooth, mean, volume, mass).masked_fill_(~real, 0).amax(1)
-    low = torch.maximum(low, facts.lower).unsqueeze(1) * (1 - 1e-12)
+    low = torch.maximum(low, facts.lower).unsqueeze(1) * (1 - SLACK)
     able = real & (upper_bound(metric, smooth, mean, variance, volume, mass, volume, mass) >= low)
     rates = decay(metric, smooth, mean, volume, mass)
     column = torch.arange(volume.shape[1], device=volume.device).expand_as(volume)
