@@ -94,6 +94,30 @@ def test_results_have_the_fields_of_the_readme() -> None:
     assert found["procedures"]["max"]["Class_Images"] == {"background": 2, "dog, cat": 1, "car": 0}
 
 
+@pytest.mark.parametrize(
+    ("expected", "measured", "said"),
+    [(0.6, 0.7, "less sure"), (0.7, 0.6, "surer"), (0.64, 0.6, None), (None, None, None)],
+)
+def test_a_forecast_that_is_far_off_calls_for_a_temperature(expected, measured, said) -> None:
+    scores = {} if expected is None else {"Expected_Dice": expected, "Measured_Dice": measured}
+    found = report.advice(scores)
+    if said is None:
+        assert found is None
+    else:
+        assert f"the network is {said} than" in found
+        assert "--fit" in found
+
+
+def test_advice_is_for_many_images_without_a_temperature(monkeypatch) -> None:
+    monkeypatch.setattr(report, "FAR_OFF", -1.0)
+    assert "advice" not in content()  # three images
+    monkeypatch.setattr(report, "FEW_IMAGES", 3)
+    found = content()
+    assert "## Advice" in report.text(found)
+    assert "advice" not in content(predict={"temperature": 0.8})
+    assert "advice" not in content(("T", "max"))
+
+
 def test_the_protocol_says_what_was_measured_and_how() -> None:
     protocol = content(predict={"CoI": [1], "count_ignored": True, "temperature": 2.0})["protocol"]
     assert protocol["checkpoint"] == "saved/best_model.pth"

@@ -85,7 +85,8 @@ def page(
     if protocol["split"]:
         title += f" {protocol['split']}"
     verdict = content.get("comparison", {}).get("verdict", "")
-    note = f'<p class="note">{escape(protocol["note"])}</p>' if protocol["note"] else ""
+    notes = (protocol["note"], content.get("advice"))
+    note = "".join(f'<p class="note">{escape(text)}</p>' for text in notes if text)
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{protocol["images"]} images · {escape(protocol["resolution"])} · epoch {protocol["epoch"]}'

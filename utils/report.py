@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.checkpoint import LoadedModel
-from utils.comparison import compare, image_means, worst_mean
+from utils.comparison import FEW_IMAGES, compare, image_means, worst_mean
 from utils.config_checks import unwritable
 from utils.errors import UserError
 from utils.evaluation import Evaluation
@@ -42,6 +42,7 @@ COLUMNS = (
 )
 # The page of a test of all procedures; written by :mod:`utils.html_report`, removed where it is of an earlier run.
 PAGE = "report.html"
+FAR_OFF = 0.05  # a forecast that misses the Dice by more calls for a temperature
 RANKDICE_IOU = "masks with the highest expected IoU; nearly the same masks as rankdice's"
 ONE_VIEW = "one view per image"
 # Losses take the logits as the network gives them (those of several views are made of tempered probabilities).
@@ -79,7 +80,8 @@ def results(
     """Return the content of ``results.json``; nan becomes None.
 
     ``protocol``: what was measured and how; ``procedures``: the scores of each; with ``max`` among several also
-    ``comparison``: differences to it (:func:`utils.comparison.compare`); ``reliability``, where it was gathered.
+    ``comparison``: differences to it (:func:`utils.comparison.compare`); ``reliability``, where it was gathered;
+    ``advice``, where a temperature should be fitted (:func:`advice`).
 
     Args:
         outcome: of the evaluation.
@@ -96,13 +98,33 @@ def results(
         "images_per_class_mean": _images_per_class(procedures),
         "test_loss": UNTEMPERED if config.predict.temperature != 1 and views == ONE_VIEW else None,
     }
-    content = {"protocol": protocol, "procedures": procedures}
+    content: dict[str, Any] = {"protocol": protocol, "procedures": procedures}
     found = compare(outcome.metrics, names, config.predict.test)
     if found is not None:
         content["comparison"] = found
     if reliability is not None:
         content["reliability"] = dict(reliability)
+    if fitted is None and config.predict.temperature == 1 and outcome.images >= FEW_IMAGES:
+        said = advice(procedures.get("rankdice", {}))
+        if said:
+            content["advice"] = said
     return _plain(content)
+
+
+def advice(scores: Mapping[str, Any]) -> str | None:
+    """Return what to do about probabilities that are not right, seen by the Dice that rankdice expects and gets.
+
+    Args:
+        scores: of rankdice, taken without a fitted temperature.
+    """
+    expected, measured = scores.get("Expected_Dice", math.nan), scores.get("Measured_Dice", math.nan)
+    if not abs(expected - measured) > FAR_OFF:
+        return None
+    how = "surer" if expected > measured else "less sure"
+    return (
+        f"rankdice expects a Dice of {expected:.3f} of its masks, and they got {measured:.3f}: the network is {how} "
+        "than it should be. Fit a temperature on validation data, test.py -r CHECKPOINT --fit, and test its checkpoint."
+    )
 
 
 def _scores(name: str, outcome: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:
@@ -230,6 +252,8 @@ def text(content: Mapping[str, Any]) -> str:
         parts.append(_reliability(content["reliability"]))
     if "comparison" in content:
         parts.append(_differences(content["comparison"]))
+    if "advice" in content:
+        parts.append(f"\n    ## Advice\n{_wrapped(content['advice'])}")
     return "\n".join(parts)
 
 
