@@ -218,7 +218,11 @@ def test_shares_of_processes_add_up_and_probabilities_that_are_true_have_no_erro
         ({"type": "FocalLoss", "weight": "balanced"}, False),
         ({"type": "CrossEntropyLoss2d", "weight": "balanced"}, False),
         ({"type": "CrossEntropyLoss2d", "label_smoothing": 0.1}, True),
-        ({"type": "CrossEntropyLoss2d", "top_k": 0.2, "label_smoothing": 0.1}, False),
+        ({"type": "CrossEntropyLoss2d", "top_k": 0.2, "label_smoothing": 0.1}, True),
+        ({"type": "CE_DiceLoss", "per_class": True}, True),
+        ({"type": "CE_DiceLoss", "weight": "balanced"}, False),
+        ({"type": "BCEDiceLoss"}, True),
+        ({"type": "BCEDiceLoss", "pos_weight": [2.0]}, False),
         ({"type": "DiceLoss"}, False),
     ],
 )

@@ -152,7 +152,13 @@ def test_rankdice_on_a_loss_that_gives_no_probabilities_is_a_warning(loss, proce
 
 
 @pytest.mark.parametrize(
-    "loss", ["FocalLoss", {"type": "CrossEntropyLoss2d", "args": {"label_smoothing": 0.1}}, "BCEWithLogitsFocalLoss2d"]
+    "loss",
+    [
+        "FocalLoss",
+        {"type": "CrossEntropyLoss2d", "args": {"label_smoothing": 0.1}},
+        "BCEWithLogitsFocalLoss2d",
+        "CE_DiceLoss",
+    ],
 )
 def test_rankdice_on_a_cautious_loss_asks_for_a_temperature_until_there_is_one(loss, capsys) -> None:
     checks.warn_about_loss(config(loss=loss), ["rankdice"])

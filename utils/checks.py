@@ -114,8 +114,8 @@ def warn_about_loss(config: Config, procedures: list[str]) -> None:
         )
     elif config.predict.temperature == 1:
         effect = (
-            f"{which} leaves a network less sure than it should be: rankdice can score below max. Fit a temperature "
-            "on validation data first (test.py --fit)"
+            f"{which} leaves a network more or less sure than it should be: rankdice can score below max. Fit a "
+            "temperature on validation data first (test.py --fit)"
         )
     else:  # a temperature was fitted, which is what these losses need
         return

@@ -96,7 +96,7 @@ class CrossEntropyLoss2d(SegmentationLoss):
         self.label_smoothing = label_smoothing
         self.top_k = top_k
         self.proper = weight is None and label_smoothing == 0 and top_k == 1
-        self.nearly_proper = weight is None and top_k == 1
+        self.nearly_proper = weight is None
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """See :meth:`SegmentationLoss.compute`."""
@@ -362,6 +362,7 @@ class CE_DiceLoss(SegmentationLoss):  # noqa: N801 (the published name)
         self.cross_entropy = CrossEntropyLoss2d(ignore_index, weight)
         self.dice = DiceLoss(ignore_index, smooth, per_class, per_image, classes)
         self.dice_weight = non_negative("dice_weight", dice_weight)
+        self.nearly_proper = self.cross_entropy.proper
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """See :meth:`SegmentationLoss.compute`."""
@@ -396,6 +397,7 @@ class BCEDiceLoss(SegmentationLoss):
         self.cross_entropy = BCEWithLogitsLoss2d(ignore_index, weight, pos_weight)
         self.dice = BDiceLoss(ignore_index, smooth, per_class, per_image, classes)
         self.dice_weight = non_negative("dice_weight", dice_weight)
+        self.nearly_proper = self.cross_entropy.proper
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """See :meth:`SegmentationLoss.compute`."""
@@ -454,8 +456,8 @@ def is_proper(type: str, **args) -> bool:
 def gives_probabilities(type: str, **args) -> bool:
     """Return whether outputs trained with the loss ``type`` and ``args`` (as in a config) can pass as probabilities.
 
-    Those of a strictly proper loss, and, with a temperature (``test.py --fit``), those of the focal losses and of label
-    smoothing.
+    Those of a strictly proper loss, and, with a temperature (``test.py --fit``), those of a cross-entropy that is
+    smoothed, focussed or summed with a Dice loss.
     """
     loss = _as_in_config(type, args)
     return loss.proper or loss.nearly_proper
