@@ -37,6 +37,7 @@ class Trainer(BaseTrainer):
         self.options = PredictOptions.from_config(self.config.predict)
         # The batches whose loss has not been looked at yet: on a GPU looking waits, so it is done one step late.
         self._unchecked: deque[tuple[int, Batch, Tensor, torch.cuda.Event | None]] = deque()
+        self.rates = learning_rates(self.optimizer)  # those that the last batch was trained with
         self._lag = 1 if self.device.type == "cuda" else 0
 
     # -- one step ----------------------------------------------------------------------------------------------
@@ -109,6 +110,7 @@ class Trainer(BaseTrainer):
         position = self.batch % self.settings.accumulate
         group = min(self.settings.accumulate, self.batches - (self.batch - position))
         steps = position + 1 == group
+        self.rates = learning_rates(self.optimizer)
         with self._without_sync(steps):
             loss, logits = self._forward(images, target)
             self._watch(loss, batch)
@@ -168,7 +170,7 @@ class Trainer(BaseTrainer):
 
     def _explain_loss(self, value: float, iteration: int, batch: Batch) -> str:
         path = self.folder / f"bad-batch-iteration{iteration}-rank{distributed.rank()}.pth"
-        rates = learning_rates(self.optimizer)
+        rates = self.rates
         checkpoint.save(
             {
                 "state_dict": self.model.state_dict(),
@@ -296,7 +298,7 @@ class _Meter:
         )
         recent = torch.stack(self.recent).mean().item() if self.recent else math.nan
         timing = self._timing(watch)
-        rates = {f"lr/{name}": rate for name, rate in learning_rates(trainer.optimizer).items()}
+        rates = {f"lr/{name}": rate for name, rate in trainer.rates.items()}
         trainer.log.record("train", epoch, trainer.iteration, {"loss": recent, **rates}, timing)
         tags = {"train/loss": recent, **rates, **{f"time/{k}": v for k, v in timing.items()}}
         tags |= {f"train/{key.removeprefix('train_')}": value for key, value in scores.items() if key != "train_loss"}

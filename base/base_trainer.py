@@ -320,11 +320,18 @@ class BaseTrainer:
                 "the checkpoint holds weights but not the state of a run of this framework, so it cannot be resumed; "
                 "to start a new run from its weights: train.py --config CONFIG --weights CHECKPOINT"
             )
-        self.model.load_state_dict(state["state_dict"])
+        before = state["config"]["optimizer"]["type"]
+        if before != self.config.optimizer.type:
+            raise UserError(
+                f"optimizer.type: the checkpoint's is {before}, the config's {self.config.optimizer.type}; a run "
+                "keeps its optimizer. To train on with another, start a new run from its weights (train.py --config "
+                "CONFIG --weights CHECKPOINT)"
+            )
+        checkpoint.fill(self.model, state["state_dict"], self.folder / LATEST)
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
             self.ema.n_averaged.fill_(state["ema_updates"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optim.restore(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch, self.iteration = state["epoch"], state["batch"], state["iteration"]

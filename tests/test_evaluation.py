@@ -49,14 +49,16 @@ def evaluator(**changes: Any) -> Evaluator:
 
 
 def test_all_decisions() -> None:
-    assert list(all_decisions(PredictOptions())) == ["T", "max", "rankdice", "rankdice_iou"]
+    assert list(all_decisions(PredictOptions())) == ["T", "max", "rankdice", "rankdice_unpruned", "rankdice_iou"]
+    assert list(all_decisions(PredictOptions(prune=None))) == ["T", "max", "rankdice", "rankdice_iou"]
     found = all_decisions(PredictOptions(threshold=0.3, solver="ba", metric="dice", classes=(1,)))
-    assert list(found) == ["T", "T_tuned", "max", "rankdice", "rankdice_iou"]
+    assert list(found) == ["T", "T_tuned", "max", "rankdice", "rankdice_unpruned", "rankdice_iou"]
     assert found["T"].options.threshold == 0.5
     assert found["T_tuned"].options.threshold == 0.3
     assert (found["rankdice"].options.solver, found["rankdice"].options.metric) == ("ba", "dice")
     assert (found["rankdice_iou"].options.solver, found["rankdice_iou"].options.metric) == ("exact", "iou")
-    assert [d.expects for d in found.values()] == [None, None, None, "dice", "iou"]
+    assert (found["rankdice"].options.prune, found["rankdice_unpruned"].options.prune) == (0.5, None)
+    assert [d.expects for d in found.values()] == [None, None, None, "dice", "dice", "iou"]
     assert all(d.options.classes == (1,) for d in found.values())
     # Under a config that maximises IoU, the two columns still are what their names say.
     assert all_decisions(PredictOptions(metric="iou"))["rankdice"].expects == "dice"
@@ -159,7 +161,7 @@ def test_who_looks_sees_everything() -> None:
     assert [len(p.target) for p in parts] == [3, 3, 1]
     first = parts[0]
     torch.testing.assert_close(first.logits.softmax(1), first.probs)
-    assert list(first.predictions) == list(first.counts) == ["T", "max", "rankdice", "rankdice_iou"]
+    assert list(first.predictions) == list(first.counts) == [*all_decisions(PredictOptions())]
     assert torch.equal(first.counts["T"].target[0], first.counts["max"].target[0])
 
 

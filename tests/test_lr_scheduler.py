@@ -219,11 +219,14 @@ def test_a_resumed_run_may_be_longer(name):
     assert run(longer, 6) == run(build(name, make_optimizer(), 12, **args), 12)[6:]
 
 
-def test_resuming_keeps_the_base_rate_of_the_checkpoint():
-    saved = build("Poly", make_optimizer("SGD", lr=0.5), 10).state_dict()
-    resumed = build("Poly", make_optimizer("SGD", lr=0.1), 10)
-    resumed.load_state_dict(saved)
-    assert resumed.get_last_lr() == [0.5, 0.05]
+@pytest.mark.parametrize("name", ["Poly", "OneCycle", "OneCycleLR", "CosineAnnealingLR", "StepLR"])
+def test_resuming_with_another_rate_follows_the_curve_of_the_new_one(name):
+    args = ARGS.get(name, {})
+    before = build(name, make_optimizer("AdamW", lr=0.5), 10, **args)
+    run(before, 4)
+    resumed = build(name, make_optimizer("AdamW", lr=0.1), 10, **args)
+    resumed.load_state_dict(before.state_dict())
+    assert run(resumed, 6) == run(build(name, make_optimizer("AdamW", lr=0.1), 10, **args), 10)[4:]
 
 
 def test_resuming_with_other_groups_is_an_error():
@@ -390,6 +393,22 @@ def test_the_command_draws_the_run(config_file, tmp_path, capsys):
     assert picture.shape[1] == 960
     for colour in lr_plot.LINES[:2]:  # one curve per parameter group
         assert (picture == colour).all(axis=2).sum() > 500
+
+
+def test_the_run_has_as_many_steps_as_its_data_say(config_file, tmp_path, capsys):
+    out = ["--config", str(config_file), "--out", str(tmp_path / "lr.png")]
+    set_to = "train_loader.args={args}".format
+    args = '{"length": 24, "batch_size": 4, "num_workers": 0}'
+    assert lr_plot.main([*out, "--set", set_to(args=args)]) == 0
+    assert "4 epochs of 6 batches" in capsys.readouterr().out
+    assert lr_plot.main([*out, "--set", set_to(args=args), "--set", "trainer.limit_batches=5"]) == 0
+    assert "4 epochs of 5 batches" in capsys.readouterr().out
+    gone = ["--set", "train_loader.type=VOC", "--set", 'train_loader.args={"data_dir": "gone"}']
+    assert lr_plot.main([*out, *gone]) == 0
+    printed = capsys.readouterr()
+    assert "4 epochs of 100 batches" in printed.out
+    assert "100 batches per epoch are assumed" in printed.err
+    assert "gone" in printed.err
 
 
 def test_simulation_follows_the_config(config_file):

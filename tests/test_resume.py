@@ -47,6 +47,11 @@ def write(config: dict[str, Any], **trainer: Any) -> None:
     Path("config.json").write_text(json.dumps(config | {"trainer": config["trainer"] | trainer}))
 
 
+def config_rates(rate: float, epochs: int) -> list[float]:
+    """Return the rates of a Poly run of two batches per epoch."""
+    return [rate * (1 - step / (2 * epochs)) ** 0.9 for step in range(2 * epochs)]
+
+
 def latest() -> Path:
     (path,) = Path("saved").glob("run/*/*/*/latest.pth")
     return path
@@ -81,6 +86,41 @@ def test_an_override_of_the_arch_is_given_again(train: Train) -> None:
     code, text = train("-r", "auto", *wider, "--set", "trainer.epochs=2")
     assert code == 0, text
     assert "arch" not in text.partition("changed since")[2].partition("    run")[0]
+
+
+def test_another_learning_rate_and_weight_decay_count(train: Train) -> None:
+    first = {"type": "AdamW", "args": {"lr": 0.001, "weight_decay": 0.01}}
+    write(CONFIG | {"optimizer": first}, log_per_iter=1)
+    assert train("-c", "config.json")[0] == 0
+    changes = [f"optimizer.args.{name}" for name in ("lr=0.05", "weight_decay=0.2")]
+    code, text = train("-r", str(latest()), "--set", "trainer.epochs=2", "--set", changes[0], "--set", changes[1])
+    assert code == 0, text
+    (group,) = torch.load(latest(), weights_only=True)["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.2
+    lines = (json.loads(line) for line in (latest().parent / "log.jsonl").read_text().splitlines())
+    rates = [line["values"]["lr/all"] for line in lines if line["kind"] == "train"]
+    old, new = (config_rates(rate, epochs) for rate, epochs in ((0.001, 1), (0.05, 2)))
+    assert rates == pytest.approx([*old, *new[2:]])  # two batches per epoch; the second follows the new curve
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ('optimizer={"type":"AdamW","args":{"lr":0.1}}', "optimizer.type: the checkpoint's is SGD, the config's AdamW"),
+        ("optimizer.no_decay_on_norm_and_bias=true", "optimizer: its parameter groups are now all ("),
+        ("train_loader.args.in_channels=1 val_loader.args.in_channels=1", "latest.pth: the weights do not fit UNet"),
+    ],
+)
+def test_what_a_run_cannot_be_resumed_with_is_one_message(train: Train, change: str, said: str) -> None:
+    assert train("-c", "config.json")[0] == 0
+    before = latest().read_bytes()
+    code, text = train(
+        "-r", str(latest()), "--set", "trainer.epochs=2", *(word for item in change.split() for word in ("--set", item))
+    )
+    assert code == 2
+    assert said in text
+    assert "Traceback" not in text
+    assert latest().read_bytes() == before
 
 
 def test_an_unchanged_config_changes_nothing(train: Train) -> None:

@@ -18,7 +18,7 @@ from utils import decode
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL = ["T", "max", "rankdice", "rankdice_iou"]
+ALL = ["T", "max", "rankdice", "rankdice_unpruned", "rankdice_iou"]
 
 
 def script():

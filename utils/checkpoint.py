@@ -377,10 +377,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         UserError: an unusable file, or weights that do not fit, saying which and probably why.
     """
     state = read(path)
+    fill(model, state.get("ema") or state["state_dict"], path)
+
+
+def fill(model: nn.Module, weights: Mapping[str, Any], source: str | Path) -> None:
+    """Load weights into a model; ``source`` is where they come from, for the message of the :class:`UserError`."""
     try:
-        import_module("models").load_weights(model, state.get("ema") or state["state_dict"])
+        import_module("models").load_weights(model, weights)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
 
 
 def _facts_of_config(config: Config, num_classes: int) -> Facts:

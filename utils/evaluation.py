@@ -50,7 +50,8 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
     """Return every procedure side by side, by the names of the results.
 
     ``T``: threshold 0.5; ``T_tuned``: the config's threshold, where it is another; ``max``; ``rankdice``: the masks
-    with the highest expected Dice; ``rankdice_iou``: those with the highest expected IoU.
+    with the highest expected Dice; ``rankdice_unpruned``: the same without ``prune``, where the config has one;
+    ``rankdice_iou``: those with the highest expected IoU.
     """
     decisions = {"T": Decision("T", replace(options, threshold=0.5))}
     if options.threshold != 0.5:
@@ -58,6 +59,8 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
     solver = options.solver if options.solver in IOU_SOLVERS else "exact"
     decisions["max"] = Decision("max", options)
     decisions["rankdice"] = Decision("rankdice", options.with_metric("dice"))
+    if options.prune is not None:
+        decisions["rankdice_unpruned"] = Decision("rankdice", replace(options.with_metric("dice"), prune=None))
     decisions["rankdice_iou"] = Decision("rankdice", replace(options, metric="iou", solver=solver))
     return decisions
 

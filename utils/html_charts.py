@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart.
-COLOURS = {"T": "#e69f00", "T_tuned": "#cc79a7", "max": "#0072b2", "rankdice": "#009e73", "rankdice_iou": "#56b4e9"}
+COLOURS = {
+    "T": "#e69f00",
+    "T_tuned": "#cc79a7",
+    "max": "#0072b2",
+    "rankdice": "#009e73",
+    "rankdice_unpruned": "#d55e00",
+    "rankdice_iou": "#56b4e9",
+}
 
 
 def _svg(width: float, height: float, title: str, body: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from utils import html_charts as charts
 from utils.config import dump
 from utils.gallery import BOTH_WRONG, MAX_RIGHT, RANKDICE_RIGHT, Case, Gallery
 from utils.metrics import Metrics
-from utils.report import COLUMNS, RANKDICE_IOU
+from utils.report import COLUMNS, EXPLAINED
 from utils.schema import Config
 
 SHOWN = ("T", "max", "rankdice")
@@ -167,7 +167,7 @@ def _comparison(procedures: Mapping[str, Mapping[str, Any]], protocol: Mapping[s
         [False, *(s.get(key) is not None and s[key] == top.get(key) for key, _ in columns), False]
         for s in procedures.values()
     ]
-    iou = f" rankdice_iou: {escape(RANKDICE_IOU)}." if "rankdice_iou" in procedures else ""
+    others = "".join(f" {name}: {escape(what)}." for name, what in EXPLAINED.items() if name in procedures)
     return (
         "<h2>Procedures</h2>"
         + _table(["", *(name for _, name in columns), "expected / measured"], rows, best)
@@ -175,7 +175,7 @@ def _comparison(procedures: Mapping[str, Mapping[str, Any]], protocol: Mapping[s
         "mDice of that tenth of the images in which a procedure does worst. Expected: what the procedure foretold "
         "without labels, over the masks whose measured score stands beside it. ms/image: deciding alone, one forward "
         f"pass ({protocol['forward_milliseconds_per_image']:.1f} ms per image) serves all. Memory: "
-        f"{escape(protocol['memory'])}.{iou}</p>"
+        f"{escape(protocol['memory'])}.{others}</p>"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ LINES: tuple[Colour, ...] = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 1
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 92, 28, 70, 56
 # Drawn larger and shrunk: OpenCV's own anti-aliasing leaves thin text ragged.
 OVERSAMPLING = 3
+ASSUMED = 100  # batches per epoch where the data are not there
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,26 @@ def simulate(config: Config, epochs: int, batches: int) -> list[Panel]:
         label = "beta 1" if "betas" in optimizer.param_groups[0] else "momentum"
         panels.append(Panel(label, {label: np.array(momentum)}))
     return panels
+
+
+def batches_of(config: Config) -> int:
+    """Return how many batches an epoch of the config's run has; without its data 100, and a warning."""
+    import dataloaders
+    from utils import checks
+    from utils.errors import UserError
+
+    limit = config.trainer.limit_batches
+    try:
+        found = len(checks.build_loader(dataloaders.build, config, "train"))
+    except UserError as error:
+        found = ASSUMED
+        if limit is None:
+            print(
+                f"warning: the training data cannot be read, so {ASSUMED} batches per epoch are assumed "
+                f"(--iters-per-epoch N says how many there are). {error}",
+                file=sys.stderr,
+            )
+    return min(found, limit or found)
 
 
 def draw(panels: Sequence[Panel], title: str, width: int = 960, heights: Sequence[int] = (320, 180)) -> np.ndarray:
@@ -201,8 +223,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--iters-per-epoch",
         type=int,
-        help="batches of an epoch (default: trainer.limit_batches, else 100); it scales the axis of Poly and "
-        "OneCycle, and matters where the scheduler's arguments count steps",
+        help=f"batches of an epoch (default: as many as the config's training data give; {ASSUMED} where they are not "
+        "there)",
     )
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a config field")
     return parser.parse_args(argv)
@@ -219,9 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = configs.load(args.config, args.set, stages=())
     epochs = config.trainer.epochs if args.epochs is None else args.epochs
-    batches = args.iters_per_epoch or config.trainer.limit_batches or 100
-    if epochs < 1 or batches < 1:
+    if epochs < 1 or (args.iters_per_epoch is not None and args.iters_per_epoch < 1):
         raise UserError("--epochs and --iters-per-epoch: expected numbers from 1 up")
+    batches = args.iters_per_epoch or batches_of(config)
     try:
         panels = simulate(config, epochs, batches)
     except (TypeError, ValueError) as error:
@@ -233,5 +255,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     if not cv2.imwrite(args.out, picture[:, :, ::-1]):
         raise UserError(f"--out {args.out}: cannot be written")
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out}: {title}")
     return 0

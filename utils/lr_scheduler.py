@@ -115,15 +115,15 @@ class Schedule:
         return {"last_step": self.last_step, "base": [dict(base) for base in self._base]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at the saved step from the saved base values, before or after the optimizer's state is loaded.
+        """Go on at the saved step.
 
-        ``total_steps`` stays what it is here: a run resumed with more epochs follows the longer curve.
+        ``total_steps`` and the base values stay what they are here: a run that is resumed with more epochs or another
+        learning rate follows the new curve. Same config, same bits.
         """
         if len(state["base"]) != len(self._base):
             raise ValueError(
                 f"the saved schedule has {len(state['base'])} parameter groups, the optimizer {len(self._base)}"
             )
-        self._base = [dict(base) for base in state["base"]]
         self.last_step = state["last_step"]
         self._restore()
 

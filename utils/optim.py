@@ -165,6 +165,30 @@ def build(
     return OPTIMIZERS[type](groups, **args)
 
 
+def restore(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Go on from the saved state of an optimizer of the same type, with the arguments that ``optimizer`` has.
+
+    Raises:
+        UserError: the parameters are grouped in another way.
+    """
+    groups = optimizer.param_groups
+    mine, theirs = ([(g.get("name"), len(g["params"])) for g in side] for side in (groups, state["param_groups"]))
+    if mine != theirs:
+        raise UserError(
+            f"optimizer: its parameter groups are now {_named(mine)}, in the checkpoint {_named(theirs)}: "
+            "differential_lr and no_decay_on_norm_and_bias of a run stay as they are. To train on with others, start a "
+            "new run from its weights (train.py --config CONFIG --weights CHECKPOINT)"
+        )
+    arguments = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    optimizer.load_state_dict(dict(state))
+    for group, own in zip(optimizer.param_groups, arguments, strict=True):
+        group.update(own)
+
+
+def _named(groups: Iterable[tuple[str | None, int]]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in groups)
+
+
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     """Return the current learning rate of each group by its name, for logs."""
     return {

@@ -43,7 +43,11 @@ COLUMNS = (
 # The page of a test of all procedures; written by :mod:`utils.html_report`, removed where it is of an earlier run.
 PAGE = "report.html"
 FAR_OFF = 0.05  # a forecast that misses the Dice by more calls for a temperature
-RANKDICE_IOU = "masks with the highest expected IoU; nearly the same masks as rankdice's"
+EXPLAINED = {  # procedures of -p all that have no name of their own in a config
+    "rankdice_unpruned": "rankdice with predict.rankdice.prune null: classes that are nowhere more probable than prune "
+    "may get a mask, too",
+    "rankdice_iou": "rankdice with predict.rankdice.metric iou: masks with the highest expected IoU, nearly the same",
+}
 ONE_VIEW = "one view per image"
 # Losses take the logits as the network gives them (those of several views are made of tempered probabilities).
 UNTEMPERED = "of the network's own logits, as in training, without the temperature; the NLL of -p all has it"
@@ -330,8 +334,7 @@ def _comparison(procedures: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [[name, *(_number(scores.get(key)) for key, _ in columns)] for name, scores in procedures.items()]
     loss = next(iter(procedures.values()))["test_loss"]
     notes = [f"test_loss, the same for all: {_number(loss)}"]
-    if "rankdice_iou" in procedures:
-        notes.append(f"rankdice_iou: {RANKDICE_IOU}")
+    notes += [f"{name}: {what}" for name, what in EXPLAINED.items() if name in procedures]
     text = "\n    ## Comparison\n" + table(["procedure", *(title for _, title in columns)], rows)
     return "\n".join([text, *(_wrapped(note) for note in notes)])
 
