@@ -204,11 +204,11 @@ def score(
         fitted=calibration_note(state, config),
     )
     print(report.text(results))
-    replaced = report.other_checkpoint(folder, loaded.path)
+    replaced = report.to_be_replaced(folder, results["protocol"])
     stale = not everything and (folder / report.PAGE).exists()
     written = report.write(results, outcome, facts, folder)
     if replaced:
-        print(f"replaced: the results of {replaced}")
+        print(f"replaced: {replaced}")
     if stale:
         print(f"removed: {folder / report.PAGE}, which was of an earlier run; -p all writes it")
     if everything:

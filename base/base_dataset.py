@@ -617,7 +617,13 @@ def _class_names(classes: Sequence[str] | str | int, data_dir: str | None) -> tu
         return tuple(f"class {i}" for i in range(classes))
     if isinstance(classes, str):
         below = Path(data_dir or ".").expanduser() / classes
-        return read_class_names(below if below.is_file() else Path(classes).expanduser())
+        given = Path(classes).expanduser()
+        if not below.is_file() and not given.is_file():
+            raise UserError(
+                f"classes: there is no file {given}, nor {below}; give the path of a text file with one name a line, "
+                "or the names themselves as a list"
+            )
+        return read_class_names(below if below.is_file() else given)
     names = tuple(str(name) for name in classes)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"classes must be different names, at least one; got {list(names)}")

@@ -272,7 +272,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "monitor without a mode": ({"trainer": {"monitor": "Mean_Dice"}}, ["trainer.monitor: found 'Mean_Dice'; expected"]),
     "unknown monitor": (
         {"trainer": {"monitor": "max mDice"}},
-        ["trainer.monitor: 'mDice' is never logged; did you mean", "Logged: Mean_Dice"],
+        ["trainer.monitor: 'mDice' cannot be monitored; did you mean", "Possible: Mean_Dice"],
     ),
     "monitor the wrong way round": ({"trainer": {"monitor": "max val_loss"}}, ["keep the worst", "'min val_loss'"]),
     "monitor of another procedure": (
@@ -341,7 +341,7 @@ def test_all_problems_are_told_at_once() -> None:
         "predict.val: found",
         "predict.threshold: found 2",
         "trainer.epochs: found -1",
-        "trainer.monitor: 'mDice' is never logged",
+        "trainer.monitor: 'mDice' cannot be monitored",
     ]
     for part in expected:
         assert part in text, part

@@ -223,6 +223,19 @@ def test_the_table_of_images_holds_the_classes_of_interest(tmp_path) -> None:
     assert header == ["image", "max_mDice", "max_mIoU", "max_PixelAcc", "max_Dice_dog, cat"]
 
 
+def test_what_new_results_replace_is_told(tmp_path) -> None:
+    protocol = {"checkpoint": "saved/a.pth", "images": 20}
+    assert report.to_be_replaced(tmp_path, protocol) is None
+    for found, said in (
+        ({"checkpoint": "saved/a.pth", "images": 20}, None),
+        ({"checkpoint": "saved/a.pth", "images": 101}, "results over 101 images"),
+        ({"checkpoint": "saved/b.pth", "images": 20}, "the results of saved/b.pth"),
+        ({}, None),
+    ):
+        (tmp_path / "results.json").write_text(json.dumps({"protocol": found}))
+        assert report.to_be_replaced(tmp_path, protocol) == said
+
+
 def test_an_older_result_is_replaced_whole_or_kept(tmp_path, monkeypatch) -> None:
     report.write(content(), outcome(), FACTS, tmp_path)
     before = (tmp_path / "results.json").read_text()

@@ -58,7 +58,7 @@ def test_everything_from_one_call(checkpoint, tmp_path, monkeypatch, capsys) -> 
         assert scores["milliseconds_per_image"] > 0
         assert scores["peak_mebibytes"] > 0
         assert scores["Worst_Tenth_Dice"] <= scores["Mean_Dice"]
-        assert ("Expected_Dice" in scores) == (name == "rankdice")
+        assert ("Expected_Dice" in scores) == (name in ("rankdice", "rankdice_unpruned"))
         assert ("Expected_IoU" in scores) == (name == "rankdice_iou")
     for text in ("## Protocol", "images_per_class_mean", "## Comparison", "paired bootstrap", "## Verdict", "ECE"):
         assert text in out
@@ -67,9 +67,11 @@ def test_everything_from_one_call(checkpoint, tmp_path, monkeypatch, capsys) -> 
     assert sorted(p.name for p in (tmp_path / "out/masks").iterdir()) == sorted(ALL)
     # The probabilities decided again: the same files, byte for byte, under every procedure.
     for name in ALL:
-        procedure, metric = name.removesuffix("_iou"), "iou" if name.endswith("_iou") else "dice"
+        procedure, _, kind = name.partition("_")
+        metric = "iou" if kind == "iou" else "dice"
         again = tmp_path / "again" / name
         command = ["predict", "--probs", tmp_path / "probs", "-p", procedure, "--metric", metric, "-o", again]
+        command += ["--prune", "off"] if kind == "unpruned" else []
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         assert decode.main() == 0
         before = sorted((tmp_path / "out/masks" / name).iterdir())

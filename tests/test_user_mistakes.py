@@ -174,7 +174,7 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no batch at all": (["--set", "train_loader.args.batch_size=0"], ["batch_size", "0"]),
     "no such class of interest": (["--set", "predict.CoI=[3]"], ["predict.CoI: found [3]", "0 to 2"]),
-    "no such monitor": (["--set", "trainer.monitor=max mDice"], ["trainer.monitor: 'mDice' is never logged"]),
+    "no such monitor": (["--set", "trainer.monitor=max mDice"], ["trainer.monitor: 'mDice' cannot be monitored"]),
     "no such class to monitor": (["--set", "trainer.monitor=max Class_Dice/cow"], ["there is no class 'cow'"]),
     "weights for other classes": (
         ["--set", 'loss={"type": "CrossEntropyLoss2d", "args": {"weight": [1, 2]}}'],

@@ -265,7 +265,7 @@ def config_of(
         if own is not None:
             raw["arch"] = own
     elif stored is not None:
-        raw, source = dict(stored), f"the config in {path}"
+        raw, source = dict(stored), f"the config in {path}" + (" with what --set changes" if overrides else "")
     else:
         raise UserError(f"{path}: holds weights alone and no config; give the config of its run with --config")
     if "facts" not in state:

@@ -46,6 +46,9 @@ def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
         )
     except DataFolderError as error:
         raise UserError(f"{field}.args.data_dir: {error}") from None
+    except UserError as error:
+        said = str(error)
+        raise UserError(said if said.startswith(field) else f"{field}: {said}") from None
 
 
 def loss_arguments(config: Config, dataset: Any) -> dict[str, Any]:

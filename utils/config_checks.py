@@ -261,8 +261,8 @@ def _check_monitor(config: Config, facts: Any | None) -> list[str]:
         ]
     if name not in known and not name.startswith(PER_CLASS_SCORES):
         return [
-            f"trainer.monitor: {name!r} is never logged{did_you_mean(name, known)} "
-            f"Logged: {', '.join(known)}, Class_Dice/NAME, Class_IoU/NAME"
+            f"trainer.monitor: {name!r} cannot be monitored{did_you_mean(name, known)} "
+            f"Possible: {', '.join(known)}, Class_Dice/NAME, Class_IoU/NAME"
         ]
     if not config.trainer.val and name not in TRAINING_SCORES:
         return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from utils.errors import UserError
 from utils.schema import PROCEDURES
@@ -25,12 +26,25 @@ def parse_arguments() -> argparse.Namespace:
     add("--metric", choices=("dice", "iou"), help="what rankdice maximises the expectation of")
     add("--solver", choices=("exact", "ba", "trna", "paper", "rma"), help="of rankdice")
     add("--smooth", type=float, help="of rankdice")
+    add("--prune", type=_prune, metavar="P", help="of rankdice: a probability, or off")
     add("--packed", action="store_true", help="also write the overlapping masks of T and rankdice, NAME.masks.npz")
     add("-d", "--device", default="cpu", help="cpu, or cuda; the device of the run gives its very masks")
     args = parser.parse_args()
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         parser.error(f"--threshold {args.threshold}: expected a number in [0, 1]")
     return args
+
+
+def _prune(text: str) -> float | Literal["off"]:
+    if text == "off":
+        return "off"
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number in [0, 1], or off")
+    return value
 
 
 def main() -> int:
@@ -48,6 +62,8 @@ def main() -> int:
     procedure = args.predict or index.procedure
     given = {key: getattr(args, key) for key in ("threshold", "metric", "solver", "smooth")}
     options = replace(index.options, **{key: value for key, value in given.items() if value is not None})
+    if args.prune is not None:
+        options = replace(options, prune=None if args.prune == "off" else args.prune)
     output = Path(args.output) if args.output else folder / "masks" / procedure
     device = choose_device(args.device)
     # Without the masks written below the folder by an earlier call.

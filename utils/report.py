@@ -386,13 +386,19 @@ def write(content: Mapping[str, Any], outcome: Evaluation, facts: Facts, folder:
     return paths
 
 
-def other_checkpoint(folder: Path, checkpoint: str | Path) -> str | None:
-    """Return the checkpoint whose results lie in a folder; None where it is this one, or there are none."""
+def to_be_replaced(folder: Path, protocol: Mapping[str, Any]) -> str | None:
+    """Return whose results in a folder the new ones replace, in words.
+
+    None where there are none, or those of the same checkpoint over no more images.
+    """
     try:
-        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["protocol"]["checkpoint"]
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["protocol"]
+        checkpoint, images = str(found["checkpoint"]), int(found["images"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return None if Path(found).resolve() == Path(checkpoint).resolve() else str(found)
+    if Path(checkpoint).resolve() != Path(protocol["checkpoint"]).resolve():
+        return f"the results of {checkpoint}"
+    return f"results over {images} images" if images > protocol["images"] else None
 
 
 def write_scalars(content: Mapping[str, Any], folder: Path) -> None:
