@@ -138,7 +138,7 @@ def main() -> int:
     with group(world):
         reports = distributed.gather(report)
     if rank == 0:
-        summarise(reports, outputs, time.monotonic() - started)
+        summarise(reports, outputs, args.mode, time.monotonic() - started)
     if report.interrupted:
         return 130
     return USER_ERROR_EXIT_CODE if any(r.failures for r in reports) else 0
@@ -204,7 +204,7 @@ def group(world: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def summarise(reports: Sequence[Report], outputs: Outputs, seconds: float) -> None:
+def summarise(reports: Sequence[Report], outputs: Outputs, mode: str, seconds: float) -> None:
     """Print what was done, what failed, and where everything is; write the table of expected scores."""
     from utils.outputs import worst
 
@@ -212,7 +212,10 @@ def summarise(reports: Sequence[Report], outputs: Outputs, seconds: float) -> No
     failures = [f for r in reports for f in r.failures]
     tiled = [t for r in reports for t in r.tiled]
     speed = f", {done / seconds:.2f} images/s" if done else ""
-    print(f"segmented {done} image(s) by {outputs.procedure} in {seconds:.1f} s{speed}; masks: {outputs.folder}")
+    print(
+        f"segmented {done} image(s) by {outputs.procedure}, mode {mode}, in {seconds:.1f} s{speed}; "
+        f"masks: {outputs.folder}"
+    )
     if skipped:
         print(f"skipped {len(skipped)} image(s) whose outputs were there")
     if tiled:

@@ -260,7 +260,8 @@ def config_of(
         if "arch" in raw and own is not None and not _same_arch(own, raw["arch"], models):
             raise UserError(
                 f"{given}: its arch is {raw['arch']}, the checkpoint {path} has {own}; "
-                "the model of a checkpoint cannot be changed: leave -c out, or give the config of that run"
+                "the model of a checkpoint cannot be changed: give the config of that run, repeat the --set that "
+                "changed its arch, or name the checkpoint and leave -c out"
             )
         if own is not None:
             raw["arch"] = own
