@@ -280,7 +280,7 @@ def _alone(dataset: BaseDataSet) -> list[str]:
 
 def _sizes(sizes: Counter[tuple[int, int]]) -> str:
     if not sizes:
-        return "nothing could be read"
+        return "of no image: none could be used"
     if len(sizes) <= 3:
         return ", ".join(f"{w}x{h} ({plural(n, 'image')})" for (w, h), n in sizes.most_common())
     every = np.repeat(np.array(list(sizes)), list(sizes.values()), axis=0)

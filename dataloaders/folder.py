@@ -92,7 +92,10 @@ or, split by folders,
         )
         count = max(2, facts.num_classes)
         if threshold is not None and (count != 2 or mask_values or colors):
-            raise ValueError("threshold is for two classes in grey masks, without mask_values and colors")
+            raise ValueError(
+                "threshold is for two classes in grey masks, without mask_values and colors; "
+                f"classes has {len(facts.class_names)} names"
+            )
         self._threshold = threshold
         self._colors, self._has_palette = colors, common.get("palette") is not None
         if colors and len(set(facts.palette)) < len(facts.palette):

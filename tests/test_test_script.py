@@ -139,7 +139,7 @@ def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp
     run(monkeypatch, capsys, "-r", fitted, "-p", "T", "-o", tmp_path / "val", "--set", on_val)
     found = results(tmp_path / "val")
     assert found["procedures"]["T"]["Mean_Dice"] == pytest.approx(record["after"]["T"], abs=1e-9)
-    assert "optimistic" in found["protocol"]["note"]
+    assert "optimistic; what was fitted on them (T_tuned, the temperature)" in found["protocol"]["note"]
 
     from utils.predictor import Predictor
 

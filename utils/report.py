@@ -102,6 +102,8 @@ def results(
         "images_per_class_mean": _images_per_class(procedures),
         "test_loss": UNTEMPERED if config.predict.temperature != 1 and views == ONE_VIEW else None,
     }
+    if fitted and protocol["note"]:
+        protocol["note"] += "; what was fitted on them (T_tuned, the temperature) looks better here than elsewhere"
     content: dict[str, Any] = {"protocol": protocol, "procedures": procedures}
     found = compare(outcome.metrics, names, config.predict.test)
     if found is not None:
