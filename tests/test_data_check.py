@@ -180,7 +180,7 @@ def test_nothing_readable_at_all(data: Path, capsys: pytest.CaptureFixture[str])
     for path in (data / "images").iterdir():
         path.write_bytes(b"junk")
     assert check(data) == 1
-    assert "nothing could be read" in capsys.readouterr().out
+    assert "of no image: none could be used" in capsys.readouterr().out
     assert not (data / "sheet.png").exists()
 
 
