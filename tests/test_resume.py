@@ -108,7 +108,10 @@ def test_another_learning_rate_and_weight_decay_count(train: Train) -> None:
     [
         ('optimizer={"type":"AdamW","args":{"lr":0.1}}', "optimizer.type: the checkpoint's is SGD, the config's AdamW"),
         ("optimizer.no_decay_on_norm_and_bias=true", "optimizer: its parameter groups are now all ("),
-        ("train_loader.args.in_channels=1 val_loader.args.in_channels=1", "latest.pth: the weights do not fit UNet"),
+        (
+            "train_loader.args.in_channels=1 val_loader.args.in_channels=1",
+            "the checkpoint to resume: the weights do not fit UNet",
+        ),
     ],
 )
 def test_what_a_run_cannot_be_resumed_with_is_one_message(train: Train, change: str, said: str) -> None:

@@ -126,7 +126,12 @@ class Sweep:
     Bin ``b`` of ``bins`` starts at ``low + b (high - low) / (bins - 1)``; the last one holds the pixels at ``high``.
     :meth:`histogram` reads the map and keeps the pixels of as many tiles as the budget has room for. The other tiles
     are read again by what follows, which asks for a few bins only.
+
+    Attributes:
+        total: float64 ``(R, 1)``, sum of the pixels in all bins; from :meth:`histogram` on.
     """
+
+    total: Tensor
 
     def __init__(self, task: Task, index: Tensor, low: Tensor, high: Tensor, mean: Tensor, bins: int) -> None:
         """Args: see :class:`Sweep`; ``mean``: of the rows, to scale the integer sums."""
@@ -134,14 +139,13 @@ class Sweep:
         self.low, self.high = low, high
         self.width = ((high - low) / (bins - 1)).clamp(min=1e-300)
         self.steps = 1 / self.width
-        # 2^-scale is the unit of the integer sums: a row's sum stays under 2^62, its rounding under 2^-61 d of mu.
+        # The unit of the integer sums: a row's sum stays under 2^62, its rounding under 2^-61 d of mu.
         self.unit = torch.exp2(torch.ceil(torch.log2(mean + 1)) - 61)
         self.up_to_one = bool((high >= 1).all())
         # The share of the pixels at low or above is mean / low at most, in practice about half of that.
         crowded = mean / low.clamp(min=1e-300) > CROWDED * task.rows.shape[1]
         self.crowded = crowded.tolist() if crowded.device.type == "cpu" and self.up_to_one else []
         self.kept: list[Part | None] = []  # by tile
-        self.total = mean.unsqueeze(1)
 
     def _tiles(self) -> Iterator[Tile]:
         return tiles(self.task.rows, self.index, self.task.tile_pixels)
