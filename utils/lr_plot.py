@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,15 +83,17 @@ def simulate(config: Config, epochs: int, batches: int) -> list[Panel]:
     return panels
 
 
-def batches_of(config: Config) -> int:
-    """Return how many batches an epoch of the config's run has; without its data 100, and a warning."""
-    import dataloaders
+def batches_of(config: Config, build: Callable[..., Any]) -> int:
+    """Return how many batches an epoch of the config's run has; without its data 100, and a warning.
+
+    ``build``: :func:`dataloaders.build`.
+    """
     from utils import checks
     from utils.errors import UserError
 
     limit = config.trainer.limit_batches
     try:
-        found = len(checks.build_loader(dataloaders.build, config, "train"))
+        found = len(checks.build_loader(build, config, "train"))
     except UserError as error:
         found = ASSUMED
         if limit is None:
@@ -236,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import cv2
 
+    import dataloaders
     from utils import config as configs
     from utils.errors import UserError
 
@@ -243,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     epochs = config.trainer.epochs if args.epochs is None else args.epochs
     if epochs < 1 or (args.iters_per_epoch is not None and args.iters_per_epoch < 1):
         raise UserError("--epochs and --iters-per-epoch: expected numbers from 1 up")
-    batches = args.iters_per_epoch or batches_of(config)
+    batches = args.iters_per_epoch or batches_of(config, dataloaders.build)
     try:
         panels = simulate(config, epochs, batches)
     except (TypeError, ValueError) as error:
