@@ -117,7 +117,7 @@ def scatter(points: Sequence[tuple[str, float, float]], x_title: str, y_title: s
 def intervals(rows: Sequence[tuple[str, float, float, float]]) -> str:
     """Return intervals around differences: name, mean, lower and upper end; zero is marked."""
     left = 24 + 7 * max((len(name) for name, *_ in rows), default=0)
-    width, row = 284 + left, 24
+    width, row = 380, 24
     height = row * len(rows) + 24
     ends = [abs(v) for _, *values in rows for v in values]
     reach = max([*ends, 1e-3]) * 1.15
