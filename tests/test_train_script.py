@@ -44,6 +44,33 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_launched_process_leaves_at_once_with_its_code_and_its_output() -> None:
+    """Threads of gloo may abort an interpreter that is being taken down; __del__ at exit stands for them."""
+    code = """
+import os, sys
+from utils import errors
+
+class Late:
+    def __del__(self):
+        os.abort()
+
+late = Late()
+late.itself = late
+def main():
+    print("done")
+    if sys.argv[1] == "mistake":
+        raise errors.UserError("no such thing")
+errors.run(main)
+"""
+    for what, exit_code in (("fine", 0), ("mistake", 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, what],
+            cwd=ROOT, env=ENVIRONMENT | {"RANK": "0", "WORLD_SIZE": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (exit_code, "done\n")
+        assert done.stderr == ("error: no such thing\n" if exit_code else "")
+
+
 def command(*arguments: str | Path, processes: int = 1) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     return [sys.executable, *launcher, *map(str, arguments)]
