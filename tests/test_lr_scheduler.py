@@ -409,6 +409,10 @@ def test_the_run_has_as_many_steps_as_its_data_say(config_file, tmp_path, capsys
     assert "4 epochs of 100 batches" in printed.out
     assert "100 batches per epoch are assumed" in printed.err
     assert "gone" in printed.err
+    assert lr_plot.main([*out, *gone, "--set", "trainer.limit_batches=500"]) == 0
+    printed = capsys.readouterr()
+    assert "4 epochs of 500 batches" in printed.out
+    assert "assumed" not in printed.err
 
 
 def test_simulation_follows_the_config(config_file):

@@ -84,7 +84,7 @@ def simulate(config: Config, epochs: int, batches: int) -> list[Panel]:
 
 
 def batches_of(config: Config, build: Callable[..., Any]) -> int:
-    """Return how many batches an epoch of the config's run has; without its data 100, and a warning.
+    """Return how many batches an epoch of the config's run has; without its data limit_batches, or 100 and a warning.
 
     ``build``: :func:`dataloaders.build`.
     """
@@ -95,7 +95,7 @@ def batches_of(config: Config, build: Callable[..., Any]) -> int:
     try:
         found = len(checks.build_loader(build, config, "train"))
     except UserError as error:
-        found = ASSUMED
+        found = limit or ASSUMED
         if limit is None:
             print(
                 f"warning: the training data cannot be read, so {ASSUMED} batches per epoch are assumed "
