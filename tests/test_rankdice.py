@@ -247,6 +247,18 @@ def test_wide_bands_are_narrowed_to_the_same_answer(metric: str, monkeypatch: py
         check_masks(probs, found)
 
 
+@pytest.mark.parametrize("smooth", [0.0, 0.001, 1.0])
+def test_certain_pixels_end(smooth: float) -> None:
+    """Along pixels of probability 1 the rates of IoU are equal but for rounding: the window must still advance."""
+    assert rank_dice(torch.ones(1, 1, 2), "iou", smooth=smooth).volumes.item() == 2
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(1, 8, 2000, generator=generator)
+    probs[:, :, :700] = 1
+    found = rank_dice(probs, "iou", smooth=smooth)
+    assert (found.volumes >= 700).all()
+    check_masks(probs, found)
+
+
 def test_two_pixels_by_hand() -> None:
     """Two pixels, p = 0.9 and 0.4, as worked out in ``docs/rankdice.md``."""
     p, q = 0.9, 0.4
