@@ -21,10 +21,10 @@ from utils.cli import add_overrides, share_cores
 from utils.errors import USER_ERROR_EXIT_CODE, UserError, run
 
 if TYPE_CHECKING:
-    from utils.outputs import Outputs
-    from utils.pipeline import Report
+    from utils.inference.outputs import Outputs
+    from utils.inference.pipeline import Report
+    from utils.inference.sources import Item
     from utils.predictor import Predictor
-    from utils.sources import Item
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,9 +95,9 @@ def main() -> int:
     from PIL import Image
 
     from utils import distributed
-    from utils.outputs import Outputs, OverlayVideo, check_folder
-    from utils.pipeline import Pipeline, take
-    from utils.sources import Video, find_images, is_video
+    from utils.inference.outputs import Outputs, OverlayVideo, check_folder
+    from utils.inference.pipeline import Pipeline, take
+    from utils.inference.sources import Video, find_images, is_video
 
     Image.MAX_IMAGE_PIXELS = None  # the images are the user's own: large ones are wanted
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -206,7 +206,7 @@ def group(world: int) -> Iterator[None]:
 
 def summarise(reports: Sequence[Report], outputs: Outputs, mode: str, seconds: float) -> None:
     """Print what was done, what failed, and where everything is; write the table of expected scores."""
-    from utils.outputs import worst
+    from utils.inference.outputs import worst
 
     done, skipped = sum(r.done for r in reports), [s for r in reports for s in r.skipped]
     failures = [f for r in reports for f in r.failures]

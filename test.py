@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import add_device, add_overrides, select_devices, share_cores
+from utils.config.schema import PROCEDURES
 from utils.errors import run
-from utils.schema import PROCEDURES
 
 if TYPE_CHECKING:
     import torch
 
     from utils.checkpoint import LoadedModel
+    from utils.config.schema import Config
     from utils.evaluation import Evaluator
-    from utils.schema import Config
 
 VIEWS = ("flip", "multiscale")
 
@@ -155,12 +155,13 @@ def score(
 ) -> None:
     """Score the test data under one procedure, or under all of them."""
     import dataloaders
-    from utils import checks, distributed, losses, report
+    from utils import distributed, losses, report
+    from utils.config import data_checks as checks
     from utils.evaluation import Decision, all_decisions, evaluate
     from utils.facts import Facts
     from utils.predict import PredictOptions
     from utils.predictor import SCALES
-    from utils.watching import Watcher
+    from utils.report.watching import Watcher
 
     config, facts = loaded.config, loaded.facts
     loader = checks.build_loader(dataloaders.build, config, "test")
@@ -235,8 +236,10 @@ def calibration_note(state: Mapping[str, Any], config: Config) -> str | None:
 def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device) -> None:
     """Fit temperature and threshold on the validation data, and write a checkpoint that uses them."""
     import dataloaders
-    from utils import checks, distributed, fitting, report
+    from utils import distributed, report
+    from utils.config import data_checks as checks
     from utils.errors import UserError
+    from utils.evaluation import fitting
     from utils.facts import Facts
     from utils.predict import PredictOptions
 

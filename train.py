@@ -16,7 +16,7 @@ from utils.cli import add_device, add_overrides, select_devices, share_cores
 from utils.errors import run
 
 if TYPE_CHECKING:
-    from utils.schema import Config
+    from utils.config.schema import Config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,8 +77,9 @@ def main() -> int:
     import models
     from base.base_trainer import Interrupted, newest_run, run_folder, seed_everything
     from trainer import Trainer
-    from utils import checkpoint, checks, distributed, losses
+    from utils import checkpoint, distributed, losses
     from utils import config as configs
+    from utils.config import data_checks as checks
     from utils.facts import Facts
 
     stages = ("train", "val")

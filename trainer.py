@@ -16,9 +16,9 @@ from utils import checkpoint, distributed
 from utils.batch import Batch, Normalize
 from utils.errors import UserError
 from utils.evaluation import Decision, Evaluator, Part, evaluate
+from utils.images.palette import colourise, displayable, grid
 from utils.metrics import Metrics
 from utils.optim import learning_rates
-from utils.palette import colourise, displayable, grid
 from utils.predict import PredictOptions, label_map, predict_logits
 from utils.progress import progress_bar
 

@@ -23,12 +23,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils import checkpoint, distributed, lr_scheduler, optim
 from utils import config as configs
-from utils.checks import built
+from utils.config.data_checks import built
+from utils.config.schema import Config
 from utils.errors import UserError
 from utils.facts import Facts
 from utils.logger import RunLog
-from utils.loss_base import SegmentationLoss
-from utils.schema import Config
+from utils.losses.base import SegmentationLoss
 
 LATEST, BEST = "latest.pth", "best_model.pth"
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -52,9 +52,10 @@ def gain(path: str) -> None:
     import numpy as np
 
     import dataloaders
-    from utils import checkpoint, checks
+    from utils import checkpoint
+    from utils.config import data_checks as checks
     from utils.evaluation import Decision, Evaluator, Part, evaluate
-    from utils.palette import displayable, grid
+    from utils.images.palette import displayable, grid
 
     loaded = checkpoint.load_model(path)
     loader = checks.build_loader(dataloaders.build, loaded.config, "test")

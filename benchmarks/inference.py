@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import models
 from utils.checkpoint import LoadedModel
 from utils.facts import Facts
-from utils.palette import default_palette
+from utils.images.palette import default_palette
 from utils.predictor import SCALES, Predictor
 
 CLASSES = 21

@@ -152,7 +152,7 @@ class Study:
         return model
 
     def _temperature(self, evaluator: Evaluator) -> float:
-        from utils.fitting import fit
+        from utils.evaluation.fitting import fit
         from utils.predict import PredictOptions
 
         return fit(evaluator, self.val_loader, PredictOptions(), progress=lambda title: iter).temperature

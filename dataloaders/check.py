@@ -17,9 +17,9 @@ import dataloaders
 from base.base_dataset import BaseDataSet, Sample
 from dataloaders.sheet import contact_sheet
 from utils.config import load
+from utils.config.schema import Component, Config
 from utils.errors import DataFolderError, UserError, plural
 from utils.images import write_png
-from utils.schema import Component, Config
 
 DEFAULT_SAMPLES = 500
 PROBLEMS_EXIT_CODE = 1

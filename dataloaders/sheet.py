@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from base.base_dataset import BaseDataSet, Sample
-from utils.palette import displayable, grid, overlay
+from utils.images.palette import displayable, grid, overlay
 
 CELL = 260  # longest side of a picture, pixels
 COLUMNS = 3  # pairs of pictures per row

@@ -12,7 +12,7 @@ import models
 from utils import checkpoint
 from utils.config import resolve
 from utils.facts import Facts
-from utils.palette import default_palette
+from utils.images.palette import default_palette
 
 NAMES = ("background", "dog / cat", "car", "tree", "sky", "road")
 

@@ -72,9 +72,9 @@ def commands(tree: ast.Module) -> set[ast.AST]:
 def may(path: str, module: str, node: ast.AST, of_commands: set[ast.AST]) -> bool:
     if path == "utils/registry.py" and module == "?":
         return True  # the one place that imports what a table names
-    if path == "utils/checkpoint.py" and isinstance(node, ast.Call):
+    if path == "utils/checkpoint/__init__.py" and isinstance(node, ast.Call):
         return module in ("models", "dataloaders", "models.upstream")  # a checkpoint names the model that it needs
-    if room_of(path) == "utils" and node in of_commands:
+    if path.endswith("/__main__.py") or room_of(path) == "utils" and node in of_commands:
         return True  # `python -m utils.config` looks at every room, as scripts do
     return module.split(".")[0] in MAY_IMPORT[room_of(path)]
 
@@ -88,10 +88,92 @@ def test_rooms_import_only_what_they_may(path) -> None:
             assert may(path, module, node, of_commands), f"{path}:{node.lineno} imports {module}"
 
 
+# The rooms of `utils` from the ground up: each may import those before it, and every room that is not named here
+# (small helpers, losses, schedules), which in turn import none of these.
+FLOORS = (
+    *("config", "images", "rankdice", "metrics", "presence", "predict", "evaluation", "report"),
+    *("checkpoint", "predictor", "inference", "export", "demo"),
+)
+# Imports that still run upwards; the list may only become shorter.
+UPWARD = {
+    ("utils/metrics.py", "predict"),
+    ("utils/distributed.py", "config"),
+    ("utils/evaluation/fitting.py", "checkpoint"),
+    ("utils/evaluation/fitting.py", "report"),
+    ("utils/lr_scheduler/plot.py", "config"),
+    ("utils/report/__init__.py", "checkpoint"),
+    ("utils/report/watching.py", "checkpoint"),
+    ("utils/predict/decode.py", "predictor"),
+}
+
+
+def utils_imports() -> Iterator[tuple[str, str]]:
+    """Yield (file, room of utils that it imports), without the commands, which are scripts."""
+    for path, tree in sources().items():
+        if room_of(path) != "utils" or path.endswith("/__main__.py"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "utils":
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("utils."):
+                names = [(node.module or "").split(".")[1]]
+            else:
+                continue
+            yield from ((path, name) for name in names)
+
+
+def test_rooms_of_utils_import_only_rooms_below_them() -> None:
+    upward = set()
+    for path, name in utils_imports():
+        room = path.split("/")[1].removesuffix(".py")
+        own = FLOORS.index(room) if room in FLOORS else -1
+        if room != name and name in FLOORS and FLOORS.index(name) > own:
+            upward.add((path, name))
+    assert not upward - UPWARD, "a room imports one above it"
+    assert not UPWARD - upward, "no longer imported: take it off the list"
+
+
+# Files that still import each other; the list may only become shorter.
+IN_CIRCLES = {
+    *("base/base_dataloader.py", "base/base_dataset.py", "models/__init__.py", "models/upstream.py"),
+    *("dataloaders/shapes/__init__.py", "dataloaders/shapes/dataset.py"),
+}
+
+
+def modules_imported(path: str) -> set[str]:
+    """Return our files that a file imports anywhere."""
+    names = set()
+    for node in ast.walk(sources()[path]):
+        if isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = path.split("/")[: -node.level]
+                base = ".".join([*package, *([base] if base else [])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    files = {f"{name.replace('.', '/')}{end}" for name in names for end in (".py", "/__init__.py")}
+    return files & set(sources()) - {path}
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {path: modules_imported(path) for path in sources()}
+    while leaves := [path for path, targets in graph.items() if not targets]:
+        for path in leaves:
+            del graph[path]
+        graph = {path: targets - set(leaves) for path, targets in graph.items()}
+    # What is left holds the circles, and the files that lead to them.
+    while tops := [p for p in graph if not any(p in targets for targets in graph.values())]:
+        for path in tops:
+            del graph[path]
+    assert set(graph) == IN_CIRCLES, graph
+
+
 @pytest.mark.parametrize("path", sources())
 def test_imports_are_explicit(path) -> None:
     for module, node in imports(sources()[path]):
-        assert not module.startswith("."), f"{path}:{node.lineno}: a relative import"
+        if not path.startswith("utils/rankdice/"):  # a folder that can be copied as it is
+            assert not module.startswith("."), f"{path}:{node.lineno}: a relative import"
         if isinstance(node, ast.ImportFrom):
             assert all(alias.name != "*" for alias in node.names), f"{path}:{node.lineno}: a star import"
 
@@ -139,13 +221,8 @@ def test_public_functions_tell_their_types(path) -> None:
 
 
 def command_lines() -> list[list[str]]:
-    """Return all scripts, and all modules that are run with ``python -m``."""
-    found = [[script] for script in SCRIPTS]
-    for path, tree in sources().items():
-        is_command = any(isinstance(n, ast.If) and "__main__" in ast.dump(n.test) for n in tree.body)
-        if is_command and room_of(path) in ROOMS:
-            found.append(["-m", path.removesuffix(".py").removesuffix("/__main__").replace("/", ".")])
-    return found
+    """Return the scripts; the modules that are run with ``python -m`` load their package, and may take a moment."""
+    return [[script] for script in SCRIPTS]
 
 
 @pytest.mark.parametrize("arguments", command_lines(), ids=" ".join)

@@ -81,9 +81,9 @@ def compare(predictor: Predictor, path: str) -> Comparison:
     """
     import torch
 
-    from utils.palette import displayable
+    from utils.images.palette import displayable
     from utils.predict import PROCEDURES as DECIDE
-    from utils.probs import pictures as label_maps
+    from utils.predict.stored import pictures as label_maps
 
     image = predictor.read(path)
     if predictor.streams(*image.shape[:2]):
@@ -109,7 +109,7 @@ def pictures(comparison: Comparison, facts: Facts, opacity: float) -> list[np.nd
     """Return one overlay per procedure; very small pictures enlarged by whole pixels, very large ones reduced."""
     import cv2
 
-    from utils.palette import overlay
+    from utils.images.palette import overlay
 
     longest = max(comparison.image.shape[:2])
     scale = min(1.0, LARGEST_SHOWN / longest) if longest > SMALLEST_SHOWN else max(1, SMALLEST_SHOWN // longest)

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from utils.config.schema import Config
 from utils.errors import UserError
-from utils.schema import Config
 
 
 def under_torchrun() -> bool:

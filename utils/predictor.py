@@ -10,7 +10,7 @@
 
 The probabilities are those of the whole image, averaged over the views of the chosen mode; procedures decide on
 them as ``test.py`` does. Images too large for that are predicted in tiles and decided from a temporary file
-(:mod:`utils.streaming`), within bounded memory.
+(:mod:`utils.predict.spool`), within bounded memory.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from utils import streaming, tiling
 from utils.batch import Normalize
 from utils.checkpoint import LoadedModel, load_model
 from utils.errors import UserError, did_you_mean
 from utils.images import read_image
-from utils.predict import PROCEDURES, PredictOptions, label_map, probabilities
-from utils.probs import pictures
+from utils.predict import PROCEDURES, PredictOptions, label_map, probabilities, tiling
+from utils.predict import spool as streaming
+from utils.predict.stored import pictures
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -56,7 +56,7 @@ class Segmentation:
     ``volumes``: int64 ``(C,)``, the pixels of those masks.
     ``masks``: bool ``(C, H, W)``, overlapping masks, where the procedure makes them and the image is not streamed.
     ``probs``: the probabilities, where they were asked for: float32 ``(C, H, W)`` on the CPU, or a
-    :class:`utils.streaming.Spool` for a streamed image (close it after use).
+    :class:`utils.predict.spool.Spool` for a streamed image (close it after use).
     ``tiled``: whether a large image was predicted in tiles although the mode would have seen it whole.
 
     ``numpy.asarray(segmentation)`` is ``labels``; ``repr`` tells what was found, without the arrays.

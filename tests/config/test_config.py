@@ -1,0 +1,745 @@
+"""Configs: what is read, what is refused and how that is said, and that every field has a reader."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel
+
+from dataloaders import LOADERS
+from models import MODELS
+from utils import config as configs
+from utils.config import schema
+from utils.config.checks import TRAINING_SCORES, VALIDATION_SCORES
+from utils.config.data_checks import build_loader
+from utils.config.schema import Config
+from utils.errors import UserError
+
+BASE: dict[str, Any] = {
+    "name": "run",
+    "arch": {"type": "PSPNet", "args": {"backbone": "resnet18"}},
+    "train_loader": {"type": "VOC", "args": {"data_dir": "data", "batch_size": 2}},
+    "val_loader": {"type": "VOC", "args": {"data_dir": "data", "split": "val"}},
+}
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in a folder that has the data folder of the configs below."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "data"
+
+
+def resolve(overrides: tuple[str, ...] = (), stages: tuple[str, ...] = configs.STAGES, **changes: Any) -> Config:
+    """Resolve the config above with some of its sections changed."""
+    raw = json.loads(json.dumps(BASE)) | changes
+    return configs.resolve(raw, overrides, source="config.json", models=MODELS, loaders=LOADERS, stages=stages)
+
+
+def message(overrides: tuple[str, ...] = (), stages: tuple[str, ...] = configs.STAGES, **changes: Any) -> str:
+    with pytest.raises(UserError) as error:
+        resolve(overrides, stages, **changes)
+    return str(error.value)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# -- reading ---------------------------------------------------------------------------------------------------
+
+
+def test_comments_and_trailing_commas(tmp_path) -> None:
+    text = """// a run
+    {
+        "name": "run", // the name of it
+        /* and
+           the rest */
+        "arch": {"type": "UNet", "args": {},},
+        "train_loader": {"type": "VOC", "args": {"data_dir": "http://not/a/comment", "classes": ["a", "b",],},},
+    }"""
+    raw = configs.read(write(tmp_path / "config.json", text))
+    assert raw["train_loader"]["args"] == {"data_dir": "http://not/a/comment", "classes": ["a", "b"]}
+
+
+def test_a_byte_order_mark_and_the_editors_key_are_no_problem(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"$schema": "configs/schema.json", **BASE}).encode())
+    assert configs.read(path) == BASE
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"name": "a", "name": "b"}', "name"),
+        ('{"trainer": {"epochs": 1, "epochs": 2}}', "epochs"),
+        ('{"name": "a"', "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[1, 2]", "expected one JSON object, found list"),
+        ("[" * 5000, "not"),
+        ("name: a\narch: b", "not valid JSON"),
+        (b"\xff\xfe\x00\x01", "cannot be read as a config"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, content, expected) -> None:
+    path = tmp_path / "broken.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match="broken.json") as error:
+        configs.read(path)
+    assert expected in str(error.value)
+
+
+def test_a_missing_file_and_a_folder(tmp_path) -> None:
+    with pytest.raises(UserError, match="there is no such config file"):
+        configs.read(tmp_path / "nowhere.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        configs.read(tmp_path)
+
+
+def test_syntax_errors_say_where(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"broken\.json.*3"):
+        configs.read(write(tmp_path / "broken.json", '{\n  "name": "a",\n  "arch" 5\n}'))
+
+
+# -- overrides -------------------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_any_field() -> None:
+    config = resolve(
+        (
+            "trainer.epochs=3",
+            "arch.args.backbone=resnet50",
+            "predict.CoI=[0, 2]",
+            "predict.rankdice.prune=null",
+            "train_loader.args.augment=true",
+            "optimizer.args.lr=1e-3",
+            "trainer.save_dir=else where",
+            'name="7"',
+            "about=",
+        )
+    )
+    assert config.trainer.epochs == 3
+    assert config.arch.args["backbone"] == "resnet50"
+    assert config.predict.CoI == [0, 2]
+    assert config.predict.rankdice.prune is None
+    assert config.train_loader.args["augment"] is True
+    assert config.optimizer.args["lr"] == 1e-3
+    assert config.trainer.save_dir == "else where"
+    assert config.name == "7"
+    assert config.about == ""
+
+
+def test_overrides_apply_in_order_and_leave_their_source_alone() -> None:
+    raw = json.loads(json.dumps(BASE))
+    changed = configs.override(raw, ["trainer.epochs=3", "trainer.epochs=4", "test_loader.args.split=val"])
+    assert changed["trainer"] == {"epochs": 4}
+    assert changed["test_loader"] == {"args": {"split": "val"}}
+    assert raw == BASE
+
+
+def test_a_loss_by_name_takes_arguments_from_overrides() -> None:
+    assert resolve(("loss.args.gamma=3",), loss="FocalLoss").loss.args == {"gamma": 3}
+    assert resolve(("loss=DiceLoss",)).loss.type == "DiceLoss"
+    assert resolve(("loss.type=DiceLoss",)).loss.type == "DiceLoss"
+    assert resolve(("loss.args.weight=balanced",)).loss.model_dump() == {
+        "type": "CrossEntropyLoss2d",
+        "args": {"weight": "balanced"},
+    }
+    assert resolve(("lr_scheduler.args.warmup=10",)).lr_scheduler.type == "Poly"
+
+
+def test_a_value_may_hold_an_equals_sign() -> None:
+    assert resolve(("about=a=b",)).about == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trainer.epochs", "expected path=value"),
+        ("=3", "expected path=value"),
+        ("trainer..epochs=3", "expected path=value"),
+        ("name.first=3", "name is 'run', not a section that could hold 'first'"),
+        ("trainr.epochs=3", "trainr: unknown key; did you mean trainer?"),
+        ("trainer.epoch=3", "trainer.epoch: unknown key; did you mean epochs?"),
+        ("trainer.epochs=three", 'trainer.epochs: found "three"; should be a valid integer'),
+    ],
+)
+def test_wrong_overrides(override, expected) -> None:
+    assert expected in message((override,))
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------
+
+MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown section": ({"trainr": {}}, ["trainr: unknown key; did you mean trainer? Allowed: name, about"]),
+    "unknown field": ({"trainer": {"epoch": 3}}, ["trainer.epoch: unknown key; did you mean epochs?", "save_dir"]),
+    "text for a number": ({"n_gpu": "1"}, ['n_gpu: found "1"; should be a valid integer']),
+    "number for a switch": ({"use_synch_bn": 1}, ["use_synch_bn: found 1; should be a valid boolean"]),
+    "number too small": ({"trainer": {"epochs": 0}}, ["trainer.epochs: found 0; should be greater than or equal to 1"]),
+    "not a number": ({"aux_weight": float("nan")}, ["aux_weight: found NaN", "finite"]),
+    "infinite": ({"predict": {"temperature": float("inf")}}, ["predict.temperature: found Infinity", "finite"]),
+    "word for another": (
+        {"predict": {"val": "rankDice"}},
+        ["predict.val: found \"rankDice\"; should be 'T', 'max' or 'rankdice'; did you mean rankdice?"],
+    ),
+    "fields that disagree": (
+        {"predict": {"rankdice": {"metric": "iou", "solver": "ba"}}},
+        ["predict.rankdice: found", "metric 'iou' is solved by 'exact' and 'rma', not by 'ba'"],
+    ),
+    "a name that is a path": ({"name": "a/b"}, ['name: found "a/b"; the name becomes a folder']),
+    "classes of interest as text": (
+        {"predict": {"CoI": "some"}},
+        ["predict.CoI: found \"some\"; should be 'all' or a valid list"],
+    ),
+    "a negative class of interest": ({"predict": {"CoI": [0, -1]}}, ["predict.CoI.1: found -1"]),
+    "no class of interest": ({"predict": {"CoI": []}}, ["predict.CoI: found []", "at least one"]),
+    "a class of interest twice": ({"predict": {"CoI": [1, 1]}}, ["predict.CoI: found [1, 1]", "once"]),
+    "a class of interest that there is not": (
+        {"predict": {"CoI": [3, 21]}},
+        ["predict.CoI: found [21]; the data has the classes 0 to 20"],
+    ),
+    "a name for a section": ({"arch": "PSPNet"}, ['arch: found "PSPNet"; expected a section such as {"type"']),
+    "unknown model": ({"arch": {"type": "PSPnet"}}, ["arch.type: found 'PSPnet'; did you mean PSPNet?", "FCN8, UNet"]),
+    "unknown model argument": (
+        {"arch": {"type": "PSPNet", "args": {"bakbone": "resnet50"}}},
+        ["arch.args.bakbone: PSPNet takes no such argument; did you mean backbone?", "Allowed:", "freeze_bn"],
+    ),
+    "model argument of another type": (
+        {"arch": {"type": "PSPNet", "args": {"freeze_bn": "yes"}}},
+        ['arch.args.freeze_bn: found "yes"; should be a valid boolean'],
+    ),
+    "model argument of the program": (
+        {"arch": {"type": "PSPNet", "args": {"num_classes": 3}}},
+        ["arch.args.num_classes: set by the program"],
+    ),
+    "unknown loader": ({"train_loader": {"type": "voc"}}, ["train_loader.type: found 'voc'; did you mean VOC?"]),
+    "unknown loader argument": (
+        {"train_loader": {"type": "VOC", "args": {"data_dir": "data", "batchsize": 2}}},
+        ["train_loader.args.batchsize: VOC takes no such argument; did you mean batch_size?"],
+    ),
+    "no folder given": ({"train_loader": {"type": "VOC"}}, ["train_loader.args.data_dir: VOC reads files"]),
+    "a folder that there is not": (
+        {"val_loader": {"type": "VOC", "args": {"data_dir": "nowhere"}}},
+        ["val_loader.args.data_dir: found 'nowhere', which is not a folder", "--set val_loader.args.data_dir=FOLDER"],
+    ),
+    "palette and classes that disagree": (
+        {"train_loader": {"type": "VOC", "args": {"data_dir": "data", "classes": ["a", "b"], "palette": [[0, 0, 0]]}}},
+        ["train_loader.args: palette must have one colour per class"],
+    ),
+    "unknown optimizer": ({"optimizer": {"type": "SDG"}}, ["optimizer.type: found 'SDG'; did you mean SGD?"]),
+    "useless optimizer": ({"optimizer": {"type": "LBFGS"}}, ["optimizer.type: found 'LBFGS'", "take SGD or AdamW"]),
+    "unknown optimizer argument": (
+        {"optimizer": {"args": {"momentun": 0.9}}},
+        ["optimizer.args.momentun: SGD takes no such argument; did you mean momentum?"],
+    ),
+    "optimizer argument of another type": (
+        {"optimizer": {"args": {"lr": "0.1"}}},
+        ['optimizer.args.lr: found "0.1"; should be a valid number'],
+    ),
+    "unknown schedule": ({"lr_scheduler": {"type": "poly"}}, ["lr_scheduler.type: found 'poly'; did you mean Poly?"]),
+    "useless schedule": ({"lr_scheduler": {"type": "ReduceLROnPlateau"}}, ["waits for a metric", "take Poly"]),
+    "schedule without what it needs": (
+        {"lr_scheduler": {"type": "StepLR"}},
+        ["lr_scheduler.args.step_size: StepLR needs this argument"],
+    ),
+    "schedule that needs momentum": (
+        {"lr_scheduler": {"type": "OneCycle"}, "optimizer": {"args": {"lr": 0.1}}},
+        ["lr_scheduler: OneCycle moves the momentum, and SGD runs without any; give optimizer.args.momentum"],
+    ),
+    "schedule that needs an optimizer with momentum": (
+        {"lr_scheduler": {"type": "OneCycle"}, "optimizer": {"type": "Adagrad", "args": {}}},
+        ["Adagrad runs without any; take an optimizer that has one, or set lr_scheduler.args.momentums to null"],
+    ),
+    "unknown loss": ({"loss": "CrossEntropy"}, ["loss.type: found 'CrossEntropy'; did you mean CrossEntropyLoss2d?"]),
+    "unknown loss argument": (
+        {"loss": {"type": "FocalLoss", "args": {"gama": 2}}},
+        ["loss.args.gama: FocalLoss takes no such argument; did you mean gamma?"],
+    ),
+    "loss argument out of range": ({"loss": {"type": "FocalLoss", "args": {"gamma": -1}}}, ["loss.args: ", "gamma"]),
+    "weights for another number of channels": (
+        {"loss": {"type": "CrossEntropyLoss2d", "args": {"weight": [1.0, 2.0]}}},
+        ["loss.args: CrossEntropyLoss2d: weight has 2 entries; logits with 21 channels need 21"],
+    ),
+    "monitor without a mode": ({"trainer": {"monitor": "Mean_Dice"}}, ["trainer.monitor: found 'Mean_Dice'; expected"]),
+    "unknown monitor": (
+        {"trainer": {"monitor": "max mDice"}},
+        ["trainer.monitor: 'mDice' cannot be monitored; did you mean", "Possible: Mean_Dice"],
+    ),
+    "monitor the wrong way round": ({"trainer": {"monitor": "max val_loss"}}, ["keep the worst", "'min val_loss'"]),
+    "monitor of another procedure": (
+        {"trainer": {"monitor": "max Multiclass_Accuracy"}},
+        ["Multiclass_Accuracy is known with predict.val 'max' only, and predict.val is 'rankdice'"],
+    ),
+    "monitor of what rankdice does not expect": (
+        {"trainer": {"monitor": "max Expected_Dice"}, "predict": {"rankdice": {"metric": "iou"}}},
+        ["trainer.monitor: found Expected_Dice; with predict.rankdice.metric 'iou' rankdice states Expected_IoU"],
+    ),
+    "monitor of a class that there is not": (
+        {"trainer": {"monitor": "max Class_Dice/aeroplan"}},
+        ["trainer.monitor: there is no class 'aeroplan'; did you mean aeroplane?"],
+    ),
+    "monitor of a validation that there is not": (
+        {"trainer": {"val": False}},
+        ["Mean_Dice is measured in validation, and trainer.val is false"],
+    ),
+    "no validation data": ({"val_loader": None}, ["val_loader: absent, and train_loader.args.val_split is not given"]),
+    "nothing to train on": ({"train_loader": None}, ["train_loader: found null; expected a section"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_with_path_found_allowed_and_nearest(mistake) -> None:
+    changes, expected = MISTAKES[mistake]
+    text = message(**changes)
+    assert text.startswith("config.json: "), "one problem is one line"
+    assert "\n" not in text
+    for part in expected:
+        assert part in text
+
+
+def test_a_required_field_that_is_missing() -> None:
+    raw = {key: value for key, value in BASE.items() if key != "name"}
+    with pytest.raises(UserError, match="name: required"):
+        configs.resolve(raw)
+    with pytest.raises(UserError, match="4 problems|3 problems") as error:
+        configs.resolve({}, models=MODELS, loaders=LOADERS)
+    assert all(f"{field}: required" in str(error.value) for field in ("name", "arch", "train_loader"))
+
+
+def test_all_problems_are_told_at_once() -> None:
+    """Wrong types, wrong names, wrong arguments and fields that disagree, in one message."""
+    text = message(
+        n_gpu="two",
+        foo=1,
+        arch={"type": "PSPNet", "args": {"bakbone": "resnet50"}},
+        train_loader={"type": "VOC", "args": {"data_dir": "nowhere", "crop": 3}},
+        optimizer={"type": "SDG"},
+        loss={"type": "FocalLoss", "args": {"gama": 2}},
+        lr_scheduler={"typ": "Poly"},
+        predict={"CoI": [30], "val": "best", "threshold": 2},
+        trainer={"epochs": -1, "monitor": "max mDice"},
+    )
+    expected = [
+        "n_gpu: found",
+        "foo: unknown key",
+        "arch.args.bakbone: PSPNet takes no such argument",
+        "train_loader.args.crop: VOC takes no such argument",
+        "train_loader.args.data_dir: found 'nowhere'",
+        "optimizer.type: found 'SDG'",
+        "loss.args.gama: FocalLoss",
+        "lr_scheduler.typ: unknown key",
+        "predict.CoI: found [30]",
+        "predict.val: found",
+        "predict.threshold: found 2",
+        "trainer.epochs: found -1",
+        "trainer.monitor: 'mDice' cannot be monitored",
+    ]
+    for part in expected:
+        assert part in text, part
+    assert text.splitlines()[0] == f"config.json has {len(expected)} problems:"
+    assert len(text.splitlines()) == 1 + len(expected)
+
+
+def test_what_is_wrong_already_is_not_complained_about_twice() -> None:
+    # The placeholder for a missing model or a wrong type must not show up as an unknown name of its own.
+    for changes in ({"arch": None}, {"arch": {"args": {}}}, {"arch": {"type": 5}}, {"train_loader": "VOC"}):
+        assert "?'" not in message(**changes)
+        assert "\n" not in message(**changes)
+
+
+def test_fields_of_training_are_not_looked_at_when_testing() -> None:
+    changes = {"trainer": {"monitor": "max mDice", "save_dir": "data/nothing"}}
+    assert resolve(stages=("test",), **changes).trainer.monitor == "max mDice"
+    moved = {"train_loader": {"type": "VOC", "args": {"data_dir": "gone"}}}
+    assert resolve(stages=("test",), **moved)
+    assert "train_loader.args.data_dir" in message(**moved)
+
+
+@pytest.mark.parametrize("field", ["save_dir", "log_dir"])
+def test_a_folder_that_cannot_be_made_is_told_before_the_run(field, tmp_path) -> None:
+    write(tmp_path / "file", "")
+    text = message(trainer={field: "file/runs"})
+    assert f"trainer.{field}: found 'file/runs'" in text or f'trainer.{field}: found "file/runs"' in text
+    assert "is a file, not a folder" in text
+    assert resolve(trainer={field: "new/folders/on/the/way"})
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc to fail to write to")
+def test_a_folder_that_cannot_be_written_is_told_before_the_run() -> None:
+    assert "/proc cannot be written to" in message(trainer={"save_dir": "/proc/runs"})
+    assert resolve(trainer={"log_dir": "/proc/runs", "tensorboard": False})
+
+
+def test_balanced_weights_are_taken_whatever_the_classes() -> None:
+    assert resolve(loss={"type": "CrossEntropyLoss2d", "args": {"weight": "balanced"}})
+    one = {"type": "VOC", "args": {"data_dir": "data", "classes": ["thing"]}}
+    for name in ("CrossEntropyLoss2d", "BCEWithLogitsLoss2d", "DiceLoss", "LovaszHinge", "LovaszSoftmax"):
+        assert resolve(train_loader=one, val_loader=one, loss=name)
+
+
+def test_one_channel_and_its_class_of_interest() -> None:
+    one = {"type": "VOC", "args": {"data_dir": "data", "classes": ["thing"]}}
+    assert resolve(train_loader=one, predict={"CoI": [0]})
+    assert "the class itself is number 0" in message(train_loader=one, predict={"CoI": [1]})
+
+
+def test_a_stage_without_data_is_told() -> None:
+    config = resolve(
+        val_loader=None,
+        train_loader={"type": "VOC", "args": {"data_dir": "data", "val_split": 0.2}},
+    )
+    with pytest.raises(UserError, match="test_loader: absent"):
+        build_loader(lambda *args, **kwargs: None, config, "test")
+
+
+def test_every_loss_and_every_model_is_known_by_its_own_name() -> None:
+    from utils.losses import LOSSES
+
+    for name in LOSSES:
+        assert resolve(loss=name).loss.type == name
+    for name in MODELS:
+        assert resolve(arch={"type": name}).arch.type == name
+
+
+@pytest.mark.parametrize("score", [*VALIDATION_SCORES, *TRAINING_SCORES, "Class_Dice/cat", "Class_IoU/cat"])
+def test_every_logged_score_can_be_monitored(score) -> None:
+    mode = "min" if score.endswith("loss") else "max"
+    procedure = "max" if score == "Multiclass_Accuracy" else "rankdice"
+    metric = "iou" if score == "Expected_IoU" else "dice"
+    predict = {"val": procedure, "rankdice": {"metric": metric}}
+    assert resolve(trainer={"monitor": f"{mode} {score}"}, predict=predict)
+
+
+# -- defaults and the way back ---------------------------------------------------------------------------------
+
+
+def test_defaults() -> None:
+    config = resolve()
+    assert config.n_gpu == 1
+    assert config.loss.type == "CrossEntropyLoss2d"
+    assert config.lr_scheduler.type == "Poly"
+    assert config.optimizer.type == "SGD"
+    assert config.optimizer.args == {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
+    assert config.optimizer.backbone_lr_factor == 0.1
+    assert config.aux_weight == 0.4
+    assert config.ignore_index is None
+    assert (config.predict.CoI, config.predict.threshold, config.predict.temperature) == ("all", 0.5, 1.0)
+    assert config.predict.rankdice.model_dump() == {"solver": "exact", "metric": "dice", "smooth": 0.0, "prune": 0.5}
+    assert config.loader("test") == config.val_loader
+    assert resolve(optimizer={"type": "Adam"}).optimizer.args == {}
+    assert resolve(optimizer={"args": {"lr": 0.1}}).optimizer.args == {"lr": 0.1}
+
+
+def test_defaults_are_not_shared_between_configs() -> None:
+    first = resolve()
+    first.optimizer.args["lr"] = 5.0
+    first.loss.args["weight"] = "balanced"
+    assert resolve().optimizer.args["lr"] == 0.01
+    assert resolve().loss.args == {}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss": "DiceLoss"},
+        {"loss": {"type": "FocalLoss", "args": {"gamma": 1.5}}},
+        {"predict": {"CoI": [1, 2], "rankdice": {"prune": None}}, "about": 'ünï\n"quotes"'},
+        {"optimizer": {"type": "Adam", "args": {"betas": [0.8, 0.99]}}},
+    ],
+)
+def test_a_written_config_reads_as_the_same(changes, tmp_path) -> None:
+    config = resolve(**changes)
+    text = configs.dump(config)
+    again = configs.load(write(tmp_path / "config.json", text), models=MODELS, loaders=LOADERS)
+    assert again == config
+    assert configs.dump(again) == text
+    # What a checkpoint carries is the same thing without JSON in between.
+    assert configs.resolve(config.model_dump(), models=MODELS, loaders=LOADERS) == config
+
+
+# -- configs of others -----------------------------------------------------------------------------------------
+
+# As yassouali/pytorch-segmentation has it.
+PUBLISHED: dict[str, Any] = {
+    "name": "PSPNet",
+    "n_gpu": 1,
+    "use_synch_bn": True,
+    "arch": {
+        "type": "PSPNet",
+        "args": {"backbone": "resnet50", "freeze_bn": False, "freeze_backbone": False},
+    },
+    "train_loader": {
+        "type": "VOC",
+        "args": {
+            "data_dir": "data",
+            "batch_size": 8,
+            "base_size": 400,
+            "crop_size": 380,
+            "augment": True,
+            "shuffle": True,
+            "scale": True,
+            "flip": True,
+            "rotate": True,
+            "blur": False,
+            "split": "train_aug",
+            "num_workers": 8,
+        },
+    },
+    "val_loader": {
+        "type": "VOC",
+        "args": {
+            "data_dir": "data",
+            "batch_size": 8,
+            "crop_size": 480,
+            "val": True,
+            "split": "val",
+            "num_workers": 4,
+        },
+    },
+    "optimizer": {
+        "type": "SGD",
+        "differential_lr": True,
+        "args": {"lr": 0.01, "weight_decay": 1e-4, "momentum": 0.9},
+    },
+    "loss": "CrossEntropyLoss2d",
+    "ignore_index": 255,
+    "lr_scheduler": {"type": "Poly", "args": {}},
+    "trainer": {
+        "epochs": 80,
+        "save_dir": "saved/",
+        "save_period": 10,
+        "monitor": "max Mean_IoU",
+        "early_stop": 10,
+        "tensorboard": True,
+        "log_dir": "saved/runs",
+        "log_per_iter": 20,
+        "val": True,
+        "val_per_epochs": 5,
+    },
+}
+
+# As the fork of the RankSEG paper has it: a test loader, prediction procedures, a tester.
+RANKSEG: dict[str, Any] = PUBLISHED | {
+    "name": "FCN8",
+    "arch": {
+        "type": "FCN8",
+        "args": {"backbone": "resnet101", "freeze_bn": False, "freeze_backbone": False},
+    },
+    "train_loader": {
+        "type": "CityScapes",
+        "args": {
+            "data_dir": "data",
+            "mode": "fine",
+            "split": "train",
+            "batch_size": 8,
+            "base_size": 1024,
+            "crop_size": 512,
+            "augment": True,
+            "shuffle": True,
+            "scale": True,
+            "flip": True,
+            "rotate": True,
+            "blur": True,
+            "num_workers": 8,
+        },
+    },
+    "val_loader": {
+        "type": "CityScapes",
+        "args": {"data_dir": "data", "mode": "fine", "split": "val", "batch_size": 8, "crop_size": 512, "val": True},
+    },
+    "test_loader": {
+        "type": "CityScapes",
+        "args": {"data_dir": "data", "mode": "fine", "split": "val", "batch_size": 1, "val": True, "crop_size": 512},
+    },
+    "loss": "BCEWithLogitsLoss2d",
+    "predict": {"CoI": [0, 11, 13], "train": "max", "val": "T", "test": "rankdice"},
+    "tester": {"tensorboard": True, "out_dir": None},
+}
+
+
+@pytest.mark.parametrize("raw", [PUBLISHED, RANKSEG], ids=["yassouali", "rankseg"])
+def test_published_configs_load_unchanged(raw, tmp_path, capsys) -> None:
+    path = write(tmp_path / "config.json", json.dumps(raw))
+    config = configs.load(path, models=MODELS, loaders=LOADERS)
+    for key in ("name", "n_gpu", "use_synch_bn", "ignore_index"):
+        assert getattr(config, key) == raw[key]
+    assert config.loss.type == raw["loss"]
+    assert config.arch.type == raw["arch"]["type"]
+    assert config.train_loader.args == raw["train_loader"]["args"]
+    assert config.trainer.model_dump() | raw["trainer"] == config.trainer.model_dump()
+    warned = capsys.readouterr().err
+    if raw is RANKSEG:
+        # The published FCN8 swallowed a backbone it does not have: said once, and taken out.
+        assert warned.count("arch.args.backbone: 'resnet101' has no effect on FCN8") == 1
+        assert "backbone" not in config.arch.args
+        assert config.predict.CoI == [0, 11, 13]
+    else:
+        assert warned == ""
+
+
+@pytest.mark.parametrize("type", ["KvasirSEG", "kvasirSEG"])
+def test_published_names_of_loaders(type) -> None:
+    loader = {"type": type, "args": {"data_dir": "data", "batch_size": 1}}
+    assert resolve(train_loader=loader, val_loader=loader, predict={"CoI": [1]})
+
+
+# -- configs of ours -------------------------------------------------------------------------------------------
+
+
+def our_configs() -> list[str]:
+    root = Path(__file__).resolve().parents[2]
+    files = [*root.glob("config.json"), *(p for p in root.glob("configs/*.json") if p.name != "schema.json")]
+    return sorted(str(p.relative_to(root)) for p in files)
+
+
+def folders_of(raw: dict[str, Any]) -> Iterator[Path]:
+    for stage in ("train_loader", "val_loader", "test_loader"):
+        folder = (raw.get(stage) or {}).get("args", {}).get("data_dir")
+        if folder:
+            yield Path(folder)
+
+
+@pytest.mark.parametrize("file", our_configs())
+def test_every_config_we_ship_is_valid_and_tells_its_story(file, root) -> None:
+    raw = configs.read(root / file)
+    for folder in folders_of(raw):
+        assert not folder.is_absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+    config = configs.load(root / file, models=MODELS, loaders=LOADERS)
+    assert config.about, "a config says in `about` what it is and what it costs"
+
+
+def test_the_schema_for_editors_is_up_to_date(root) -> None:
+    kept = (root / "configs" / "schema.json").read_text(encoding="utf-8")
+    expected = configs.json_schema(MODELS, LOADERS)
+    assert json.loads(kept) == json.loads(json.dumps(expected)), (
+        "update it: python -m utils.config schema > configs/schema.json"
+    )
+
+
+@pytest.fixture(scope="module")
+def editor() -> Draft202012Validator:
+    """Return what an editor makes of the schema we ship."""
+    root = Path(__file__).resolve().parents[2]
+    rules = json.loads((root / "configs" / "schema.json").read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(rules)
+    return Draft202012Validator(rules)
+
+
+@pytest.mark.parametrize("file", our_configs())
+def test_the_schema_accepts_our_configs(file, root, editor) -> None:
+    editor.validate(configs.read(root / file))
+
+
+def test_the_schema_accepts_resolved_and_published_configs_and_refuses_mistakes(editor) -> None:
+    for raw in (BASE, PUBLISHED, RANKSEG, json.loads(configs.dump(resolve())), {"$schema": "x", **BASE}):
+        editor.validate(raw)
+    for wrong in ("unknown section", "unknown field", "text for a number", "word for another", "unknown model"):
+        assert not editor.is_valid(BASE | MISTAKES[wrong][0]), wrong
+    assert not editor.is_valid({"name": "a"})
+
+
+def test_every_field_says_what_it_means() -> None:
+    for section in sections():
+        for name, field in section.model_fields.items():
+            if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+                assert field.description, f"{section.__name__}.{name}"
+
+
+# -- a field that is accepted is read by someone ---------------------------------------------------------------
+
+# How the code calls the sections it reads from: `config.trainer`, `self.settings`, ...
+HOLDERS = {
+    "Config": {"config", "self", "loaded"},
+    "Component": {"component", "arch", "loss", "lr_scheduler", "schedule", "train_loader", "loader"},
+    "Optimizer": {"optimizer"},
+    "RankDiceOptions": {"rankdice", "chosen"},
+    "Predict": {"predict"},
+    "Trainer": {"trainer", "settings"},
+    "Tester": {"tester"},
+}
+# Free text for those who read the file; it travels in every checkpoint.
+FOR_PEOPLE = {("Config", "about")}
+
+
+def sections() -> list[type[BaseModel]]:
+    found = [getattr(schema, name) for name in HOLDERS]
+    known = {c for c in vars(schema).values() if isinstance(c, type) and issubclass(c, schema.Section)}
+    assert known - set(found) == {schema.Section}
+    return found
+
+
+def reads(root: Path) -> set[tuple[str, str]]:
+    """Return every (holder, attribute) that the code reads, as in ``holder.attribute`` or ``x.holder.attribute``."""
+    found = set()
+    code = [
+        *root.glob("*.py"),
+        *(p for d in ("base", "utils", "models", "dataloaders") for p in root.glob(f"{d}/**/*.py")),
+    ]
+    for path in code:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                holder = node.value
+                name = getattr(holder, "attr", None) or getattr(holder, "id", None)
+                found.add((name, node.attr))
+    return found
+
+
+@pytest.fixture(scope="module")
+def reads_of_the_code() -> set[tuple[str, str]]:
+    return reads(Path(__file__).resolve().parents[2])
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [(s.__name__, f) for s in sections() for f in s.model_fields if (s.__name__, f) not in FOR_PEOPLE],
+)
+def test_a_field_that_is_accepted_is_read_by_someone(section, field, reads_of_the_code) -> None:
+    if (section, field) == ("Tester", "tensorboard") and ("tester", "tensorboard") not in reads_of_the_code:
+        pytest.xfail("test.py writes no TensorBoard scalars yet")
+    assert any((holder, field) in reads_of_the_code for holder in HOLDERS[section])
+
+
+# -- the command line ------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_checks_and_prints(tmp_path, monkeypatch, capsys) -> None:
+    arguments = ["check", str(write(tmp_path / "good.json", json.dumps(BASE))), "--set", "trainer.epochs=3"]
+    monkeypatch.setattr(sys, "argv", ["config.py", *arguments])
+    assert configs.main() == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == resolve(("trainer.epochs=3",)).model_dump() | {"loss": "CrossEntropyLoss2d"}
+    monkeypatch.setattr(sys, "argv", ["config.py", *arguments, "--set", "arch.type=UNett"])
+    with pytest.raises(UserError, match="did you mean UNet"):
+        configs.main()
+    monkeypatch.setattr(sys, "argv", ["config.py", "schema"])
+    assert configs.main() == 0
+    assert json.loads(capsys.readouterr().out)["required"] == ["name", "arch", "train_loader"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"name": "x",\n "arch": {},\n  "loss" {}}', ", line 3, column 10: not valid JSON"),
+        ('{"seed": 1, "seed": 2}', ': not valid JSON (comments and trailing commas are fine): Duplicate key "seed"'),
+        ("", ": not valid JSON"),
+    ],
+)
+def test_invalid_json_is_told_by_file_line_and_column(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        configs.read(path)
+    assert str(error.value).startswith(f"{path}{told}")
+    assert "<string>" not in str(error.value)

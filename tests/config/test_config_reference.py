@@ -1,0 +1,127 @@
+"""The config reference in the documentation is made from the schema and stays true."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from dataloaders import LOADERS
+from models import MODELS
+from utils import config as configs
+from utils.config import reference as config_reference
+from utils.config.schema import Config
+from utils.errors import UserError
+from utils.losses import LOSSES
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return config_reference.reference(MODELS, LOADERS)
+
+
+def test_the_page_holds_the_reference_as_the_code_makes_it(root: Path, text: str, tmp_path: Path) -> None:
+    page = root / "docs" / "configuration.md"
+    copy = tmp_path / "page.md"
+    copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    config_reference.write(copy, text)
+    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), (
+        "update it: python -m utils.config reference --write docs/configuration.md"
+    )
+
+
+def test_every_field_and_every_class_is_there(text: str) -> None:
+    def fields(section: Any) -> set[str]:
+        inner = [config_reference._inner(f) for f in section.model_fields.values()]
+        return set(section.model_fields).union(*(fields(s) for s in inner if s is not None))
+
+    for name in fields(Config) | {*MODELS, *LOADERS, *LOSSES}:
+        assert f"`{name}`" in text, name
+
+
+def test_rows_say_type_default_and_meaning(text: str) -> None:
+    lines = text.splitlines()
+    for line in (
+        "| `epochs` | integer >= 1 | `80` | number of training epochs |",
+        '| `amp` | `"off"`, `"bf16"`, `"fp16"` | `"off"` | mixed precision (fp16 scales the loss) |',
+        "| `name` | text | required | name of the run, part of the save path |",
+        "| `flip` | true or false | `true` | mirror half of the images |",
+        "| `mask_values` | list of integers or null | `null` | the mask's value of each class: [0, 255] for masks of "
+        "0 and 255 |",
+        "| `UNet` | `in_channels` `3`, `width` `64`, `freeze_bn` `false` |",
+    ):
+        assert line in lines
+    for line in lines:
+        if line.startswith("|"):
+            assert line.count("|") - line.count("\\|") in (3, 5), line
+    assert "None" not in text
+
+
+def test_every_argument_of_a_data_set_says_what_it_means(text: str) -> None:
+    rows = [line for line in text.splitlines() if line.startswith("| `") and line.count("|") == 5]
+    assert len(rows) > 80
+    assert [row for row in rows if row.endswith("|  |")] == []
+
+
+def test_docstrings_are_read_with_their_continued_lines() -> None:
+    def function(a: int, b: int, c: int) -> None:
+        """Do it.
+
+        Args:
+            a, b: two
+                things, None: off.
+            c: one; see :func:`f`.
+
+        Raises:
+            ValueError: never.
+        """
+
+    assert config_reference.documented(function) == {
+        "a": "two things, None: off.",
+        "b": "two things, None: off.",
+        "c": "one; see :func:`f`.",
+    }
+    assert config_reference._cell("one | see :func:`f`, None: ``x``.") == "one \\| see `f`, null: `x`"
+
+
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [
+        (bool | float, "true or false or number"),
+        (list[float] | Literal["balanced"] | None, 'list of numbers or `"balanced"` or null'),
+        (tuple[float, float], "`[number, number]`"),
+        (object, "any"),
+    ],
+)
+def test_kinds(annotation: Any, expected: str) -> None:
+    import inspect
+
+    parameter = inspect.Parameter("x", inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+    assert config_reference._annotation_kind(parameter) == expected
+
+
+def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    with pytest.raises(UserError, match="cannot be read"):
+        config_reference.write(page, "x")
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="expected the lines"):
+        config_reference.write(page, "x")
+    assert page.read_text() == "no marks"
+
+
+def test_the_command_prints_and_writes(tmp_path: Path, monkeypatch, capsys, text: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["config", "reference"])
+    assert configs.main() == 0
+    assert capsys.readouterr().out == text + "\n"
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{config_reference.BEGIN}\nold\n{config_reference.END}\nafter\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["config", "reference", "--write", str(page)])
+    assert configs.main() == 0
+    written = page.read_text(encoding="utf-8")
+    assert written.startswith("before\n")
+    assert written.endswith("\nafter\n")
+    assert text in written
+    assert "\nold\n" not in written

@@ -1,0 +1,450 @@
+"""People's own data: every way of storing images, masks and splits, and every way of getting it wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import dataloaders
+from base.base_dataset import BaseDataSet
+from dataloaders.colours import ColourTable
+from dataloaders.pairing import split_by_fraction
+from tests.images.test_tiff import tiff
+from utils.errors import UserError
+from utils.images import write_png
+from utils.signatures import check_arguments
+
+CLASSES = ["background", "cell", "dirt"]
+IDS = np.array([[0, 1, 2, 0], [1, 1, 2, 2], [0, 0, 0, 255]], np.uint8)
+
+
+def save(path: Path, array: np.ndarray, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        Image.fromarray(array).save(path, **options)
+    return path
+
+
+def photo(path: Path, level: int = 100) -> Path:
+    return save(path, np.full((*IDS.shape, 3), level, np.uint8))
+
+
+def folder(root: Path, split: str = "train", **args: Any) -> BaseDataSet:
+    args.setdefault("classes", CLASSES)
+    return dataloaders.build("Folder", data_dir=str(root), split=split, num_workers=0, **args).dataset
+
+
+def names(dataset: BaseDataSet) -> list[str]:
+    return [entry.name for entry in dataset.entries]
+
+
+def label(dataset: BaseDataSet, index: int = 0) -> np.ndarray:
+    return dataset[index].label.numpy()
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """Ten images with index masks."""
+    for i in range(10):
+        photo(tmp_path / f"images/im{i}.jpg", 20 * i)
+        save(tmp_path / f"masks/im{i}.png", np.roll(IDS, i))
+    return tmp_path
+
+
+# ---- pairs
+
+
+def test_files_are_matched_by_stem_and_sorted(plain: Path) -> None:
+    dataset = folder(plain)
+    assert names(dataset) == [f"im{i}" for i in range(10)]
+    for i in range(10):
+        assert np.array_equal(label(dataset, i), np.roll(IDS, i))
+        assert abs(float(dataset[i].image.float().mean()) - 20 * i) < 2
+    assert (dataset.num_classes, dataset.class_names) == (3, tuple(CLASSES))
+
+
+def test_files_without_partner_are_told(plain: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lonely = [photo(plain / "images/extra.png"), save(plain / "masks/other.png", IDS)]
+    with caplog.at_level(logging.WARNING):
+        dataset = folder(plain)
+    assert len(dataset) == 10
+    assert dataset.alone == lonely
+    assert "1 image has no mask and is left out" in caplog.text
+    assert "1 mask has no image" in caplog.text
+
+
+def test_two_images_of_one_name_are_refused(plain: Path) -> None:
+    photo(plain / "images/im3.png")
+    with pytest.raises(UserError, match=r"im3.* stand for the same sample"):
+        folder(plain)
+
+
+def test_names_that_never_match_show_an_example_of_each(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.jpg")
+    save(tmp_path / "masks/a_seg.png", IDS)
+    with pytest.raises(UserError, match=r"a\.jpg and a_seg\.png.*mask_suffix"):
+        folder(tmp_path)
+    assert names(folder(tmp_path, mask_suffix="_seg")) == ["a"]
+
+
+def test_images_and_masks_in_one_folder_by_suffix(tmp_path: Path) -> None:
+    photo(tmp_path / "all/a.png")
+    save(tmp_path / "all/a_mask.png", IDS)
+    dataset = folder(tmp_path, images="all", masks="all", mask_suffix="_mask")
+    assert names(dataset) == ["a"]
+    assert dataset.alone == []
+
+
+def test_nested_folders_and_hidden_files(tmp_path: Path) -> None:
+    for name in ("day1/a", "day2/a"):
+        photo(tmp_path / f"images/{name}.JPG")
+        save(tmp_path / f"masks/{name}.png", IDS)
+    (tmp_path / "images/.DS_Store").touch()
+    (tmp_path / "images/._x.jpg").touch()
+    assert names(folder(tmp_path)) == ["day1/a", "day2/a"]
+
+
+# ---- splits
+
+
+def test_split_by_folders_either_way_round(tmp_path: Path) -> None:
+    for name, split in (("a", "train"), ("b", "validation"), ("c", "test")):
+        photo(tmp_path / f"one/images/{split}/{name}.png")
+        save(tmp_path / f"one/masks/{split}/{name}.png", IDS)
+        photo(tmp_path / f"two/{split}/images/{name}.png")
+        save(tmp_path / f"two/{split}/masks/{name}.png", IDS)
+    for root in (tmp_path / "one", tmp_path / "two"):
+        found = {split: names(folder(root, split)) for split in ("train", "val", "test", "all")}
+        assert found == {"train": ["a"], "val": ["b"], "test": ["c"], "all": ["a", "b", "c"]}
+        with pytest.raises(ValueError, match="split by folders"):
+            folder(root, val_fraction=0.1)
+
+
+def test_a_split_whose_folder_is_missing_shows_the_tree(tmp_path: Path) -> None:
+    photo(tmp_path / "images/train/a.png")
+    save(tmp_path / "masks/train/a.png", IDS)
+    with pytest.raises(UserError, match=r"split 'val', only for train[\s\S]*expected"):
+        folder(tmp_path, "val")
+
+
+def test_test_images_need_no_masks(tmp_path: Path) -> None:
+    photo(tmp_path / "images/test/a.png")
+    assert set(label(folder(tmp_path, "test")).flat) == {255}
+
+
+def test_split_by_fraction_is_disjoint_and_complete(plain: Path) -> None:
+    parts = {s: names(folder(plain, s, val_fraction=0.3, test_fraction=0.2)) for s in ("train", "val", "test")}
+    assert [len(parts[s]) for s in ("train", "val", "test")] == [5, 3, 2]
+    assert sorted(sum(parts.values(), [])) == names(folder(plain, "all"))
+    assert names(folder(plain, "val", val_fraction=0.3, split_seed=1)) != parts["val"]
+
+
+def test_a_missing_val_split_says_what_can_be_done(plain: Path) -> None:
+    with pytest.raises(UserError, match=r"val_fraction[\s\S]*list_file[\s\S]*val_split"):
+        folder(plain, "val")
+
+
+@given(count=st.integers(20, 200), added=st.integers(1, 20), fraction=st.floats(0.05, 0.5), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_fraction_splits_barely_move_when_files_are_added(count: int, added: int, fraction: float, seed: int) -> None:
+    old = [f"n{i}" for i in range(count)]
+    before = split_by_fraction(old, {"val": fraction}, "train", seed)
+    after = split_by_fraction([*reversed(old), *(f"m{i}" for i in range(added))], {"val": fraction}, "train", seed)
+    assert len(before["val"]) == round(count * fraction)
+    moved = (before["val"] ^ after["val"]) & set(old)
+    assert len(moved) <= added + 1
+
+
+def test_list_of_two_columns(plain: Path) -> None:
+    (plain / "fold0_train.txt").write_text(
+        "# a comment\nimages/im3.jpg\tmasks/im3.png\n\nimages/im1.jpg, masks/im1.png\n"
+    )
+    (plain / "fold0_val.txt").write_text("images/im5.jpg masks/im5.png\n")
+    assert names(folder(plain, list_file="fold0_{split}.txt")) == ["im3", "im1"], "the list's order"
+    assert names(folder(plain, "val", list_file=str(plain / "fold0_{split}.txt"))) == ["im5"]
+
+
+def test_list_of_names(plain: Path) -> None:
+    (plain / "train.txt").write_text("im7\nim2.jpg\n")
+    dataset = folder(plain, list_file="train.txt")
+    assert names(dataset) == ["im7", "im2"]
+    assert np.array_equal(label(dataset, 1), np.roll(IDS, 2))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("im1 im2 im3", "line 2: 3 columns"),
+        ("im99", "line 2: 'im99' has no file in .*images"),
+        ("only", "line 2: 'only' has no file in .*masks"),
+    ],
+)
+def test_mistakes_in_lists_name_the_line(plain: Path, line: str, message: str) -> None:
+    photo(plain / "images/only.jpg")
+    (plain / "train.txt").write_text(f"im1\n{line}\n")
+    with pytest.raises(UserError, match=message):
+        folder(plain, list_file="train.txt")
+    with pytest.raises(UserError, match="none.txt: cannot be read"):
+        folder(plain, list_file="none.txt")
+
+
+# ---- kinds of images
+
+
+@pytest.mark.parametrize(
+    ("file", "array", "channels", "kind"),
+    [
+        ("a.png", np.full((3, 4), 51, np.uint8), 3, torch.uint8),
+        ("a.png", np.full((3, 4), 51, np.uint8), 1, torch.uint8),
+        ("a.png", np.full((3, 4, 4), 51, np.uint8), 4, torch.uint8),
+        ("a.png", np.full((3, 4), 13107, np.uint16), 1, torch.float32),
+        ("a.tif", np.full((3, 4), 13107, np.uint16), 3, torch.float32),
+        ("a.npy", np.full((3, 4, 7), 0.2, np.float32), 7, torch.float32),
+        ("a.npy", np.full((3, 4, 5), 51, np.uint8), 5, torch.uint8),
+    ],
+    ids=["grey-as-rgb", "grey", "rgba", "png16", "tiff16-as-rgb", "npy-float", "npy-uint8"],
+)
+def test_images_of_every_kind(tmp_path: Path, file: str, array: np.ndarray, channels: int, kind: torch.dtype) -> None:
+    save(tmp_path / "images" / file, array)
+    save(tmp_path / "masks/a.png", IDS)
+    sample = folder(tmp_path, in_channels=channels)[0]
+    assert sample.image.shape == (channels, 3, 4)
+    assert sample.image.dtype == kind
+    value = sample.image.float() / (255 if kind == torch.uint8 else 1)
+    assert torch.allclose(value, torch.tensor(0.2), atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)])
+def test_multichannel_tiff_with_npy_masks(tmp_path: Path, dtype: type, top: int) -> None:
+    bands = (np.random.default_rng(0).random((3, 4, 6)) * top).astype(dtype)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.tif").write_bytes(tiff(bands))
+    (tmp_path / "masks").mkdir()
+    np.save(tmp_path / "masks/a.npy", IDS.astype(np.int64))
+    sample = folder(tmp_path, in_channels=6)[0]
+    assert sample.image.dtype == (torch.uint8 if dtype == np.uint8 else torch.float32)
+    value = sample.image.double().numpy() / (top if dtype == np.uint8 else 1)
+    assert np.allclose(value, bands.transpose(2, 0, 1) / top, atol=1e-6)
+    assert np.array_equal(sample.label.numpy(), IDS)
+    with pytest.raises(UserError, match="6 channels, but .*`in_channels` is 5"):
+        folder(tmp_path, in_channels=5)
+
+
+# ---- kinds of masks
+
+
+def test_palette_masks_are_read_by_index(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.jpg")
+    write_png(tmp_path / "masks/a.png", IDS, [(i, 200, 0) for i in range(256)])
+    assert np.array_equal(label(folder(tmp_path)), IDS)
+
+
+PALETTE = [(0, 0, 0), (255, 0, 0), (0, 0, 255)]
+VOID = (255, 255, 255)
+
+
+def painted() -> np.ndarray:
+    return np.array([*PALETTE, VOID], np.uint8)[np.where(IDS == 255, 3, IDS)]
+
+
+def test_masks_painted_in_the_palette_are_found_out(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.jpg")
+    save(tmp_path / "masks/a.png", painted())
+    dataset = folder(tmp_path, palette=PALETTE, ignore_colors=[VOID])
+    assert np.array_equal(label(dataset), IDS)
+    assert dataset.palette == tuple(PALETTE)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert np.array_equal(again[0].label.numpy(), IDS)
+
+
+def test_painted_masks_with_transparency_or_as_palette_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        photo(tmp_path / f"images/{name}.jpg")
+    save(tmp_path / "masks/a.png", np.dstack([painted(), np.full(IDS.shape, 255, np.uint8)]))
+    # Indices in another order than the classes: only the colours tell.
+    write_png(tmp_path / "masks/b.png", np.where(IDS == 255, 0, 3 - IDS).astype(np.uint8), [VOID, *PALETTE[::-1]])
+    dataset = folder(tmp_path, palette=PALETTE, ignore_colors=[VOID], colors=True)
+    assert np.array_equal(label(dataset, 0), IDS)
+    assert np.array_equal(label(dataset, 1), IDS)
+
+
+def test_unknown_colours_are_reported_with_counts(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.jpg")
+    save(tmp_path / "masks/a.png", painted())
+    with pytest.raises(UserError, match=r"masks/a.png .*\[255, 255, 255\] \(1 pixel\)[\s\S]*ignore_colors"):
+        folder(tmp_path, palette=PALETTE)
+
+
+def test_colours_are_matched_exactly_not_nearly(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.jpg")
+    nearly = painted()
+    nearly[0, 0] = (1, 0, 0)
+    save(tmp_path / "masks/a.png", nearly)
+    with pytest.raises(UserError, match=r"\[1, 0, 0\]"):
+        folder(tmp_path, palette=PALETTE, ignore_colors=[VOID])
+
+
+def test_painted_masks_without_palette_ask_for_one(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.jpg")
+    save(tmp_path / "masks/a.png", painted())
+    with pytest.raises(UserError, match="painted in colours: set `palette`"):
+        folder(tmp_path)
+    with pytest.raises(ValueError, match="different colour"):
+        folder(tmp_path, palette=[(0, 0, 0), (1, 1, 1), (1, 1, 1)], colors=True)
+
+
+def test_grey_masks_saved_as_rgb_are_class_ids(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.jpg")
+    save(tmp_path / "masks/a.png", np.repeat(IDS[:, :, None], 3, 2))
+    assert np.array_equal(label(folder(tmp_path)), IDS)
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=2, max_size=12, unique=True), st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_colour_tables_agree_with_a_search_pixel_by_pixel(colours: list[tuple[int, int, int]], seed: int) -> None:
+    ids = np.random.default_rng(seed).integers(0, len(colours), (5, 7))
+    table = ColourTable({colour: i for i, colour in enumerate(colours)})
+    decoded = table.decode(np.array(colours, np.uint8)[ids], "a.png")
+    assert np.array_equal(decoded, ids)
+
+
+# ---- two classes
+
+
+def two(root: Path, values: tuple[int, int], dtype: type = np.uint8, suffix: str = ".png") -> np.ndarray:
+    ids = (np.arange(64 * 48).reshape(48, 64) // 64 > 20).astype(int)
+    save(root / "images/a.png", np.zeros((48, 64, 3), np.uint8))
+    options = {"quality": 80} if suffix == ".jpg" else {}
+    save(root / f"masks/a{suffix}", np.array(values, dtype)[ids], **options)
+    return ids
+
+
+BINARY = ["background", "tumour"]
+
+
+@pytest.mark.parametrize("classes", [BINARY, ["tumour"]])
+def test_masks_of_0_and_255_are_explained(tmp_path: Path, classes: list[str]) -> None:
+    ids = two(tmp_path, (0, 255))
+    with pytest.raises(UserError, match=r"only 0 and 255[\s\S]*tumour[\s\S]*mask_values: \[0, 255\]"):
+        folder(tmp_path, classes=classes)
+    dataset = folder(tmp_path, classes=classes, mask_values=[0, 255])
+    assert dataset.num_classes == len(classes)
+    assert np.array_equal(label(dataset), ids)
+    assert dataset[0].label.dtype == torch.uint8
+
+
+def test_void_may_be_255_when_told(tmp_path: Path) -> None:
+    two(tmp_path, (0, 255))
+    assert set(label(folder(tmp_path, classes=BINARY, mask_values=[0, 1])).flat) == {0, 255}
+
+
+def test_masks_of_0_1_and_255_are_left_alone(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.png")
+    save(tmp_path / "masks/a.png", np.minimum(IDS, 1) + np.where(IDS == 255, 254, 0).astype(np.uint8))
+    assert set(label(folder(tmp_path, classes=BINARY)).flat) == {0, 1, 255}
+
+
+def test_jpeg_masks_need_a_threshold(tmp_path: Path) -> None:
+    ids = two(tmp_path, (0, 255), suffix=".jpg")
+    with pytest.raises(UserError, match="JPEG[\\s\\S]*threshold: 127"):
+        folder(tmp_path, classes=BINARY)
+    assert np.array_equal(label(folder(tmp_path, classes=BINARY, threshold=127)), ids)
+    with pytest.raises(ValueError, match="two classes"):
+        folder(tmp_path, classes=CLASSES, threshold=127)
+
+
+def test_black_and_white_rgb_masks(tmp_path: Path) -> None:
+    ids = two(tmp_path, (0, 255))
+    save(tmp_path / "masks/a.png", np.repeat(ids[:, :, None] * 255, 3, 2).astype(np.uint8))
+    for args in ({"mask_values": [0, 255]}, {"palette": [(0, 0, 0), (255, 255, 255)]}, {"threshold": 0}):
+        assert np.array_equal(label(folder(tmp_path, classes=BINARY, **args)), ids), args
+    one = folder(tmp_path, classes=["tumour"], palette=[(255, 255, 255)])
+    assert np.array_equal(label(one), ids), "one class stands against black"
+
+
+# ---- values
+
+
+def test_mask_values_map_by_position_and_refuse_the_rest(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.png")
+    wide = np.array([5, 300, 1000, 7], np.uint16)[np.where(IDS == 255, 3, IDS)]
+    save(tmp_path / "masks/a.png", wide)
+    args = {"mask_values": [5, 300, 1000]}
+    assert np.array_equal(label(folder(tmp_path, ignore_values=[7], **args)), IDS)
+    assert (label(folder(tmp_path, ignore_values=[7], ignore_index=-1, **args)) == -1).sum() == 1
+    with pytest.raises(UserError, match=r"holds values \[7\] \(1 pixel\)"):
+        folder(tmp_path, **args)
+
+
+@pytest.mark.parametrize("values", [[0, 1], [0, 1, 1], [-1, 0, 1]])
+def test_impossible_mask_values(plain: Path, values: list[int]) -> None:
+    with pytest.raises(ValueError, match="mask_values"):
+        folder(plain, mask_values=values)
+
+
+def test_values_out_of_range_name_file_value_and_key(plain: Path) -> None:
+    with pytest.raises(UserError, match=r"im0\.png holds label values that are no class: 2 .*classes.*mask_values"):
+        folder(plain, classes=BINARY)
+
+
+def test_labels_next_to_255_classes(tmp_path: Path) -> None:
+    """With more than 255 classes, 255 is one of them and the ignore index must lie elsewhere."""
+    photo(tmp_path / "images/a.png")
+    save(tmp_path / "masks/a.png", np.where(IDS == 255, 255, 299 * IDS.astype(int)).astype(np.uint16))
+    dataset = folder(tmp_path, classes=600, ignore_index=-1)
+    assert set(label(dataset).flat) == {0, 255, 299, 598}
+
+
+def test_classes_are_required_and_may_come_from_a_file(plain: Path) -> None:
+    with pytest.raises(ValueError, match="classes is missing"):
+        folder(plain, classes=None)
+    (plain / "classes.txt").write_text("\n".join(CLASSES))
+    assert folder(plain, classes="classes.txt").class_names == tuple(CLASSES)
+
+
+def test_sizes_that_differ_name_both_files(plain: Path) -> None:
+    save(plain / "masks/im0.png", IDS[:2])
+    with pytest.raises(UserError, match=r"images/im0\.jpg is 4x3, .*masks/im0\.png is 4x2"):
+        folder(plain)
+
+
+def test_batches_come_augmented(plain: Path) -> None:
+    loader = dataloaders.build(
+        "Folder",
+        data_dir=str(plain),
+        classes=CLASSES,
+        crop_size=8,
+        augment=True,
+        shuffle=True,
+        batch_size=4,
+        num_workers=0,
+    )
+    batch = next(iter(loader))
+    assert batch.images.shape == (4, 3, 8, 8)
+    assert set(batch.labels.unique().tolist()) <= {0, 1, 2, 255}
+
+
+# ---- the documentation
+
+
+def test_documented_examples_are_accepted(root: Path) -> None:
+    text = (root / "docs" / "datasets.md").read_text(encoding="utf-8")
+    lines = [line for block in text.split("```json\n")[1:] for line in block.split("```")[0].splitlines()]
+    examples = [json.loads(line[line.index("{") :]) for line in lines]
+    assert len(examples) >= 9
+    for example in examples:
+        cls = dataloaders.LOADERS[example["type"]]
+        targets = [cls, *cls.loader_targets()]
+        assert check_arguments("args", example["type"], targets, example["args"]) == []

@@ -1,0 +1,367 @@
+"""Every command that the documentation gives is run: here, on small data, or by the test that is named here.
+
+What no test can run (a cluster, a camera, packages to install) stands in ``NOT_RUN`` with the reason. A command that is
+new in the documentation is run here by itself; where that cannot be, one of the two lists must say so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.config.test_configs import TREES
+from tests.docs.markdown import ROOT, Command, commands, commands_of, ours, pages
+from utils import config as configs
+
+Words = tuple[str, ...]
+
+# Run by a test of the part itself, downloads from a server of its own, GPUs as processes on the CPU. The command's
+# beginning, as a regular expression: the test.
+ELSEWHERE = {
+    r"python -m dataloaders prepare voc --dir data/voc": (
+        "tests/dataloaders/test_prepare.py::test_voc_with_augmented_lists_from_the_command_line"
+    ),
+    r"python -m dataloaders prepare ade20k": (
+        "tests/dataloaders/test_prepare.py::test_ade20k_lands_where_its_loader_looks"
+    ),
+    r"python -m dataloaders prepare cityscapes": (
+        "tests/dataloaders/test_prepare.py::test_files_put_there_by_hand_need_no_network"
+    ),
+    r"python -m dataloaders prepare coco_stuff": (
+        "tests/dataloaders/test_prepare.py::test_coco_stuff_lands_where_its_loader_looks"
+    ),
+    r"python -m utils\.export .*--format onnx": (
+        "tests/scripts/test_export.py::test_rank_dice_on_the_output_of_onnxruntime"
+    ),
+    r"python -m utils\.demo --model": "tests/scripts/test_demo.py::test_the_page_is_built_and_answers",
+    r"torchrun --standalone --nproc_per_node 4 train\.py": (
+        "tests/scripts/test_train_script.py::test_two_processes_train_and_test"
+    ),
+    r"torchrun --nproc_per_node 4 test\.py": (
+        "tests/scripts/test_test_script.py::test_two_processes_report_what_one_does"
+    ),
+    r"torchrun --nproc_per_node 4 inference\.py": (
+        "tests/scripts/test_inference_script.py::test_several_processes_share_a_folder"
+    ),
+    r"python train\.py .*n_gpu=4 --set use_synch_bn=true": (
+        "tests/scripts/test_train_script.py::test_the_launcher_for_synchronised_batch_norm"
+    ),
+    r"make demo$": "tests/docs/test_docs_commands.py::test_what_make_demo_runs",
+    r"python -m models( PSPNet DeepLab)?$": "tests/docs/test_docs_commands.py::test_the_table_of_costs",
+    r"diff /tmp/before": "tests/docs/test_docs_commands.py::test_the_same_twice",
+}
+
+_NETWORK = "installs packages from the network; continuous integration does it through make"
+_HOURS = "takes minutes to hours; tests/test_benchmarks_*.py run its parts"
+_GPUS = "needs several GPUs"
+NOT_RUN = {
+    r"python3 -m venv": _NETWORK,
+    r"source \.venv/bin/activate": "changes the shell it is typed into",
+    r"pip install": _NETWORK,
+    r"pre-commit install": "changes the repository; make lint runs the same checks",
+    r"make (test|lint|format)": "this suite, ruff and mypy in an environment of their own: continuous integration",
+    r"\.venv/bin/python -m (pytest|mypy)": "this suite; make lint",
+    r"make bench": _HOURS,
+    r"python -m benchmarks\.": _HOURS,
+    r"tensorboard --logdir": "a server that runs until it is stopped; tests/test_logger.py reads what it would show",
+    r"python train\.py .*-d 0,1": _GPUS,
+    r"python train\.py .*n_gpu=4": _GPUS,
+    r"torchrun --nnodes 2": "needs two machines",
+    r"docker run": "needs Docker",
+    r"srun |scontrol |head -n 1": "needs Slurm",
+}
+
+# Named alone in a sentence, without what they need: they say how they are used.
+MENTIONS = {
+    ("-m", "dataloaders", "check"),
+    ("-m", "dataloaders", "prepare"),
+    ("-m", "utils.lr_scheduler"),
+}
+
+
+def listed(words: Words, table: dict[str, str]) -> bool:
+    line = " ".join(words)
+    return any(re.match(pattern, line) for pattern in table)
+
+
+def in_run(word: str) -> str:
+    """Let a checkpoint of ours lie in RUN: ``saved/.../best_model.pth``, ``.../latest.pth``, ``best_model.pth``."""
+    return re.sub(r"^(?!old/).*?(\w+\.pth)$", r"RUN/\1", word)
+
+
+def to_run() -> list[Words]:
+    """Return the commands of ours that neither list names, each once wherever its checkpoint is said to lie."""
+    found = dict.fromkeys(tuple(map(in_run, c.words)) for page in pages() for c in commands(page) if ours(c))
+    return [words for words in found if not listed(words, ELSEWHERE) and not listed(words, NOT_RUN)]
+
+
+# -- the lists -----------------------------------------------------------------------------------------------------
+
+
+def test_every_command_is_run_or_listed() -> None:
+    for page in pages():
+        for command in commands(page):
+            known = ours(command) or listed(command.words, ELSEWHERE) or listed(command.words, NOT_RUN)
+            assert known, (
+                f"{command}: is no program of ours; say in ELSEWHERE what runs it, or in NOT_RUN why nothing can"
+            )
+
+
+@pytest.mark.parametrize("pattern", [*ELSEWHERE, *NOT_RUN])
+def test_the_lists_hold_nothing_that_is_gone(pattern: str) -> None:
+    lines = [" ".join(c.words) for page in pages() for c in commands(page)]
+    assert any(re.match(pattern, line) for line in lines), f"no page gives a command like {pattern}"
+
+
+@pytest.mark.parametrize("test", sorted(set(ELSEWHERE.values())))
+def test_the_tests_that_are_named_exist(test: str) -> None:
+    file, _, name = test.partition("::")
+    assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("words", dict.fromkeys(c.words for p in pages() for c in commands(p) if c.words[0] == "make"))
+def test_make_knows_what_to_do(words: Words) -> None:
+    done = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ".venv/bin/python" in done.stdout
+
+
+# -- a folder to run them in -----------------------------------------------------------------------------------------
+
+SMALL = """
+    n_gpu=0 trainer.epochs=1 trainer.limit_batches=2 trainer.val_per_epochs=1 trainer.amp=off arch.args.width=4
+    train_loader.args.num_workers=0 train_loader.args.batch_size=4
+"""
+SHAPES = "{0}_loader.args.length=8 {0}_loader.args.size=32 {0}_loader.args.num_workers=0"
+CROPS = "train_loader.args.crop_size=32"
+
+
+def small(file: str, overrides: str) -> dict[str, Any]:
+    """Return a config of ours in a size that a test can run."""
+    raw = configs.override(configs.read(ROOT / file), [*SMALL.split(), *overrides.split()])
+    for stage in ("val_loader", "test_loader"):
+        if stage in raw:
+            raw[stage]["args"]["num_workers"] = 0
+    return raw
+
+
+def predecessors(**loaders: str) -> dict[str, Any]:
+    """Return a config as the predecessors' checkpoints hold it; ``loaders``: the folder of each one's data."""
+    return {
+        "name": "old",
+        "n_gpu": 1,
+        "use_synch_bn": False,
+        "arch": {"type": "UNet", "args": {"width": 4, "backbone": "resnet50", "freeze_bn": False}},
+        **{
+            f"{stage}_loader": {
+                "type": "VOC",
+                "args": {
+                    "data_dir": folder,
+                    "split": "train" if stage == "train" else "val",
+                    "batch_size": 2,
+                    "crop_size": 32,
+                    **({"augment": True, "shuffle": True} if stage == "train" else {"val": True}),
+                    "num_workers": 0,
+                },
+            }
+            for stage, folder in loaders.items()
+        },
+        "optimizer": {"type": "SGD", "differential_lr": True, "args": {"lr": 0.01, "momentum": 0.9}},
+        "loss": "CrossEntropyLoss2d",
+        "ignore_index": 255,
+        "lr_scheduler": {"type": "Poly", "args": {}},
+        "trainer": {
+            "epochs": 1,
+            "save_dir": "saved/",
+            "save_period": 10,
+            "monitor": "max Mean_IoU",
+            "early_stop": 10,
+            "tensorboard": True,
+            "log_dir": "saved/runs",
+            "log_per_iter": 20,
+            "val": True,
+            "val_per_epochs": 1,
+        },
+    }
+
+
+def write_predecessors_checkpoint(path: Path, words: list[str]) -> None:
+    """Write ``best_model.pth`` as the predecessors' trainers do, its data gone where ``words`` say where they are."""
+    import models
+
+    loaders = dict.fromkeys(("train", "val", "test"), "data")
+    moved = next((stage for stage in ("test", "val") if f"{stage}_loader.args.data_dir=data" in words), None)
+    if moved == "val":  # the older of the two had no test_loader
+        del loaders["test"]
+    if moved:
+        loaders = dict.fromkeys(loaders, "moved/away")
+    torch.manual_seed(0)
+    weights = models.build("UNet", 21, width=4).state_dict()
+    content = {
+        "arch": "DataParallel",
+        "epoch": 80,
+        "state_dict": {f"module.{name}": value for name, value in weights.items()},
+        "optimizer": {"state": {}, "param_groups": []},
+        "monitor_best": np.float64(0.7),
+        "config": predecessors(**loaders),
+    }
+    path.parent.mkdir(exist_ok=True)
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+class Workspace:
+    """A folder with all that the commands of the documentation take for granted, small."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = folder  # of the training, as soon as there is one
+
+    def fill(self) -> None:
+        """Write configs and data, train, fit, and keep probabilities."""
+        shapes = " ".join(SHAPES.format(stage) for stage in ("train", "val", "test"))
+        own = small("configs/folder.json", CROPS)
+        for file, content in (
+            ("config.json", small("config.json", shapes)),
+            ("mine.json", own | {"name": "mine"}),
+            ("configs/folder.json", own),
+            ("configs/results/camvid_unet.json", small("configs/results/camvid_unet.json", CROPS)),
+            ("old.json", predecessors(train="data", val="data", test="data")),
+        ):
+            path = self.folder / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content), encoding="utf-8")
+        TREES["Folder"](self.folder / "data/mine", {}, 2)
+        for split in ("train", "val"):
+            TREES["VOC"](self.folder / "data/camvid", {"split": split}, 11)
+        shutil.copytree(ROOT / "docs", self.folder / "docs")
+        self.call("python -m dataloaders.shapes --out data --n 8 --size 48")
+        for photos in ("photos", "folder", "new_images", "data/shapes/VOCdevkit/VOC2012/JPEGImages"):
+            shutil.copytree(self.folder / "data/VOCdevkit/VOC2012/JPEGImages", self.folder / photos)
+        self.call("python train.py --config config.json")
+        (self.run,) = (self.folder / "saved").glob("UNet_Shapes/*/*/*-*")
+        self.call("python test.py -r RUN/best_model.pth --fit")
+        self.call("python test.py -r RUN/best_model.pth --save-probs probs")
+
+    def call(self, line: str) -> None:
+        self.execute(tuple(line.split()))
+
+    def launch(self, command: Words) -> str:
+        """Run a command that starts processes; return what they printed."""
+        script = self.adapted(command)
+        options = command[1 : command.index(script[0])]
+        words = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / script[0]), *script[1:]]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, cwd=self.folder, env=env, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    def execute(self, command: Words) -> None:
+        """Run a command of ours in the folder, in this process, which has imported torch already."""
+        words = self.adapted(command)
+        argv, cwd = sys.argv, Path.cwd()
+        module = words[0] == "-m"
+        sys.argv = words[1:] if module else words
+        code: Any = 0
+        os.chdir(self.folder)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # a module that is also imported by name
+                if module:
+                    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.argv = argv
+            os.chdir(cwd)
+            torch.use_deterministic_algorithms(False)
+        assert not code, f"{shlex.join(words)}: exit code {code}"
+
+    def adapted(self, command: Words) -> list[str]:
+        """Put this folder's files in place of the documentation's: runs, places in /tmp, FILE."""
+        words = ours(Command("", command))
+        assert words is not None
+        if words in MENTIONS:
+            return [*words, "--help"]
+        file = "RUN/best_model.pth" if "-r" in words else "config.json"
+        adapted = [in_run(file if word == "FILE" else word) for word in words]
+        adapted = [word.replace("/tmp/", "tmp/").replace("RUN/", f"{self.run}/") for word in adapted]
+        if "old/best_model.pth" in adapted:
+            write_predecessors_checkpoint(self.folder / "old/best_model.pth", adapted)
+        if adapted[0] == "train.py" and "-r" in adapted:  # one more epoch
+            adapted += ["--set", f"trainer.epochs={self.epochs(self.run) + 1}"]
+        return adapted
+
+    def files(self) -> set[tuple[Path, int]]:
+        """Return what is there, and when it was written."""
+        return {(path, path.stat().st_mtime_ns) for path in self.folder.rglob("*")}
+
+    @staticmethod
+    def epochs(run: Path) -> int:
+        return (run / "log.csv").read_text(encoding="utf-8").count("\n") - 1
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    made = Workspace(tmp_path_factory.mktemp("docs"))
+    made.fill()
+    return made
+
+
+# -- the commands --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", to_run(), ids=" ".join)
+def test_a_command_does_what_it_is_given_for(command: Words, workspace: Workspace, capsys) -> None:
+    before = workspace.files()
+    if command[0] == "torchrun":
+        printed = workspace.launch(command)
+    else:
+        workspace.execute(command)
+        printed = capsys.readouterr().out
+    assert printed or workspace.files() != before, "it has done nothing that could be seen"
+
+
+def test_the_same_twice(workspace: Workspace) -> None:
+    """What CONTRIBUTING.md compares with diff: ``log.csv`` holds nothing but what was computed."""
+    (command,) = (c for c in to_run() if "trainer.save_dir=/tmp/before" in c)
+    for name in ("before", "after"):
+        workspace.execute(tuple(word.replace("/tmp/before", f"/tmp/twice_{name}") for word in command))
+    before, after = (workspace.folder / "tmp" / f"twice_{name}" for name in ("before", "after"))
+    (log,) = before.glob("UNet_Shapes/*/*/*/log.csv")
+    (again,) = after.glob("UNet_Shapes/*/*/*/log.csv")
+    assert log.read_text() == again.read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_what_make_demo_runs(workspace: Workspace) -> None:
+    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    found = [words for line in lines for words in commands_of(line) if ours(Command("Makefile", words))]
+    assert [Path(words[1]).name for words in found] == ["train.py", "test.py", "-m", "inference.py"]
+    for words in found:
+        workspace.execute(words)
+    demo = workspace.folder / "saved/demo"
+    photos = {path.stem for path in (demo / "VOCdevkit/VOC2012/JPEGImages").iterdir()}
+    assert {path.stem for path in (demo / "masks").glob("*.png")} == photos
+
+
+def test_the_table_of_costs(workspace: Workspace, capsys) -> None:
+    """For one small network: each has a process of its own, and all of them at full size take minutes."""
+    workspace.call("python -m models ENet --size 64 --repeats 1")
+    assert re.search(r"^\| ENet \| - \| 0\.4 M \|", capsys.readouterr().out, re.MULTILINE)

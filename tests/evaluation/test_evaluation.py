@@ -1,0 +1,203 @@
+"""Evaluation: one forward pass for every procedure, the same scores however it is cut, views, limits and costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from utils.batch import Batch
+from utils.errors import UserError
+from utils.evaluation import Decision, Evaluator, Part, all_decisions, evaluate
+from utils.evaluation.cost import Clock, cpu_peak
+from utils.facts import Facts
+from utils.losses import build
+from utils.metrics import Metrics
+from utils.predict import PROCEDURES, PredictOptions, probabilities
+
+FACTS = Facts(3, ("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), (0.4,) * 3, (0.2,) * 3, 255)
+
+
+class Net(nn.Module):
+    """Logits that depend on position and neighbours, so that views of an image differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.conv(x) * 3
+
+
+def data(count: int = 7, size: tuple[int, int] = (32, 40), batch: int = 3) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (count, 3, *size), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 3, (count, *size), generator=generator, dtype=torch.uint8)
+    labels[:, :3] = 255
+    names = [f"image{i}" for i in range(count)]
+    return [Batch(images[i : i + batch], labels[i : i + batch], names[i : i + batch]) for i in range(0, count, batch)]
+
+
+def evaluator(**changes: Any) -> Evaluator:
+    return Evaluator(Net(), FACTS, "softmax", torch.device("cpu"), **changes)
+
+
+def test_all_decisions() -> None:
+    assert list(all_decisions(PredictOptions())) == ["T", "max", "rankdice", "rankdice_unpruned", "rankdice_iou"]
+    assert list(all_decisions(PredictOptions(prune=None))) == ["T", "max", "rankdice", "rankdice_iou"]
+    found = all_decisions(PredictOptions(threshold=0.3, solver="ba", metric="dice", classes=(1,)))
+    assert list(found) == ["T", "T_tuned", "max", "rankdice", "rankdice_unpruned", "rankdice_iou"]
+    assert found["T"].options.threshold == 0.5
+    assert found["T_tuned"].options.threshold == 0.3
+    assert (found["rankdice"].options.solver, found["rankdice"].options.metric) == ("ba", "dice")
+    assert (found["rankdice_iou"].options.solver, found["rankdice_iou"].options.metric) == ("exact", "iou")
+    assert (found["rankdice"].options.prune, found["rankdice_unpruned"].options.prune) == (0.5, None)
+    assert [d.expects for d in found.values()] == [None, None, None, "dice", "dice", "iou"]
+    assert all(d.options.classes == (1,) for d in found.values())
+    # Under a config that maximises IoU, the two columns still are what their names say.
+    assert all_decisions(PredictOptions(metric="iou"))["rankdice"].expects == "dice"
+
+
+def test_one_forward_pass_serves_all_and_each_scores_as_alone() -> None:
+    used = evaluator(temperature=1.5, loss=build("CrossEntropyLoss2d"))
+    decisions = all_decisions(PredictOptions(threshold=0.4))
+    together = evaluate(used, data(), decisions)
+    assert used.model.calls == 3
+    assert together.images == 7
+    assert together.sizes == [(32, 40)]
+    for name, decision in decisions.items():
+        alone = evaluate(used, data(batch=2), {"x": decision})
+        a, b = together.metrics[name].compute(), alone.metrics["x"].compute()
+        assert a.keys() == b.keys()
+        assert all(str(a[key]) == str(b[key]) for key in a), name  # the same bits, nan included
+        assert together.loss == pytest.approx(alone.loss, rel=1e-6)
+
+
+def test_scores_are_those_of_a_plain_loop() -> None:
+    used = evaluator()
+    metrics, losses, loss = Metrics(3, keep_images=True), [], build("CrossEntropyLoss2d")
+    with torch.no_grad():
+        for batch in data(batch=1):
+            logits = used.model((batch.images.float() / 255 - 0.4) / 0.2)
+            metrics.update(
+                PROCEDURES["T"](probabilities(logits, "softmax"), PredictOptions()), batch.labels, batch.names
+            )
+            losses.append(float(loss(logits, batch.labels)))
+    found = evaluate(replace(used, loss=loss), data(), {"T": Decision("T")})
+    assert found.metrics["T"].compute()["Mean_Dice"] == pytest.approx(metrics.compute()["Mean_Dice"], abs=1e-4)
+    assert found.loss == pytest.approx(sum(losses) / 7, rel=1e-4)
+
+
+def test_images_of_different_sizes_in_a_batch() -> None:
+    small, large = data(2, (32, 32), 2)[0], data(1, (40, 64), 1)[0]
+    mixed = Batch([*small.images, *large.images], [*small.labels, *large.labels], ["x", "y", "z"])
+    found = evaluate(evaluator(), [mixed], {"max": Decision("max")})
+    assert found.images == 3
+    assert found.sizes == [(32, 32), (40, 64)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+@pytest.mark.parametrize("limit", [1, 4, 6, 7, 100])
+def test_a_limit_counts_images_whatever_the_batches(batch, limit) -> None:
+    used = evaluator()
+    found = evaluate(used, data(batch=batch), {"max": Decision("max")}, limit_images=limit)
+    names = [row["name"] for row in found.metrics["max"].images]
+    assert names == [f"image{i}" for i in range(min(limit, 7))]
+    assert used.model.calls == -(-min(limit, 7) // batch)
+
+
+def test_a_limit_of_batches() -> None:
+    used = evaluator()
+    assert evaluate(used, data(), {"max": Decision("max")}, limit_batches=2).images == 6
+    assert used.model.calls == 2
+
+
+def test_a_limit_is_shared_by_the_processes(monkeypatch) -> None:
+    images = 0
+    for rank in range(3):
+        monkeypatch.setattr("utils.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("utils.distributed.world_size", lambda: 3)
+        images += evaluate(evaluator(), data(), {"max": Decision("max")}, limit_images=5).images
+    assert images == 5
+
+
+def test_views_are_averaged_as_probabilities() -> None:
+    used = evaluator(flip=True, scales=(1.0, 2.0), temperature=2.0)
+    batch = data()[0]
+    with torch.no_grad():
+        logits, probs = used.forward(batch.images)
+        x = used.normalize(batch.images)
+        expected = torch.zeros(3, 3, 32, 40)
+        for size in ((32, 40), (64, 80)):
+            view = nn.functional.interpolate(x, size=size, mode="bilinear")
+            for flipped in (False, True):
+                score = used.model(view.flip(-1) if flipped else view)
+                score = score.flip(-1) if flipped else score
+                score = nn.functional.interpolate(score, size=(32, 40), mode="bilinear")
+                expected += (score / 2).softmax(1) / 4
+    torch.testing.assert_close(probs, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits.softmax(1), probs, atol=1e-6, rtol=1e-5)
+    assert used.augments
+    assert not evaluator().augments
+
+
+def test_the_logits_of_averaged_sigmoids_give_them_back() -> None:
+    used = replace(evaluator(flip=True), activation="sigmoid")
+    with torch.no_grad():
+        logits, probs = used.forward(data()[0].images)
+    torch.testing.assert_close(logits.sigmoid(), probs, atol=1e-6, rtol=1e-5)
+    assert logits.isfinite().all()
+
+
+def test_who_looks_sees_everything() -> None:
+    parts: list[Part] = []
+    evaluate(evaluator(), data(), all_decisions(PredictOptions()), on_part=parts.append)
+    assert [len(p.target) for p in parts] == [3, 3, 1]
+    first = parts[0]
+    torch.testing.assert_close(first.logits.softmax(1), first.probs)
+    assert list(first.predictions) == list(first.counts) == [*all_decisions(PredictOptions())]
+    assert torch.equal(first.counts["T"].target[0], first.counts["max"].target[0])
+
+
+def test_labels_the_model_has_no_class_for() -> None:
+    batches = data()
+    batches[1].labels[1, 5, 5] = 9
+    with pytest.raises(UserError, match=r"image4: its labels hold \[9\], the model has the classes 0 to 2"):
+        evaluate(evaluator(), batches, {"max": Decision("max")})
+
+
+def test_memory_is_measured_when_asked_for() -> None:
+    decisions = all_decisions(PredictOptions())
+    assert set(evaluate(evaluator(), data(), decisions).peak_bytes.values()) == {0}
+    found = evaluate(evaluator(), data(), decisions, measure_memory=True).peak_bytes
+    assert found["T"] >= 3 * 3 * 32 * 40  # a byte per pixel, class and image of the largest batch
+    assert found["max"] >= 3 * 32 * 40 * 8
+    assert found["rankdice"] >= found["T"]
+
+
+def test_the_peak_is_what_lives_at_one_time() -> None:
+    def work() -> Tensor:
+        first = torch.zeros(1000, dtype=torch.float32)
+        del first
+        second = torch.zeros(2000, dtype=torch.float32)
+        third = torch.zeros(500, dtype=torch.float32)
+        return second[:500] + third
+
+    peak = cpu_peak(work)
+    assert 4 * 3000 <= peak < 4 * 3300
+    with pytest.raises(ZeroDivisionError):
+        cpu_peak(lambda: 1 / 0)
+    assert 4 * 3000 <= cpu_peak(work) < 4 * 3300  # and what failed left nothing behind
+
+
+def test_the_first_lap_warms_up() -> None:
+    clock = Clock(torch.device("cpu"), ["x", "y"])
+    clock.laps["x"] = [(100.0, 4), (1.0, 4), (1.0, 2)]
+    clock.laps["y"] = [(3.0, 4)]
+    assert clock.totals() == {"x": (2.0, 6), "y": (3.0, 4)}

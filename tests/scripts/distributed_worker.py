@@ -1,0 +1,117 @@
+"""What each process of test_distributed.py runs: ``distributed_worker.py MODE FOLDER [BATCH ACCUMULATE]``."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from base.base_trainer import seed_everything
+from tests.base.test_trainer import FACTS, ToyLoader, ToyNet, make_config
+from trainer import Trainer
+from utils import checkpoint, distributed, losses
+from utils.batch import Batch
+from utils.evaluation import Decision, evaluate
+
+STEPS = 10
+
+
+class ShardedLoader(ToyLoader):
+    """The toy loader cut over the processes as the real one is: batches interleaved, nothing counted twice."""
+
+    def __init__(self, images: int, batch_size: int, shuffle: bool) -> None:
+        super().__init__(images, batch_size, seed=images, shuffle=shuffle)
+        self.labels = self.images.argmax(dim=1).to(torch.uint8)  # as many counted pixels everywhere
+        share = range(distributed.rank(), images, distributed.world_size())
+        self.share = np.array(share)
+        self.batches = SimpleNamespace(batch_size=batch_size)
+
+    def __len__(self) -> int:
+        return -(-len(self.share) // self.batches.batch_size)
+
+    def __iter__(self) -> Any:
+        size = self.batches.batch_size
+        for start in range(0, len(self.share), size):
+            chosen = self.share[start : start + size]
+            yield Batch(self.images[chosen], self.labels[chosen], [f"image{i:02}" for i in chosen])
+
+
+def frozen_net() -> ToyNet:
+    """Return the toy network without what depends on how a batch is cut: batch statistics and dropout."""
+    net = ToyNet(dropout=0.0)
+    norm = net.body[1].eval()
+    norm.train = lambda mode=True: norm
+    return net
+
+
+def train(folder: Path, batch_size: int, accumulate: int) -> None:
+    config = make_config(folder, epochs=STEPS, accumulate=accumulate, val=False, monitor="off", save_period=100)
+    device = distributed.choose_device(0)
+    with distributed.process_group(device):
+        seed_everything(0, True)
+        torch.manual_seed(0)
+        net = frozen_net()
+        # Four images per epoch: one optimizer step, whatever the batches are.
+        trainer = Trainer(
+            config, net, losses.build("CrossEntropyLoss2d", 255), ShardedLoader(4, batch_size, False), None, FACTS,
+            device, folder / "run",
+        )  # fmt: skip
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            scores = trainer.train()
+        outcome = evaluate(trainer.evaluator(), ShardedLoader(7, 3, False), {"max": Decision("max")})
+        banners = sum(distributed.gather(int("schedule" in printed.getvalue())))
+        if distributed.is_main():
+            evaluated = {k: v for k, v in outcome.metrics["max"].compute().items() if k != "Multiclass_Accuracy"}
+            result = {
+                "weights": trainer.model.state_dict(),
+                "train_scores": scores,
+                "evaluated": evaluated | {"loss": round(outcome.loss, 6)},
+                "images": outcome.images,
+                "banners": banners,
+                "log_lines": len((folder / "run/log.csv").read_text().splitlines()),
+            }
+            torch.save(result, folder / "result.pth")
+
+
+def validate(folder: Path) -> None:
+    """Train with batch norm and an auxiliary head whose loss has no weight; validate, and score what was saved."""
+    config = make_config(folder, epochs=3, save_period=100, ema=0.5).model_copy(update={"aux_weight": 0.0})
+    device = distributed.choose_device(0)
+    with distributed.process_group(device):
+        seed_everything(0, True)
+        loader = ShardedLoader(8, 2, True)
+        loader.images[1::2] //= 8  # the images of the other process are dark
+        loss = losses.build("CrossEntropyLoss2d", 255)
+        val_loader = ShardedLoader(7, 3, False)
+        trainer = Trainer(config, ToyNet(aux=True), loss, loader, val_loader, FACTS, device, folder / "run")
+        scores = trainer.train()
+        distributed.barrier()  # until the main process has written it
+        saved = checkpoint.read(folder / "run/latest.pth")["ema"]
+        trainer.ema.module.load_state_dict(saved)
+        again = evaluate(trainer.evaluator(), ShardedLoader(7, 3, False), {"max": Decision("max")})
+        if distributed.is_main():
+            torch.save({"val_loss": scores["val_loss"], "again": again.loss}, folder / "result.pth")
+
+
+def die(folder: Path) -> None:
+    device = distributed.choose_device(0)
+    with distributed.process_group(device):
+        if distributed.rank() == 1:
+            raise RuntimeError("the cause of it all")
+        distributed.gather("never answered")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "train":
+        train(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    elif sys.argv[1] == "validate":
+        validate(Path(sys.argv[2]))
+    else:
+        die(Path(sys.argv[2]))

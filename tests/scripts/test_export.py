@@ -1,0 +1,218 @@
+"""Exported programs: what they compute for sizes they were not traced with, and what is said when they cannot be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models
+from tests.models.test_models import calibrate
+from tests.small_checkpoint import NAMES, photo, write_checkpoint
+from utils import errors, export
+from utils.checkpoint import LoadedModel
+from utils.facts import Facts
+from utils.predictor import Predictor
+from utils.rankdice import rank_dice
+
+
+class Toy(nn.Module):
+    """What networks are made of: strided convolutions, pyramid pooling, resizes, a shortcut around an idle resize."""
+
+    def __init__(self, classes: int = 3, channels: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 8, 3, stride=2, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(3)
+        self.head = nn.Conv2d(16, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).relu()
+        context = F.interpolate(self.pool(y), size=y.shape[-2:], mode="bilinear", align_corners=False)
+        y = 6 * self.head(torch.cat([y, context], 1))
+        if y.shape[-2:] == x.shape[-2:]:
+            return y
+        return F.interpolate(y, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def loaded(model: nn.Module, classes: int = 3, temperature: float = 1.0, channels: int = 3) -> LoadedModel:
+    config = SimpleNamespace(arch=SimpleNamespace(type="Toy"), predict=SimpleNamespace(temperature=temperature))
+    facts = Facts(classes, NAMES[:classes], ((0, 0, 0),) * classes, (0.4,) * channels, (0.2,) * channels, 255, channels)
+    return LoadedModel(model.eval(), facts, config, "softmax", Path("toy.pth"), 1)
+
+
+def pictures(batch: int, height: int, width: int, channels: int = 3) -> Tensor:
+    return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch-export"])
+def test_a_network_at_other_sizes(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Toy()
+    path = tmp_path / f"toy{export.SUFFIXES[kind]}"
+    worst = export.export(loaded(model, temperature=2.0), path, kind)
+    assert worst < 1e-5
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    if kind == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path))
+        properties = session.get_modelmeta().custom_metadata_map
+        program = lambda x: torch.from_numpy(session.run(["probabilities"], {"images": x.numpy()})[0])  # noqa: E731
+    else:
+        extra = {"facts.json": ""}
+        program = torch.export.load(path, extra_files=extra).module()
+        properties = json.loads(extra["facts.json"])
+    assert json.loads(properties["class_names"]) == list(NAMES[:3])
+    assert "probabilities" in properties["output"]
+    for size in ((1, 64, 64), (5, 65, 250), (1, 400, 301), (2, 96, 72)):
+        images = pictures(*size)
+        with torch.no_grad():
+            expected = (model((images - 0.4) / 0.2) / 2.0).softmax(1)  # temperature, softmax
+        torch.testing.assert_close(program(images).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_and_one_channel(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = Toy(classes=1, channels=4)
+    path, images = tmp_path / "toy.pt2", pictures(2, 70, 71, 4)
+    export.export(loaded(model, 1, channels=4), path, "torch-export")
+    with torch.no_grad():
+        logits = model((images - 0.4) / 0.2)
+        torch.testing.assert_close(torch.export.load(path).module()(images), logits.sigmoid(), rtol=1e-4, atol=1e-5)
+        export.export(loaded(model, 1, channels=4), path, "torch-export", logits=True)
+        torch.testing.assert_close(torch.export.load(path).module()(images), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_enet_at_other_sizes(tmp_path: Path) -> None:
+    """Its decoder goes back to the sizes that its encoder halved, odd ones rounded up."""
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = models.build("ENet", 3)
+    calibrate(model)
+    export.export(loaded(model), tmp_path / "enet.onnx", logits=True)
+    session = onnxruntime.InferenceSession(str(tmp_path / "enet.onnx"))
+    for size in ((1, 64, 64), (2, 65, 131), (1, 99, 70), (1, 96, 73)):
+        images = pictures(*size)
+        (found,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            expected = model((images - 0.4) / 0.2).numpy()
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max(), size
+
+
+@pytest.mark.parametrize("size", [(7, 9), (6, 6), (5, 40), (1, 1)])
+@pytest.mark.parametrize("bins", [1, 2, 3, 6, (2, 5), (None, 3)])
+def test_portable_pooling_is_adaptive_pooling(size: tuple[int, int], bins: int | tuple[int, int]) -> None:
+    x = pictures(2, *size).double()
+    torch.testing.assert_close(export.adaptive_average(x, bins), F.adaptive_avg_pool2d(x, bins))
+
+
+def test_pooling_is_left_as_it_was(tmp_path: Path) -> None:
+    before = F.adaptive_avg_pool2d
+    with pytest.raises(errors.UserError):
+        export.export(loaded(Counting()), tmp_path / "x.pt2", "torch-export")
+    assert F.adaptive_avg_pool2d is before
+
+
+class Counting(nn.Module):
+    """Decides by the values of its input: no graph can say that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :3] if x.sum() > 0 else x[:, :3] + 1
+
+
+class SizeDependent(nn.Module):
+    """Behaves otherwise for large images: the traced program would be silently wrong for them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[2] * x.shape[3] < 20_000 else x.flip(2)
+
+
+class FreePadding(nn.Module):
+    """What ONNX has no word for: a transposed convolution whose padding depends on the size of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 3, 3, 2, 1), nn.ConvTranspose2d(3, 3, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x), output_size=x.shape[-2:])
+
+
+def test_the_part_that_onnx_lacks_is_named(tmp_path: Path) -> None:
+    with pytest.raises(errors.UserError, match=r"cannot be exported as onnx.*aten\.convolution"):
+        export.export(loaded(FreePadding()), tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch-export"])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(Counting(), "Toy cannot be exported as"), (SizeDependent(), "computes something else than PyTorch")],
+)
+def test_models_that_cannot_be_exported(model: nn.Module, message: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{export.SUFFIXES[kind]}"
+    with pytest.raises(errors.UserError, match=message):
+        export.export(loaded(model), path, kind)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rank_dice_on_the_output_of_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The whole way of the documentation: export a checkpoint by command, run it, decide; as the predictor does."""
+    import onnxruntime
+
+    model = write_checkpoint(tmp_path / "best.pth", temperature=1.5)
+    monkeypatch.setattr(sys, "argv", ["export", "--model", str(model), "--format", "onnx"])
+    assert export.main() == 0
+    assert "largest difference to PyTorch" in capsys.readouterr().out
+    image = photo(75, 90)
+    session = onnxruntime.InferenceSession(str(tmp_path / "best.onnx"))
+    pixels = (image[None].transpose(0, 3, 1, 2) / 255).astype(np.float32)
+    found = rank_dice(torch.from_numpy(session.run(None, {"images": pixels})[0]))
+    expected = Predictor(model, mode="single")(image)
+    np.testing.assert_allclose(found.scores[0], expected.scores, atol=1e-4)
+    assert (found.masks[0].numpy() == expected.masks).mean() > 0.999
+
+
+MISTAKES = {
+    "no such checkpoint": (["--model", "missing.pth"], "missing.pth: there is no such checkpoint"),
+    "another suffix": (["--output", "model.pb"], "is named .onnx"),
+    "no such folder": (["--output", "no/where/x.onnx"], "there is no folder no/where"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, message = MISTAKES[mistake]
+    monkeypatch.setattr(sys, "argv", ["export", "--model", "m.pth", *arguments])
+    with pytest.raises(errors.UserError, match=message):
+        export.main()
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(errors.UserError, match="needs onnxscript: pip install onnx onnxscript onnxruntime"):
+        export.check_packages("onnx")
+    export.check_packages("torch-export")
+
+
+def test_help_does_not_import_torch() -> None:
+    command = (
+        "import runpy, sys\nsys.argv = ['export', '--help']\n"
+        "try: runpy.run_module('utils.export', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    root = Path(export.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", command], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--format" in done.stdout

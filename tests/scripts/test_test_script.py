@@ -1,0 +1,270 @@
+"""test.py as it is used: one pass, fitting, saved probabilities decided again, several processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.shapes_checkpoint import loader, raw_config, write_checkpoint
+from utils.errors import UserError
+from utils.predict import decode
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = ["T", "max", "rankdice", "rankdice_unpruned", "rankdice_iou"]
+
+
+def script():
+    """Return the module test.py; its name is also one of the standard library."""
+    spec = importlib.util.spec_from_file_location("test_script", ROOT / "test.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(monkeypatch, capsys, *arguments: object) -> str:
+    monkeypatch.setattr(sys, "argv", ["test.py", *map(str, arguments)])
+    assert script().main() == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "best_model.pth")
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_everything_from_one_call(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    out = run(
+        monkeypatch, capsys, "-r", checkpoint, "-p", "all", "-o", tmp_path / "out", "--save-masks",
+        "--save-probs", tmp_path / "probs", "--set", "tester.tensorboard=true",
+    )  # fmt: skip
+    found = results(tmp_path / "out")
+    assert list(found["procedures"]) == ALL
+    assert found["protocol"]["images"] == 7
+    assert found["protocol"]["image_sizes"] == "32 x 32"
+    assert found["protocol"]["note"] is None
+    for name, scores in found["procedures"].items():
+        assert scores["milliseconds_per_image"] > 0
+        assert scores["peak_mebibytes"] > 0
+        assert scores["Worst_Tenth_Dice"] <= scores["Mean_Dice"]
+        assert ("Expected_Dice" in scores) == (name in ("rankdice", "rankdice_unpruned"))
+        assert ("Expected_IoU" in scores) == (name == "rankdice_iou")
+    for text in ("## Protocol", "images_per_class_mean", "## Comparison", "paired bootstrap", "## Verdict", "ECE"):
+        assert text in out
+    assert (tmp_path / "out/report.html").stat().st_size > 10_000
+    assert list((tmp_path / "out").glob("events.out.tfevents.*"))
+    assert sorted(p.name for p in (tmp_path / "out/masks").iterdir()) == sorted(ALL)
+    # The probabilities decided again: the same files, byte for byte, under every procedure.
+    for name in ALL:
+        procedure, _, kind = name.partition("_")
+        metric = "iou" if kind == "iou" else "dice"
+        again = tmp_path / "again" / name
+        command = ["predict", "--probs", tmp_path / "probs", "-p", procedure, "--metric", metric, "-o", again]
+        command += ["--prune", "off"] if kind == "unpruned" else []
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        assert decode.main() == 0
+        before = sorted((tmp_path / "out/masks" / name).iterdir())
+        assert len(before) == 7
+        assert [p.read_bytes() for p in before] == [p.read_bytes() for p in sorted(again.iterdir())]
+    assert Image.open(before[0]).mode == "P"
+
+
+def test_alone_a_procedure_scores_as_among_all(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    run(monkeypatch, capsys, "-r", checkpoint, "-p", "all", "-o", tmp_path / "all")
+    together = results(tmp_path / "all")["procedures"]
+    for name in ("T", "max", "rankdice"):
+        run(monkeypatch, capsys, "-r", checkpoint, "-p", name, "-o", tmp_path / name)
+        alone = results(tmp_path / name)["procedures"][name]
+        timing = ("milliseconds_per_image", "peak_mebibytes")
+        assert {k: v for k, v in alone.items() if k not in timing} == {
+            k: v for k, v in together[name].items() if k not in timing
+        }
+        assert not (tmp_path / name / "report.html").exists()
+
+
+def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    before = checkpoint.read_bytes()
+    out = run(monkeypatch, capsys, "-r", checkpoint, "--fit", "-o", tmp_path, "--set", "test_loader.args.length=1")
+    assert "fitted on 6 validation images (Shapes val)" in out
+    assert "NLL" in out
+    assert "6 validation images are few" in out
+    fitted = tmp_path / "best_model_calibrated.pth"
+    assert out.endswith(f"now    : python test.py -r {fitted} -p all\n")
+    assert checkpoint.read_bytes() == before
+    state = torch.load(fitted, weights_only=True)
+    old = torch.load(checkpoint, weights_only=True)
+    record, predict = state["calibration"], state["config"]["predict"]
+    assert predict["temperature"] == record["temperature"] != 1.0
+    assert predict["threshold"] == record["threshold"]
+    assert record["after"]["NLL"] < record["before"]["NLL"]
+    assert record["after"]["T"] >= record["before"]["T"]
+    assert "optimizer" not in state
+    # Nothing else of the config has changed, and not what the command line said of this run.
+    old["config"]["predict"] |= {k: predict[k] for k in ("temperature", "threshold")}
+    assert state["config"] == old["config"]
+    assert all(torch.equal(state["state_dict"][k], v) for k, v in old["state_dict"].items())
+
+    out = run(monkeypatch, capsys, "-r", fitted, "-p", "all", "-o", tmp_path / "out")
+    found = results(tmp_path / "out")
+    assert list(found["procedures"]) == ["T", "T_tuned", *ALL[1:]]
+    assert found["protocol"]["temperature"] == record["temperature"]
+    assert "were fitted on 6 validation images" in found["protocol"]["fitted"]
+    # A temperature leaves the loss as in training, and mends the likelihood of the probabilities.
+    untempered, loss = found["protocol"]["test_loss"], found["procedures"]["max"]["test_loss"]
+    assert "without the temperature" in untempered
+    assert untempered[:40] in out
+    run(monkeypatch, capsys, "-r", checkpoint, "-p", "max", "-o", tmp_path / "own")
+    own = results(tmp_path / "own")
+    assert own["protocol"]["test_loss"] is None
+    assert own["procedures"]["max"]["test_loss"] == loss
+    assert found["reliability"]["NLL"] < loss
+    # With several views the loss is that of their mean probabilities, which have it.
+    run(monkeypatch, capsys, "-r", fitted, "-p", "max", "-o", tmp_path / "views", "--tta", "flip")
+    views = results(tmp_path / "views")
+    assert views["protocol"]["test_loss"] is None
+    assert views["procedures"]["max"]["test_loss"] < loss
+    # On the data it was fitted on, the tuned threshold scores what the fit said, to the last bit but rounding.
+    on_val = f"test_loader={json.dumps(loader('val', 6))}"
+    run(monkeypatch, capsys, "-r", fitted, "-p", "T", "-o", tmp_path / "val", "--set", on_val)
+    found = results(tmp_path / "val")
+    assert found["procedures"]["T"]["Mean_Dice"] == pytest.approx(record["after"]["T"], abs=1e-9)
+    assert "optimistic; what was fitted on them (T_tuned, the temperature)" in found["protocol"]["note"]
+
+    from utils.predictor import Predictor
+
+    predictor = Predictor(fitted)
+    assert (predictor.temperature, predictor.options.threshold) == (record["temperature"], record["threshold"])
+    # Fitted again, it starts from the network's own logits: the same answer.
+    run(monkeypatch, capsys, "-r", fitted, "--fit", "-o", tmp_path)
+    assert torch.load(fitted, weights_only=True)["calibration"]["temperature"] == record["temperature"]
+
+
+def test_fitting_never_looks_at_the_test_data(tmp_path, monkeypatch, capsys) -> None:
+    path = write_checkpoint(tmp_path / "a.pth", test_loader={"type": "VOC", "args": {"data_dir": "gone"}})
+    run(monkeypatch, capsys, "-r", path, "--fit")
+    assert (tmp_path / "a_calibrated.pth").exists()
+
+
+def test_fitting_on_enough_images_needs_no_caution(tmp_path, monkeypatch, capsys) -> None:
+    path = write_checkpoint(tmp_path / "a.pth", val_loader=loader("val", 20))
+    out = run(monkeypatch, capsys, "-r", path, "--fit")
+    assert "fitted on 20 validation images" in out
+    assert "are few" not in out
+    assert "few" in run(monkeypatch, capsys, "-r", path, "--fit", "--limit", 19)
+
+
+def test_fitting_takes_what_training_held_out(tmp_path, monkeypatch, capsys) -> None:
+    train = loader("train", 12, shuffle=True, val_split=0.25, endless=False)
+    path = write_checkpoint(tmp_path / "a.pth", val_loader=None, train_loader=train)
+    assert "fitted on 3 validation images (held out of Shapes train)" in run(monkeypatch, capsys, "-r", path, "--fit")
+    quiet = {"monitor": "off", "val": False}
+    path = write_checkpoint(tmp_path / "b.pth", val_loader=None, trainer=quiet)
+    with pytest.raises(UserError, match="--fit needs validation data"):
+        run(monkeypatch, capsys, "-r", path, "--fit")
+
+
+def test_test_data_that_chose_the_checkpoint_are_said_to_be_optimistic(tmp_path, monkeypatch, capsys) -> None:
+    path = write_checkpoint(tmp_path / "a.pth", test_loader=None)
+    out = run(monkeypatch, capsys, "-r", path, "-p", "max")
+    assert "scores are optimistic" in " ".join(out.split())
+
+
+def test_moved_data_of_a_config_without_a_test_loader(tmp_path, monkeypatch, capsys) -> None:
+    """``test_loader`` falls back to ``val_loader``, and so does what ``--set`` changes of it."""
+    path = write_checkpoint(tmp_path / "best_model.pth", test_loader=None)
+    run(monkeypatch, capsys, "-r", path, "-p", "max", "--set", "test_loader.args.length=4")
+    protocol = results(tmp_path)["protocol"]
+    assert (protocol["data"], protocol["split"], protocol["images"]) == ("Shapes", "val", 4)
+    # What was set before of the val_loader counts; a test_loader that the command line names is that one alone.
+    before = ["--set", "val_loader.args.length=5", "--set", "test_loader.args.batch_size=2"]
+    run(monkeypatch, capsys, "-r", path, "-p", "max", *before)
+    assert results(tmp_path)["protocol"]["images"] == 5
+    named = ["--set", "test_loader.args.classes=4", "--set", "test_loader.type=VOC"]
+    with pytest.raises(UserError, match=r"test_loader\.args"):
+        run(monkeypatch, capsys, "-r", path, "-p", "max", *named)
+    given = tmp_path / "config.json"
+    given.write_text(json.dumps(raw_config(test_loader=None, val_loader=loader("test", 6))))
+    run(monkeypatch, capsys, "-r", path, "-c", given, "-p", "max", "--set", "test_loader.args.length=3")
+    protocol = results(tmp_path)["protocol"]
+    assert (protocol["split"], protocol["images"]) == ("test", 3)
+
+
+def test_results_of_two_checkpoints_of_a_folder_stay_apart(tmp_path, monkeypatch, capsys) -> None:
+    """Files side by side belong together: the page goes when the scores beside it change."""
+    best, other = (write_checkpoint(tmp_path / name) for name in ("best_model.pth", "best_model_calibrated.pth"))
+    files = ["results.json", "per_image.csv", "report.html"]
+    limit = ("--limit", 2)
+    run(monkeypatch, capsys, "-r", best, "-p", "all", *limit)
+    before = {name: (tmp_path / name).read_bytes() for name in files}
+    out = run(monkeypatch, capsys, "-r", other, "-p", "rankdice", *limit)
+    assert {name: (tmp_path / name).read_bytes() for name in files} == before
+    apart = tmp_path / "best_model_calibrated"
+    assert sorted(p.name for p in apart.iterdir()) == ["per_image.csv", "results.json"]
+    assert f"written: {apart / 'results.json'}" in out
+    assert "replaced" not in out
+    assert "removed" not in out
+
+    out = run(monkeypatch, capsys, "-r", best, "-p", "max", *limit)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == sorted([best.name, other.name, *files[:2]])
+    assert f"removed: {tmp_path / 'report.html'}" in out
+    out = run(monkeypatch, capsys, "-r", other, "-p", "max", *limit, "-o", tmp_path)
+    assert f"replaced: the results of {best}" in out
+    # A folder that the config names is shared by all checkpoints of its run.
+    there = ["--set", f"tester.out_dir={tmp_path / 'there'}"]
+    run(monkeypatch, capsys, "-r", best, "-p", "max", *limit, *there)
+    run(monkeypatch, capsys, "-r", other, "-p", "max", *limit, *there)
+    for folder, path in ((tmp_path / "there", best), (tmp_path / "there/best_model_calibrated", other)):
+        assert results(folder)["protocol"]["checkpoint"] == str(path)
+
+
+def test_views_limits_and_their_mention(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    run(monkeypatch, capsys, "-r", checkpoint, "-p", "max", "-o", tmp_path, "--limit", 4, "--tta", "flip", "multiscale")
+    protocol = results(tmp_path)["protocol"]
+    assert protocol["images"] == 4
+    assert "0.75, 1.0, 1.25" in protocol["views"]
+    assert "mirror images" in protocol["views"]
+
+
+@pytest.mark.parametrize("arguments", [["--fit", "-p", "all"], ["--limit", "0"], ["-p", "best"], ["--tta", "rotate"]])
+def test_options_that_make_no_sense(arguments, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["test.py", "-r", "x.pth", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        script().main()
+    assert stop.value.code == 2
+
+
+def test_two_processes_report_what_one_does(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    arguments = ["-r", str(checkpoint), "-p", "all", "--save-masks", "--limit", "5"]
+    run(monkeypatch, capsys, *arguments, "-o", tmp_path / "one")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "test.py"),
+         *arguments, "-o", str(tmp_path / "two")],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    timing = ("milliseconds_per_image", "peak_mebibytes")
+    for name in ALL:
+        a, b = one["procedures"][name], two["procedures"][name]
+        assert a.pop("test_loss") == pytest.approx(b.pop("test_loss"), rel=1e-5)
+        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+    assert one["comparison"]["verdict"] == two["comparison"]["verdict"]
+    assert one["reliability"]["pixels"] == two["reliability"]["pixels"]
+    assert one["reliability"]["ECE"] == pytest.approx(two["reliability"]["ECE"], rel=1e-4)
+    assert done.stdout.count("## Verdict") == 1
+    masks = [sorted((tmp_path / n / "masks/max").iterdir()) for n in ("one", "two")]
+    assert [p.name for p in masks[0]] == [p.name for p in masks[1]]
+    assert len(masks[0]) == 5
+    shown = [(tmp_path / n / "report.html").read_text().split('<div class="case"><p><b>')[1:] for n in ("one", "two")]
+    assert [case[:60] for case in shown[0]] == [case[:60] for case in shown[1]]

@@ -1,0 +1,128 @@
+"""Checks of a run that need its data: classes, labels of interest, loss and procedure that agree."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from utils.config.checks import PER_CLASS_SCORES
+from utils.config.schema import Config
+from utils.errors import DataFolderError, UserError, did_you_mean
+from utils.facts import Facts
+from utils.losses import LOSSES, gives_probabilities, is_proper
+
+T = TypeVar("T")
+
+
+def built(path: str, builder: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a builder; what it says about a value becomes a message with the field's path.
+
+    Raises:
+        UserError: the builder raised ValueError or TypeError.
+    """
+    try:
+        return builder(*args, **kwargs)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
+    """Build the loader of a stage ("train", "val", "test") with ``build`` (:func:`dataloaders.build`).
+
+    Raises:
+        UserError: the config has no such loader, or an argument or the data are not as they must be.
+    """
+    component = config.loader(stage)
+    if component is None:
+        raise UserError(
+            f"{stage}_loader: absent, and so is val_loader: there is no data to use; give one in the config, or with "
+            f"--set {stage}_loader.type=NAME --set {stage}_loader.args.data_dir=FOLDER"
+        )
+    field = "val_loader" if stage == "test" and config.test_loader is None else f"{stage}_loader"
+    try:
+        return built(
+            f"{field}.args", build, component.type, seed=config.seed, ignore_index=config.ignore_index, **component.args
+        )
+    except DataFolderError as error:
+        raise UserError(f"{field}.args.data_dir: {error}") from None
+    except UserError as error:
+        said = str(error)
+        raise UserError(said if said.startswith(field) else f"{field}: {said}") from None
+
+
+def loss_arguments(config: Config, dataset: Any) -> dict[str, Any]:
+    """Return the arguments of the config's loss, with the data set's class weights for "balanced"."""
+    args = dict(config.loss.args)
+    if args.get("weight") == "balanced":
+        args["weight"] = dataset.class_weights().tolist()
+    return args
+
+
+def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
+    """Check that data sets agree in their classes, and that the config's class ids and names exist.
+
+    Args:
+        config: the run.
+        facts: of the data (or model) that decides.
+        others: of further loaders, by the name of their field.
+
+    Raises:
+        UserError: with the field, what was found, and what was expected.
+    """
+    for path, other in others.items():
+        if other.num_classes != facts.num_classes:
+            raise UserError(
+                f"{path}: its data has {other.num_classes} classes ({_some(other.class_names)}), the model "
+                f"{facts.num_classes} ({_some(facts.class_names)}); give both the same args.classes"
+            )
+        if other.in_channels != facts.in_channels:
+            raise UserError(
+                f"{path}: its images have {other.in_channels} channels, the model takes {facts.in_channels} "
+                "(args.in_channels)"
+            )
+        if other.ignore_index != facts.ignore_index:
+            raise UserError(
+                f"{path}: its data ignores the label {other.ignore_index}, the model was told to ignore "
+                f"{facts.ignore_index}; give the config one ignore_index for both"
+            )
+    if config.predict.CoI != "all":
+        outside = [c for c in config.predict.CoI if c >= facts.num_classes]
+        if outside:
+            raise UserError(f"predict.CoI: found {outside}; the data has the classes 0 to {facts.num_classes - 1}")
+    name = config.trainer.monitor.partition(" ")[2]
+    if name.startswith(PER_CLASS_SCORES):
+        wanted = name.partition("/")[2]
+        if wanted not in facts.class_names:
+            raise UserError(
+                f"trainer.monitor: there is no class {wanted!r}{did_you_mean(wanted, facts.class_names)} "
+                f"Classes: {', '.join(facts.class_names)}"
+            )
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def warn_about_loss(config: Config, procedures: list[str]) -> None:
+    """Say once when rankdice is to decode a network whose loss does not give it calibrated probabilities."""
+    name, args = config.loss.type, config.loss.args
+    if not any(p.startswith("rankdice") for p in procedures) or name not in LOSSES or is_proper(name, **args):
+        return
+    which = f"{name} with {', '.join(args)}" if LOSSES[name].proper or LOSSES[name].nearly_proper and args else name
+    if not gives_probabilities(name, **args):
+        effect = (
+            f"{which} is not a strictly proper loss: its outputs are not probabilities, and expected scores will be "
+            "off. For RankDice train with CrossEntropyLoss2d or BCEWithLogitsLoss2d, without weights"
+        )
+    elif config.predict.temperature == 1:
+        effect = (
+            f"{which} leaves a network more or less sure than it should be: rankdice can score below max. Fit a "
+            "temperature on validation data first (test.py --fit)"
+        )
+    else:  # a temperature was fitted, which is what these losses need
+        return
+    print(
+        f"warning: rankdice needs calibrated probabilities, and {effect} (docs/rankdice.md#when-not-to-use-it)",
+        file=sys.stderr,
+    )

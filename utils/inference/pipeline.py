@@ -1,0 +1,198 @@
+"""Many images through a predictor: read ahead, predict in batches, write behind; a bad file stops only itself."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+
+from utils.errors import UserError
+from utils.inference.outputs import Outputs, Row
+from utils.inference.sources import Item
+from utils.predictor import Predictor, Segmentation
+
+# Images between reading and writing hold at most so many pixels, but for a single larger one.
+PIXELS_IN_FLIGHT = 2**25
+READERS = 2
+
+
+@dataclass
+class Report:
+    """What became of the images.
+
+    ``tiled``: those that were predicted in tiles because the mode's views of them would not fit.
+    ``rows``: lines of the table of expected scores.
+    ``failures``: one message each.
+    """
+
+    done: int = 0
+    skipped: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    tiled: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class _Job:
+    item: Item
+    pixels: int
+    future: Future
+
+
+class Pipeline:
+    """Segments items and writes their outputs.
+
+    Args:
+        predictor: makes the masks.
+        outputs: writes them.
+        advance: called with each finished, skipped or failed item, and its error message or None.
+        skip_existing: leave items alone whose outputs are there.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        outputs: Outputs,
+        advance: Callable[[Item, str | None], None] = lambda item, problem: None,
+        skip_existing: bool = False,
+    ) -> None:
+        self.predictor, self.outputs, self.advance = predictor, outputs, advance
+        self.skip_existing = skip_existing
+        self.report = Report()
+        self._reading: deque[_Job] = deque()
+        self._writing: deque[_Job] = deque()
+        self._in_flight = 0
+
+    def run(self, items: Iterable[Item]) -> Report:
+        """Segment all items, in order; Ctrl-C finishes what is being written and returns what is done."""
+        with ThreadPoolExecutor(READERS) as self._readers, ThreadPoolExecutor(1) as self._writer:
+            try:
+                for batch in self._batches(self._wanted(items)):
+                    self._segment(batch)
+            except KeyboardInterrupt:
+                self.report.interrupted = True
+                for job in self._reading:
+                    job.future.cancel()
+            while self._writing:
+                self._finish_oldest()
+        return self.report
+
+    def _wanted(self, items: Iterable[Item]) -> Iterator[Item]:
+        for item in items:
+            if self.skip_existing and self.outputs.exists(item.name):
+                self.report.skipped.append(item.source)
+                self.advance(item, None)
+            else:
+                yield item
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    def _batches(self, items: Iterator[Item]) -> Iterator[list[tuple[_Job, np.ndarray]]]:
+        """Yield images of equal size that follow each other, read in the background."""
+        batch: list[tuple[_Job, np.ndarray]] = []
+        depth = 2 * self.predictor.batch_size
+        upcoming = next(items, None)
+        while True:
+            while upcoming is not None and len(self._reading) < depth:
+                pixels = upcoming.pixels()
+                if self._in_flight and self._in_flight + pixels > PIXELS_IN_FLIGHT:
+                    break
+                self._in_flight += pixels
+                future = self._readers.submit(upcoming.read, self.predictor.facts.in_channels)
+                self._reading.append(_Job(upcoming, pixels, future))
+                upcoming = next(items, None)
+            loaded = self._next_loaded()
+            if batch and (loaded is None or not self._together(batch, loaded[1])):
+                yield batch
+                batch = []
+            if loaded is not None:
+                batch.append(loaded)
+                del loaded
+            elif upcoming is None and not self._reading:
+                return
+            elif not self._reading and self._writing:
+                self._finish_oldest()  # what is being written holds the place of the next image
+
+    def _next_loaded(self) -> tuple[_Job, np.ndarray] | None:
+        """Return the next image that could be read; None when nothing is being read."""
+        while self._reading:
+            job = self._reading.popleft()
+            try:
+                return job, job.future.result()
+            except Exception as error:
+                self._fail(job, error)
+        return None
+
+    def _together(self, batch: list[tuple[_Job, np.ndarray]], image: np.ndarray) -> bool:
+        first = batch[0][1]
+        same = first.shape == image.shape and first.dtype == image.dtype
+        return same and len(batch) < self.predictor.batch_size and not self.predictor.streams(*image.shape[:2])
+
+    # ------------------------------------------------------------------------------------------- predicting
+
+    def _segment(self, batch: list[tuple[_Job, np.ndarray]]) -> None:
+        try:
+            results = self.predictor.segment([image for _, image in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                self._fail(batch[0][0], error)
+            else:  # which of them is it?
+                for one in batch:
+                    self._segment([one])
+            return
+        for (job, image), result in zip(batch, results, strict=True):
+            if result.tiled:
+                self.report.tiled.append(job.item.source)
+            shown = image if self.outputs.opacity is not None else None
+            future = self._writer.submit(self._write, job.item, shown, result)
+            self._writing.append(_Job(job.item, job.pixels, future))
+        batch.clear()
+        while self._writing and (self._writing[0].future.done() or len(self._writing) > 2 * self.predictor.batch_size):
+            self._finish_oldest()
+
+    # ------------------------------------------------------------------------------------------- writing
+
+    def _write(self, item: Item, image: np.ndarray | None, result: Segmentation) -> Row | None:
+        return self.outputs.write(item.name, item.source, image, result)
+
+    def _finish_oldest(self) -> None:
+        job = self._writing.popleft()
+        try:
+            row = job.future.result()
+        except Exception as error:
+            self._fail(job, error)
+            return
+        if row is not None:
+            self.report.rows.append(row)
+        self.report.done += 1
+        self._in_flight -= job.pixels
+        self.advance(job.item, None)
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        message = explain(job.item.source, error)
+        self.report.failures.append(message)
+        self._in_flight -= job.pixels
+        self.advance(job.item, message)
+
+
+def explain(source: str, error: Exception) -> str:
+    """Return one line on what went wrong with an image."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return f"{source}: out of memory; try --mode sliding, or a smaller --max-pixels, --tile or --batch-size"
+    text = " ".join(str(error).split())
+    if not isinstance(error, UserError | ValueError):
+        text = f"{type(error).__name__}: {text}"
+    return text if source in text else f"{source}: {text}"
+
+
+def take(items: Iterable[Item], limit: int | None) -> Iterator[Item]:
+    """Return at most ``limit`` items; None: all."""
+    return islice(items, limit)

@@ -1,0 +1,151 @@
+"""The images where rankdice gains and loses most against max, kept as small pictures while a test runs."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.evaluation import Part
+from utils.facts import Facts
+from utils.images.palette import complete_palette, displayable
+from utils.metrics import image_scores
+from utils.predict.stored import mask_labels
+
+Picture = NDArray[np.uint8]
+
+KEPT = 12
+SIDE = 256  # the longer side of a picture
+NO_CLASS = -1  # label of pixels in no mask
+UNASSIGNED = (235, 235, 235)
+# Where rankdice and max differ: who is right?
+RANKDICE_RIGHT, MAX_RIGHT, BOTH_WRONG = (26, 152, 80), (215, 48, 39), (255, 193, 7)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image: its mean Dice under max and rankdice, and its pictures by title."""
+
+    name: str
+    baseline: float
+    rankdice: float
+    pictures: dict[str, Picture]
+
+    @property
+    def gain(self) -> float:
+        """How much rankdice gains."""
+        return self.rankdice - self.baseline
+
+
+class Gallery:
+    """Keeps the images with the biggest gains and losses; memory is bounded by ``2 * kept`` sets of pictures.
+
+    Args:
+        facts: classes and palette.
+        classes: the classes of interest; None: all.
+        kept: how many gains, and how many losses.
+    """
+
+    shown = ("T", "max", "rankdice")
+
+    def __init__(self, facts: Facts, classes: Sequence[int] | None = None, kept: int = KEPT) -> None:
+        self.facts, self.kept = facts, kept
+        self.classes = list(range(facts.num_classes)) if classes is None else list(classes)
+        # Heaps of (size of the change, name, case): the smallest is the first to go. Equal ones: the name decides.
+        self._gains: list[tuple[float, str, Case]] = []
+        self._losses: list[tuple[float, str, Case]] = []
+
+    def add(self, part: Part) -> None:
+        """Look at the images of a part."""
+        means = {
+            name: image_scores(part.counts[name]).dice[:, self.classes].nanmean(dim=1).tolist()
+            for name in ("max", "rankdice")
+        }
+        for i, (base, ranked) in enumerate(zip(means["max"], means["rankdice"], strict=True)):
+            change = ranked - base
+            if not math.isfinite(change) or change == 0:
+                continue
+            heap, name = (self._gains if change > 0 else self._losses), part.batch.names[i]
+            if len(heap) < self.kept or (abs(change), name) > heap[0][:2]:
+                self._keep(heap, Case(name, base, ranked, self._draw(part, i)))
+
+    def _keep(self, heap: list[tuple[float, str, Case]], case: Case) -> None:
+        heapq.heappush(heap, (abs(case.gain), case.name, case))
+        if len(heap) > self.kept:
+            heapq.heappop(heap)
+
+    def merge(self, others: Iterable[Gallery]) -> None:
+        """Add what other processes have kept."""
+        for other in others:
+            for _, _, case in other._gains:
+                self._keep(self._gains, case)
+            for _, _, case in other._losses:
+                self._keep(self._losses, case)
+
+    @property
+    def gains(self) -> list[Case]:
+        """The images where rankdice gains most, the biggest gain first."""
+        return [case for _, _, case in sorted(self._gains, reverse=True)]
+
+    @property
+    def losses(self) -> list[Case]:
+        """The images where rankdice loses most, the biggest loss first."""
+        return [case for _, _, case in sorted(self._losses, reverse=True)]
+
+    # ------------------------------------------------------------------------------------------ pictures
+
+    def _draw(self, part: Part, i: int) -> dict[str, Picture]:
+        image = part.batch.images[i].permute(1, 2, 0).cpu().numpy()
+        height, width = image.shape[:2]
+        shrink = min(1.0, SIDE / max(height, width))
+        size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+        target = part.target[i].cpu().numpy().astype(np.int64)
+        labels = {name: self._labels(part, name, i) for name in self.shown}
+        small_image = np.asarray(cv2.resize(displayable(image), size, interpolation=cv2.INTER_AREA), np.uint8)
+        pictures: dict[str, Picture] = {"image": small_image}
+        pictures["target"] = self._colours(_smaller(target, size))
+        for name, one in labels.items():
+            pictures[name] = self._colours(_smaller(one, size))
+        small = [_smaller(x, size) for x in (labels["rankdice"], labels["max"], target)]
+        pictures["rankdice against max"] = self._disagreement(small_image, *small)
+        return pictures
+
+    def _labels(self, part: Part, name: str, i: int) -> NDArray[np.int64]:
+        """Return what was scored as one label per pixel; see :func:`utils.predict.stored.mask_labels`."""
+        prediction = part.predictions[name]
+        if prediction.labels is not None:
+            return prediction.labels[i].cpu().numpy()
+        assert prediction.masks is not None
+        return mask_labels(part.probs[i : i + 1], prediction.masks[i : i + 1], NO_CLASS)[0].cpu().numpy()
+
+    def _colours(self, labels: NDArray[np.int64]) -> Picture:
+        known = max(self.facts.num_classes, 2)
+        colours = complete_palette(self.facts.palette, max(known, 256))
+        inside = (labels >= 0) & (labels < known)
+        unassigned = np.array(UNASSIGNED, np.uint8)
+        return np.where(inside[..., None], colours[np.where(inside, labels, 0)], unassigned).astype(np.uint8)
+
+    def _disagreement(
+        self, image: Picture, ranked: NDArray[np.int64], base: NDArray[np.int64], target: NDArray[np.int64]
+    ) -> Picture:
+        """Return the image in pale grey with coloured pixels where the two label maps differ."""
+        grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
+        canvas = np.repeat((128 + grey // 2)[..., None], 3, axis=2)
+        differ = (ranked != base) & (target != self.facts.ignore_index)
+        canvas[differ] = BOTH_WRONG
+        canvas[differ & (ranked == target)] = RANKDICE_RIGHT
+        canvas[differ & (base == target)] = MAX_RIGHT
+        return canvas
+
+
+def _smaller(labels: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.int64]:
+    """Return a label map at ``size`` (width, height), nearest pixels: labels are not to be mixed."""
+    width, height = size
+    rows = ((np.arange(height) + 0.5) * labels.shape[0] / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * labels.shape[1] / width).astype(int)
+    return labels[rows][:, columns]
