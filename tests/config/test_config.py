@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from dataloaders import LOADERS
 from models import MODELS
 from utils import config as configs
+from utils.config import __main__ as command
 from utils.config import schema
 from utils.config.checks import TRAINING_SCORES, VALIDATION_SCORES
 from utils.config.data_checks import build_loader
@@ -717,14 +718,14 @@ def test_a_field_that_is_accepted_is_read_by_someone(section, field, reads_of_th
 def test_the_command_line_checks_and_prints(tmp_path, monkeypatch, capsys) -> None:
     arguments = ["check", str(write(tmp_path / "good.json", json.dumps(BASE))), "--set", "trainer.epochs=3"]
     monkeypatch.setattr(sys, "argv", ["config.py", *arguments])
-    assert configs.main() == 0
+    assert command.main() == 0
     printed = capsys.readouterr().out
     assert json.loads(printed) == resolve(("trainer.epochs=3",)).model_dump() | {"loss": "CrossEntropyLoss2d"}
     monkeypatch.setattr(sys, "argv", ["config.py", *arguments, "--set", "arch.type=UNett"])
     with pytest.raises(UserError, match="did you mean UNet"):
-        configs.main()
+        command.main()
     monkeypatch.setattr(sys, "argv", ["config.py", "schema"])
-    assert configs.main() == 0
+    assert command.main() == 0
     assert json.loads(capsys.readouterr().out)["required"] == ["name", "arch", "train_loader"]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from dataloaders import LOADERS
 from models import MODELS
-from utils import config as configs
+from utils.config import __main__ as command
 from utils.config import reference as config_reference
 from utils.config.schema import Config
 from utils.errors import UserError
@@ -114,12 +114,12 @@ def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_prints_and_writes(tmp_path: Path, monkeypatch, capsys, text: str) -> None:
     monkeypatch.setattr(sys, "argv", ["config", "reference"])
-    assert configs.main() == 0
+    assert command.main() == 0
     assert capsys.readouterr().out == text + "\n"
     page = tmp_path / "page.md"
     page.write_text(f"before\n{config_reference.BEGIN}\nold\n{config_reference.END}\nafter\n", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["config", "reference", "--write", str(page)])
-    assert configs.main() == 0
+    assert command.main() == 0
     written = page.read_text(encoding="utf-8")
     assert written.startswith("before\n")
     assert written.endswith("\nafter\n")
