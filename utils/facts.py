@@ -12,6 +12,7 @@ class Facts:
     """Classes, colours, normalisation and ignore index of a data set: plain Python values.
 
     ``palette`` has one RGB triple per class; ``mean`` and ``std`` are per channel, for intensities in [0, 1].
+    ``value_range`` and ``nodata`` say how stored values become intensities (:class:`utils.images.values.ValueRange`).
     """
 
     num_classes: int
@@ -21,6 +22,8 @@ class Facts:
     std: tuple[float, ...]
     ignore_index: int
     in_channels: int = 3
+    value_range: tuple[float, float] | None = None
+    nodata: float | str | None = None
 
     @classmethod
     def of(cls, dataset: Any) -> Facts:
@@ -33,6 +36,8 @@ class Facts:
             std=tuple(float(v) for v in dataset.std),
             ignore_index=int(dataset.ignore_index),
             in_channels=len(dataset.mean),
+            value_range=getattr(dataset, "value_range", None),
+            nodata=getattr(dataset, "nodata", None),
         )
 
     @classmethod
@@ -42,6 +47,8 @@ class Facts:
         values["palette"] = tuple(tuple(colour) for colour in values["palette"])
         for key in ("class_names", "mean", "std"):
             values[key] = tuple(values[key])
+        if values.get("value_range") is not None:
+            values["value_range"] = tuple(values["value_range"])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

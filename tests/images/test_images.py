@@ -180,10 +180,11 @@ def tiff(array: np.ndarray, *, order: str = "<", planar: int = 1, rows: int = 5,
 def test_tiffs_of_many_bands(tmp_path: Path, bands: int, dtype: str, options: dict) -> None:
     if options.get("deflate") and dtype == "float32":
         options = {**options, "deflate": False}  # the predictor is for integers
-    many = np.random.default_rng(0).integers(0, 200, (12, 17, bands)).astype(dtype)
+    top = {"uint8": 1, "uint16": 65535, "int16": 32767, "float32": 1}[dtype]
+    many = np.random.default_rng(0).random((12, 17, bands)).astype(dtype) if dtype == "float32" else None
+    many = np.random.default_rng(0).integers(0, max(top, 255), (12, 17, bands)).astype(dtype) if many is None else many
     (tmp_path / "a.tif").write_bytes(tiff(many, **options))
     image = read_image(tmp_path / "a.tif", bands)
-    top = {"uint8": 1, "uint16": 65535, "int16": 32767, "float32": 1}[dtype]
     assert image.dtype == (np.uint8 if dtype == "uint8" else np.float32)
     assert np.allclose(image, many / top, atol=1e-6)
 

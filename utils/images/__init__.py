@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils.errors import UserError
 from utils.images import tiff
+from utils.images.values import BY_TYPE, Pixels, ValueRange
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".npy")
 
@@ -25,19 +26,32 @@ _JPEG_END = b"\xff\xd9"
 _TIFF_SIGNATURES = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 
 
-def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
+def read_image(path: str | Path, channels: int = 3, values: ValueRange = BY_TYPE) -> np.ndarray:
     """Read an image with the wanted number of channels, whatever it is on disk.
 
     Grey, RGB, RGBA, palette, CMYK, 1, 8 and 16 bit files of any format that OpenCV or Pillow know, TIFF with
     many channels, and ``.npy`` arrays ``(H, W)`` or ``(H, W, C)``. EXIF orientation is applied, transparency is
     dropped, grey is repeated for RGB and RGB becomes luminance for one channel.
 
+    Args:
+        path: the file.
+        channels: how many channels the result has.
+        values: how stored numbers become intensities; without it the type of the numbers decides.
+
     Returns:
-        ``(H, W, channels)``, C-contiguous: uint8 for data of up to 8 bits, else float32 (integers are divided by
-        the largest value of their type; floating point is taken as it is).
+        ``(H, W, channels)``, C-contiguous: uint8 for data of up to 8 bits, else float32 in [0, 1].
 
     Raises:
-        UserError: the file is missing, empty, truncated or no image, or its channels do not fit.
+        UserError: the file is missing, empty, truncated or no image, or its channels or values do not fit.
+    """
+    return read_pixels(path, channels, values).image
+
+
+def read_pixels(path: str | Path, channels: int = 3, values: ValueRange = BY_TYPE) -> Pixels:
+    """Read an image as :func:`read_image` does, and learn which pixels have no data (``values.nodata``).
+
+    A data set fills the missing pixels with its mean colour, ``pixels.filled(mean)``, and ignores them:
+    ``label[pixels.missing] = ignore_index``.
     """
     path = Path(path)
     data = _read_bytes(path)
@@ -45,8 +59,10 @@ def read_image(path: str | Path, channels: int = 3) -> np.ndarray:
         image = _decode_npy(data, path)
     else:
         image = _decode_image(data, path, channels)
-    image = _to_uint8_or_float(image, path)
-    return np.ascontiguousarray(_adapt_channels(image, channels, path))
+    if image.ndim == 2:
+        image = image[:, :, None]
+    pixels = values.apply(image, str(path), largest=65535 if image.dtype == np.int32 else None)
+    return pixels._replace(image=np.ascontiguousarray(_adapt_channels(pixels.image, channels, path)))
 
 
 def read_label(path: str | Path, *, allow_colour: bool = False) -> np.ndarray:
@@ -233,24 +249,6 @@ def _decode_label(data: bytes, path: Path) -> np.ndarray:
     if image.mode in ("LA", "PA"):
         return np.asarray(image.getchannel(0))
     return np.asarray(image.convert("RGB"))
-
-
-def _to_uint8_or_float(image: np.ndarray, path: Path) -> np.ndarray:
-    if image.dtype == np.uint8:
-        return image
-    if image.dtype == np.bool_:
-        return image.astype(np.uint8) * 255
-    if image.dtype == np.int32:
-        # Pillow's mode I: 16 bit data in a wider type.
-        return image.astype(np.float32) / 65535.0
-    if np.issubdtype(image.dtype, np.integer):
-        return image.astype(np.float32) / np.iinfo(image.dtype).max
-    if np.issubdtype(image.dtype, np.floating):
-        image = image.astype(np.float32)
-        if not np.isfinite(image).all():
-            raise UserError(f"{path} holds values that are not finite (nan or inf)")
-        return image
-    raise UserError(f"{path} holds {image.dtype} values; expected integers or floating point")
 
 
 def _adapt_channels(image: np.ndarray, channels: int, path: Path) -> np.ndarray:
