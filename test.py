@@ -161,6 +161,7 @@ def score(
     from utils.facts import Facts
     from utils.predict import PredictOptions
     from utils.predictor import SCALES
+    from utils.progress import progress_bar
     from utils.report.watching import Watcher
 
     config, facts = loaded.config, loaded.facts
@@ -185,7 +186,7 @@ def score(
         evaluator,
         loader,
         decisions,
-        progress=report.progress_bar("TEST"),
+        progress=lambda loader: progress_bar(loader, desc="TEST"),
         on_part=watcher.look if watcher.watches else None,
         limit_images=args.limit,
         measure_memory=everything,
@@ -236,12 +237,13 @@ def calibration_note(state: Mapping[str, Any], config: Config) -> str | None:
 def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device) -> None:
     """Fit temperature and threshold on the validation data, and write a checkpoint that uses them."""
     import dataloaders
-    from utils import distributed, report
+    from utils import distributed
     from utils.config import data_checks as checks
     from utils.errors import UserError
     from utils.evaluation import fitting
     from utils.facts import Facts
     from utils.predict import PredictOptions
+    from utils.progress import progress_bar
 
     config = loaded.config
     if config.val_loader is None:
@@ -259,7 +261,7 @@ def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel,
         evaluator_of(loaded, device),
         loader,
         PredictOptions.from_config(config.predict),
-        report.progress_bar,
+        lambda title: lambda loader: progress_bar(loader, desc=title),
         args.limit,
     )
     if distributed.is_main():

@@ -108,7 +108,7 @@ def test_the_numbers_of_the_results_are_shown(made) -> None:
             assert f">{value:.4f}</td>" in text
     assert content["comparison"]["verdict"].split(":")[0] in text
     assert f"{content['reliability']['ECE']:.4f}" in text
-    for word in ("threshold", "whole images", "count nowhere", "test.py -p all", "&quot;name&quot;", "Python"):
+    for word in ("threshold", "whole images", "ignored", "test.py -p all", "&#34;name&#34;", "Python"):
         assert word in text
 
 

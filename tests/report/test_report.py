@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils import report
+from utils import report, tables
 from utils.checkpoint import LoadedModel
 from utils.config import resolve
 from utils.errors import UserError
@@ -21,6 +21,7 @@ from utils.evaluation import Evaluation
 from utils.facts import Facts
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, PredictOptions
+from utils.report import content as contents
 
 FACTS = Facts(
     num_classes=3,
@@ -96,22 +97,22 @@ def test_results_have_the_fields_of_the_readme() -> None:
 
 @pytest.mark.parametrize(
     ("expected", "measured", "said"),
-    [(0.6, 0.7, "less sure"), (0.7, 0.6, "surer"), (0.64, 0.6, None), (None, None, None)],
+    [(0.6, 0.7, "underconfident"), (0.7, 0.6, "overconfident"), (0.64, 0.6, None), (None, None, None)],
 )
 def test_a_forecast_that_is_far_off_calls_for_a_temperature(expected, measured, said) -> None:
     scores = {} if expected is None else {"Expected_Dice": expected, "Measured_Dice": measured}
-    found = report.advice(scores)
+    found = contents.advice(scores)
     if said is None:
         assert found is None
     else:
-        assert f"the network is {said} than" in found
+        assert f"the network is {said}." in found
         assert "--fit" in found
 
 
 def test_advice_is_for_many_images_without_a_temperature(monkeypatch) -> None:
-    monkeypatch.setattr(report, "FAR_OFF", -1.0)
+    monkeypatch.setattr(contents, "FAR_OFF", -1.0)
     assert "advice" not in content()  # three images
-    monkeypatch.setattr(report, "FEW_IMAGES", 3)
+    monkeypatch.setattr(contents, "FEW_IMAGES", 3)
     found = content()
     assert "## Advice" in report.text(found)
     assert "advice" not in content(predict={"temperature": 0.8})
@@ -135,11 +136,11 @@ def test_the_protocol_says_what_was_measured_and_how() -> None:
 
 def test_validation_data_in_another_folder_are_not_taken_for_test_data() -> None:
     moved = {"type": "VOC", "args": {"data_dir": "copy", "split": "val"}}
-    assert "in another folder" in report.optimism(config(test_loader=moved))
+    assert "in another folder" in contents.optimism(config(test_loader=moved))
     moved["args"]["split"] = "test"
-    assert report.optimism(config(test_loader=moved)) is None
+    assert contents.optimism(config(test_loader=moved)) is None
     folders = [{"type": "Folder", "args": {"data_dir": name}} for name in ("val", "test")]
-    assert report.optimism(config(val_loader=folders[0], test_loader=folders[1])) is None
+    assert contents.optimism(config(val_loader=folders[0], test_loader=folders[1])) is None
 
 
 def test_results_are_strict_json_with_null_for_what_nothing_defines() -> None:
@@ -147,29 +148,27 @@ def test_results_are_strict_json_with_null_for_what_nothing_defines() -> None:
     assert json.loads(text)["procedures"]["max"]["Class_IoU"]["car"] is None
 
 
-def test_classes_of_no_interest_are_marked() -> None:
-    text = report.text(content(predict={"CoI": [1]}))
-    assert "    background (not of interest)  " in text
-    assert "    dog, cat  " in text
-    text = report.text(content(("max",), predict={"CoI": [1]}))
-    assert "background (not of interest): " in text
-    assert "dog, cat: " in text
-    assert "not of interest" not in report.text(content())
+def test_classes_of_no_interest_have_no_score() -> None:
+    found = content(predict={"CoI": [1]})
+    assert found["procedures"]["max"]["Class_Dice"]["background"] is None
+    assert found["procedures"]["max"]["Class_Dice"]["dog, cat"] is not None
+    assert "{background: -, dog, cat: 0." in report.text(found)
 
 
 def test_one_procedure_is_reported_and_several_are_compared() -> None:
     text = report.text(content())
-    assert "## Results of" not in text  # the tables have it all, once
     for field in ("test_loss", "PixelAcc", "mIoU", "mDice", "## Class IoU", "## Class Dice", "ms/image"):
         assert field in text
     assert "## Comparison" in text
     assert text.count("\n    background ") == 2
+    assert text.count("\n    Class_Dice ") == 3
     for name in PROCEDURES:
         alone = report.text(content((name,)))
-        assert f"## Results of {name}" in alone
+        assert f"## Results of UNet, CrossEntropyLoss2d, {name}" in alone
         for field in ("test_loss", "Pixel_Accuracy", "Mean_IoU", "Mean_Dice", "Class_IoU", "Class_Dice"):
             assert field in alone
-    assert report.ABSENT_CLASSES in text
+    assert contents.ABSENT_CLASSES in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 100
     assert "nan" not in text
     assert "## Comparison" not in report.text(content(("rankdice",)))
 
@@ -182,14 +181,14 @@ def test_numbers_on_the_screen_are_short_and_whole_in_the_file() -> None:
 
 def test_procedures_of_their_own_are_explained_below_the_table() -> None:
     found = content()
-    for name, what in report.EXPLAINED.items():
+    for name, what in contents.EXPLAINED.items():
         assert name not in report.text(found)
         found["procedures"][name] = found["procedures"]["rankdice"]
         assert what in " ".join(report.text(found).split())
 
 
 def test_tables_are_aligned() -> None:
-    lines = report.table(["name", "score"], [["a", "0.5"], ["much longer", "12.25"]]).splitlines()
+    lines = tables.plain(["name", "score"], [["a", "0.5"], ["much longer", "12.25"]], "    ").splitlines()
     assert lines == [
         "    name         score",
         "    -----------  -----",

@@ -27,8 +27,8 @@ from utils.evaluation.calibration import Reliability
 from utils.facts import Facts
 from utils.images.palette import default_palette
 from utils.predict import PredictOptions
-from utils.report import page as html_report
 from utils.report.gallery import Gallery
+from utils.report.page import page
 
 CLASSES = 12
 IMAGES = 2 * 12 * 6  # gains and losses, six pictures each
@@ -71,7 +71,7 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = report.results(outcome, settings, loaded, None, reliability=reliability.compute())
     command = ["test.py", "-r", "saved/" + "folder/" * 12 + "best_model.pth", "-p", "all"]
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(html_report.page(content, outcome.metrics, gallery, settings, command), encoding="utf-8")
+    path.write_text(page(content, outcome.metrics, gallery, settings, command), encoding="utf-8")
     return path
 
 

@@ -60,7 +60,7 @@ def test_everything_from_one_call(checkpoint, tmp_path, monkeypatch, capsys) -> 
         assert scores["Worst_Tenth_Dice"] <= scores["Mean_Dice"]
         assert ("Expected_Dice" in scores) == (name in ("rankdice", "rankdice_unpruned"))
         assert ("Expected_IoU" in scores) == (name == "rankdice_iou")
-    for text in ("## Protocol", "images_per_class_mean", "## Comparison", "paired bootstrap", "## Verdict", "ECE"):
+    for text in ("## Protocol", "images_per_class_mean", "## Comparison", "Paired bootstrap", "## Verdict", "ECE"):
         assert text in out
     assert (tmp_path / "out/report.html").stat().st_size > 10_000
     assert list((tmp_path / "out").glob("events.out.tfevents.*"))

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, tables
 from utils.config.schema import Config
 from utils.errors import UserError
 from utils.evaluation import Decision, Evaluator, Progress, evaluate
 from utils.evaluation.calibration import LogitSample, ThresholdSweep, fit_temperature, sample_calibration
 from utils.evaluation.comparison import FEW_IMAGES
 from utils.predict import PredictOptions
-from utils.report import table
 
 # What a checkpoint needs to be used; what a run needs to go on stays behind, in the original.
 KEPT = ("format", "arch", "epoch", "iteration", "state_dict", "ema", "monitor_best", "facts")
@@ -99,7 +98,7 @@ def text(found: Fit, config: Config, data: str) -> str:
     titles = ["NLL", "Brier", "ECE", "class ECE", "mDice T", "mDice max", "mDice rankdice"]
     parts = [
         f"\n    ## Temperature and threshold, fitted on {found.images} validation images ({data})",
-        table(["", "temperature", "threshold", *titles], rows),
+        tables.plain(["", "temperature", "threshold", *titles], rows),
     ]
     if found.at_bound:
         parts.append(

@@ -32,12 +32,6 @@ def _line(x1: float, y1: float, x2: float, y2: float, style: str = "grid") -> st
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{style}"/>'
 
 
-def legend(names: Sequence[str]) -> str:
-    """Return the names with their colours, as HTML."""
-    keys = (f'<span class="key"><i style="background:{COLOURS[n]}"></i>{escape(n)}</span>' for n in names)
-    return f'<p class="legend">{"".join(keys)}</p>'
-
-
 def bars(values: Mapping[str, Mapping[str, float | None]], classes: Sequence[str]) -> str:
     """Return one bar per class and procedure, of values in [0, 1]; None is left empty."""
     names, left, right, thick = list(values), 108, 32, 11  # the values beside the bars are 9 high

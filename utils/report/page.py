@@ -6,61 +6,33 @@ import base64
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from utils.config import dump
 from utils.config.schema import Config
 from utils.metrics import Metrics
-from utils.report import COLUMNS, EXPLAINED, charts
+from utils.report import charts
+from utils.report.content import COLUMNS, EXPLAINED
 from utils.report.gallery import BOTH_WRONG, MAX_RIGHT, RANKDICE_RIGHT, Case, Gallery
+from utils.report.text import difference_rows, images
+from utils.tables import number
 
 SHOWN = ("T", "max", "rankdice")
 # Points of the scatter plot; of more images every n-th is drawn.
 MAX_POINTS = 2000
 PACKAGES = ("torch", "torchvision", "numpy", "opencv-python-headless", "pydantic")
+RANKED = ("Mean_Dice", "Mean_IoU", "Worst_Tenth_Dice", "Dataset_mDice", "Dataset_mIoU", "Pixel_Accuracy")
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --soft: #57606a; --line: #d0d7de; --back: #fff; --box: #f6f8fa;
-  --accent: #0072b2; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --soft: #9aa4af; --line: #3d444d; --back: #0d1117;
-  --box: #161b22; --accent: #56b4e9; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 12px 14px 48px; max-width: 1080px; color: var(--text); background: var(--back);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.45rem; margin: .4em 0; } h2 { font-size: 1.15rem; margin: 1.8em 0 .5em; }
-.verdict { border-left: 4px solid var(--accent); background: var(--box); padding: 10px 14px; font-size: 1.05rem; }
-.note { border-left: 4px solid #e69f00; background: var(--box); padding: 8px 14px; }
-.soft, figcaption { color: var(--soft); font-size: .87rem; }
-.wide { overflow-x: auto; -webkit-overflow-scrolling: touch; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; white-space: nowrap; }
-th, td { padding: 4px 9px; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--back); }
-thead th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; }
-td.best { font-weight: 700; }
-dl { display: grid; grid-template-columns: minmax(7em, 14em) 1fr; gap: 2px 12px; font-size: .87rem; }
-dt { color: var(--soft); } dd { margin: 0; min-width: 0; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--text); font-size: 11px; }
-svg .small { font-size: 10px; } svg .tiny { font-size: 9px; fill: var(--soft); }
-svg .grid { stroke: var(--line); stroke-width: .6; } svg .axis { stroke: var(--soft); stroke-width: 1; }
-svg .diagonal { stroke: var(--soft); stroke-dasharray: 4 4; }
-.pair { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 14px; margin: 6px 0; font-size: .87rem; }
-.key { display: inline-flex; align-items: center; gap: 5px; } .key i { width: 12px; height: 12px; border-radius: 2px;
-  border: 1px solid var(--line); }
-.case { border-top: 1px solid var(--line); padding: 8px 0 4px; } .case p { margin: 0 0 5px; font-size: .9rem; }
-.strip { display: grid; gap: 5px; grid-template-columns: repeat(3, 1fr); }
-@media (min-width: 700px) { .strip { grid-template-columns: repeat(6, 1fr); } }
-figure { margin: 0; } .strip img { width: 100%; display: block; border-radius: 3px; image-rendering: auto; }
-.strip img.labels { image-rendering: pixelated; }
-details { margin: 8px 0; } summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
-pre { overflow-x: auto; background: var(--box); padding: 10px; font-size: .8rem; }
-"""
+# Header and rows; a cell is a text, or {"best": text} where it is the best of its column.
+Table = tuple[list[str], list[list[Any]]]
 
 
 def page(
@@ -73,46 +45,53 @@ def page(
     """Return the report as one HTML document.
 
     Args:
-        content: of ``results.json`` (:func:`utils.report.results`), with ``comparison`` and ``reliability``.
+        content: of ``results.json`` (:func:`utils.report.content`), with ``comparison`` and ``reliability``.
         metrics: per procedure, with the images kept.
         gallery: of gains and losses.
         config: of the run.
         command: the command line.
     """
     protocol, procedures = content["protocol"], content["procedures"]
-    title = f"{config.name}: {protocol['model']} on {protocol['data']}"
-    if protocol["split"]:
-        title += f" {protocol['split']}"
-    verdict = content.get("comparison", {}).get("verdict", "")
-    notes = (protocol["note"], content.get("advice"))
-    note = "".join(f'<p class="note">{escape(text)}</p>' for text in notes if text)
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">{protocol["images"]} images · {escape(protocol["resolution"])} · epoch {protocol["epoch"]}'
-        f" · {escape(protocol['loss'])}</p>",
-        f'<p class="verdict">{escape(verdict)}</p>{note}',
-        _comparison(procedures, protocol),
-        _differences(content.get("comparison")),
-        _classes(procedures, protocol, content.get("comparison")),
-        _calibration(content.get("reliability"), protocol),
-        _expected(metrics, procedures),
-        _cases("Where rankdice gains most", gallery.gains, gallery),
-        _cases("Where rankdice loses most", gallery.losses, gallery),
-        _protocol(protocol),
-        _details("Config", f"<pre>{escape(dump(config))}</pre>"),
-        _details("Environment", _list(environment(command))),
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n'
-        + "\n".join(part for part in parts if part)
-        + "\n</body></html>\n"
+    comparison, reliability = content.get("comparison") or {}, content.get("reliability") or {}
+    shown = {name: charts.COLOURS[name] for name in SHOWN if name in procedures}
+    split = f" {protocol['split']}" if protocol["split"] else ""
+    environment_ = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment_.get_template("page.html").render(
+        title=f"{config.name}: {protocol['model']} on {protocol['data']}{split}",
+        protocol=protocol,
+        comparison=comparison or {"verdict": ""},
+        notes=[text for text in (protocol["note"], content.get("advice")) if text],
+        procedures=_procedures(procedures),
+        explained={name: what for name, what in EXPLAINED.items() if name in procedures},
+        differences=difference_rows(comparison) if comparison else None,
+        shown=shown,
+        classes=_classes(procedures, protocol, comparison),
+        charts={
+            name: Markup(chart) for name, chart in _charts(procedures, metrics, shown, comparison, reliability).items()
+        },
+        reliability_colours={DIAGRAMS["classes"]: charts.COLOURS["max"], DIAGRAMS["confidence"]: charts.COLOURS["T"]},
+        calibration=_calibration(reliability, protocol),
+        expected=_expected(metrics, procedures),
+        galleries={
+            "Where rankdice gains most": [_case(case) for case in gallery.gains],
+            "Where rankdice loses most": [_case(case) for case in gallery.losses],
+        },
+        disagreement={
+            "rankdice right, max wrong": _rgb(RANKDICE_RIGHT),
+            "max right, rankdice wrong": _rgb(MAX_RIGHT),
+            "both wrong, differently": _rgb(BOTH_WRONG),
+        },
+        palette={n: _rgb(c) for n, c in zip(gallery.facts.class_names, gallery.facts.palette, strict=False)},
+        shown_protocol=_protocol(protocol),
+        config=dump(config),
+        environment=environment(command),
     )
 
 
 def environment(command: Sequence[str]) -> dict[str, str]:
-    """Return what the run ran on."""
+    """Return the command, the system and the versions of a run."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -130,165 +109,110 @@ def environment(command: Sequence[str]) -> dict[str, str]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- tables
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _number(value: Any, digits: int = 4, signed: bool = False) -> str:
-    if value is None:
-        return "–"
-    return f"{value:{'+' if signed else ''}.{digits}f}" if isinstance(value, float) else str(value)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], best: Sequence[Sequence[bool]] = ()) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    lines = []
-    for i, row in enumerate(rows):
-        marks = best[i] if best else [False] * len(row)
-        cells = (
-            f'<td class="best">{escape(cell)}</td>' if mark else f"<td>{escape(cell)}</td>"
-            for cell, mark in zip(row, marks, strict=True)
-        )
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-
-
-def _comparison(procedures: Mapping[str, Mapping[str, Any]], protocol: Mapping[str, Any]) -> str:
+def _procedures(procedures: Mapping[str, Mapping[str, Any]]) -> Table:
     columns = [(key, name) for key, name in COLUMNS if key.partition("_")[0] not in ("Expected", "Measured")]
     columns = [(key, name) for key, name in columns if any(s.get(key) is not None for s in procedures.values())]
     digits = {"milliseconds_per_image": 2, "peak_mebibytes": 1}
-    rows = [
-        [name, *(_number(s.get(key), digits.get(key, 4)) for key, _ in columns), _foretold(s)]
-        for name, s in procedures.items()
-    ]
-    ranked = ("Mean_Dice", "Mean_IoU", "Worst_Tenth_Dice", "Dataset_mDice", "Dataset_mIoU", "Pixel_Accuracy")
-    top = {key: max((s[key] for s in procedures.values() if s[key] is not None), default=None) for key in ranked}
-    best = [
-        [False, *(s.get(key) is not None and s[key] == top.get(key) for key, _ in columns), False]
-        for s in procedures.values()
-    ]
-    others = "".join(f" {name}: {escape(what)}." for name, what in EXPLAINED.items() if name in procedures)
-    return (
-        "<h2>Procedures</h2>"
-        + _table(["", *(name for _, name in columns), "expected / measured"], rows, best)
-        + '<p class="soft">mDice and mIoU: per image and class, mean over classes, then over images. worst 10 %: '
-        "mDice of that tenth of the images in which a procedure does worst. Expected: what the procedure foretold "
-        "without labels, over the masks whose measured score stands beside it. ms/image: deciding alone, one forward "
-        f"pass ({protocol['forward_milliseconds_per_image']:.1f} ms per image) serves all. Memory: "
-        f"{escape(protocol['memory'])}.{others}</p>"
-    )
+    top = {key: max((s[key] for s in procedures.values() if s[key] is not None), default=None) for key in RANKED}
+    rows: list[list[Any]] = []
+    for name, scores in procedures.items():
+        cells = [number(scores.get(key), digits.get(key, 4), missing="–") for key, _ in columns]
+        best = [scores.get(key) is not None and scores[key] == top.get(key) for key, _ in columns]
+        rows.append([name, *({"best": c} if b else c for c, b in zip(cells, best, strict=True)), _forecast(scores)])
+    return ["", *(name for _, name in columns), "expected / measured"], rows
 
 
-def _foretold(scores: Mapping[str, Any]) -> str:
+def _forecast(scores: Mapping[str, Any]) -> str:
     for kind in ("Dice", "IoU"):
         if scores.get(f"Expected_{kind}") is not None:
-            return f"{kind} {_number(scores[f'Expected_{kind}'])} / {_number(scores[f'Measured_{kind}'])}"
+            return f"{kind} {number(scores[f'Expected_{kind}'])} / {number(scores[f'Measured_{kind}'])}"
     return "–"
 
 
-def _differences(found: Mapping[str, Any] | None) -> str:
-    if not found:
-        return ""
-    rows = []
-    for name, d in found["Mean_Dice"].items():
-        numbers = [_number(d[key], signed=True) for key in ("mean", "low", "high", "largest_gain", "largest_loss")]
-        rows.append([name, *numbers[:3], *(str(d[key]) for key in ("better", "same", "worse")), *numbers[3:]])
-    level = f"{found['level']:.0%}"
-    header = ["", "mDice", f"{level} from", "to", "better", "same", "worse", "best image", "worst image"]
-    drawn = [(name, d["mean"], d["low"], d["high"]) for name, d in found["Mean_Dice"].items() if d["low"] is not None]
-    return (
-        f"<h2>Differences to {escape(found['baseline'])}</h2>"
-        + (charts.intervals(drawn) if drawn else "")
-        + _table(header, rows)
-        + f'<p class="soft">Paired bootstrap over images, {found["resamples"]:,} draws. better, same, worse: images; '
-        f"the same: within {found['same_within']}.</p>"
-    )
-
-
 def _classes(
-    procedures: Mapping[str, Mapping[str, Any]], protocol: Mapping[str, Any], found: Mapping[str, Any] | None
-) -> str:
-    names = [name for name in SHOWN if name in procedures]
-    if not names:
-        return ""
-    dice = {name: procedures[name]["Class_Dice"] for name in names}
-    classes = list(dice[names[0]])
-    counts = protocol["images_per_class_mean"]
-    change = (found or {}).get("Class_Dice", {}).get("rankdice")
-    interest = protocol["classes_of_interest"]
-    rows = []
-    for cls in classes:
-        low, high = counts[cls]
-        mark = "" if interest == "all" or cls in interest else " (not of interest)"
-        row = [cls + mark, *(_number(s["Class_Dice"][cls]) for s in procedures.values())]
-        row += [_number(s["Class_IoU"][cls]) for s in procedures.values()]
+    procedures: Mapping[str, Mapping[str, Any]], protocol: Mapping[str, Any], comparison: Mapping[str, Any]
+) -> Table:
+    change = comparison.get("Class_Dice", {}).get("rankdice")
+    rows: list[list[Any]] = []
+    for cls, counts in protocol["images_per_class_mean"].items():
+        row = [cls, *(number(s[key][cls], missing="–") for key in KINDS for s in procedures.values())]
         if change:
             d = change[cls]
             interval = f" ({d['low']:+.3f} to {d['high']:+.3f})" if d["low"] is not None else ""
-            row.append(_number(d["mean"], 3, signed=True) + interval)
-        rows.append([*row, str(low) if low == high else f"{low} to {high}"])
-    header = ["class", *(f"Dice {name}" for name in procedures), *(f"IoU {name}" for name in procedures)]
-    header += ["Dice rankdice − max"] * bool(change) + ["images"]
-    return (
-        "<h2>Classes</h2>"
-        + charts.legend(names)
-        + charts.bars(dice, classes)
-        + '<p class="soft">Dice per class, mean over the images where it is defined: '
-        + escape(protocol["absent_classes"])
-        + ".</p>"
-        + _details("All numbers per class", _table(header, rows))
-    )
+            row.append(number(d["mean"], 3, signed=True, missing="–") + interval)
+        rows.append([*row, images(counts)])
+    header = ["class", *(f"{kind} {name}" for kind in KINDS.values() for name in procedures)]
+    return [*header, *["Dice rankdice − max"] * bool(change), "images"], rows
 
 
-# ---------------------------------------------------------------------------------------------------- charts
+def _calibration(found: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict[str, str]:
+    if not found:
+        return {}
+    return {
+        "ECE of the most probable class": number(found["ECE"]),
+        "ECE per class, mean": number(found["Class_ECE"]),
+        "NLL": number(found["NLL"]),
+        "Brier score": number(found["Brier"]),
+        "pixels": f"{found['pixels']:,}",
+        "temperature": number(float(protocol["temperature"])),
+        "fitted": str(protocol["fitted"]),
+    }
 
 
-def _calibration(found: Mapping[str, Any] | None, protocol: Mapping[str, Any]) -> str:
-    if not found or not found["pixels"]:
-        return ""
-    pixels, classes = "every class at every pixel", "the most probable class"
-    keys = "".join(
-        f'<span class="key"><i style="background:{charts.COLOURS[c]}"></i>{name}</span>'
-        for c, name in (("max", pixels), ("T", classes))
-    )
-    numbers = _list(
-        {
-            "ECE of the most probable class": _number(found["ECE"]),
-            "ECE per class, mean": _number(found["Class_ECE"]),
-            "NLL": _number(found["NLL"]),
-            "Brier score": _number(found["Brier"]),
-            "pixels": f"{found['pixels']:,}",
-            "temperature": _number(float(protocol["temperature"])),
-            "fitted": str(protocol["fitted"]),
-        }
-    )
-    return (
-        "<h2>Are the probabilities right?</h2>"
-        f'<p class="legend">{keys}</p><div class="pair"><div>'
-        + charts.reliability({pixels: found["classes"], classes: found["confidence"]})
-        + f'</div><div>{numbers}<p class="soft">On the diagonal, what is given probability p is true in a share p '
-        "of the cases. Below it the network is too sure of itself. RankDice uses every class's probability at every "
-        "pixel; <code>test.py --fit</code> fits a temperature. The ECE weighs the gaps by the pixels in each bin (the "
-        "area of the circles).</p></div></div>"
-    )
+def _protocol(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {key.replace("_", " "): value for key, value in protocol.items() if value is not None}
+    counts = (f"{cls} {images(of_class)}" for cls, of_class in protocol["images_per_class_mean"].items())
+    return shown | {"images per class mean": ", ".join(counts)}
 
 
-def _expected(metrics: Mapping[str, Metrics], procedures: Mapping[str, Mapping[str, Any]]) -> str:
+KINDS = {"Class_Dice": "Dice", "Class_IoU": "IoU"}
+DIAGRAMS = {"classes": "every class at every pixel", "confidence": "the most probable class"}
+
+
+# -- charts ------------------------------------------------------------------------------------------------------------
+
+
+def _charts(
+    procedures: Mapping[str, Mapping[str, Any]],
+    metrics: Mapping[str, Metrics],
+    shown: Mapping[str, str],
+    comparison: Mapping[str, Any],
+    reliability: Mapping[str, Any],
+) -> dict[str, str]:
+    """Return the SVG of each chart, empty if there is nothing to draw."""
+    rows = comparison.get("Mean_Dice", {}).items()
+    intervals = [(name, d["mean"], d["low"], d["high"]) for name, d in rows if d["low"] is not None]
+    dice = {name: procedures[name]["Class_Dice"] for name in shown}
+    points = expected_points(metrics["rankdice"]) if "rankdice" in metrics else []
+    drawn = points[:: _every(points)]
+    diagrams = {title: reliability[key] for key, title in DIAGRAMS.items()} if reliability.get("pixels") else {}
+    colour = charts.COLOURS["rankdice"]
+    return {
+        "intervals": charts.intervals(intervals) if intervals else "",
+        "bars": charts.bars(dice, list(next(iter(dice.values())))) if dice else "",
+        "reliability": charts.reliability(diagrams) if diagrams else "",
+        "expected": charts.scatter(drawn, "expected without labels", "measured", colour) if drawn else "",
+    }
+
+
+def _every(points: Sequence[Any]) -> int:
+    """Return n if every n-th point is to be drawn."""
+    return max(1, -(-len(points) // MAX_POINTS))
+
+
+def _expected(metrics: Mapping[str, Metrics], procedures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     if "rankdice" not in metrics:
-        return ""
-    points = expected_points(metrics["rankdice"])
-    if not points:
-        return ""
-    shown = points[:: -(-len(points) // MAX_POINTS)]
+        return {}
+    every = _every(expected_points(metrics["rankdice"]))
     scores = procedures["rankdice"]
-    every = f" Every {-(-len(points) // MAX_POINTS)}th image is drawn." if len(shown) < len(points) else ""
-    return (
-        '<h2>Dice expected and measured</h2><div class="pair"><div>'
-        + charts.scatter(shown, "expected without labels", "measured", charts.COLOURS["rankdice"])
-        + '</div><div><p class="soft">One point per image: the mean Dice that rankdice expected of its masks, and the '
-        f"Dice they got, over the same masks. Means: expected {_number(scores.get('Expected_Dice'))}, measured "
-        f"{_number(scores.get('Measured_Dice'))}. Under the diagonal an image went worse than foretold; where the two "
-        f"agree, the expected score finds bad images without labels.{every}</p></div></div>"
-    )
+    return {
+        "mean": number(scores.get("Expected_Dice")),
+        "measured": number(scores.get("Measured_Dice")),
+        "drawn": f" The chart shows every {every}th image." if every > 1 else "",
+    }
 
 
 def expected_points(metrics: Metrics) -> list[tuple[str, float, float]]:
@@ -304,51 +228,20 @@ def expected_points(metrics: Metrics) -> list[tuple[str, float, float]]:
     return [(n, x, y) for n, x, y in zip(names, *means, strict=True) if x == x and y == y]
 
 
-# ---------------------------------------------------------------------------------------------------- images
+# -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _cases(title: str, cases: Sequence[Case], gallery: Gallery) -> str:
-    if not cases:
-        return f'<h2>{escape(title)}</h2><p class="soft">No image.</p>'
-    parts = [
-        f"<h2>{escape(title)}</h2>",
-        '<p class="soft">T and rankdice give each class a mask of its own: a pixel in several shows the most probable '
-        "of their classes, a pixel in none, and an ignored one, is pale.</p>",
-        _disagreement_legend(),
-        _palette_legend(gallery),
+def _case(case: Case) -> dict[str, Any]:
+    photographs = ("image", "rankdice against max")
+    pictures = [
+        {"name": name, "source": _source(picture, photo=name in photographs)} for name, picture in case.pictures.items()
     ]
-    for case in cases:
-        figures = "".join(
-            f'<figure><img {"" if name == "image" else "class=labels "}alt="{escape(name)} of {escape(case.name)}" '
-            f'src="{_source(picture, photo=name in ("image", "rankdice against max"))}">'
-            f"<figcaption>{escape(name)}</figcaption></figure>"
-            for name, picture in case.pictures.items()
-        )
-        parts.append(
-            f'<div class="case"><p><b>{case.gain:+.4f}</b> {escape(case.name)} <span class="soft">max '
-            f"{case.baseline:.4f}, rankdice {case.rankdice:.4f}</span></p>"
-            f'<div class="strip">{figures}</div></div>'
-        )
-    return "".join(parts)
+    scores = {"gain": case.gain, "baseline": case.baseline, "rankdice": case.rankdice}
+    return {"name": case.name, "pictures": pictures, **scores}
 
 
-def _key(colour: Sequence[int], name: str) -> str:
-    return f'<span class="key"><i style="background:rgb({colour[0]},{colour[1]},{colour[2]})"></i>{escape(name)}</span>'
-
-
-def _disagreement_legend() -> str:
-    keys = (
-        _key(RANKDICE_RIGHT, "rankdice right, max wrong"),
-        _key(MAX_RIGHT, "max right, rankdice wrong"),
-        _key(BOTH_WRONG, "both wrong, differently"),
-    )
-    return f'<p class="legend">{"".join(keys)}</p>'
-
-
-def _palette_legend(gallery: Gallery) -> str:
-    facts = gallery.facts
-    keys = "".join(_key(colour, name) for name, colour in zip(facts.class_names, facts.palette, strict=False))
-    return _details("Colours of the classes", f'<p class="legend">{keys}</p>')
+def _rgb(colour: Sequence[int]) -> str:
+    return f"rgb({colour[0]},{colour[1]},{colour[2]})"
 
 
 def _source(picture: NDArray[Any], photo: bool) -> str:
@@ -357,23 +250,3 @@ def _source(picture: NDArray[Any], photo: bool) -> str:
     data = cv2.imencode(kind, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)[1]
     media = "jpeg" if photo else "png"
     return f"data:image/{media};base64,{base64.b64encode(data.tobytes()).decode()}"
-
-
-# ---------------------------------------------------------------------------------------------------- the rest
-
-
-def _protocol(protocol: Mapping[str, Any]) -> str:
-    shown = {key.replace("_", " "): value for key, value in protocol.items() if value is not None}
-    shown["images per class mean"] = ", ".join(
-        f"{cls} {low}" if low == high else f"{cls} {low} to {high}"
-        for cls, (low, high) in protocol["images_per_class_mean"].items()
-    )
-    return "<h2>Protocol</h2>" + _list({key: str(value) for key, value in shown.items()})
-
-
-def _list(values: Mapping[str, str]) -> str:
-    return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(v)}</dd>' for k, v in values.items())}</dl>"
-
-
-def _details(summary: str, body: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{body}</details>"

@@ -12,8 +12,9 @@ from utils.evaluation import Decision, Evaluation, Evaluator, Part
 from utils.evaluation.calibration import Reliability
 from utils.predict import PredictOptions
 from utils.predict.stored import Index, ProbsWriter, pictures, write_masks
-from utils.report import write_file
+from utils.report.files import write_file
 from utils.report.gallery import Gallery
+from utils.report.page import page
 
 
 class Watcher:
@@ -83,8 +84,6 @@ class Watcher:
 
     def write_page(self, path: Path, content: Mapping[str, Any], outcome: Evaluation, command: Sequence[str]) -> Path:
         """Write ``report.html`` and return its path; only after watching with ``report``."""
-        from utils.report.page import page
-
         if self.gallery is None:
             raise ValueError("a Watcher without report has no pictures for the page")
         write_file(path, page(content, outcome.metrics, self.gallery, self.loaded.config, command))

@@ -1,0 +1,214 @@
+"""Test results: the content of ``results.json``, from which the screen and the page are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from utils.checkpoint import LoadedModel
+from utils.config.schema import Component, Config
+from utils.evaluation import Evaluation
+from utils.evaluation.comparison import FEW_IMAGES, compare, image_means, worst_mean
+
+# The table of the comparison: field of the results, heading.
+COLUMNS = (
+    ("Mean_Dice", "mDice"),
+    ("Mean_IoU", "mIoU"),
+    ("Worst_Tenth_Dice", "worst 10 %"),
+    ("Dataset_mDice", "dataset mDice"),
+    ("Dataset_mIoU", "dataset mIoU"),
+    ("Pixel_Accuracy", "PixelAcc"),
+    ("Expected_Dice", "expected Dice"),
+    ("Measured_Dice", "measured Dice"),
+    ("Expected_IoU", "expected IoU"),
+    ("Measured_IoU", "measured IoU"),
+    ("milliseconds_per_image", "ms/image"),
+    ("peak_mebibytes", "peak MiB"),
+)
+FAR_OFF = 0.05  # advise a temperature if expected and measured Dice differ by more
+EXPLAINED = {  # procedures of -p all whose names a config does not know
+    "rankdice_unpruned": "rankdice with predict.rankdice.prune null: also predict classes whose highest probability is "
+    "below prune",
+    "rankdice_iou": "rankdice with predict.rankdice.metric iou: masks with the highest expected IoU",
+}
+ONE_VIEW = "one view per image"
+# The loss takes the network's own logits. Those of several views come from tempered probabilities.
+UNTEMPERED = "computed from the network's logits, as in training, without the temperature; NLL of -p all includes it"
+ABSENT_CLASSES = "skipped in images where a class is in neither the prediction nor the target"
+
+
+def results(
+    outcome: Evaluation,
+    config: Config,
+    loaded: LoadedModel,
+    dataset: Any,
+    *,
+    views: str = ONE_VIEW,
+    reliability: Mapping[str, Any] | None = None,
+    fitted: str | None = None,
+) -> dict[str, Any]:
+    """Return the content of ``results.json``; NaN becomes None.
+
+    ``protocol``: what was measured and how. ``procedures``: the scores of each. ``comparison``: differences to
+    ``max``, if it is among several procedures (:func:`utils.evaluation.comparison.compare`). ``reliability``, if it
+    was gathered. ``advice``, if a temperature should be fitted (:func:`advice`).
+
+    Args:
+        outcome: of the evaluation.
+        config, loaded, dataset: what was evaluated.
+        views: of each image, in words.
+        reliability: :meth:`utils.evaluation.calibration.Reliability.compute`.
+        fitted: where temperature and threshold come from, in words.
+    """
+    names = loaded.facts.class_names
+    procedures = {name: _scores(name, outcome, names) for name in outcome.metrics}
+    protocol = _protocol(outcome, config, loaded, dataset) | {
+        "views": views,
+        "fitted": fitted or "temperature and threshold are those of the config",
+        "images_per_class_mean": _images_per_class(procedures),
+        "test_loss": UNTEMPERED if config.predict.temperature != 1 and views == ONE_VIEW else None,
+    }
+    if fitted and protocol["note"]:
+        protocol["note"] += "; what was fitted on them (T_tuned, the temperature) looks better here than elsewhere"
+    content: dict[str, Any] = {"protocol": protocol, "procedures": procedures}
+    found = compare(outcome.metrics, names, config.predict.test)
+    if found is not None:
+        content["comparison"] = found
+    if reliability is not None:
+        content["reliability"] = dict(reliability)
+    if fitted is None and config.predict.temperature == 1 and outcome.images >= FEW_IMAGES:
+        said = advice(procedures.get("rankdice", {}))
+        if said:
+            content["advice"] = said
+    return _plain(content)
+
+
+def advice(scores: Mapping[str, Any]) -> str | None:
+    """Return what to do if rankdice expects another Dice than it gets; None if the two agree.
+
+    Args:
+        scores: of rankdice, without a fitted temperature.
+    """
+    expected, measured = scores.get("Expected_Dice", math.nan), scores.get("Measured_Dice", math.nan)
+    if not abs(expected - measured) > FAR_OFF:
+        return None
+    how = "overconfident" if expected > measured else "underconfident"
+    return (
+        f"rankdice expected a Dice of {expected:.3f} for its masks, and they scored {measured:.3f}: the network is "
+        f"{how}. Calibrate it on validation data with test.py -r CHECKPOINT --fit, then test the new checkpoint."
+    )
+
+
+def _scores(name: str, outcome: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:
+    metrics = outcome.metrics[name]
+    scores = metrics.compute()
+    entry: dict[str, Any] = {"test_loss": outcome.loss}
+    for key, value in scores.items():
+        entry[key] = _by_class(value, class_names, metrics.classes) if isinstance(value, list) else value
+    if math.isnan(entry["Multiclass_Accuracy"]):
+        del entry["Multiclass_Accuracy"]  # masks may overlap: there is no one label to be right or wrong
+    entry["Worst_Tenth_Dice"] = worst_mean(image_means(metrics))
+    entry["milliseconds_per_image"] = 1000 * outcome.seconds[name] / max(outcome.images, 1)
+    if outcome.peak_bytes[name]:
+        entry["peak_mebibytes"] = outcome.peak_bytes[name] / 2**20
+    return entry
+
+
+def _by_class(values: Sequence[Any], class_names: Sequence[str], classes: Sequence[int]) -> dict[str, Any]:
+    """Return class name -> value; None for the classes that are not of interest."""
+    return {
+        name: value if c in classes else None for c, (name, value) in enumerate(zip(class_names, values, strict=True))
+    }
+
+
+def _images_per_class(procedures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Return the fewest and most images behind each class's mean; procedures differ where they see false alarms."""
+    images = [scores["Class_Images"] for scores in procedures.values()]
+    found = {c: [of_one[c] or 0 for of_one in images] for c in (images[0] if images else {})}
+    return {c: [min(counts), max(counts)] for c, counts in found.items()}
+
+
+def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset: Any) -> dict[str, Any]:
+    loader = config.loader("test")
+    assert loader is not None  # its data have just been scored
+    crop = getattr(dataset, "crop_size", None) if getattr(dataset, "val", False) else None
+    names = loaded.facts.class_names
+    interest = config.predict.CoI
+    return {
+        "checkpoint": str(loaded.path),
+        "epoch": loaded.epoch,
+        "model": config.arch.type,
+        "loss": config.loss.type,
+        "data": loader.type,
+        "split": loader.args.get("split"),
+        "note": optimism(config),
+        "images": outcome.images,
+        "resolution": f"shorter side to {min(crop)}, centre crop {crop[0]} x {crop[1]}" if crop else "whole images",
+        "image_sizes": _sizes(outcome.sizes),
+        "scores": "per image and class, mean over classes, then over images (RankSEG paper, Appendix A); "
+        "Dataset_*: counts of all images added up first",
+        "absent_classes": ABSENT_CLASSES,
+        "ignored_pixels": "count as wrong predictions" if config.predict.count_ignored else "ignored",
+        "ignore_index": loaded.facts.ignore_index,
+        "classes_of_interest": "all" if interest == "all" else [names[c] for c in interest],
+        "temperature": config.predict.temperature,
+        "threshold": config.predict.threshold,
+        "rankdice": config.predict.rankdice.model_dump(),
+        "forward_milliseconds_per_image": 1000 * outcome.forward_seconds / max(outcome.images, 1),
+        "memory": _memory_note(outcome, loaded),
+        "device": str(next(loaded.model.parameters()).device),
+        "torch": torch.__version__,
+    }
+
+
+def optimism(config: Config) -> str | None:
+    """Return a warning if the test data also chose the checkpoint and fitted the threshold, else None."""
+    test, val = config.test_loader, config.val_loader
+    if val is None:
+        return None
+    if test is None:
+        return "there is no test_loader: scored on the validation data that chose the checkpoint; scores are optimistic"
+
+    def data(loader: Component, *but: str) -> tuple[str, dict[str, Any]]:
+        aside = ("batch_size", "num_workers", "cache", *but)
+        return loader.type, {k: v for k, v in loader.args.items() if k not in aside}
+
+    if data(test) == data(val):
+        return "the test data are the validation data that chose the checkpoint: scores are optimistic"
+    # Without a split the folder alone tells test from validation data.
+    if test.args.get("split") and data(test, "data_dir") == data(val, "data_dir"):
+        return (
+            "the test data are those that chose the checkpoint, in another folder (data_dir); "
+            "unless that holds other images, scores are optimistic"
+        )
+    return None
+
+
+def _sizes(sizes: Sequence[tuple[int, int]]) -> str | None:
+    if not sizes:
+        return None
+    by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    smallest, largest = by_area[0], by_area[-1]
+    text = f"{smallest[0]} x {smallest[1]}"
+    return text if smallest == largest else f"{text} to {largest[0]} x {largest[1]} (height x width)"
+
+
+def _memory_note(outcome: Evaluation, loaded: LoadedModel) -> str:
+    if not any(outcome.peak_bytes.values()):
+        return "not measured"
+    if next(loaded.model.parameters()).device.type == "cuda":
+        return "peak of torch's CUDA allocations in a procedure, beside the probabilities of a batch"
+    return "peak of torch's CPU allocations in a procedure (profiled), beside the probabilities of the largest batch"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

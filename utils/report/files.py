@@ -1,0 +1,126 @@
+"""Test results as files: ``results.json``, the scores of every image as CSV, TensorBoard scalars."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.config.checks import unwritable
+from utils.errors import UserError
+from utils.evaluation import Evaluation
+from utils.facts import Facts
+
+# The page of a test of all procedures; written by :mod:`utils.report.page`, removed if an earlier run left it.
+PAGE = "report.html"
+
+
+def prepare_folder(folder: str | Path) -> Path:
+    """Check that results can be written to a folder, before the test and not after it; create nothing yet.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    why = unwritable(str(folder))
+    if why is not None:
+        raise UserError(f"{folder}: results cannot be written there: {why}; choose another folder with --output")
+    return Path(folder)
+
+
+def write(content: Mapping[str, Any], outcome: Evaluation, facts: Facts, folder: Path) -> list[Path]:
+    """Write ``results.json`` and ``per_image.csv``, each whole or not at all; return their paths.
+
+    Remove the ``report.html`` of an earlier run: files that lie side by side belong together.
+    """
+    paths = [folder / "results.json", folder / "per_image.csv"]
+    with suppress(OSError):  # where it cannot be made, writing says why
+        folder.mkdir(parents=True, exist_ok=True)
+    write_file(paths[0], json.dumps(content, indent=2) + "\n")
+    write_file(paths[1], _per_image(outcome, facts))
+    with suppress(OSError):
+        (folder / PAGE).unlink(missing_ok=True)
+    return paths
+
+
+def to_be_replaced(folder: Path, protocol: Mapping[str, Any]) -> str | None:
+    """Describe the results in a folder that the new ones replace.
+
+    None if there are none, or if they are of the same checkpoint over as many images or fewer.
+    """
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["protocol"]
+        checkpoint, images = str(found["checkpoint"]), int(found["images"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if Path(checkpoint).resolve() != Path(protocol["checkpoint"]).resolve():
+        return f"the results of {checkpoint}"
+    return f"results over {images} images" if images > protocol["images"] else None
+
+
+def write_scalars(content: Mapping[str, Any], folder: Path) -> None:
+    """Write the scores as TensorBoard scalars into the folder, ``test_PROCEDURE/SCORE`` (``tester.tensorboard``)."""
+    from torch.utils.tensorboard import SummaryWriter  # loading it takes a second, and few runs ask for it
+
+    epoch = content["protocol"]["epoch"]
+    with SummaryWriter(str(folder)) as writer:
+        for name, scores in content["procedures"].items():
+            for key, value in scores.items():
+                values = {f"{key}/{c}": v for c, v in value.items()} if isinstance(value, Mapping) else {key: value}
+                for tag, number in values.items():
+                    if number is not None:
+                        writer.add_scalar(f"test_{name}/{tag}", number, epoch)
+
+
+def _per_image(outcome: Evaluation, facts: Facts) -> str:
+    """Return one line per image, worst mean Dice of the last procedure first."""
+    names = list(outcome.metrics)
+    header = ["image"]
+    columns: dict[str, list[list[float]]] = {}
+    for name in names:
+        metrics = outcome.metrics[name]
+        images, scores, expected = metrics.rows()
+        interest = metrics.classes
+        values = [
+            scores.dice[:, interest].nanmean(dim=1),
+            scores.iou[:, interest].nanmean(dim=1),
+            scores.pixel_accuracy[:, interest].mean(dim=1),
+        ]
+        header += [f"{name}_{key}" for key in ("mDice", "mIoU", "PixelAcc")]
+        if expected is not None:
+            values.append(expected[:, interest].nanmean(dim=1))
+            header.append(f"{name}_expected_{'IoU' if metrics.expects == 'iou' else 'Dice'}")
+        header += [f"{name}_Dice_{facts.class_names[c]}" for c in interest]
+        columns[name] = torch.cat([torch.stack(values, dim=1), scores.dice[:, interest]], dim=1).tolist()
+    last = columns[names[-1]]
+    order = sorted(range(len(images)), key=lambda i: (math.isnan(last[i][0]), last[i][0], images[i]))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(header)
+    for i in order:
+        cells = ["" if math.isnan(v) else f"{v:.6f}" for name in names for v in columns[name][i]]
+        writer.writerow([images[i], *cells])
+    return stream.getvalue()
+
+
+def write_file(path: Path, content: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: could not be written: {error.strerror}") from None

@@ -1,0 +1,119 @@
+"""Test results on the screen."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from utils import tables
+from utils.report.content import COLUMNS, EXPLAINED
+
+INDENT = "    "
+WIDTH = 100
+# Lines of the protocol that the screen shows; results.json has all of them.
+PROTOCOL = (
+    *("checkpoint", "model", "loss", "data", "split", "note", "images", "resolution", "image_sizes", "views", "scores"),
+    *("absent_classes", "ignored_pixels", "classes_of_interest", "temperature", "threshold", "fitted", "test_loss"),
+)
+
+
+def text(content: Mapping[str, Any]) -> str:
+    """Return the protocol, a report of each procedure, and, for several procedures, tables that compare them."""
+    protocol, procedures = content["protocol"], content["procedures"]
+    parts = [_header(protocol), *(_report(name, scores, protocol) for name, scores in procedures.items())]
+    if len(procedures) > 1:
+        parts += [_class_table(procedures, key, protocol) for key in ("Class_Dice", "Class_IoU")]
+        parts.append(_comparison(procedures))
+    if "reliability" in content:
+        parts.append(_reliability(content["reliability"]))
+    if "comparison" in content:
+        parts.append(_differences(content["comparison"]))
+    if "advice" in content:
+        parts.append(_title("Advice") + wrapped(content["advice"]))
+    return "\n".join(parts)
+
+
+def wrapped(value: str) -> str:
+    """Return a paragraph, indented and as wide as the tables."""
+    return textwrap.fill(value, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT)
+
+
+def images(counts: Sequence[int]) -> str:
+    """Return the number of images behind a mean, or the fewest and the most."""
+    return str(counts[0]) if counts[0] == counts[1] else f"{counts[0]} to {counts[1]}"
+
+
+def _title(text: str) -> str:
+    return f"\n{INDENT}## {text}\n"
+
+
+def _line(key: str, value: str) -> str:
+    head = f"{INDENT}{key:<22}: "
+    return textwrap.fill(value, WIDTH, initial_indent=head, subsequent_indent=" " * len(head)) if value else head
+
+
+def _header(protocol: Mapping[str, Any]) -> str:
+    shown = {key: protocol[key] for key in PROTOCOL if protocol[key] is not None}
+    lines = [_line(key, f"{v:.4g}" if isinstance(v, float) else str(v)) for key, v in shown.items()]
+    counts = ", ".join(f"{c} {images(n)}" for c, n in protocol["images_per_class_mean"].items())
+    return _title("Protocol") + "\n".join([*lines, _line("images_per_class_mean", counts)])
+
+
+def _report(name: str, scores: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """Return the block that the users of pytorch-segmentation know: a line per score, classes as dictionaries."""
+    lines = [
+        f"{INDENT}{key:<22}: {tables.number(value)}" for key, value in scores.items() if not isinstance(value, dict)
+    ]
+    for key in ("Class_IoU", "Class_Dice"):
+        listing = ", ".join(f"{c}: {tables.number(v, 3)}" for c, v in scores[key].items())
+        lines.append(_line(key, f"{{{listing}}}"))
+    return _title(f"Results of {protocol['model']}, {protocol['loss']}, {name}") + "\n".join(lines)
+
+
+def _class_table(procedures: Mapping[str, Mapping[str, Any]], key: str, protocol: Mapping[str, Any]) -> str:
+    counts = protocol["images_per_class_mean"]
+    rows = [
+        [c, *(tables.number(s[key][c]) for s in procedures.values()), images(counts[c])]
+        for c in next(iter(procedures.values()))[key]
+    ]
+    return _title(key.replace("_", " ")) + tables.plain(["class", *procedures, "images"], rows, INDENT, WIDTH)
+
+
+def _comparison(procedures: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = [(key, title) for key, title in COLUMNS if any(s.get(key) is not None for s in procedures.values())]
+    rows = [[name, *(tables.number(s.get(key)) for key, _ in columns)] for name, s in procedures.items()]
+    notes = [f"{name}: {what}" for name, what in EXPLAINED.items() if name in procedures]
+    table = tables.plain(["procedure", *(title for _, title in columns)], rows, INDENT, WIDTH)
+    return "\n".join([_title("Comparison") + table, *map(wrapped, notes)])
+
+
+def _reliability(found: Mapping[str, Any]) -> str:
+    shown = {"NLL": "NLL", "Brier": "Brier", "ECE": "ECE", "Class_ECE": "class ECE"}
+    title = _title(f"Calibration of the probabilities ({found['pixels']:,} pixels)")
+    return title + tables.plain(list(shown.values()), [[tables.number(found[key]) for key in shown]], INDENT)
+
+
+def difference_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the table of differences to the baseline."""
+    header = ["procedure", "mDice", f"{found['level']:.0%} from", "to", "better", "same", "worse", "best", "worst"]
+    rows = [
+        [
+            name,
+            *(tables.number(d[key], signed=True) for key in ("mean", "low", "high")),
+            *(str(d[key]) for key in ("better", "same", "worse")),
+            *(tables.number(d[key], signed=True) for key in ("largest_gain", "largest_loss")),
+        ]
+        for name, d in found["Mean_Dice"].items()
+    ]
+    return header, rows
+
+
+def _differences(found: Mapping[str, Any]) -> str:
+    title = _title(f"Difference to {found['baseline']}")
+    note = (
+        f"Paired bootstrap over images, {found['resamples']:,} draws. better, same, worse: number of images "
+        f"(same: within {found['same_within']}). best, worst: largest gain and loss of one image."
+    )
+    table = tables.plain(*difference_rows(found), INDENT, WIDTH)
+    return f"{title}{table}\n{wrapped(note)}\n{_title('Verdict')}{wrapped(found['verdict'])}"
