@@ -62,6 +62,28 @@ class Augmentation:
     blur: float = 0.0
     jitter: float = 0.0
 
+    @classmethod
+    def of(
+        cls,
+        crop_size: int | Sequence[int] | None = None,
+        base_size: int | None = None,
+        scale: bool | Sequence[float] = True,
+        rotate: bool | float = True,
+        flip: bool = True,
+        blur: bool | float = False,
+        jitter: bool | float = False,
+    ) -> Augmentation:
+        """Return the augmentation that a loader's arguments ask for; ValueError names one that is not possible."""
+        return cls(
+            _pair("crop_size", crop_size),
+            _positive("base_size", base_size),
+            _scale_range(scale),
+            _amount("rotate", rotate, MAX_ROTATION),
+            flip,
+            _amount("blur", blur, MAX_BLUR),
+            _amount("jitter", jitter, MAX_JITTER),
+        )
+
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Parameters:
         """Draw parameters for an image of the given size.
 
@@ -199,3 +221,34 @@ def apply(
     crop = warp_image(image, parameters, fill)
     crop = jitter(blur(crop, parameters.blur), parameters)
     return crop, warp_label(label, parameters, ignore_index)
+
+
+def _positive(name: str, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _pair(name: str, value: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    height, width = (value, value) if isinstance(value, int) else tuple(value)
+    if min(height, width) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return height, width
+
+
+def _scale_range(scale: bool | Sequence[float]) -> tuple[float, float]:
+    if isinstance(scale, bool):
+        return SCALE_RANGE if scale else (1.0, 1.0)
+    low, high = scale
+    if not 0 < low <= high:
+        raise ValueError(f"scale must be (lowest, highest) with 0 < lowest <= highest, got {tuple(scale)}")
+    return float(low), float(high)
+
+
+def _amount(name: str, value: bool | float, default: float) -> float:
+    amount = default * value if isinstance(value, bool) else float(value)
+    if not 0 <= amount <= 180:
+        raise ValueError(f"{name} must be true, false or a number that is not negative, got {value}")
+    return amount

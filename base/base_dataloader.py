@@ -6,8 +6,8 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader, Sampler
 
-from base.base_dataset import BROKEN_FILES_HINT, BaseDataSet, Sample, Skipped
+from base.base_dataset import BaseDataSet
+from base.entries import BROKEN_FILES_HINT, Key, available_cores, collate
 from utils.batch import Batch
 from utils.errors import UserError
 
@@ -25,14 +26,6 @@ MAX_DEFAULT_WORKERS = 8
 PREFETCHED_BATCHES = 4  # per worker
 _REPORTED_FILES = 5
 _ORDER, _HELD_OUT = 1, 2  # tags that keep different uses of one seed apart
-
-
-def available_cores() -> int:
-    """Return how many CPU cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
 
 
 class BaseDataLoader(DataLoader[Any]):
@@ -48,7 +41,7 @@ class BaseDataLoader(DataLoader[Any]):
         shuffle: another order in each epoch; marks training.
         val_split: share of the samples held out of this loader for :meth:`get_val_loader`.
         num_workers: processes that read ahead; 0 reads in this one; at most one per core. None: cores - 1, at most 8.
-        drop_last: drop the last batch if it is not full. A last batch of one image is dropped in training anyhow:
+        drop_last: drop the last batch if it is not full. A last batch of one image is always dropped in training:
             batch norm cannot learn from it.
         sampler: "weighted" draws (with replacement) samples with rare classes more often; needs ``shuffle``.
         seed: of the order.
@@ -123,13 +116,13 @@ class BaseDataLoader(DataLoader[Any]):
         return loader
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for parcel in super().__iter__():
-            if parcel.failure is not None:
-                raise UserError(f"{parcel.failure}{BROKEN_FILES_HINT}")
-            for reason in parcel.problems:
+        for collated in super().__iter__():
+            if collated.failure is not None:
+                raise UserError(f"{collated.failure}{BROKEN_FILES_HINT}")
+            for reason in collated.problems:
                 self._report(reason)
-            if parcel.batch is not None:
-                yield parcel.batch
+            if collated.batch is not None:
+                yield collated.batch
 
     def _report(self, reason: str) -> None:
         new = reason not in self.skipped
@@ -140,9 +133,9 @@ class BaseDataLoader(DataLoader[Any]):
             log.warning("skipped %d files so far", len(self.skipped))
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) keys: the epoch travels with the index, so that workers that live through all
-    epochs know it.
+class EpochBatches(Sampler[list[Key]]):
+    """Batches of keys (:data:`base.entries.Key`): the epoch travels with the index, because workers live through all
+    epochs. An index that a weighted epoch draws again also carries which draw it is, and is augmented differently.
     """
 
     def __init__(
@@ -168,17 +161,13 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     def _count_batches(self) -> int:
         full, left = divmod(self.share, self.batch_size)
-        if left == 0 or self.drop_last:
-            dropped = 0
-        elif self.shuffle and left == 1 and self.batch_size > 1:
+        single = self.shuffle and left == 1 and self.batch_size > 1
+        if single and not self.drop_last:
             log.info(
-                "the last batch of each training epoch would hold one image; it is left out (batch norm "
-                "cannot learn from a single one)"
+                "the last batch of each training epoch would hold one image and is dropped (batch norm cannot "
+                "learn from a single image)"
             )
-            dropped = 0
-        else:
-            dropped = 1
-        batches = full + dropped
+        batches = full + (left > 0 and not self.drop_last and not single)
         if batches == 0 and self.shuffle:
             raise UserError(
                 f"{len(self.indices)} training samples over {self.world} process(es) give no batch of "
@@ -190,60 +179,43 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         """Set the epoch of the next iteration and the batch it begins with."""
         self.epoch, self.start_batch = epoch, start_batch
 
-    def order(self, epoch: int) -> np.ndarray:
-        """Return this process's indices of an epoch, int64."""
-        order = self.indices
+    def keys(self, epoch: int) -> list[Key]:
+        """Return this process's keys of an epoch, in order."""
+        order, draws = self.indices, None
         if self.shuffle:
             rng = np.random.default_rng([self.seed, epoch, _ORDER])
             if self.weights is not None:
                 order = rng.choice(order, size=len(order), p=self.weights)
+                draws = _times_drawn_before(order)
             else:
                 order = rng.permutation(order)
-        return order[self.rank :: self.world][: self.share]
+        mine = slice(self.rank, None, self.world)
+        indices = order[mine][: self.share].tolist()
+        if draws is None:
+            return [(epoch, index) for index in indices]
+        return [
+            (epoch, index, draw) if draw else (epoch, index)
+            for index, draw in zip(indices, draws[mine].tolist(), strict=False)
+        ]
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = self.epoch, self.order(self.epoch)
+    def __iter__(self) -> Iterator[list[Key]]:
+        keys = self.keys(self.epoch)
         for batch in range(self.start_batch, self._length):
-            part = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            yield [(epoch, index) for index in part.tolist()]
+            yield keys[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
-class Parcel(NamedTuple):
-    """What a worker hands over: a batch, None if nothing of it could be read, what was left out, and what must
-    stop the run.
-    """
-
-    batch: Batch | None
-    problems: list[str]
-    failure: str | None = None
-
-
-def collate(items: Sequence[Sample | Skipped | UserError]) -> Parcel:
-    """Stack samples to a batch; lists where their sizes differ."""
-    problems: list[str] = []
-    samples: list[Sample] = []
-    for item in items:
-        if isinstance(item, UserError):
-            return Parcel(None, [], str(item))
-        if isinstance(item, Skipped):
-            problems += item.reasons
-            if item.replacement is not None:
-                samples.append(item.replacement)
-        else:
-            samples.append(item)
-    if not samples:
-        return Parcel(None, problems)
-    images, labels = [s.image for s in samples], [s.label for s in samples]
-    if len({image.dtype for image in images}) > 1:
-        # 8 and 16 bit files in one batch.
-        images = [i.float() / 255 if i.dtype == torch.uint8 else i for i in images]
-    names = [s.name for s in samples]
-    if len({image.shape for image in images}) > 1:
-        return Parcel(Batch(images, labels, names), problems)
-    return Parcel(Batch(torch.stack(images), torch.stack(labels), names), problems)
+def _times_drawn_before(order: np.ndarray) -> np.ndarray:
+    """Return, for each place in ``order``, how often its value occurs before it."""
+    sorting = np.argsort(order, kind="stable")
+    values = order[sorting]
+    new = np.concatenate([[True], values[1:] != values[:-1]])
+    places = np.arange(len(order))
+    before = np.empty(len(order), np.int64)
+    before[sorting] = places - np.maximum.accumulate(np.where(new, places, 0))
+    return before
 
 
 def _start_worker(worker: int) -> None:

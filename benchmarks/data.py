@@ -232,15 +232,16 @@ def memory(folder: str, samples: int = MEMORY_SAMPLES) -> dict[str, list[float]]
     """Return a worker's private memory in MiB after each tenth of the samples."""
     from torch.utils.data import get_worker_info
 
-    from base.base_dataloader import BaseDataLoader, collate
+    from base.base_dataloader import BaseDataLoader
+    from base.entries import collate
 
     data = dataset(folder, crop_size=CROP, augment=True, blur=True, jitter=True)
     sizes: list[float] = []
 
     def with_size(items: list[Any]) -> Any:
-        parcel = collate(items)
+        collated = collate(items)
         assert get_worker_info() is not None
-        return parcel._replace(problems=[f"{_private_mib():.1f}"])
+        return collated._replace(problems=[f"{_private_mib():.1f}"])
 
     loader = BaseDataLoader(data, 20, shuffle=True, num_workers=1)
     loader.collate_fn = with_size
@@ -248,10 +249,10 @@ def memory(folder: str, samples: int = MEMORY_SAMPLES) -> dict[str, list[float]]
     while done < samples:
         loader.set_epoch(number)
         # What the workers report instead of skipped files; the loader's own iteration would log it.
-        for parcel in super(BaseDataLoader, loader).__iter__():
-            done += len(parcel.batch.names)
+        for collated in super(BaseDataLoader, loader).__iter__():
+            done += len(collated.batch.names)
             if done >= samples * (len(sizes) + 1) / 10:
-                sizes.append(float(parcel.problems[0]))
+                sizes.append(float(collated.problems[0]))
         number += 1
     return {"samples": [samples], "private_mib": sizes}
 

@@ -11,7 +11,18 @@ from utils.registry import Registry
 if TYPE_CHECKING:
     from base.base_dataloader import BaseDataLoader
 
-LOADERS = Registry(
+
+class Loaders(Registry):
+    """The table of data sets; it also knows which constructors share the arguments of a loader."""
+
+    def constructors(self, name: str) -> tuple[type, ...]:
+        """Return the classes that share a loader's arguments: the data set, its bases, the loader."""
+        from base.base_dataloader import BaseDataLoader  # imports torch; the table must not, for --help
+
+        return (*self[name].constructors(), BaseDataLoader)
+
+
+LOADERS = Loaders(
     "data set",
     {
         "VOC": "dataloaders.voc.VOC",
@@ -33,7 +44,7 @@ def signature(type: str) -> inspect.Signature:
     They are the data set's own, those all data sets share, and the loader's (batch_size, shuffle, ...).
     """
     parameters: dict[str, inspect.Parameter] = {}
-    for target in LOADERS[type].loader_targets():
+    for target in LOADERS.constructors(type):
         for name, parameter in inspect.signature(target.__init__, eval_str=True).parameters.items():
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self":
                 parameters.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY))
@@ -51,12 +62,12 @@ def build(type: str, **args: Any) -> BaseDataLoader:
         ValueError, TypeError: an argument is unknown or its value impossible; it is named.
         UserError: the data set is unknown, or its files are not as they must be.
     """
-    from base.base_dataloader import BaseDataLoader
-
     known = signature(type).parameters
     for name in args:
         if name not in known:
             raise TypeError(f"{type} takes no argument {name!r}{did_you_mean(name, known)}")
-    *constructors, loader = (inspect.signature(t).parameters for t in LOADERS[type].loader_targets())
-    dataset = LOADERS[type](**{n: v for n, v in args.items() if any(n in c for c in constructors)})
-    return BaseDataLoader(dataset, **{n: v for n, v in args.items() if n in loader})
+    *constructors, loader = LOADERS.constructors(type)
+    own = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+    of_loader = inspect.signature(loader).parameters
+    dataset = LOADERS[type](**{n: v for n, v in args.items() if n in own})
+    return loader(dataset, **{n: v for n, v in args.items() if n in of_loader})

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from base.base_dataset import BaseDataSet, Entry
+from base.base_dataset import BaseDataSet
+from base.entries import Entry
 from dataloaders.labels import labels
-from dataloaders.pairing import image_files, pair, relative_stem
+from dataloaders.reading.pairing import image_files, pair, relative_stem
 
 _FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
 

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from base.base_dataset import BaseDataSet, Entry
+from base.base_dataset import BaseDataSet
+from base.entries import Entry
 from dataloaders.labels import labels
-from dataloaders.pairing import pair
+from dataloaders.reading.pairing import pair
 
 # trainId of each labelId 0..33 as the publisher's label definitions have it; 255 counts nowhere. The remaining
 # labelId, -1 (license plate), is not drawn into the label images.

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from base.base_dataset import BaseDataSet, Entry
+from base.base_dataset import BaseDataSet
+from base.entries import Entry
 from dataloaders.labels import labels
-from dataloaders.matlab import load_mat
-from dataloaders.pairing import image_files, pair, relative_stem
+from dataloaders.reading.matlab import load_mat
+from dataloaders.reading.pairing import image_files, pair, relative_stem
 from utils.errors import UserError
 from utils.images import read_label
 

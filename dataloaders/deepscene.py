@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from base.base_dataset import BaseDataSet, Entry
-from dataloaders.colours import ColourTable
+from base.base_dataset import BaseDataSet
+from base.entries import Entry
 from dataloaders.labels import labels
-from dataloaders.pairing import image_files, pair
+from dataloaders.reading.colours import ColourTable
+from dataloaders.reading.pairing import image_files, pair
 from utils.images import read_image, read_label
 
 _TREE, _VEGETATION = (0, 60, 0), 3

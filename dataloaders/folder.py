@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from base.base_dataset import BaseDataSet, Colour, Entry
-from dataloaders.colours import ColourTable
-from dataloaders.pairing import Pairs, image_files, pair, relative_stem, split_by_fraction
+from base.base_dataset import BaseDataSet
+from base.entries import Entry
+from base.labels import Colour
+from dataloaders.reading.colours import ColourTable
+from dataloaders.reading.pairing import Pairs, image_files, pair, relative_stem, split_by_fraction
 from utils.errors import UserError, plural
 from utils.images import read_image, read_label
 
@@ -53,6 +55,7 @@ class Folder(BaseDataSet):
     """
 
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test", "all")
+    label_hint = " If these values stand for classes, give the mask's value of each class as `mask_values`."
     layout = """
 data_dir/
   images/<name>.<jpg, png, tif, npy, ...>
@@ -238,10 +241,6 @@ or, split by folders,
                 "the order of `classes` (and leave `colors` and `mask_values` out)"
             )
         return np.ascontiguousarray(mask[:, :, 0])
-
-    def _illegal(self, label: np.ndarray, values: np.ndarray, path: Path | str) -> UserError:
-        hint = "If these values stand for classes, give the mask's value of each class as `mask_values`."
-        return UserError(f"{super()._illegal(label, values, path)} {hint}")
 
     def _check_first(self) -> None:
         super()._check_first()

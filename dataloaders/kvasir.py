@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from base.base_dataset import BaseDataSet, Entry
+from base.base_dataset import BaseDataSet
+from base.entries import Entry
 from dataloaders.labels import labels
-from dataloaders.pairing import image_files, pair, relative_stem, split_by_fraction
+from dataloaders.reading.pairing import image_files, pair, relative_stem, split_by_fraction
 from utils.images import read_image
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from base.base_dataset import BaseDataSet, Entry
+from base.base_dataset import BaseDataSet
+from base.entries import Entry
 from utils.errors import UserError
 from utils.images import voc_colormap
 

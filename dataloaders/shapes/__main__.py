@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import cv2
+import numpy as np
+
+from dataloaders.shapes import scene
 from utils.errors import UserError, run
-
-if TYPE_CHECKING:
-    import numpy as np
+from utils.images import voc_colormap, write_bytes, write_png
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line's parser; nothing heavy is imported for it."""
+    """Return the command line's parser."""
     top = argparse.ArgumentParser(
         prog="python -m dataloaders.shapes",
         description="Write scenes of the built-in data set as image and mask files in the layout of Pascal VOC, "
@@ -30,10 +31,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Write the files."""
     args = parser().parse_args()
-
-    from dataloaders.shapes.scene import SMALLEST
-
-    for name, value, least in (("n", args.n, 2), ("size", args.size, SMALLEST), ("seed", args.seed, 0)):
+    for name, value, least in (("n", args.n, 2), ("size", args.size, scene.SMALLEST), ("seed", args.seed, 0)):
         if value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
     out = Path(args.out).expanduser()
@@ -50,9 +48,6 @@ def main() -> int:
 
 def write_voc(out: Path, n: int, size: int = 128, seed: int = 0) -> dict[str, int]:
     """Write ``n`` scenes of train and val and some of test below ``out``; return how many each split has."""
-    from dataloaders.shapes import scene
-    from utils.images import voc_colormap, write_bytes, write_png
-
     root = out / "VOCdevkit" / "VOC2012"
     val = max(1, n // 4)
     counts = {"train": n - val, "val": val, "test": max(1, n // 10)}
@@ -77,8 +72,6 @@ def write_voc(out: Path, n: int, size: int = 128, seed: int = 0) -> dict[str, in
 
 
 def _jpeg(image: np.ndarray) -> bytes:
-    import cv2
-
     ok, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
     if not ok:
         raise OSError("the image cannot be encoded as JPEG")

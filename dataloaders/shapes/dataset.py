@@ -1,4 +1,4 @@
-"""The built-in data set: scenes rendered on the fly, without files, as many as one likes."""
+"""The built-in data set: scenes rendered on the fly, without files, in any number."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from base.base_dataset import BaseDataSet, Entry
+from base.base_dataset import BaseDataSet
+from base.entries import Entry
 from dataloaders.shapes import scene
 
 
@@ -71,7 +72,4 @@ class Shapes(BaseDataSet):
             image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
         elif self.in_channels != 3:
             raise ValueError(f"in_channels must be 1 or 3 for Shapes, got {self.in_channels}")
-        return image, self.translate(label, self.entries[index].name)
-
-    def _label_alone(self, index: int) -> np.ndarray:
-        return self.load(index)[1]
+        return image, self.label_table.translate(label, self.entries[index].name)

@@ -11,10 +11,12 @@ import torch
 from torch import distributed
 
 import dataloaders
-from base.base_dataloader import BaseDataLoader, EpochBatches, available_cores
-from base.base_dataset import BaseDataSet, Entry
+from base.base_dataloader import BaseDataLoader, EpochBatches
+from base.base_dataset import BaseDataSet
+from base.entries import Entry, available_cores
 from utils.batch import Batch, equal_sizes
 from utils.errors import UserError
+from utils.images import write_png
 
 
 class Numbered(BaseDataSet):
@@ -42,9 +44,6 @@ class Numbered(BaseDataSet):
         if self.wide and index % 2:
             image = image.astype(np.float32) / 255
         return image, np.full(size, int(index % 7 == 0), np.uint8)
-
-    def _label_alone(self, index: int) -> np.ndarray:
-        return self.read(index)[1]
 
 
 def loader(count: int = 20, *, data: dict | None = None, **options: object) -> BaseDataLoader:
@@ -259,17 +258,44 @@ def shares(monkeypatch: pytest.MonkeyPatch, world: int, count: int, **options: o
 
 @pytest.mark.parametrize(("world", "count"), [(2, 11), (3, 20), (4, 9)])
 def test_evaluation_counts_every_sample_once(monkeypatch: pytest.MonkeyPatch, world: int, count: int) -> None:
-    seen = [i for share in shares(monkeypatch, world, count) for i in share.order(0).tolist()]
+    seen = [index for share in shares(monkeypatch, world, count) for _, index in share.keys(0)]
     assert sorted(seen) == list(range(count))
 
 
 @pytest.mark.parametrize(("world", "count"), [(2, 11), (3, 20), (4, 9)])
 def test_training_shares_are_equal_and_apart(monkeypatch: pytest.MonkeyPatch, world: int, count: int) -> None:
     parts = shares(monkeypatch, world, count, shuffle=True)
-    orders = [part.order(4).tolist() for part in parts]
+    orders = [[index for _, index in part.keys(4)] for part in parts]
     assert {len(order) for order in orders} == {count // world}
     assert len({len(part) for part in parts}) == 1
     assert len({i for order in orders for i in order}) == world * (count // world)
+
+
+def test_an_index_drawn_again_in_an_epoch_is_augmented_differently(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        write_png(tmp_path / "images" / f"{i}.png", rng.integers(0, 256, (24, 24, 3), np.uint8))
+        write_png(tmp_path / "masks" / f"{i}.png", np.full((24, 24), int(i == 0), np.uint8))
+    loader = dataloaders.build(
+        "Folder",
+        data_dir=str(tmp_path),
+        classes=["a", "b"],
+        crop_size=20,
+        augment=True,
+        shuffle=True,
+        sampler="weighted",
+        num_workers=0,
+    )
+    repeats = 0
+    for epoch in range(8):
+        keys = loader.batches.keys(epoch)
+        assert len(set(keys)) == 6
+        for key in keys:
+            repeats += len(key) == 3
+            earlier = [loader.dataset[k].image for k in keys[: keys.index(key)] if k[1] == key[1]]
+            assert len(earlier) == (key[2] if len(key) == 3 else 0)
+            assert not any(torch.equal(loader.dataset[key].image, image) for image in earlier)
+    assert repeats > 5
 
 
 # ---- building by name

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from base.base_dataset import BaseDataSet, Entry, Sample, Skipped, read_class_names
+from base.base_dataset import BaseDataSet
+from base.entries import Entries, Entry, Sample, Skipped
+from base.labels import read_class_names
 from utils.errors import UserError
 from utils.images import write_png
 
@@ -230,11 +232,11 @@ def test_label_table(folder: Path) -> None:
         lut = np.array([2, 0], np.uint8)
 
     for dtype in (np.uint8, np.int32):
-        got = Mapped(str(folder)).translate(np.array([[0, 1], [1, 255]], dtype), "x")
+        got = Mapped(str(folder)).label_table.translate(np.array([[0, 1], [1, 255]], dtype), "x")
         assert got.tolist() == [[2, 0], [0, 255]]
         assert got.dtype == np.uint8
     with pytest.raises(UserError, match="x holds.*no class: 77"):
-        Mapped(str(folder)).translate(np.array([[77]], np.int32), "x")
+        Mapped(str(folder)).label_table.translate(np.array([[77]], np.int32), "x")
 
 
 def test_one_channel_takes_background_and_class(folder: Path) -> None:
@@ -366,8 +368,6 @@ def test_class_files(tmp_path: Path) -> None:
 
 
 def test_entries_survive_odd_names(tmp_path: Path) -> None:
-    from base.base_dataset import Entries
-
     listed = [Entry(Path("/a/Straße 1.png"), None, "Straße 1"), Entry(None, Path("b"), ""), Entry(None, None, "x")]
     entries = Entries(listed)
     assert list(entries) == listed

@@ -13,7 +13,7 @@ from PIL import Image
 import dataloaders
 from dataloaders.__main__ import main
 from dataloaders.check import inspect, is_legal, warnings
-from dataloaders.sheet import contact_sheet
+from dataloaders.check.sheet import contact_sheet
 from utils.errors import UserError
 
 CLASSES = ["ground", "tree", "lake"]

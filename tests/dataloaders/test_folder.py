@@ -17,8 +17,8 @@ from PIL import Image
 
 import dataloaders
 from base.base_dataset import BaseDataSet
-from dataloaders.colours import ColourTable
-from dataloaders.pairing import split_by_fraction
+from dataloaders.reading.colours import ColourTable
+from dataloaders.reading.pairing import split_by_fraction
 from tests.images.test_tiff import tiff
 from utils.errors import UserError
 from utils.images import write_png
@@ -445,6 +445,5 @@ def test_documented_examples_are_accepted(root: Path) -> None:
     examples = [json.loads(line[line.index("{") :]) for line in lines]
     assert len(examples) >= 9
     for example in examples:
-        cls = dataloaders.LOADERS[example["type"]]
-        targets = [cls, *cls.loader_targets()]
+        targets = dataloaders.LOADERS.constructors(example["type"])
         assert check_arguments("args", example["type"], targets, example["args"]) == []

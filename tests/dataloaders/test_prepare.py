@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataloaders import download
 from dataloaders.__main__ import main
 from dataloaders.ade20k import ADE20K
-from dataloaders.download import Archive, Unreachable, fetch, unpack, verify
 from dataloaders.labels import labels
-from dataloaders.prepare import Recipe, by_hand, prepare, recipes
+from dataloaders.prepare import Recipe, by_hand, download, prepare, recipes
+from dataloaders.prepare.download import Archive, Unreachable, fetch, unpack, verify
 from utils.errors import UserError
 
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import dataloaders
-from dataloaders.shapes import Shapes, scene
+from dataloaders.shapes import scene
+from dataloaders.shapes.dataset import Shapes
 
 SCENES = 250
 

@@ -152,7 +152,7 @@ def known_keys() -> set[str]:
     fields(Config)
     names.update(optim.signature_of("SGD").parameters)
     targets = [*(MODELS[m] for m in MODELS), *LOSSES.values()]
-    targets += [target for name in LOADERS for target in LOADERS[name].loader_targets()]
+    targets += [target for name in LOADERS for target in LOADERS.constructors(name)]
     names.update(name for target in targets for name in parameters(target))
     return names | {"$schema", "out", "aux", *MODELS, *LOADERS, "Mine"}
 

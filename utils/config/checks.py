@@ -155,7 +155,7 @@ def _check_loader(path: str, component: Component, loaders: Registry) -> list[st
     if component.type not in loaders:
         return [_unknown(path, component.type, loaders)]
     dataset = loaders[component.type]
-    targets = dataset.loader_targets()
+    targets = loaders.constructors(component.type)
     problems = check_arguments(f"{path}.args", component.type, targets, component.args, PROVIDED_TO_LOADER)
     folder = component.args.get("data_dir")
     if isinstance(folder, str) and not Path(folder).expanduser().is_dir():

@@ -207,7 +207,7 @@ def _loaders(loaders: Registry) -> list[str]:
         "The data sets are described in [datasets.md](datasets.md). Arguments that all of them take:",
         "",
     ]
-    every = {name: _arguments(loaders[name].loader_targets(), PROVIDED_TO_LOADER) for name in loaders}
+    every = {name: _arguments(loaders.constructors(name), PROVIDED_TO_LOADER) for name in loaders}
     shared = set.intersection(*(set(arguments) for arguments in every.values()))
     lines += _table({name: a for name, a in every["Folder"].items() if name in shared})
     for loader, arguments in every.items():

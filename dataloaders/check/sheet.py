@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from base.base_dataset import BaseDataSet, Sample
+from base.base_dataset import BaseDataSet
+from base.entries import Sample
 from utils.images.palette import displayable, grid, overlay
 
 CELL = 260  # longest side of a picture, pixels

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataloaders.download import Archive, Unreachable, fetch, unpack, verify
-from dataloaders.matlab import load_mat
+from dataloaders.prepare.download import Archive, Unreachable, fetch, unpack, verify
+from dataloaders.reading.matlab import load_mat
 from utils.errors import UserError
 from utils.images import voc_colormap, write_png
 
@@ -40,7 +40,7 @@ class Recipe:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the subcommand; see ``add_arguments`` in ``dataloaders/__main__.py`` for the options."""
+    """Run the subcommand; return its exit code."""
     recipe = recipes()[recipe_name(args.name, args.aug, args.partition)]
     print(recipe.note)
     prepare(recipe, Path(args.dir), args.mirror, not args.no_verify, args.delete_archives)

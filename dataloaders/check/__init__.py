@@ -14,8 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 import dataloaders
-from base.base_dataset import BaseDataSet, Sample
-from dataloaders.sheet import contact_sheet
+from base.base_dataset import BaseDataSet
+from base.entries import Sample
+from dataloaders.check.sheet import contact_sheet
 from utils.config import load
 from utils.config.schema import Component, Config
 from utils.errors import DataFolderError, UserError, plural
@@ -218,7 +219,7 @@ def is_legal(dataset: BaseDataSet, value: int) -> bool:
     """Say whether a stored label value stands for a class or for "not labelled"."""
     probe = np.full((1, 1), value, np.uint8 if 0 <= value <= 255 else np.int32)
     try:
-        dataset.translate(probe, "")
+        dataset.label_table.translate(probe, "")
     except UserError:
         return False
     return True

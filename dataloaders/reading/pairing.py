@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from base.base_dataset import Entry
+from base.entries import Entry
 from utils.errors import UserError, plural
 from utils.images import IMAGE_EXTENSIONS
 

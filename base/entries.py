@@ -1,0 +1,184 @@
+"""What travels between a data set, its loader and the worker processes: entries, samples, batches and the cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.batch import Batch
+from utils.errors import UserError
+
+T, R = TypeVar("T"), TypeVar("R")
+
+# An index, (epoch, index), or (epoch, index, draw) for the second, third, ... time that an epoch draws the index.
+Key = int | tuple[int, int] | tuple[int, int, int]
+
+BROKEN_FILES_HINT = (
+    "\n(python -m dataloaders check --config CONFIG finds all such files; "
+    '"on_error": "skip" in the loader\'s args skips them)'
+)
+
+
+class Sample(NamedTuple):
+    """One item: ``image`` uint8 ``(C, H, W)`` (float32 in [0, 1] for more than 8 bits), ``label`` integers
+    ``(H, W)``: class ids or the ignore index, ``name``.
+    """
+
+    image: Tensor
+    label: Tensor
+    name: str
+
+
+class Skipped(NamedTuple):
+    """An item that could not be read under ``on_error: "skip"``: the reasons, and the sample that replaces it."""
+
+    reasons: list[str]
+    replacement: Sample | None
+
+
+class Entry(NamedTuple):
+    """Where one sample comes from. Without a ``label`` file all its pixels are ignored."""
+
+    image: Path | None
+    label: Path | None
+    name: str
+
+
+class Entries(Sequence[Entry]):
+    """A list of entries in three flat buffers.
+
+    Counting references writes to Python objects, so each worker process would end up with its own copy of a list of
+    them. Buffers stay shared.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        fields = zip(*(("" if f is None else str(f) for f in e) for e in entries), strict=True)
+        columns = [[text.encode("utf-8", "surrogateescape") for text in field] for field in fields]
+        self._text = [b"".join(column) for column in columns]
+        self._ends = [np.cumsum([len(t) for t in column], dtype=np.int64) for column in columns]
+        self._count = len(entries)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
+        if not -self._count <= index < self._count:
+            raise IndexError(f"sample {index} of {self._count}")
+        index %= self._count
+        image, label, name = (self._field(column, index) for column in range(3))
+        return Entry(Path(image) if image else None, Path(label) if label else None, name)
+
+    def _field(self, column: int, index: int) -> str:
+        ends = self._ends[column]
+        start = int(ends[index - 1]) if index else 0
+        return self._text[column][start : int(ends[index])].decode("utf-8", "surrogateescape")
+
+
+class Collated(NamedTuple):
+    """What a worker returns for one batch.
+
+    ``batch`` is None if none of its samples could be read, ``problems`` says which files were skipped and why, and
+    ``failure`` is the message of an error that must stop the run.
+    """
+
+    batch: Batch | None
+    problems: list[str]
+    failure: str | None = None
+
+
+def collate(items: Sequence[Sample | Skipped | UserError]) -> Collated:
+    """Stack samples to a batch; lists where their sizes differ."""
+    problems: list[str] = []
+    samples: list[Sample] = []
+    for item in items:
+        if isinstance(item, UserError):
+            return Collated(None, [], str(item))
+        if isinstance(item, Skipped):
+            problems += item.reasons
+            if item.replacement is not None:
+                samples.append(item.replacement)
+        else:
+            samples.append(item)
+    if not samples:
+        return Collated(None, problems)
+    images, labels = [s.image for s in samples], [s.label for s in samples]
+    if len({image.dtype for image in images}) > 1:
+        # 8 and 16 bit files in one batch.
+        images = [i.float() / 255 if i.dtype == torch.uint8 else i for i in images]
+    names = [s.name for s in samples]
+    if len({image.shape for image in images}) > 1:
+        return Collated(Batch(images, labels, names), problems)
+    return Collated(Batch(torch.stack(images), torch.stack(labels), names), problems)
+
+
+class Cache:
+    """All images and labels of a data set, read once and kept in two buffers that worker processes share.
+
+    Args:
+        read: returns image and label for an index.
+        count: number of samples.
+        keep_errors: keep the message of a UserError and raise it when the sample is asked for; else raise at once.
+    """
+
+    def __init__(self, read: Callable[[int], tuple[np.ndarray, np.ndarray]], count: int, keep_errors: bool) -> None:
+        def attempt(index: int) -> tuple[np.ndarray, np.ndarray] | str:
+            try:
+                return read(index)
+            except UserError as error:
+                if keep_errors:
+                    return str(error)
+                raise
+
+        pairs = list(in_threads(attempt, range(count)))
+        self._errors = {i: pair for i, pair in enumerate(pairs) if isinstance(pair, str)}
+        good = [pair for pair in pairs if not isinstance(pair, str)]
+        self._rows = np.cumsum([not isinstance(pair, str) for pair in pairs]) - 1
+        self._images = _Buffer([pair[0] for pair in good])
+        self._labels = _Buffer([pair[1] for pair in good])
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index in self._errors:
+            raise UserError(self._errors[index])
+        row = int(self._rows[index])
+        return self._images[row], self._labels[row]
+
+
+class _Buffer:
+    """Arrays of different shapes and types one after the other in one array of bytes."""
+
+    def __init__(self, arrays: list[np.ndarray]) -> None:
+        self._shapes = [a.shape for a in arrays]
+        self._types = [a.dtype.str for a in arrays]
+        # Starts are aligned to 8 bytes so that every type can be viewed in place.
+        sizes = [-(-a.nbytes // 8) * 8 for a in arrays]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._bytes = np.empty(int(self._starts[-1]), np.uint8)
+        for i, start in enumerate(self._starts[:-1].tolist()):
+            array, arrays[i] = arrays[i], np.empty(0)  # released one by one: never everything twice
+            self._bytes[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        shape, dtype = self._shapes[row], np.dtype(self._types[row])
+        start = int(self._starts[row])
+        return self._bytes[start : start + dtype.itemsize * int(np.prod(shape))].view(dtype).reshape(shape)
+
+
+def available_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterable[R]:
+    """Yield the function's results in the order of ``items``, computed by a few threads (decoders release the GIL)."""
+    with ThreadPoolExecutor(max_workers=min(8, 2 * available_cores())) as pool:
+        yield from pool.map(function, items)
