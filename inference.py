@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,13 +127,12 @@ def main() -> int:
         outputs.video = OverlayVideo(folder / f"{video.name}_overlay.mp4", video.rate)
 
     started = time.monotonic()
-    with progress_bar(min(total, args.limit) if total and args.limit else total, rank) as (advance, say):
+    bar = progress_bar(min(total, args.limit) if total and args.limit else total, rank)
+    with bar as (advance, say), outputs.video or nullcontext():
         for problem in problems:
             say(problem)
         pipeline = Pipeline(predictor, outputs, advance, args.skip_existing)
         report = pipeline.run(take(items, args.limit))
-    if outputs.video is not None:
-        outputs.video.close()
     report.failures[:0] = problems
     with group(world):
         reports = distributed.gather(report)

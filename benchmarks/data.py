@@ -73,9 +73,9 @@ def main() -> int:
             result["memory"] = memory(folder)
     _print(result)
     if args.json:
-        from utils.images import write_bytes
+        from utils.files import write_text
 
-        write_bytes(args.json, json.dumps(result, indent=2).encode())
+        write_text(args.json, json.dumps(result, indent=2))
     return 0
 
 

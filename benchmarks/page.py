@@ -160,7 +160,7 @@ def earlier(one: Benchmark, full: bool, device: str, known: dict[str, str], resu
 
 def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    from utils.images import write_bytes
+    from utils.files import write_bytes
 
     write_bytes(path, data)
 

@@ -147,6 +147,6 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(logger, "_write", full)
+    monkeypatch.setattr(logger, "write_text", full)
     with pytest.raises(UserError, match="the disk is full"):
         log.record("epoch", 1, 1, {"train_loss": 1.0})

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import add_overrides
 from utils.errors import UserError, run
+from utils.files import atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,28 +101,22 @@ def export(loaded: LoadedModel, path: str | Path, kind: str = "onnx", logits: bo
     deployed = deployable(loaded, logits)
     facts = _facts(loaded, logits)
     name = loaded.config.arch.type
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
     try:
-        with _quiet(), _portable_pooling(), torch.no_grad():
-            program = _trace(deployed, loaded.facts.in_channels)
-            write, start = (_write_onnx, _start_onnx) if kind == "onnx" else (_write_program, _start_program)
-            write(program, temporary, facts)
-            del program
-            runner = start(temporary)
-        worst = _compare(deployed, runner, loaded.facts.in_channels, name, kind)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (UserError, OSError):
+        with atomic(path, path.suffix) as temporary:
+            with _quiet(), _portable_pooling(), torch.no_grad():
+                program = _trace(deployed, loaded.facts.in_channels)
+                write, start = (_write_onnx, _start_onnx) if kind == "onnx" else (_write_program, _start_program)
+                write(program, str(temporary), facts)
+                del program
+                runner = start(str(temporary))
+            return _compare(deployed, runner, loaded.facts.in_channels, name, kind)
+    except UserError:
         raise
     except Exception as error:  # the exporters raise whatever they stumble over
         raise UserError(
             f"{name} cannot be exported as {kind} with free height, width and batch by torch {torch.__version__}: "
             f"{_reason(error)}"
         ) from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return worst
 
 
 def _reason(error: BaseException) -> str:

@@ -7,12 +7,8 @@ hold beyond the checkpoint is dropped, since it will be computed again.
 
 from __future__ import annotations
 
-import csv
-import errno
-import io
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import csv_text, reason, write_text
 
 
 class RunLog:
@@ -54,7 +51,7 @@ class RunLog:
         kept = [r for r in self._records() if _precedes(r, epoch, iteration)]
         path, text = self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept)
         if path.exists() and path.read_text(encoding="utf-8") != text:
-            _write(path, text)
+            write_text(path, text)
         self._write_csv(kept)
 
     def _records(self) -> list[dict[str, Any]]:
@@ -83,11 +80,7 @@ class RunLog:
             path.unlink(missing_ok=True)
             return
         columns = list(dict.fromkeys(key for row in epochs.values() for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(epochs.values())
-        _write(path, text.getvalue())
+        write_text(path, csv_text([columns, *([row.get(column, "") for column in columns] for row in epochs.values())]))
 
     def record(
         self,
@@ -152,16 +145,9 @@ def _told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise UserError(f"{folder}: the logs of the run cannot be written there: {reason}") from None
+        raise UserError(f"{folder}: the logs of the run cannot be written there: {reason(error)}") from None
 
 
 def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
     # JSON has no nan: a value that nothing defines is null.
     return {key: float(v) if math.isfinite(v) else None for key, v in values.items()}
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dataloaders.prepare.download import Archive, Unreachable, fetch, unpack, verify
 from dataloaders.reading.matlab import load_mat
 from utils.errors import UserError
+from utils.files import write_text
 from utils.images import voc_colormap, write_png
 
 DOWNLOADS = "downloads"
@@ -174,7 +175,7 @@ def _write_lists(voc: Path, masks: Iterable[str]) -> None:
         ("trainval_aug", [*train, *validation]),
     ):
         lines = (f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in names)
-        lists.joinpath(f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+        write_text(lists / f"{split}.txt", "".join(lines))
         print(f"{split}: {len(names)} images")
 
 

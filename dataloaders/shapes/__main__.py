@@ -10,7 +10,8 @@ import numpy as np
 
 from dataloaders.shapes import scene
 from utils.errors import UserError, run
-from utils.images import voc_colormap, write_bytes, write_png
+from utils.files import write_bytes, write_text
+from utils.images import voc_colormap, write_png
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,10 +65,10 @@ def write_voc(out: Path, n: int, size: int = 128, seed: int = 0) -> dict[str, in
     names["trainval"] = names["train"] + names["val"]
     for split, listed in names.items():
         lists = root / "ImageSets" / "Segmentation"
-        write_bytes(lists / f"{split}.txt", "".join(f"{name}\n" for name in listed).encode())
+        write_text(lists / f"{split}.txt", "".join(f"{name}\n" for name in listed))
         rows = (f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in listed)
-        write_bytes(lists / f"{split}_aug.txt", "".join(rows).encode())
-    write_bytes(out / "classes.txt", "".join(f"{name}\n" for name in scene.CLASS_NAMES).encode())
+        write_text(lists / f"{split}_aug.txt", "".join(rows))
+    write_text(out / "classes.txt", "".join(f"{name}\n" for name in scene.CLASS_NAMES))
     return {split: len(listed) for split, listed in names.items()}
 
 

@@ -93,7 +93,7 @@ class Boom(Exception):
 @pytest.mark.parametrize(
     ("failure", "raised", "told"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), UserError, "the disk is full; the earlier file there is"),
+        (OSError(errno.ENOSPC, "No space left on device"), UserError, "the disk is full; the earlier file is"),
         (OSError(errno.EIO, "Input/output error"), UserError, "Input/output error"),
         (RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"), UserError, "disk full?"),
         (KeyboardInterrupt(), KeyboardInterrupt, ""),
@@ -128,9 +128,7 @@ def test_a_disk_that_takes_no_more_bytes(tmp_path) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(
-            UserError, match="could not be written: File too large; the earlier file there is untouched"
-        ):
+        with pytest.raises(UserError, match="could not be written: File too large; the earlier file is untouched"):
             save({"state_dict": {"a": torch.ones(10**6)}}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

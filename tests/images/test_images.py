@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images import read_image, read_label, voc_colormap, write_bytes, write_png
+from utils.images import read_image, read_label, voc_colormap, write_png
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 17, 3), np.uint8)
 SMOOTH = cv2.resize(RGB, (170, 120), interpolation=cv2.INTER_CUBIC)
@@ -307,20 +307,6 @@ def test_colour_labels_only_where_allowed(tmp_path: Path) -> None:
     np.save(tmp_path / "f.npy", np.zeros((3, 3)))
     with pytest.raises(UserError, match="must hold integers"):
         read_label(tmp_path / "f.npy")
-
-
-def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "deep" / "a.bin"
-    write_bytes(path, b"old")
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_bytes(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
 
 
 def test_voc_colours() -> None:

@@ -122,5 +122,5 @@ def test_bad_folders_and_files(folder, tmp_path, monkeypatch) -> None:
     (folder / "probs.json").write_text("{}")
     with pytest.raises(UserError, match="not as test.py --save-probs writes it"):
         probs.read_index(folder)
-    with pytest.raises(UserError, match="cannot be written there"):
+    with pytest.raises(UserError, match="could not be written"):
         probs.ProbsWriter(folder / "one.npz" / "below", probs.Index(FACTS, PredictOptions(), "T", 1.0, "x"))

@@ -243,7 +243,7 @@ def test_an_older_result_is_replaced_whole_or_kept(tmp_path, monkeypatch) -> Non
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(UserError, match="could not be written: No space left on device"):
+    with pytest.raises(UserError, match="could not be written: the disk is full"):
         report.write(content(("T",)), outcome(("T",)), FACTS, tmp_path)
     assert (tmp_path / "results.json").read_text() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["per_image.csv", "results.json"]

@@ -351,7 +351,7 @@ def test_outputs_of_a_failed_image_do_not_stay(script: Script, monkeypatch: pyte
     monkeypatch.setattr(outputs, "write_mask", full)
     code, out, err = script("--overlay", "--json", "--probs")
     assert code == 2
-    assert errors_of(err) == ["error: photos/a.png: its outputs could not be written: No space left on device"]
+    assert errors_of(err) == ["error: photos/a.png: its outputs could not be written: the disk is full"]
     assert files("masks") == ["b.json", "b.npz", "b.png", "b_overlay.jpg", "expected_dice.csv"]
     assert script("--probs", "png", "-o", "other")[0] == 2
     assert sorted(p.name for p in Path("other").iterdir()) == ["b.png", "b_probs", "expected_dice.csv"]

@@ -18,30 +18,36 @@ is read with ``weights_only=True``, so a file cannot run code.
 
 from __future__ import annotations
 
-import errno
-import os
-import pickle
-import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from utils import config as configs
+from utils.checkpoint.files import link, read, remove_leftovers, save
 from utils.config.checks import dead_arguments
 from utils.config.schema import Config
 from utils.errors import UserError
 from utils.facts import Facts
 from utils.predict import Activation
 from utils.signatures import parameters
+
+__all__ = [
+    "FORMAT",
+    "LoadedModel",
+    "build_model",
+    "config_of",
+    "link",
+    "load_model",
+    "read",
+    "remove_leftovers",
+    "save",
+]
 
 FORMAT = 2
 
@@ -56,176 +62,6 @@ class LoadedModel:
     activation: Activation
     path: Path
     epoch: int
-
-
-# ---------------------------------------------------------------------------------------------------
-# Files
-
-
-def save(state: Mapping[str, Any], path: str | Path) -> None:
-    """Write a checkpoint so that ``path`` holds either the old file or the whole new one, whatever happens.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written; an earlier file at ``path`` is untouched.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        kept = "; the earlier file there is untouched" if path.exists() else ""
-        raise UserError(f"{path}: the checkpoint could not be written: {_write_failure(error)}{kept}") from None
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files of a run that was killed while it saved."""
-    for path in folder.glob(".*.pth.*"):
-        with suppress(OSError):
-            path.unlink()
-
-
-def _write_failure(error: BaseException) -> str:
-    """Return why writing failed; torch's zip writer buries the reason under an error of its own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return "the disk is full" if cause.errno == errno.ENOSPC else cause.strerror or str(cause)
-        cause = cause.__cause__ or cause.__context__
-    return f"{error} (is the disk full?)"
-
-
-def link(source: Path, path: Path) -> None:
-    """Make ``path`` another name of ``source``, replacing what it named; a copy where links are not possible."""
-    temporary = path.with_name(f".{path.name}.link")
-    with suppress(OSError):
-        temporary.unlink()
-    try:
-        os.link(source, temporary)
-        os.replace(temporary, path)
-    except OSError:
-        save(read(source), path)
-    finally:
-        # Still there where both names are of one file already: then a rename does nothing.
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def read(path: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint file holds, tensors on the CPU, without running any code of the file.
-
-    A bare state dict (the weights alone) is returned as ``{"state_dict": ...}``.
-
-    Raises:
-        UserError: no such file, not a checkpoint, cut short, or one that would need to run code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: {_what_is_there(path)}")
-    _check_container(path)
-    try:
-        with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what torch warns of ends in an error of ours
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(_refusal(path, error)) from None
-    except Exception as error:  # bytes gone wrong end in nearly any exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-        size = f"{path.stat().st_size:,} bytes"
-        raise UserError(f"{path}: not a checkpoint, or cut short ({size}): {reason}; copy or train it again") from None
-    if not isinstance(state, Mapping):
-        raise UserError(f"{path}: expected a checkpoint (a dict with 'state_dict'), found {type(state).__name__}")
-    if "state_dict" not in state:
-        if not _are_weights(state):
-            keys = ", ".join(map(str, list(state)[:5])) or "none"
-            raise UserError(f"{path}: expected 'state_dict' or the weights alone, found the keys {keys}")
-        state = {"state_dict": state}
-    if not _are_weights(state["state_dict"]):
-        raise UserError(f"{path}: expected tensors by name in 'state_dict', found {type(state['state_dict']).__name__}")
-    return dict(state)
-
-
-def _what_is_there(path: Path) -> str:
-    """Return why a path is no checkpoint file, with the checkpoints that are near it."""
-    folder = path if path.is_dir() else path.parent
-    found = sorted(p.name for p in folder.glob("*.pth")) if folder.is_dir() else []
-    there = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
-    if path.is_dir():
-        return f"is a folder; in it: {there}; give one of them" if found else "is a folder, and no checkpoint is in it"
-    if "..." in path.parts:
-        return 'there is no such checkpoint file: "..." stands for the folder of a run, which training prints as "run"'
-    return "there is no such checkpoint file" + (f"; in that folder: {there}" if found else "")
-
-
-def _are_weights(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
-
-
-def _check_container(path: Path) -> None:
-    """Raise UserError unless the file begins as torch writes files: a zip archive, or a pickle of old versions."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return
-    what = f"it begins with {start[:24]!r}" if start else "the file is empty"
-    if start.startswith(b"version https://git-lfs"):
-        what = "this is a Git LFS pointer; fetch the file itself with git lfs pull"
-    elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        what = "this is a web page; the download went wrong"
-    raise UserError(f"{path}: not a checkpoint: {what}")
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    text = str(error)
-    if "GLOBAL " not in text:
-        return (
-            f"{path}: refused: it is not made of tensors, numbers, text, lists and dicts as torch.save writes them, "
-            "and anything else in such a file may run code; copy or train it again"
-        )
-    named = text.split("GLOBAL ")[1].split(" ")[0]
-    return (
-        f"{path}: refused: reading it would run code ({named}). A checkpoint may hold tensors, numbers, text, "
-        "lists and dicts only. If you trust where it comes from, load it once with "
-        "torch.load(..., weights_only=False) and save its 'state_dict' alone"
-    )
-
-
-def _numpy_scalars() -> list[Any]:
-    """Return what published checkpoints need beside tensors: a numpy scalar (the best score), as numpy 1 named it."""
-    scalar = np.float64(0).__reduce__()[0]
-    return [
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.float16, np.int64, np.int32, np.bool_)),
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Meaning
 
 
 def config_of(

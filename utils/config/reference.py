@@ -23,6 +23,7 @@ from pydantic_core import PydanticOmit
 from utils.config.checks import PROVIDED_TO_LOADER, PROVIDED_TO_LOSS, PROVIDED_TO_MODEL, PROVIDED_TO_SCHEDULER
 from utils.config.schema import Component, Config, Optimizer
 from utils.errors import UserError
+from utils.files import write_text
 from utils.registry import Registry
 
 BEGIN = "<!-- reference: begin (python -m utils.config reference --write docs/configuration.md) -->"
@@ -52,7 +53,7 @@ def write(path: str | Path, text: str) -> None:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{path}: expected the lines {BEGIN} and {END}, between which the reference goes")
-    path.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{tail}", encoding="utf-8")
+    write_text(path, f"{head}{BEGIN}\n\n{text}\n{END}{tail}")
 
 
 # -- fields ----------------------------------------------------------------------------------------------------

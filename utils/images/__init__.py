@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils.errors import UserError
+from utils.files import atomic
 from utils.images import tiff
 from utils.images.values import BY_TYPE, Pixels, ValueRange
 
@@ -98,36 +97,19 @@ def read_label(path: str | Path, *, allow_colour: bool = False) -> np.ndarray:
 
 
 def write_png(path: str | Path, array: np.ndarray, palette: Sequence[Sequence[int]] | None = None) -> None:
-    """Write ``array`` as a PNG file: complete or not at all (a temporary file is renamed into place).
+    """Write ``array`` as a PNG file, whole or not at all.
 
     Args:
-        path: where to; its folder is made.
+        path: where to; its folder is created.
         array: uint8 ``(H, W)`` (grey, or indices with ``palette``) or ``(H, W, 3)`` RGB; uint16 ``(H, W)``.
         palette: up to 256 RGB triples: colours of the indices 0, 1, ...
     """
-    path = Path(path)
     image = Image.fromarray(array)
     if palette is not None:
         image = image.convert("L") if image.mode != "L" else image
         image.putpalette([int(v) for colour in palette for v in colour])
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file complete or not at all: under a temporary name beside it, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def voc_colormap(n: int = 256) -> tuple[tuple[int, int, int], ...]:
@@ -142,12 +124,6 @@ def voc_colormap(n: int = 256) -> tuple[tuple[int, int, int], ...]:
         return channels[0], channels[1], channels[2]
 
     return tuple(colour(index) for index in range(n))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -7,13 +7,11 @@ last, so an image whose mask is there has all of its outputs.
 from __future__ import annotations
 
 import csv
-import io
 import json
-import os
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.facts import Facts
-from utils.images import write_bytes, write_png
+from utils.files import atomic, csv_text, reason, unescape, write_bytes, write_text
+from utils.images import write_png
 from utils.images.palette import overlay, write_mask
 from utils.predict.spool import Spool
 from utils.predictor import Segmentation
@@ -100,15 +99,16 @@ class Outputs:
             if self.json:
                 written.append(self.folder / f"{name}.json")
                 text = json.dumps(self._describe(source, result, row), indent=2, ensure_ascii=False)
-                write_bytes(written[-1], f"{text}\n".encode())
+                write_text(written[-1], f"{text}\n")
             write_mask(self.mask_path(name), result.labels, self.facts.palette)
-        except OSError as error:
+        except (OSError, UserError) as error:
+            cause = reason(error) if isinstance(error, OSError) else error
             for path in written:
                 path.unlink(missing_ok=True)
             if self.probs == "png":
                 with suppress(OSError):
                     (self.folder / f"{name}_probs").rmdir()
-            raise UserError(f"{source}: its outputs could not be written: {error.strerror or error}") from None
+            raise UserError(f"{source}: its outputs could not be written: {cause}") from None
         finally:
             if isinstance(result.probs, Spool):
                 result.probs.close()
@@ -200,16 +200,11 @@ class Outputs:
         wanted = set(keep) - known
         rows += [row for row in self._read_table() if row.image in wanted]
         rows.sort(key=lambda row: (row.expected is None, row.expected or 0.0, row.image))
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
         names = [self._class_name(c) for c in range(self.facts.num_classes)]
-        table.writerow(["image", f"expected_{self.metric}", *names])
+        table = [["image", f"expected_{self.metric}", *names]]
         for row in rows:
-            table.writerow([row.image, *("" if s is None else f"{s:.6f}" for s in (row.expected, *row.per_class))])
-        try:
-            write_bytes(self.table_path, text.getvalue().encode())
-        except OSError as error:
-            raise UserError(f"{self.table_path} could not be written: {error.strerror or error}") from None
+            table.append([row.image, *("" if s is None else f"{s:.6f}" for s in (row.expected, *row.per_class))])
+        write_text(self.table_path, csv_text(table))
         return rows
 
     def _read_table(self) -> Iterator[Row]:
@@ -222,11 +217,11 @@ class Outputs:
                 return  # of another model
             for image, *scores in lines:
                 expected, *per_class = (float(s) if s else None for s in scores)
-                yield Row(image, expected, tuple(per_class))
+                yield Row(unescape(image), expected, tuple(per_class))
 
 
 class OverlayVideo:
-    """Overlays of frames as a video file: under another name until it is closed.
+    """Overlays of frames as a video file, a context manager: the file has its name only once all went well.
 
     Args:
         path: where to; ``.mp4``.
@@ -236,24 +231,26 @@ class OverlayVideo:
     def __init__(self, path: Path, rate: float) -> None:
         self.path, self.rate = path, rate
         self._writer: cv2.VideoWriter | None = None
-        self._temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        self._file = ExitStack()
+
+    def __enter__(self) -> OverlayVideo:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._writer is not None:
+            self._writer.release()
+            self._writer = None
+        self._file.__exit__(*error)
 
     def append(self, picture: np.ndarray) -> None:
         """Add a picture, uint8 ``(H, W, 3)`` BGR."""
         if self._writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._file.enter_context(atomic(self.path, self.path.suffix))
             size = (picture.shape[1], picture.shape[0])
-            self._writer = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
+            self._writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
             if not self._writer.isOpened():
                 raise UserError(f"{self.path}: this build of OpenCV cannot write mp4 video; leave --overlay out")
         self._writer.write(picture)
-
-    def close(self) -> None:
-        """Finish the file and give it its name."""
-        if self._writer is not None:
-            self._writer.release()
-            os.replace(self._temporary, self.path)
-            self._writer = None
 
 
 def write_npz(path: Path, probs: Tensor | Spool) -> None:
@@ -263,7 +260,7 @@ def write_npz(path: Path, probs: Tensor | Spool) -> None:
     """
     header = {"descr": "<f2", "fortran_order": False, "shape": tuple(probs.shape)}
     with (
-        _renamed(path) as temporary,
+        atomic(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open("probs.npy", "w", force_zip64=True) as member,
     ):
@@ -272,21 +269,6 @@ def write_npz(path: Path, probs: Tensor | Spool) -> None:
             planes = probs.planes(c) if isinstance(probs, Spool) else [probs[c].half().numpy()]
             for plane in planes:
                 member.write(np.ascontiguousarray(plane).data)
-
-
-@contextmanager
-def _renamed(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that is renamed to it at the end, or removed after an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _count_labels(labels: np.ndarray, rows: int = 256) -> np.ndarray:
@@ -314,7 +296,7 @@ def check_folder(folder: Path) -> None:
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--output {folder}: there is a file of that name; a folder is needed") from None
     except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to: {error.strerror or error}") from None
+        raise UserError(f"--output {folder}: cannot be written to: {reason(error)}") from None
 
 
 def worst(rows: Sequence[Row]) -> Row | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.facts import Facts
-from utils.images import write_bytes
+from utils.files import atomic, write_text
 from utils.images.palette import write_mask
 from utils.predict import Prediction, PredictOptions, label_map
 
@@ -42,19 +42,12 @@ def write_probs(path: Path, probs: Tensor) -> None:
     """
     values = np.ascontiguousarray(probs.detach().cpu().numpy(), dtype="<f4")
     planes = np.ascontiguousarray(np.moveaxis(values.view(np.uint8).reshape(*values.shape, 4), -1, 0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with (
-            zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
-            archive.open("planes.npy", "w", force_zip64=True) as file,
-        ):
-            np.lib.format.write_array(file, planes, allow_pickle=False)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: the probabilities could not be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        atomic(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("planes.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array(file, planes, allow_pickle=False)
 
 
 def read_probs(path: Path) -> Tensor:
@@ -101,12 +94,7 @@ class ProbsWriter:
 
     def __init__(self, folder: Path, index: Index) -> None:
         self.folder = folder
-        text = json.dumps({"format": FORMAT} | asdict(index), indent=2) + "\n"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(folder / INDEX, text.encode())
-        except OSError as error:
-            raise UserError(f"{folder}: probabilities cannot be written there: {error.strerror or error}") from None
+        write_text(folder / INDEX, json.dumps({"format": FORMAT} | asdict(index), indent=2) + "\n")
 
     def write(self, names: list[str], probs: Tensor) -> None:
         """Write a batch ``(B, C, H, W)``."""
@@ -183,12 +171,7 @@ def write_masks(folder: Path, facts: Facts, names: list[str], labels: NDArray[An
         UserError: one could not be written.
     """
     for name, one in zip(names, labels, strict=True):
-        path = folder / f"{file_name(name)}.png"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_mask(path, one, facts.palette)
-        except OSError as error:
-            raise UserError(f"{path}: the mask could not be written: {error.strerror or error}") from None
+        write_mask(folder / f"{file_name(name)}.png", one, facts.palette)
 
 
 def write_packed(path: Path, prediction: Prediction) -> None:
@@ -198,12 +181,5 @@ def write_packed(path: Path, prediction: Prediction) -> None:
     arrays: dict[str, Any] = {"masks": np.packbits(masks, axis=-1), "shape": np.array(masks.shape)}
     if prediction.scores is not None:
         arrays["scores"] = prediction.scores[0].float().cpu().numpy()
-    temporary = path.with_name(f".{path.name}.tmp.npz")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path, ".npz") as temporary:
         np.savez_compressed(temporary, **arrays)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: the masks could not be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

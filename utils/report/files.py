@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +15,7 @@ from utils.config.checks import unwritable
 from utils.errors import UserError
 from utils.evaluation import Evaluation
 from utils.facts import Facts
+from utils.files import csv_text, write_text
 
 # The page of a test of all procedures; written by :mod:`utils.report.page`, removed if an earlier run left it.
 PAGE = "report.html"
@@ -41,10 +39,8 @@ def write(content: Mapping[str, Any], outcome: Evaluation, facts: Facts, folder:
     Remove the ``report.html`` of an earlier run: files that lie side by side belong together.
     """
     paths = [folder / "results.json", folder / "per_image.csv"]
-    with suppress(OSError):  # where it cannot be made, writing says why
-        folder.mkdir(parents=True, exist_ok=True)
-    write_file(paths[0], json.dumps(content, indent=2) + "\n")
-    write_file(paths[1], _per_image(outcome, facts))
+    write_text(paths[0], json.dumps(content, indent=2) + "\n")
+    write_text(paths[1], _per_image(outcome, facts))
     with suppress(OSError):
         (folder / PAGE).unlink(missing_ok=True)
     return paths
@@ -101,26 +97,8 @@ def _per_image(outcome: Evaluation, facts: Facts) -> str:
         columns[name] = torch.cat([torch.stack(values, dim=1), scores.dice[:, interest]], dim=1).tolist()
     last = columns[names[-1]]
     order = sorted(range(len(images)), key=lambda i: (math.isnan(last[i][0]), last[i][0], images[i]))
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
+    rows: list[list[str]] = [header]
     for i in order:
         cells = ["" if math.isnan(v) else f"{v:.6f}" for name in names for v in columns[name][i]]
-        writer.writerow([images[i], *cells])
-    return stream.getvalue()
-
-
-def write_file(path: Path, content: str) -> None:
-    """Write a text file, whole or not at all.
-
-    Raises:
-        UserError: it could not be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path}: could not be written: {error.strerror}") from None
+        rows.append([images[i], *cells])
+    return csv_text(rows)

@@ -10,9 +10,9 @@ from utils import distributed
 from utils.checkpoint import LoadedModel
 from utils.evaluation import Decision, Evaluation, Evaluator, Part
 from utils.evaluation.calibration import Reliability
+from utils.files import write_text
 from utils.predict import PredictOptions
 from utils.predict.stored import Index, ProbsWriter, pictures, write_masks
-from utils.report.files import write_file
 from utils.report.gallery import Gallery
 from utils.report.page import page
 
@@ -86,5 +86,5 @@ class Watcher:
         """Write ``report.html`` and return its path; only after watching with ``report``."""
         if self.gallery is None:
             raise ValueError("a Watcher without report has no pictures for the page")
-        write_file(path, page(content, outcome.metrics, self.gallery, self.loaded.config, command))
+        write_text(path, page(content, outcome.metrics, self.gallery, self.loaded.config, command))
         return path

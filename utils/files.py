@@ -1,0 +1,93 @@
+"""Write files whole or not at all, and tables as CSV."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from utils.errors import UserError
+
+LEFTOVERS = ".*.tmp*"  # the temporary files of a process that was killed while it wrote
+# A spreadsheet runs a cell that begins with one of these as a formula. Leading quotes are counted in, so that
+# unescape can undo what escape did.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+
+
+@contextmanager
+def atomic(path: str | Path, suffix: str = "") -> Iterator[Path]:
+    """Give the path of an empty temporary file beside ``path``; once written, it replaces ``path``.
+
+    ``path`` holds the old content or the whole new one, whatever happens: an error, a kill, a power cut, or another
+    process that writes the same file. New files get the permissions that the umask grants.
+
+    Args:
+        path: the file to write; its folder is created.
+        suffix: what the temporary name must end with, for writers that choose the format by it.
+
+    Raises:
+        UserError: the file could not be written; an earlier file at ``path`` is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp{suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
+        # The system applies the umask to 0o666. Python could only read the umask by changing it for a moment.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        kept = "; the earlier file is untouched" if path.is_file() else ""
+        raise UserError(f"{path}: could not be written: {reason(error)}{kept}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def reason(error: OSError) -> str:
+    """Return why the system refused, in words."""
+    return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file whole or not at all, see :func:`atomic`."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file whole or not at all, see :func:`atomic`."""
+    write_bytes(path, text.encode())
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows as CSV; text that a spreadsheet would run as a formula gets a quote in front (:func:`unescape`)."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([escape(cell) for cell in row] for row in rows)
+    return stream.getvalue()
+
+
+def escape(cell: object) -> object:
+    """Return a CSV cell with a quote in front where a spreadsheet would run it as a formula; numbers stay."""
+    if not isinstance(cell, str) or not _FORMULA.match(cell):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
+def unescape(cell: str) -> str:
+    """Return the text that :func:`escape` was given."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
