@@ -64,7 +64,7 @@ def reference(
     return {
         "Mean_Dice": mean(mean(row[classes]) for row in dice),
         "Mean_IoU": mean(mean(row[classes]) for row in iou),
-        "Pixel_Accuracy": mean(mean(row[classes]) for row in accuracy),
+        "Pixel_Accuracy": mean(map(mean, accuracy)),
         "Class_Dice": [mean(column) for column in dice.T],
         "Class_IoU": [mean(column) for column in iou.T],
         "Class_Images": [int(np.isfinite(column).sum()) for column in dice.T],
@@ -215,7 +215,7 @@ def test_classes_of_interest_restrict_means_but_not_the_class_table() -> None:
     found = score(Prediction(labels=labels), target, 3, classes=[2])
     assert found["Mean_Dice"] == found["Dataset_mDice"] == pytest.approx(2 / 3)
     assert found["Mean_IoU"] == found["Dataset_mIoU"] == pytest.approx(1 / 2)
-    assert found["Pixel_Accuracy"] == pytest.approx(3 / 4)
+    assert found["Pixel_Accuracy"] == pytest.approx((1 + 3 / 4 + 3 / 4) / 3)  # over all classes
     assert found["Class_Dice"] == pytest.approx([1.0, 2 / 3, 2 / 3])
 
 

@@ -4,8 +4,8 @@ For image i and class c with prediction ``P_ic`` and target ``Y_ic`` over the pi
 
     Dice_ic = (2 |P & Y| + g) / (|P| + |Y| + g)        IoU_ic = (|P & Y| + g) / (|P or Y| + g)
 
-both left out where P and Y are both empty. ``Mean_Dice`` is the mean over an image's classes of interest where
-it is defined, then over images. ``Dataset_mDice`` and ``Dataset_mIoU`` are the other convention (Wang et al.,
+both undefined if P and Y are both empty. ``Mean_Dice`` is the mean over the classes of interest where it is defined,
+first in each image, then over images. ``Dataset_mDice`` and ``Dataset_mIoU`` are the other convention (Wang et al.,
 NeurIPS 2023): counts of all images added up first, then one score per class, then the mean over classes.
 
 Everything derives from three integer counts per image and class, ``|P & Y|``, ``|P|`` and ``|Y|``, taken on the
@@ -330,7 +330,7 @@ def _reduce(scores: ImageScores, counts: Counts, classes: Sequence[int]) -> dict
         [
             dice.nanmean(dim=1),
             iou.nanmean(dim=1),
-            scores.pixel_accuracy[:, classes].mean(dim=1),
+            scores.pixel_accuracy.mean(dim=1),  # over all classes, as in the published script
             scores.accuracy,
         ]
     )
