@@ -36,10 +36,7 @@ def main() -> int:
         if value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
     out = Path(args.out).expanduser()
-    try:
-        counts = write_voc(out, args.n, args.size, args.seed)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there: {error.strerror or error}") from None
+    counts = write_voc(out, args.n, args.size, args.seed)
     print(f"{out}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
     print(
         f'load it with {{"type": "VOC", "args": {{"data_dir": "{out}", "split": "train", "classes": "classes.txt"}}}}'

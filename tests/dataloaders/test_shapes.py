@@ -195,7 +195,7 @@ def test_a_file_in_the_way_is_told(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = command(root, "--out", str(tmp_path / "file"), "--n", "4")
     assert done.returncode == 2
-    assert "cannot write there" in done.stderr
+    assert "could not be written" in done.stderr
 
 
 def test_help_needs_no_torch(root: Path) -> None:
