@@ -54,7 +54,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="GIB",
         help="probabilities above this are kept on disk (default: 0.5 on the CPU)",
     )
-    add("--amp", action="store_true", help="half precision in the network: faster, about three digits")
+    add(
+        "--amp",
+        choices=("off", "bf16", "fp16"),
+        help="precision of the network (default: trainer.amp of the config, as test.py)",
+    )
     written = parser.add_argument_group("what is written beside the masks")
     add = written.add_argument
     add(

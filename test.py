@@ -130,24 +130,13 @@ def results_folder(args: argparse.Namespace, config: Config) -> Path:
     return folder / (path.stem if path.suffix else f"{path.name}_results")
 
 
-def evaluator_of(loaded: LoadedModel, device: torch.device, **changes: Any) -> Evaluator:
+def evaluator_of(loaded: LoadedModel, device: torch.device, loss: Any = None, **views: Any) -> Evaluator:
     """Return the evaluator of a loaded model."""
-    from base.base_trainer import AMP_DTYPES
     from utils.evaluation import Evaluator
 
-    config = loaded.config
-    return Evaluator(
-        model=loaded.model,
-        facts=loaded.facts,
-        activation=loaded.activation,
-        device=device,
-        temperature=config.predict.temperature,
-        classes=None if config.predict.CoI == "all" else tuple(config.predict.CoI),
-        count_ignored=config.predict.count_ignored,
-        amp=AMP_DTYPES[config.trainer.amp],
-        channels_last=config.trainer.channels_last,
-        **changes,
-    )
+    predict = loaded.config.predict
+    classes = None if predict.CoI == "all" else tuple(predict.CoI)
+    return Evaluator(loaded.network(device, **views), classes, predict.count_ignored, loss)
 
 
 def score(
@@ -170,7 +159,7 @@ def score(
     arguments = checks.loss_arguments(config, loader.dataset)
     loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments).to(device)
     scales = SCALES if "multiscale" in args.tta else (1.0,)
-    evaluator = evaluator_of(loaded, device, loss=loss, scales=scales, flip="flip" in args.tta)
+    evaluator = evaluator_of(loaded, device, loss, scales=scales, flip="flip" in args.tta)
     options = PredictOptions.from_config(config.predict)
     everything = args.predict == "all"
     procedure = args.predict or config.predict.test
@@ -194,8 +183,8 @@ def score(
     watcher.gather()
     if not distributed.is_main():
         return
-    views = f"mean probabilities over scales {list(scales)}" if evaluator.augments else report.ONE_VIEW
-    views += " and their mirror images" if evaluator.flip else ""
+    views = f"mean probabilities over scales {list(scales)}" if evaluator.network.averages else report.ONE_VIEW
+    views += " and their mirror images" if "flip" in args.tta else ""
     results = report.results(
         outcome,
         config,

@@ -20,6 +20,7 @@ from utils.images.palette import colourise, displayable, grid
 from utils.metrics import Metrics
 from utils.optim import learning_rates
 from utils.predict import PredictOptions, label_map, predict_logits
+from utils.predict.network import Network
 from utils.progress import progress_bar
 
 # Pictures per validation in TensorBoard, and the longer side they are shown at.
@@ -191,18 +192,16 @@ class Trainer(BaseTrainer):
 
     def evaluator(self) -> Evaluator:
         """Return what scores the deployed weights."""
-        return Evaluator(
-            model=self.deployed_model,
-            facts=self.facts,
-            activation=self.loss.activation,
-            device=self.device,
+        network = Network(
+            self.deployed_model,
+            self.facts,
+            self.loss.activation,
+            self.device,
             temperature=self.config.predict.temperature,
-            classes=self.options.classes,
-            count_ignored=self.config.predict.count_ignored,
-            loss=self.loss,
             amp=self.amp,
             channels_last=self.settings.channels_last,
         )
+        return Evaluator(network, self.options.classes, self.config.predict.count_ignored, self.loss)
 
     def _validate(self, epoch: int) -> dict[str, float]:
         name = self.config.predict.val

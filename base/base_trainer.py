@@ -29,9 +29,9 @@ from utils.errors import UserError
 from utils.facts import Facts
 from utils.logger import RunLog
 from utils.losses.base import SegmentationLoss
+from utils.predict.network import AMP_DTYPES
 
 LATEST, BEST = "latest.pth", "best_model.pth"
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Interrupted(Exception):

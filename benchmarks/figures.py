@@ -59,7 +59,7 @@ def gain(path: str) -> None:
 
     loaded = checkpoint.load_model(path)
     loader = checks.build_loader(dataloaders.build, loaded.config, "test")
-    evaluator = Evaluator(loaded.model, loaded.facts, loaded.activation, next(loaded.model.parameters()).device)
+    evaluator = Evaluator(loaded.network())
     images: dict[str, Any] = {}
     planes: dict[str, Any] = {}  # per image: target, probability, argmax mask, RankDice mask; (4, C, H, W)
 

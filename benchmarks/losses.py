@@ -103,6 +103,7 @@ class Study:
         """Train one network and test it, without and with a fitted temperature; returns each procedure's scores."""
         from utils import losses
         from utils.evaluation import Evaluator
+        from utils.predict.network import Network
 
         name, args = VARIANTS[variant]
         if args.get("weight") == "balanced":
@@ -110,10 +111,10 @@ class Study:
         loss = losses.build(name, self.facts.ignore_index, **args).to(self.device)
         start = time.perf_counter()
         model = self._train(loss, seed)
-        evaluator = Evaluator(model, self.facts, loss.activation, self.device)
+        evaluator = Evaluator(Network(model, self.facts, loss.activation, self.device))
         scores = self._test(evaluator)
         temperature = self._temperature(evaluator)
-        fitted = self._test(replace(evaluator, temperature=temperature))
+        fitted = self._test(replace(evaluator, network=replace(evaluator.network, temperature=temperature)))
         return {
             "proper": loss.proper,
             "seconds": round(time.perf_counter() - start, 1),

@@ -98,7 +98,6 @@ FLOORS = (
 UPWARD = {
     ("utils/distributed.py", "config"),
     ("utils/lr_scheduler/plot.py", "config"),
-    ("utils/predict/decode.py", "predictor"),
 }
 
 

@@ -129,25 +129,21 @@ def _reason(error: BaseException) -> str:
 
 def deployable(loaded: LoadedModel, logits: bool = False) -> nn.Module:
     """Return a module from images in [0, 1] to probabilities, or logits."""
-    import torch
     from torch import nn
 
-    from utils.batch import Normalize
-    from utils.predict import probabilities
+    network = loaded.network("cpu", amp=None, channels_last=False)
 
     class Deployed(nn.Module):
-        """Normalise, run the network, make probabilities."""
+        """One view of :class:`utils.predict.network.Network`, in float32."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.normalize = Normalize(loaded.facts.mean, loaded.facts.std)
-            self.network = loaded.model
+            self.normalize, self.model = network.normalize, network.model
 
         def forward(self, images: Tensor) -> Tensor:
-            output = self.network(self.normalize(images))
-            return output if logits else probabilities(output, loaded.activation, loaded.config.predict.temperature)
+            return network.logits(images) if logits else network.probabilities(images)
 
-    return Deployed().to(torch.device("cpu")).eval()
+    return Deployed().eval()
 
 
 def _facts(loaded: LoadedModel, logits: bool) -> dict[str, str]:
@@ -312,7 +308,7 @@ def _compare(deployed: Any, runner: Runner, channels: int, name: str, kind: str)
         images = generator.random((batch, channels, height, width), dtype=np.float32)
         with torch.no_grad():
             expected = deployed(torch.from_numpy(images)).numpy()
-            logits = deployed.network(deployed.normalize(torch.from_numpy(images)))
+            logits = deployed.model(deployed.normalize(torch.from_numpy(images)))
         found = runner(images)
         size = f"{batch} x {channels} x {height} x {width}"
         if found.shape != expected.shape:

@@ -15,7 +15,6 @@ them as ``test.py`` does. Images too large for that are predicted in tiles and d
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,22 +24,20 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
-from utils.batch import Normalize
 from utils.checkpoint import LoadedModel, load_model
 from utils.errors import UserError, did_you_mean
 from utils.images import read_image
-from utils.predict import PROCEDURES, PredictOptions, label_map, probabilities, tiling
+from utils.predict import PROCEDURES, PredictOptions, label_map, tiling
 from utils.predict import spool as streaming
+from utils.predict.network import AMP_DTYPES, choose_device
 from utils.predict.stored import pictures
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 MODES = ("multiscale", "sliding", "single")
 SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
-# Networks with five halvings have nothing left of smaller images.
-SMALLEST_SIDE = 32
 UNASSIGNED = 255
 # The network's activations for one view; above it an image is predicted in tiles. 1024 x 2048 at scale 2 fits.
 MAX_PIXELS = 2**23
@@ -111,8 +108,9 @@ class Predictor:
         max_pixels: a larger view is predicted in tiles instead.
         memory: bytes that the probabilities of one image may take; a larger image is streamed. None: 512 MiB on the
             CPU, a tenth of the memory of a GPU. The peak is a few times as high.
-        amp: let the network compute in half precision (bfloat16 on the CPU, float16 on a GPU): faster where the
-            hardware has units for it, with probabilities of about three digits.
+        amp: precision of the network: "off", "bf16" or "fp16"; None: the config's ``trainer.amp``, which ``test.py``
+            uses. True: bf16 on the CPU, fp16 on a GPU. Half precision is faster on hardware that supports it, and
+            gives probabilities of about three digits.
         keep_masks, keep_probs: whether results carry ``masks`` and ``probs``.
 
     Raises:
@@ -136,29 +134,27 @@ class Predictor:
         temperature: float | None = None,
         max_pixels: int = MAX_PIXELS,
         memory: int | None = None,
-        amp: bool = False,
+        amp: bool | str | None = None,
         keep_masks: bool = True,
         keep_probs: bool = False,
     ) -> None:
         self.device = choose_device(device)
         loaded = model if isinstance(model, LoadedModel) else load_model(model, self.device)
+        changes: dict[str, Any] = {} if amp is None else {"amp": _amp(amp, self.device)}
+        if temperature is not None:
+            changes["temperature"] = temperature
+        seen = tuple(scales) if mode == "multiscale" else (1.0,)
+        self.network = loaded.network(self.device, scales=seen, flip=flip, **changes)
         settings = loaded.config.predict
-        self.facts, self.activation, self.config = loaded.facts, loaded.activation, loaded.config
-        self.amp = amp
-        # The layout that convolutions on CPUs, and in half precision on GPUs, are fastest in.
-        self._layout = torch.channels_last if amp or self.device.type == "cpu" else torch.contiguous_format
-        self.model: nn.Module = loaded.model.to(self.device).to(memory_format=self._layout).eval()
+        self.facts, self.config = loaded.facts, loaded.config
         self.procedure = predict or settings.test
         self.options = options or PredictOptions.from_config(settings)
-        self.temperature = settings.temperature if temperature is None else temperature
         self.mode, self.scales, self.flip = mode, tuple(scales), flip
         self.tile = tile or _training_crop(loaded) or 512
         self.overlap, self.batch_size, self.max_pixels = overlap, batch_size, max_pixels
         self.memory = memory or _default_memory(self.device)
         self.keep_masks, self.keep_probs = keep_masks, keep_probs
         self._check()
-        self._normalize = Normalize(self.facts.mean, self.facts.std).to(self.device)
-        self._network = tiling.padded(self._logits, SMALLEST_SIDE, getattr(self.model, "size_divisor", 1))
 
     def _check(self) -> None:
         for name, value, known in (("predict", self.procedure, PROCEDURES), ("mode", self.mode, MODES)):
@@ -171,8 +167,6 @@ class Predictor:
             raise ValueError(f"overlap: a share in [0, 1) expected, got {self.overlap}")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales: positive numbers expected, got {list(self.scales)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: a positive number expected, got {self.temperature}")
         outside = [c for c in self.options.classes or () if not 0 <= c < self.facts.num_classes]
         if outside:
             raise UserError(
@@ -252,24 +246,9 @@ class Predictor:
         height, width = images.shape[-2:]
         if self.mode == "sliding" or self.tiles(height, width):
             return tiling.sliding(
-                self._see, images, self.facts.num_classes, self.tile, self.overlap, self.batch_size
+                self.network.probabilities, images, self.facts.num_classes, self.tile, self.overlap, self.batch_size
             ).clamp_(max=1.0)
-        return self._see(images)
-
-    def _see(self, images: Tensor) -> Tensor:
-        """Return the mean probabilities over scales and flips of whole images, or of tiles as if they were images."""
-        images = self._normalize(images.to(self.device, non_blocking=True))
-        scales = self.scales if self.mode == "multiscale" else (1.0,)
-        probs = tiling.views(self._network, images, scales, self.flip, link=self._link)
-        return probs.clamp_(max=1.0)  # the mean of ones may round to a little more
-
-    def _logits(self, images: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, _HALF.get(self.device.type, torch.bfloat16), enabled=self.amp):
-            output = self.model(images.contiguous(memory_format=self._layout))
-        return output["out"] if isinstance(output, dict) else output
-
-    def _link(self, logits: Tensor) -> Tensor:
-        return probabilities(logits, self.activation, self.temperature)
+        return self.network.probabilities(images)
 
     # ------------------------------------------------------------------------------------------ decisions
 
@@ -306,7 +285,7 @@ class Predictor:
         """Segment one image ``(channels, H, W)`` whose probabilities are never in memory as a whole."""
         classes, (height, width) = self.facts.num_classes, image.shape[-2:]
         blocks = tiling.sliding_blocks(
-            self._see, image, classes, self.tile, self.overlap, self.batch_size, max_bytes=self.memory
+            self.network.probabilities, image, classes, self.tile, self.overlap, self.batch_size, max_bytes=self.memory
         )
         tiled = self.mode != "sliding"
         if self.procedure != "rankdice" and not self.keep_probs:
@@ -376,32 +355,13 @@ def _written(blocks: Iterable[tiling.Block], spool: streaming.Spool) -> Iterator
         yield block
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """Return the device that is meant: a name, a GPU's number as text, or None for the GPU where there is one.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if device is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else _CPU
-    if isinstance(device, str) and device.isdigit():
-        device = f"cuda:{device}"
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        there = f"the CPU and {count} GPU(s), 0 to {count - 1}" if count else "the CPU only, no GPU was found"
-        # What torch says where no GPU is asks for a driver, of all things; of one that is there it knows the trouble.
-        named = isinstance(device, torch.device) and (device.index or 0) < count
-        reason = f" ({str(error).strip().splitlines()[0]})" if named else ""
-        use = "use one of them, or cpu" if count else "use -d cpu, or leave -d out"
-        raise UserError(f"device {str(device)!r} cannot be used{reason}: this machine has {there}; {use}") from None
-    return device
-
-
-_CPU = torch.device("cpu")
-_HALF = {"cpu": torch.bfloat16, "cuda": torch.float16}
+def _amp(amp: bool | str, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of autocast."""
+    if isinstance(amp, str):
+        if amp not in AMP_DTYPES:
+            raise ValueError(f"amp: {amp!r} is none of {', '.join(AMP_DTYPES)}{did_you_mean(amp, AMP_DTYPES)}")
+        return AMP_DTYPES[amp]
+    return None if not amp else torch.bfloat16 if device.type == "cpu" else torch.float16
 
 
 def _default_memory(device: torch.device) -> int:

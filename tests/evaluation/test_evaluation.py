@@ -17,6 +17,7 @@ from utils.facts import Facts
 from utils.losses import build
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, PredictOptions, probabilities
+from utils.predict.network import Network
 
 FACTS = Facts(3, ("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), (0.4,) * 3, (0.2,) * 3, 255)
 
@@ -44,8 +45,8 @@ def data(count: int = 7, size: tuple[int, int] = (32, 40), batch: int = 3) -> li
     return [Batch(images[i : i + batch], labels[i : i + batch], names[i : i + batch]) for i in range(0, count, batch)]
 
 
-def evaluator(**changes: Any) -> Evaluator:
-    return Evaluator(Net(), FACTS, "softmax", torch.device("cpu"), **changes)
+def evaluator(loss: nn.Module | None = None, **changes: Any) -> Evaluator:
+    return Evaluator(Network(Net(), FACTS, "softmax", **changes), loss=loss)
 
 
 def test_all_decisions() -> None:
@@ -68,7 +69,7 @@ def test_one_forward_pass_serves_all_and_each_scores_as_alone() -> None:
     used = evaluator(temperature=1.5, loss=build("CrossEntropyLoss2d"))
     decisions = all_decisions(PredictOptions(threshold=0.4))
     together = evaluate(used, data(), decisions)
-    assert used.model.calls == 3
+    assert used.network.model.calls == 3
     assert together.images == 7
     assert together.sizes == [(32, 40)]
     for name, decision in decisions.items():
@@ -84,7 +85,7 @@ def test_scores_are_those_of_a_plain_loop() -> None:
     metrics, losses, loss = Metrics(3, keep_images=True), [], build("CrossEntropyLoss2d")
     with torch.no_grad():
         for batch in data(batch=1):
-            logits = used.model((batch.images.float() / 255 - 0.4) / 0.2)
+            logits = used.network.model((batch.images.float() / 255 - 0.4) / 0.2)
             metrics.update(
                 PROCEDURES["T"](probabilities(logits, "softmax"), PredictOptions()), batch.labels, batch.names
             )
@@ -109,13 +110,13 @@ def test_a_limit_counts_images_whatever_the_batches(batch, limit) -> None:
     found = evaluate(used, data(batch=batch), {"max": Decision("max")}, limit_images=limit)
     names = [row["name"] for row in found.metrics["max"].images]
     assert names == [f"image{i}" for i in range(min(limit, 7))]
-    assert used.model.calls == -(-min(limit, 7) // batch)
+    assert used.network.model.calls == -(-min(limit, 7) // batch)
 
 
 def test_a_limit_of_batches() -> None:
     used = evaluator()
     assert evaluate(used, data(), {"max": Decision("max")}, limit_batches=2).images == 6
-    assert used.model.calls == 2
+    assert used.network.model.calls == 2
 
 
 def test_a_limit_is_shared_by_the_processes(monkeypatch) -> None:
@@ -125,34 +126,6 @@ def test_a_limit_is_shared_by_the_processes(monkeypatch) -> None:
         monkeypatch.setattr("utils.distributed.world_size", lambda: 3)
         images += evaluate(evaluator(), data(), {"max": Decision("max")}, limit_images=5).images
     assert images == 5
-
-
-def test_views_are_averaged_as_probabilities() -> None:
-    used = evaluator(flip=True, scales=(1.0, 2.0), temperature=2.0)
-    batch = data()[0]
-    with torch.no_grad():
-        logits, probs = used.forward(batch.images)
-        x = used.normalize(batch.images)
-        expected = torch.zeros(3, 3, 32, 40)
-        for size in ((32, 40), (64, 80)):
-            view = nn.functional.interpolate(x, size=size, mode="bilinear")
-            for flipped in (False, True):
-                score = used.model(view.flip(-1) if flipped else view)
-                score = score.flip(-1) if flipped else score
-                score = nn.functional.interpolate(score, size=(32, 40), mode="bilinear")
-                expected += (score / 2).softmax(1) / 4
-    torch.testing.assert_close(probs, expected, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(logits.softmax(1), probs, atol=1e-6, rtol=1e-5)
-    assert used.augments
-    assert not evaluator().augments
-
-
-def test_the_logits_of_averaged_sigmoids_give_them_back() -> None:
-    used = replace(evaluator(flip=True), activation="sigmoid")
-    with torch.no_grad():
-        logits, probs = used.forward(data()[0].images)
-    torch.testing.assert_close(logits.sigmoid(), probs, atol=1e-6, rtol=1e-5)
-    assert logits.isfinite().all()
 
 
 def test_who_looks_sees_everything() -> None:
@@ -201,3 +174,12 @@ def test_the_first_lap_warms_up() -> None:
     clock.laps["x"] = [(100.0, 4), (1.0, 4), (1.0, 2)]
     clock.laps["y"] = [(3.0, 4)]
     assert clock.totals() == {"x": (2.0, 6), "y": (3.0, 4)}
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_probabilities_that_are_not_finite_stop_every_procedure(name) -> None:
+    used = evaluator()
+    with torch.no_grad():
+        used.network.model.conv.bias[1] = torch.inf
+    with pytest.raises(UserError, match=r"image0: the network's probabilities are not finite"):
+        evaluate(used, data(), {name: Decision(name)})

@@ -22,6 +22,7 @@ from utils.evaluation.calibration import Reliability
 from utils.facts import Facts
 from utils.metrics import Metrics, count
 from utils.predict import Prediction, PredictOptions
+from utils.predict.network import Network
 from utils.report import charts as html_charts
 from utils.report.gallery import BOTH_WRONG, MAX_RIGHT, RANKDICE_RIGHT, UNASSIGNED, Gallery
 from utils.report.page import expected_points, page
@@ -57,7 +58,7 @@ def made() -> tuple[str, Gallery, dict]:
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 5, padding=2))
     for p in net.parameters():
         p.data.mul_(4)
-    used = Evaluator(net, FACTS, "softmax", torch.device("cpu"))
+    used = Evaluator(Network(net, FACTS, "softmax"))
     decisions = all_decisions(PredictOptions(threshold=0.4))
     gallery, reliability = Gallery(FACTS), Reliability(3, 255, "softmax")
 

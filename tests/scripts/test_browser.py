@@ -27,6 +27,7 @@ from utils.evaluation.calibration import Reliability
 from utils.facts import Facts
 from utils.images.palette import default_palette
 from utils.predict import PredictOptions
+from utils.predict.network import Network
 from utils.report.gallery import Gallery
 from utils.report.page import page
 
@@ -62,7 +63,7 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = data(40, (24, 32), 8)
     for batch in images:
         batch.names[:] = [f"{'deeply_nested_folder/' * 5}{name}" for name in batch.names]
-    used = Evaluator(net, facts, "softmax", torch.device("cpu"))
+    used = Evaluator(Network(net, facts, "softmax"))
     outcome = evaluate(used, images, all_decisions(PredictOptions(threshold=0.4)), on_part=look)
     outcome.peak_bytes.update(dict.fromkeys(outcome.peak_bytes, 2**40))
     assert len(gallery.gains) == len(gallery.losses) == 12

@@ -39,7 +39,7 @@ def test_one_pass_serves_three_procedures(predictor: Predictor, image: str) -> N
 
 
 def predictor_model(predictor: Predictor) -> LoadedModel:
-    return LoadedModel(predictor.model, predictor.facts, predictor.config, predictor.activation, Path(), 0)
+    return LoadedModel(predictor.network.model, predictor.facts, predictor.config, "softmax", Path(), 0)
 
 
 def test_one_class(tmp_path: Path, image: str) -> None:

@@ -43,7 +43,11 @@ class Toy(nn.Module):
 
 
 def loaded(model: nn.Module, classes: int = 3, temperature: float = 1.0, channels: int = 3) -> LoadedModel:
-    config = SimpleNamespace(arch=SimpleNamespace(type="Toy"), predict=SimpleNamespace(temperature=temperature))
+    config = SimpleNamespace(
+        arch=SimpleNamespace(type="Toy"),
+        predict=SimpleNamespace(temperature=temperature),
+        trainer=SimpleNamespace(amp="off", channels_last=False),
+    )
     facts = Facts(classes, NAMES[:classes], ((0, 0, 0),) * classes, (0.4,) * channels, (0.2,) * channels, 255, channels)
     return LoadedModel(model.eval(), facts, config, "softmax", Path("toy.pth"), 1)
 

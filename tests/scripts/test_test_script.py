@@ -144,7 +144,7 @@ def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp
     from utils.predictor import Predictor
 
     predictor = Predictor(fitted)
-    assert (predictor.temperature, predictor.options.threshold) == (record["temperature"], record["threshold"])
+    assert (predictor.network.temperature, predictor.options.threshold) == (record["temperature"], record["threshold"])
     # Fitted again, it starts from the network's own logits: the same answer.
     run(monkeypatch, capsys, "-r", fitted, "--fit", "-o", tmp_path)
     assert torch.load(fitted, weights_only=True)["calibration"]["temperature"] == record["temperature"]

@@ -35,6 +35,7 @@ from utils.config.schema import Config
 from utils.errors import UserError
 from utils.facts import Facts
 from utils.predict import Activation
+from utils.predict.network import AMP_DTYPES, Network
 from utils.signatures import parameters
 
 __all__ = [
@@ -62,6 +63,24 @@ class LoadedModel:
     activation: Activation
     path: Path
     epoch: int
+
+    def network(self, device: str | torch.device | None = None, **changes: Any) -> Network:
+        """Return the function from images to probabilities, set up as the config says.
+
+        Args:
+            device: where the model is moved to; None: it stays where it is.
+            changes: other values for fields of :class:`utils.predict.network.Network`.
+        """
+        trainer = self.config.trainer
+        settings: dict[str, Any] = {
+            "temperature": self.config.predict.temperature,
+            "amp": AMP_DTYPES[trainer.amp],
+            "channels_last": trainer.channels_last,
+        } | changes
+        layout = torch.channels_last if settings["channels_last"] else torch.preserve_format
+        model = self.model.to(device).to(memory_format=layout).eval()
+        where = torch.device(device) if device is not None else next(model.parameters()).device
+        return Network(model, self.facts, self.activation, where, **settings)
 
 
 def config_of(

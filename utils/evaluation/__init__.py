@@ -14,17 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from utils import distributed
-from utils.batch import Batch, Normalize, equal_sizes
+from utils.batch import Batch, equal_sizes
 from utils.errors import UserError
 from utils.evaluation.cost import Clock
 from utils.facts import Facts
 from utils.metrics import Counts, Metrics
-from utils.predict import PROCEDURES, Activation, Prediction, PredictOptions, probabilities, tiling
+from utils.predict import PROCEDURES, Prediction, PredictOptions
+from utils.predict.network import Ensemble, Network, check_finite
 
 Progress = Callable[[Any], Any]
 
-# Networks with five halvings have nothing left of smaller views (test-time augmentation only).
-SMALLEST_SIDE = 32
 # Solvers of utils.rankdice that can maximise the expected IoU.
 IOU_SOLVERS = ("exact", "rma")
 
@@ -70,78 +69,21 @@ class Evaluator:
     """What stays the same from batch to batch of an evaluation.
 
     Args:
-        model: returns logits ``(B, C, H, W)``; is put into evaluation mode.
-        facts: of the data the model was trained on.
-        activation: "softmax" or "sigmoid", see :func:`utils.predict.probabilities`.
-        device: where the model is.
-        temperature: see :func:`utils.predict.probabilities`.
+        network: from images to probabilities; is put into evaluation mode.
         classes: the classes of interest; None: all.
         count_ignored: see :class:`utils.metrics.Metrics`.
         loss: scored per image and averaged over images, so that it does not depend on the batches; None: no loss.
-        amp: dtype of autocast for the forward pass; None: float32.
-        channels_last: memory layout of the images.
-        scales, flip: the views of each image whose probabilities are averaged, see :func:`utils.predict.tiling.views`.
     """
 
-    model: nn.Module
-    facts: Facts
-    activation: Activation
-    device: torch.device
-    temperature: float = 1.0
+    network: Network | Ensemble
     classes: tuple[int, ...] | None = None
     count_ignored: bool = False
     loss: nn.Module | None = None
-    amp: torch.dtype | None = None
-    channels_last: bool = False
-    scales: Sequence[float] = (1.0,)
-    flip: bool = False
-    normalize: Normalize = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Move what the batches need to the device."""
-        self.normalize = Normalize(self.facts.mean, self.facts.std).to(self.device)
-
-    def logits(self, images: Tensor) -> Tensor:
-        """Return the logits of a batch of images as the loaders give them."""
-        return self._network(self.normalize(images.to(self.device, non_blocking=True)))
-
-    def _network(self, images: Tensor) -> Tensor:
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-            output = self.model(images)
-        return output["out"] if isinstance(output, dict) else output
 
     @property
-    def augments(self) -> bool:
-        """Whether probabilities are the mean over several views of an image."""
-        return self.flip or tuple(self.scales) != (1.0,)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and probabilities ``(B, C, H, W)`` of a batch as the loaders give it.
-
-        With several views the probabilities are their mean, and the logits those that would give it.
-        """
-        if not self.augments:
-            logits = self.logits(images)
-            return logits, probabilities(logits, self.activation, self.temperature)
-        network = tiling.padded(self._network, SMALLEST_SIDE, getattr(self.model, "size_divisor", 1))
-        images = self.normalize(images.to(self.device, non_blocking=True))
-        probs = tiling.views(
-            network,
-            images,
-            self.scales,
-            self.flip,
-            link=lambda logits: probabilities(logits, self.activation, self.temperature),
-        ).clamp_(max=1.0)  # the mean of ones may round to a little more
-        return self._unlink(probs), probs
-
-    def _unlink(self, probs: Tensor) -> Tensor:
-        tiny = torch.finfo(probs.dtype).tiny
-        logits = probs.clamp_min(tiny).log()
-        if self.activation == "sigmoid" or probs.shape[1] == 1:
-            logits = logits - (1 - probs).clamp_min(tiny).log()
-        return logits
+    def facts(self) -> Facts:
+        """The facts of the data that the network was trained on."""
+        return self.network.facts
 
     def new_metrics(self, decision: Decision) -> Metrics:
         """Return empty metrics for what is decided so, which keep their images."""
@@ -220,7 +162,7 @@ def evaluate(
     Raises:
         UserError: a label of the data that the model has no class for.
     """
-    evaluator.model.eval()
+    evaluator.network.eval()
     work = _Work(evaluator, decisions, on_part, measure_memory)
     for batch in progress(_limited(loader, limit_batches, limit_images)):
         for part in equal_sizes(batch):
@@ -240,7 +182,7 @@ class _Work:
     ) -> None:
         self.evaluator, self.decisions, self.on_part = evaluator, dict(decisions), on_part
         self.metrics = {name: evaluator.new_metrics(decision) for name, decision in decisions.items()}
-        self.clock = Clock(evaluator.device, [*decisions, "forward"])
+        self.clock = Clock(evaluator.network.device, [*decisions, "forward"])
         self.losses: dict[str, float] = {}
         self.images = 0
         self.sizes: set[tuple[int, int]] = set()
@@ -252,8 +194,9 @@ class _Work:
         assert isinstance(batch.images, Tensor)  # as equal_sizes() gives them
         assert isinstance(batch.labels, Tensor)
         with self.clock.measure("forward", len(batch.images)):
-            logits, probs = evaluator.forward(batch.images)
-        target = batch.labels.to(evaluator.device, non_blocking=True)
+            logits, probs = evaluator.network.forward(batch.images)
+        check_finite(probs, batch.names)
+        target = batch.labels.to(evaluator.network.device, non_blocking=True)
         _check_labels(target, evaluator.facts, batch.names)
         self.images += len(batch.names)
         self.sizes.add((int(target.shape[1]), int(target.shape[2])))

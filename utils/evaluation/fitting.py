@@ -15,6 +15,7 @@ from utils.evaluation import Decision, Evaluator, Progress, evaluate
 from utils.evaluation.calibration import LogitSample, ThresholdSweep, fit_temperature, sample_calibration
 from utils.evaluation.comparison import FEW_IMAGES
 from utils.predict import PredictOptions
+from utils.predict.network import Network
 
 # What a checkpoint needs to be used; what a run needs to go on stays behind, in the original.
 KEPT = ("format", "arch", "epoch", "iteration", "state_dict", "ema", "monitor_best", "facts")
@@ -52,7 +53,8 @@ def fit(
     Raises:
         UserError: the data has no labelled pixel.
     """
-    facts, activation = evaluator.facts, evaluator.activation
+    facts, network = evaluator.facts, evaluator.network
+    assert isinstance(network, Network)  # a checkpoint's; the members of an ensemble are fitted one by one
     decisions = {name: Decision(name, options) for name in ("T", "max", "rankdice")}
     images = len(loader.batches.indices) if hasattr(loader, "batches") else len(loader.dataset)
     sample = LogitSample(facts, min(images, limit or images))
@@ -60,12 +62,12 @@ def fit(
     sample.merge(distributed.gather(sample))
     logits, target = sample.stacked()
     try:
-        temperature = fit_temperature(logits, target, activation)
+        temperature = fit_temperature(logits, target, network.activation)
     except ValueError as error:
         raise UserError(f"the temperature cannot be fitted on the validation data: {error}") from None
 
     sweep = ThresholdSweep(facts, options.classes, evaluator.count_ignored)
-    fitted = replace(evaluator, temperature=temperature.value)
+    fitted = replace(evaluator, network=replace(network, temperature=temperature.value))
     second = evaluate(
         fitted, loader, {"rankdice": decisions["rankdice"]}, progress=progress("FIT 2/2"), on_part=sweep.add,
         limit_images=limit,
@@ -83,7 +85,7 @@ def fit(
 
 
 def _calibration(logits: Any, target: Any, evaluator: Evaluator) -> dict[str, float]:
-    found = sample_calibration(logits, target, evaluator.activation, evaluator.temperature)
+    found = sample_calibration(logits, target, evaluator.network.activation, evaluator.network.temperature)
     return {key: found[key] for key in ("NLL", "Brier", "ECE", "Class_ECE")}
 
 

@@ -55,7 +55,7 @@ def main() -> int:
 
     from utils.predict import PROCEDURES as DECIDE
     from utils.predict import stored
-    from utils.predictor import choose_device
+    from utils.predict.network import choose_device
 
     folder = Path(args.probs)
     index = stored.read_index(folder)

@@ -56,7 +56,7 @@ class Watcher:
             facts=self.loaded.facts,
             options=options,
             procedure=self.loaded.config.predict.test if procedure == "all" else procedure,
-            temperature=self.evaluator.temperature,
+            temperature=self.evaluator.network.temperature,
             checkpoint=str(self.loaded.path),
         )
         writer = ProbsWriter(folder, index)

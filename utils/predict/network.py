@@ -1,0 +1,223 @@
+"""The one path from images to probabilities.
+
+Validation during training, ``test.py``, ``inference.py``, :class:`utils.predictor.Predictor` and the export all call
+:class:`Network`, so they see the same probabilities: the same padding, views, mixed precision, memory format,
+temperature and link function (softmax or sigmoid).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from utils.batch import Normalize
+from utils.errors import UserError
+from utils.facts import Facts
+from utils.predict import Activation, probabilities, tiling
+
+# trainer.amp of the config -> the dtype of autocast.
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Networks with five halvings have no pixels left of a smaller image, so smaller images are padded.
+SMALLEST_SIDE = 32
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network, called with images as the loaders yield them.
+
+    Args:
+        model: returns logits ``(B, C, H, W)`` for normalised images, or ``{"out": logits}``.
+        facts: of the data the model was trained on.
+        activation: "softmax" or "sigmoid", see :func:`utils.predict.probabilities`.
+        device: where the model is. Images are moved to it.
+        temperature: logits are divided by it.
+        amp: dtype of autocast; None: float32.
+        channels_last: memory format of the images in the network.
+        scales, flip: the probabilities of an image are the mean over these views, see :func:`tiling.views`.
+    """
+
+    model: nn.Module
+    facts: Facts
+    activation: Activation
+    device: torch.device = _CPU
+    temperature: float = 1.0
+    amp: torch.dtype | None = None
+    channels_last: bool = False
+    scales: Sequence[float] = (1.0,)
+    flip: bool = False
+    normalize: Normalize = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: expected a number above 0, found {self.temperature}")
+        object.__setattr__(self, "normalize", Normalize(self.facts.mean, self.facts.std).to(self.device))
+
+    @property
+    def averages(self) -> bool:
+        """Whether probabilities are the mean over several views of an image."""
+        return self.flip or tuple(self.scales) != (1.0,)
+
+    def eval(self) -> None:
+        """Put the model into evaluation mode."""
+        self.model.eval()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the logits ``(B, C, H, W)`` of one view, in the dtype that the model computes in.
+
+        Args:
+            images: ``(B, channels, H, W)``, uint8, or floating point in [0, 1]. Sides under 32 pixels, and sides that
+                are not multiples of the model's ``size_divisor``, are padded with the border's pixels; the logits
+                are cropped back.
+        """
+        return self._padded(self._normalized(images))
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Return float32 probabilities ``(B, C, H, W)``, the mean over the views; ``images`` as in :meth:`logits`."""
+        if not self.averages:
+            return self._link(self.logits(images))
+        probs = tiling.views(self._padded, self._normalized(images), self.scales, self.flip, link=self._link)
+        return probs.clamp_(max=1.0)  # the mean of ones may round to slightly more
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and probabilities ``(B, C, H, W)``; the logits of a mean are those that give it."""
+        if not self.averages:
+            logits = self.logits(images)
+            return logits, self._link(logits)
+        probs = self.probabilities(images)
+        return unlink(probs, self.activation), probs
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        return self.normalize(images.to(self.device, non_blocking=True))
+
+    def _padded(self, images: Tensor) -> Tensor:
+        return tiling.padded(self._model, SMALLEST_SIDE, getattr(self.model, "size_divisor", 1))(images)
+
+    def _model(self, images: Tensor) -> Tensor:
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.amp) if self.amp is not None else nullcontext():
+            output = self.model(images)
+        return output["out"] if isinstance(output, dict) else output
+
+    def _link(self, logits: Tensor) -> Tensor:
+        return probabilities(logits, self.activation, self.temperature)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Several networks for the same classes; the probabilities are the mean of theirs.
+
+    Has the interface of :class:`Network`. Each member keeps its own normalisation, temperature and precision.
+
+    Raises:
+        UserError: the members differ in their classes, channels or link function.
+    """
+
+    members: tuple[Network, ...]
+
+    def __post_init__(self) -> None:
+        first, *others = self.members
+        for other in others:
+            for name in ("num_classes", "class_names", "in_channels", "ignore_index"):
+                expected, found = getattr(first.facts, name), getattr(other.facts, name)
+                if expected != found:
+                    raise UserError(
+                        f"the models of an ensemble must agree in {name}: the first has {expected}, another {found}"
+                    )
+
+    @property
+    def facts(self) -> Facts:
+        """The facts of the first member."""
+        return self.members[0].facts
+
+    @property
+    def activation(self) -> Activation:
+        """The link function of the first member, which logits are computed with."""
+        return self.members[0].activation
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first member."""
+        return self.members[0].device
+
+    @property
+    def temperature(self) -> float:
+        """1: the members have applied their own temperatures."""
+        return 1.0
+
+    @property
+    def averages(self) -> bool:
+        """Whether the members average over several views of an image."""
+        return any(member.averages for member in self.members)
+
+    def eval(self) -> None:
+        """Put the models into evaluation mode."""
+        for member in self.members:
+            member.eval()
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Return the mean of the members' probabilities, float32 ``(B, C, H, W)``."""
+        total = self.members[0].probabilities(images)
+        for member in self.members[1:]:
+            total = total + member.probabilities(images).to(total.device)
+        return (total / len(self.members)).clamp_(max=1.0)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the probabilities, and the logits that give them."""
+        probs = self.probabilities(images)
+        return unlink(probs, self.activation), probs
+
+
+def unlink(probs: Tensor, activation: Activation) -> Tensor:
+    """Return logits ``(B, C, H, W)`` whose softmax or sigmoid is ``probs``."""
+    tiny = torch.finfo(probs.dtype).tiny
+    logits = probs.clamp_min(tiny).log()
+    if activation == "sigmoid" or probs.shape[1] == 1:
+        logits = logits - (1 - probs).clamp_min(tiny).log()
+    return logits
+
+
+def check_finite(probs: Tensor, names: Sequence[str] = ("the image",)) -> None:
+    """Refuse probabilities ``(B, C, H, W)`` that hold NaN or infinity.
+
+    Raises:
+        UserError: names the first such image, and the usual causes.
+    """
+    bad = ~probs.flatten(1).sum(dim=1).isfinite()  # one pass, no copy; values in [0, 1] cannot overflow float32
+    if bad.any():
+        name = names[int(bad.nonzero()[0])]
+        raise UserError(
+            f"{name}: the network's probabilities are not finite (NaN or infinity). Either the image holds such "
+            "values, or the weights do (the training diverged), or half precision overflows (try trainer.amp bf16 "
+            "or off)"
+        )
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Return a usable device: from its name, a GPU's number as text, or None for the GPU if there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else _CPU
+    if isinstance(device, str) and device.isdigit():
+        device = f"cuda:{device}"
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        there = f"the CPU and {count} GPU(s), 0 to {count - 1}" if count else "the CPU only, no GPU was found"
+        # Without any GPU, torch's own message asks for a driver; for a GPU that exists it names the real problem.
+        named = isinstance(device, torch.device) and (device.index or 0) < count
+        reason = f" ({str(error).strip().splitlines()[0]})" if named else ""
+        use = "use one of them, or cpu" if count else "use -d cpu, or leave -d out"
+        raise UserError(f"device {str(device)!r} cannot be used{reason}: this machine has {there}; {use}") from None
+    return device
