@@ -131,3 +131,32 @@ def intervals(rows: Sequence[tuple[str, float, float, float]]) -> str:
             f'<circle cx="{zero + mean * scale:.1f}" cy="{y}" r="5" fill="{colour}"/>',
         ]
     return _svg(width, height, "Differences in mDice with their intervals", body)
+
+
+def heat_map(shares: Sequence[Sequence[float | None]], classes: Sequence[str]) -> str:
+    """Return a confusion matrix whose rows add up to 1: targets down, predictions across; None is left empty."""
+    cell = 26 if len(classes) <= 24 else max(6, 624 // len(classes))
+    label, numbers = 108, cell >= 26
+    side = cell * len(classes)
+    short = [cls if len(cls) <= 16 else cls[:15] + "…" for cls in classes]
+    body = []
+    for i, row in enumerate(shares):
+        y = label + i * cell
+        if numbers:
+            middle = y + cell / 2
+            body.append(_text(label - 5, middle + 3, short[i], "end", 'class="small"'))
+            x = label + i * cell + cell / 2 + 3
+            turned = f'class="small" transform="rotate(-90 {x:g} {label - 6})"'
+            body.append(_text(x, label - 6, short[i], extra=turned))
+        for j, share in enumerate(row):
+            if not share:
+                continue
+            x, title = label + j * cell, f"{escape(classes[i])} predicted as {escape(classes[j])}: {share:.2%}"
+            colour = COLOURS["max"] if i == j else COLOURS["rankdice_unpruned"]
+            body.append(
+                f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{colour}" '
+                f'fill-opacity="{share:.3f}"><title>{title}</title></rect>'
+            )
+            if numbers and share >= 0.005:
+                body.append(_text(x + cell / 2, y + cell / 2 + 3, f"{100 * share:.0f}", "middle", 'class="small"'))
+    return _svg(label + side, label + side, "Confusion matrix", body)
