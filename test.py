@@ -56,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--limit", type=int, metavar="N", help="only the first N images")
     add("--tta", nargs="+", choices=VIEWS, default=[], help="average the probabilities over mirror images, over scales")
+    add("--boundary", action="store_true", help="also report the boundary IoU (Cheng et al., CVPR 2021)")
     add("--save-masks", action="store_true", help="write masks/PROCEDURE/NAME.png, palette PNGs, beside the results")
     add("--save-probs", metavar="FOLDER", help="keep the probabilities, for python -m utils.predict --probs FOLDER")
     add_device(parser)
@@ -63,8 +64,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit}: expected at least 1")
-    if args.fit and (args.predict or args.tta or args.save_masks or args.save_probs):
-        parser.error("--fit looks at single views of the validation data: it goes without -p, --tta and --save-...")
+    if args.fit and (args.predict or args.tta or args.save_masks or args.save_probs or args.boundary):
+        parser.error(
+            "--fit looks at single views of the validation data: it goes without -p, --tta, --boundary and --save-..."
+        )
     return args
 
 
@@ -166,7 +169,7 @@ def score(
     decisions = all_decisions(options) if everything else {procedure: Decision(procedure, options)}
     if distributed.is_main():
         checks.warn_about_loss(config, list(decisions))
-    watcher = Watcher(loaded, decisions, evaluator, report=everything)
+    watcher = Watcher(loaded, decisions, evaluator, report=everything, boundary=args.boundary)
     if args.save_masks:
         watcher.save_masks(folder / "masks")
     if args.save_probs:
@@ -191,7 +194,7 @@ def score(
         loaded,
         loader.dataset,
         views=views,
-        reliability=watcher.reliability.compute() if everything else None,
+        gathered=watcher.compute(),
         fitted=calibration_note(state, config),
     )
     print(report.text(results))
@@ -203,7 +206,7 @@ def score(
     if stale:
         print(f"removed: {folder / report.PAGE}, which was of an earlier run; -p all writes it")
     if everything:
-        written.append(watcher.write_page(folder / report.PAGE, results, outcome, sys.argv))
+        written += watcher.write_page(folder, results, outcome, sys.argv)
     if config.tester.tensorboard:
         report.write_scalars(results, folder)
     for path in [*written, *watcher.folders]:

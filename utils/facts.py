@@ -51,6 +51,11 @@ class Facts:
             values["value_range"] = tuple(values["value_range"])
         return cls(**values)
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the labels; with one class there are two, the background and the class."""
+        return self.class_names if self.num_classes > 1 else ("background", *self.class_names)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers."""
         return asdict(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,13 +20,14 @@ from utils.batch import Batch
 from utils.checkpoint import LoadedModel
 from utils.evaluation import Evaluator, Part, all_decisions, evaluate
 from utils.evaluation.calibration import Reliability
+from utils.evaluation.confusion import Confusion
 from utils.facts import Facts
 from utils.metrics import Metrics, count
 from utils.predict import Prediction, PredictOptions
 from utils.predict.network import Network
 from utils.report import charts as html_charts
 from utils.report.gallery import BOTH_WRONG, MAX_RIGHT, RANKDICE_RIGHT, UNASSIGNED, Gallery
-from utils.report.page import expected_points, page
+from utils.report.page import Evidence, expected_points, page
 
 FACTS = Facts(3, ("road", "cat & <dog>", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), (0.4,) * 3, (0.2,) * 3, 255)
 VOID = {"meta", "link", "img"}
@@ -60,17 +62,28 @@ def made() -> tuple[str, Gallery, dict]:
         p.data.mul_(4)
     used = Evaluator(Network(net, FACTS, "softmax"))
     decisions = all_decisions(PredictOptions(threshold=0.4))
-    gallery, reliability = Gallery(FACTS), Reliability(3, 255, "softmax")
+    gallery, reliability, confusion = Gallery(FACTS), Reliability(3, 255, "softmax"), Confusion(3, 255)
 
     def look(part: Part) -> None:
         gallery.add(part)
         reliability.add(part)
+        confusion.add(part)
 
     outcome = evaluate(used, data(40, (24, 32), 8), decisions, on_part=look)
     settings = config(name="<b>run", about="</pre><script>alert(1)</script>")
     loaded = LoadedModel(net, FACTS, settings, "softmax", Path("best.pth"), 7)
-    content = report.results(outcome, settings, loaded, None, reliability=reliability.compute())
-    return page(content, outcome.metrics, gallery, settings, ["test.py", "-p", "all"]), gallery, content
+    content = report.results(
+        outcome,
+        settings,
+        loaded,
+        None,
+        gathered={"reliability": reliability.compute(), "confusion": confusion.compute()},
+    )
+    return (
+        page(content, Evidence(outcome.metrics, gallery, confusion.compute()), settings, ["test.py", "-p", "all"]),
+        gallery,
+        content,
+    )
 
 
 def test_the_page_is_well_formed_and_needs_nothing_else(made) -> None:
@@ -109,6 +122,8 @@ def test_the_numbers_of_the_results_are_shown(made) -> None:
             assert f">{value:.4f}</td>" in text
     assert content["comparison"]["verdict"].split(":")[0] in text
     assert f"{content['reliability']['ECE']:.4f}" in text
+    largest = content["confusion"]["max"][0]
+    assert f"{largest['share']:.1%} of {escape(largest['target'])} predicted as" in text
     for word in ("threshold", "whole images", "ignored", "test.py -p all", "&#34;name&#34;", "Python"):
         assert word in text
 

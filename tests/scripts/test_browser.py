@@ -24,12 +24,13 @@ from utils import report
 from utils.checkpoint import LoadedModel
 from utils.evaluation import Evaluator, Part, all_decisions, evaluate
 from utils.evaluation.calibration import Reliability
+from utils.evaluation.confusion import Confusion
 from utils.facts import Facts
 from utils.images.palette import default_palette
 from utils.predict import PredictOptions
 from utils.predict.network import Network
 from utils.report.gallery import Gallery
-from utils.report.page import page
+from utils.report.page import Evidence, page
 
 CLASSES = 12
 IMAGES = 2 * 12 * 6  # gains and losses, six pictures each
@@ -55,10 +56,12 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for p in net.parameters():
         p.data.mul_(8)
     gallery, reliability = Gallery(facts), Reliability(CLASSES, 255, "softmax")
+    confusion = Confusion(CLASSES, 255)
 
     def look(part: Part) -> None:
         gallery.add(part)
         reliability.add(part)
+        confusion.add(part)
 
     images = data(40, (24, 32), 8)
     for batch in images:
@@ -69,10 +72,12 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(gallery.gains) == len(gallery.losses) == 12
     settings = config(name="a_run_with_a_name_that_goes_on_and_on", about="about " * 40)
     loaded = LoadedModel(net, facts, settings, "softmax", Path("best.pth"), 7)
-    content = report.results(outcome, settings, loaded, None, reliability=reliability.compute())
+    gathered = {"reliability": reliability.compute(), "confusion": confusion.compute()}
+    content = report.results(outcome, settings, loaded, None, gathered=gathered)
     command = ["test.py", "-r", "saved/" + "folder/" * 12 + "best_model.pth", "-p", "all"]
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(page(content, outcome.metrics, gallery, settings, command), encoding="utf-8")
+    evidence = Evidence(outcome.metrics, gallery, confusion.compute())
+    path.write_text(page(content, evidence, settings, command), encoding="utf-8")
     return path
 
 
@@ -108,7 +113,7 @@ def test_charts_and_pictures_are_shown(driver: Any, report_page: Path, width: in
         " e.getBoundingClientRect().height, e.complete === false ? 0 : e.naturalWidth ?? 1])"
     )
     charts, pictures = ([e for e in seen if e[0] == tag] for tag in ("svg", "IMG"))
-    assert len(charts) == 4  # intervals, bars, reliability, expected against measured
+    assert len(charts) == 5  # intervals, bars, confusion, reliability, expected against measured
     assert all(w > 300 and h > 80 for _, w, h, _ in charts)
     assert len(pictures) == IMAGES
     assert all(w > 90 and h > 60 and stored == 32 for _, w, h, stored in pictures)

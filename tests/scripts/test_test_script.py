@@ -47,7 +47,7 @@ def results(folder: Path) -> dict:
 def test_everything_from_one_call(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     out = run(
         monkeypatch, capsys, "-r", checkpoint, "-p", "all", "-o", tmp_path / "out", "--save-masks",
-        "--save-probs", tmp_path / "probs", "--set", "tester.tensorboard=true",
+        "--save-probs", tmp_path / "probs", "--set", "tester.tensorboard=true", "--boundary",
     )  # fmt: skip
     found = results(tmp_path / "out")
     assert list(found["procedures"]) == ALL
@@ -56,6 +56,7 @@ def test_everything_from_one_call(checkpoint, tmp_path, monkeypatch, capsys) -> 
     assert found["protocol"]["note"] is None
     for name, scores in found["procedures"].items():
         assert scores["milliseconds_per_image"] > 0
+        assert 0 <= scores["Mean_Boundary_IoU"] <= 1
         assert scores["peak_mebibytes"] > 0
         assert scores["Worst_Tenth_Dice"] <= scores["Mean_Dice"]
         assert ("Expected_Dice" in scores) == (name in ("rankdice", "rankdice_unpruned"))
@@ -203,7 +204,7 @@ def test_moved_data_of_a_config_without_a_test_loader(tmp_path, monkeypatch, cap
 def test_results_of_two_checkpoints_of_a_folder_stay_apart(tmp_path, monkeypatch, capsys) -> None:
     """Files side by side belong together: the page goes when the scores beside it change."""
     best, other = (write_checkpoint(tmp_path / name) for name in ("best_model.pth", "best_model_calibrated.pth"))
-    files = ["results.json", "per_image.csv", "report.html"]
+    files = ["results.json", "per_image.csv", "report.html", "confusion_max.csv"]
     limit = ("--limit", 2)
     run(monkeypatch, capsys, "-r", best, "-p", "all", *limit)
     before = {name: (tmp_path / name).read_bytes() for name in files}

@@ -65,7 +65,7 @@ def shares(matrix: Sequence[Sequence[int]]) -> list[list[float | None]]:
 
 def worst(matrix: Sequence[Sequence[int]], class_names: Sequence[str], most: int = 5) -> list[dict[str, Any]]:
     """Return the confusions that cost a class the largest share of its pixels, the largest first."""
-    found = [
+    found: list[dict[str, Any]] = [
         {"target": class_names[t], "prediction": class_names[p], "share": share, "pixels": matrix[t][p]}
         for t, row in enumerate(shares(matrix))
         for p, share in enumerate(row)

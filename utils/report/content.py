@@ -12,6 +12,7 @@ from utils.checkpoint import LoadedModel
 from utils.config.schema import Component, Config
 from utils.evaluation import Evaluation
 from utils.evaluation.comparison import FEW_IMAGES, compare, image_means, worst_mean
+from utils.evaluation.confusion import worst
 
 # The table of the comparison: field of the results, heading.
 COLUMNS = (
@@ -20,6 +21,7 @@ COLUMNS = (
     ("Worst_Tenth_Dice", "worst 10 %"),
     ("Dataset_mDice", "dataset mDice"),
     ("Dataset_mIoU", "dataset mIoU"),
+    ("Mean_Boundary_IoU", "boundary IoU"),
     ("Pixel_Accuracy", "PixelAcc"),
     ("Expected_Dice", "expected Dice"),
     ("Measured_Dice", "measured Dice"),
@@ -47,20 +49,21 @@ def results(
     dataset: Any,
     *,
     views: str = ONE_VIEW,
-    reliability: Mapping[str, Any] | None = None,
+    gathered: Mapping[str, Any] | None = None,
     fitted: str | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``results.json``; NaN becomes None.
 
     ``protocol``: what was measured and how. ``procedures``: the scores of each. ``comparison``: differences to
-    ``max``, if it is among several procedures (:func:`utils.evaluation.comparison.compare`). ``reliability``, if it
-    was gathered. ``advice``, if a temperature should be fitted (:func:`advice`).
+    ``max``, if it is among several procedures (:func:`utils.evaluation.comparison.compare`). ``reliability`` and
+    ``confusion`` (the largest confusions of each procedure), if they were gathered. ``advice``, if a temperature
+    should be fitted (:func:`advice`).
 
     Args:
         outcome: of the evaluation.
         config, loaded, dataset: what was evaluated.
         views: of each image, in words.
-        reliability: :meth:`utils.evaluation.calibration.Reliability.compute`.
+        gathered: :meth:`utils.report.watching.Watcher.compute`.
         fitted: where temperature and threshold come from, in words.
     """
     names = loaded.facts.class_names
@@ -77,8 +80,15 @@ def results(
     found = compare(outcome.metrics, names, config.predict.test)
     if found is not None:
         content["comparison"] = found
-    if reliability is not None:
-        content["reliability"] = dict(reliability)
+    gathered = dict(gathered or {})
+    for name, scores in gathered.pop("boundary", {}).items():
+        by_class = scores["Class_Boundary_IoU"]
+        scores = scores | {"Class_Boundary_IoU": _by_class(by_class, names, outcome.metrics[name].classes)}
+        procedures[name] |= scores
+    matrices = gathered.pop("confusion", {})
+    content |= gathered
+    if matrices:
+        content["confusion"] = {name: worst(matrix, loaded.facts.label_names) for name, matrix in matrices.items()}
     if fitted is None and config.predict.temperature == 1 and outcome.images >= FEW_IMAGES:
         said = advice(procedures.get("rankdice", {}))
         if said:

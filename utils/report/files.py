@@ -36,13 +36,14 @@ def prepare_folder(folder: str | Path) -> Path:
 def write(content: Mapping[str, Any], outcome: Evaluation, facts: Facts, folder: Path) -> list[Path]:
     """Write ``results.json`` and ``per_image.csv``, each whole or not at all; return their paths.
 
-    Remove the ``report.html`` of an earlier run: files that lie side by side belong together.
+    Remove the ``report.html`` and the confusion matrices of an earlier run: files side by side belong together.
     """
     paths = [folder / "results.json", folder / "per_image.csv"]
     write_text(paths[0], json.dumps(content, indent=2) + "\n")
     write_text(paths[1], _per_image(outcome, facts))
     with suppress(OSError):
-        (folder / PAGE).unlink(missing_ok=True)
+        for path in (folder / PAGE, *folder.glob("confusion_*.csv")):
+            path.unlink(missing_ok=True)
     return paths
 
 

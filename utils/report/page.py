@@ -8,7 +8,8 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import cv2
 import torch
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from utils.config import dump
 from utils.config.schema import Config
+from utils.evaluation.confusion import shares
 from utils.metrics import Metrics
 from utils.report import charts
 from utils.report.content import COLUMNS, EXPLAINED
@@ -35,24 +37,26 @@ RANKED = ("Mean_Dice", "Mean_IoU", "Worst_Tenth_Dice", "Dataset_mDice", "Dataset
 Table = tuple[list[str], list[list[Any]]]
 
 
-def page(
-    content: Mapping[str, Any],
-    metrics: Mapping[str, Metrics],
-    gallery: Gallery,
-    config: Config,
-    command: Sequence[str] = (),
-) -> str:
+class Evidence(NamedTuple):
+    """What a test has gathered for the page: scores of each image, pictures, and confusion matrices by procedure."""
+
+    metrics: Mapping[str, Metrics]
+    gallery: Gallery
+    confusion: Mapping[str, Sequence[Sequence[int]]] = MappingProxyType({})
+
+
+def page(content: Mapping[str, Any], evidence: Evidence, config: Config, command: Sequence[str] = ()) -> str:
     """Return the report as one HTML document.
 
     Args:
         content: of ``results.json`` (:func:`utils.report.content`), with ``comparison`` and ``reliability``.
-        metrics: per procedure, with the images kept.
-        gallery: of gains and losses.
+        evidence: gathered by the test; the metrics keep their images.
         config: of the run.
         command: the command line.
     """
     protocol, procedures = content["protocol"], content["procedures"]
     comparison, reliability = content.get("comparison") or {}, content.get("reliability") or {}
+    metrics, gallery = evidence.metrics, evidence.gallery
     shown = {name: charts.COLOURS[name] for name in SHOWN if name in procedures}
     split = f" {protocol['split']}" if protocol["split"] else ""
     environment_ = Environment(
@@ -74,6 +78,7 @@ def page(
         reliability_colours={DIAGRAMS["classes"]: charts.COLOURS["max"], DIAGRAMS["confidence"]: charts.COLOURS["T"]},
         calibration=_calibration(reliability, protocol),
         expected=_expected(metrics, procedures),
+        confusion=_confusion(content, evidence, gallery.facts.label_names),
         galleries={
             "Where rankdice gains most": [_case(case) for case in gallery.gains],
             "Where rankdice loses most": [_case(case) for case in gallery.losses],
@@ -195,6 +200,19 @@ def _charts(
         "bars": charts.bars(dice, list(next(iter(dice.values())))) if dice else "",
         "reliability": charts.reliability(diagrams) if diagrams else "",
         "expected": charts.scatter(drawn, "expected without labels", "measured", colour) if drawn else "",
+    }
+
+
+def _confusion(
+    content: Mapping[str, Any], evidence: Evidence, names: Sequence[str]
+) -> dict[str, tuple[Markup, list[str]]]:
+    """Return the drawn matrix and the worst confusions of each procedure, in words."""
+    return {
+        name: (
+            Markup(charts.heat_map(shares(matrix), names)),
+            [f"{c['share']:.1%} of {c['target']} predicted as {c['prediction']}" for c in content["confusion"][name]],
+        )
+        for name, matrix in evidence.confusion.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""What looks over the shoulder of a test while it runs: masks, probabilities, reliability, the report's pictures."""
+"""What a test gathers and writes while it runs: masks, probabilities, and the evidence that the report shows."""
 
 from __future__ import annotations
 
@@ -9,35 +9,47 @@ from typing import Any
 from utils import distributed
 from utils.checkpoint import LoadedModel
 from utils.evaluation import Decision, Evaluation, Evaluator, Part
+from utils.evaluation.boundary import BoundaryIoU
 from utils.evaluation.calibration import Reliability
+from utils.evaluation.confusion import Confusion, as_csv
 from utils.files import write_text
 from utils.predict import PredictOptions
 from utils.predict.stored import Index, ProbsWriter, pictures, write_masks
+from utils.report.files import PAGE
 from utils.report.gallery import Gallery
-from utils.report.page import page
+from utils.report.page import Evidence, page
 
 
 class Watcher:
-    """Sees every part of an evaluation and keeps what is asked for.
+    """Sees every part of an evaluation, and gathers or writes what is asked for.
 
     Args:
         loaded: the model.
         decisions: of the evaluation.
         evaluator: of the evaluation.
         report: gather what ``report.html`` shows.
+        boundary: gather the boundary IoU.
     """
 
     def __init__(
-        self, loaded: LoadedModel, decisions: Mapping[str, Decision], evaluator: Evaluator, report: bool = False
+        self,
+        loaded: LoadedModel,
+        decisions: Mapping[str, Decision],
+        evaluator: Evaluator,
+        report: bool = False,
+        boundary: bool = False,
     ) -> None:
         self.loaded, self.decisions, self.evaluator = loaded, dict(decisions), evaluator
-        facts = loaded.facts
-        self.reliability = Reliability(facts.num_classes, facts.ignore_index, loaded.activation)
-        self.gallery = Gallery(facts, evaluator.classes) if report else None
+        facts, classes = loaded.facts, evaluator.classes
         self.folders: list[Path] = []
-        self._on_part: list[Callable[[Part], None]] = []
-        if self.gallery is not None:
-            self._on_part += [self.reliability.add, self.gallery.add]
+        self._gathered: dict[str, Any] = {}
+        if report:
+            self._gathered["reliability"] = Reliability(facts.num_classes, facts.ignore_index, loaded.activation)
+            self._gathered["gallery"] = Gallery(facts, classes)
+            self._gathered["confusion"] = Confusion(facts.num_classes, facts.ignore_index)
+        if boundary:
+            self._gathered["boundary"] = BoundaryIoU(facts, range(facts.num_classes) if classes is None else classes)
+        self._on_part: list[Callable[[Part], None]] = [one.add for one in self._gathered.values()]
 
     def save_masks(self, folder: Path) -> None:
         """Write the label map of every image under every procedure to ``folder/PROCEDURE/NAME.png``."""
@@ -75,16 +87,27 @@ class Watcher:
 
     def gather(self) -> None:
         """Bring together, in the main process, what all processes have seen."""
-        if self.gallery is None:
-            return
-        shares = distributed.gather((self.reliability, self.gallery))
+        shares = distributed.gather(self._gathered)
         if distributed.is_main():
-            self.reliability.merge([share[0] for share in shares[1:]])
-            self.gallery.merge([share[1] for share in shares[1:]])
+            for name, one in self._gathered.items():
+                one.merge([share[name] for share in shares[1:]])
 
-    def write_page(self, path: Path, content: Mapping[str, Any], outcome: Evaluation, command: Sequence[str]) -> Path:
-        """Write ``report.html`` and return its path; only after watching with ``report``."""
-        if self.gallery is None:
+    def compute(self) -> dict[str, Any]:
+        """Return what was gathered for ``results.json``, by name: ``reliability``, ``confusion``, ``boundary``."""
+        return {name: one.compute() for name, one in self._gathered.items() if name != "gallery"}
+
+    def write_page(
+        self, folder: Path, content: Mapping[str, Any], outcome: Evaluation, command: Sequence[str]
+    ) -> list[Path]:
+        """Write ``report.html`` and the confusion matrices as CSV; return their paths. Needs ``report``."""
+        if "gallery" not in self._gathered:
             raise ValueError("a Watcher without report has no pictures for the page")
-        write_text(path, page(content, outcome.metrics, self.gallery, self.loaded.config, command))
-        return path
+        matrices = self._gathered["confusion"].compute()
+        evidence = Evidence(outcome.metrics, self._gathered["gallery"], matrices)
+        write_text(folder / PAGE, page(content, evidence, self.loaded.config, command))
+        paths = [folder / PAGE]
+        names = self.loaded.facts.label_names
+        for name, matrix in matrices.items():
+            paths.append(folder / f"confusion_{name}.csv")
+            write_text(paths[-1], as_csv(matrix, names))
+        return paths
