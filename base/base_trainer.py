@@ -122,7 +122,9 @@ class BaseTrainer:
         layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
         if self.config.use_synch_bn and distributed.world_size() > 1:
             if self.device.type == "cuda":
-                model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+                # torch's converter drops the activations inside timm's BatchNorms.
+                layers = sys.modules.get("timm.layers", nn.SyncBatchNorm)
+                model = layers.convert_sync_batchnorm(model)
             elif distributed.is_main():
                 print(
                     "warning: use_synch_bn: torch synchronises batch norm on GPUs only; here each process has its own",

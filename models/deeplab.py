@@ -8,12 +8,11 @@ from torch import Tensor
 
 from base.base_model import BaseModel
 from models import upstream
-from models.backbones import Backbone, resnet, xception
+from models.backbones import Needs, encoder, xception
 from models.blocks import ASPP, SkipDecoder, init_weights
 
-#: Atrous rates of the pyramid, and dilations of ResNet's stages, per output stride.
-RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
-DILATIONS = {16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
+#: Atrous rates of the pyramid per output stride; 32 is for encoders that cannot be dilated.
+RATES = {32: (3, 6, 9), 16: (6, 12, 18), 8: (12, 24, 36)}
 
 
 class DeepLab(BaseModel):
@@ -26,10 +25,11 @@ class DeepLab(BaseModel):
     Args:
         num_classes: output channels.
         in_channels: channels of the images.
-        backbone: xception, resnet18, resnet34, resnet50, resnet101 or resnet152.
-        pretrained: ImageNet weights for the backbone: true (torchvision's, ResNets only), false, or a
-            file's path.
-        output_stride: of the features: 16, or 8 (finer, about three times the work).
+        backbone: xception, resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
+        pretrained: ImageNet weights for the backbone: true (torchvision's or timm's; there are none for
+            xception), false, or a file's path.
+        output_stride: of the features: 16 (default; 32 with an encoder that cannot be dilated), 8 (finer, about
+            three times the work) or 32.
         published: matters for xception only: its shortcuts receive rectified inputs and its second
             convolution has no ReLU, as in the published code. (There, every ResNet was a resnet101.)
         freeze_bn: BatchNorm keeps its running statistics.
@@ -50,18 +50,23 @@ class DeepLab(BaseModel):
         in_channels: int = 3,
         backbone: str = "xception",
         pretrained: bool | str = False,
-        output_stride: int = 16,
+        output_stride: int | None = None,
         published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels, published)
-        if output_stride not in RATES:
-            raise ValueError(f"output_stride must be 16 or 8, got {output_stride}")
-        self.output_stride = output_stride
-        self.backbone = _backbone(backbone, in_channels, pretrained, output_stride, published)
+        if output_stride not in (None, *RATES):
+            raise ValueError(f"output_stride must be 32, 16 or 8, got {output_stride}")
+        stride = output_stride or 16
+        if backbone == "xception":
+            self.backbone = xception(in_channels, pretrained, stride, published)
+        else:
+            needs = Needs(stride, must=output_stride is not None, whole_stages=True)
+            self.backbone = encoder(backbone, in_channels, pretrained, needs)
+        self.output_stride = self.backbone.strides[-1]
         low, *_, high = self.backbone.channels
-        self.aspp = ASPP(high, RATES[output_stride])
+        self.aspp = ASPP(high, RATES[self.output_stride])
         self.decoder = SkipDecoder(low, 256, num_classes)
         init_weights(self.aspp, self.decoder)
         self.freeze(freeze_bn, freeze_backbone)
@@ -70,11 +75,3 @@ class DeepLab(BaseModel):
         """Return logits at stride 4."""
         low, *_, features = self.backbone(x)
         return self.decoder(low, self.aspp(features))
-
-
-def _backbone(name: str, in_channels: int, pretrained: bool | str, output_stride: int, published: bool) -> Backbone:
-    if name == "xception":
-        return xception(in_channels, pretrained, output_stride, published)
-    if name.startswith("resnet"):
-        return resnet(name, in_channels, pretrained, output_stride, DILATIONS[output_stride])
-    raise ValueError(f"backbone must be xception or resnet18, 34, 50, 101, 152, got {name!r}")

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from base.base_model import BaseModel, resize_to
 from models import upstream
-from models.backbones import resnet
+from models.backbones import Needs, encoder
 from models.blocks import init_weights
 
+#: Levels of a ResNet, for the recorded names.
 LEVELS = 4
 
 
@@ -88,7 +89,7 @@ class Upsample(nn.Module):
 class GCN(BaseModel):
     """Figure 2 A of the paper; any input size; logits (B, num_classes, H, W)::
 
-        image -> ResNet -> c1, c2, c3, c4 (strides 4 to 32)
+        image -> backbone -> c1, c2, c3, c4 (strides 4 to 32)
         each level:  GlobalConv to num_classes -> BoundaryRefinement = scores
         c4's scores -> up, + c3's, refine -> up, + c2's, refine -> up, + c1's, refine
                     -> up to stride 2, refine -> up to the input, refine -> 1x1 conv
@@ -100,8 +101,8 @@ class GCN(BaseModel):
     Args:
         num_classes: output channels.
         in_channels: channels of the images.
-        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
-        pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
+        backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
+        pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
         kernel_size: k of the global convolutions, odd.
         use_deconv: enlarge by transposed convolutions instead of bilinearly.
         published: see above.
@@ -143,13 +144,18 @@ class GCN(BaseModel):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.use_deconv = use_deconv
-        self.backbone = resnet(backbone, in_channels, pretrained)
+        self.backbone = encoder(backbone, in_channels, pretrained, Needs(published=published))
+        self.output_stride = self.backbone.strides[-1]
+        strides = self.backbone.strides
+        if use_deconv and any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:], strict=False)):
+            raise ValueError(f"use_deconv needs strides that double; those of {backbone} are {list(strides)}")
+        levels = len(strides)
         self.global_convs = nn.ModuleList(
             GlobalConv(channels, num_classes, kernel_size) for channels in self.backbone.channels
         )
-        self.refine_levels = nn.ModuleList(BoundaryRefinement(num_classes, published) for _ in range(LEVELS))
-        self.refine_sums = nn.ModuleList(BoundaryRefinement(num_classes, published) for _ in range(LEVELS + 1))
-        self.upsamples = nn.ModuleList(Upsample(num_classes, use_deconv, published) for _ in range(LEVELS + 1))
+        self.refine_levels = nn.ModuleList(BoundaryRefinement(num_classes, published) for _ in range(levels))
+        self.refine_sums = nn.ModuleList(BoundaryRefinement(num_classes, published) for _ in range(levels + 1))
+        self.upsamples = nn.ModuleList(Upsample(num_classes, use_deconv, published) for _ in range(levels + 1))
         self.classifier = nn.Conv2d(num_classes, num_classes, kernel_size=1)
         init_weights(self.global_convs, self.refine_levels, self.refine_sums, self.upsamples, self.classifier)
         self.freeze(freeze_bn, freeze_backbone)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from base.base_model import BaseModel, Outputs
 from models import upstream
-from models.backbones import Backbone, densenet, resnet
+from models.backbones import Backbone, Needs, densenet, encoder
 from models.blocks import FCNHead, PyramidPooling, init_weights
 
 BINS = (1, 2, 3, 6)
@@ -51,18 +51,19 @@ class PyramidSceneParsing(BaseModel):
 
 
 class PSPNet(PyramidSceneParsing):
-    """PSPNet on a ResNet at output stride 8; any input size; logits (B, num_classes, H, W).
+    """PSPNet at output stride 8; any input size; logits (B, num_classes, H, W).
 
-    resnet50, 101 and 152 have the paper's deep stem (three 3x3 convolutions) unless ``stem`` says otherwise.
-    torchvision has no ImageNet weights for it: train with ``stem: "torchvision"``, or give a file of the
-    "resnet50s" family of PyTorch-Encoding. resnet18 and 34 have the usual stem.
+    An encoder of timm that cannot be dilated keeps its own stride. resnet50, 101 and 152 have the paper's deep
+    stem (three 3x3 convolutions) unless ``stem`` says otherwise; resnet18 and 34 have the usual one. torchvision
+    has no ImageNet weights for the deep stem: train with ``stem: "torchvision"``, or give a file of the
+    "resnet50s" family of PyTorch-Encoding.
 
     Args:
         num_classes: output channels.
         in_channels: channels of the images.
-        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
-        pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
-        stem: "deep" or "torchvision" (7x7); None: the published one of the backbone.
+        backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
+        pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
+        stem: "deep" or "torchvision" (7x7), of a ResNet; None: the published one of the backbone.
         use_aux: in training, also return the logits of the auxiliary head on the last stage but one.
         freeze_bn: BatchNorm keeps its running statistics.
         freeze_backbone: only the decoder is trained.
@@ -87,8 +88,8 @@ class PSPNet(PyramidSceneParsing):
         freeze_backbone: bool = False,
     ) -> None:
         if stem is None:
-            stem = "torchvision" if backbone in ("resnet18", "resnet34") else "deep"
-        network = resnet(backbone, in_channels, pretrained, output_stride=8, stem=stem)
+            stem = "deep" if backbone in ("resnet50", "resnet101", "resnet152") else "torchvision"
+        network = encoder(backbone, in_channels, pretrained, Needs(stride=8, stem=stem))
         super().__init__(network, num_classes, in_channels, use_aux)
         self.freeze(freeze_bn, freeze_backbone)
 

@@ -1,4 +1,4 @@
-"""U-Net on a ResNet encoder.
+"""U-Net on a classifier's encoder.
 
 Papers: Ronneberger, Fischer, Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015
 (https://arxiv.org/abs/1505.04597); He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016.
@@ -6,12 +6,17 @@ Papers: Ronneberger, Fischer, Brox, "U-Net: Convolutional Networks for Biomedica
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from base.base_model import BaseModel
-from models.backbones import resnet
+from models.backbones import Needs, encoder
 from models.blocks import init_weights, resize_to
+
+#: Channels of the decoder's convolutions, from the deepest on; the last is the classifier's input.
+WIDTHS = (192, 128, 96, 64, 48, 32)
 
 
 def conv(in_channels: int, out_channels: int, linear: bool = False) -> nn.Sequential:
@@ -27,7 +32,7 @@ def up_conv(in_channels: int, out_channels: int, linear: bool = False) -> nn.Seq
 
 
 class UNetResnet(BaseModel):
-    """U-Net decoder on ResNet features; output stride 32; any input size; logits (B, num_classes, H, W)::
+    """U-Net decoder on an encoder's features; any input size; logits (B, num_classes, H, W). On a ResNet (stride 32)::
 
     image -> stem -> layer1 (1/4) -> layer2 (1/8) -> layer3 (1/16) -> layer4 (1/32) -> conv1, upconv1
                         |               |               `- concatenate (1/16) -> conv2, upconv2
@@ -36,14 +41,17 @@ class UNetResnet(BaseModel):
                                                                         (1/2) -> conv5, upconv5
                                                                         (1/1) -> conv6 -> conv7
 
+    An encoder of timm may also have features at strides 2 and 1, which are concatenated there. Its decoder has as many
+    steps as the encoder's stride has doublings.
+
     A map that doubling makes larger than its skip, because that was rounded up, is resized bilinearly. In training
     a batch of one needs more than 32 x 32 pixels (published: 8 x 8).
 
     Args:
         num_classes: output channels.
         in_channels: channels of the images.
-        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
-        pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
+        backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
+        pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
         freeze_bn: BatchNorm keeps its running statistics.
         freeze_backbone: only the decoder is trained.
         published: the published departures: a decoder without any BatchNorm or ReLU (and a classifier without
@@ -52,7 +60,7 @@ class UNetResnet(BaseModel):
             what is shrunk again at once.
 
     Deviations from U-Net's paper: a ResNet instead of plain convolutions, padded convolutions, one convolution
-    per step instead of two, narrower steps (192, 128, 96, 64, 48, 32), no skips at strides 1 and 2.
+    per step instead of two, narrower steps (192, 128, 96, 64, 48, 32); on a ResNet no skips at strides 1 and 2.
     """
 
     published_names = (
@@ -74,40 +82,41 @@ class UNetResnet(BaseModel):
     ) -> None:
         super().__init__(num_classes, in_channels, published)
         deep = published and backbone not in ("resnet18", "resnet34")
-        self.backbone = resnet(
-            backbone,
-            in_channels,
-            pretrained,
-            output_stride=8 if published else 32,
-            stem="deep" if deep else "torchvision",
-        )
+        needs = Needs(8 if published else 32, finest=1, stem="deep" if deep else "torchvision", published=published)
+        self.backbone = encoder(backbone, in_channels, pretrained, needs)
         self.output_stride = self.backbone.strides[-1]
-        c1, c2, c3, c4 = self.backbone.channels
-        self.conv1 = conv(c4, 192, linear=published)
-        self.upconv1 = up_conv(192, 128, linear=published)
-        self.conv2 = conv(128 + c3, 128, linear=published)
-        self.upconv2 = up_conv(128, 96, linear=published)
-        self.conv3 = conv(96 + c2, 96, linear=published)
-        self.upconv3 = up_conv(96, 64, linear=published)
-        self.conv4 = conv(64 + c1, 64, linear=published)
-        self.upconv4 = up_conv(64, 48, linear=published)
-        self.conv5 = conv(48, 48, linear=published)
-        self.upconv5 = up_conv(48, 32, linear=published)
-        self.conv6 = conv(32, 32, linear=published)
-        self.conv7 = nn.Conv2d(32, num_classes, kernel_size=1, bias=not published)
+        self.skips = _skips(self.backbone.strides, published)
+        widths = WIDTHS[-len(self.skips) - 1 :]
+        channels = self.backbone.channels[-1]
+        for i, skip in enumerate(self.skips):
+            self.add_module(f"conv{i + 1}", conv(channels, widths[i], linear=published))
+            self.add_module(f"upconv{i + 1}", up_conv(widths[i], widths[i + 1], linear=published))
+            channels = widths[i + 1] + (0 if skip is None else self.backbone.channels[skip])
+        self.conv6 = conv(channels, WIDTHS[-1], linear=published)
+        self.conv7 = nn.Conv2d(WIDTHS[-1], num_classes, kernel_size=1, bias=not published)
         init_weights(*(module for name, module in self.named_children() if name != "backbone"))
         self.freeze(freeze_bn, freeze_backbone)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits (B, num_classes, H, W)."""
-        f1, f2, f3, f4 = self.backbone(x)
-        y = _join(self.upconv1(self.conv1(f4)), f3)
-        y = _join(self.upconv2(self.conv2(y)), f2)
-        y = _join(self.upconv3(self.conv3(y)), f1)
-        y = self.upconv4(self.conv4(y))
-        y = self.upconv5(self.conv5(y))
+        features = self.backbone(x)
+        y = features[-1]
+        for i, skip in enumerate(self.skips, start=1):
+            y = getattr(self, f"upconv{i}")(getattr(self, f"conv{i}")(y))
+            if skip is not None:
+                y = _join(y, features[skip])
         y = resize_to(y, x, align_corners=True)
         return self.conv7(self.conv6(y))
+
+
+def _skips(strides: tuple[int, ...], published: bool) -> tuple[int | None, ...]:
+    """Return, for each step that doubles the resolution, which feature map is concatenated after it."""
+    if published:
+        return (2, 1, 0, None, None)
+    *finer, deepest = strides
+    steps = math.ceil(math.log2(deepest))
+    index = {stride: i for i, stride in enumerate(finer)}  # the last one of each stride
+    return tuple(index.get(deepest / 2**step) for step in range(1, steps + 1))
 
 
 def _join(x: Tensor, skip: Tensor) -> Tensor:

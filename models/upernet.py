@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from base.base_model import BaseModel
 from models import upstream
-from models.backbones import resnet
+from models.backbones import Needs, encoder
 from models.blocks import ConvBNReLU, PyramidPooling, init_weights, resize_to
-
-DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 
 
 class FPN(nn.Module):
@@ -57,7 +55,7 @@ class FPN(nn.Module):
 class UperNet(BaseModel):
     """Figure 4 of the paper; any input size; logits (B, num_classes, H, W)::
 
-        image -> ResNet -> c1, c2, c3, c4 -> pyramid pooling on c4 -> FPN -> fused (stride 4) -> 3x3 conv ->
+        image -> backbone -> c1, c2, c3, c4 -> pyramid pooling on c4 -> FPN -> fused (stride 4) -> 3x3 conv ->
         x4
 
     ``published=True`` gives the published code's function: features at stride 16 by default, pyramid bins
@@ -67,8 +65,8 @@ class UperNet(BaseModel):
     Args:
         num_classes: output channels.
         in_channels: channels of the images.
-        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
-        pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
+        backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
+        pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
         output_stride: of the deepest features: 32 (the paper's and the default), 16 (default if published)
             or 8.
         fpn_out: channels of the FPN.
@@ -100,11 +98,12 @@ class UperNet(BaseModel):
         freeze_backbone: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels, published)
-        self.output_stride = output_stride or (16 if published else 32)
-        if self.output_stride not in DILATIONS:
+        if output_stride not in (None, 32, 16, 8):
             raise ValueError(f"output_stride must be 32, 16 or 8, got {output_stride}")
-        dilations = DILATIONS[self.output_stride]
-        self.backbone = resnet(backbone, in_channels, pretrained, self.output_stride, dilations)
+        stride = output_stride or (16 if published else 32)
+        needs = Needs(stride, must=output_stride is not None, whole_stages=True, published=published)
+        self.backbone = encoder(backbone, in_channels, pretrained, needs)
+        self.output_stride = self.backbone.strides[-1]
         *channels, last = self.backbone.channels
         if published and channels[0] != fpn_out:
             raise ValueError(

@@ -4,10 +4,73 @@ Every backbone announces ``channels`` and ``strides``, one entry per feature map
 from them. Dilation, stem and output stride are arguments.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 from models.backbones.common import Backbone
 from models.backbones.densenet import DenseNet, densenet
-from models.backbones.resnet import ResNet, resnet
+from models.backbones.from_timm import PREFIX, TimmEncoder
+from models.backbones.resnet import WHOLE_STAGES, ResNet, resnet
 from models.backbones.vgg import VGG, vgg
 from models.backbones.xception import Xception, xception
 
-__all__ = ["VGG", "Backbone", "DenseNet", "ResNet", "Xception", "densenet", "resnet", "vgg", "xception"]
+__all__ = [
+    "VGG",
+    "Backbone",
+    "DenseNet",
+    "Needs",
+    "ResNet",
+    "TimmEncoder",
+    "Xception",
+    "densenet",
+    "encoder",
+    "resnet",
+    "vgg",
+    "xception",
+]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a decoder needs of its encoder.
+
+    Attributes:
+        stride: wanted stride of the deepest features, where the encoder can be dilated.
+        must: the stride is the user's, so an encoder that cannot have it is refused.
+        finest: the smallest stride of the features that the decoder looks at.
+        whole_stages: a dilated stage of a ResNet uses its dilation from the first block on; otherwise the first block
+            keeps the dilation of the stage before, as in torchvision.
+        stem: of a ResNet, "torchvision" or "deep".
+        published: the published structure, which only our own backbones have.
+    """
+
+    stride: int = 32
+    must: bool = False
+    finest: int = 4
+    whole_stages: bool = False
+    stem: str = "torchvision"
+    published: bool = False
+
+
+def encoder(name: str, in_channels: int, pretrained: bool | str, needs: Needs) -> Backbone:
+    """Build the encoder ``name``: a ResNet of ours (``resnet50``), or one of timm's models (``timm:convnext_tiny``).
+
+    Raises:
+        ValueError: there is no such encoder, or it does not have what the decoder needs.
+        UserError: timm is not installed, or the weights cannot be had.
+    """
+    if not name.startswith(PREFIX):
+        dilations = WHOLE_STAGES.get(needs.stride) if needs.whole_stages else None
+        return resnet(name, in_channels, pretrained, needs.stride, dilations, needs.stem)
+    if needs.published:
+        raise ValueError(f"published: true is a structure on ResNets; leave it out with {name}")
+    if needs.stem != "torchvision":
+        raise ValueError(f"stem: {name} has its own stem; leave it out")
+    network = TimmEncoder(name, in_channels, pretrained, needs.stride, needs.finest)
+    if needs.must and network.strides[-1] != needs.stride:
+        raise ValueError(
+            f"output_stride: {name} cannot have {needs.stride}, because timm cannot dilate it; its stride is "
+            f"{network.strides[-1]}. Leave output_stride out"
+        )
+    return network

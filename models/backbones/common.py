@@ -77,7 +77,7 @@ def load_pretrained(
             )
         weights, source = _from_torchvision(name), f"torchvision's weights for {name}"
     else:
-        weights, source = _from_file(pretrained), str(pretrained)
+        weights, source = load_from_file(pretrained), str(pretrained)
     if rename is not None:
         weights = rename(weights)
     state = {k: v for k, v in weights.items() if not k.startswith(ignore)}
@@ -98,24 +98,43 @@ def _from_torchvision(name: str) -> Mapping[str, Tensor]:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         file = folder / Path(weights.url).name
         raise UserError(
-            f"pretrained: true: the ImageNet weights of {name} could not be had from {weights.url} ({error}). "
+            f"pretrained: true: the ImageNet weights of {name} could not be downloaded from {weights.url} ({error}). "
             f'Put the file at {file} (torch\'s cache folder), name another file (pretrained: "path.pth"), '
             "or write pretrained: false"
         ) from error
 
 
-def _from_file(path: str) -> Mapping[str, Tensor]:
+def load_from_file(path: str) -> dict[str, Tensor]:
+    """Return the weights in a file: a state dict of torch, alone or under a usual key, or a ``.safetensors`` file.
+
+    Raises:
+        UserError: no such file, or it does not hold weights.
+    """
     if not Path(path).is_file():
         raise UserError(f"pretrained: there is no file {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is none of its own
-        raise UserError(f"pretrained: {path} is not a file of weights that torch can read ({error})") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+        if path.endswith(".safetensors"):
+            content = _read_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # both raise many kinds for files of another format
+        raise UserError(f"pretrained: cannot read weights from {path} ({error})") from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"pretrained: {path} holds no state dict (a mapping from names to tensors)")
+        raise UserError(f"pretrained: {path} does not hold a state dict (a mapping from names to tensors)")
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _read_safetensors(path: str) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file  # an extra
+    except ImportError as error:
+        raise UserError(f"{path}: needs safetensors, which is not installed: pip install safetensors") from error
+    return load_file(path)
 
 
 def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str, source: str) -> None:

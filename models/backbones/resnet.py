@@ -19,6 +19,8 @@ RESNETS: dict[str, tuple[tuple[int, int, int, int], bool]] = {
 }
 STRIDES = {32: (1, 2, 2, 2), 16: (1, 2, 2, 1), 8: (1, 2, 1, 1)}
 WIDTHS = (64, 128, 256, 512)
+#: Dilations per output stride where all blocks of a stage share theirs (DeepLab, UperNet).
+WHOLE_STAGES = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 
 #: Per stage: one dilation for all its blocks, or one per block.
 Dilations = Sequence[int | Sequence[int]]
@@ -58,7 +60,7 @@ class ResNet(Backbone):
     ) -> None:
         super().__init__()
         if name not in RESNETS:
-            raise ValueError(f"backbone must be one of {', '.join(RESNETS)}, got {name!r}")
+            raise ValueError(f"backbone must be one of {', '.join(RESNETS)}, or timm:NAME, got {name!r}")
         if output_stride not in STRIDES:
             raise ValueError(f"output_stride must be one of {', '.join(map(str, STRIDES))}, got {output_stride}")
         blocks, bottleneck = RESNETS[name]

@@ -222,10 +222,10 @@ def test_unusable_weight_files_are_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file"):
         resnet("resnet18", pretrained=str(tmp_path / "absent.pth"))
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(UserError, match="not a file of weights"):
+    with pytest.raises(UserError, match="cannot read weights"):
         resnet("resnet18", pretrained=str(tmp_path / "text.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="no state dict"):
+    with pytest.raises(UserError, match="does not hold a state dict"):
         resnet("resnet18", pretrained=str(tmp_path / "list.pth"))
     torch.save(resnet("resnet18").state_dict(), tmp_path / "18.pth")
     with pytest.raises(UserError, match="do not fit resnet34: they lack"):
