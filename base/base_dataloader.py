@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from base.base_dataset import BaseDataSet
 from base.entries import BROKEN_FILES_HINT, Key, available_cores, collate
+from base.splits import split_by_fold, split_by_fraction
 from utils.batch import Batch
 from utils.errors import UserError
 
@@ -40,6 +41,8 @@ class BaseDataLoader(DataLoader[Any]):
         batch_size: samples per batch (and process).
         shuffle: another order in each epoch; marks training.
         val_split: share of the samples held out of this loader for :meth:`get_val_loader`.
+        val_fold: (k, n): hold out fold k (from 0) of n instead, for cross-validation.
+        group_by: regular expression: samples whose names match it alike are held out together or not at all.
         num_workers: processes that read ahead; 0 reads in this one; at most one per core. None: cores - 1, at most 8.
         drop_last: drop the last batch if it is not full. A last batch of one image is always dropped in training:
             batch norm cannot learn from it.
@@ -58,6 +61,8 @@ class BaseDataLoader(DataLoader[Any]):
         shuffle: bool = False,
         *,
         val_split: float | None = None,
+        val_fold: tuple[int, int] | None = None,
+        group_by: str | None = None,
         num_workers: int | None = None,
         drop_last: bool = False,
         sampler: str | None = None,
@@ -69,7 +74,7 @@ class BaseDataLoader(DataLoader[Any]):
         if sampler and not shuffle:
             raise ValueError("sampler 'weighted' needs shuffle: true (it is for training)")
         dataset.replace_broken = shuffle
-        train, self._held_out = _split(len(dataset), val_split, seed)
+        train, self._held_out = _split(dataset, val_split, val_fold, group_by, seed)
         batches = EpochBatches(
             train,
             batch_size,
@@ -106,13 +111,18 @@ class BaseDataLoader(DataLoader[Any]):
         self.batches.set_epoch(epoch, start_batch)
 
     def get_val_loader(self) -> BaseDataLoader | None:
-        """Return a loader over the samples that ``val_split`` held out, without augmentation; None without it."""
-        if self._held_out is None:
+        """Return a loader over the samples that were held out, without augmentation; None if none were.
+
+        ``val_split`` and ``val_fold`` hold samples out, or the data set itself (``BaseDataSet.held_out``).
+        """
+        if self._held_out is None and self.dataset.held_out is None:
             return None
+        dataset = self.dataset.for_validation()
         loader = BaseDataLoader.__new__(BaseDataLoader)
         loader._held_out = None
-        batches = EpochBatches(self._held_out, self.batches.batch_size, seed=self.batches.seed)
-        loader._build(self.dataset.for_validation(), batches, self._workers, self._pin)
+        indices = np.arange(len(dataset)) if self._held_out is None else self._held_out
+        batches = EpochBatches(indices, self.batches.batch_size, seed=self.batches.seed)
+        loader._build(dataset, batches, self._workers, self._pin)
         return loader
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -249,16 +259,31 @@ def _rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def _split(count: int, val_split: float | None, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the indices to train on and those held out (None without ``val_split``), both sorted."""
-    everything = np.arange(count)
-    if not val_split:
-        return everything, None
-    if not 0 < val_split < 1:
+def _split(
+    dataset: BaseDataSet, val_split: float | None, val_fold: Sequence[int] | None, group_by: str | None, seed: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the indices to train on and those held out (None if none are), both sorted."""
+    count = len(dataset)
+    group_by = group_by or dataset.group_by
+    if not val_split and val_fold is None:
+        if group_by != dataset.group_by:
+            raise ValueError("group_by has no effect without val_split or val_fold")
+        return np.arange(count), None
+    if dataset.held_out is not None or (val_split and val_fold is not None):
+        raise ValueError("val_split, val_fold and val_fraction exclude each other: give one of them")
+    if val_split and not 0 < val_split < 1:
         raise ValueError(f"val_split must lie between 0 and 1, got {val_split}")
-    held_out = round(count * val_split)
-    if not 0 < held_out < count:
+    if val_fold is not None or group_by is not None:
+        names = [entry.name for entry in dataset.entries]
+        if val_fold is not None:
+            _, held_out = split_by_fold(names, val_fold, group_by)
+        else:
+            held_out = split_by_fraction(names, {"val": val_split or 0}, "train", seed, group_by)["val"]
+        chosen = np.array([name in held_out for name in names])
+    else:
+        chosen = np.zeros(count, bool)
+        order = np.random.default_rng([seed, _HELD_OUT]).permutation(count)
+        chosen[order[: round(count * (val_split or 0))]] = True
+    if chosen.all() or not chosen.any():
         raise UserError(f"val_split {val_split} of {count} samples leaves one side empty")
-    chosen = np.zeros(count, bool)
-    chosen[np.random.default_rng([seed, _HELD_OUT]).permutation(count)[:held_out]] = True
-    return everything[~chosen], everything[chosen]
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -16,17 +16,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from base import augmentation as aug
-from base.entries import BROKEN_FILES_HINT, Cache, Entries, Entry, Key, Sample, Skipped, in_threads
-from base.labels import Colour, LabelTable, class_colours, class_names, median_frequency_weights, repeat_factors
+from base.classes import Colour, class_colours, classes_of
+from base.entries import BROKEN_FILES_HINT, Cache, Entries, Entry, Key, Sample, Skipped, distinct, in_threads
+from base.labels import LabelTable
 from base.layout import layout_problem
+from base.statistics import mean_and_std, median_frequency_weights, moments, repeat_factors
 from utils.errors import DataFolderError, UserError
 from utils.facts import Facts
-from utils.images import read_image, read_label
+from utils.images import read_label, read_pixels
+from utils.images.values import Pixels, ValueRange
 
 log = logging.getLogger("data")
 
 CHECKED_AT_START = 4  # label maps that are read when the data set is opened
 STATISTICS_SAMPLES = 5000  # label maps that are counted, at most, for class weights
+MEASURED_IMAGES = 500  # images that are read, at most, for mean and std
 
 
 class BaseDataSet(Dataset[Any]):
@@ -54,7 +58,10 @@ class BaseDataSet(Dataset[Any]):
         classes: names, or a text file with one a line (as given or below data_dir), or their number; replaces
             the published ones.
         palette: one RGB colour per class.
-        mean, std: per channel, for intensities in [0, 1].
+        mean, std: per channel, for intensities in [0, 1]; "auto" measures them on up to 500 of the images.
+        value_range: the stored values that are black and white (intensities 0 and 1), [low, high]; None: the range of
+            the type of the numbers.
+        nodata: the stored value (or "nan") that means "no data"; such pixels are ignored.
         cache: "ram" reads all files once, at start, and keeps them.
         on_error: "raise", or "skip" to skip broken files.
         ignore_index: the label of pixels that are ignored; None: the data set's own.
@@ -82,6 +89,10 @@ class BaseDataSet(Dataset[Any]):
     lut: np.ndarray | None = None
     # Appended to the message about label values that are no class.
     label_hint: str = ""
+    # The samples for validation that samples() left out of a training split, if it did.
+    held_out: Sequence[Entry] | None = None
+    # The groups that samples belong to (base.splits.grouping), for data sets that take it as an argument.
+    group_by: str | None = None
     # Generated data sets draw another image per epoch; their pixels cannot be counted or cached.
     endless: bool = False
 
@@ -102,8 +113,10 @@ class BaseDataSet(Dataset[Any]):
         in_channels: int = 3,
         classes: list[str] | str | int | None = None,
         palette: list[Colour] | None = None,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
+        mean: list[float] | Literal["auto"] | None = None,
+        std: list[float] | Literal["auto"] | None = None,
+        value_range: list[float] | None = None,
+        nodata: float | str | None = None,
         cache: str | None = None,
         on_error: str = "raise",
         ignore_index: int | None = None,
@@ -124,9 +137,12 @@ class BaseDataSet(Dataset[Any]):
             std=std,
             in_channels=in_channels,
             ignore_index=ignore_index,
+            value_range=value_range,
+            nodata=nodata,
         )
         for name, value in vars(facts).items():
             setattr(self, name, value)
+        self.value_limits = ValueRange.of(facts.value_range, facts.nodata)
         if 0 <= self.ignore_index < self.label_count:
             log.warning("ignore_index %d is also a class id: all pixels of that class are ignored", self.ignore_index)
         self.val = val
@@ -139,6 +155,15 @@ class BaseDataSet(Dataset[Any]):
         self._cache: Cache | None = None
         self.entries: Sequence[Entry] = self._list()
         self._check_first()
+        if "auto" in (mean, std):
+            measured = self.measure()
+            self.mean = measured[0] if mean == "auto" else self.mean
+            self.std = measured[1] if std == "auto" else self.std
+            if min(self.std) == 0:
+                raise UserError(
+                    f'"std": "auto": channel {self.std.index(0)} has one value only in the images of split '
+                    f"{split!r}; give mean and std as numbers"
+                )
         if cache == "ram":
             if self.endless:
                 raise ValueError(f"cache must be None: {type(self).__name__} draws new images each epoch")
@@ -153,21 +178,33 @@ class BaseDataSet(Dataset[Any]):
         data_dir: str | None = None,
         classes: Sequence[str] | str | int | None = None,
         palette: Sequence[Colour] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[float] | str | None = None,
+        std: Sequence[float] | str | None = None,
         in_channels: int = 3,
         ignore_index: int | None = None,
+        value_range: Sequence[float] | None = None,
+        nodata: float | str | None = None,
     ) -> Facts:
-        """Return the facts under the given overrides, without looking at the data (except for a class file)."""
-        names = class_names(classes, data_dir) if classes is not None else cls.class_names
+        """Return the facts under the given overrides, without looking at the data (except for a class file).
+
+        For mean and std of "auto" the data set's own are returned.
+        """
+        names, colours = cls.class_names, None
+        if classes is not None:
+            names, colours = classes_of(classes, data_dir)
+        if palette is None:
+            palette = cls.palette if names == cls.class_names else colours
+        values = ValueRange.of(value_range, nodata)
         return Facts(
             num_classes=len(names),
             class_names=names,
-            palette=class_colours(cls.palette if palette is None and names == cls.class_names else palette, len(names)),
+            palette=class_colours(palette, len(names)),
             mean=_per_channel("mean", mean, cls.mean, in_channels),
             std=_per_channel("std", std, cls.std, in_channels),
             ignore_index=cls.ignore_index if ignore_index is None else ignore_index,
             in_channels=in_channels,
+            value_range=values.limits,
+            nodata=nodata,
         )
 
     @classmethod
@@ -204,7 +241,10 @@ class BaseDataSet(Dataset[Any]):
         found = self.samples()
         if not found:
             raise self.layout_error(f"split {self.split!r} of {type(self).__name__} has no images")
-        return Entries([Entry(*entry) for entry in found])
+        entries = distinct((Entry(*entry) for entry in found), self._data_dir)
+        if len(entries) < len(found):
+            log.warning("%d samples of split %r are listed more than once", len(found) - len(entries), self.split)
+        return Entries(entries)
 
     def layout_error(self, problem: str) -> DataFolderError:
         """Return the error that shows ``problem`` and the expected tree beside what is there."""
@@ -233,9 +273,9 @@ class BaseDataSet(Dataset[Any]):
 
     # ---- reading
 
-    def load_image(self, path: Path) -> np.ndarray:
-        """Return an image ``(H, W, in_channels)``, uint8 or float32 in [0, 1]."""
-        return read_image(path, self.in_channels)
+    def load_image(self, path: Path) -> Pixels:
+        """Return an image ``(H, W, in_channels)``, uint8 or float32 in [0, 1], and where it has no data."""
+        return read_pixels(path, self.in_channels, self.value_limits)
 
     def load_label(self, path: Path) -> np.ndarray:
         """Return a label map ``(H, W)`` as stored, before ``lut`` and ``void_label`` are applied."""
@@ -257,7 +297,9 @@ class BaseDataSet(Dataset[Any]):
         """Return image ``(H, W, C)`` and label ``(H, W)`` from the files, labels translated and checked."""
         entry = self.entries[index]
         assert entry.image is not None  # data sets without files have a read() of their own
-        image = self.load_image(entry.image)
+        pixels = self.load_image(entry.image)
+        # Pixels without data become the mean colour, which is 0 after normalisation.
+        image = pixels.filled(self.mean)
         if entry.label is None:
             return image, np.full(image.shape[:2], self.ignore_index, self.label_table.dtype)
         label = self.label_table.translate(self.load_label(entry.label), entry.label)
@@ -266,6 +308,8 @@ class BaseDataSet(Dataset[Any]):
                 f"image and label differ in size: {entry.image} is {_size(image)}, "
                 f"{entry.label} is {_size(label)} (width x height)"
             )
+        if pixels.missing is not None:
+            label = np.where(pixels.missing, label.dtype.type(self.ignore_index), label)
         return image, label
 
     def load(self, index: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -326,13 +370,38 @@ class BaseDataSet(Dataset[Any]):
         return Sample(_planes(image), torch.from_numpy(label.copy()), self.entries[index].name)
 
     def for_validation(self) -> BaseDataSet:
-        """Return this data set without augmentation (centre-cropped if there is a crop_size); files are shared."""
+        """Return this data set without augmentation (centre-cropped if there is a crop_size).
+
+        It has the samples that were held out, if ``samples()`` held some out, else the same ones; files are shared.
+        """
         other = copy.copy(self)
         other.augmentation, other.replace_broken = None, False
         other.val = self.crop_size is not None
+        if self.held_out is not None:
+            other.entries, other.held_out, other._cache = Entries(distinct(self.held_out, self._data_dir)), None, None
         return other
 
-    # ---- statistics of the labels
+    # ---- statistics
+
+    def measure(self, limit: int = MEASURED_IMAGES) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation per channel of at most ``limit`` images, evenly spread."""
+        chosen = np.linspace(0, len(self) - 1, min(limit, len(self))).astype(int)
+        found = [m for m in in_threads(self._moments, chosen.tolist()) if m is not None]
+        if not found:
+            raise UserError(f'"mean": "auto": no image of split {self.split!r} can be read')
+        mean, std = mean_and_std(found)
+        log.info("measured on %d images: mean %s, std %s", len(found), np.round(mean, 4), np.round(std, 4))
+        return tuple(mean.tolist()), tuple(std.tolist())
+
+    def _moments(self, index: int) -> np.ndarray | None:
+        path = self.entries[index].image
+        try:
+            pixels = Pixels(self.read(index)[0]) if path is None else self.load_image(path)
+        except UserError:
+            if self.on_error == "skip":
+                return None
+            raise
+        return moments(*pixels)
 
     def class_pixel_counts(
         self, limit: int | None = None, progress: Callable[[int, int], None] | None = None
@@ -392,15 +461,22 @@ def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(repr(a) for a in allowed)}; got {value!r}")
 
 
-def _per_channel(name: str, given: Sequence[float] | None, own: Sequence[float], channels: int) -> tuple[float, ...]:
-    if given is None:
+def _per_channel(
+    name: str, given: Sequence[float] | str | None, own: Sequence[float], channels: int
+) -> tuple[float, ...]:
+    if given is None or given == "auto":
         # The published numbers are for RGB; other channels get their average.
         return tuple(own) if len(own) == channels else (float(np.mean(own)),) * channels
-    if len(given) != channels:
-        raise ValueError(f"{name} must have one number per channel ({channels}), got {list(given)}")
-    if name == "std" and min(given) <= 0:
-        raise ValueError(f"std must be above 0, got {list(given)}")
-    return tuple(float(v) for v in given)
+    if isinstance(given, str) or len(given) != channels:
+        raise ValueError(f'{name} must have one number per channel ({channels}) or be "auto", got {given!r}')
+    values = tuple(float(v) for v in given)
+    if name == "std" and min(values) <= 0:
+        raise ValueError(f"std must be above 0, got {list(values)}")
+    if not all(0 <= value <= 1 for value in values):
+        divided = [round(value / 255, 4) for value in values]
+        hint = f"; divided by 255: {divided}" if min(values) >= 0 and 1 < max(values) <= 255 else ""
+        raise ValueError(f"{name} must be for intensities in [0, 1], got {list(values)}{hint}")
+    return values
 
 
 def _size(array: np.ndarray) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from base.text import printable
 from utils.batch import Batch
 from utils.errors import UserError
 
@@ -79,6 +81,31 @@ class Entries(Sequence[Entry]):
         ends = self._ends[column]
         start = int(ends[index - 1]) if index else 0
         return self._text[column][start : int(ends[index])].decode("utf-8", "surrogateescape")
+
+
+def distinct(entries: Iterable[Entry], root: Path | None) -> list[Entry]:
+    """Return entries with names that differ and can be written; entries that are listed twice are kept once.
+
+    Results are stored under the names, so two samples must not share one. Those that do are named by their path below
+    ``root``, or numbered.
+    """
+    once = [e if e.image is None else e._replace(name=printable(e.name)) for e in dict.fromkeys(entries)]
+    shared = {name for name, count in Counter(e.name for e in once).items() if count > 1}
+    taken: Counter[str] = Counter(e.name for e in once if e.name not in shared)
+    result = []
+    for entry in once:
+        name = entry.name
+        if name in shared and entry.image is not None:
+            path = entry.image.with_suffix("")
+            inside = root is not None and path.is_relative_to(root)
+            name = printable((path.relative_to(root) if inside else path.relative_to(path.anchor)).as_posix())
+            plain, number = name, 1
+            while taken[name]:
+                number += 1
+                name = f"{plain}_{number}"
+            taken[name] += 1
+        result.append(entry._replace(name=name))
+    return result
 
 
 class Collated(NamedTuple):

@@ -1,17 +1,13 @@
-"""What labels mean: names of classes, their colours, and the translation of stored values to class ids."""
+"""Stored label values to class ids."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from utils.errors import UserError, plural
-from utils.images import voc_colormap
-
-Colour = tuple[int, int, int]
 
 
 class LabelTable:
@@ -85,112 +81,3 @@ class LabelTable:
             f"{self._ignore_index} (ignore_index). Change `classes` in the loader's args if there are more "
             f"classes, `ignore_index` if this value means 'not labelled', or fix the file.{hint}"
         )
-
-
-def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """Return the names in a text file: one a line, without empty lines and lines that begin with ``#``."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"classes: there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"classes: cannot read {path}: {error}") from None
-    names = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    if not names:
-        raise UserError(f"classes: {path} names no class; expected one name a line")
-    return names
-
-
-def class_names(classes: Sequence[str] | str | int, data_dir: str | None) -> tuple[str, ...]:
-    """Return the names that the argument ``classes`` gives: a list, a number, or a file (below data_dir or as given).
-
-    Raises:
-        ValueError: no names, equal names, or a number below 1.
-        UserError: the file is missing or names no class.
-    """
-    if isinstance(classes, bool):
-        raise ValueError("classes must be names, a text file or a number")
-    if isinstance(classes, int):
-        if classes < 1:
-            raise ValueError(f"classes must be at least 1, got {classes}")
-        return tuple(f"class {i}" for i in range(classes))
-    if isinstance(classes, str):
-        below = Path(data_dir or ".").expanduser() / classes
-        given = Path(classes).expanduser()
-        if not below.is_file() and not given.is_file():
-            raise UserError(
-                f"classes: there is no file {given}, nor {below}; give the path of a text file with one name a line, "
-                "or the names themselves as a list"
-            )
-        return read_class_names(below if below.is_file() else given)
-    names = tuple(str(name) for name in classes)
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"classes must be different names, at least one; got {list(names)}")
-    return names
-
-
-def class_colours(palette: Sequence[Sequence[int]] | None, count: int) -> tuple[Colour, ...]:
-    """Return one colour per class: the given ones, or the first of the VOC colour map.
-
-    Raises:
-        ValueError: another number of colours than classes, or something that is not an RGB colour.
-    """
-    if palette is None:
-        # Colour 0 of the VOC map is black: right for a background, wrong for a single class.
-        return voc_colormap(count) if count > 1 else voc_colormap(2)[1:]
-    colours = tuple(_colour(c) for c in palette)
-    if len(colours) != count:
-        raise ValueError(f"palette must have one colour per class: {count} classes, {len(colours)} colours")
-    return colours
-
-
-def _colour(colour: Sequence[int]) -> Colour:
-    values = tuple(int(v) for v in colour)
-    if len(values) != 3 or not all(0 <= v <= 255 for v in values):
-        raise ValueError(f"palette must hold RGB colours of three numbers from 0 to 255, got {list(colour)}")
-    return values  # type: ignore[return-value]
-
-
-def median_frequency_weights(counts: np.ndarray) -> np.ndarray:
-    """Return weights that balance the classes: median frequency balancing (Eigen & Fergus, ICCV 2015).
-
-    The frequency of a class is its share of the labelled pixels of the images in which it occurs. Its weight is the
-    median frequency divided by its own. A class that never occurs gets 1.
-
-    Args:
-        counts: pixels ``(samples, classes)``.
-
-    Returns:
-        float64 ``(classes,)``; all 1 if no pixel is labelled.
-    """
-    counts = counts.astype(np.float64)
-    pixels_where_present = (counts.sum(1, keepdims=True) * (counts > 0)).sum(0)
-    frequency = counts.sum(0) / np.maximum(pixels_where_present, 1)
-    occurs = frequency > 0
-    weights = np.ones(counts.shape[1])
-    if occurs.any():
-        weights[occurs] = np.median(frequency[occurs]) / frequency[occurs]
-    return weights
-
-
-def repeat_factors(counts: np.ndarray) -> np.ndarray:
-    """Return how often each sample should be drawn so that rare classes are seen more often.
-
-    Repeat factors (Gupta et al., LVIS, CVPR 2019): a class that occurs in the share f of the images has the factor
-    max(1, sqrt(t / f)), an image the largest factor of its classes. t is the median of f.
-
-    Args:
-        counts: pixels ``(samples, classes)``.
-
-    Returns:
-        float64 ``(samples,)``, sums to 1.
-    """
-    present = counts > 0
-    share = present.mean(0)
-    occurs = share > 0
-    factor = np.ones(counts.shape[1])
-    if occurs.any():
-        factor[occurs] = np.maximum(1.0, np.sqrt(np.median(share[occurs]) / share[occurs]))
-    weights = np.where(present, factor, 0.0).max(1)
-    weights[weights == 0.0] = 1.0
-    return weights / weights.sum()

@@ -62,12 +62,14 @@ def build(type: str, **args: Any) -> BaseDataLoader:
         ValueError, TypeError: an argument is unknown or its value impossible; it is named.
         UserError: the data set is unknown, or its files are not as they must be.
     """
+    from base.base_dataloader import BaseDataLoader
+
     known = signature(type).parameters
     for name in args:
         if name not in known:
             raise TypeError(f"{type} takes no argument {name!r}{did_you_mean(name, known)}")
-    *constructors, loader = LOADERS.constructors(type)
-    own = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
-    of_loader = inspect.signature(loader).parameters
-    dataset = LOADERS[type](**{n: v for n, v in args.items() if n in own})
-    return loader(dataset, **{n: v for n, v in args.items() if n in of_loader})
+    *special, shared, loader = (inspect.signature(c).parameters for c in LOADERS.constructors(type))
+    of_special = {name for parameters in special for name in parameters}
+    dataset = LOADERS[type](**{n: v for n, v in args.items() if n in of_special or n in shared})
+    # What a data set takes itself (Folder its val_fold) is not the loader's any more; both need the seed.
+    return BaseDataLoader(dataset, **{n: v for n, v in args.items() if n in loader and n not in of_special})

@@ -10,6 +10,7 @@ import numpy as np
 from base.base_dataset import BaseDataSet
 from base.entries import Entry
 from dataloaders.labels import labels
+from dataloaders.reading.lists import read_names
 from dataloaders.reading.matlab import load_mat
 from dataloaders.reading.pairing import image_files, pair, relative_stem
 from utils.errors import UserError
@@ -114,7 +115,7 @@ class COCO(BaseDataSet):
                 self.data_dir / "annotations" / f"{name}.mat",
                 name,
             )
-            for name in names.read_text(encoding="utf-8").split()
+            for name in read_names(names)
         ]
 
     def _samples_164k(self) -> list[Entry]:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from base.base_dataset import BaseDataSet
-from base.entries import Entry
-from base.labels import Colour
+from base.classes import Colour, classes_of
+from base.entries import Entry, distinct
+from base.splits import grouping, split_by_fold, split_by_fraction
 from dataloaders.reading.colours import ColourTable
-from dataloaders.reading.pairing import Pairs, image_files, pair, relative_stem, split_by_fraction
+from dataloaders.reading.lists import native, read_rows
+from dataloaders.reading.pairing import Pairs, find_folder, image_files, index_files, pair, relative_stem
 from utils.errors import UserError, plural
 from utils.images import read_image, read_label
 
-_SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
+_SPLIT_OF_FOLDER = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 _LARGEST_VALUE = 65535
 _PROBED = 16  # masks that are looked at for the 0/255 trap
@@ -44,7 +47,11 @@ class Folder(BaseDataSet):
             line: image and mask, separated by a tab, a comma or blanks, below data_dir; or one name that is
             looked up in ``images`` and ``masks``.
         val_fraction, test_fraction: shares of all files, dealt out by name; the rest is "train".
-        split_seed: another number, another dealing.
+        split_seed: another number gives another split.
+        val_fold: (k, n): cross-validation. "val" is fold k (from 0) of n, "train" the other folds; instead of
+            val_fraction. Of data split by folders, train and val are pooled.
+        group_by: a regular expression; samples whose names match it alike (its first group, or all that it matches)
+            stay on the same side of a split: "^([^_]+)_" keeps the frames of cam1_0001, cam1_0002 together.
         mask_values: the mask's value of each class: [0, 255] for masks of 0 and 255.
         ignore_values: mask values that count nowhere, besides 255.
         threshold: for two classes: mask values above are class 1.
@@ -75,6 +82,8 @@ or, split by folders,
         val_fraction: float = 0.0,
         test_fraction: float = 0.0,
         split_seed: int = 0,
+        val_fold: tuple[int, int] | None = None,
+        group_by: str | None = None,
         mask_values: list[int] | None = None,
         ignore_values: list[int] | None = None,
         threshold: int | None = None,
@@ -90,6 +99,10 @@ or, split by folders,
         self._list_file = list_file
         self._fractions = {"val": val_fraction, "test": test_fraction}
         self._split_seed = split_seed
+        if val_fold is not None and val_fraction:
+            raise ValueError("val_fold and val_fraction exclude each other: give one of them")
+        grouping(group_by)  # refuses what is not a regular expression
+        self._val_fold, self.group_by = val_fold, group_by
         facts = self.facts_for(
             **{k: common[k] for k in ("data_dir", "classes", "palette", "in_channels", "ignore_index") if k in common}
         )
@@ -100,7 +113,9 @@ or, split by folders,
                 f"classes has {len(facts.class_names)} names"
             )
         self._threshold = threshold
-        self._colors, self._has_palette = colors, common.get("palette") is not None
+        self._colors = colors
+        of_file = classes_of(common["classes"], common.get("data_dir")).palette
+        self._has_palette = common.get("palette") is not None or of_file is not None
         if colors and len(set(facts.palette)) < len(facts.palette):
             raise ValueError("palette must have a different colour for each class where masks are painted in it")
         self._values = _ValueTable(count, mask_values, ignore_values, facts.ignore_index)
@@ -113,16 +128,24 @@ or, split by folders,
     def samples(self) -> list[Entry]:
         """Return the pairs of the split, sorted by name (or in the list's order)."""
         self.alone: list[Path] = []
-        if self._list_file is not None:
+        if self._list_file is not None and "{split}" in self._list_file:
+            self._refuse_fractions("list_file has a list for each split")
             return self._from_list(self._below(self._list_file.replace("{split}", self.split)))
-        folders = self._split_folders()
+        folders = self._split_folders() if self._list_file is None else None
         if folders is not None:
-            return [entry for images, masks in folders for entry in self._from_folders(images, masks)]
-        entries = self._from_folders(self._below(self._images), self._below(self._masks))
+            return self._of_split_folders(folders)
+        if self._list_file is not None:
+            entries = self._from_list(self._below(self._list_file))
+            if self._val_fold is None and not any(self._fractions.values()):
+                return entries  # a list for this loader alone
+        else:
+            entries = self._from_folders(find_folder(self._below(self._images)), find_folder(self._below(self._masks)))
         if self.split == "all":
             return entries
-        parts = split_by_fraction((e.name for e in entries), self._fractions, "train", self._split_seed)
+        parts = split_by_fraction((e.name for e in entries), self._fractions, "train", self._split_seed, self.group_by)
         chosen = [entry for entry in entries if entry.name in parts[self.split]]
+        if self._val_fold is not None and self.split != "test":
+            return self._of_fold([entry for entry in entries if entry.name not in parts["test"]])
         if entries and not chosen:
             key = "test_fraction" if self.split == "test" else "val_fraction"
             raise UserError(
@@ -130,31 +153,63 @@ or, split by folders,
                 f"list_file or folders {self._images}/{self.split} and {self._masks}/{self.split} (or drop this loader "
                 "and hold out a part of the training data with train_loader.args.val_split)"
             )
+        if self.split == "train" and self._fractions["val"]:
+            self.held_out = [entry for entry in entries if entry.name in parts["val"]]
         return chosen
+
+    def _of_fold(self, entries: list[Entry]) -> list[Entry]:
+        """Return the entries of the split under ``val_fold``, and keep those of the fold for ``held_out``."""
+        assert self._val_fold is not None
+        train, val = split_by_fold((e.name for e in entries), self._val_fold, self.group_by)
+        if self.split == "train":
+            self.held_out = [entry for entry in entries if entry.name in val]
+        return [entry for entry in entries if entry.name in (train if self.split == "train" else val)]
+
+    def _refuse_fractions(self, why: str) -> None:
+        if any(self._fractions.values()) or (self._val_fold is not None and self._list_file is not None):
+            raise ValueError(f"val_fraction, test_fraction, val_fold: remove them, {why}")
 
     def _below(self, path: str) -> Path:
         return self.data_dir / Path(path).expanduser()  # an absolute path stays what it is
 
-    def _split_folders(self) -> list[tuple[Path, Path]] | None:
-        """Return the (images, masks) folders of the split; None where data is not split by folders."""
+    def _split_folders(self) -> dict[str, tuple[Path, Path]] | None:
+        """Return the (images, masks) folders of each split; None if the data is not split by folders."""
+        images, masks = find_folder(self._below(self._images)), find_folder(self._below(self._masks))
         found: dict[str, tuple[Path, Path]] = {}
-        for split, names in _SPLIT_FOLDERS.items():
-            for name in names:
-                for images, masks in (
-                    (self._below(self._images) / name, self._below(self._masks) / name),
-                    (self.data_dir / name / self._images, self.data_dir / name / self._masks),
-                ):
-                    if images.is_dir():
-                        found.setdefault(split, (images, masks))
-        if not found:
-            return None
-        if any(self._fractions.values()):
-            raise ValueError(f"val_fraction, test_fraction: remove them, {self.data_dir} is split by folders")
+        candidates = [(folder, masks) for folder in _subfolders(images)]
+        candidates += [(folder, None) for folder in _subfolders(self.data_dir)]
+        for folder, masks_above in candidates:
+            split = _SPLIT_OF_FOLDER.get(folder.name.lower())
+            if split is None:
+                continue
+            if masks_above is None:
+                pair_of_folders = find_folder(folder / self._images), find_folder(folder / self._masks)
+            else:
+                alike = [f for f in _subfolders(masks_above) if _SPLIT_OF_FOLDER.get(f.name.lower()) == split]
+                same_name = find_folder(masks_above / folder.name)
+                pair_of_folders = folder, alike[0] if len(alike) == 1 and not same_name.is_dir() else same_name
+            if not pair_of_folders[0].is_dir():
+                continue
+            if split in found:
+                raise UserError(
+                    f"{found[split][0]} and {pair_of_folders[0]} both look like split {split!r}; remove or rename one"
+                )
+            found[split] = pair_of_folders
+        return {split: found[split] for split in ("train", "val", "test") if split in found} or None
+
+    def _of_split_folders(self, folders: dict[str, tuple[Path, Path]]) -> list[Entry]:
+        self._refuse_fractions(f"{self.data_dir} is split by folders")
+        if self._val_fold is not None and self.split in ("train", "val"):
+            pool = [folders[split] for split in ("train", "val") if split in folders]
+            return self._of_fold(self._from_several(pool))
         if self.split == "all":
-            return list(found.values())
-        if self.split not in found:
-            raise self.layout_error(f"there is no folder for split {self.split!r}, only for {', '.join(found)}")
-        return [found[self.split]]
+            return self._from_several(list(folders.values()))
+        if self.split not in folders:
+            raise self.layout_error(f"there is no folder for split {self.split!r}, only for {', '.join(folders)}")
+        return self._from_folders(*folders[self.split])
+
+    def _from_several(self, folders: list[tuple[Path, Path]]) -> list[Entry]:
+        return distinct((entry for pair in folders for entry in self._from_folders(*pair)), self.data_dir)
 
     def _from_folders(self, images: Path, masks: Path) -> list[Entry]:
         if not images.is_dir():
@@ -180,39 +235,43 @@ or, split by folders,
             raise UserError(
                 f"no image in {images} has a mask of its name in {masks}: there are, for instance, "
                 f"{pairs.images_alone[0].name} and {pairs.masks_alone[0].name}. If mask names only have something "
-                "added at the end, say so with mask_suffix; else give a list_file"
+                "added at the end, set mask_suffix; else give a list_file"
             )
 
     def _from_list(self, path: Path) -> list[Entry]:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise UserError(f"list_file {path}: cannot be read: {error.strerror}") from error
-        by_name: tuple[dict[str, Path], dict[str, Path]] | None = None
-        entries = []
-        for number, line in enumerate(lines, start=1):
-            columns = _columns(line)
+        """Return the entries of a list: two columns are files, one is a name in ``images`` and ``masks``."""
+        by_name = cache(self._by_name)  # the folders are read only if a line is a name
+
+        def is_name(text: str) -> bool:
+            return text in by_name()[0] or Path(text).with_suffix("").as_posix() in by_name()[0]
+
+        entries: list[Entry] = []
+        for number, columns in read_rows(path, lambda column: self._listed(column).is_file(), is_name):
             if len(columns) == 1:
-                by_name = by_name or self._by_name()
-                entries.append(self._named(columns[0], by_name, f"{path}, line {number}"))
-            elif len(columns) == 2:
-                image, mask = (self._below(column) for column in columns)
+                entries.append(self._named(columns[0], by_name(), f"{path}, line {number}"))
+            else:
+                image, mask = (self._listed(column) for column in columns)
                 entries.append(Entry(image, mask, image.stem))
-            elif columns:
-                raise UserError(f"{path}, line {number}: {len(columns)} columns; expected image and mask, or a name")
-        return entries
+        return distinct(entries, self.data_dir)
+
+    def _listed(self, column: str) -> Path:
+        path = self._below(column)
+        return self._below(native(column)) if "\\" in column and not path.exists() else path
 
     def _by_name(self) -> tuple[dict[str, Path], dict[str, Path]]:
-        images, masks = self._below(self._images), self._below(self._masks)
-        key, mask_key = relative_stem(images), relative_stem(masks, self._suffix)
-        return {key(p): p for p in image_files(images)}, {mask_key(p): p for p in image_files(masks)}
+        images, masks = find_folder(self._below(self._images)), find_folder(self._below(self._masks))
+        return (
+            index_files(image_files(images) if images.is_dir() else [], relative_stem(images)),
+            index_files(image_files(masks) if masks.is_dir() else [], relative_stem(masks, self._suffix)),
+        )
 
     def _named(self, name: str, by_name: tuple[dict[str, Path], dict[str, Path]], where: str) -> Entry:
-        for key in (name, Path(name).with_suffix("").as_posix()):
+        plain = Path(native(name)).with_suffix("").as_posix()
+        for key in (name, plain):
             if key in by_name[0] and key in by_name[1]:
                 return Entry(by_name[0][key], by_name[1][key], key)
-        folder = self._images if name not in by_name[0] else self._masks
-        raise UserError(f"{where}: {name!r} has no file in {self._below(folder)}")
+        missing = self._masks if name in by_name[0] or plain in by_name[0] else self._images
+        raise UserError(f"{where}: {name!r} has no file in {self._below(missing)}")
 
     # ---- reading
 
@@ -325,10 +384,5 @@ def _eight_bits(mask: np.ndarray, path: Path) -> np.ndarray:
     return mask
 
 
-def _columns(line: str) -> list[str]:
-    """Split a line of a list at tabs, else at commas, else at blanks; comments and empty lines have no columns."""
-    line = line.strip()
-    if not line or line.startswith("#"):
-        return []
-    separator = "\t" if "\t" in line else "," if "," in line else None
-    return [column.strip() for column in line.split(separator)]
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []

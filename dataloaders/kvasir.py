@@ -9,8 +9,10 @@ import numpy as np
 
 from base.base_dataset import BaseDataSet
 from base.entries import Entry
+from base.splits import split_by_fraction
 from dataloaders.labels import labels
-from dataloaders.reading.pairing import image_files, pair, relative_stem, split_by_fraction
+from dataloaders.reading.lists import read_names
+from dataloaders.reading.pairing import image_files, pair, relative_stem
 from utils.images import read_image
 
 
@@ -68,7 +70,7 @@ or, split beforehand,
     def _chosen(self, names: list[str]) -> set[str]:
         published = self.data_dir / f"{self.split}.txt"
         if published.is_file():
-            return set(published.read_text(encoding="utf-8").split())
+            return set(read_names(published))
         return split_by_fraction(names, {"val": self.val_fraction}, rest="train")[self.split]
 
     def load_label(self, path: Path) -> np.ndarray:

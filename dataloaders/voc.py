@@ -6,6 +6,8 @@ from pathlib import Path
 
 from base.base_dataset import BaseDataSet
 from base.entries import Entry
+from base.text import read_lines
+from dataloaders.reading.lists import columns_of
 from utils.errors import UserError
 from utils.images import voc_colormap
 
@@ -59,8 +61,7 @@ data_dir/
         path = root / "ImageSets" / "Segmentation" / f"{self.split}.txt"
         if not path.is_file():
             raise self.layout_error(f"there is no list {path} for split {self.split!r}")
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [self._entry(root, line.split(), path) for line in lines if line.strip()]
+        return [self._entry(root, columns_of(line), path) for _, line in read_lines(path, "data_dir")]
 
     def _root(self) -> Path:
         # data_dir may also point at the inner folders.

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import dataloaders
 from base.base_dataset import BaseDataSet
 from base.entries import Sample
+from base.statistics import mean_and_std, moments
 from dataloaders.check.sheet import contact_sheet
 from utils.config import load
 from utils.config.schema import Component, Config
@@ -138,16 +139,14 @@ def inspect(dataset: BaseDataSet, samples: int = 0) -> Findings:
     findings = Findings(np.linspace(0, len(dataset) - 1, count).astype(int).tolist())
     findings.pixels = np.zeros(dataset.label_count + 1, np.int64)
     findings.images = np.zeros(dataset.label_count + 1, np.int64)
-    moments = np.zeros((3, dataset.in_channels))
+    found_moments = []
     with ThreadPoolExecutor(max_workers=4) as pool:
         looks = pool.map(lambda index: _look(dataset, index), findings.looked_at)
         for look in tqdm(looks, total=count, desc=f"read {dataset.split}", unit="image", disable=None):
             _add(findings, look, dataset)
             if look.moments is not None:
-                moments += look.moments
-    pixels = np.maximum(moments[0], 1)
-    findings.mean = moments[1] / pixels
-    findings.std = np.sqrt(np.maximum(moments[2] / pixels - findings.mean**2, 0))
+                found_moments.append(look.moments)
+    findings.mean, findings.std = mean_and_std(found_moments or [np.zeros((3, dataset.in_channels))])
     if findings.pixels[:-1].any():
         findings.weights = [float(weight) for weight in dataset.class_weights(count)]
     return findings
@@ -168,7 +167,7 @@ def _look(dataset: BaseDataSet, index: int) -> _Look:
     ignored = label == dataset.ignore_index
     counts = np.bincount(label[~ignored], minlength=dataset.label_count)
     look.counts = np.append(counts, ignored.sum())
-    look.moments = _moments(image)
+    look.moments = moments(image)
     return look
 
 
@@ -179,18 +178,6 @@ def _histogram(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     counts = np.bincount(stored.reshape(-1), minlength=256)
     values = np.flatnonzero(counts)
     return values, counts[values]
-
-
-def _moments(image: np.ndarray) -> np.ndarray:
-    """Return, per channel, the number of pixels and the sums of intensities in [0, 1] and of their squares."""
-    channels = image.reshape(-1, image.shape[2]).T
-    if image.dtype == np.uint8:
-        levels = np.arange(256) / 255.0
-        sums = [np.bincount(channel, minlength=256) @ np.stack([levels, levels**2], 1) for channel in channels]
-    else:
-        wide = channels.astype(np.float64)
-        sums = [np.array([channel.sum(), channel @ channel]) for channel in wide]
-    return np.concatenate([np.full((1, len(channels)), channels.shape[1]), np.array(sums).T])
 
 
 def _add(findings: Findings, look: _Look, dataset: BaseDataSet) -> None:

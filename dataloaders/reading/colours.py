@@ -36,10 +36,12 @@ class ColourTable:
 
     def decode(self, mask: np.ndarray, path: Path | str) -> np.ndarray:
         """Return ids ``(H, W)`` of an RGB mask, uint8 ``(H, W, 3)``; UserError on a colour that is not listed."""
-        if self._table is None:
-            self._table = np.full(1 << 24, self._UNKNOWN, np.uint16)
-            self._table[_packed(self._colours)] = np.arange(len(self._colours))
-        rows = self._table[_packed(mask)]
+        table = self._table
+        if table is None:
+            table = np.full(1 << 24, self._UNKNOWN, np.uint16)
+            table[_packed(self._colours)] = np.arange(len(self._colours))
+            self._table = table  # complete, because other threads read it at once
+        rows = table[_packed(mask)]
         unknown = rows == self._UNKNOWN
         if unknown.any():
             raise self._unknown(mask[unknown], path)

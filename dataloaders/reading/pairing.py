@@ -1,12 +1,11 @@
-"""Which mask belongs to which image, and which files have no partner; splits that stay when files are added."""
+"""Which mask belongs to which image, and which files have no partner."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,16 +46,37 @@ def _warn(message: str) -> None:
 
 
 def image_files(folder: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> list[Path]:
-    """Return the files with one of the extensions (any case) in ``folder`` and below, sorted; not hidden ones."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            Path(parent, name)
-            for name in files
-            if name.lower().endswith(tuple(extensions)) and not name.startswith(".")
-        ]
+    """Return the files with one of the extensions (any case) in ``folder`` and below, sorted; not hidden ones.
+
+    Links to folders are followed. A folder that can be reached in several ways is read once, under its own name if it
+    has one here.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    folders, links = [folder], []  # links last, so that a folder's own name comes first
+    while folders or links:
+        parent = folders.pop() if folders else links.pop(0)
+        status = parent.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            _warn(f"{parent} leads to a folder that is read already, and is left out")
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(Path(entry.path))
+            elif entry.name.lower().endswith(tuple(extensions)):
+                found.append(Path(entry.path))
     return sorted(found)
+
+
+def find_folder(path: Path) -> Path:
+    """Return the folder, or the one beside it whose name differs in upper and lower case only, if it is missing."""
+    if path.exists() or not path.parent.is_dir():
+        return path
+    alike = [other for other in path.parent.iterdir() if other.name.lower() == path.name.lower() and other.is_dir()]
+    return alike[0] if len(alike) == 1 else path
 
 
 def relative_stem(folder: Path, suffix: str = "") -> Callable[[Path], str]:
@@ -79,7 +99,7 @@ def pair(
     Raises:
         UserError: two images, or two masks, have the same key.
     """
-    by_key, masks_by_key = _index(images, image_key), _index(masks, mask_key)
+    by_key, masks_by_key = index_files(images, image_key), index_files(masks, mask_key)
     both = sorted(by_key.keys() & masks_by_key.keys())
     return Pairs(
         [Entry(by_key[key], masks_by_key[key], key) for key in both],
@@ -88,7 +108,8 @@ def pair(
     )
 
 
-def _index(files: Iterable[Path], key: Callable[[Path], str]) -> dict[str, Path]:
+def index_files(files: Iterable[Path], key: Callable[[Path], str]) -> dict[str, Path]:
+    """Return the files by their keys; UserError where two have the same."""
     result: dict[str, Path] = {}
     for file in files:
         other = result.setdefault(key(file), file)
@@ -98,21 +119,3 @@ def _index(files: Iterable[Path], key: Callable[[Path], str]) -> dict[str, Path]
                 "without extension, so keep one of them"
             )
     return result
-
-
-def split_by_fraction(
-    names: Iterable[str], fractions: Mapping[str, float], rest: str, seed: int = 0
-) -> dict[str, set[str]]:
-    """Deal names out to parts: ``fractions`` of them (rounded) to its keys, what remains to ``rest``.
-
-    Names are ordered by a hash of seed and name. So the split depends neither on the machine nor on the order
-    of files, and when files are added nearly all others stay in their parts.
-    """
-    order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    parts, start = {}, 0
-    for part, fraction in fractions.items():
-        count = round(len(order) * fraction)
-        parts[part] = set(order[start : start + count])
-        start += count
-    parts[rest] = set(order[start:])
-    return parts

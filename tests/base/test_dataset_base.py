@@ -13,7 +13,6 @@ import torch
 
 from base.base_dataset import BaseDataSet
 from base.entries import Entries, Entry, Sample, Skipped
-from base.labels import read_class_names
 from utils.errors import UserError
 from utils.images import write_png
 
@@ -359,12 +358,47 @@ def test_sample_weights_favour_rare_classes(folder: Path) -> None:
     assert weights[4] / weights[0] == pytest.approx(6**0.5)
 
 
-def test_class_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="classes: there is no file"):
-        read_class_names(tmp_path / "none.txt")
-    (tmp_path / "empty.txt").write_text("\n# nothing\n")
-    with pytest.raises(UserError, match="names no class"):
-        read_class_names(tmp_path / "empty.txt")
+def test_mean_and_std_are_measured(folder: Path) -> None:
+    data = Tiny(str(folder), mean="auto", std="auto")
+    pixels = np.concatenate([stored(folder, "images", i).reshape(-1, 3) for i in range(6)]) / 255
+    assert np.allclose(data.mean, pixels.mean(0))
+    assert np.allclose(data.facts.std, pixels.std(0))
+    assert Tiny(str(folder), mean="auto").std == Tiny.std
+    for path in (folder / "images").iterdir():
+        write_png(path, np.full((24, 32, 3), 7, np.uint8))
+    with pytest.raises(UserError, match='"std": "auto": channel 0 has one value only'):
+        Tiny(str(folder), std="auto", on_error="skip")
+
+
+def test_mean_of_0_to_255_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"mean must be for intensities in \[0, 1\].*divided by 255: \[0.4824,"):
+        Tiny(str(folder), mean=[123, 116, 103])
+    with pytest.raises(ValueError, match="std must be"):
+        Tiny(str(folder), std=[58, 57, 57])
+
+
+def test_value_range_and_pixels_without_data(tmp_path: Path) -> None:
+    image = np.full((8, 9, 3), 5000, np.float32)
+    image[0], image[1, 0] = -9999, np.nan
+    (tmp_path / "images").mkdir()
+    np.save(tmp_path / "images" / "a.npy", image)
+    write_png(tmp_path / "labels" / "a.png", np.ones((8, 9), np.uint8))
+
+    class Arrays(Tiny):
+        def samples(self) -> list[Entry]:
+            return [Entry(self.data_dir / "images/a.npy", self.data_dir / "labels/a.png", "a")]
+
+    with pytest.raises(UserError, match="value_range"):
+        Arrays(str(tmp_path))
+    data = Arrays(str(tmp_path), value_range=[0, 10000], nodata=-9999)
+    image, label = data.read(0)
+    assert np.allclose(image[2:], 0.5)
+    assert np.allclose(image[0], data.mean)
+    assert np.allclose(image[1, 0], data.mean)
+    assert (label[0] == 255).all()
+    assert label[1].tolist() == [255] + [1] * 8
+    assert data.facts.value_range == (0, 10000)
+    assert np.allclose(data.measure()[0], 0.5)
 
 
 def test_entries_survive_odd_names(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from PIL import Image
 import dataloaders
 from base.base_dataset import BaseDataSet
 from dataloaders.reading.colours import ColourTable
-from dataloaders.reading.pairing import split_by_fraction
 from tests.images.test_tiff import tiff
 from utils.errors import UserError
 from utils.images import write_png
@@ -156,17 +157,6 @@ def test_a_missing_val_split_says_what_can_be_done(plain: Path) -> None:
         folder(plain, "val")
 
 
-@given(count=st.integers(20, 200), added=st.integers(1, 20), fraction=st.floats(0.05, 0.5), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
-def test_fraction_splits_barely_move_when_files_are_added(count: int, added: int, fraction: float, seed: int) -> None:
-    old = [f"n{i}" for i in range(count)]
-    before = split_by_fraction(old, {"val": fraction}, "train", seed)
-    after = split_by_fraction([*reversed(old), *(f"m{i}" for i in range(added))], {"val": fraction}, "train", seed)
-    assert len(before["val"]) == round(count * fraction)
-    moved = (before["val"] ^ after["val"]) & set(old)
-    assert len(moved) <= added + 1
-
-
 def test_list_of_two_columns(plain: Path) -> None:
     (plain / "fold0_train.txt").write_text(
         "# a comment\nimages/im3.jpg\tmasks/im3.png\n\nimages/im1.jpg, masks/im1.png\n"
@@ -196,8 +186,136 @@ def test_mistakes_in_lists_name_the_line(plain: Path, line: str, message: str) -
     (plain / "train.txt").write_text(f"im1\n{line}\n")
     with pytest.raises(UserError, match=message):
         folder(plain, list_file="train.txt")
-    with pytest.raises(UserError, match="none.txt: cannot be read"):
+    with pytest.raises(UserError, match="list_file: there is no file .*none.txt"):
         folder(plain, list_file="none.txt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffim1\nim2\n",
+        "  im1  \r\n\r\nim2\r\n",
+        "'im1'\n\"im2.jpg\"\n",
+        "im1\nim2\nim1\n",
+        '"images/im1.jpg","masks/im1.png"\nimages/im2.jpg , masks/im2.png\n',
+        "image,mask\nimages/im1.jpg,masks/im1.png\nimages/im2.jpg,masks/im2.png\n",
+        "images\\im1.jpg\tmasks\\im1.png\nimages\\im2.jpg\tmasks\\im2.png\n",
+        "images/im1.jpg;masks/im1.png\nimages/im2.jpg;masks/im2.png\n",
+    ],
+    ids=["bom", "blanks", "quotes", "doubled", "csv", "header", "windows", "semicolon"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_lists_from_any_editor(plain: Path, text: str, encoding: str) -> None:
+    (plain / "list.txt").write_text(text.removeprefix("\ufeff") if encoding == "utf-16" else text, encoding=encoding)
+    assert names(folder(plain, list_file="list.txt")) == ["im1", "im2"]
+
+
+def test_lists_with_blanks_in_names(tmp_path: Path) -> None:
+    for name in ("my photo", "my"):
+        photo(tmp_path / f"images/{name}.jpg")
+        save(tmp_path / f"masks/{name}.png", IDS)
+    for line in ("my photo", "images/my photo.jpg masks/my photo.png", "'images/my photo.jpg' 'masks/my photo.png'"):
+        (tmp_path / "list.txt").write_text(f"{line}\nmy\n")
+        assert names(folder(tmp_path, list_file="list.txt")) == ["my photo", "my"], line
+
+
+def test_equal_stems_in_different_folders_keep_different_names(tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        photo(tmp_path / f"{part}/1.jpg", 10)
+        save(tmp_path / f"{part}/1.png", IDS)
+    (tmp_path / "list.txt").write_text("a/1.jpg a/1.png\nb/1.jpg b/1.png\nb/1.jpg a/1.png\n")
+    assert names(folder(tmp_path, list_file="list.txt")) == ["a/1", "b/1", "b/1_2"]
+    for part in ("train", "val"):
+        photo(tmp_path / f"images/{part}/1.jpg")
+        save(tmp_path / f"masks/{part}/1.png", IDS)
+    assert names(folder(tmp_path, "all")) == ["images/train/1", "images/val/1"]
+
+
+def test_file_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    photo(tmp_path / f"images/{name}.png")
+    save(tmp_path / f"masks/{name}.png", IDS)
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9\n")
+    for options in ({}, {"list_file": "list.txt"}):
+        dataset = folder(tmp_path, **options)
+        assert names(dataset) == ["caf%E9"]
+        assert dataset[0].name.encode() == b"caf%E9"
+        assert np.array_equal(label(dataset), IDS)
+
+
+def test_folders_linked_into_each_other_are_read_once(plain: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for kind in ("images", "masks"):
+        (plain / kind / "again").symlink_to(plain / kind, target_is_directory=True)
+        (plain / kind / "day1").mkdir()
+        (plain / kind / "day2").mkdir()
+        (plain / kind / "day1/link").symlink_to(plain / kind / "day2", target_is_directory=True)
+        (plain / kind / "day2/link").symlink_to(plain / kind / "day1", target_is_directory=True)
+    photo(plain / "images/day1/x.jpg")
+    save(plain / "masks/day1/x.png", IDS)
+    with caplog.at_level(logging.WARNING):
+        assert names(folder(plain)) == ["day1/x", *(f"im{i}" for i in range(10))]
+    assert "is read already" in caplog.text
+
+
+def test_split_folders_in_capitals(tmp_path: Path) -> None:
+    for split, name in (("Train", "a"), ("VAL", "b"), ("Test", "c")):
+        photo(tmp_path / f"one/Images/{split}/{name}.png")
+        save(tmp_path / f"one/Masks/{split.lower()}/{name}.png", IDS)
+        photo(tmp_path / f"two/{split}/Images/{name}.png")
+        save(tmp_path / f"two/{split}/masks/{name}.png", IDS)
+    for root in (tmp_path / "one", tmp_path / "two"):
+        assert {s: names(folder(root, s)) for s in ("train", "val", "test")} == {
+            "train": ["a"],
+            "val": ["b"],
+            "test": ["c"],
+        }
+    photo(tmp_path / "one/Images/validation/b.png")
+    with pytest.raises(UserError, match="both look like split 'val'"):
+        folder(tmp_path / "one")
+
+
+# ---- folds and groups
+
+
+def test_folds_of_folder(tmp_path: Path) -> None:
+    for patient in range(6):
+        for i in range(4):
+            photo(tmp_path / f"images/p{patient}_{i}.jpg")
+            save(tmp_path / f"masks/p{patient}_{i}.png", IDS)
+    group_by = "^(p[0-9])_"
+    seen = []
+    for k in range(3):
+        options = {"val_fold": [k, 3], "group_by": group_by}
+        train, val = (names(folder(tmp_path, split, **options)) for split in ("train", "val"))
+        assert len(val) == 8
+        assert sorted(train + val) == names(folder(tmp_path, "all"))
+        assert not {name[:2] for name in train} & {name[:2] for name in val}
+        loader = dataloaders.build(
+            "Folder", data_dir=str(tmp_path), classes=CLASSES, split="train", num_workers=0, **options
+        )
+        assert names(loader.get_val_loader().dataset) == val, "without a val_loader the fold is held out"
+        seen += val
+    assert sorted(seen) == names(folder(tmp_path, "all"))
+    parts = {s: names(folder(tmp_path, s, val_fraction=0.3, group_by=group_by)) for s in ("train", "val")}
+    assert not {name[:2] for name in parts["train"]} & {name[:2] for name in parts["val"]}
+    with pytest.raises(ValueError, match="exclude each other"):
+        folder(tmp_path, val_fold=[0, 3], val_fraction=0.1)
+
+
+def test_a_fold_is_held_out_of_any_data_set_and_of_a_test_set(tmp_path: Path) -> None:
+    for i in range(10):
+        photo(tmp_path / f"images/{'test' if i > 7 else 'train'}/{i}.jpg")
+        save(tmp_path / f"masks/{'test' if i > 7 else 'train'}/{i}.png", IDS)
+    val = [names(folder(tmp_path, "val", val_fold=[k, 4])) for k in range(4)]
+    assert sorted(sum(val, [])) == [str(i) for i in range(8)]
+    loader = dataloaders.build(
+        "Shapes", length=20, size=32, endless=False, num_workers=0, val_fold=[1, 4], batch_size=5
+    )
+    held_out = loader.get_val_loader()
+    assert len(loader) == 3
+    assert len(held_out) == 1
+    shown = [{n for batch in part for n in batch.names} for part in (loader, held_out)]
+    assert not shown[0] & shown[1]
 
 
 # ---- kinds of images
@@ -309,6 +427,20 @@ def test_grey_masks_saved_as_rgb_are_class_ids(tmp_path: Path) -> None:
     photo(tmp_path / "images/a.jpg")
     save(tmp_path / "masks/a.png", np.repeat(IDS[:, :, None], 3, 2))
     assert np.array_equal(label(folder(tmp_path)), IDS)
+
+
+def test_colour_tables_may_be_used_by_threads_at_once() -> None:
+    mask = np.array([(i, j, 7) for i in range(16) for j in range(16)], np.uint8).reshape(16, 16, 3)
+    for _ in range(12):
+        table = ColourTable({tuple(colour): 1 for colour in mask.reshape(-1, 3).tolist()})
+        start = threading.Barrier(4)
+
+        def decode(table: ColourTable = table, start: threading.Barrier = start) -> int:
+            start.wait()
+            return int(table.decode(mask, "a.png").sum())
+
+        with ThreadPoolExecutor(4) as pool:
+            assert [future.result() for future in [pool.submit(decode) for _ in range(4)]] == [256] * 4
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=2, max_size=12, unique=True), st.integers(0, 2**32 - 1))

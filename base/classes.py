@@ -1,0 +1,158 @@
+"""Class names and colours: as given in a config, or from the class files that labelling tools write."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from base.text import read_lines, without_quotes
+from utils.errors import UserError
+from utils.images import voc_colormap
+
+Colour = tuple[int, int, int]
+
+_NAME_COLUMNS = ("class", "name", "class_name", "label", "classes")
+_VALUE_COLUMNS = ("pixel value", "value", "id", "pixel_value", "index")
+_COLOUR_COLUMNS = (("r", "g", "b"), ("red", "green", "blue"))
+_GAP = r"\s*[,;\s]\s*"
+_RGB = _GAP.join(rf"(?P<{channel}>\d{{1,3}})" for channel in "rgb")
+_WITH_COLOUR = (re.compile(rf"{_RGB}{_GAP}(?P<name>\S.*)"), re.compile(rf"(?P<name>.*\S){_GAP}{_RGB}"))
+
+
+class Classes(NamedTuple):
+    """Names of the classes in the order of their ids, and one colour per class if the file gives colours."""
+
+    names: tuple[str, ...]
+    palette: tuple[Colour, ...] | None = None
+
+
+def read_classes(path: str | Path) -> Classes:
+    """Read a class file.
+
+    Any of: one name a line; ``R G B name`` a line; a CSV file with a header (``name,r,g,b``, or Roboflow's
+    ``Pixel Value, Class``); CVAT's ``labelmap.txt`` (``name:R,G,B:parts:actions``).
+
+    Raises:
+        UserError: the file is missing, holds no class or the same class twice, or its ids have gaps.
+    """
+    lines = read_lines(path, "classes")
+    if any("\ud800" <= character <= "\udfff" for _, line in lines for character in line):
+        raise UserError(f"classes: {path} is not UTF-8 text; save it as UTF-8")
+    texts = [line for _, line in lines]
+    found = _from_csv(texts, path) or _from_labelmap(texts) or _from_colour_lines(texts) or _from_names(texts, path)
+    twice = next((name for i, name in enumerate(found.names) if name in found.names[:i]), None)
+    if twice is not None:
+        raise UserError(f"classes: {path} names {twice!r} twice; class names must differ")
+    return found
+
+
+def _from_names(texts: Sequence[str], path: str | Path) -> Classes:
+    if not texts:
+        raise UserError(f"classes: {path} names no class; expected one name a line")
+    for separator in ",;\t":
+        counts = {text.count(separator) for text in texts}
+        if len(texts) > 1 and len(counts) == 1 and counts != {0}:
+            raise UserError(
+                f"classes: {path} looks like a table without a known header. Expected one name a line, or a first "
+                "line like name,r,g,b or Pixel Value,Class; or give the names as a list in the config"
+            )
+    return Classes(tuple(map(without_quotes, texts)))
+
+
+def _from_csv(texts: Sequence[str], path: str | Path) -> Classes | None:
+    """Read a CSV file whose header names the columns; None if there is no such header."""
+    if not texts:
+        return None
+    separator = next((s for s in ",;\t" if s in texts[0]), ",")
+    header, *rows = csv.reader(texts, delimiter=separator, skipinitialspace=True)
+    columns = {name.strip().lower(): i for i, name in enumerate(header)}
+    name = next((columns[key] for key in _NAME_COLUMNS if key in columns), None)
+    value = next((columns[key] for key in _VALUE_COLUMNS if key in columns), None)
+    colour = next(([columns[c] for c in keys] for keys in _COLOUR_COLUMNS if set(keys) <= set(columns)), None)
+    if name is None or len(header) < 2:
+        return None
+    try:
+        if value is not None:
+            rows = sorted(rows, key=lambda row: int(row[value]))
+            ids = [int(row[value]) for row in rows]
+            if ids != list(range(len(rows))):
+                raise UserError(
+                    f"classes: the ids in {path} are {ids}, expected 0 to {len(ids) - 1}. Give the names as a list and "
+                    f'"mask_values": {ids} (Folder loader)'
+                )
+        palette = None if colour is None else tuple(_colour([int(row[c]) for c in colour]) for row in rows)
+        return Classes(tuple(row[name].strip() for row in rows), palette)
+    except (IndexError, ValueError) as error:
+        raise UserError(f"classes: {path} is not a table with the columns {', '.join(header)}: {error}") from None
+
+
+def _from_labelmap(texts: Sequence[str]) -> Classes | None:
+    """Read CVAT's ``labelmap.txt``; None if the lines look otherwise."""
+    rows = [text.split(":") for text in texts]
+    if not all(len(row) == 4 and re.fullmatch(r"\s*\d+\s*,\s*\d+\s*,\s*\d+\s*", row[1]) for row in rows):
+        return None
+    colours = tuple(_colour([int(part) for part in row[1].split(",")]) for row in rows)
+    return Classes(tuple(row[0].strip() for row in rows), colours) if rows else None
+
+
+def _from_colour_lines(texts: Sequence[str]) -> Classes | None:
+    """Read lines ``R G B name`` or ``name R G B``; None if a line looks otherwise."""
+    for pattern in _WITH_COLOUR:
+        rows = [match for text in texts if (match := pattern.fullmatch(text))]
+        if rows and len(rows) == len(texts):
+            colours = tuple(_colour([int(row[channel]) for channel in "rgb"]) for row in rows)
+            return Classes(tuple(row["name"].strip() for row in rows), colours)
+    return None
+
+
+def classes_of(classes: Sequence[str] | str | int, data_dir: str | None) -> Classes:
+    """Return what the argument ``classes`` says: a list of names, a number, or a file (below data_dir or as given).
+
+    Raises:
+        ValueError: no names, equal names, or a number below 1.
+        UserError: the file is missing or cannot be understood.
+    """
+    if isinstance(classes, bool):
+        raise ValueError("classes must be names, a text file or a number")
+    if isinstance(classes, int):
+        if classes < 1:
+            raise ValueError(f"classes must be at least 1, got {classes}")
+        return Classes(tuple(f"class {i}" for i in range(classes)))
+    if isinstance(classes, str):
+        below = Path(data_dir or ".").expanduser() / classes
+        given = Path(classes).expanduser()
+        if not below.is_file() and not given.is_file():
+            raise UserError(
+                f"classes: there is no file {given}, nor {below}; give the path of a text file with one name a line, "
+                "or the names themselves as a list"
+            )
+        return read_classes(below if below.is_file() else given)
+    names = tuple(str(name) for name in classes)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"classes must be different names, at least one; got {list(names)}")
+    return Classes(names)
+
+
+def class_colours(palette: Sequence[Sequence[int]] | None, count: int) -> tuple[Colour, ...]:
+    """Return one colour per class: the given ones, or the first of the VOC colour map.
+
+    Raises:
+        ValueError: another number of colours than classes, or something that is not an RGB colour.
+    """
+    if palette is None:
+        # Colour 0 of the VOC map is black: right for a background, wrong for a single class.
+        return voc_colormap(count) if count > 1 else voc_colormap(2)[1:]
+    colours = tuple(_colour(c) for c in palette)
+    if len(colours) != count:
+        raise ValueError(f"palette must have one colour per class: {count} classes, {len(colours)} colours")
+    return colours
+
+
+def _colour(colour: Sequence[int]) -> Colour:
+    values = tuple(int(v) for v in colour)
+    if len(values) != 3 or not all(0 <= v <= 255 for v in values):
+        raise ValueError(f"palette must hold RGB colours of three numbers from 0 to 255, got {list(colour)}")
+    return values  # type: ignore[return-value]

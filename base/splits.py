@@ -1,0 +1,96 @@
+"""Splits that depend on names alone: the same on every machine, and hardly changed when files are added."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from utils.errors import UserError
+
+
+def grouping(group_by: str | None) -> Callable[[str], str]:
+    """Return the function from a sample's name to its group; samples of one group are never separated.
+
+    Args:
+        group_by: a regular expression that is searched in the name. Its first group (or, without one, what it matches)
+            is the group's name: ``"^([^_]+)_"`` for patient7 in patient7_slice3. None: each sample is a group.
+
+    Raises:
+        ValueError: not a regular expression. The function raises UserError for a name without a match.
+    """
+    if group_by is None:
+        return str
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise ValueError(f"group_by must be a regular expression, got {group_by!r}: {error}") from None
+
+    def group(name: str) -> str:
+        match = pattern.search(name)
+        if match is None:
+            raise UserError(f"group_by: {group_by!r} does not match the name {name!r}; it must match every sample")
+        found = match.group(1) if pattern.groups else match.group()
+        return found or ""
+
+    return group
+
+
+def split_by_fraction(
+    names: Iterable[str], fractions: Mapping[str, float], rest: str, seed: int = 0, group_by: str | None = None
+) -> dict[str, set[str]]:
+    """Share names out: ``fractions`` of them (rounded) to its keys, what remains to ``rest``.
+
+    Groups are ordered by a hash of seed and name, and cut into parts. So nearly all names stay in their parts when
+    files are added.
+    """
+    names = list(names)
+    ends, end = [], 0
+    for fraction in fractions.values():
+        end += round(len(names) * fraction)
+        ends.append(end)
+    parts = _cut(names, ends, seed, group_by)
+    return dict(zip([*fractions, rest], parts, strict=True))
+
+
+def split_by_fold(
+    names: Iterable[str], val_fold: Sequence[int], group_by: str | None = None
+) -> tuple[set[str], set[str]]:
+    """Return the names to train on and those of the fold to validate on.
+
+    Args:
+        names: all names.
+        val_fold: (k, n): number k (from 0) of n folds of nearly equal size.
+        group_by: see :func:`grouping`.
+
+    Raises:
+        ValueError: ``val_fold`` is not possible.
+        UserError: a fold would be empty.
+    """
+    if len(val_fold) != 2 or val_fold[1] < 2 or not 0 <= val_fold[0] < val_fold[1]:
+        raise ValueError(f"val_fold must be [k, n] with n at least 2 and k from 0 to n - 1, got {list(val_fold)}")
+    names, (chosen, count) = list(names), val_fold
+    folds = _cut(names, [round(len(names) * (i + 1) / count) for i in range(count - 1)], 0, group_by)
+    if not all(folds):
+        groups = len(set(map(grouping(group_by), names)))
+        what = f"{groups} groups (group_by)" if group_by else f"{groups} samples"
+        raise UserError(f"val_fold: {what} are too few or too uneven for {count} folds; choose fewer folds")
+    return set().union(*(fold for i, fold in enumerate(folds) if i != chosen)), folds[chosen]
+
+
+def _cut(names: Sequence[str], ends: Sequence[int], seed: int, group_by: str | None) -> list[set[str]]:
+    """Return the names whose groups' middles lie before each of ``ends``, and the rest, groups in order of a hash."""
+    group = grouping(group_by)
+    sizes = Counter(map(group, names))
+    # Names may hold bytes that are not UTF-8.
+    keys = {name: hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest() for name in sizes}
+    part_of, start = {}, 0
+    for name in sorted(sizes, key=keys.__getitem__):
+        middle = start + sizes[name] / 2
+        part_of[name] = sum(end <= middle for end in ends)
+        start += sizes[name]
+    parts: list[set[str]] = [set() for _ in range(len(ends) + 1)]
+    for name in names:
+        parts[part_of[group(name)]].add(name)
+    return parts

@@ -1,0 +1,78 @@
+"""Lists of samples: one a line, an image and its mask, or a name."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from base.text import read_lines, without_quotes
+from utils.errors import UserError
+
+_HEADER = {"image", "images", "img", "image_path", "file", "filename", "path", "name", "mask", "masks", "mask_path",
+           "label", "labels", "annotation"}  # fmt: skip
+
+
+def read_names(path: Path, field: str = "data_dir") -> list[str]:
+    """Return the first column of a list: the names."""
+    return [columns_of(line)[0] for _, line in read_lines(path, field)]
+
+
+def read_rows(
+    path: Path, is_file: Callable[[str], bool], is_name: Callable[[str], bool], field: str = "list_file"
+) -> list[tuple[int, list[str]]]:
+    """Return (line number, one or two columns) of a list.
+
+    Columns are separated by a tab, else by a comma or semicolon, else by blanks; quotes around a column are removed.
+    Names may hold blanks: of all ways to cut such a line the one is taken whose parts exist.
+
+    Args:
+        path: the list.
+        is_file: says whether a column is the path of a file.
+        is_name: says whether a column is the name of a sample.
+        field: the argument that names the list, for messages.
+
+    Raises:
+        UserError: the list cannot be read, or a line has more columns.
+    """
+    rows = []
+    for number, line in read_lines(path, field):
+        columns = columns_of(line)
+        if not rows and {column.lower() for column in columns} <= _HEADER and not any(map(is_name, columns)):
+            continue
+        if len(columns) > 1 and not (len(columns) == 2 and all(map(is_file, columns))):
+            columns = _with_blanks(line, is_file, is_name) or columns
+        if len(columns) > 2:
+            raise UserError(
+                f"{path}, line {number}: {len(columns)} columns; expected image and mask, or a name. Put quotes around "
+                "names that hold the separator"
+            )
+        rows.append((number, columns))
+    return rows
+
+
+def columns_of(line: str) -> list[str]:
+    """Split a line at tabs, else at commas, else at semicolons, else at blanks outside of quotes."""
+    for separator in "\t,;":
+        if separator in line:
+            cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+            return [without_quotes(cell) for cell in cells]
+    return [without_quotes(part) for part in re.findall(r"\"[^\"]*\"|'[^']*'|\S+", line)]
+
+
+def _with_blanks(line: str, is_file: Callable[[str], bool], is_name: Callable[[str], bool]) -> list[str] | None:
+    """Return the line as one name, or as two files at one of its blanks, if they exist; None if no way fits."""
+    if is_name(line):
+        return [line]
+    for blank in re.finditer(r"\s+", line):
+        parts = [without_quotes(line[: blank.start()]), without_quotes(line[blank.end() :])]
+        if all(map(is_file, parts)):
+            return parts
+    return None
+
+
+def native(path: str) -> str:
+    """Return a path of a list with this system's separators, for lists that Windows wrote."""
+    return path.replace("\\", "/") if os.sep == "/" else path
