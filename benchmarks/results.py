@@ -1,196 +1,268 @@
-"""Train, test and calibrate the networks of ``docs/results.md``, and write its tables.
+"""Train and test the networks of ``docs/results.md``, and write its tables.
 
-    python -m benchmarks.results --camvid DIR --medical DIR                  # every row; goes on where it was stopped
-    python -m benchmarks.results --camvid DIR camvid_unet --seeds 1          # one row, one seed
-    python -m benchmarks.results --write-docs                                # tables of what has been run
+    python -m benchmarks.results --camvid DIR --drive DIR                # every row; continues where it was stopped
+    python -m benchmarks.results --camvid DIR camvid_enet --seeds 1      # one row, one seed
+    python -m benchmarks.results --jobs 6 --set n_gpu=1                  # six runs side by side
+    python -m benchmarks.results --write-docs                            # the tables of what has been run
 
-A row is a config of ``configs/results/``. Each is trained by train.py, scored by ``test.py -p all``, scored by rankdice
-without pruning, fitted by ``test.py --fit`` on what its training data holds out, and scored again. ``--camvid`` and
-``--medical`` are the folders of the data sets (``VOCdevkit`` inside the one, ``images_split`` inside the other).
+Each run is trained by train.py, which ends with the fit on the held-out images, and scored by ``test.py -p all`` twice:
+as it is deployed (``fitted``), and without what was fitted (``plain``). ``--camvid`` is the folder that holds
+``VOCdevkit``, ``--drive`` the one that holds ``images_split``; without a folder its rows are skipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from utils import tables
+
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs" / "results"
 DOCS = ROOT / "docs" / "results.md"
-# Seeds of a row; one where nothing is said: a run takes long on a CPU.
-SEEDS = {"medical_unet": 3}
-# Heading of a row: network and loss as the config says are enough for a program, not for a reader.
-TITLES = {
-    "camvid_unet": "U-Net (width 16), CE",
-    "camvid_pspnet": "PSPNet-R18, CE",
-    "camvid_pspnet_focal": "PSPNet-R18, focal, 10 epochs",
-    "camvid_pspnet_bce": "PSPNet-R18, BCE, 10 epochs",
-    "camvid_deeplab": "DeepLabV3+-R18, CE",
-    "camvid_fcn8": "FCN8-VGG16bn, CE",
-    "medical_unet": "U-Net (width 16), CE",
+PROCEDURES = ("T", "max", "max_present", "rankdice_paper", "rankdice", "rankdice_map")
+UNFITTED = ("predict.temperature=1", "predict.threshold=0.5", "predict.presence=prune", "predict.bias=null")
+LITE0 = "EfficientNet-Lite0"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the tables: a network and its data.
+
+    Args:
+        data: heading of the data, as in DATA.
+        network: for the reader.
+        config: file of the config.
+        changes: fields of the config that differ.
+        seeds: runs.
+    """
+
+    data: str
+    network: str
+    config: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 3
+
+
+# Heading of the data -> (option that names its folder, or None; where in it the images are).
+DATA = {
+    "CamVid, one clip": ("camvid", "VOCdevkit/VOC2012"),
+    "CamVid, another drive": ("camvid", "VOCdevkit/VOC2012"),
+    "DRIVE, vessels": ("drive", "."),
+    "Shapes": (None, "."),
 }
-DATASETS = {"camvid": "CamVid val", "medical": "DRIVE val, vessels"}
-PROCEDURES = ("T", "max", "rankdice")
-# What a run is scored as: as trained; with rankdice.prune off; with the fitted temperature and threshold.
-PARTS = ("plain", "unpruned", "fitted")
+_CLIP, _DRIVE, _VESSELS, _SHAPES = DATA
+_SCRATCH = {"optimizer.args.lr": 0.002, "trainer.epochs": 120, "trainer.val_per_epochs": 10}
+
+
+_CAMVID, _DRIVES = "configs/results/camvid.json", "configs/results/drive.json"
+
+
+def _encoder(network: str) -> dict[str, Any]:
+    return {"arch.type": network}
+
+
+def _scratch(network: str, **args: Any) -> dict[str, Any]:
+    return {"arch": {"type": network, "args": args}, **_SCRATCH}
+
+
+_R18 = {"backbone": "resnet18", "pretrained": False}
+ROWS = {
+    "camvid_unet_lite0": Row(_CLIP, f"U-Net decoder, {LITE0}", _CAMVID),
+    "camvid_pspnet_lite0": Row(_CLIP, f"PSPNet, {LITE0}", _CAMVID, _encoder("PSPNet")),
+    "camvid_upernet_lite0": Row(_CLIP, f"UperNet, {LITE0}", _CAMVID, _encoder("UperNet")),
+    "camvid_deeplab_lite0": Row(_CLIP, f"DeepLabV3+, {LITE0}", _CAMVID, _encoder("DeepLab")),
+    "drives_unet_lite0": Row(_DRIVE, f"U-Net decoder, {LITE0}", _CAMVID),
+    "drives_upernet_lite0": Row(_DRIVE, f"UperNet, {LITE0}", _CAMVID, _encoder("UperNet")),
+    "camvid_enet": Row(_CLIP, "ENet, from scratch", _CAMVID, _scratch("ENet")),
+    "camvid_unet": Row(_CLIP, "U-Net (width 32), from scratch", _CAMVID, _scratch("UNet", width=32)),
+    "camvid_pspnet": Row(_CLIP, "PSPNet-R18, from scratch", _CAMVID, _scratch("PSPNet", **_R18)),
+    "camvid_deeplab": Row(_CLIP, "DeepLabV3+-R18, from scratch", _CAMVID, _scratch("DeepLab", **_R18)),
+    "drive_unet_lite0": Row(_VESSELS, f"U-Net decoder, {LITE0}", _DRIVES),
+    "drive_unet": Row(
+        _VESSELS,
+        "U-Net (width 32), from scratch",
+        _DRIVES,
+        {"arch": {"type": "UNet", "args": {"width": 32}}, "optimizer.args.lr": 0.002},
+    ),
+    "shapes_unet": Row(_SHAPES, "U-Net (width 16), from scratch", "config.json", seeds=5),
+}
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def write_lists(camvid: Path, out: Path) -> None:
+    """Write the lists of images for CamVid's rows: ``out/clip/{split}.txt`` and ``out/drives/{split}.txt``.
+
+    Held-out images (``val``) choose the epoch and are fitted on. They are the last ones of each drive, so that hardly
+    any of them is the neighbour of a training image.
+
+    * clip: trained on train, tested on the published val split, which is one continuous clip.
+    * drives: trained on two of train's drives, tested on the third, 0006R0.
+    """
+    lists = camvid / "ImageSets" / "Segmentation"
+    train, val = ((lists / f"{name}.txt").read_text().split() for name in ("train", "val"))
+    drives: dict[str, list[str]] = {}
+    for name in train:
+        drives.setdefault(name.split("_")[0], []).append(name)
+    for folder, test, share in (("clip", val, 0.1), ("drives", drives["0006R0"], 0.2)):
+        used = [sorted(images) for images in drives.values() if images != test]
+        kept = [round(len(images) * (1 - share)) for images in used]
+        splits = {
+            "train": [name for images, n in zip(used, kept, strict=True) for name in images[:n]],
+            "val": [name for images, n in zip(used, kept, strict=True) for name in images[n:]],
+            "test": test,
+        }
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        for split, names in splits.items():
+            lines = [f"JPEGImages/{name}.jpg\tSegmentationClass/{name}.png\n" for name in names]
+            (out / folder / f"{split}.txt").write_text("".join(lines))
+
+
+def fields(row: Row, seed: int, data: Path | None, folder: Path, lists: Path) -> list[str]:
+    """Return the ``--set`` options of a run."""
+    changes = {
+        "seed": seed,
+        "trainer.save_dir": str(folder),
+        "trainer.log_dir": str(folder / "runs"),
+        **row.changes,
+    }
+    if data is not None:
+        loaders = ["train_loader", "test_loader"] + ["val_loader"] * (row.data in (_CLIP, _DRIVE))
+        changes |= {f"{loader}.args.data_dir": str(data) for loader in loaders}
+        if row.data in (_CLIP, _DRIVE):
+            which = lists / ("clip" if row.data == _CLIP else "drives") / "{split}.txt"
+            changes |= {f"{loader}.args.list_file": str(which) for loader in loaders}
+    return [f"--set={key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes.items()]
 
 
 # -- running -------------------------------------------------------------------------------------------------------
 
 
-def script(*arguments: object) -> None:
-    """Run one of the project's scripts, its output shown; its failure ends this program."""
+def script(log: Path, *arguments: object) -> None:
+    """Run one of the project's scripts; its output goes to ``log``."""
     command = [sys.executable, *map(str, arguments)]
-    print("$", *command[1:], flush=True)
-    done = subprocess.run(command, cwd=ROOT, check=False)
+    with open(log, "a", encoding="utf-8") as file:
+        print("$", *command[1:], file=file, flush=True)
+        done = subprocess.run(command, cwd=ROOT, check=False, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise SystemExit(done.returncode)
+        raise RuntimeError(f"{arguments[0]} ended with {done.returncode}; its output is in {log}")
 
 
-def run(row: str, seed: int, data: Path, folder: Path, extra: Sequence[str]) -> None:
-    """Train, score, fit and score again, as far as that has not been done."""
-    config = CONFIGS / f"{row}.json"
-    fields = {
-        "seed": seed,
-        "trainer.save_dir": folder,
-        "trainer.log_dir": folder / "runs",
-        "train_loader.args.data_dir": data,
-        "test_loader.args.data_dir": data,
-    }
-    options = [f"--set={field}={value}" for field, value in fields.items()] + list(extra)
+def run(row: Row, folder: Path, options: Sequence[str]) -> None:
+    """Train and test, as far as that has not been done."""
+    log = folder / "log.txt"
     timing = folder / "seconds.json"
     if not timing.exists():
         start = time.perf_counter()
         resume = ["-r", "auto"] if list(folder.rglob("latest.pth")) else []
-        script("train.py", "-c", config, *options, *resume)
+        script(log, "train.py", "-c", row.config, *options, *resume)
         timing.write_text(json.dumps({"train": time.perf_counter() - start, "resumed": bool(resume)}))
     (best,) = folder.rglob("best_model.pth")
-    if not (folder / "plain" / "results.json").exists():
-        script("test.py", "-r", best, "-p", "all", "-o", folder / "plain", *options)
-    if not (folder / "unpruned" / "results.json").exists():
-        unpruned = [*options, "--set=predict.rankdice.prune=null"]
-        script("test.py", "-r", best, "-p", "rankdice", "-o", folder / "unpruned", *unpruned)
-    fitted = folder / "fitted" / "best_model_calibrated.pth"
-    if not fitted.exists():
-        fitted.parent.mkdir(exist_ok=True)
-        script("test.py", "-r", best, "--fit", "-o", fitted.parent, *options)
-    if not (folder / "fitted" / "results.json").exists():
-        script("test.py", "-r", fitted, "-p", "all", "-o", folder / "fitted", *options)
+    scoring = [option for option in options if not option.startswith(("--set=arch", "--set=optimizer"))]
+    for part, changes in (("fitted", ()), ("plain", UNFITTED)):
+        if not (folder / part / "results.json").exists():
+            more = [f"--set={change}" for change in changes]
+            script(log, "test.py", "-r", best, "-p", "all", "-o", folder / part, *scoring, *more)
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
 
 
 def gather(out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return ``{row: [one entry per finished seed]}`` of what has been run, in the order of TITLES."""
-    import torch
-
+    """Return ``{row: [one entry per finished seed]}`` of what has been run, in the order of ROWS."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for row in TITLES:
-        for folder in sorted((out / row).glob("seed*")):
-            files = {part: folder / part / "results.json" for part in PARTS}
-            if not all(path.exists() for path in files.values()):
-                continue
-            state = torch.load(folder / "fitted" / "best_model_calibrated.pth", map_location="cpu", weights_only=True)
-            entry = {part: json.loads(path.read_text()) for part, path in files.items()}
-            found.setdefault(row, []).append(entry | {"fit": state["calibration"]})
+    for name in ROWS:
+        for folder in sorted((out / name).glob("seed*")):
+            files = {part: folder / part / "results.json" for part in ("fitted", "plain")}
+            if all(path.exists() for path in files.values()):
+                entry = {part: json.loads(path.read_text()) for part, path in files.items()}
+                found.setdefault(name, []).append(entry)
     return found
 
 
-class Seeds:
-    """The runs of one row, to read means and standard deviations from."""
-
-    def __init__(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        self.entries = entries
-
-    def text(self, value: Callable[[Mapping[str, Any]], float], form: str = ".1f") -> str:
-        """Return the mean of ``value`` over the seeds, with the standard deviation where there are several."""
-        values = [value(entry) for entry in self.entries]
-        mean = format(statistics.fmean(values), form)
-        return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
-
-    def score(self, part: str, procedure: str, key: str) -> str:
-        """Return a score in percent; ``part`` is one of PARTS."""
-        return self.text(lambda entry: 100 * entry[part]["procedures"][procedure][key])
-
-    def both(self, part: str, procedure: str) -> str:
-        """Return mDice / mIoU."""
-        return f"{self.score(part, procedure, 'Mean_Dice')} / {self.score(part, procedure, 'Mean_IoU')}"
-
-    def expected(self, part: str) -> str:
-        """Return the mDice that rankdice expected of its masks, and the one it got."""
-        return f"{self.score(part, 'rankdice', 'Expected_Dice')} ({self.score(part, 'rankdice', 'Measured_Dice')})"
-
-    def fitted(self, key: str, form: str) -> str:
-        return self.text(lambda entry: entry["fit"][key], form)
-
-    def before_after(self, key: str, form: str, scale: float = 1) -> str:
-        """Return a measure of calibration on the held-out data, before and after the fit."""
-        before = self.text(lambda entry: scale * entry["fit"]["before"][key], form)
-        after = self.text(lambda entry: scale * entry["fit"]["after"][key], form)
-        return f"{before} → {after}"
+def mean(entries: Sequence[Any], value: Callable[[Any], float | None], form: str = ".1f") -> str:
+    """Return the mean of ``value`` in percent over the seeds, with the standard deviation if there are several."""
+    values = [100 * v for v in map(value, entries) if v is not None]
+    if not values:
+        return "-"
+    text = format(statistics.fmean(values), form)
+    return text if len(values) == 1 else f"{text} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
 
-def table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return the table of the scores as trained: one line per row, mDice / mIoU in percent."""
-    lines = [
-        "| data | network, loss | T | max | rankdice | rankdice - max | better / same / worse | expected (got) "
-        "| without `prune` | expected (got) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+def score(entry: Mapping[str, Any], procedure: str, key: str, part: str = "fitted") -> float | None:
+    """Return a score of a run, or None if the procedure was not run."""
+    return entry[part]["procedures"].get(procedure, {}).get(key)
+
+
+def _heads(name: str, entries: Sequence[Any]) -> list[str]:
+    row, seeds = ROWS[name], len(entries)
+    return [row.data, row.network, str(seeds)]
+
+
+def score_table(runs: Mapping[str, Sequence[Any]], key: str) -> str:
+    """Return a table of one score: a line per row, a column per procedure."""
+    rows = [
+        [*_heads(name, entries), *(mean(entries, lambda e, p=p: score(e, p, key)) for p in PROCEDURES)]
+        for name, entries in runs.items()
     ]
-    for row, entries in runs.items():
-        seeds = Seeds(entries)
-        differences = [entry["plain"]["comparison"]["Mean_Dice"]["rankdice"] for entry in entries]
-        gain = seeds.text(lambda entry: 100 * entry["plain"]["comparison"]["Mean_Dice"]["rankdice"]["mean"], "+.1f")
-        if len(entries) == 1:
-            gain += f" ({100 * differences[0]['low']:+.1f} to {100 * differences[0]['high']:+.1f})"
-        cells = [
-            DATASETS[row.split("_")[0]],
-            f"[{TITLES[row]}](../configs/results/{row}.json)" + (f", {len(entries)} seeds" if len(entries) > 1 else ""),
-            *(seeds.both("plain", procedure) for procedure in PROCEDURES),
-            gain,
-            " / ".join(str(sum(d[key] for d in differences)) for key in ("better", "same", "worse")),
-            seeds.expected("plain"),
-            seeds.both("unpruned", "rankdice"),
-            seeds.expected("unpruned"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return tables.markdown(["data", "network", "seeds", *PROCEDURES], rows)
 
 
-def calibration_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return the table of what ``--fit`` changed: on the held-out data, and on the test images."""
-    lines = [
-        "| data | network, loss | temperature | NLL | ECE | T (threshold) | rankdice before | after | expected (got) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row, entries in runs.items():
-        seeds = Seeds(entries)
-        cells = [
-            DATASETS[row.split("_")[0]],
-            TITLES[row],
-            seeds.fitted("temperature", ".2f"),
-            seeds.before_after("NLL", ".3f"),
-            seeds.before_after("ECE", ".1f", 100),
-            f"{seeds.score('fitted', 'T_tuned', 'Mean_Dice')} ({seeds.fitted('threshold', '.2f')})",
-            *(seeds.score(part, "rankdice", "Mean_Dice") for part in ("plain", "fitted")),
-            seeds.expected("fitted"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def difference_table(runs: Mapping[str, Sequence[Any]]) -> str:
+    """Return the differences to ``max`` in mDice points: with one seed their interval, with several the spread."""
+    rows = []
+    for name, entries in runs.items():
+        cells = _heads(name, entries)
+        for procedure in PROCEDURES:
+            if procedure == "max":
+                continue
+            found = [e["fitted"]["comparison"]["Mean_Dice"].get(procedure) for e in entries]
+            found = [d for d in found if d]
+            text = mean(found, lambda d: d["mean"], "+.1f")
+            if found and found[0]["low"] is not None:
+                low, high = min(d["low"] for d in found), max(d["high"] for d in found)
+                text += f" ({100 * low:+.1f} to {100 * high:+.1f})"
+            cells.append(text)
+        rows.append(cells)
+    return tables.markdown(["data", "network", "seeds", *(p for p in PROCEDURES if p != "max")], rows)
 
 
-def write_docs(tables: Mapping[str, str], path: Path = DOCS) -> None:
+def fit_table(runs: Mapping[str, Sequence[Any]]) -> str:
+    """Return what the fit changed: scores and expected Dice before and after it, and what was fitted."""
+    rows = []
+    for name, entries in runs.items():
+        cells = _heads(name, entries)
+        for part in ("plain", "fitted"):
+            cells += [
+                mean(entries, lambda e, part=part: score(e, "rankdice", "Mean_Dice", part)),
+                mean(entries, lambda e, part=part: score(e, "rankdice", "Expected_Dice", part)),
+                mean(entries, lambda e, part=part: score(e, "rankdice", "Measured_Dice", part)),
+                mean(entries, lambda e, part=part: e[part]["reliability"]["ECE"]),
+            ]
+        temperatures = [e["fitted"]["protocol"]["temperature"] for e in entries]
+        cells.append(f"{statistics.fmean(temperatures):.2f}")
+        rows.append(cells)
+    parts = [f"{what} {when}" for when in ("before", "after") for what in ("mDice", "expected", "measured", "ECE")]
+    return tables.markdown(["data", "network", "seeds", *parts, "temperature"], rows)
+
+
+def write_docs(texts: Mapping[str, str], path: Path = DOCS) -> None:
     """Put each table between its markers of the page."""
     page = path.read_text(encoding="utf-8")
-    for name, text in tables.items():
+    for name, text in texts.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         before, found, rest = page.partition(begin)
         _, closed, after = rest.partition(end)
@@ -204,40 +276,76 @@ def write_docs(tables: Mapping[str, str], path: Path = DOCS) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"which to run (default: all): {', '.join(TITLES)}")
-    for name, title in DATASETS.items():
-        parser.add_argument(
-            f"--{name}", type=Path, metavar="DIR", help=f"folder of {title}; without it none of its rows"
-        )
-    parser.add_argument("--seeds", type=int, help="runs per row (default: 3 of the cheapest row, 1 of the others)")
-    parser.add_argument("--out", type=Path, default=Path("saved/results"), help="default: saved/results")
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as train.py's, for all runs")
-    parser.add_argument("--write-docs", action="store_true", help=f"put the tables into {DOCS.relative_to(ROOT)}")
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="ROW", help=f"rows to run (default: all): {', '.join(ROWS)}")
+    add("--camvid", type=Path, metavar="DIR", help="folder of CamVid in Pascal VOC's layout")
+    add("--drive", type=Path, metavar="DIR", help="folder of DRIVE in Kvasir-SEG's layout")
+    add("--seeds", type=int, help="runs per row (default: 3; 5 for Shapes)")
+    add("--jobs", type=int, default=1, help="runs side by side")
+    add("--out", type=Path, default=Path("saved/results"), help="default: saved/results")
+    add("--set", action="append", default=[], metavar="PATH=VALUE", help="as for train.py, in all runs")
+    add("--write-docs", action="store_true", help=f"put the tables into {DOCS.relative_to(ROOT)}")
     args = parser.parse_args(argv)
-    unknown = sorted(set(args.rows) - set(TITLES))
+    unknown = sorted(set(args.rows) - set(ROWS))
     if unknown:
-        parser.error(f"no such row: {', '.join(unknown)}; there are {', '.join(TITLES)}")
+        parser.error(f"no such row: {', '.join(unknown)}; expected {', '.join(ROWS)}")
     return args
 
 
+def work(args: argparse.Namespace, out: Path) -> list[tuple[Row, Path, list[str]]]:
+    """Return the runs to do, the first seed of every row first."""
+    if args.camvid is not None:
+        write_lists(args.camvid / DATA[_CLIP][1], out / "lists")
+    todo = []
+    for seed in range(args.seeds or max(row.seeds for row in ROWS.values())):
+        for name in args.rows or ROWS:
+            row = ROWS[name]
+            option, inside = DATA[row.data]
+            data = None if option is None else getattr(args, option)
+            if (option is None or data is not None) and seed < (args.seeds or row.seeds):
+                folder = out / name / f"seed{seed}"
+                folder.mkdir(parents=True, exist_ok=True)
+                place = None if data is None else (data / inside).resolve()
+                options = fields(row, seed, place, folder, out / "lists") + [f"--set={one}" for one in args.set]
+                todo.append((row, folder, options))
+    return todo
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is left to run, and print the tables."""
     args = parse(argv)
     out = args.out.resolve()
-    for row in args.rows or TITLES:
-        data = getattr(args, row.split("_")[0])
-        if data is None:
-            continue
-        for seed in range(args.seeds or SEEDS.get(row, 1)):
-            folder = out / row / f"seed{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            run(row, seed, data.resolve(), folder, [f"--set={one}" for one in args.set])
+    todo = work(args, out)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // args.jobs)))
+    failed = []
+
+    def one(task: tuple[Row, Path, list[str]]) -> None:
+        start = time.perf_counter()
+        try:
+            run(*task)
+            print(f"{task[1].parent.name} {task[1].name}: {time.perf_counter() - start:.0f} s", flush=True)
+        except RuntimeError as error:
+            failed.append(str(error))
+            print(f"{task[1].parent.name} {task[1].name}: {error}", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(one, todo))
     runs = gather(out)
-    tables = {"scores": table(runs), "calibration": calibration_table(runs)}
-    print("\n" + "\n\n".join(tables.values()))
+    texts = {
+        "mDice": score_table(runs, "Mean_Dice"),
+        "differences": difference_table(runs),
+        "mIoU": score_table(runs, "Mean_IoU"),
+        "dataset mIoU": score_table(runs, "Dataset_mIoU"),
+        "accuracy": score_table(runs, "Pixel_Accuracy"),
+        "fit": fit_table(runs),
+    }
+    for title, text in texts.items():
+        print(f"\n{title}\n\n{text}")
     if args.write_docs:
-        write_docs(tables)
-    return 0
+        write_docs(texts)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

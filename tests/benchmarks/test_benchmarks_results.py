@@ -1,4 +1,4 @@
-"""benchmarks/results.py: what it runs, how it goes on after a stop, and the tables it writes."""
+"""benchmarks/results.py: its lists, what it runs, how it continues after a stop, and the tables it writes."""
 
 from __future__ import annotations
 
@@ -7,65 +7,85 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import results
 
-FIT = {
-    "temperature": 1.25,
-    "threshold": 0.4,
-    "before": {"NLL": 0.5, "ECE": 0.05},
-    "after": {"NLL": 0.45, "ECE": 0.01},
-}
+ROW = results.ROWS["camvid_unet_lite0"]
 
 
-def content(gain: float, low: float = 0.01, high: float = 0.03) -> dict[str, Any]:
+def content(gain: float, low: float | None = 0.01, high: float = 0.03) -> dict[str, Any]:
     """Return a results.json with an argmax of 0.5 mDice, and rankdice ``gain`` above it."""
     score = {"Mean_IoU": 0.4, "Expected_Dice": 0.6, "Measured_Dice": 0.55}
-    procedures = {name: score | {"Mean_Dice": 0.5} for name in ("T", "T_tuned", "max")}
+    procedures = {name: score | {"Mean_Dice": 0.5} for name in results.PROCEDURES}
     procedures["rankdice"] = score | {"Mean_Dice": 0.5 + gain}
-    difference = {"mean": gain, "low": low, "high": high, "better": 9, "same": 0, "worse": 1}
-    return {"procedures": procedures, "comparison": {"Mean_Dice": {"rankdice": difference}}}
+    difference = {"mean": gain, "low": low, "high": high}
+    return {
+        "procedures": procedures,
+        "comparison": {"Mean_Dice": {"rankdice": difference}},
+        "reliability": {"ECE": 0.02},
+        "protocol": {"temperature": 1.25},
+    }
 
 
 def entry(gain: float) -> dict[str, Any]:
-    return {"plain": content(gain), "unpruned": content(gain + 0.02), "fitted": content(gain + 0.01), "fit": FIT}
+    return {"plain": content(gain), "fitted": content(gain + 0.01)}
 
 
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_one_seed_shows_the_interval_and_several_the_deviation() -> None:
-    text = results.table({"camvid_fcn8": [entry(0.02)], "medical_unet": [entry(0.01), entry(0.03)]})
-    one, several = map(cells, text.splitlines()[2:])
-    assert one[2:6] == ["50.0 / 40.0", "50.0 / 40.0", "52.0 / 40.0", "+2.0 (+1.0 to +3.0)"]
-    assert one[6:] == ["9 / 0 / 1", "60.0 (55.0)", "54.0 / 40.0", "60.0 (55.0)"]
-    assert several[4] == "52.0 ± 1.4 / 40.0 ± 0.0"
-    assert several[5] == "+2.0 ± 1.4"
-    assert several[6] == "18 / 0 / 2"
-    assert several[1].endswith(", 2 seeds")
+def test_scores_are_means_over_seeds_with_their_deviation() -> None:
+    text = results.score_table({"camvid_enet": [entry(0.02)], "drive_unet": [entry(0.01), entry(0.03)]}, "Mean_Dice")
+    header, _, one, several = map(cells, text.splitlines())
+    assert header == ["data", "network", "seeds", *results.PROCEDURES]
+    assert one[2:] == ["1", "50.0", "50.0", "50.0", "50.0", "53.0", "50.0"]
+    assert several[7] == "53.0 ± 1.4"
 
 
-def test_calibration_is_shown_before_and_after() -> None:
-    (line,) = results.calibration_table({"camvid_unet": [entry(0.02)]}).splitlines()[2:]
-    assert cells(line)[2:] == [
-        "1.25", "0.500 → 0.450", "5.0 → 1.0", "50.0 (0.40)", "52.0", "53.0", "60.0 (55.0)",
-    ]  # fmt: skip
+def test_differences_have_intervals() -> None:
+    (line,) = results.difference_table({"camvid_enet": [entry(0.02)]}).splitlines()[2:]
+    assert cells(line)[3:] == ["-", "-", "-", "+3.0 (+1.0 to +3.0)", "-"]
+
+
+def test_the_fit_is_shown_before_and_after() -> None:
+    (line,) = results.fit_table({"camvid_unet": [entry(0.02)]}).splitlines()[2:]
+    assert cells(line)[3:] == ["52.0", "60.0", "55.0", "2.0", "53.0", "60.0", "55.0", "2.0", "1.25"]
 
 
 def test_the_page_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("above\n<!-- scores: begin -->\nold\n<!-- scores: end -->\nbelow\n")
-    results.write_docs({"scores": "new"}, page)
-    assert page.read_text() == "above\n<!-- scores: begin -->\nnew\n<!-- scores: end -->\nbelow\n"
+    page.write_text("above\n<!-- mDice: begin -->\nold\n<!-- mDice: end -->\nbelow\n")
+    results.write_docs({"mDice": "new"}, page)
+    assert page.read_text() == "above\n<!-- mDice: begin -->\nnew\n<!-- mDice: end -->\nbelow\n"
     with pytest.raises(SystemExit, match="lacks the lines"):
-        results.write_docs({"calibration": "new"}, page)
+        results.write_docs({"fit": "new"}, page)
 
 
-def test_every_row_has_a_config_and_every_config_a_row() -> None:
-    assert set(results.TITLES) == {path.stem for path in results.CONFIGS.glob("*.json")}
-    assert {row.split("_")[0] for row in results.TITLES} == set(results.DATASETS)
+def test_every_row_has_a_config_and_known_data() -> None:
+    for row in results.ROWS.values():
+        assert (results.ROOT / row.config).is_file()
+        assert row.data in results.DATA
+
+
+def test_held_out_images_are_the_last_of_each_drive(tmp_path: Path) -> None:
+    names = [f"{drive}_{i:03}" for drive in ("0001TP", "0006R0", "0016E5") for i in range(10)]
+    lists = tmp_path / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("\n".join(names))
+    (lists / "val.txt").write_text("clip_1\nclip_2\n")
+    results.write_lists(tmp_path, tmp_path / "out")
+
+    def read(folder: str, split: str) -> list[str]:
+        lines = (tmp_path / "out" / folder / f"{split}.txt").read_text().splitlines()
+        return [line.split("\t")[0].removeprefix("JPEGImages/").removesuffix(".jpg") for line in lines]
+
+    assert read("clip", "val") == ["0001TP_009", "0006R0_009", "0016E5_009"]
+    assert len(read("clip", "train")) == 27
+    assert read("clip", "test") == ["clip_1", "clip_2"]
+    assert read("drives", "test") == [f"0006R0_{i:03}" for i in range(10)]
+    assert read("drives", "val") == ["0001TP_008", "0001TP_009", "0016E5_008", "0016E5_009"]
+    assert len(read("drives", "train")) == 16
 
 
 class Scripts:
@@ -75,55 +95,39 @@ class Scripts:
         self.folder, self.stop_at = folder, stop_at
         self.ran: list[str] = []
 
-    def __call__(self, *arguments: object) -> None:
+    def __call__(self, log: Path, *arguments: object) -> None:
         words = [str(a) for a in arguments]
-        step = (
-            "resume"
-            if "auto" in words
-            else "train"
-            if words[0] == "train.py"
-            else "fit"
-            if "--fit" in words
-            else "test"
-        )
+        step = "resume" if "auto" in words else words[0].removesuffix(".py")
         saved = self.folder / "name/loss/rankdice/11-22_10-00"
-        if step in ("train", "resume"):
+        if step != "test":
             saved.mkdir(parents=True, exist_ok=True)
             (saved / "latest.pth").touch()
         if self.stop_at == len(self.ran):
-            raise SystemExit(1)
+            raise RuntimeError("stopped")
         self.ran.append(step)
-        if step in ("train", "resume"):
+        if step != "test":
             (saved / "best_model.pth").touch()
-        elif step == "fit":
-            torch.save({"calibration": FIT}, Path(words[words.index("-o") + 1]) / "best_model_calibrated.pth")
         else:
             output = Path(words[words.index("-o") + 1])
             output.mkdir(exist_ok=True)
             (output / "results.json").write_text(json.dumps(content(0.02)))
+            assert any(word.startswith("--set=predict.temperature") for word in words) == (output.name == "plain")
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "camvid_unet" / "seed0"
+def test_a_run_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "camvid_unet_lite0" / "seed0"
     folder.mkdir(parents=True)
-    for stop_at, expected in (
-        (0, []),
-        (1, ["resume"]),
-        (0, []),
-        (3, ["test", "test", "fit"]),
-        (None, ["test"]),
-        (None, []),
-    ):
+    for stop_at, expected in ((0, []), (2, ["resume", "test"]), (0, []), (None, ["test"]), (None, [])):
         scripts = Scripts(folder, stop_at)
         monkeypatch.setattr(results, "script", scripts)
         if stop_at is None:
-            results.run("camvid_unet", 0, tmp_path, folder, [])
+            results.run(ROW, folder, [])
         else:
-            with pytest.raises(SystemExit):
-                results.run("camvid_unet", 0, tmp_path, folder, [])
+            with pytest.raises(RuntimeError, match="stopped"):
+                results.run(ROW, folder, [])
         assert scripts.ran == expected
-    (found,) = results.gather(tmp_path)["camvid_unet"]
-    assert found["fit"]["temperature"] == 1.25
+    (found,) = results.gather(tmp_path)["camvid_unet_lite0"]
+    assert found["fitted"]["procedures"]["rankdice"]["Mean_Dice"] == 0.52
 
 
 def test_a_wrong_row_is_named(capsys: pytest.CaptureFixture[str]) -> None:

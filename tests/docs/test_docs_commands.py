@@ -238,7 +238,6 @@ class Workspace:
             ("config.json", small("config.json", shapes)),
             ("mine.json", own | {"name": "mine"}),
             ("configs/folder.json", own),
-            ("configs/results/camvid_unet.json", small("configs/results/camvid_unet.json", CROPS)),
             ("old.json", predecessors(train="data", val="data", test="data")),
         ):
             path = self.folder / file
