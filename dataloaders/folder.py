@@ -18,7 +18,7 @@ from dataloaders.reading.colours import ColourTable
 from dataloaders.reading.lists import native, read_rows
 from dataloaders.reading.pairing import Pairs, find_folder, image_files, index_files, pair, relative_stem
 from utils.errors import UserError, plural
-from utils.images import read_image, read_label
+from utils.images import read_levels, read_mask
 
 _SPLIT_OF_FOLDER = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -277,24 +277,17 @@ or, split by folders,
 
     def load_label(self, path: Path) -> np.ndarray:
         """Return class ids (or values that are none, which the caller refuses), from whatever the mask holds."""
-        if self._colors:
-            return self._colours.decode(_eight_bits(read_image(path, 3), path), path)
-        mask = read_label(path, allow_colour=True)
-        if mask.ndim == 3 and self._colors is None and self._has_palette and not self._values.told:
-            return self._colours.decode(_eight_bits(mask[:, :, :3], path), path)
-        if mask.ndim == 3:
-            mask = self._grey(mask, path)
         if self._threshold is not None:
-            return (mask > self._threshold).astype(np.uint8)
-        if path.suffix.lower() in (".jpg", ".jpeg"):
-            raise UserError(
-                f"{path} is a JPEG file: compression changes its values, which so cannot be class ids. With two "
-                "classes set `threshold: 127` in the loader's args; with more, masks must be PNG"
-            )
+            return (read_levels(path) > self._threshold).astype(np.uint8)
+        stored = read_mask(path)
+        painted = stored.values.ndim == 3 and self._has_palette and not self._values.told
+        if self._colors or (self._colors is None and painted):
+            return self._colours.decode(stored.colours(), path)
+        mask = stored.values if stored.values.ndim == 2 else self._grey(stored.values, path)
         return self._values.apply(mask, path)
 
     def _grey(self, mask: np.ndarray, path: Path) -> np.ndarray:
-        if self._threshold is None and (mask[:, :, :1] != mask[:, :, :3]).any():
+        if (mask[:, :, :1] != mask[:, :, :3]).any():
             raise UserError(
                 f"{path} is painted in colours: set `palette` in the loader's args to one RGB colour per class, in "
                 "the order of `classes` (and leave `colors` and `mask_values` out)"
@@ -376,12 +369,6 @@ def _colour_table(palette: Sequence[Colour], count: int, ignored: Sequence[Colou
     ids = dict.fromkeys(((r, g, b) for r, g, b in ignored), ignore_index)
     ids |= {colour: i for i, colour in enumerate(colours)}
     return ColourTable(ids, hint)
-
-
-def _eight_bits(mask: np.ndarray, path: Path) -> np.ndarray:
-    if mask.dtype != np.uint8:
-        raise UserError(f"{path} has more than 8 bits per channel; masks in colours must have 8")
-    return mask
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,6 @@ from PIL import Image
 import dataloaders
 from base.base_dataset import BaseDataSet
 from dataloaders.reading.colours import ColourTable
-from tests.images.test_tiff import tiff
 from utils.errors import UserError
 from utils.images import write_png
 from utils.signatures import check_arguments
@@ -348,7 +348,7 @@ def test_images_of_every_kind(tmp_path: Path, file: str, array: np.ndarray, chan
 def test_multichannel_tiff_with_npy_masks(tmp_path: Path, dtype: type, top: int) -> None:
     bands = (np.random.default_rng(0).random((3, 4, 6)) * top).astype(dtype)
     (tmp_path / "images").mkdir()
-    (tmp_path / "images/a.tif").write_bytes(tiff(bands))
+    tifffile.imwrite(tmp_path / "images/a.tif", bands, photometric="minisblack", planarconfig="contig")
     (tmp_path / "masks").mkdir()
     np.save(tmp_path / "masks/a.npy", IDS.astype(np.int64))
     sample = folder(tmp_path, in_channels=6)[0]

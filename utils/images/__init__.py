@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from utils.errors import UserError
 from utils.files import atomic
-from utils.images import tiff
+from utils.images.formats import decode, fast_image, read_bytes
+from utils.images.labels import Mask, read_label, read_levels, read_mask
+from utils.images.raster import Raster
 from utils.images.values import BY_TYPE, Pixels, ValueRange
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".npy")
+__all__ = [
+    "BY_TYPE",
+    "IMAGE_EXTENSIONS",
+    "Mask",
+    "Pixels",
+    "ValueRange",
+    "read_image",
+    "read_label",
+    "read_levels",
+    "read_mask",
+    "read_pixels",
+    "voc_colormap",
+    "write_png",
+]
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_END = b"IEND\xaeB`\x82"
-_PNG_GREY, _PNG_RGB, _PNG_RGBA = 0, 2, 6
-_JPEG_SIGNATURE = b"\xff\xd8\xff"
-_JPEG_END = b"\xff\xd9"
-_TIFF_SIGNATURES = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2", ".npy")
+
+log = logging.getLogger("images")
+_warned = False  # of pages that are not read: once, not file by file
 
 
 def read_image(path: str | Path, channels: int = 3, values: ValueRange = BY_TYPE) -> np.ndarray:
@@ -53,47 +66,16 @@ def read_pixels(path: str | Path, channels: int = 3, values: ValueRange = BY_TYP
     ``label[pixels.missing] = ignore_index``.
     """
     path = Path(path)
-    data = _read_bytes(path)
-    if path.suffix.lower() == ".npy":
-        image = _decode_npy(data, path)
+    data = read_bytes(path)
+    image = fast_image(data, channels)
+    if image is not None:
+        raster = Raster(image, colours=channels)
     else:
-        image = _decode_image(data, path, channels)
-    if image.ndim == 2:
-        image = image[:, :, None]
-    pixels = values.apply(image, str(path), largest=65535 if image.dtype == np.int32 else None)
-    return pixels._replace(image=np.ascontiguousarray(_adapt_channels(pixels.image, channels, path)))
-
-
-def read_label(path: str | Path, *, allow_colour: bool = False) -> np.ndarray:
-    """Read a label map: the numbers as stored (a palette's indices, not its colours).
-
-    Returns:
-        ``(H, W)`` uint8, or int32 where values above 255 or below 0 can occur. With ``allow_colour`` an RGB file
-        comes back as ``(H, W, 3)`` uint8.
-
-    Raises:
-        UserError: the file is missing, empty, truncated, no image, or in colour without ``allow_colour``.
-    """
-    path = Path(path)
-    data = _read_bytes(path)
-    if path.suffix.lower() == ".npy":
-        label = _decode_npy(data, path)
-    else:
-        label = _decode_label(data, path)
-    if label.ndim == 3 and label.shape[2] == 1:
-        label = label[:, :, 0]
-    if label.ndim == 3 and not allow_colour:
-        raise UserError(
-            f"{path} is a colour image, but a label map must hold one class id per pixel. For masks painted in "
-            "colours use the Folder loader with a `palette` (one RGB colour per class)."
-        )
-    if label.dtype == np.uint8:
-        return label
-    if label.dtype == np.bool_:
-        return label.astype(np.uint8)
-    if not np.issubdtype(label.dtype, np.integer):
-        raise UserError(f"{path} holds {label.dtype} values; a label map must hold integers (class ids)")
-    return label.astype(np.int32)
+        raster = decode(data, path, channels)
+        if raster.pages > 1:
+            _warn_of_pages(path, raster.pages)
+    pixels = values.apply(_select(raster, channels, path), str(path), raster.largest)
+    return pixels._replace(image=np.ascontiguousarray(_convert(pixels.image, channels)))
 
 
 def write_png(path: str | Path, array: np.ndarray, palette: Sequence[Sequence[int]] | None = None) -> None:
@@ -126,123 +108,38 @@ def voc_colormap(n: int = 256) -> tuple[tuple[int, int, int], ...]:
     return tuple(colour(index) for index in range(n))
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    if not data:
-        raise UserError(f"{path} is empty (0 bytes)")
-    return data
+def _warn_of_pages(path: Path, pages: int) -> None:
+    global _warned
+    if not _warned:
+        log.warning("%s holds %d pages or frames: the first is read, as of all such files", path, pages)
+    _warned = True
 
 
-def _decode_npy(data: bytes, path: Path) -> np.ndarray:
-    try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a .npy array: {error}") from None
-    if array.ndim not in (2, 3):
-        raise UserError(f"{path} has shape {array.shape}; expected (H, W) or (H, W, channels)")
-    return array
-
-
-def _is_whole_jpeg(data: bytes) -> bool:
-    # libjpeg fills what is missing of a truncated file with grey and says so only on stderr. Files without the end
-    # marker in their last bytes go to Pillow, which refuses the truncated ones.
-    return data.startswith(_JPEG_SIGNATURE) and _JPEG_END in data[-64:]
-
-
-def _is_whole_png(data: bytes) -> bool:
-    return data.startswith(_PNG_SIGNATURE) and data.endswith(_PNG_END)
-
-
-def _decode_image(data: bytes, path: Path, channels: int) -> np.ndarray:
-    """Return the image as stored or already in ``channels`` channels, RGB order, any depth."""
-    image = None
-    if channels in (1, 3) and (_is_whole_jpeg(data) or (_is_whole_png(data) and data[24] <= 8)):
-        # The usual case: OpenCV decodes faster, applies EXIF orientation and converts the colours.
-        image = _opencv(data, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
-    elif data.startswith(_TIFF_SIGNATURES) and tiff.is_multiband(data):
-        return tiff.decode(data, path)
-    elif data.startswith(_TIFF_SIGNATURES) or (_is_whole_png(data) and data[24] == 16):
-        # Depths and channel counts that Pillow does not know.
-        image = _opencv(data, cv2.IMREAD_UNCHANGED)
-    return _pillow_image(data, path) if image is None else image
-
-
-def _opencv(data: bytes, flag: int) -> np.ndarray | None:
-    """Decode with OpenCV into RGB(A) order; None where it cannot."""
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
-    except cv2.error:
-        return None
-    if image is None:
-        return None
-    if image.ndim == 3 and image.shape[2] == 3:
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    if image.ndim == 3 and image.shape[2] == 4:
-        return cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA)
-    return image
-
-
-def _open_pillow(data: bytes, path: Path) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except UnidentifiedImageError:
-        raise UserError(f"{path} is not an image file (unknown format)") from None
-    except Exception as error:  # Pillow's plugins raise whatever their parsers meet in broken files
-        raise UserError(f"{path} cannot be read, it is damaged or truncated: {error}") from None
-    return image
-
-
-def _pillow_image(data: bytes, path: Path) -> np.ndarray:
-    image = ImageOps.exif_transpose(_open_pillow(data, path))
-    if image.mode in ("L", "RGB", "RGBA", "F") or image.mode.startswith("I"):
-        return np.asarray(image)
-    if image.mode in ("1", "LA", "La"):
-        return np.asarray(image.convert("L"))
-    if image.mode in ("P", "PA") and ("transparency" in image.info or image.mode == "PA"):
-        # Via RGBA: Pillow warns when byte transparency meets a direct conversion.
-        image = image.convert("RGBA")
-    return np.asarray(image.convert("RGB"))
-
-
-def _decode_label(data: bytes, path: Path) -> np.ndarray:
-    if _is_whole_png(data) and data[25] == _PNG_GREY and data[24] >= 8:
-        label = _opencv(data, cv2.IMREAD_UNCHANGED)
-        if label is not None:
-            return label
-    image = ImageOps.exif_transpose(_open_pillow(data, path))
-    if image.mode in ("P", "1", "L") or image.mode.startswith("I"):
-        label = np.asarray(image)
-        if _is_whole_png(data) and data[25] == _PNG_GREY and data[24] in (2, 4):
-            # Grey PNGs of 2 and 4 bits are stretched to 0..255 by decoders: back to the stored numbers.
-            label = label // (255 // (2 ** data[24] - 1))
-        return label
-    if image.mode in ("LA", "PA"):
-        return np.asarray(image.getchannel(0))
-    return np.asarray(image.convert("RGB"))
-
-
-def _adapt_channels(image: np.ndarray, channels: int, path: Path) -> np.ndarray:
-    if image.ndim == 2:
-        image = image[:, :, None]
-    have = image.shape[2]
-    if have == channels:
-        return image
-    if have in (2, 4) and channels in (1, 3):
-        # The last channel is transparency.
-        image, have = image[:, :, : have - 1], have - 1
-    if have == channels:
-        return image
-    if have == 1 and channels == 3:
-        return np.repeat(image, 3, axis=2)
-    if have == 3 and channels == 1:
-        return cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[:, :, None]
+def _select(raster: Raster, channels: int, path: Path) -> np.ndarray:
+    """Return the channels that are meant: as many as wanted, else grey or RGB."""
+    array = raster.array
+    if raster.palette is not None:
+        array = np.concatenate([raster.palette[array[:, :, 0]], array[:, :, 1:]], axis=2)
+    have = array.shape[2]
+    if raster.inverted and array.dtype.kind not in "bu":
+        raise UserError(f"{path} stores 0 as white in {array.dtype} numbers, which is not supported; save it as PNG")
+    if raster.inverted:
+        array = ~array if array.dtype == np.bool_ else (raster.largest or np.iinfo(array.dtype).max) - array
+    if have == channels or (raster.alpha and have - 1 == channels):
+        return array[:, :, :channels]
+    if channels in (1, 3) and raster.colours == 3:
+        return array[:, :, :3]
+    if channels in (1, 3) and (have == 1 or (have == 2 and raster.alpha)):
+        return array[:, :, :1]
     raise UserError(
         f"{path} has {have} channels, but the data set's `in_channels` is {channels}; set `in_channels` of the "
         "loader and of the model to the same number, or convert the file"
     )
+
+
+def _convert(image: np.ndarray, channels: int) -> np.ndarray:
+    if image.shape[2] == channels:
+        return image
+    if image.shape[2] == 1:
+        return np.repeat(image, channels, axis=2)
+    return cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[:, :, None]

@@ -117,8 +117,9 @@ class ValueRange:
                 f'{source} holds values that are not finite (NaN or infinity). If they mean "no data", set '
                 '`nodata: "nan"` (an argument of the data loaders and of Predictor); these pixels are ignored then'
             )
-        if stored.dtype == np.uint8 and self.limits in (None, (0, 255)) and largest in (None, 255):
-            return stored
+        if stored.dtype == np.uint8 and self.limits in (None, (0, largest or 255)):
+            # Fewer than 8 bits are stretched.
+            return stored if largest in (None, 255) else np.rint(stored * (255 / largest)).astype(np.uint8)
         if self.limits is not None:
             low, high = self.limits
         else:

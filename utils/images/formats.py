@@ -1,0 +1,209 @@
+"""From the bytes of an image file to a :class:`Raster`. Files are recognised by their content, not by their names."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from utils.errors import UserError
+from utils.images import tif
+from utils.images.raster import DAMAGED, ORIENTATION, Raster, from_pillow, named_colours, upright
+
+# The limit of OpenCV. Pillow's own stops at satellite images, and warns of every larger one.
+Image.MAX_IMAGE_PIXELS = 2**30
+# Pillow warns of odd metadata, file by file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM", "JPEG2000")
+_NPY = b"\x93NUMPY"
+_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_PNG_GREY = 0
+_JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_JPEG_12_BIT = re.compile(rb"\xff[\xc0\xc1\xc2]..\x0c", re.DOTALL)  # a frame header: marker, length, precision
+_TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content; UserError where it is missing, unreadable or empty."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    if not data:
+        raise UserError(f"{path} is empty (0 bytes)")
+    return data
+
+
+def fast_image(data: bytes, channels: int) -> np.ndarray | None:
+    """Decode whole JPEG and PNG files of 8 bits into 1 or 3 channels, upright; None for any other file.
+
+    OpenCV decodes them faster than Pillow, applies the orientation and converts the colours.
+    """
+    if channels not in (1, 3) or not (_is_whole_jpeg(data) or (_is_whole_png(data) and data[24] <= 8)):
+        return None
+    image = _opencv(data, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
+    return image[:, :, None] if image is not None and image.ndim == 2 else image
+
+
+def fast_label(data: bytes) -> np.ndarray | None:
+    """Decode a plain grey PNG file of 8 bits, the usual form of label maps; None for any other file."""
+    if not (_is_whole_png(data) and data[24] == 8 and data[25] == _PNG_GREY):
+        return None
+    if b"eXIf" in data or b"acTL" in data or b"type exif" in data[:8192]:
+        return None
+    return _opencv(data, cv2.IMREAD_UNCHANGED)
+
+
+def decode(data: bytes, path: Path, channels: int = 1) -> Raster:
+    """Decode a file of any known format.
+
+    Args:
+        data: the content.
+        path: for messages.
+        channels: how many channels are wanted: decides whether the pages of a TIFF file are bands.
+
+    Raises:
+        UserError: the file is damaged, of an unknown format, or needs a package that is not installed.
+    """
+    if data.startswith(_NPY) or path.suffix.lower() == ".npy":
+        return _npy(data, path)
+    if data.startswith(_TIFF):
+        return tif.decode(data, path, channels)
+    if _is_whole_png(data) and data[24] == 16:
+        return _png16(data, path)
+    if data.startswith(_JPEG) and _JPEG_12_BIT.search(data, 0, 1 << 16):
+        raise UserError(f"{path} is a JPEG file of 12 bits, which is not supported; convert it to PNG")
+    return _pillow(data, path)
+
+
+def _npy(data: bytes, path: Path) -> Raster:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a .npy array: {error}") from None
+    if array.ndim not in (2, 3) or 0 in array.shape:
+        raise UserError(f"{path} has shape {array.shape}; expected (H, W) or (H, W, channels)")
+    array = array if array.ndim == 3 else array[:, :, None]
+    return Raster(array, colours=named_colours(array.shape[2]))
+
+
+def _png16(data: bytes, path: Path) -> Raster:
+    image = _opencv(data, cv2.IMREAD_UNCHANGED)
+    if image is None or image.dtype != np.uint16:
+        raise UserError(f"{path} {DAMAGED}")
+    orientation = 1
+    if b"eXIf" in data or b"type exif" in data[:8192]:
+        orientation = _open(data, path).getexif().get(ORIENTATION, 1)
+    image = upright(image if image.ndim == 3 else image[:, :, None], orientation)
+    return Raster(image, colours=min(3, image.shape[2]), alpha=image.shape[2] == 4)
+
+
+def _pillow(data: bytes, path: Path) -> Raster:
+    image = _open(data, path)
+    if image.format == "PPM" and image.tile:
+        raster = _pnm(data, image, path)
+        if raster is not None:
+            return raster
+    try:
+        pages = getattr(image, "n_frames", 1)
+        image.load()
+    except Exception as error:  # Pillow's plugins raise whatever their parsers meet in broken files
+        raise UserError(f"{path} {DAMAGED}: {error}") from None
+    raster = from_pillow(image, path)
+    raster.pages = pages
+    raster.lossy = image.format in ("JPEG", "MPO", "JPEG2000") or (image.format == "WEBP" and _is_lossy_webp(data))
+    if image.format == "PNG" and data[25] == _PNG_GREY and data[24] in (2, 4):
+        # Decoders stretch 2 and 4 bits to 0..255: back to the stored numbers.
+        raster.largest = 2 ** data[24] - 1
+        raster.array = raster.array // (255 // raster.largest)
+    return raster
+
+
+def _open(data: bytes, path: Path) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not an image file (unknown format)") from None
+    except Exception as error:  # as above
+        raise UserError(f"{path} {DAMAGED}: {error}") from None
+
+
+def _pnm(data: bytes, image: Image.Image, path: Path) -> Raster | None:
+    """Return the numbers of a PGM or PPM file as stored; Pillow scales them to 8 or 16 bits.
+
+    None for files of one bit, and where the largest value is 255: Pillow reads these as they are.
+    """
+    decoder, _, offset, args = image.tile[0]
+    largest = args[-1] if isinstance(args, tuple) else args
+    if not isinstance(largest, int) or data[1:2] not in (b"2", b"3", b"5", b"6"):
+        return None
+    width, height = image.size
+    channels = 3 if data[1:2] in (b"3", b"6") else 1
+    if decoder == "ppm_plain":
+        try:
+            numbers = np.array(re.sub(rb"#[^\r\n]*", b"", data[offset:]).split(), np.int64)
+        except ValueError:
+            raise UserError(f"{path} {DAMAGED}: numbers expected") from None
+        numbers = numbers.astype(np.uint16 if largest > 255 else np.uint8)
+    else:
+        kind = np.dtype(">u2" if largest > 255 else "u1")
+        numbers = np.frombuffer(
+            data[offset:], kind, min(width * height * channels, (len(data) - offset) // kind.itemsize)
+        )
+    if numbers.size < width * height * channels or numbers.max(initial=0) > largest:
+        raise UserError(f"{path} {DAMAGED}")
+    array = numbers[: width * height * channels].reshape(height, width, channels)
+    return Raster(array.astype(array.dtype.newbyteorder("=")), colours=channels, largest=largest)
+
+
+def _is_whole_jpeg(data: bytes) -> bool:
+    # libjpeg fills what is missing of a truncated file with grey and says so only on stderr. Files without the end
+    # marker in their last bytes go to Pillow, which refuses the truncated ones.
+    return data.startswith(_JPEG) and _JPEG_END in data[-64:]
+
+
+def _is_whole_png(data: bytes) -> bool:
+    return data.startswith(_PNG) and data.rfind(_PNG_END) > 0
+
+
+def _is_lossy_webp(data: bytes) -> bool:
+    place = 12
+    while place + 8 <= len(data):
+        kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if kind == b"VP8 ":
+            return True
+        # The frames of an animation lie inside of chunks with a header of 16 bytes.
+        place += 24 if kind == b"ANMF" else 8 + size + size % 2
+    return False
+
+
+def _opencv(data: bytes, flag: int) -> np.ndarray | None:
+    """Decode with OpenCV into RGB(A) order; None where it cannot."""
+    data = _without_colour_profile(data)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+    except cv2.error:
+        return None
+    if image is None:
+        return None
+    if image.ndim == 3 and image.shape[2] == 3:
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    if image.ndim == 3 and image.shape[2] == 4:
+        return cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA)
+    return image
+
+
+def _without_colour_profile(data: bytes) -> bytes:
+    """Return a PNG file without its ICC profile: nothing uses it, and libpng warns of every odd one."""
+    place = data.find(b"iCCP", 33, 4096) if data.startswith(_PNG) else -1
+    if place < 0:
+        return data
+    return data[: place - 4] + data[place + 8 + int.from_bytes(data[place - 4 : place], "big") :]

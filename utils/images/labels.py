@@ -1,0 +1,168 @@
+"""Label maps on disk. A file whose stored form holds more than class ids is refused, never read in part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.images.formats import decode, fast_label, read_bytes
+from utils.images.raster import Raster
+
+# Lossy compression makes greys slightly coloured; whatever differs more is painted in colours.
+_CHROMA_NOISE = 24
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A label map as stored.
+
+    Attributes:
+        values: ``(H, W)`` uint8 or int32, or the colours: uint8 ``(H, W, 3)``.
+        palette: uint8 ``(256, 3)``: the colours that the values of a palette file stand for.
+    """
+
+    values: np.ndarray
+    palette: np.ndarray | None = None
+
+    def colours(self) -> np.ndarray:
+        """Return uint8 ``(H, W, 3)``: the mask as it looks."""
+        if self.values.ndim == 3:
+            return self.values
+        if self.palette is not None:
+            return self.palette[self.values]
+        return np.repeat(np.clip(self.values, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def read_label(path: str | Path, *, allow_colour: bool = False) -> np.ndarray:
+    """Read a label map: the numbers as stored (a palette's indices, not its colours).
+
+    Returns:
+        ``(H, W)`` uint8, or int32 where values above 255 or below 0 can occur. With ``allow_colour`` an RGB file
+        comes back as ``(H, W, 3)`` uint8.
+
+    Raises:
+        UserError: as :func:`read_mask`, and for a file in colour without ``allow_colour``.
+    """
+    values = read_mask(path).values
+    if values.ndim == 3 and not allow_colour:
+        raise UserError(
+            f"{path} is a colour image, but a label map must hold one class id per pixel. For masks painted in "
+            "colours use the Folder loader with a `palette` (one RGB colour per class)."
+        )
+    return values
+
+
+def read_mask(path: str | Path) -> Mask:
+    """Read a label map, and the palette if the file has one.
+
+    Refused are: lossy compression (JPEG and others, recognised by content), transparency that varies, several pages
+    or frames, channels that are neither grey nor RGB, numbers with a fraction, NaN, and colours of more than 8 bits.
+
+    Raises:
+        UserError: the file is missing, empty, truncated, no image, or one of the above.
+    """
+    path = Path(path)
+    data = read_bytes(path)
+    label = fast_label(data)
+    if label is not None:
+        return Mask(label)
+    raster = decode(data, path)
+    if raster.lossy:
+        raise UserError(
+            f"{path} has lossy compression (JPEG or similar), which changes pixel values, so they cannot "
+            "be class ids. Save masks as PNG; for two classes `threshold: 127` in the args of the Folder loader reads "
+            "lossy masks, too"
+        )
+    if raster.inverted and raster.array.dtype != np.bool_:
+        raise UserError(f"{path} stores 0 as white, so it is unclear what its numbers mean; save the mask as PNG")
+    array = _without_alpha(raster, path)
+    if array.shape[2] == 3:
+        if array.dtype != np.uint8:
+            raise UserError(f"{path} has colours of type {array.dtype}; masks in colours must have 8 bits per channel")
+        return Mask(array)
+    return Mask(_integers(array[:, :, 0], path), raster.palette)
+
+
+def read_levels(path: str | Path) -> np.ndarray:
+    """Read a mask of two classes that a threshold is applied to, as grey levels ``(H, W)`` uint8.
+
+    One bit is stretched to 0 and 255, palettes become their colours, more than 8 bits are reduced to 8. Lossy
+    compression is fine.
+
+    Raises:
+        UserError: the file cannot be read, is painted in colours, holds transparency that varies, or holds only the
+            values 0 and 1, which look alike to any threshold.
+    """
+    path = Path(path)
+    raster = decode(read_bytes(path), path)
+    array = _without_alpha(raster, path)
+    if raster.palette is not None:
+        array = raster.palette[array[:, :, 0]]
+    if array.shape[2] == 3:
+        spread = int(np.ptp(array.astype(np.int32), axis=2).max(initial=0))
+        if spread > (_CHROMA_NOISE if raster.lossy else 0) * (257 if array.dtype == np.uint16 else 1):
+            raise UserError(
+                f"{path} is painted in colours, so `threshold` does not apply: set `palette` in the loader's args to "
+                "one RGB colour per class, in the order of `classes`"
+            )
+        array = array[:, :, 1:2]
+    return _levels(array[:, :, 0], raster, path)
+
+
+def _levels(array: np.ndarray, raster: Raster, path: Path) -> np.ndarray:
+    if array.dtype.kind == "f":
+        if not (array.min(initial=0) >= 0 and array.max(initial=0) <= 1):
+            raise UserError(f"{path} holds floating point values; expected them in [0, 1] where `threshold` is set")
+        return np.rint(array * 255).astype(np.uint8)
+    if array.dtype == np.bool_:
+        top = 1
+    elif array.max(initial=0) == 1 and not raster.lossy:
+        raise UserError(f"{path} holds only the values 0 and 1: leave `threshold` out, they are class ids already")
+    else:
+        top = raster.largest or np.iinfo(array.dtype).max
+        if array.min(initial=0) < 0 or (array.max(initial=0) <= 255 < top and array.any()):
+            raise UserError(f"{path} holds {array.dtype} values of 0 to 255 at most; save the mask with 8 bits")
+    if top != 255:
+        array = np.rint(array.astype(np.float64) * (255 / top)).astype(np.uint8)
+    return 255 - array if raster.inverted else array
+
+
+def _without_alpha(raster: Raster, path: Path) -> np.ndarray:
+    """Return one channel or three; UserError where the file holds anything else of its own."""
+    array = raster.array
+    if raster.pages > 1:
+        raise UserError(f"{path} holds {raster.pages} pages or frames; a label map must be a file of one")
+    if raster.alpha:
+        alpha, array = array[:, :, -1], array[:, :, :-1]
+        if alpha.size and (alpha != alpha.flat[0]).any():
+            raise UserError(
+                f"{path} has transparency that differs between pixels, so it is unclear which pixels are labelled; "
+                "save the mask without an alpha channel"
+            )
+    if array.shape[2] not in (1, 3):
+        raise UserError(f"{path} has {array.shape[2]} channels; a label map must have one (class ids), or RGB")
+    return array
+
+
+def _integers(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8)
+    if array.dtype.kind not in "uif":
+        raise UserError(f"{path} holds {array.dtype} values; a label map must hold integers (class ids)")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise UserError(
+            f"{path} holds values that are not finite (NaN or infinity); a label map must hold integers. Save pixels "
+            "without a label as 255"
+        )
+    limits = np.iinfo(np.int32)
+    if array.size and (array.min() < limits.min or array.max() > limits.max):
+        raise UserError(f"{path} holds values from {array.min()} to {array.max()}; class ids must fit in 32 bits")
+    whole = array.astype(np.int32)
+    if array.dtype.kind == "f" and (whole != array).any():
+        raise UserError(f"{path} holds numbers with a fraction; a label map must hold integers (class ids)")
+    return whole

@@ -1,0 +1,87 @@
+"""What an image file holds: its numbers as they are stored, and what it says about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.errors import UserError
+
+DAMAGED = "cannot be read, it is damaged or truncated"
+ORIENTATION = 0x0112  # EXIF's tag, and TIFF's
+
+
+@dataclass
+class Raster:
+    """The content of one image file.
+
+    Attributes:
+        array: ``(H, W, C)`` as stored, upright (the orientation that the file tells is applied).
+        colours: how many of the first channels are grey (1) or red, green and blue (3); 0: not known.
+        alpha: whether the channel after the colours (the last one, if they are not known) is transparency.
+        largest: the largest value of integers, where it is below that of their type.
+        palette: uint8 ``(256, 3)``, the colours that the numbers stand for.
+        inverted: whether 0 is white.
+        lossy: whether the compression has changed the numbers.
+        pages: how many images the file holds, previews not counted.
+    """
+
+    array: np.ndarray
+    colours: int
+    alpha: bool = False
+    largest: int | None = None
+    palette: np.ndarray | None = None
+    inverted: bool = False
+    lossy: bool = False
+    pages: int = 1
+
+
+def upright(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Return ``(H, W, ...)`` turned and mirrored as EXIF's (and TIFF's) orientation 1 to 8 says."""
+    if orientation >= 5:
+        array = array.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array
+
+
+def from_pillow(image: Image.Image, path: Path) -> Raster:
+    """Return what a loaded Pillow image holds."""
+    orientation = image.getexif().get(ORIENTATION, 1)
+    mode, palette = image.mode, None
+    if mode in ("P", "PA"):
+        palette = np.zeros((256, 3), np.uint8)
+        colours = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+        palette[: len(colours)] = colours
+    elif mode in ("CMYK", "YCbCr"):
+        image = image.convert("RGB")
+    elif mode not in ("1", "L", "LA", "RGB", "RGBA", "RGBX", "F") and not mode.startswith("I"):
+        raise UserError(f"{path} holds colours of a kind that is not supported ({mode}); convert it to RGB")
+    array = np.array(image)  # a copy: Pillow's own arrays cannot be written to
+    array = upright(array if array.ndim == 3 else array[:, :, None], orientation)
+    return Raster(
+        array,
+        colours=3 if array.shape[2] >= 3 else 1,
+        alpha=mode.endswith("A"),
+        # Mode I is 16 bit data in a wider type.
+        largest=65535 if mode == "I" else None,
+        palette=palette,
+    )
+
+
+def named_colours(channels: int) -> int:
+    """Return how many channels are colours where a file does not say: three and four are RGB and one more."""
+    return {1: 1, 3: 3, 4: 3}.get(channels, 0)
+
+
+def needs_extra(path: Path, what: str) -> UserError:
+    """Return the error for a file that only the optional packages read."""
+    return UserError(
+        f"{path} needs two more packages to be read ({what}): pip install tifffile imagecodecs. Or convert the file to "
+        "PNG or .npy"
+    )

@@ -1,0 +1,218 @@
+"""TIFF files: Pillow reads the layouts that it is proven to read right, tifffile (an extra) all others."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from utils.errors import UserError
+from utils.images.raster import DAMAGED, ORIENTATION, Raster, from_pillow, named_colours, needs_extra, upright
+
+try:
+    import tifffile
+except ImportError:
+    tifffile = None
+else:
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it remarks on odd metadata, file by file
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # on every layout that it does not know
+
+_SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _PLANAR = 254, 258, 259, 262, 266, 284
+_STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES = 273, 279, 324, 325
+_PREDICTOR, _SUB_IFDS, _EXTRA, _FORMAT = 317, 330, 338, 339
+
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
+_JPEG = 7
+_ALPHA = (1, 2)  # extra channels that are transparency: premultiplied or not
+_REDUCED, _MASK = 1, 4  # kinds of pages that are not pictures
+
+_PLAIN, _FAX, _PREDICTED = (1, 32773), (3, 4), (5, 8, 32946)  # none and PackBits; fax; LZW and deflate (two numbers)
+# What Pillow reads right, tests/images/test_tif.py proves it: (photometric interpretation, bits of each channel, number
+# format, extra channels) -> compressions.
+_PILLOW_LAYOUTS = {
+    (_WHITE_IS_ZERO, (1,), 1, ()): (*_PLAIN, *_FAX, *_PREDICTED),
+    (_BLACK_IS_ZERO, (1,), 1, ()): (*_PLAIN, *_FAX, *_PREDICTED),
+    (_BLACK_IS_ZERO, (8,), 1, ()): (*_PLAIN, *_PREDICTED, _JPEG),
+    (_BLACK_IS_ZERO, (16,), 1, ()): (*_PLAIN, *_PREDICTED),
+    (_BLACK_IS_ZERO, (32,), 3, ()): (*_PLAIN, *_PREDICTED),
+    (_PALETTE, (8,), 1, ()): (*_PLAIN, *_PREDICTED),
+    (_RGB, (8, 8, 8), 1, ()): (*_PLAIN, *_PREDICTED, _JPEG),
+    (_RGB, (8, 8, 8, 8), 1, (2,)): (*_PLAIN, *_PREDICTED),
+    (_CMYK, (8, 8, 8, 8), 1, ()): (*_PLAIN, *_PREDICTED),
+    (_YCBCR, (8, 8, 8), 1, ()): (_JPEG,),
+}
+# JPEG, JPEG 2000, JPEG XL, JPEG XR, WebP, LERC. Some have a lossless form as well; the file does not say which.
+_LOSSY = (6, _JPEG, 22610, 33003, 33004, 33005, 33007, 34712, 34887, 34892, 34927, 34934, 50001, 50002, 52546)
+
+
+def decode(data: bytes, path: Path, channels: int) -> Raster:
+    """Decode a TIFF file.
+
+    Of several pages the picture is read: previews and masks are passed over. Pages are bands where the file says so,
+    or where as many channels are wanted as there are pages of equal size (and not 1 or 3, which a stack could be).
+
+    Raises:
+        UserError: see :func:`utils.images.formats.decode`.
+    """
+    image = _open_pillow(data)
+    if image is not None:
+        tag = image.tag_v2.get
+        _refuse_truncated(
+            tag(_TILE_OFFSETS, tag(_STRIP_OFFSETS, ())), tag(_TILE_BYTES, tag(_STRIP_BYTES, ())), len(data), path
+        )
+        lossy = tag(_COMPRESSION, 1) in _LOSSY
+        try:
+            image.load()
+        except Exception as error:  # Pillow raises whatever its parsers meet in broken files
+            raise UserError(f"{path} {DAMAGED}: {error}") from None
+        raster = from_pillow(image, path)
+        raster.lossy = lossy
+        return raster
+    if tifffile is None:
+        raise needs_extra(path, "a TIFF file of an uncommon layout")
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            return _by_tifffile(file, path, channels, len(data))
+    except UserError:
+        raise
+    except Exception as error:  # whatever its parsers meet in broken files
+        if "imagecodecs" in str(error):
+            raise needs_extra(path, str(error)) from None
+        raise UserError(f"{path} {DAMAGED}, or of a kind that is not supported: {error}") from None
+
+
+def _open_pillow(data: bytes) -> Image.Image | None:
+    """Open the file if it is one picture in a layout that Pillow reads right; else return None."""
+    try:
+        image: Any = Image.open(io.BytesIO(data), formats=("TIFF",))
+        tag = image.tag_v2.get
+        layout = (tag(_PHOTOMETRIC), tuple(tag(_BITS, (1,))), _only(tag(_FORMAT, (1,))), tuple(tag(_EXTRA, ())))
+        compression = tag(_COMPRESSION, 1)
+        proven = (
+            compression in _PILLOW_LAYOUTS.get(layout, ())
+            and tag(_PLANAR, 1) == tag(_FILL_ORDER, 1) == 1
+            and not (tag(_SUBFILE, 0) or tag(_SUB_IFDS))
+            and (tag(_PREDICTOR, 1) == 1 or compression in _PREDICTED)  # libtiff ignores the tag elsewhere
+            and (layout[2] == 1 or data.startswith(b"II"))  # Pillow does not swap the bytes of compressed floats
+            and image.n_frames == 1
+        )
+        return image if proven else None
+    except Exception:  # a layout that Pillow does not know, or a broken file
+        return None
+
+
+def _only(values: Sequence[int]) -> int | None:
+    return values[0] if len(set(values)) == 1 else None
+
+
+def _refuse_truncated(offsets: Sequence[int], counts: Sequence[int], size: int, path: Path) -> None:
+    """Decoders fill what is missing with black, or complain on stderr."""
+    if any(offset + count > size for offset, count in zip(offsets, counts, strict=False)):
+        raise UserError(f"{path} {DAMAGED}: its last bytes are missing")
+
+
+def _by_tifffile(file: Any, path: Path, channels: int, size: int) -> Raster:
+    pages = [page for page in file.pages if _is_picture(page)]
+    if not pages:
+        raise UserError(
+            f"{path} holds previews and masks only; expected a picture (camera raw files must be converted)"
+        )
+    page = _largest_page(pages, path)
+    alike = [p for p in pages if (p.shape, p.dtype) == (page.shape, page.dtype)]
+    raster = _page(page, path, size)
+    raster.pages = len(pages)
+    if len(alike) > 1 and raster.array.shape[2] == 1 and _are_bands(file, len(alike), channels):
+        arrays = [raster.array, *(_page(p, path, size).array for p in alike[1:])]
+        raster.array = np.concatenate(arrays, axis=2)
+        raster.colours, raster.pages = named_colours(len(alike)), 1
+    return raster
+
+
+def _is_picture(page: Any) -> bool:
+    return not int(page.subfiletype or 0) & (_REDUCED | _MASK)
+
+
+def _largest_page(pages: Sequence[Any], path: Path) -> Any:
+    """Return the picture: the first page, unless it is a preview of a larger one of the same proportions."""
+    first = pages[0]
+    largest = max(pages, key=lambda page: page.imagewidth * page.imagelength)
+    if largest.imagewidth <= first.imagewidth and largest.imagelength <= first.imagelength:
+        return first
+    if abs(largest.imagewidth * first.imagelength / (largest.imagelength * first.imagewidth) - 1) < 0.03:
+        return largest
+    raise UserError(
+        f"{path} holds pages of different sizes, and the first ({first.imagewidth}x{first.imagelength}) is not the "
+        f"largest ({largest.imagewidth}x{largest.imagelength}, width x height); save the picture as a file of one page"
+    )
+
+
+def _are_bands(file: Any, pages: int, channels: int) -> bool:
+    if pages != channels:
+        return False
+    if channels not in (1, 3):
+        return True
+    try:
+        series = file.series[0]
+        return dict(zip(series.axes, series.shape, strict=True)).get("C") == channels
+    except Exception:  # metadata that tifffile does not understand say nothing
+        return False
+
+
+def _page(page: Any, path: Path, size: int) -> Raster:
+    meaning, samples = int(page.photometric), page.samplesperpixel
+    bits = page.bitspersample
+    if (
+        meaning > _YCBCR
+        or meaning == 4
+        or not isinstance(bits, int)
+        or page.imagedepth > 1
+        or (bits < 8 and samples > 1)
+    ):
+        name = getattr(page.photometric, "name", meaning)
+        raise UserError(
+            f"{path} holds a kind of picture that is not supported ({name}, {bits} bits); convert it to RGB"
+        )
+    compressed = int(page.compression)
+    if (meaning == _YCBCR and compressed != _JPEG) or (meaning == _CMYK and (compressed in _LOSSY or samples != 4)):
+        raise UserError(f"{path} holds {page.photometric.name} colours in a form that is not supported; convert to RGB")
+    _refuse_truncated(page.dataoffsets, page.databytecounts, size, path)
+    array = np.asarray(page.asarray())
+    if "S" in page.axes and page.axes.index("S") == 0:
+        array = np.moveaxis(array, 0, 2)
+    array = array if array.ndim == 3 else array[:, :, None]
+    if array.ndim != 3 or array.shape != (page.imagelength, page.imagewidth, samples):
+        raise UserError(f"{path} holds an array of shape {array.shape}; expected (height, width, {samples})")
+    orientation = page.tags.valueof(ORIENTATION, 1)
+    raster = Raster(
+        upright(array, orientation if isinstance(orientation, int) else 1),
+        colours=3 if meaning in (_RGB, _YCBCR) else named_colours(samples),
+        alpha=any(int(extra) in _ALPHA for extra in page.extrasamples[-1:]),
+        largest=2**bits - 1 if array.dtype.kind == "u" and bits < 8 * array.itemsize else None,
+        inverted=meaning == _WHITE_IS_ZERO,
+        lossy=compressed in _LOSSY,
+    )
+    if meaning == _PALETTE:
+        raster.palette = _palette(page.colormap)
+    if meaning == _CMYK:
+        raster.array = _from_cmyk(raster.array)
+        raster.colours = 3
+    return raster
+
+
+def _palette(colormap: np.ndarray) -> np.ndarray:
+    """Return uint8 ``(256, 3)`` of a colour map ``(3, N)`` in 16 bits (some writers use 8)."""
+    colours = np.asarray(colormap).T[:256]
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(colours)] = colours if colours.max(initial=0) < 256 else colours >> 8
+    return palette
+
+
+def _from_cmyk(array: np.ndarray) -> np.ndarray:
+    ink = array.astype(np.float32) / np.iinfo(array.dtype).max
+    rgb = (1 - ink[:, :, :3]) * (1 - ink[:, :, 3:])
+    return np.rint(rgb * np.iinfo(array.dtype).max).astype(array.dtype)
