@@ -76,6 +76,7 @@ def main() -> int:
     import dataloaders
     import models
     from base.base_trainer import Interrupted, newest_run, run_folder, seed_everything
+    from dataloaders.check.leaks import announce
     from trainer import Trainer
     from utils import checkpoint, distributed, losses
     from utils import config as configs
@@ -106,6 +107,7 @@ def main() -> int:
         facts = Facts.of(train_loader.dataset)
         others = {"val_loader": Facts.of(val_loader.dataset)} if val_loader is not None else {}
         checks.check_facts(config, facts, others)
+        announce(train_loader, val_loader)
         checks.warn_about_loss(config, [config.predict.train, config.predict.val])
         arguments = checkpoint.arch_arguments(config, facts)
         model = checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)

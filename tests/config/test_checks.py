@@ -249,3 +249,19 @@ def test_a_defect_of_the_program_keeps_its_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         errors.run(main)
+
+
+def test_classes_in_another_order_are_refused() -> None:
+    for same in (FACTS.class_names, ("Background", "CAT", "dog"), ("class 0", "class 1", "class 2")):
+        checks.check_facts(config(), FACTS, {"val_loader": replace(FACTS, class_names=same)})
+    with pytest.raises(UserError, match=r"val_loader: class 1 of its data is 'dog', but 'cat' for the model"):
+        checks.check_facts(config(), FACTS, {"val_loader": replace(FACTS, class_names=("background", "dog", "cat"))})
+
+
+def test_without_val_loader_the_held_out_samples_are_used() -> None:
+    held_out = SimpleNamespace(kind="held out")
+    args = {"val_fold": [0, 5]}
+    given = config(train_loader={"type": "VOC", "args": args}, val_loader=None)
+    for stage in ("val", "test"):
+        built = checks.build_loader(lambda kind, **_: SimpleNamespace(get_val_loader=lambda: held_out), given, stage)
+        assert built is held_out

@@ -12,7 +12,8 @@ from PIL import Image
 
 import dataloaders
 from dataloaders.__main__ import main
-from dataloaders.check import inspect, is_legal, warnings
+from dataloaders.check.findings import inspect, is_legal
+from dataloaders.check.report import warnings
 from dataloaders.check.sheet import contact_sheet
 from utils.errors import UserError
 

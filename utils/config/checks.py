@@ -28,6 +28,8 @@ VALIDATION_SCORES = (
     "val_loss",
 )
 TRAINING_SCORES = ("train_loss", "train_Mean_Dice", "train_Mean_IoU", "train_Pixel_Accuracy")
+# Arguments with which the training loader holds samples out for validation.
+HOLDS_OUT = ("val_split", "val_fold", "val_fraction")
 PER_CLASS_SCORES = ("Class_Dice/", "Class_IoU/")
 # Scores that only one procedure has: label maps know right and wrong pixels, rankdice what it expects.
 SCORES_OF_ONE_PROCEDURE = {"Multiclass_Accuracy": "max", "Expected_Dice": "rankdice", "Expected_IoU": "rankdice"}
@@ -297,8 +299,8 @@ def _check_monitored_score(config: Config, mode: str, name: str, facts: Any | No
 
 
 def _check_val(config: Config) -> list[str]:
-    split_off = config.train_loader.args.get("val_split")
-    if config.trainer.val and config.val_loader is None and not split_off:
+    held_out = any(config.train_loader.args.get(name) for name in HOLDS_OUT)
+    if config.trainer.val and config.val_loader is None and not held_out:
         return [
             "val_loader: absent, and train_loader.args.val_split is not given; add one, or set trainer.val to false"
         ]

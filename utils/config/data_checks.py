@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from utils.config.checks import PER_CLASS_SCORES
+from utils.config.checks import HOLDS_OUT, PER_CLASS_SCORES
 from utils.config.schema import Config
 from utils.errors import DataFolderError, UserError, did_you_mean
 from utils.facts import Facts
@@ -30,10 +31,16 @@ def built(path: str, builder: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
     """Build the loader of a stage ("train", "val", "test") with ``build`` (:func:`dataloaders.build`).
 
+    Without val_loader (and test_loader), "val" and "test" are the samples that train_loader holds out.
+
     Raises:
         UserError: the config has no such loader, or an argument or the data are not as they must be.
     """
     component = config.loader(stage)
+    if component is None and any(config.train_loader.args.get(name) for name in HOLDS_OUT):
+        held_out = build_loader(build, config, "train").get_val_loader()
+        if held_out is not None:
+            return held_out
     if component is None:
         raise UserError(
             f"{stage}_loader: absent, and so is val_loader: there is no data to use; give one in the config, or with "
@@ -76,6 +83,12 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
                 f"{path}: its data has {other.num_classes} classes ({_some(other.class_names)}), the model "
                 f"{facts.num_classes} ({_some(facts.class_names)}); give both the same args.classes"
             )
+        different = _first_difference(facts.class_names, other.class_names)
+        if different is not None:
+            raise UserError(
+                f"{path}: class {different} of its data is {other.class_names[different]!r}, but "
+                f"{facts.class_names[different]!r} for the model; give both the same args.classes in the same order"
+            )
         if other.in_channels != facts.in_channels:
             raise UserError(
                 f"{path}: its images have {other.in_channels} channels, the model takes {facts.in_channels} "
@@ -98,6 +111,15 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
                 f"trainer.monitor: there is no class {wanted!r}{did_you_mean(wanted, facts.class_names)} "
                 f"Classes: {', '.join(facts.class_names)}"
             )
+
+
+def _first_difference(names: tuple[str, ...], others: tuple[str, ...]) -> int | None:
+    """Return the first class with different names, apart from case and spacing; numbered classes have any name."""
+    numbered = tuple(f"class {i}" for i in range(len(names)))
+    if numbered in (names, others):
+        return None
+    plain, other_plain = ([re.sub(r"[\s_-]", "", name).lower() for name in side] for side in (names, others))
+    return next((i for i, pair in enumerate(zip(plain, other_plain, strict=True)) if pair[0] != pair[1]), None)
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -1,0 +1,138 @@
+"""What a look at the files of a data set shows."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from base.base_dataset import BaseDataSet
+from base.statistics import mean_and_std, moments
+from utils.errors import UserError
+
+
+@dataclass
+class Findings:
+    """What a look at some samples of a data set showed.
+
+    Attributes:
+        looked_at: indices of the samples.
+        good: those of them that could be read.
+        sizes: (width, height) -> images.
+        stored: value in the label files -> pixels, as they are before translation.
+        illegal: stored value that is no class -> the first file with it.
+        problems: one message per file that cannot be used.
+        alike: what such messages say beside their files and counts -> (name of the sample, message) of each.
+        pixels: per class id, and last for ignored ones.
+        images: in how many images each of these occurs.
+        mean, std: of the images per channel, intensities in [0, 1].
+        weights: what the loss's ``"weight": "balanced"`` comes to on these samples; empty without labelled pixels.
+    """
+
+    looked_at: list[int]
+    good: list[int] = field(default_factory=list)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    stored: Counter[int] = field(default_factory=Counter)
+    illegal: dict[int, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    alike: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    images: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    std: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    weights: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Look:
+    """One sample's share of the findings."""
+
+    index: int
+    size: tuple[int, int] | None = None
+    stored: tuple[np.ndarray, np.ndarray] | None = None
+    counts: np.ndarray | None = None
+    moments: np.ndarray | None = None
+    problem: str | None = None
+
+
+def inspect(dataset: BaseDataSet, samples: int = 0) -> Findings:
+    """Read ``samples`` images and label maps, evenly spread over the set (0: all), and gather what is found."""
+    count = min(samples or len(dataset), len(dataset))
+    findings = Findings(np.linspace(0, len(dataset) - 1, count).astype(int).tolist())
+    findings.pixels = np.zeros(dataset.label_count + 1, np.int64)
+    findings.images = np.zeros(dataset.label_count + 1, np.int64)
+    found_moments = []
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        looks = pool.map(lambda index: _look(dataset, index), findings.looked_at)
+        for look in tqdm(looks, total=count, desc=f"read {dataset.split}", unit="image", disable=None):
+            _add(findings, look, dataset)
+            if look.moments is not None:
+                found_moments.append(look.moments)
+    findings.mean, findings.std = mean_and_std(found_moments or [np.zeros((3, dataset.in_channels))])
+    if findings.pixels[:-1].any():
+        findings.weights = [float(weight) for weight in dataset.class_weights(count)]
+    return findings
+
+
+def _look(dataset: BaseDataSet, index: int) -> _Look:
+    look = _Look(index)
+    entry = dataset.entries[index]
+    try:
+        if entry.label is not None:
+            stored = dataset.load_label(entry.label)
+            look.stored = _histogram(stored)
+        image, label = dataset.read(index)
+    except UserError as error:
+        look.problem = str(error)
+        return look
+    look.size = (label.shape[1], label.shape[0])
+    ignored = label == dataset.ignore_index
+    counts = np.bincount(label[~ignored], minlength=dataset.label_count)
+    look.counts = np.append(counts, ignored.sum())
+    look.moments = moments(image)
+    return look
+
+
+def _histogram(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values that occur and how often."""
+    if stored.dtype != np.uint8:
+        return np.unique(stored, return_counts=True)
+    counts = np.bincount(stored.reshape(-1), minlength=256)
+    values = np.flatnonzero(counts)
+    return values, counts[values]
+
+
+def _add(findings: Findings, look: _Look, dataset: BaseDataSet) -> None:
+    if look.stored is not None:
+        for value, pixels in zip(*(part.tolist() for part in look.stored), strict=True):
+            if value not in findings.stored and not is_legal(dataset, value):
+                findings.illegal[value] = str(dataset.entries[look.index].label)
+            findings.stored[value] += pixels
+    if look.problem is not None:
+        findings.problems.append(look.problem)
+        entry = dataset.entries[look.index]
+        kind = re.sub(r"\d+ pixels?\b", "", look.problem)
+        for path in (entry.image, entry.label):
+            kind = kind.replace(str(path), "")
+        findings.alike.setdefault(kind, []).append((entry.name, look.problem))
+        return
+    assert look.size is not None
+    assert look.counts is not None
+    findings.good.append(look.index)
+    findings.sizes[look.size] += 1
+    findings.pixels += look.counts
+    findings.images += look.counts > 0
+
+
+def is_legal(dataset: BaseDataSet, value: int) -> bool:
+    """Say whether a stored label value stands for a class or for "not labelled"."""
+    probe = np.full((1, 1), value, np.uint8 if 0 <= value <= 255 else np.int32)
+    try:
+        dataset.label_table.translate(probe, "")
+    except UserError:
+        return False
+    return True

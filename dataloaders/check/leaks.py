@@ -1,0 +1,176 @@
+"""Train and validation data that share pictures, and loaders that are set up the wrong way round."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from base.base_dataloader import BaseDataLoader
+from base.base_dataset import BaseDataSet
+from base.entries import Entry, in_threads
+from base.splits import grouping
+from utils.distributed import is_first
+from utils.errors import UserError, plural
+
+HASHED_FILES = 512  # per side, at most
+_PART = 1 << 16  # bytes at both ends of a file that are compared
+# What exports with augmentation append to the name of a picture: Roboflow's key, or a word.
+_COPY = re.compile(
+    r"(\.rf\.[0-9a-z]{20,}|[_\-. ](aug|augmented|[hv]?flip|flipped|mirror|rot|rotated|copy)[_\-]?\d*| ?\(\d+\))+$", re.I
+)
+
+
+def announce(train: BaseDataLoader, val: BaseDataLoader | None) -> None:
+    """Print a warning for everything about the loaders that makes training or its scores worthless."""
+    if not is_first():
+        return
+    for message in (*setup_problems(train, val), *(shared({"train": train, "val": val}) if val is not None else ())):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def setup_problems(train: BaseDataLoader, val: BaseDataLoader | None) -> list[str]:
+    """Return a message for each argument that belongs into the other loader."""
+    found = []
+    if not train.batches.shuffle:
+        found.append('train_loader: every epoch shows the images in the same order; set "shuffle": true in its args')
+    if val is not None and val.dataset.augmentation is not None:
+        found.append(
+            "val_loader: its images are augmented, so scores are of randomly changed images; remove `augment` from "
+            "its args"
+        )
+    if val is not None and val.batches.shuffle:
+        found.append('val_loader: remove "shuffle", which leaves out images of an incomplete batch')
+    return found
+
+
+def shared(loaders: dict[str, BaseDataLoader]) -> list[str]:
+    """Return messages about pictures that "train" has in common with one of the other loaders.
+
+    Three kinds are found: the same file (links included), files with equal content among up to ``HASHED_FILES`` on
+    each side, and samples of one group (``group_by``, or names that augmented copies get).
+    """
+    return [
+        message
+        for (first, a), (second, b) in combinations(loaders.items(), 2)
+        if "train" in (first, second)
+        for message in _between(f"{first} and {second}", a, b)
+    ]
+
+
+def _between(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> Iterator[str]:
+    left, right = list(_entries(a)), list(_entries(b))
+    advice = "scores on these say nothing about new pictures"
+    if not left or not right:
+        return
+    if left[0].image is None or right[0].image is None:
+        if _generates_the_same(a.dataset, b.dataset):
+            same = {entry.name for entry in left} & {entry.name for entry in right}
+            if same:
+                yield f"{stages} have {plural(len(same), 'image')} in common, such as {min(same)}: {advice}"
+        return
+    files = dict(_identified(left))
+    same_files = [(files[identity], entry) for identity, entry in _identified(right) if identity in files]
+    if same_files:
+        yield f"{stages} have {plural(len(same_files), 'image')} in common, such as {same_files[0][1].image}: {advice}"
+        return
+    equal = _equal_content(left, right)
+    if equal:
+        one, other = equal[0]
+        yield (
+            f"{stages} hold files with equal content: {plural(len(equal), 'pair')} found, such as {one.image} and "
+            f"{other.image}: {advice}"
+        )
+    yield from _common_groups(stages, a.dataset.group_by or b.dataset.group_by, left, right)
+
+
+def _entries(loader: BaseDataLoader) -> Iterator[Entry]:
+    return (loader.dataset.entries[index] for index in loader.batches.indices.tolist())
+
+
+def _generates_the_same(a: BaseDataSet, b: BaseDataSet) -> bool:
+    return type(a) is type(b) and getattr(a, "scene_seed", None) == getattr(b, "scene_seed", None)
+
+
+def _identified(entries: Sequence[Entry]) -> Iterator[tuple[tuple[int, int], Entry]]:
+    """Yield what identifies each image's file, through links, with its entry; missing files are left out."""
+    for entry in entries:
+        try:
+            status = entry.image.stat()  # type: ignore[union-attr]
+        except OSError:
+            continue
+        yield (status.st_dev, status.st_ino), entry
+
+
+def _equal_content(left: Sequence[Entry], right: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
+    """Return pairs of entries whose image files are equal byte by byte, as far as they are compared."""
+    by_size: dict[int, list[Entry]] = {}
+    for size, entry in _sizes(left):
+        by_size.setdefault(size, []).append(entry)
+    others = _some([entry for size, entry in _sizes(right) if size in by_size])
+    wanted = {entry.image.stat().st_size for entry in others if entry.image}
+    candidates = _some([entry for size in wanted for entry in by_size.get(size, ())])
+    known = dict(_hashed(candidates))
+    return [(known[digest], entry) for digest, entry in _hashed(others) if digest in known]
+
+
+def _sizes(entries: Iterable[Entry]) -> Iterator[tuple[int, Entry]]:
+    for entry in entries:
+        try:
+            yield entry.image.stat().st_size, entry  # type: ignore[union-attr]
+        except OSError:
+            continue
+
+
+def _some(entries: list[Entry]) -> list[Entry]:
+    """Return at most ``HASHED_FILES`` entries, evenly spread."""
+    chosen = np.linspace(0, len(entries) - 1, min(len(entries), HASHED_FILES)).astype(int)
+    return [entries[i] for i in chosen.tolist()]
+
+
+def _hashed(entries: list[Entry]) -> Iterator[tuple[bytes, Entry]]:
+    digests = in_threads(_digest, [entry.image for entry in entries])
+    return ((digest, entry) for digest, entry in zip(digests, entries, strict=True) if digest)
+
+
+def _digest(path: Path | None) -> bytes:
+    """Return a hash of both ends of a file and its size; nothing if it cannot be read."""
+    assert path is not None
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            start = file.read(_PART)
+            file.seek(max(len(start), size - _PART))
+            return hashlib.blake2b(start + file.read() + str(size).encode()).digest()
+    except OSError:
+        return b""
+
+
+def _common_groups(stages: str, group_by: str | None, left: list[Entry], right: list[Entry]) -> Iterator[str]:
+    key: Callable[[str], str] = grouping(group_by)
+    why, fix = f"group_by {group_by!r}", "split by group: val_fraction or val_fold with group_by"
+    if group_by is None:
+        if not any(_COPY.search(entry.name) for entry in (*left, *right)):
+            return
+
+        def key(name: str) -> str:
+            return _COPY.sub("", name)
+
+        why, fix = "by their names, augmented copies of one picture", 'export without augmentation, or use "group_by"'
+    try:
+        common = {key(entry.name): entry for entry in left}
+        both = [entry for entry in right if key(entry.name) in common]
+    except UserError:
+        return  # the splits that use group_by say so
+    if both:
+        one = common[key(both[0].name)]
+        yield (
+            f"{stages} share groups ({why}): {plural(len(both), 'sample')} of the second, such as {one.name} and "
+            f"{both[0].name}; {fix}"
+        )

@@ -1,0 +1,173 @@
+"""The findings as text: a table of classes, suggestions for the config, warnings and problems."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from base.base_dataset import BaseDataSet
+from dataloaders.check.findings import Findings
+from utils.config.schema import Component
+from utils.errors import plural
+
+_SHOWN = 10
+_NAMED = 3
+_STRIDE = 32  # of the networks: crops are best multiples of it
+
+
+def report(stage: str, component: Component, dataset: BaseDataSet, findings: Findings) -> str:
+    """Return the findings as text."""
+    where = component.args.get("data_dir", "generated")
+    looked_at = len(findings.looked_at)
+    of_all = "all of them" if looked_at == len(dataset) else f"{looked_at} of them, evenly spread"
+    lines = [
+        f"\n== {stage}_loader: {component.type}, split {dataset.split!r}, {where}",
+        f"pairs           {len(dataset)} (looked at {of_all})",
+        *(_alone(dataset) if dataset.layout else ()),
+        f"sizes           {_sizes(findings.sizes)}",
+    ]
+    if findings.stored:
+        lines.append(f"stored values   {_values(findings)}")
+    if findings.good:
+        lines += ["", *_class_table(dataset, findings), "", *_suggestions(stage, dataset, findings)]
+    lines += [f"warning: {text}" for text in warnings(dataset, findings)]
+    return "\n".join([*lines, *_problems(findings)])
+
+
+def _problems(findings: Findings) -> list[str]:
+    """Return each kind of problem once: its first message, and how many samples have it, with a few of them."""
+    if not findings.problems:
+        return ["no file with a problem"]
+    lines = []
+    groups = list(findings.alike.values())
+    for group in groups[:_SHOWN]:
+        lines.append(f"problem: {group[0][1]}")
+        if len(group) > 1:
+            names = ", ".join(name for name, _ in group[:_NAMED])
+            more = ", ..." if len(group) > _NAMED else ""
+            lines.append(f"         {len(group)} files have this problem: {names}{more}")
+    left = sum(map(len, groups[_SHOWN:]))
+    if left:
+        lines.append(f"problem: ... and {plural(left, 'file')} more")
+    return lines
+
+
+def count_of_problems(findings: Findings) -> str:
+    """Return how many files have a problem, as text."""
+    count = len(findings.problems)
+    return f"{plural(count, 'file')} with a problem, see above" if count else "no file with a problem"
+
+
+def _alone(dataset: BaseDataSet) -> list[str]:
+    alone = getattr(dataset, "alone", [])
+    if not alone:
+        return ["no partner      none"]
+    more = [f"                ... and {len(alone) - _SHOWN} more"] if len(alone) > _SHOWN else []
+    first, *rest = (str(path) for path in alone[:_SHOWN])
+    return [f"no partner      {first}", *(f"                {path}" for path in rest), *more]
+
+
+def _sizes(sizes: Counter[tuple[int, int]]) -> str:
+    if not sizes:
+        return "of no image: none could be used"
+    if len(sizes) <= 3:
+        return ", ".join(f"{w}x{h} ({plural(n, 'image')})" for (w, h), n in sizes.most_common())
+    every = np.repeat(np.array(list(sizes)), list(sizes.values()), axis=0)
+    low, middle, high = (np.percentile(every, q, axis=0, method="nearest") for q in (0, 50, 100))
+    return (
+        f"{len(sizes)} different; width {low[0]} to {high[0]} (median {middle[0]}), "
+        f"height {low[1]} to {high[1]} (median {middle[1]})"
+    )
+
+
+def _values(findings: Findings) -> str:
+    shown = [f"{v}{' (ILLEGAL)' if v in findings.illegal else ''}" for v in sorted(findings.stored)]
+    return ", ".join(shown[:40]) + (f", ... ({len(shown)} values)" if len(shown) > 40 else "")
+
+
+def _class_table(dataset: BaseDataSet, findings: Findings) -> list[str]:
+    names = class_labels(dataset)
+    share = findings.pixels / max(1, findings.pixels.sum())
+    weights = [f"{w:.3f}" for w in findings.weights] or [""] * len(names)
+    width = max(len(name) for name in (*names, "not labelled"))
+    lines = [f"{'id':>4} {'class':<{width}} {'pixels':>9} {'images':>7} {'weight':>8}"]
+    rows = zip([*range(len(names)), dataset.ignore_index], [*names, "not labelled"], [*weights, ""], strict=True)
+    for position, (i, name, weight) in enumerate(rows):
+        lines.append(f"{i:>4} {name:<{width}} {share[position]:>9.4%} {findings.images[position]:>7} {weight:>8}")
+    return lines
+
+
+def class_labels(dataset: BaseDataSet) -> list[str]:
+    """Return a name per label id; a single class has an unnamed background before it."""
+    names = list(dataset.class_names)
+    return names if len(names) == dataset.label_count else ["(background)", *names]
+
+
+def _suggestions(stage: str, dataset: BaseDataSet, findings: Findings) -> list[str]:
+    """Return arguments to paste into a config; weights only from data that is trained on."""
+    weights = json.dumps([round(w, 3) for w in findings.weights])
+    of_loss = [f'weights         loss args {{"weight": {weights}}}, or "balanced"'] if stage == "train" else []
+    return [
+        *of_loss,
+        f'mean and std    "mean": {_numbers(findings.mean)}, "std": {_numbers(findings.std)}',
+        f"used at present {_numbers(dataset.mean)}, {_numbers(dataset.std)}",
+    ]
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return json.dumps([round(float(v), 4) for v in values])
+
+
+def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
+    """Return what is suspicious though not wrong."""
+    found = []
+    names, total = class_labels(dataset), findings.pixels.sum()
+    if 0 <= dataset.ignore_index < dataset.label_count:
+        found.append(
+            f"ignore_index {dataset.ignore_index} is also the id of {names[dataset.ignore_index]!r}, whose pixels "
+            "so count nowhere"
+        )
+    if findings.good:
+        never = [names[i] for i in np.flatnonzero(findings.pixels[:-1] == 0)]
+        if never:
+            more = f" and {len(never) - _SHOWN} more" if len(never) > _SHOWN else ""
+            found.append(f"no pixel of {', '.join(never[:_SHOWN])}{more} in what was looked at")
+        if findings.pixels[-1] > 0.5 * total:
+            found.append(f"{findings.pixels[-1] / total:.0%} of all pixels are not labelled")
+        if np.isfinite(findings.std).all() and (findings.std < 0.01).any():
+            found.append("the images hardly vary in brightness: are they 12 or 16 bit data stored without scaling?")
+        found += _too_large_a_crop(dataset, findings)
+    return found
+
+
+def _too_large_a_crop(dataset: BaseDataSet, findings: Findings) -> list[str]:
+    """Return a message where training crops are larger, both ways, than every image seen."""
+    plan = dataset.augmentation
+    if plan is None or plan.crop_size is None:
+        return []
+    height, width = plan.crop_size
+    # As base_size brings the images; (width, height) like the sizes.
+    sizes = [
+        (w * scale, h * scale, count)
+        for (w, h), count in findings.sizes.items()
+        for scale in ((plan.base_size or max(w, h)) / max(w, h),)
+    ]
+    widest, highest = max(w for w, _, _ in sizes), max(h for _, h, _ in sizes)
+    if widest >= width or highest >= height:
+        return []
+    factors = np.linspace(*plan.scale, 31)
+    filled = sum(
+        count * float((np.minimum(w * factors, width) * np.minimum(h * factors, height)).mean())
+        for w, h, count in sizes
+    )
+    padding = 1 - filled / (width * height * findings.sizes.total())
+    crop = str(height) if height == width else f"{height} x {width} (height x width)"
+    brought = f" at base_size {plan.base_size}" if plan.base_size else ""
+    better = max(_STRIDE, int(max(widest, highest)) // _STRIDE * _STRIDE)
+    return [
+        f"crop_size {crop} is larger than every image seen{brought} ({widest:.0f} x {highest:.0f}): "
+        f"{padding:.0%} of a training crop is padding" + (f"; try {better}" if better < min(height, width) else "")
+    ]
