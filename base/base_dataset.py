@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -30,6 +31,7 @@ log = logging.getLogger("data")
 
 CHECKED_AT_START = 4  # label maps that are read when the data set is opened
 STATISTICS_SAMPLES = 5000  # label maps that are counted, at most, for class weights
+_EXIF_ORIENTATION = 0x0112
 MEASURED_IMAGES = 500  # images that are read, at most, for mean and std
 
 
@@ -304,10 +306,7 @@ class BaseDataSet(Dataset[Any]):
             return image, np.full(image.shape[:2], self.ignore_index, self.label_table.dtype)
         label = self.label_table.translate(self.load_label(entry.label), entry.label)
         if label.shape != image.shape[:2]:
-            raise UserError(
-                f"image and label differ in size: {entry.image} is {_size(image)}, "
-                f"{entry.label} is {_size(label)} (width x height)"
-            )
+            raise _sizes_differ(entry, image, label)
         if pixels.missing is not None:
             label = np.where(pixels.missing, label.dtype.type(self.ignore_index), label)
         return image, label
@@ -477,6 +476,29 @@ def _per_channel(
         hint = f"; divided by 255: {divided}" if min(values) >= 0 and 1 < max(values) <= 255 else ""
         raise ValueError(f"{name} must be for intensities in [0, 1], got {list(values)}{hint}")
     return values
+
+
+def _sizes_differ(entry: Entry, image: np.ndarray, label: np.ndarray) -> UserError:
+    text = (
+        f"image and label differ in size: {entry.image} is {_size(image)}, {entry.label} is {_size(label)} "
+        "(width x height)"
+    )
+    turned = [path for path in (entry.image, entry.label) if path is not None and _is_turned(path)]
+    if label.shape[::-1] == image.shape[:2] and len(turned) == 1:
+        text += (
+            f". Only {turned[0].name} is turned by its EXIF orientation, so the mask was made for the image as stored. "
+            "Remove the orientation from that file, or turn the other one"
+        )
+    return UserError(text)
+
+
+def _is_turned(path: Path) -> bool:
+    """Return whether a file's EXIF orientation swaps its width and height."""
+    try:
+        with Image.open(path) as file:
+            return file.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+    except Exception:  # Pillow's plugins raise whatever their parsers meet; a file of another kind is not turned
+        return False
 
 
 def _size(array: np.ndarray) -> str:

@@ -251,6 +251,20 @@ def test_sizes_that_differ_are_told(folder: Path) -> None:
         [Tiny(str(folder))[i] for i in range(6)]
 
 
+def test_sizes_that_differ_by_exif_orientation_alone(folder: Path) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(stored(folder, "images", 1)).save(folder / "images" / "s1.png", exif=exif)
+    with pytest.raises(UserError, match=r"Only s1\.png is turned by its EXIF orientation"):
+        [Tiny(str(folder))[i] for i in range(6)]
+    Image.fromarray(stored(folder, "labels", 1)).save(folder / "labels" / "s1.png", exif=exif)
+    sample = Tiny(str(folder))[1]
+    assert sample.image.shape[1:] == sample.label.shape == (30, 20)[::-1]
+    assert np.array_equal(sample.label.numpy(), np.rot90(stored(folder, "labels", 1), -1))
+
+
 def test_without_label_file_everything_is_ignored(folder: Path) -> None:
     class Unlabelled(Tiny):
         def samples(self) -> list[Entry]:

@@ -95,6 +95,18 @@ def test_scores_are_those_of_a_plain_loop() -> None:
     assert found.loss == pytest.approx(sum(losses) / 7, rel=1e-4)
 
 
+def test_images_without_a_labelled_pixel_do_not_enter_the_loss() -> None:
+    used = evaluator(loss=build("CrossEntropyLoss2d"))
+    batches = data()
+    expected = evaluate(
+        used, [Batch(b.images[1:], b.labels[1:], b.names[1:]) for b in batches[:2]], {"T": Decision("T")}
+    )
+    for batch in batches[:2]:
+        batch.labels[0] = 255
+    batches[2].labels[:] = 255
+    assert evaluate(used, batches, {"T": Decision("T")}).loss == pytest.approx(expected.loss, rel=1e-6)
+
+
 def test_images_of_different_sizes_in_a_batch() -> None:
     small, large = data(2, (32, 32), 2)[0], data(1, (40, 64), 1)[0]
     mixed = Batch([*small.images, *large.images], [*small.labels, *large.labels], ["x", "y", "z"])
