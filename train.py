@@ -109,6 +109,7 @@ def main() -> int:
         checks.check_facts(config, facts, others)
         announce(train_loader, val_loader)
         checks.warn_about_loss(config, [config.predict.train, config.predict.val])
+        checks.warn_about_schedule(config, len(train_loader))
         arguments = checkpoint.arch_arguments(config, facts)
         model = checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
         if args.weights:

@@ -93,6 +93,7 @@ class BaseTrainer:
             config.lr_scheduler.type,
             self.optimizer,
             self.steps_per_epoch * self.settings.epochs,
+            steps_per_epoch=self.steps_per_epoch if config.lr_scheduler.step == "epoch" else None,
             **config.lr_scheduler.args,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.settings.amp == "fp16")
@@ -237,7 +238,8 @@ class BaseTrainer:
             f"{self.config.optimizer.type}, loss {self.config.loss.type}",
             "predict": f"train {self.config.predict.train}, val {self.config.predict.val}; monitor {settings.monitor}",
         }
-        return "\n".join(f"    {name:<9}: {text}" for name, text in lines.items())
+        notes = [("note", text) for text in self.config.notes]
+        return "\n".join(f"    {name:<9}: {text}" for name, text in [*lines.items(), *notes])
 
     def _validates(self, epoch: int) -> bool:
         due = epoch % self.settings.val_per_epochs == 0 or epoch == self.settings.epochs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import did_you_mean
 from utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -35,20 +34,8 @@ LOADERS = Loaders(
         "Shapes": "dataloaders.shapes.dataset.Shapes",
     },
     aliases={"kvasirSEG": "KvasirSEG", "Kvasir": "KvasirSEG"},
+    provided=("seed", "ignore_index"),
 )
-
-
-def signature(type: str) -> inspect.Signature:
-    """Return all arguments that :func:`build` takes for a data set, with their types and defaults.
-
-    They are the data set's own, those all data sets share, and the loader's (batch_size, shuffle, ...).
-    """
-    parameters: dict[str, inspect.Parameter] = {}
-    for target in LOADERS.constructors(type):
-        for name, parameter in inspect.signature(target.__init__, eval_str=True).parameters.items():
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "self":
-                parameters.setdefault(name, parameter.replace(kind=parameter.KEYWORD_ONLY))
-    return inspect.Signature(list(parameters.values()))
 
 
 def build(type: str, **args: Any) -> BaseDataLoader:
@@ -56,7 +43,7 @@ def build(type: str, **args: Any) -> BaseDataLoader:
 
     Args:
         type: a key of :data:`LOADERS`.
-        args: see :func:`signature`; `BaseDataSet` and `BaseDataLoader` document those that all share.
+        args: the data set's own, those of `BaseDataSet` and those of `BaseDataLoader` (batch_size, shuffle, ...).
 
     Raises:
         ValueError, TypeError: an argument is unknown or its value impossible; it is named.
@@ -64,10 +51,7 @@ def build(type: str, **args: Any) -> BaseDataLoader:
     """
     from base.base_dataloader import BaseDataLoader
 
-    known = signature(type).parameters
-    for name in args:
-        if name not in known:
-            raise TypeError(f"{type} takes no argument {name!r}{did_you_mean(name, known)}")
+    LOADERS.check_names(type, args)
     *special, shared, loader = (inspect.signature(c).parameters for c in LOADERS.constructors(type))
     of_special = {name for parameters in special for name in parameters}
     dataset = LOADERS[type](**{n: v for n, v in args.items() if n in of_special or n in shared})

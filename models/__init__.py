@@ -30,6 +30,7 @@ MODELS = Registry(
         "PSPNet": "models.pspnet.PSPNet",
         "PSPDenseNet": "models.pspnet.PSPDenseNet",
     },
+    provided=("num_classes",),
 )
 
 

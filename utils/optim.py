@@ -2,56 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import UserError, did_you_mean
+from utils.errors import UserError
+from utils.registry import Registry
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
-
-
-class TypeTable(Mapping[str, Any]):
-    """A read-only table ``name -> class`` that is filled when it is first read, so that importing it is free.
-
-    Args:
-        kind: what the entries are, for messages.
-        find: returns the entries; may import torch.
-        refused: names that exist but are of no use here -> why, and what to use instead.
-
-    Looking up an unknown or refused name raises :class:`UserError`.
-    """
-
-    def __init__(
-        self, kind: str, find: Callable[[], Mapping[str, Any]], refused: Mapping[str, str] | None = None
-    ) -> None:
-        self.kind = kind
-        self._find = find
-        self._refused = dict(refused or {})
-
-    @cached_property
-    def _entries(self) -> dict[str, Any]:
-        return {name: entry for name, entry in self._find().items() if name not in self._refused}
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self._refused:
-            raise UserError(f"{self.kind} {name} cannot be used here: {self._refused[name]}")
-        if name not in self._entries:
-            hint = did_you_mean(name, self._entries)
-            raise UserError(f"there is no {self.kind} called {name!r}{hint} Known: {', '.join(self._entries)}")
-        return self._entries[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 def subclasses_in(module: Any, parent: type) -> dict[str, type]:
@@ -70,49 +30,15 @@ def _find_optimizers() -> dict[str, type]:
     return subclasses_in(torch.optim, torch.optim.Optimizer)
 
 
-OPTIMIZERS = TypeTable(
+OPTIMIZERS = Registry(
     "optimizer",
     _find_optimizers,
-    {
-        "LBFGS": "it evaluates the loss several times per step; take SGD or AdamW",
-        "SparseAdam": "it takes sparse gradients only, which convolutions do not have; take Adam or AdamW",
+    refused={
+        "LBFGS": "it evaluates the loss several times per step; use SGD or AdamW",
+        "SparseAdam": "it needs sparse gradients, which convolutions do not have; use Adam or AdamW",
     },
+    provided=("params",),
 )
-
-
-def checked_signature(entry: Callable, drop: Iterable[str]) -> inspect.Signature:
-    """Return the signature of ``entry`` without the parameters in ``drop``, annotations evaluated if possible.
-
-    torch imports some names of its annotations for type checkers only; an annotation that cannot be evaluated
-    is left out, so that whoever checks values against it checks nothing rather than something wrong.
-    """
-    names = {"Callable": Callable, "Iterable": Iterable, "Optimizer": Any, "Any": Any}
-    try:
-        signature = inspect.signature(entry, locals=names, eval_str=True)
-    except (NameError, TypeError, AttributeError):
-        signature = inspect.signature(entry)
-    parameters = [
-        p.replace(annotation=inspect.Parameter.empty) if isinstance(p.annotation, str) else p
-        for name, p in signature.parameters.items()
-        if name not in drop
-    ]
-    return inspect.Signature(parameters)
-
-
-def check_arguments(what: str, signature: inspect.Signature, args: Mapping[str, Any]) -> None:
-    """Raise TypeError, naming argument and nearest match, unless ``args`` fit ``signature``."""
-    for name in args:
-        if name not in signature.parameters:
-            known = signature.parameters
-            raise TypeError(f"{what} takes no argument {name!r}{did_you_mean(name, known)} Known: {', '.join(known)}")
-    for name, parameter in signature.parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in args:
-            raise TypeError(f"{what} needs the argument {name!r}")
-
-
-def signature_of(type: str) -> inspect.Signature:
-    """Return what ``args`` of the optimizer ``type`` may hold."""
-    return checked_signature(OPTIMIZERS[type], drop={"params"})
 
 
 def build(
@@ -123,7 +49,7 @@ def build(
     no_decay_on_norm_and_bias: bool = False,
     **args: Any,
 ) -> Optimizer:
-    """Return the optimizer ``torch.optim.<type>`` over the trainable parameters of ``model``.
+    """Return the optimizer ``torch.optim.<type>`` for the trainable parameters of ``model``.
 
     Args:
         type: name of a class of torch.optim.
@@ -135,7 +61,7 @@ def build(
         no_decay_on_norm_and_bias: parameters with at most one axis (biases, the scales and shifts of
             normalisation layers, slopes of PReLU) form groups of their own, "<name>_no_decay", each behind its
             own, with weight decay 0.
-        args: of the optimizer's constructor; lists are taken for tuples.
+        args: of the optimizer's constructor; lists become tuples.
 
     Every group has a ``"name"``. Parameters with ``requires_grad`` False and empty groups are left out.
 
@@ -144,40 +70,53 @@ def build(
         TypeError, ValueError: an argument it does not take, or a value out of range; no trainable parameter;
             parameter groups that overlap or leave out a trainable parameter.
     """
-    signature = signature_of(type)
-    check_arguments(type, signature, args)
+    OPTIMIZERS.check_names(type, args)
+    fields = OPTIMIZERS.arguments(type).model_fields
     if backbone_lr_factor < 0:
         raise ValueError(f"backbone_lr_factor is {backbone_lr_factor}; expected >= 0")
     # JSON knows no tuples; torch asks for them (betas, etas, eps of Adafactor).
     args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
     groups = _groups(model, differential_lr)
     if no_decay_on_norm_and_bias:
-        if "weight_decay" not in signature.parameters:
+        if "weight_decay" not in fields:
             raise ValueError(f"no_decay_on_norm_and_bias: {type} has no weight decay")
         groups = _split_decay(groups)
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError("the model has no trainable parameter")
     if differential_lr:
-        lr = args.get("lr", signature.parameters["lr"].default)
+        lr = args.get("lr", fields["lr"].default)
         for group in groups:
             group["lr"] = lr * backbone_lr_factor if group["name"].startswith("backbone") else lr
     return OPTIMIZERS[type](groups, **args)
 
 
+def stand_in() -> Any:
+    """Return an object that :func:`build` takes for a network: one small parameter in each part."""
+    import torch
+
+    # Matrices: some optimizers take nothing else.
+    decoder, backbone = (torch.nn.Parameter(torch.zeros(1, 1)) for _ in range(2))
+    return SimpleNamespace(
+        parameters=lambda: [decoder, backbone],
+        get_decoder_params=lambda: [decoder],
+        get_backbone_params=lambda: [backbone],
+    )
+
+
 def restore(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Go on from the saved state of an optimizer of the same type, with the arguments that ``optimizer`` has.
+    """Load the saved state of an optimizer of the same type, but keep the arguments that ``optimizer`` has.
 
     Raises:
-        UserError: the parameters are grouped in another way.
+        UserError: the saved parameter groups differ.
     """
     groups = optimizer.param_groups
     mine, theirs = ([(g.get("name"), len(g["params"])) for g in side] for side in (groups, state["param_groups"]))
     if mine != theirs:
         raise UserError(
-            f"optimizer: its parameter groups are now {_named(mine)}, in the checkpoint {_named(theirs)}: "
-            "differential_lr and no_decay_on_norm_and_bias of a run stay as they are. To train on with others, start a "
-            "new run from its weights (train.py --config CONFIG --weights CHECKPOINT)"
+            f"optimizer: the parameter groups are {_named(mine)}; in the checkpoint they are {_named(theirs)}. "
+            "A resumed run keeps its differential_lr and no_decay_on_norm_and_bias. To change them, start a new run "
+            "from the weights (train.py --config CONFIG --weights CHECKPOINT)"
         )
     arguments = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     optimizer.load_state_dict(dict(state))

@@ -393,7 +393,7 @@ def test_an_arch_may_spell_out_defaults_and_what_never_had_an_effect(stored, giv
 
 
 def test_folders_are_checked_for_the_stages_that_are_used(tmp_path) -> None:
-    with pytest.raises(UserError, match="the config in model.pth: train_loader.args.data_dir: found 'moved/away'"):
+    with pytest.raises(UserError, match='the config in model.pth: train_loader.args.data_dir: found "moved/away"'):
         config_of(state(), "model.pth", stages=("train",))
     moved = (f"train_loader.args.data_dir={tmp_path}",)
     assert config_of(state(), "model.pth", overrides=moved, stages=("train",))

@@ -23,7 +23,6 @@ from base.base_dataset import BaseDataSet
 from dataloaders.reading.colours import ColourTable
 from utils.errors import UserError
 from utils.images import write_png
-from utils.signatures import check_arguments
 
 CLASSES = ["background", "cell", "dirt"]
 IDS = np.array([[0, 1, 2, 0], [1, 1, 2, 2], [0, 0, 0, 255]], np.uint8)
@@ -577,5 +576,4 @@ def test_documented_examples_are_accepted(root: Path) -> None:
     examples = [json.loads(line[line.index("{") :]) for line in lines]
     assert len(examples) >= 9
     for example in examples:
-        targets = dataloaders.LOADERS.constructors(example["type"])
-        assert check_arguments("args", example["type"], targets, example["args"]) == []
+        assert dataloaders.LOADERS.problems("train_loader", example["type"], example["args"]) == []

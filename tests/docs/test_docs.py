@@ -31,7 +31,6 @@ from utils import config as configs
 from utils import optim
 from utils.config.schema import Config
 from utils.losses import LOSSES
-from utils.signatures import parameters
 
 OURS = ("utils", "base", "models", "dataloaders", "trainer", "train", "test", "inference", "benchmarks", "tests")
 # What a reader calls the thing that is to be added.
@@ -150,10 +149,9 @@ def known_keys() -> set[str]:
                 fields(field.annotation)
 
     fields(Config)
-    names.update(optim.signature_of("SGD").parameters)
-    targets = [*(MODELS[m] for m in MODELS), *LOSSES.values()]
-    targets += [target for name in LOADERS for target in LOADERS.constructors(name)]
-    names.update(name for target in targets for name in parameters(target))
+    names.update(optim.OPTIMIZERS.arguments("SGD").model_fields)
+    for table in (MODELS, LOSSES, LOADERS):
+        names.update(argument for name in table for argument in table.arguments(name).model_fields)
     return names | {"$schema", "out", "aux", *MODELS, *LOADERS, "Mine"}
 
 

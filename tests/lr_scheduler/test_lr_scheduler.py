@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import math
@@ -16,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from utils import optim
+from utils import config, optim
 from utils.errors import UserError
 from utils.lr_scheduler import (
     SCHEDULERS,
@@ -25,9 +24,8 @@ from utils.lr_scheduler import (
     one_cycle,
     optimizer_steps,
     poly,
-    signature_of,
 )
-from utils.lr_scheduler import plot as lr_plot
+from utils.lr_scheduler import __main__ as command
 
 # What each schedule needs besides its defaults.
 ARGS = {
@@ -117,9 +115,8 @@ def test_factors_stay_in_range_for_any_length(total, warmup, phase1, power):
     assert all(0 < factor <= 1 + 1e-12 and 0.85 - 1e-12 <= momentum <= 0.95 + 1e-12 for factor, momentum in cycle)
 
 
-def test_reading_changes_nothing():
+def test_reading_the_state_changes_nothing():
     schedule = build("Poly", make_optimizer(), 10)
-    assert schedule.get_last_lr() == schedule.get_last_lr() == [0.1, pytest.approx(0.01)]
     assert schedule.state_dict() == schedule.state_dict()
 
 
@@ -309,6 +306,20 @@ def test_accumulated_batches_are_one_step():
     assert seen == [0.1 * poly(step, 4) for step in range(4) for _ in range(4)]
 
 
+@pytest.mark.parametrize("name", ["StepLR", "MultiStepLR", "CosineAnnealingLR", "Poly", "OneCycle", "SequentialLR"])
+@pytest.mark.parametrize("stop", [0, 2, 3, 4, 12])
+def test_a_schedule_per_epoch_keeps_its_values_for_an_epoch_and_resumes(name, stop):
+    args = ARGS.get(name, {})
+    by_epoch = run(build(name, make_optimizer(), 6, **args), 6)
+    whole = run(build(name, make_optimizer(), 18, steps_per_epoch=3, **args), 18)
+    assert whole == [values for values in by_epoch for _ in range(3)]
+    first = build(name, make_optimizer(), 18, steps_per_epoch=3, **args)
+    assert run(first, stop) == whole[:stop]
+    second = build(name, make_optimizer(), 18, steps_per_epoch=3, **args)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert run(second, 18 - stop) == whole[stop:]
+
+
 # -- the table -------------------------------------------------------------------------------------------------
 
 
@@ -323,9 +334,9 @@ def test_the_table_holds_what_torch_has():
 
 @each_schedule
 def test_signatures_show_what_a_config_may_set(name):
-    parameters = signature_of(name).parameters
-    assert not {"optimizer", "total_steps", "last_epoch", "verbose"} & set(parameters)
-    required = {key for key, p in parameters.items() if p.default is inspect.Parameter.empty}
+    fields = SCHEDULERS.arguments(name).model_fields
+    assert not {"optimizer", "total_steps", "last_epoch", "verbose"} & set(fields)
+    required = {key for key, field in fields.items() if field.is_required()}
     assert required <= set(ARGS.get(name, {}))
     for key in required:
         with pytest.raises(TypeError, match=f"{name} needs the argument"):
@@ -372,7 +383,7 @@ def test_which_schedules_need_momentum():
 @pytest.fixture
 def config_file(tmp_path):
     path = tmp_path / "config.json"
-    config = {
+    raw = {
         "name": "drawn",
         "arch": {"type": "PSPNet"},
         "train_loader": {"type": "Shapes", "args": {"val_split": 0.1}},
@@ -380,7 +391,7 @@ def config_file(tmp_path):
         "lr_scheduler": {"type": "OneCycle"},
         "trainer": {"epochs": 4, "accumulate": 2},
     }
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(raw))
     return path
 
 
@@ -388,87 +399,66 @@ def test_the_command_draws_the_run(config_file, tmp_path, capsys):
     import cv2
 
     out = tmp_path / "folder" / "lr.png"
-    assert lr_plot.main(["--config", str(config_file), "--out", str(out), "--iters-per-epoch", "20"]) == 0
+    assert command.main(["--config", str(config_file), "--out", str(out), "--iters-per-epoch", "20"]) == 0
     assert str(out) in capsys.readouterr().out
     picture = cv2.imread(str(out))[:, :, ::-1]
     assert picture.shape[1] == 960
-    for colour in lr_plot.LINES[:2]:  # one curve per parameter group
-        assert (picture == colour).all(axis=2).sum() > 500
+    for colour in ((31, 119, 180), (255, 127, 14)):  # matplotlib's first two: one curve per parameter group
+        assert (picture == colour).all(axis=2).sum() > 200
 
 
 def test_the_run_has_as_many_steps_as_its_data_say(config_file, tmp_path, capsys):
     out = ["--config", str(config_file), "--out", str(tmp_path / "lr.png")]
     set_to = "train_loader.args={args}".format
     args = '{"length": 24, "batch_size": 4, "num_workers": 0}'
-    assert lr_plot.main([*out, "--set", set_to(args=args)]) == 0
+    assert command.main([*out, "--set", set_to(args=args)]) == 0
     assert "4 epochs of 6 batches" in capsys.readouterr().out
-    assert lr_plot.main([*out, "--set", set_to(args=args), "--set", "trainer.limit_batches=5"]) == 0
+    assert command.main([*out, "--set", set_to(args=args), "--set", "trainer.limit_batches=5"]) == 0
     assert "4 epochs of 5 batches" in capsys.readouterr().out
     gone = ["--set", "train_loader.type=VOC", "--set", 'train_loader.args={"data_dir": "gone"}']
-    assert lr_plot.main([*out, *gone]) == 0
+    assert command.main([*out, *gone]) == 0
     printed = capsys.readouterr()
     assert "4 epochs of 100 batches" in printed.out
-    assert "100 batches per epoch are assumed" in printed.err
+    assert "assumes 100 batches per epoch" in printed.err
     assert "gone" in printed.err
-    assert lr_plot.main([*out, *gone, "--set", "trainer.limit_batches=500"]) == 0
+    assert command.main([*out, *gone, "--set", "trainer.limit_batches=500"]) == 0
     printed = capsys.readouterr()
     assert "4 epochs of 500 batches" in printed.out
-    assert "assumed" not in printed.err
+    assert "assumes" not in printed.err
 
 
-def test_simulation_follows_the_config(config_file):
-    from utils import config
-
-    panels = lr_plot.simulate(config.load(config_file, stages=()), epochs=4, batches=20)
-    learning_rate, momentum = panels
+def test_the_curves_follow_the_config(config_file):
+    panels = command.curves(config.load(config_file, stages=()), epochs=4, batches=20)
     factors = [one_cycle(step, 40) for step in range(40)]  # two batches per step
-    assert learning_rate.curves["decoder"].tolist() == [0.01 * factor for factor, _ in factors]
-    assert learning_rate.curves["backbone"].tolist() == pytest.approx([0.001 * factor for factor, _ in factors])
-    assert momentum.curves["momentum"].tolist() == [value for _, value in factors]
-    bare = config.load(
-        config_file, ["optimizer.type=Adagrad", 'optimizer.args={"lr":0.1}', "lr_scheduler.type=Poly"], stages=()
-    )
-    assert [panel.label for panel in lr_plot.simulate(bare, 1, 4)] == ["learning rate"]
+    assert panels["learning rate"]["decoder"] == [0.01 * factor for factor, _ in factors]
+    assert panels["learning rate"]["backbone"] == pytest.approx([0.001 * factor for factor, _ in factors])
+    assert panels["momentum"] == {"momentum": [value for _, value in factors]}
+    bare = ["optimizer.type=Adagrad", 'optimizer.args={"lr":0.1}', "lr_scheduler.type=Poly"]
+    assert list(command.curves(config.load(config_file, bare, stages=()), 1, 4)) == ["learning rate"]
+    steps = ["lr_scheduler.type=StepLR", 'lr_scheduler.args={"step_size": 1}', "lr_scheduler.step=epoch"]
+    rates = command.curves(config.load(config_file, steps, stages=()), 2, 6)["learning rate"]["decoder"]
+    assert rates == pytest.approx([0.01] * 3 + [0.001] * 3)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 0.01, [0, 0.002, 0.004, 0.006, 0.008, 0.01]),
-        (0.85, 0.95, [0.84, 0.86, 0.88, 0.9, 0.92, 0.94, 0.96]),
-        (0, 7, [0, 2, 4, 6, 8]),
-        (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-    ],
-)
-def test_ticks_are_round_and_enclose(low, high, expected):
-    assert lr_plot._ticks(low, high, 5) == pytest.approx(expected)
-
-
-def test_constant_curves_can_be_drawn():
-    ticks = lr_plot._ticks(0.9, 0.9, 5)
-    assert ticks[0] < 0.9 < ticks[-1]
-
-
-def test_mistakes_are_one_message(config_file, tmp_path, capsys):
+def test_mistakes_are_one_message(config_file, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "a.png")]
     warmup = ["--set", "lr_scheduler.type=Poly", "--set", "lr_scheduler.args.warmup=1000", "--iters-per-epoch", "5"]
     with pytest.raises(UserError, match=r"lr_scheduler: warmup is 1000; expected .* less than the run's 12 steps"):
-        lr_plot.main(["--config", str(config_file), *warmup, *out])
-    with pytest.raises(UserError, match="without any"):
-        lr_plot.main(["--config", str(config_file), "--set", 'optimizer.args={"lr":0.1}', *out])
-    with pytest.raises(UserError, match=r"ends in \.png"):
-        lr_plot.main(["--config", str(config_file), "--out", str(tmp_path / "a.gif")])
+        command.main(["--config", str(config_file), *warmup, *out])
+    with pytest.raises(UserError, match="SGD has none"):
+        command.main(["--config", str(config_file), "--set", 'optimizer.args={"lr":0.1}', *out])
+    with pytest.raises(UserError, match="a.txt: cannot write the picture"):
+        command.main(["--config", str(config_file), "--out", str(tmp_path / "a.txt")])
     with pytest.raises(UserError, match="from 1 up"):
-        lr_plot.main(["--config", str(config_file), "--epochs", "0"])
+        command.main(["--config", str(config_file), "--epochs", "0"])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        command.main(["--config", str(config_file), *out])
 
 
 def test_help_does_not_wait_for_torch(root):
-    code = "import sys, utils.lr_scheduler, utils.lr_scheduler.plot; sys.exit('torch' in sys.modules)"
+    code = "import sys, utils.lr_scheduler.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
-    answer = subprocess.run(
-        [sys.executable, "-m", "utils.lr_scheduler", "--help"], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert "--iters-per-epoch" in answer.stdout
 
 
 def test_learning_rates_for_logs_have_names():

@@ -140,7 +140,7 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
     "no such key": (["--set", "trainer.epoch=3"], ["trainer.epoch: unknown key; did you mean epochs?"]),
     "override without a value": (["--set", "trainer.epochs"], ["expected path=value"]),
     "override of a section": (["--set", "trainer=3"], ["trainer: found 3; expected a section"]),
-    "no such model": (["--set", "arch.type=UNett"], ["arch.type: found 'UNett'; did you mean UNet?"]),
+    "no such model": (["--set", "arch.type=UNett"], ['arch.type: found "UNett"; did you mean UNet?']),
     "no such argument": (["--set", "arch.args.depth=3"], ["arch.args.depth: UNet takes no such argument"]),
     "no such backbone": (
         ["--set", 'arch={"type": "PSPNet", "args": {"backbone": "resnet19"}}'],
@@ -153,7 +153,7 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
     "no such device": (["-d", "gpu0"], ["--device gpu0: expected GPU numbers"]),
     "no such data folder": (
         ["--set", "train_loader.args.data_dir=nowhere"],
-        ["train_loader.args.data_dir: found 'nowhere', which is not a folder"],
+        ['train_loader.args.data_dir: found "nowhere", which is not a folder'],
     ),
     "not the tree that is expected": (
         ["--set", "train_loader.args.data_dir=empty"],
@@ -212,7 +212,7 @@ TESTING: dict[str, tuple[list[str], list[str]]] = {
     "broken json": (["-c", "broken.json"], ["broken.json, line 1, column 24: not valid JSON", 'Unexpected "{"']),
     "no such data folder": (
         ["--set", "val_loader.args.data_dir=nowhere"],
-        ["val_loader.args.data_dir: found 'nowhere'", "--set val_loader.args.data_dir=FOLDER"],
+        ['val_loader.args.data_dir: found "nowhere"', "--set val_loader.args.data_dir=FOLDER"],
     ),
     "not the tree that is expected": (["--set", "val_loader.args.data_dir=empty"], ["VOCdevkit/VOC2012"]),
     "data with other classes": (

@@ -30,13 +30,13 @@ from torch import nn
 
 from utils import config as configs
 from utils.checkpoint.files import link, read, remove_leftovers, save
-from utils.config.checks import dead_arguments
+from utils.config.published import dead_arguments
 from utils.config.schema import Config
 from utils.errors import UserError
 from utils.facts import Facts
 from utils.predict import Activation
 from utils.predict.network import AMP_DTYPES, Network
-from utils.signatures import parameters
+from utils.registry import Registry
 
 __all__ = [
     "FORMAT",
@@ -137,7 +137,7 @@ def _without_ignored(arch: Any, models: Mapping[str, Any]) -> Any:
     return {**arch, "args": upstream.known_args(arch["type"], arch.get("args"))}
 
 
-def _same_arch(a: Any, b: Any, models: Mapping[str, Any]) -> bool:
+def _same_arch(a: Any, b: Any, models: Registry) -> bool:
     """Return whether two ``arch`` sections build the same network, whether or not they spell out defaults."""
 
     def essence(arch: Any) -> Any:
@@ -146,7 +146,7 @@ def _same_arch(a: Any, b: Any, models: Mapping[str, Any]) -> bool:
         args = dict(arch.get("args") or {})
         for name in dead_arguments(arch["type"], args, models):
             del args[name]
-        defaults = {name: p.default for name, p in parameters(models[arch["type"]]).items()}
+        defaults = {name: field.default for name, field in models.arguments(arch["type"]).model_fields.items()}
         # Where the weights came from before training does not change the model.
         return arch["type"], {name: value for name, value in (defaults | args).items() if name != "pretrained"}
 

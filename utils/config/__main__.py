@@ -1,35 +1,67 @@
-"""The command ``python -m utils.config``: check a config, or print its JSON Schema or the reference of its fields."""
+"""The command ``python -m utils.config``: check a config, or print the JSON Schema of configs."""
 
 from __future__ import annotations
 
 import argparse
-import json
 
-from dataloaders import LOADERS
-from models import MODELS
-from utils.config import dump, json_schema, load, reference
-from utils.errors import run
+import dataloaders
+import models
+from utils.cli import add_overrides
+from utils.config import data_checks, dump, editor, load
+from utils.config.schema import Config
+from utils.errors import UserError, run
+from utils.facts import Facts
+from utils.paths import is_file
+
+
+def rehearse(config: Config) -> None:
+    """Build everything that a run of a config builds, but count no labels, keep no images and fill no weights.
+
+    Raises:
+        UserError: train.py or test.py would refuse the config; one message per part that cannot be built.
+    """
+    import torch
+
+    from utils import checkpoint
+
+    light = config.model_copy(deep=True)
+    for component in (light.train_loader, light.val_loader, light.test_loader):
+        if component is not None:
+            component.args |= {"num_workers": 0, "cache": None, "sampler": None}
+    train = data_checks.build_loader(dataloaders.build, light, "train")
+    others = {}
+    for stage in ("val", "test"):
+        if light.loader(stage) is not None:
+            others[f"{stage}_loader"] = Facts.of(data_checks.build_loader(dataloaders.build, light, stage).dataset)
+    facts = Facts.of(train.dataset)
+    data_checks.check_facts(config, facts, others)
+    arguments = checkpoint.arch_arguments(config, facts)
+    weights = arguments.pop("pretrained", None)
+    if isinstance(weights, str) and not is_file(weights):
+        raise UserError(f"arch.args.pretrained: there is no file {weights}")
+    with torch.device("meta"):
+        data_checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
+    data_checks.warn_about_loss(config, [config.predict.train, config.predict.val])
+    data_checks.warn_about_schedule(config, len(train))
 
 
 def main() -> int:
-    """Check a config, or print the JSON Schema or the reference."""
+    """Check a config, or print the JSON Schema."""
     parser = argparse.ArgumentParser(prog="python -m utils.config", description="Check a config, or print its schema.")
     commands = parser.add_subparsers(dest="command", required=True)
-    checker = commands.add_parser("check", help="check a config file and print it with all defaults")
+    checker = commands.add_parser("check", help="check a config as train.py does, and print it with all defaults")
     checker.add_argument("config")
-    checker.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override a field")
+    add_overrides(checker)
     commands.add_parser("schema", help="print the JSON Schema of configs")
-    page = commands.add_parser("reference", help="print the reference of all fields and arguments in Markdown")
-    page.add_argument("--write", metavar="FILE", help="put it between the marks of a Markdown file instead")
     args = parser.parse_args()
 
     if args.command == "schema":
-        print(json.dumps(json_schema(MODELS, LOADERS), indent=2))
-    elif args.command == "reference":
-        text = reference.reference(MODELS, LOADERS)
-        reference.write(args.write, text) if args.write else print(text)
-    else:
-        print(dump(load(args.config, args.set, models=MODELS, loaders=LOADERS)), end="")
+        print(editor.text(models.MODELS, dataloaders.LOADERS), end="")
+        return 0
+    config = load(args.config, args.set, models=models.MODELS, loaders=dataloaders.LOADERS)
+    text = dump(config)
+    rehearse(config)
+    print(text, end="")
     return 0
 
 

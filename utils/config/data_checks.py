@@ -1,4 +1,4 @@
-"""Checks of a run that need its data: classes, labels of interest, loss and procedure that agree."""
+"""Checks of a run that need its data: facts that agree, loss and procedure, the length of the schedule."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from utils.config.checks import HOLDS_OUT, PER_CLASS_SCORES
+from utils import lr_scheduler, optim
+from utils.config.checks import HOLDS_OUT, PER_CLASS_SCORES, unknown_class
 from utils.config.schema import Config
-from utils.errors import DataFolderError, UserError, did_you_mean
+from utils.errors import DataFolderError, UserError
 from utils.facts import Facts
 from utils.losses import LOSSES, gives_probabilities, is_proper
 
@@ -17,14 +18,14 @@ T = TypeVar("T")
 
 
 def built(path: str, builder: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a builder; what it says about a value becomes a message with the field's path.
+    """Call a builder; its errors about values become messages with the field's path.
 
     Raises:
-        UserError: the builder raised ValueError or TypeError.
+        UserError: the builder raised ValueError, TypeError or ArithmeticError (a number out of range).
     """
     try:
         return builder(*args, **kwargs)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path}: {error}") from error
 
 
@@ -34,7 +35,7 @@ def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
     Without val_loader (and test_loader), "val" and "test" are the samples that train_loader holds out.
 
     Raises:
-        UserError: the config has no such loader, or an argument or the data are not as they must be.
+        UserError: the config has no such loader, or an argument or the data are wrong.
     """
     component = config.loader(stage)
     if component is None and any(config.train_loader.args.get(name) for name in HOLDS_OUT):
@@ -43,7 +44,7 @@ def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
             return held_out
     if component is None:
         raise UserError(
-            f"{stage}_loader: absent, and so is val_loader: there is no data to use; give one in the config, or with "
+            f"{stage}_loader: absent, and so is val_loader, so there is no data; give one in the config, or with "
             f"--set {stage}_loader.type=NAME --set {stage}_loader.args.data_dir=FOLDER"
         )
     field = "val_loader" if stage == "test" and config.test_loader is None else f"{stage}_loader"
@@ -105,12 +106,9 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
             raise UserError(f"predict.CoI: found {outside}; the data has the classes 0 to {facts.num_classes - 1}")
     name = config.trainer.monitor.partition(" ")[2]
     if name.startswith(PER_CLASS_SCORES):
-        wanted = name.partition("/")[2]
-        if wanted not in facts.class_names:
-            raise UserError(
-                f"trainer.monitor: there is no class {wanted!r}{did_you_mean(wanted, facts.class_names)} "
-                f"Classes: {', '.join(facts.class_names)}"
-            )
+        wrong = unknown_class(name.partition("/")[2], facts.class_names)
+        if wrong:
+            raise UserError(f"trainer.monitor: {wrong}")
 
 
 def _first_difference(names: tuple[str, ...], others: tuple[str, ...]) -> int | None:
@@ -127,7 +125,7 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 def warn_about_loss(config: Config, procedures: list[str]) -> None:
-    """Say once when rankdice is to decode a network whose loss does not give it calibrated probabilities."""
+    """Warn if rankdice will decode a network whose loss does not give calibrated probabilities."""
     name, args = config.loss.type, config.loss.args
     if not any(p.startswith("rankdice") for p in procedures) or name not in LOSSES or is_proper(name, **args):
         return
@@ -139,12 +137,48 @@ def warn_about_loss(config: Config, procedures: list[str]) -> None:
         )
     elif config.predict.temperature == 1:
         effect = (
-            f"{which} leaves a network more or less sure than it should be: rankdice can score below max. Fit a "
-            "temperature on validation data first (test.py --fit)"
+            f"{which} makes a network over- or underconfident, so rankdice can score below max. Fit a temperature on "
+            "validation data first (test.py --fit)"
         )
     else:  # a temperature was fitted, which is what these losses need
         return
-    print(
-        f"warning: rankdice needs calibrated probabilities, and {effect} (docs/rankdice.md#when-not-to-use-it)",
-        file=sys.stderr,
+    _warn(f"rankdice needs calibrated probabilities, and {effect} (docs/rankdice.md#when-not-to-use-it)")
+
+
+FADED = 1e-3  # of the highest rate: next to nothing is learned below
+_SIMULATED = 20_000  # steps of a schedule that are looked at
+
+
+def warn_about_schedule(config: Config, batches: int) -> None:
+    """Warn if the learning rate is next to nothing in more than half of a run with ``batches`` batches per epoch."""
+    batches = min(batches, config.trainer.limit_batches or batches)
+    section, chosen = config.lr_scheduler, config.optimizer
+    steps = lr_scheduler.optimizer_steps(config.trainer.epochs, batches, config.trainer.accumulate)
+    per_epoch = lr_scheduler.optimizer_steps(1, batches, config.trainer.accumulate)
+    optimizer = built("optimizer.args", optim.build, chosen.type, optim.stand_in(), **chosen.args)
+    schedule = built(
+        "lr_scheduler.args",
+        lr_scheduler.build,
+        section.type,
+        optimizer,
+        steps,
+        steps_per_epoch=per_epoch if section.step == "epoch" else None,
+        **section.args,
     )
+    rates = [float(groups[0]["lr"]) for groups in lr_scheduler.walk(schedule, min(steps, _SIMULATED))]
+    low = [rate <= 1.001 * FADED * max(rates) for rate in rates]
+    first = len(low) - low[::-1].index(False)  # the rate is low from here on
+    if steps - first <= steps / 2:
+        return
+    advice = (
+        f'. Its numbers count iterations, {per_epoch} per epoch; with "lr_scheduler": {{"step": "epoch", ...}} they '
+        "count epochs"
+    )
+    _warn(
+        f"lr_scheduler: {section.type} brings the learning rate below {FADED:g} of its highest value after {first} of "
+        f"{steps} iterations{advice if section.step == 'iteration' else ''}"
+    )
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)

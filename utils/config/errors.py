@@ -1,63 +1,103 @@
-"""What is wrong with a config, said so that it can be mended: path, what was found, what is allowed, nearest name."""
+"""Error messages for configs: the path of the field, what was found, what is allowed, and the nearest name."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from utils.config.schema import Component, Config
 from utils.errors import did_you_mean
+from utils.registry import Problem, expected, found
 
-# In place of a required value that is missing or wrong, so that the rest of the config can be looked at too.
+# Stands in for a required value that is missing or wrong while the rest of the config is checked.
 PLACEHOLDER = "?"
+
+_DEEPEST = 50  # sections inside sections
+_LONGEST_PATH = 100
 
 # Parts of a location that pydantic adds for its own use: which member of a union it tried.
 _TAGS = ("literal[", "list[", "function-", "nullable", "constrained-", "union")
 
 
-def report(source: str, problems: Sequence[str]) -> str:
+def report(source: str, problems: Sequence[Problem]) -> str:
     """Return one message for all problems of a config."""
     if len(problems) == 1:
         return f"{source}: {problems[0]}"
     return f"{source} has {len(problems)} problems:\n" + "\n".join(f"  {p}" for p in problems)
 
 
-def explain(error: ValidationError) -> dict[str, str]:
-    """Return one message per wrong value, by the value's path."""
+def not_json(raw: Mapping[str, Any]) -> list[Problem]:
+    """Return the values that no JSON file holds, and texts that cannot be printed or name a file."""
+    return [Problem(path, text) for path, value in _values(raw) if (text := _foreign(value)) is not None]
+
+
+def _values(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every key and every value that is not a section or a list, by its path."""
+    waiting: list[tuple[str, Any, int]] = [("", raw, 0)]
+    while waiting:
+        path, value, depth = waiting.pop()
+        if depth > _DEEPEST:
+            yield path[:_LONGEST_PATH], RecursionError
+        elif isinstance(value, Mapping):
+            yield from ((f"{path}.{key!r}".lstrip("."), key) for key in value if _foreign(key) or type(key) is not str)
+            waiting += [(f"{path}.{key}".lstrip("."), inner, depth + 1) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            waiting += [(f"{path}.{i}", inner, depth + 1) for i, inner in enumerate(value)]
+        else:
+            yield path, value
+
+
+def _foreign(value: Any) -> str | None:
+    """Return why a value cannot stand in a config, None if it can."""
+    if value is RecursionError:
+        return f"more than {_DEEPEST} levels of brackets; a config needs a few"
+    if value is None or isinstance(value, bool | int | float):
+        return None
+    if not isinstance(value, str):
+        return f"found a value of type {type(value).__name__}; expected what a JSON file can hold"
+    if "\0" in value:
+        return f"found {found(value)}; text must not contain the character NUL"
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return f"found {found(value)}; text must be valid Unicode (lone surrogates are not)"
+    return None
+
+
+def explain(error: ValidationError) -> list[Problem]:
+    """Return one problem per wrong value."""
     by_path: dict[str, list[Any]] = {}
     for detail in error.errors():
         by_path.setdefault(".".join(_keys(detail)), []).append(detail)
-    messages = {}
+    problems = []
     for path, details in by_path.items():
-        # A list is no literal either, but what is wrong is the member of it that another message names.
+        # A list is not a literal either, but the member of the list that another message names is what is wrong.
         member_named = any(other.startswith(f"{path}.") for other in by_path)
         if not (member_named and all(d["type"] == "literal_error" for d in details)):
-            messages[path] = _message(path, details)
-    return messages
+            problems.append(Problem(path, _text(path, details)))
+    return problems
 
 
 def _keys(detail: Any) -> list[str]:
     return [str(key) for key in detail["loc"] if not str(key).startswith(_TAGS)]
 
 
-def _message(path: str, details: Sequence[Any]) -> str:
+def _text(path: str, details: Sequence[Any]) -> str:
     first = details[0]
     if first["type"] == "extra_forbidden":
         keys = path.split(".")
         known = _fields_at(keys[:-1])
-        return f"{path}: unknown key{did_you_mean(keys[-1], known)} Allowed: {', '.join(known)}"
+        return f"unknown key{did_you_mean(keys[-1], known)} Allowed: {', '.join(known)}"
     if first["type"] == "missing":
-        return f"{path}: required, and the config does not give it"
+        return "required, and the config does not give it"
     # Several, where a value may be of several kinds.
-    expected = " or ".join(dict.fromkeys(_expected(path, detail) for detail in details))
+    wanted = " or ".join(dict.fromkeys(_expected(path, detail) for detail in details))
     hint = ""
     if first["type"] == "literal_error":
         names = first["ctx"]["expected"].replace(" or ", ",").split(",")
         hint = did_you_mean(first["input"], [name.strip("' ") for name in names]).rstrip(".")
-    return f"{path}: found {found(first['input'])}; {expected}{hint}"
+    return f"found {found(first['input'])}; {wanted}{hint}"
 
 
 def _expected(path: str, detail: Any) -> str:
@@ -66,14 +106,8 @@ def _expected(path: str, detail: Any) -> str:
         if section is not None and issubclass(section, Component):
             return 'expected a section such as {"type": "NAME", "args": {}}'
         return "expected a section, {...}"
-    text = detail["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
+    text = expected(detail)
     return text.removeprefix("should be ") if detail["type"] == "list_type" else text
-
-
-def found(value: Any) -> str:
-    """Return a value of a config as it stands there, cut short where it is long."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _section_at(keys: Iterable[str]) -> type[BaseModel] | None:
@@ -94,9 +128,9 @@ def _fields_at(keys: Sequence[str]) -> list[str]:
 
 
 def usable_part(raw: Mapping[str, Any], error: ValidationError) -> Config | None:
-    """Return the config without its wrong values, to look for further problems; None where too little is left.
+    """Return the config with defaults for its wrong values, to look for further problems; None if that fails.
 
-    Wrong values give way to their defaults, and to :data:`PLACEHOLDER` where there is none.
+    A wrong value without a default becomes :data:`PLACEHOLDER`.
     """
     rest = json.loads(json.dumps(raw, default=str))
     for detail in error.errors():
@@ -118,8 +152,3 @@ def _remove(section: dict[str, Any], keys: Sequence[str], missing: bool) -> None
                 section[key] = {"type": PLACEHOLDER} if deeper is not None else PLACEHOLDER
             return
         section, inside = section[key], deeper
-
-
-def under(path: str, paths: Iterable[str]) -> bool:
-    """Return whether ``path`` is one of ``paths`` or lies below one."""
-    return any(path == other or path.startswith(f"{other}.") for other in paths)

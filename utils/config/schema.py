@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr, field_validator, model_validator
+
+from utils.bounds import AboveZero, ClassId, Count, Label, NonNegative, Positive, Seed, Share
 
 PROCEDURES = ("T", "max", "rankdice")
 Procedure = Literal["T", "max", "rankdice"]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
-
+EDITORS_KEY = "$schema"  # a config may name its schema, for editors
+LONGEST_NAME = 200  # bytes; file systems take 255
 SGD_DEFAULTS = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 class Section(BaseModel):
-    """A section knows all of its keys: an unknown one is a mistake, and so is a value of another type."""
+    """A section of the config: an unknown key is an error, and so is a value of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
@@ -43,8 +43,18 @@ class Optimizer(Component):
         description="arguments of its constructor; for SGD they default to the customary ones",
     )
     differential_lr: bool = Field(False, description="train the backbone at lr * backbone_lr_factor")
-    backbone_lr_factor: Annotated[float, Field(ge=0.0)] = Field(0.1, description="see differential_lr")
+    backbone_lr_factor: NonNegative = Field(0.1, description="see differential_lr")
     no_decay_on_norm_and_bias: bool = Field(False, description="no weight decay on norms and biases")
+
+
+class Schedule(Component):
+    """The learning-rate schedule, and what it counts."""
+
+    type: str = Field("Poly", description="Poly, OneCycle, or any class of torch.optim.lr_scheduler")
+    step: Literal["iteration", "epoch"] = Field(
+        "iteration",
+        description="unit of the schedule's numbers (step_size, milestones, ...): optimizer steps, or epochs",
+    )
 
 
 class RankDiceOptions(Section):
@@ -52,8 +62,8 @@ class RankDiceOptions(Section):
 
     solver: Literal["exact", "ba", "trna", "paper", "rma"] = Field("exact", description="how the volume is found")
     metric: Literal["dice", "iou"] = Field("dice", description="the score whose expectation is maximised")
-    smooth: Annotated[float, Field(ge=0.0)] = Field(0.0, description="added to numerator and denominator")
-    prune: Probability | None = Field(
+    smooth: NonNegative = Field(0.0, description="added to numerator and denominator")
+    prune: Share | None = Field(
         0.5,
         description="classes whose highest probability in an image is not above this get no mask; null: off",
     )
@@ -68,12 +78,12 @@ class RankDiceOptions(Section):
 class Predict(Section):
     """How probabilities become masks, and which classes are scored."""
 
-    CoI: Literal["all"] | list[Count] = Field("all", description="classes of interest: 'all' or a list of class ids")
+    CoI: Literal["all"] | list[ClassId] = Field("all", description="classes of interest: 'all' or a list of class ids")
     train: Procedure = Field("max", description="procedure behind the scores shown while training")
     val: Procedure = Field("rankdice", description="procedure in validation: the best model is chosen by it")
     test: Procedure = Field("rankdice", description="procedure of test.py and inference.py unless -p says otherwise")
-    threshold: Probability = Field(0.5, description="threshold of procedure T")
-    temperature: Annotated[float, Field(gt=0.0)] = Field(1.0, description="logits are divided by it")
+    threshold: Share = Field(0.5, description="threshold of procedure T")
+    temperature: AboveZero = Field(1.0, description="logits are divided by it")
     count_ignored: bool = Field(False, description="count predictions on ignored pixels as wrong")
     rankdice: RankDiceOptions = Field(default_factory=RankDiceOptions)
 
@@ -104,7 +114,7 @@ class Trainer(Section):
     channels_last: bool = Field(False, description="channels-last memory layout")
     compile: bool = Field(False, description="compile the model with torch.compile")
     accumulate: Positive = Field(1, description="batches per optimizer step")
-    clip_grad_norm: Annotated[float, Field(gt=0.0)] | None = Field(None, description="largest gradient norm")
+    clip_grad_norm: AboveZero | None = Field(None, description="largest gradient norm")
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None,
         description="decay of an exponential moving average of the weights, which is validated and tested",
@@ -143,7 +153,7 @@ class Config(Section):
     about: str | None = Field(None, description="free text: paper, command, expected scores, hardware")
     n_gpu: Count = Field(1, description="GPUs to use; 0 is the CPU")
     use_synch_bn: bool = Field(False, description="synchronise batch norm across processes (several GPUs)")
-    seed: Count = Field(0, description="seed of initialisation, data order and augmentation")
+    seed: Seed = Field(0, description="seed of initialisation, data order and augmentation")
     deterministic: bool = Field(False, description="only deterministic algorithms: same run, same bits")
     arch: Component = Field(description="the model")
     train_loader: Component = Field(description="training data")
@@ -151,24 +161,33 @@ class Config(Section):
     test_loader: Component | None = Field(None, description="test data; absent: val_loader")
     optimizer: Optimizer = Field(default_factory=Optimizer)
     loss: LossField = Field(default_factory=lambda: Component(type="CrossEntropyLoss2d"), description="the loss")
-    aux_weight: Annotated[float, Field(ge=0.0)] = Field(0.4, description="weight of the auxiliary head's loss")
-    ignore_index: int | None = Field(None, description="label that counts nowhere; null: the data set's own")
-    lr_scheduler: Component = Field(default_factory=lambda: Component(type="Poly"), description="the schedule")
+    aux_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss")
+    ignore_index: Label | None = Field(None, description="label that counts nowhere; null: the data set's own")
+    lr_scheduler: Schedule = Field(default_factory=Schedule)
     predict: Predict = Field(default_factory=Predict)
     trainer: Trainer = Field(default_factory=Trainer)
     tester: Tester = Field(default_factory=Tester)
 
+    # What a user should know about this config although nothing is wrong; the banner of a run prints it.
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
     # Validators that run before run last to first.
     _loss_type = field_validator("loss", mode="before")(_default_type("CrossEntropyLoss2d"))
     _loss_by_name = field_validator("loss", mode="before")(_section_of_name)
-    _schedule_type = field_validator("lr_scheduler", mode="before")(_default_type("Poly"))
 
     @field_validator("name")
     @classmethod
     def _name_is_a_folder(cls, value: str) -> str:
-        if not value or "/" in value or "\\" in value or value in (".", ".."):
-            raise ValueError("the name becomes a folder: not empty and without slashes")
+        if not value or "/" in value or "\\" in value or value in (".", "..") or len(value.encode()) > LONGEST_NAME:
+            raise ValueError(
+                f"the name becomes a folder: give 1 to {LONGEST_NAME} bytes without slashes, and not '.' or '..'"
+            )
         return value
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know although nothing is wrong, such as keys that have no effect."""
+        return self._notes
 
     def loader(self, stage: str) -> Component | None:
         """Return the loader of a stage ("train", "val" or "test"): test falls back on val."""

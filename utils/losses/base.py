@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Weights = list[float] | Literal["balanced"] | None
+from utils.bounds import NonNegative
+
+Weights = list[NonNegative] | Literal["balanced"] | None
 Classes = Literal["all", "present"]
 
 
@@ -117,31 +119,3 @@ def one_hot(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     code = logits.new_zeros(len(logits), max(channels, 2), logits.shape[2])
     code.scatter_(1, target.unsqueeze(1), valid.unsqueeze(1).to(code.dtype))
     return code if channels > 1 else code[:, 1:]
-
-
-class RegionLoss(SegmentationLoss):
-    """Losses that are a mean over regions: classes, images, or both."""
-
-    weight: Tensor | None
-
-    def __init__(self, ignore_index: int, classes: Classes, weight: Weights) -> None:
-        super().__init__(ignore_index)
-        if classes not in ("all", "present"):
-            raise ValueError(f"classes is {classes!r}; expected 'all' or 'present'")
-        self.classes = classes
-        weight_buffer(self, "weight", weight)
-
-    def mean_of_regions(self, terms: Tensor, present: Tensor, counted: Tensor, channels: int) -> Tensor:
-        """Return the weighted mean of ``terms`` ``(R, K)``, R images (or 1) and K classes (or 1).
-
-        ``present`` ``(R, K)``: the class occurs; ``counted`` ``(R, 1)``: there is a valid pixel at all.
-        """
-        weights = counted.expand_as(terms).to(terms.dtype)
-        # One channel has no other class to stand in for an image without it: false alarms must cost there too.
-        if self.classes == "present" and channels > 1:
-            weights = weights * present
-        if self.weight is not None:
-            if channels == 1:
-                raise ValueError("weight weighs classes against each other; one channel has nothing to weigh")
-            weights = weights * weight_for(self.weight, terms, channels)
-        return weighted_mean(terms, weights)

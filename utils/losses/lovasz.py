@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from utils.losses.base import Classes, RegionLoss, Weights, one_hot
+from utils.losses.base import Classes, Weights, one_hot
+from utils.losses.region import RegionLoss
 
 
 @torch.no_grad()

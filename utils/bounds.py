@@ -1,0 +1,30 @@
+"""Types of numbers that a config may give, with their limits: for sections of the config and for constructors.
+
+A constructor that annotates an argument with one of these types tells the config's checks which values it accepts.
+Limits from above are far from useful values. They keep a slip of the keyboard from exhausting the memory.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+LARGEST = 2**31 - 1
+
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+ClassId = Annotated[int, Field(ge=0, le=65535)]
+Label = Annotated[int, Field(ge=-(2**31), le=LARGEST)]
+ClassCount = Annotated[int, Field(ge=1, le=65536)]
+Channels = Annotated[int, Field(ge=1, le=65536)]
+Side = Annotated[int, Field(ge=1, le=65536)]
+"""The height or the width of an image, in pixels."""
+
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+NonNegative = Annotated[float, Field(ge=0.0, le=1e30)]
+AboveZero = Annotated[float, Field(gt=0.0, le=1e30)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+ShareBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+ShareAboveZero = Annotated[float, Field(gt=0.0, le=1.0)]

@@ -1,0 +1,82 @@
+"""The JSON Schema of configs for editors: fields, registered names, and the arguments of each of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from utils.config.schema import EDITORS_KEY, Config
+from utils.losses import LOSSES
+from utils.lr_scheduler import SCHEDULERS
+from utils.optim import OPTIMIZERS
+from utils.registry import Registry, json_schema
+
+# Their entries are torch's, so another version of torch has others: editors accept names that are not listed.
+OPEN = ("optimizer", "lr_scheduler")
+
+
+def schema(models: Registry, loaders: Registry) -> dict[str, Any]:
+    """Return the JSON Schema of a config; the same for every version of pydantic.
+
+    ``$defs`` holds one entry per registered class, named ``field.Class``, with its arguments. Those of optimizers and
+    schedules depend on the version of torch, which ``$comment`` names.
+    """
+    result = json_schema(Config)
+    tables = {"arch": models, "loader": loaders, "loss": LOSSES, "optimizer": OPTIMIZERS, "lr_scheduler": SCHEDULERS}
+    fields, definitions = result["properties"], result["$defs"]
+    for kind, table in tables.items():
+        section = {"optimizer": "Optimizer", "lr_scheduler": "Schedule"}.get(kind, "Component")
+        definitions |= {f"{kind}.{name}": _arguments(table, name, kind in OPEN) for name in table}
+        definitions[kind] = {
+            "allOf": [
+                {"$ref": f"#/$defs/{section}"},
+                {} if kind in OPEN else {"properties": {"type": {"enum": [*table, *table.aliases]}}},
+                *(_when(name, f"{kind}.{table.canonical(name)}") for name in [*table, *table.aliases]),
+            ]
+        }
+    for field in ("arch", "train_loader", "val_loader", "test_loader", "loss", "optimizer", "lr_scheduler"):
+        described = {"description": fields[field]["description"]} if "description" in fields[field] else {}
+        fields[field] = described | _choice(field, "loader" if field.endswith("_loader") else field, tables)
+    fields[EDITORS_KEY] = {"description": "the path or address of this schema, for editors", "type": "string"}
+    torch = ".".join(importlib.metadata.version("torch").split(".")[:2])
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": draft, "$comment": f"optimizers and schedules of torch {torch}", **result}
+
+
+def _choice(field: str, kind: str, tables: Mapping[str, Registry]) -> dict[str, Any]:
+    """Return what a field may hold: a section, or also null, or also a name alone."""
+    section = {"$ref": f"#/$defs/{kind}"}
+    if field in ("val_loader", "test_loader"):
+        return {"anyOf": [section, {"type": "null"}], "default": None}
+    if field == "loss":
+        return {"anyOf": [{"enum": list(tables["loss"])}, section]}
+    return section
+
+
+def _when(name: str, definition: str) -> dict[str, Any]:
+    """Return the rule: if ``type`` is ``name``, ``args`` are those of ``definition``."""
+    return {
+        "if": {"properties": {"type": {"const": name}}, "required": ["type"]},
+        "then": {"properties": {"args": {"$ref": f"#/$defs/{definition}"}}},
+    }
+
+
+def _arguments(table: Registry, name: str, is_open: bool) -> dict[str, Any]:
+    arguments = json_schema(table.arguments(name))
+    if is_open:
+        del arguments["additionalProperties"]
+    return arguments
+
+
+def text(models: Registry, loaders: Registry) -> str:
+    """Return :func:`schema` as JSON, with one line for each field and each definition."""
+    lines = []
+    for key, value in schema(models, loaders).items():
+        if key in ("$defs", "properties"):
+            entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items())
+            lines.append(f" {json.dumps(key)}: {{\n{entries}\n }}")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -1,0 +1,80 @@
+"""Configs written for yassouali/pytorch-segmentation or for the RankSEG paper's fork of it: keys without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from utils.config.schema import Config
+from utils.registry import Problem, Registry, found
+
+# The predecessors' networks and loaders accepted every one of these, and ignored those they did not know.
+NETWORK_ARGUMENTS = {
+    *("backbone", "pretrained", "in_channels", "freeze_bn", "freeze_backbone"),
+    *("use_aux", "use_deconv", "use_resnet_gcn", "kernel_size", "output_stride", "fpn_out"),
+}
+LOADER_ARGUMENTS = {"return_id"}
+SCHEDULE_ARGUMENTS = {"warmup_epochs", "iters_per_epoch", "num_epochs"}
+
+# Their FCN8 accepted a backbone and always used VGG-16.
+BACKBONES_WITHOUT_EFFECT = {"FCN8": ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")}
+
+
+def dead_arguments(type: str, args: Mapping[str, Any], models: Registry) -> list[str]:
+    """Return the arguments in an old config's ``arch`` that never had an effect on the network ``type``."""
+    if type not in models:
+        return []
+    known = models.arguments(type).model_fields
+    dead = [name for name in args if name in NETWORK_ARGUMENTS and name not in known]
+    if args.get("backbone") in BACKBONES_WITHOUT_EFFECT.get(type, ()) and "backbone" not in dead:
+        dead.append("backbone")
+    return dead
+
+
+def adapt(config: Config, models: Registry | None, stages: Sequence[str]) -> list[Problem]:
+    """Take keys without effect out of ``config`` and list them in ``config.notes``; return those that had an effect."""
+    problems: list[Problem] = []
+    ignored: list[str] = []
+    if config.arch.args.pop("use_resnet_gcn", False) is True:
+        text = (
+            "found true; GCN on a ResNet made of global convolutions is not available; remove the key to use backbone"
+        )
+        problems.append(Problem("arch.args.use_resnet_gcn", text))
+    if models is not None:
+        for name in dead_arguments(config.arch.type, config.arch.args, models):
+            ignored.append(f"arch.args.{name} ({config.arch.type} has no such choice)")
+            del config.arch.args[name]
+    for path, names in _removable(config):
+        args = getattr(config, path).args
+        for name in [name for name in args if name in names]:
+            ignored.append(f"{path}.args.{name}")
+            del args[name]
+    monitored = config.trainer.monitor.partition(" ")[2]
+    if not config.trainer.val and monitored and not monitored.startswith("train_"):
+        ignored.append(f"trainer.monitor {found(config.trainer.monitor)} (trainer.val is false)")
+        config.trainer.monitor = "off"
+    if ignored:
+        config.notes.append(f"ignored, because they have no effect: {', '.join(ignored)}")
+    if "train" in stages:
+        _tell_defaults(config)
+    return problems
+
+
+def _removable(config: Config) -> list[tuple[str, set[str]]]:
+    loaders = [name for name in ("train_loader", "val_loader", "test_loader") if getattr(config, name) is not None]
+    return [*((name, LOADER_ARGUMENTS) for name in loaders), ("lr_scheduler", SCHEDULE_ARGUMENTS)]
+
+
+def _tell_defaults(config: Config) -> None:
+    """Note which augmentations are on although the config does not name them: the predecessors had them off."""
+    args = config.train_loader.args
+    if args.get("augment") is not True or args.get("val") is True:
+        return
+    on = [name for name in ("flip", "rotate") if name not in args]
+    if "base_size" not in args and args.get("scale", True) is not False:
+        on.append("scale (around the image's own size)")
+    if on:
+        config.notes.append(
+            f"on by default, because train_loader.args does not name them: {', '.join(on)}; they were off in "
+            "pytorch-segmentation"
+        )
