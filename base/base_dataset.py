@@ -19,12 +19,12 @@ from torch.utils.data import Dataset
 from base import augmentation as aug
 from base.classes import Colour, class_colours, classes_of
 from base.entries import BROKEN_FILES_HINT, Cache, Entries, Entry, Key, Sample, Skipped, distinct, in_threads
-from base.labels import LabelTable
+from base.labels import LabelTable, PaletteReference
 from base.layout import layout_problem
 from base.statistics import mean_and_std, median_frequency_weights, moments, repeat_factors
 from utils.errors import DataFolderError, UserError
 from utils.facts import Facts
-from utils.images import read_label, read_pixels
+from utils.images import read_label, read_mask, read_pixels
 from utils.images.values import Pixels, ValueRange
 
 log = logging.getLogger("data")
@@ -155,6 +155,7 @@ class BaseDataSet(Dataset[Any]):
         # Broken files are replaced in training and left out in evaluation; the loader decides.
         self.replace_broken = augment
         self._cache: Cache | None = None
+        self.palettes = PaletteReference()
         self.entries: Sequence[Entry] = self._list()
         self._check_first()
         if "auto" in (mean, std):
@@ -281,7 +282,9 @@ class BaseDataSet(Dataset[Any]):
 
     def load_label(self, path: Path) -> np.ndarray:
         """Return a label map ``(H, W)`` as stored, before ``lut`` and ``void_label`` are applied."""
-        return read_label(path)
+        mask = read_mask(path)
+        self.palettes.check(mask, path)
+        return mask.values if mask.values.ndim == 2 else read_label(path)  # which refuses colours
 
     @cached_property
     def label_table(self) -> LabelTable:

@@ -1,4 +1,4 @@
-"""Stored label values to class ids."""
+"""Stored label values to class ids, and palettes that must agree."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError, plural
+from utils.images.labels import Mask
 
 
 class LabelTable:
@@ -81,3 +82,33 @@ class LabelTable:
             f"{self._ignore_index} (ignore_index). Change `classes` in the loader's args if there are more "
             f"classes, `ignore_index` if this value means 'not labelled', or fix the file.{hint}"
         )
+
+
+class PaletteReference:
+    """Compares the palettes of masks: the same value must have the same colour in all files.
+
+    Programs that make files smaller sort palettes anew, which permutes the values.
+    """
+
+    def __init__(self) -> None:
+        self._colours = np.zeros((256, 3), np.uint8)
+        self._known = np.zeros(256, bool)
+        self._example: Path | str = ""
+
+    def check(self, mask: Mask, path: Path | str, advice: str = "") -> None:
+        """Raise UserError if a mask with a palette contradicts those that were seen before."""
+        if mask.palette is None or mask.values.dtype != np.uint8:
+            return
+        used = np.flatnonzero(cv2.calcHist([mask.values], [0], None, [256], [0, 256]).ravel())
+        other = self._known[used] & (self._colours[used] != mask.palette[used]).any(1)
+        if other.any():
+            value = int(used[other][0])
+            raise UserError(
+                f"{path} has another palette than {self._example}: value {value} is {mask.palette[value].tolist()} "
+                f"here, and {self._colours[value].tolist()} there. A program may have sorted the palette, which "
+                f"changes the values; save the masks again with one palette. {advice}".rstrip()
+            )
+        if not self._known[used].all():
+            self._colours[used] = mask.palette[used]
+            self._known[used] = True
+            self._example = self._example or path

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,19 +12,17 @@ from base.base_dataset import BaseDataSet
 from base.classes import Colour, classes_of
 from base.entries import Entry, distinct
 from base.splits import grouping, split_by_fold, split_by_fraction
-from dataloaders.reading.colours import ColourTable
 from dataloaders.reading.lists import native, read_rows
+from dataloaders.reading.masks import MaskOptions, MaskReader
 from dataloaders.reading.pairing import Pairs, find_folder, image_files, index_files, pair, relative_stem
-from utils.errors import UserError, plural
-from utils.images import read_levels, read_mask
+from utils.errors import UserError
 
 _SPLIT_OF_FOLDER = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_LARGEST_VALUE = 65535
-_PROBED = 16  # masks that are looked at for the 0/255 trap
+_PROBED = 16  # masks that are looked at when the data set is opened
 
 
 class Folder(BaseDataSet):
@@ -103,24 +99,12 @@ or, split by folders,
             raise ValueError("val_fold and val_fraction exclude each other: give one of them")
         grouping(group_by)  # refuses what is not a regular expression
         self._val_fold, self.group_by = val_fold, group_by
-        facts = self.facts_for(
-            **{k: common[k] for k in ("data_dir", "classes", "palette", "in_channels", "ignore_index") if k in common}
-        )
-        count = max(2, facts.num_classes)
-        if threshold is not None and (count != 2 or mask_values or colors):
-            raise ValueError(
-                "threshold is for two classes in grey masks, without mask_values and colors; "
-                f"classes has {len(facts.class_names)} names"
-            )
-        self._threshold = threshold
-        self._colors = colors
-        of_file = classes_of(common["classes"], common.get("data_dir")).palette
-        self._has_palette = common.get("palette") is not None or of_file is not None
-        if colors and len(set(facts.palette)) < len(facts.palette):
-            raise ValueError("palette must have a different colour for each class where masks are painted in it")
-        self._values = _ValueTable(count, mask_values, ignore_values, facts.ignore_index)
-        self._colours = _colour_table(facts.palette, count, ignore_colors or (), facts.ignore_index)
-        self.void_label = 255 if count <= 255 else None
+        own = ("data_dir", "classes", "palette", "in_channels", "ignore_index")
+        facts = self.facts_for(**{name: common[name] for name in own if name in common})
+        painted = "palette" in common or classes_of(common["classes"], common.get("data_dir")).palette is not None
+        options = MaskOptions(mask_values, ignore_values, threshold, colors, ignore_colors, painted)
+        self._reader = MaskReader(options, facts)
+        self.void_label = 255 if self._reader.count <= 255 else None
         super().__init__(**common)
 
     # ---- listing
@@ -276,99 +260,20 @@ or, split by folders,
     # ---- reading
 
     def load_label(self, path: Path) -> np.ndarray:
-        """Return class ids (or values that are none, which the caller refuses), from whatever the mask holds."""
-        if self._threshold is not None:
-            return (read_levels(path) > self._threshold).astype(np.uint8)
-        stored = read_mask(path)
-        painted = stored.values.ndim == 3 and self._has_palette and not self._values.told
-        if self._colors or (self._colors is None and painted):
-            return self._colours.decode(stored.colours(), path)
-        mask = stored.values if stored.values.ndim == 2 else self._grey(stored.values, path)
-        return self._values.apply(mask, path)
-
-    def _grey(self, mask: np.ndarray, path: Path) -> np.ndarray:
-        if (mask[:, :, :1] != mask[:, :, :3]).any():
-            raise UserError(
-                f"{path} is painted in colours: set `palette` in the loader's args to one RGB colour per class, in "
-                "the order of `classes` (and leave `colors` and `mask_values` out)"
-            )
-        return np.ascontiguousarray(mask[:, :, 0])
+        """Return class ids (or values that are no class, which the caller refuses)."""
+        return self._reader.read(path)
 
     def _check_first(self) -> None:
-        super()._check_first()
-        if self.label_count == 2 and self._threshold is None and not self._values.told and not self._colors:
-            self._refuse_0_and_255()
-
-    def _refuse_0_and_255(self) -> None:
-        """Masks of 0 and 255 look legal, as background and "not labelled": nothing would ever be learnt."""
-        seen: set[int] = set()
         count = min(_PROBED, len(self.entries))
-        for index in np.linspace(0, len(self.entries) - 1, count).astype(int):
-            entry = self.entries[int(index)]
-            with suppress(UserError):  # unreadable: told elsewhere, or skipped as asked
-                seen.update(np.unique(self.load_label(entry.label)).tolist() if entry.label else ())
-        if 255 in seen and seen <= {0, 255}:
+        probed = [self.entries[i].label for i in np.linspace(0, len(self.entries) - 1, count).astype(int).tolist()]
+        seen = self._reader.probe([path for path in probed if path is not None])
+        super()._check_first()
+        if self.label_count == 2 and not self._reader.says_more and 255 in seen and seen <= {0, 255}:
             raise UserError(
                 f"the masks in {self.data_dir} hold only 0 and 255 (of {count} looked at), and 255 means 'not "
                 f"labelled' ({self.ignore_index}, ignore_index). If it means {self.class_names[-1]!r}, set "
                 "`mask_values: [0, 255]` in the loader's args; if not, `mask_values: [0, 1]`"
             )
-
-
-class _ValueTable:
-    """What mask values mean: position in ``mask_values`` is the class id."""
-
-    def __init__(
-        self, count: int, mask_values: Sequence[int] | None, ignored: Sequence[int] | None, ignore_index: int
-    ) -> None:
-        self.told = mask_values is not None or ignored is not None
-        values = list(range(count) if mask_values is None else mask_values)
-        ignored = list(ignored or ())
-        if len(values) != count:
-            raise ValueError(f"mask_values must have one value per class: {count} classes, {len(values)} values")
-        if len({*values, *ignored}) != len(values) + len(ignored):
-            raise ValueError(f"mask_values and ignore_values must all differ, got {values} and {ignored}")
-        if not all(0 <= value <= _LARGEST_VALUE for value in (*values, *ignored)):
-            raise ValueError(
-                f"mask_values and ignore_values must lie in 0..{_LARGEST_VALUE}, got {values} and {ignored}"
-            )
-        self._shown = values
-        meaning = {**{value: i for i, value in enumerate(values)}, **dict.fromkeys(ignored, ignore_index)}
-        meaning.setdefault(255, 255)  # "not labelled" unless something else is told
-        # One more row, for all values outside of the table.
-        self._known = np.zeros(max(256, *meaning) + 2, bool)
-        self._ids = np.zeros(len(self._known), np.int32)
-        for value, i in meaning.items():
-            self._known[value], self._ids[value] = True, i
-        if self._ids.min() >= 0 and self._ids.max() <= 255:
-            self._ids = self._ids.astype(np.uint8)
-
-    def apply(self, mask: np.ndarray, path: Path) -> np.ndarray:
-        """Return ids, ``(H, W)``; UserError on a value that was not told. Unchanged when nothing was told."""
-        if not self.told:
-            return mask
-        last = len(self._known) - 1
-        rows = mask if mask.dtype == np.uint8 else np.where((mask >= 0) & (mask < last), mask, last)
-        if not self._known[rows].all():
-            unknown = mask[~self._known[rows]]
-            raise UserError(
-                f"{path} holds values {np.unique(unknown)[:10].tolist()} ({plural(unknown.size, 'pixel')}), which are "
-                f"neither in mask_values {self._shown} nor in ignore_values"
-            )
-        return self._ids[rows]
-
-
-def _colour_table(palette: Sequence[Colour], count: int, ignored: Sequence[Colour], ignore_index: int) -> ColourTable:
-    colours = [(r, g, b) for r, g, b in palette]
-    if len(colours) < count:  # one class against an unnamed background
-        colours = [(0, 0, 0), *colours]
-    hint = (
-        f"The palette has {', '.join(str(list(c)) for c in colours[:30])}{' ...' if len(colours) > 30 else ''}: "
-        "correct `palette` in the loader's args, or give colours that count nowhere as `ignore_colors`."
-    )
-    ids = dict.fromkeys(((r, g, b) for r, g, b in ignored), ignore_index)
-    ids |= {colour: i for i, colour in enumerate(colours)}
-    return ColourTable(ids, hint)
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from base.splits import split_by_fraction
 from dataloaders.labels import labels
 from dataloaders.reading.lists import read_names
 from dataloaders.reading.pairing import image_files, pair, relative_stem
-from utils.images import read_image
+from utils.images import read_levels
 
 
 class KvasirSEG(BaseDataSet):
@@ -75,5 +75,4 @@ or, split beforehand,
 
     def load_label(self, path: Path) -> np.ndarray:
         """Return 1 where the mask is brighter than half, else 0."""
-        mask = read_image(path, channels=1)[:, :, 0]
-        return (mask > (127 if mask.dtype == np.uint8 else 0.5)).astype(np.uint8)
+        return (read_levels(path) > 127).astype(np.uint8)

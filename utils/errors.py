@@ -49,6 +49,9 @@ def run(main: Callable[[], int | None]) -> None:
     data = logging.getLogger("data")
     if not any(isinstance(handler, _Warnings) for handler in data.handlers):
         data.addHandler(_Warnings(logging.WARNING))
+    with suppress(AttributeError):  # not a text stream
+        # Names of files may hold bytes that no encoding can write.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = main()
     except UserError as error:

@@ -451,6 +451,53 @@ def test_colour_tables_agree_with_a_search_pixel_by_pixel(colours: list[tuple[in
     assert np.array_equal(decoded, ids)
 
 
+def test_painted_masks_that_a_program_saved_again(tmp_path: Path) -> None:
+    """Among RGB masks, palette files are read by their colours, and grey files only if they cannot mean class ids."""
+    for name in ("a", "b", "c"):
+        photo(tmp_path / f"images/{name}.jpg")
+    save(tmp_path / "masks/a.png", painted())
+    permuted = np.where(IDS == 255, 0, 3 - IDS).astype(np.uint8)
+    write_png(tmp_path / "masks/b.png", permuted, [VOID, *PALETTE[::-1]])
+    write_png(tmp_path / "masks/c.png", np.where(IDS == 255, 255, 0).astype(np.uint8))
+    dataset = folder(tmp_path, palette=PALETTE, ignore_colors=[VOID])
+    assert np.array_equal(label(dataset, 0), IDS)
+    assert np.array_equal(label(dataset, 1), IDS)
+    assert np.array_equal(label(dataset, 2), np.where(IDS == 255, 255, 0))
+    write_png(tmp_path / "masks/c.png", IDS)
+    with pytest.raises(UserError, match=r"c\.png holds colours that stand for no class: .*\[1, 1, 1\]"):
+        folder(tmp_path, palette=PALETTE, ignore_colors=[VOID])
+    write_png(tmp_path / "masks/c.png", np.where(IDS == 2, 1, 0).astype(np.uint8))
+    with pytest.raises(UserError, match=r"c\.png is grey, other masks are painted"):
+        folder(tmp_path, palette=[(1, 1, 1), (255, 0, 0), (0, 0, 0)], ignore_colors=[VOID, (0, 0, 255)])
+
+
+def test_palettes_that_contradict_the_config_or_each_other(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        photo(tmp_path / f"images/{name}.jpg")
+    ids = np.minimum(IDS, 2)
+    write_png(tmp_path / "masks/a.png", ids, PALETTE)
+    write_png(tmp_path / "masks/b.png", 2 - ids, PALETTE[::-1])
+    with pytest.raises(UserError, match=r"b\.png has another palette than .*a\.png: value 0 is \[0, 0, 255\] here"):
+        folder(tmp_path)
+    assert np.array_equal(label(folder(tmp_path, colors=False), 1), 2 - ids)
+    assert np.array_equal(label(folder(tmp_path, colors=True, palette=PALETTE), 1), ids)
+    write_png(tmp_path / "masks/a.png", 2 - ids, PALETTE[::-1])
+    with pytest.raises(UserError, match="the colours of `palette` in another order"):
+        folder(tmp_path, palette=PALETTE)
+
+
+def test_class_files_with_colours_say_what_masks_mean(tmp_path: Path) -> None:
+    """As CVAT exports segmentation masks."""
+    photo(tmp_path / "images/a.jpg")
+    save(tmp_path / "masks/a.png", np.array(PALETTE, np.uint8)[np.minimum(IDS, 2)])
+    lines = ["# label:color_rgb:parts:actions"]
+    lines += [f"{name}:{r},{g},{b}::" for name, (r, g, b) in zip(CLASSES, PALETTE, strict=True)]
+    (tmp_path / "labelmap.txt").write_text("\n".join(lines))
+    dataset = folder(tmp_path, classes="labelmap.txt")
+    assert np.array_equal(label(dataset), np.minimum(IDS, 2))
+    assert (dataset.class_names, dataset.palette) == (tuple(CLASSES), tuple(PALETTE))
+
+
 # ---- two classes
 
 
@@ -519,7 +566,16 @@ def test_mask_values_map_by_position_and_refuse_the_rest(tmp_path: Path) -> None
         folder(tmp_path, **args)
 
 
-@pytest.mark.parametrize("values", [[0, 1], [0, 1, 1], [-1, 0, 1]])
+def test_negative_values_of_geographic_data(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.png")
+    (tmp_path / "masks").mkdir()
+    np.save(tmp_path / "masks/a.npy", np.where(IDS == 255, -9999, IDS.astype(np.float32)))
+    assert np.array_equal(label(folder(tmp_path, ignore_values=[-9999])), IDS)
+    with pytest.raises(UserError, match="-9999"):
+        folder(tmp_path)
+
+
+@pytest.mark.parametrize("values", [[0, 1], [0, 1, 1], [2**40, 0, 1]])
 def test_impossible_mask_values(plain: Path, values: list[int]) -> None:
     with pytest.raises(ValueError, match="mask_values"):
         folder(plain, mask_values=values)

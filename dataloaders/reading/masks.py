@@ -1,0 +1,187 @@
+"""Masks as people store them: class ids, other values, colours, or grey levels of two classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from base.classes import Colour
+from base.labels import PaletteReference
+from dataloaders.reading.colours import ColourTable
+from utils.errors import UserError, plural
+from utils.facts import Facts
+from utils.images import read_levels, read_mask
+from utils.images.labels import Mask
+
+_SHOWN_COLOURS = 30
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How masks are stored; see :class:`dataloaders.folder.Folder` for the arguments.
+
+    ``painted``: whether the palette says what the masks' colours mean, or is only for showing results.
+    """
+
+    mask_values: Sequence[int] | None = None
+    ignore_values: Sequence[int] | None = None
+    threshold: int | None = None
+    colors: bool | None = None
+    ignore_colors: Sequence[Colour] | None = None
+    painted: bool = False
+
+
+class MaskReader:
+    """Reads masks as the options say, and refuses what could mean two things.
+
+    Raises:
+        ValueError: the options contradict each other.
+    """
+
+    def __init__(self, options: MaskOptions, facts: Facts) -> None:
+        self.count = max(2, facts.num_classes)
+        if options.threshold is not None and (self.count != 2 or options.mask_values or options.colors):
+            raise ValueError(
+                "threshold is for two classes in grey masks, without mask_values and colors; "
+                f"classes has {len(facts.class_names)} names"
+            )
+        if options.colors and len(set(facts.palette)) < len(facts.palette):
+            raise ValueError("palette must have a different colour for each class where masks are painted in it")
+        self.options = options
+        self.values = _ValueTable(self.count, options.mask_values, options.ignore_values, facts.ignore_index)
+        colours = [(r, g, b) for r, g, b in facts.palette]
+        if len(colours) < self.count:  # one class against an unnamed background
+            colours = [(0, 0, 0), *colours]
+        self._class_colours = np.array(colours, np.uint8)
+        self._colours = _colour_table(colours, options.ignore_colors or (), facts.ignore_index)
+        self._by_colour = bool(options.colors)
+        self._palettes = PaletteReference()
+
+    @property
+    def says_more(self) -> bool:
+        """Whether the options say what values or grey levels mean."""
+        return self.options.threshold is not None or self.values.given or self._by_colour
+
+    def probe(self, paths: Iterable[Path]) -> set[int]:
+        """Look at a few masks: if one is painted in RGB, and the options leave it open, all are read by colour.
+
+        Returns:
+            The values that the masks without RGB hold; unreadable files are skipped.
+        """
+        seen: set[int] = set()
+        for path in paths:
+            try:
+                mask = read_mask(path)
+            except UserError:
+                continue
+            if mask.values.ndim == 2:
+                seen.update(np.unique(mask.values).tolist())
+            elif self.options.painted and self.options.colors is None and not self.values.given:
+                self._by_colour = True
+        return seen
+
+    def read(self, path: Path) -> np.ndarray:
+        """Return class ids ``(H, W)``, or values that are no class, which the caller refuses."""
+        if self.options.threshold is not None:
+            return (read_levels(path) > self.options.threshold).astype(np.uint8)
+        mask = read_mask(path)
+        if self._by_colour:
+            return self._from_colours(mask, path)
+        if mask.values.ndim == 3:
+            return self.values.apply(_grey(mask.values, path), path)
+        if self.options.colors is None and not self.values.given:
+            self._palettes.check(mask, path, '`"colors": true` with a palette reads colours, `"colors": false` values')
+            if self.options.painted and mask.palette is not None:
+                self._refuse_permuted(mask, path)
+        return self.values.apply(mask.values, path)
+
+    def _from_colours(self, mask: Mask, path: Path) -> np.ndarray:
+        ids = self._colours.decode(mask.colours(), path)
+        is_grey = mask.values.ndim == 2 and mask.palette is None and self.options.colors is None
+        if is_grey and mask.values.max(initial=0) < self.count and (mask.values != ids).any():
+            raise UserError(
+                f'{path} is grey, other masks are painted in colours: are its numbers class ids? Set `"colors": true` '
+                "if they are grey levels of the palette, else save all masks in the same way"
+            )
+        return ids
+
+    def _refuse_permuted(self, mask: Mask, path: Path) -> None:
+        """Refuse a palette file whose colours are those of the config's palette, in another order."""
+        assert mask.palette is not None
+        used = np.flatnonzero(np.bincount(mask.values.reshape(-1), minlength=256))
+        used = used[used < 255]
+        shown = mask.palette[used]
+        known = (shown[:, None] == self._class_colours[None]).all(2)
+        if known.any(1).all() and not all(i < self.count and known[row, i] for row, i in enumerate(used.tolist())):
+            raise UserError(
+                f"{path} has the colours of `palette` in another order, so its values and its colours say different "
+                'things. Set `"colors": true` in the loader\'s args if the colours are right, `"colors": false` if the '
+                "values are"
+            )
+
+
+def _grey(values: np.ndarray, path: Path) -> np.ndarray:
+    if (values[:, :, :1] != values).any():
+        raise UserError(
+            f"{path} is painted in colours: set `palette` in the loader's args to one RGB colour per class, in "
+            "the order of `classes` (and leave `colors` and `mask_values` out)"
+        )
+    return np.ascontiguousarray(values[:, :, 0])
+
+
+class _ValueTable:
+    """What mask values mean: position in ``mask_values`` is the class id."""
+
+    def __init__(
+        self, count: int, mask_values: Sequence[int] | None, ignored: Sequence[int] | None, ignore_index: int
+    ) -> None:
+        self.given = mask_values is not None or ignored is not None
+        values = list(range(count) if mask_values is None else mask_values)
+        ignored = list(ignored or ())
+        if len(values) != count:
+            raise ValueError(f"mask_values must have one value per class: {count} classes, {len(values)} values")
+        if len({*values, *ignored}) != len(values) + len(ignored):
+            raise ValueError(f"mask_values and ignore_values must all differ, got {values} and {ignored}")
+        self._shown = values
+        meaning = {**{value: i for i, value in enumerate(values)}, **dict.fromkeys(ignored, ignore_index)}
+        meaning.setdefault(255, 255)  # "not labelled" unless it has another meaning
+        limits = np.iinfo(np.int32)
+        if not all(limits.min <= value <= limits.max for value in meaning):
+            raise ValueError(f"mask_values and ignore_values must fit in 32 bits, got {values} and {ignored}")
+        self._stored = np.array(sorted(meaning))
+        ids = np.array([meaning[value] for value in sorted(meaning)])
+        self._ids = ids.astype(np.uint8 if ids.min() >= 0 and ids.max() <= 255 else np.int32)
+        self._place_of_byte = np.minimum(np.searchsorted(self._stored, np.arange(256)), len(ids) - 1)
+
+    def apply(self, mask: np.ndarray, path: Path) -> np.ndarray:
+        """Return ids, ``(H, W)``; UserError on a value without a meaning. Unchanged when no values were given."""
+        if not self.given:
+            return mask
+        if mask.dtype == np.uint8:
+            places = self._place_of_byte[mask]
+        else:
+            places = np.minimum(np.searchsorted(self._stored, mask), len(self._stored) - 1)
+        known = self._stored[places] == mask
+        if not known.all():
+            unknown = mask[~known]
+            raise UserError(
+                f"{path} holds values {np.unique(unknown)[:10].tolist()} ({plural(unknown.size, 'pixel')}), which are "
+                f"neither in mask_values {self._shown} nor in ignore_values"
+            )
+        return self._ids[places]
+
+
+def _colour_table(colours: Sequence[Colour], ignored: Sequence[Colour], ignore_index: int) -> ColourTable:
+    shown = ", ".join(str(list(c)) for c in colours[:_SHOWN_COLOURS]) + (
+        " ..." if len(colours) > _SHOWN_COLOURS else ""
+    )
+    hint = (
+        f"The palette has {shown}: correct `palette` in the loader's args, or list colours that are not labelled as "
+        "`ignore_colors`."
+    )
+    ids = dict.fromkeys(((r, g, b) for r, g, b in ignored), ignore_index)
+    ids |= {colour: i for i, colour in enumerate(colours)}
+    return ColourTable(ids, hint)
