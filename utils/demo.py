@@ -169,7 +169,9 @@ def page(predictor: Predictor) -> Any:
         gr.Markdown(f"## {html.escape(predictor.config.arch.type)}, {classes}, mode {predictor.mode}")
         state = gr.State(None)
         with gr.Row():
-            upload = gr.Image(type="filepath", label="image", sources=["upload", "clipboard"], elem_id="upload")
+            upload = gr.Image(
+                type="filepath", image_mode=None, label="image", sources=["upload", "clipboard"], elem_id="upload"
+            )
             with gr.Column():
                 opacity = gr.Slider(0, 1, value=0.5, step=0.05, label="opacity of the masks", elem_id="opacity")
                 found = gr.HTML()

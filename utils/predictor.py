@@ -20,15 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from utils.checkpoint import LoadedModel, load_model
 from utils.errors import UserError, did_you_mean
-from utils.images import read_image
+from utils.images import ValueRange, read_pixels, to_pixels
 from utils.predict import PROCEDURES, PredictOptions, label_map, tiling
 from utils.predict import spool as streaming
 from utils.predict.network import AMP_DTYPES, choose_device
@@ -112,6 +111,7 @@ class Predictor:
             uses. True: bf16 on the CPU, fp16 on a GPU. Half precision is faster on hardware that supports it, and
             gives probabilities of about three digits.
         keep_masks, keep_probs: whether results carry ``masks`` and ``probs``.
+        values: what the numbers of images mean; None: as in training (``value_range`` and ``nodata`` of its data).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -137,6 +137,7 @@ class Predictor:
         amp: bool | str | None = None,
         keep_masks: bool = True,
         keep_probs: bool = False,
+        values: ValueRange | None = None,
     ) -> None:
         self.device = choose_device(device)
         loaded = model if isinstance(model, LoadedModel) else load_model(model, self.device)
@@ -147,6 +148,7 @@ class Predictor:
         self.network = loaded.network(self.device, scales=seen, flip=flip, **changes)
         settings = loaded.config.predict
         self.facts, self.config = loaded.facts, loaded.config
+        self.values = values or ValueRange.of(self.facts.value_range, self.facts.nodata)
         self.procedure = predict or settings.test
         self.options = options or PredictOptions.from_config(settings)
         self.mode, self.scales, self.flip = mode, tuple(scales), flip
@@ -180,7 +182,8 @@ class Predictor:
 
         Args:
             images: a path; a PIL image; an array ``(H, W)`` or ``(H, W, channels)`` or a tensor
-                ``(channels, H, W)``, uint8 or floating point in [0, 1], RGB; or a list of these.
+                ``(channels, H, W)``, RGB; or a list of these. Their numbers mean what those of the training data
+                mean: ``value_range`` and ``nodata`` of the training, else uint8 or floating point in [0, 1].
 
         Returns:
             A :class:`Segmentation`, or a list of them.
@@ -191,20 +194,16 @@ class Predictor:
 
     def read(self, image: ImageLike) -> np.ndarray:
         """Return any kind of image as ``(H, W, channels)``, uint8 or float32, with the channels the model takes."""
+        channels = self.facts.in_channels
         if isinstance(image, str | Path):
-            return read_image(image, self.facts.in_channels)
-        if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
-            if image.mode not in ("L", "RGB", "F") and not image.mode.startswith("I"):
-                image = image.convert("RGB")
-            image = np.asarray(image)
-        elif isinstance(image, Tensor):
+            return read_pixels(image, channels, self.values).filled(self.facts.mean)
+        if isinstance(image, Tensor):
             if image.ndim != 3:
                 raise ValueError(f"images: a tensor (channels, H, W) expected, got shape {tuple(image.shape)}")
             image = image.detach().cpu().permute(1, 2, 0).numpy()
-        if not isinstance(image, np.ndarray):
+        if not isinstance(image, np.ndarray | Image.Image):
             raise TypeError(f"images: a path, PIL image, array or tensor expected, got {type(image).__name__}")
-        return _fit(image, self.facts.in_channels)
+        return to_pixels(image, channels, self.values).filled(self.facts.mean)
 
     @torch.inference_mode()
     def segment(self, images: Sequence[np.ndarray]) -> list[Segmentation]:
@@ -373,28 +372,6 @@ def _default_memory(device: torch.device) -> int:
 def _training_crop(loaded: LoadedModel) -> int | None:
     crop = loaded.config.train_loader.args.get("crop_size")
     return crop if isinstance(crop, int) and crop > 0 else None
-
-
-def _fit(image: np.ndarray, channels: int) -> np.ndarray:
-    """Give an array in memory the type and channels the model takes, as :func:`read_image` does for files."""
-    image = image[:, :, None] if image.ndim == 2 else image
-    if image.ndim != 3 or 0 in image.shape:
-        raise ValueError(f"images: an array (H, W) or (H, W, channels) expected, got shape {image.shape}")
-    if image.dtype == np.int32:
-        image = image.astype(np.float32) / 65535  # PIL's mode I: 16 bits in a wider type
-    elif image.dtype != np.uint8:
-        scale = np.iinfo(image.dtype).max if np.issubdtype(image.dtype, np.integer) else 1
-        image = image.astype(np.float32) / scale
-    have = image.shape[2]
-    if have == 4 and channels in (1, 3):
-        image, have = image[:, :, :3], 3
-    if have == 1 and channels == 3:
-        image = np.repeat(image, 3, axis=2)
-    elif have == 3 and channels == 1:
-        image = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[:, :, None]
-    elif have != channels:
-        raise ValueError(f"images: the model takes {channels} channels, the image has {have}")
-    return np.ascontiguousarray(image)
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from tests.small_checkpoint import photo, write_checkpoint
 from utils import rankdice
 from utils.checkpoint import load_model
 from utils.errors import UserError
+from utils.images import ValueRange
 from utils.predict import PredictOptions, label_map
 from utils.predict import spool as streaming
 from utils.predict.tiling import Block
@@ -78,10 +80,12 @@ def test_grey_is_repeated_for_a_colour_model(model: Path) -> None:
         np.testing.assert_array_equal(predict(kind).labels, expected)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((4,)), np.zeros((4, 4, 7), np.uint8), torch.zeros(4, 4), np.zeros((0, 4, 3))])
+@pytest.mark.parametrize("bad", [np.zeros((4,)), torch.zeros(4, 4), np.zeros((0, 4, 3))])
 def test_arrays_that_are_no_images_are_refused(model: Path, bad: object) -> None:
     with pytest.raises(ValueError, match="images"):
         Predictor(model)(bad)
+    with pytest.raises(UserError, match="has 7 channels, but `in_channels` is 3"):
+        Predictor(model)(np.zeros((4, 4, 7), np.uint8))
 
 
 def test_other_objects_are_refused(model: Path) -> None:
@@ -399,3 +403,32 @@ def test_a_segmentation_shows_what_was_found_and_no_array() -> None:
     assert shown == (
         "Segmentation(300 x 400, labels 0, 3, expected scores {0: 0.910, 3: 0.500}, with masks, with probs, tiled)"
     )
+
+
+def test_numbers_mean_what_they_meant_in_training(model: Path, tmp_path: Path) -> None:
+    image = photo(40, 50)
+    expected = Predictor(model, mode="single")(image).labels
+    scaled = image.astype(np.float32) / 255 * 6000 - 1000
+    tifffile.imwrite(tmp_path / "a.tif", scaled, photometric="rgb")
+    np.save(tmp_path / "a.npy", scaled)
+    kinds = (scaled, torch.from_numpy(scaled).permute(2, 0, 1), tmp_path / "a.tif", tmp_path / "a.npy")
+    for kind in kinds:
+        with pytest.raises(UserError, match="from -1000 to 5000, expected 0 to 1.*`value_range`"):
+            Predictor(model, mode="single")(kind)
+    ranged = Predictor(model, mode="single", values=ValueRange.of([-1000, 5000], "nan"))
+    for kind in kinds:
+        assert (ranged(kind).labels == expected).mean() > 0.999
+    scaled[3, 4, 1] = np.nan
+    np.testing.assert_array_equal(ranged.read(scaled)[3, 4], np.float32(ranged.facts.mean))
+
+
+def test_pillow_images_of_every_mode(model: Path) -> None:
+    predict = Predictor(model, mode="single")
+    grey = photo(20, 30, 1)[:, :, 0]
+    expected = predict.read(grey)
+    for mode in ("L", "RGB", "LA", "RGBA", "P"):
+        np.testing.assert_array_equal(predict.read(Image.fromarray(grey).convert(mode)), expected, mode)
+    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+    for picture in (wide, wide.convert("I")):
+        np.testing.assert_allclose(predict.read(picture), expected / 255, atol=1e-6)
+    np.testing.assert_array_equal(predict.read(Image.fromarray(grey > 90))[:, :, 0], (grey > 90) * np.uint8(255))

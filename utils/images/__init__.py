@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.files import atomic
 from utils.images.formats import decode, fast_image, read_bytes
 from utils.images.labels import Mask, read_label, read_levels, read_mask
-from utils.images.raster import Raster
+from utils.images.raster import Raster, from_pillow, named_colours
 from utils.images.values import BY_TYPE, Pixels, ValueRange
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "read_levels",
     "read_mask",
     "read_pixels",
+    "to_pixels",
     "voc_colormap",
     "write_png",
 ]
@@ -69,12 +70,34 @@ def read_pixels(path: str | Path, channels: int = 3, values: ValueRange = BY_TYP
     data = read_bytes(path)
     image = fast_image(data, channels)
     if image is not None:
-        raster = Raster(image, colours=channels)
-    else:
-        raster = decode(data, path, channels)
-        if raster.pages > 1:
-            _warn_of_pages(path, raster.pages)
-    pixels = values.apply(_select(raster, channels, path), str(path), raster.largest)
+        return _pixels(Raster(image, colours=channels), channels, values, str(path))
+    raster = decode(data, path, channels)
+    if raster.pages > 1:
+        _warn_of_pages(path, raster.pages)
+    return _pixels(raster, channels, values, str(path))
+
+
+def to_pixels(image: np.ndarray | Image.Image, channels: int = 3, values: ValueRange = BY_TYPE) -> Pixels:
+    """Give an image in memory the channels and intensities that :func:`read_pixels` gives a file.
+
+    Args:
+        image: an array ``(H, W)`` or ``(H, W, C)``, or a Pillow image.
+        channels, values: as for :func:`read_pixels`.
+
+    Raises:
+        ValueError: the array has another shape.
+        UserError: its channels or values do not fit.
+    """
+    if isinstance(image, Image.Image):
+        return _pixels(from_pillow(image, "the image"), channels, values, "the image")
+    array = image[:, :, None] if image.ndim == 2 else image
+    if array.ndim != 3 or 0 in array.shape:
+        raise ValueError(f"images: an array (H, W) or (H, W, channels) expected, got shape {image.shape}")
+    return _pixels(Raster(array, named_colours(array.shape[2])), channels, values, "the image")
+
+
+def _pixels(raster: Raster, channels: int, values: ValueRange, source: str) -> Pixels:
+    pixels = values.apply(_select(raster, channels, source), source, raster.largest)
     return pixels._replace(image=np.ascontiguousarray(_convert(pixels.image, channels)))
 
 
@@ -115,14 +138,14 @@ def _warn_of_pages(path: Path, pages: int) -> None:
     _warned = True
 
 
-def _select(raster: Raster, channels: int, path: Path) -> np.ndarray:
+def _select(raster: Raster, channels: int, source: str) -> np.ndarray:
     """Return the channels that are meant: as many as wanted, else grey or RGB."""
     array = raster.array
     if raster.palette is not None:
         array = np.concatenate([raster.palette[array[:, :, 0]], array[:, :, 1:]], axis=2)
     have = array.shape[2]
     if raster.inverted and array.dtype.kind not in "bu":
-        raise UserError(f"{path} stores 0 as white in {array.dtype} numbers, which is not supported; save it as PNG")
+        raise UserError(f"{source} stores 0 as white in {array.dtype} numbers, which is not supported; save it as PNG")
     if raster.inverted:
         array = ~array if array.dtype == np.bool_ else (raster.largest or np.iinfo(array.dtype).max) - array
     if have == channels or (raster.alpha and have - 1 == channels):
@@ -132,8 +155,8 @@ def _select(raster: Raster, channels: int, path: Path) -> np.ndarray:
     if channels in (1, 3) and (have == 1 or (have == 2 and raster.alpha)):
         return array[:, :, :1]
     raise UserError(
-        f"{path} has {have} channels, but the data set's `in_channels` is {channels}; set `in_channels` of the "
-        "loader and of the model to the same number, or convert the file"
+        f"{source} has {have} channels, but `in_channels` is {channels}; set `in_channels` of the loader and of the "
+        "model to the same number, or convert the file"
     )
 
 

@@ -50,7 +50,7 @@ def upright(array: np.ndarray, orientation: int) -> np.ndarray:
     return array
 
 
-def from_pillow(image: Image.Image, path: Path) -> Raster:
+def from_pillow(image: Image.Image, path: Path | str) -> Raster:
     """Return what a loaded Pillow image holds."""
     orientation = image.getexif().get(ORIENTATION, 1)
     mode, palette = image.mode, None

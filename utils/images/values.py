@@ -115,7 +115,7 @@ class ValueRange:
         if stored.dtype.kind == "f" and not np.isfinite(stored).all():
             raise UserError(
                 f'{source} holds values that are not finite (NaN or infinity). If they mean "no data", set '
-                '`nodata: "nan"` (an argument of the data loaders and of Predictor); these pixels are ignored then'
+                '`nodata: "nan"` (in the loader\'s args; Predictor takes `values`); these pixels are ignored then'
             )
         if stored.dtype == np.uint8 and self.limits in (None, (0, largest or 255)):
             # Fewer than 8 bits are stretched.
@@ -160,6 +160,6 @@ def _does_not_fit(source: str, stored: np.ndarray, low: float, high: float, expe
     example = list(fitting[0]) if fitting else [math.floor(rest[0]), math.ceil(rest[1])]
     return UserError(
         f"{source} holds {stored.dtype} values from {low:.6g} to {high:.6g}, expected {expected}. Set `value_range` "
-        "(an argument of the data loaders and of Predictor) to the stored values of black and white, for instance "
+        "(in the loader's args; Predictor takes `values`) to the stored values of black and white, for instance "
         f"{example}.{advice}"
     )

@@ -104,7 +104,7 @@ class Pipeline:
                 if self._in_flight and self._in_flight + pixels > PIXELS_IN_FLIGHT:
                     break
                 self._in_flight += pixels
-                future = self._readers.submit(upcoming.read, self.predictor.facts.in_channels)
+                future = self._readers.submit(self._read, upcoming)
                 self._reading.append(_Job(upcoming, pixels, future))
                 upcoming = next(items, None)
             loaded = self._next_loaded()
@@ -118,6 +118,9 @@ class Pipeline:
                 return
             elif not self._reading and self._writing:
                 self._finish_oldest()  # what is being written holds the place of the next image
+
+    def _read(self, item: Item) -> np.ndarray:
+        return self.predictor.read(item.file) if item.file is not None else item.read(self.predictor.facts.in_channels)
 
     def _next_loaded(self) -> tuple[_Job, np.ndarray] | None:
         """Return the next image that could be read; None when nothing is being read."""
