@@ -59,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--boundary", action="store_true", help="also report the boundary IoU (Cheng et al., CVPR 2021)")
     add("--save-masks", action="store_true", help="write masks/PROCEDURE/NAME.png, palette PNGs, beside the results")
     add("--save-probs", metavar="FOLDER", help="keep the probabilities, for python -m utils.predict --probs FOLDER")
+    add("--force", action="store_true", help="let --save-probs remove the probabilities of another run in its folder")
     add_device(parser)
     add_overrides(parser)
     args = parser.parse_args()
@@ -173,7 +174,7 @@ def score(
     if args.save_masks:
         watcher.save_masks(folder / "masks")
     if args.save_probs:
-        watcher.save_probs(Path(args.save_probs), options, procedure)
+        watcher.save_probs(Path(args.save_probs), options, procedure, args.force)
     outcome = evaluate(
         evaluator,
         loader,

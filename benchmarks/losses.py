@@ -111,10 +111,11 @@ class Study:
         loss = losses.build(name, self.facts.ignore_index, **args).to(self.device)
         start = time.perf_counter()
         model = self._train(loss, seed)
-        evaluator = Evaluator(Network(model, self.facts, loss.activation, self.device))
+        network = Network(model, self.facts, loss.activation, self.device)
+        evaluator = Evaluator(network)
         scores = self._test(evaluator)
         temperature = self._temperature(evaluator)
-        fitted = self._test(replace(evaluator, network=replace(evaluator.network, temperature=temperature)))
+        fitted = self._test(replace(evaluator, network=replace(network, temperature=temperature)))
         return {
             "proper": loss.proper,
             "seconds": round(time.perf_counter() - start, 1),

@@ -46,6 +46,9 @@ class _Warnings(logging.Handler):
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and exit: a :class:`UserError` becomes one message and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     data = logging.getLogger("data")
     if not any(isinstance(handler, _Warnings) for handler in data.handlers):
         data.addHandler(_Warnings(logging.WARNING))

@@ -56,6 +56,10 @@ class Facts:
         """The names of the labels; with one class there are two, the background and the class."""
         return self.class_names if self.num_classes > 1 else ("background", *self.class_names)
 
+    def class_name(self, c: int) -> str:
+        """Return the name of a class; "class 7" where the data set names fewer."""
+        return self.class_names[c] if c < len(self.class_names) else f"class {c}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers."""
         return asdict(self)

@@ -30,7 +30,7 @@ from utils.errors import UserError, did_you_mean
 from utils.images import ValueRange, read_pixels, to_pixels
 from utils.predict import PROCEDURES, PredictOptions, label_map, tiling
 from utils.predict import spool as streaming
-from utils.predict.network import AMP_DTYPES, choose_device
+from utils.predict.network import AMP_DTYPES, Ensemble, Network, check_finite, choose_device
 from utils.predict.stored import pictures
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -92,13 +92,14 @@ class Predictor:
     """A trained model that segments images.
 
     Args:
-        model: a checkpoint's path, or what :func:`utils.checkpoint.load_model` returned.
-        predict: "T", "max" or "rankdice"; None: the config's ``predict.test``.
+        model: a checkpoint's path, or what :func:`utils.checkpoint.load_model` returned. A list of these is an
+            ensemble: its probabilities are the mean of its members', and the first gives classes and options.
+        predict: "T", "max" or "rankdice"; None: "rankdice" if the config's ``predict.test`` says so, else "max".
         mode: "multiscale" (the mean over ``scales``), "sliding" (overlapping tiles, blended), or "single" (one
-            forward pass over the whole image).
+            forward pass over the whole image); None: the config's ``predict.mode``.
         scales: of mode multiscale.
         flip: see the mirror image of every view as well.
-        tile: side of a tile in pixels; None: the crop size of the training, else 512.
+        tile: side of a tile in pixels, or its (height, width); None: the crop size of the training, else 512.
         overlap: least share of a tile that it has in common with its neighbours.
         batch_size: images, or tiles, per forward pass.
         device: None: the GPU where there is one. A loaded model is moved to it.
@@ -120,13 +121,13 @@ class Predictor:
 
     def __init__(
         self,
-        model: str | Path | LoadedModel,
+        model: str | Path | LoadedModel | Sequence[str | Path | LoadedModel],
         *,
         predict: str | None = None,
-        mode: str = "multiscale",
+        mode: str | None = None,
         scales: Sequence[float] = SCALES,
         flip: bool = False,
-        tile: int | None = None,
+        tile: int | tuple[int, int] | None = None,
         overlap: float = 0.25,
         batch_size: int = 4,
         device: str | torch.device | None = None,
@@ -140,18 +141,22 @@ class Predictor:
         values: ValueRange | None = None,
     ) -> None:
         self.device = choose_device(device)
-        loaded = model if isinstance(model, LoadedModel) else load_model(model, self.device)
+        models = [model] if isinstance(model, str | Path | LoadedModel) else model
+        members = [m if isinstance(m, LoadedModel) else load_model(m, self.device) for m in models]
+        loaded = members[0]
+        settings = loaded.config.predict
+        self.facts, self.config = loaded.facts, loaded.config
+        self.mode: str = mode if mode is not None else getattr(settings, "mode", "single")
         changes: dict[str, Any] = {} if amp is None else {"amp": _amp(amp, self.device)}
         if temperature is not None:
             changes["temperature"] = temperature
-        seen = tuple(scales) if mode == "multiscale" else (1.0,)
-        self.network = loaded.network(self.device, scales=seen, flip=flip, **changes)
-        settings = loaded.config.predict
-        self.facts, self.config = loaded.facts, loaded.config
+        seen = tuple(scales) if self.mode == "multiscale" else (1.0,)
+        networks = tuple(member.network(self.device, scales=seen, flip=flip, **changes) for member in members)
+        self.network: Network | Ensemble = networks[0] if len(networks) == 1 else Ensemble(networks)
+        self.procedure = predict or ("rankdice" if settings.test == "rankdice" else "max")
         self.values = values or ValueRange.of(self.facts.value_range, self.facts.nodata)
-        self.procedure = predict or settings.test
         self.options = options or PredictOptions.from_config(settings)
-        self.mode, self.scales, self.flip = mode, tuple(scales), flip
+        self.scales = tuple(scales)
         self.tile = tile or _training_crop(loaded) or 512
         self.overlap, self.batch_size, self.max_pixels = overlap, batch_size, max_pixels
         self.memory = memory or _default_memory(self.device)
@@ -162,9 +167,11 @@ class Predictor:
         for name, value, known in (("predict", self.procedure, PROCEDURES), ("mode", self.mode, MODES)):
             if value not in known:
                 raise ValueError(f"{name}: {value!r} is none of {', '.join(known)}{did_you_mean(value, known)}")
-        for name in ("tile", "batch_size", "max_pixels", "memory"):
+        for name in ("batch_size", "max_pixels", "memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: at least 1 expected, got {getattr(self, name)}")
+        if min(self.tile if isinstance(self.tile, tuple) else [self.tile]) < 1:
+            raise ValueError(f"tile: at least 1 expected, got {self.tile}")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap: a share in [0, 1) expected, got {self.overlap}")
         if not self.scales or min(self.scales) <= 0:
@@ -220,11 +227,17 @@ class Predictor:
             for first in range(0, len(members), self.batch_size):
                 part = members[first : first + self.batch_size]
                 batch = torch.stack([_to_tensor(images[index]) for index in part])
-                for index, result in zip(part, self._decide(self.probabilities(batch)), strict=True):
+                probs = self.probabilities(batch)
+                check_finite(probs)
+                for index, result in zip(part, self._decide(probs), strict=True):
                     results[index] = replace(result, tiled=self.tiles(*shape[:2]))
         return [results[index] for index in range(len(images))]
 
     # ------------------------------------------------------------------------------------------ probabilities
+
+    def views(self) -> dict[str, Any]:
+        """Return what probabilities depend on beside the network: the mode, and how large images are cut."""
+        return {"sliding": self.mode == "sliding", "tile": self.tile, "overlap": self.overlap, "max": self.max_pixels}
 
     def tiles(self, height: int, width: int) -> bool:
         """Return whether an image of this size is cut into tiles although the mode is not "sliding"."""
@@ -248,6 +261,11 @@ class Predictor:
                 self.network.probabilities, images, self.facts.num_classes, self.tile, self.overlap, self.batch_size
             ).clamp_(max=1.0)
         return self.network.probabilities(images)
+
+    def _checked(self, images: Tensor) -> Tensor:
+        probs = self.network.probabilities(images)
+        check_finite(probs)
+        return probs
 
     # ------------------------------------------------------------------------------------------ decisions
 
@@ -284,7 +302,7 @@ class Predictor:
         """Segment one image ``(channels, H, W)`` whose probabilities are never in memory as a whole."""
         classes, (height, width) = self.facts.num_classes, image.shape[-2:]
         blocks = tiling.sliding_blocks(
-            self.network.probabilities, image, classes, self.tile, self.overlap, self.batch_size, max_bytes=self.memory
+            self._checked, image, classes, self.tile, self.overlap, self.batch_size, max_bytes=self.memory
         )
         tiled = self.mode != "sliding"
         if self.procedure != "rankdice" and not self.keep_probs:

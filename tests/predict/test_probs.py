@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,18 +47,46 @@ def test_every_bit_comes_back(tmp_path) -> None:
     found = probs.read_probs(tmp_path / "x.npz")
     assert found.dtype == torch.float32
     assert torch.equal(found.view(torch.int32), values.view(torch.int32))
-    # And NumPy alone reads it, as documented.
+    # And NumPy alone reads it.
     with np.load(tmp_path / "x.npz") as file:
-        again = np.moveaxis(file["planes"], 0, -1).copy().view("<f4")[..., 0]
-    assert np.array_equal(again, values.numpy())
+        assert np.array_equal(file["probs"], values.numpy())
 
 
-def test_files_are_smaller_than_raw_and_than_numpys(tmp_path) -> None:
-    smooth = torch.nn.functional.interpolate(maps(1, 8, 16, 16).log(), size=(128, 128), mode="bilinear").softmax(1)[0]
-    probs.write_probs(tmp_path / "ours.npz", smooth)
-    np.savez_compressed(tmp_path / "numpy.npz", probs=smooth.numpy())
-    ours, numpys = ((tmp_path / name).stat().st_size for name in ("ours.npz", "numpy.npz"))
-    assert ours < numpys < 1.05 * smooth.numel() * 4
+@pytest.mark.parametrize("key", ["probs", "probabilities", "softmax", "anything", None])
+def test_probabilities_of_other_programs_are_read(key, tmp_path) -> None:
+    values = maps(3)[0].numpy()
+    path = tmp_path / ("x.npy" if key is None else "x.npz")
+    if key is None:
+        np.save(path, values.astype(np.float64))
+    else:
+        np.savez(path, **{key: values})
+    assert torch.equal(probs.read_probs(path), torch.from_numpy(values))
+
+
+@pytest.mark.parametrize(
+    "arrays", [{"a": np.zeros((2, 3, 3), np.float32), "b": np.zeros(3)}, {"a": np.zeros((3, 3), int)}]
+)
+def test_other_arrays_are_refused(arrays, tmp_path) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match="x.npz: .*expected"):
+        probs.read_probs(tmp_path / "x.npz")
+
+
+def test_a_folder_is_not_mixed(folder) -> None:
+    index = probs.read_index(folder)
+    again = probs.ProbsWriter(folder, index)  # the same run goes on
+    other = replace(index, run="f" * 16, checkpoint="other.pth")
+    with pytest.raises(UserError, match=r"another run \(best.pth\).*--force"):
+        probs.ProbsWriter(folder, other)
+    with pytest.raises(UserError, match="another run"):
+        probs.ProbsWriter(folder, replace(index, data="VOC test"))
+    probs.ProbsWriter(folder, other, force=True)
+    assert [name for name, _ in probs.stored(folder)] == []
+    np.savez(folder / "foreign.npz", x=np.zeros(3))
+    with pytest.raises(UserError, match="did not write"):
+        probs.ProbsWriter(folder, other)
+    again.write(["one"], maps(0))
+    assert (folder / "foreign.npz").exists()
 
 
 def test_a_slice_is_written_as_it_is_seen(tmp_path) -> None:
@@ -69,19 +98,18 @@ def test_a_slice_is_written_as_it_is_seen(tmp_path) -> None:
 @pytest.mark.parametrize("procedure", ["T", "max", "rankdice"])
 @pytest.mark.parametrize("metric", ["dice", "iou"])
 def test_decoded_masks_are_those_of_the_run(procedure, metric, folder, tmp_path, monkeypatch) -> None:
-    run(monkeypatch, "--probs", folder, "-p", procedure, "--metric", metric, "-o", tmp_path / "out", "--packed")
+    run(monkeypatch, "--probs", folder, "-p", procedure, "--metric", metric, "-o", tmp_path / "out", "--masks")
     options = PredictOptions(threshold=0.3, prune=0.2, classes=(1, 2, 3), metric=metric)
     for seed, name in enumerate(("one", "city/two", "three.v2")):
         expected = PROCEDURES[procedure](maps(seed), options)
         picture = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
         assert np.array_equal(picture, probs.pictures(procedure, maps(seed), expected, options)[0])
-        packed = tmp_path / "out" / f"{name}.masks.npz"
-        assert packed.exists() == (procedure != "max")
+        masks = tmp_path / "out" / f"{name}_masks"
+        assert masks.exists() == (procedure != "max")
         if procedure != "max":
-            with np.load(packed) as file:
-                masks = np.unpackbits(file["masks"], axis=-1, count=file["shape"][-1]).astype(bool)
-                assert ("scores" in file) == (procedure == "rankdice")
-            assert np.array_equal(masks, expected.masks[0].numpy())
+            found = {int(path.name[:3]): np.asarray(Image.open(path)) == 255 for path in masks.iterdir()}
+            assert set(found) == set(expected.masks[0].flatten(1).any(1).nonzero()[:, 0].tolist())
+            assert all(np.array_equal(mask, expected.masks[0, c].numpy()) for c, mask in found.items())
 
 
 def test_what_is_not_said_is_as_in_the_run(folder, tmp_path, monkeypatch, capsys) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 import inference
 from tests.small_checkpoint import NAMES, photo, write_checkpoint
-from utils import errors
+from utils import checkpoint, errors
 from utils.inference import outputs, pipeline, sources
 from utils.predict import PROCEDURES
 from utils.predictor import Predictor
@@ -80,10 +80,10 @@ def test_a_folder_becomes_masks(script: Script, model: Path, tmp_path: Path) -> 
     assert "segmented 3 image(s) by rankdice" in out
 
 
-def test_the_default_is_multiscale(script: Script, model: Path) -> None:
+def test_the_default_is_what_was_tested(script: Script, model: Path) -> None:
     write("photos/a.png", photo(40, 50))
     assert script("-m", model, "-i", "photos/a.png", defaults=False)[0] == 0
-    expected = Predictor(model, mode="multiscale")("photos/a.png").labels
+    expected = Predictor(model, mode="single")("photos/a.png").labels
     np.testing.assert_array_equal(np.asarray(Image.open("outputs/a.png")), expected)
 
 
@@ -99,7 +99,7 @@ def test_options_reach_the_predictor(script: Script, model: Path) -> None:
     )("photos/a.png")
     np.testing.assert_array_equal(np.asarray(Image.open("masks/a.png")), expected.labels)
     assert script("--scales", 0.5, 1.5, "-mo", "multiscale")[0] == 0
-    expected = Predictor(model, scales=(0.5, 1.5))("photos/a.png")
+    expected = Predictor(model, mode="multiscale", scales=(0.5, 1.5))("photos/a.png")
     np.testing.assert_array_equal(np.asarray(Image.open("masks/a.png")), expected.labels)
     assert script("--memory", 1e-5, "-mo", "single")[0] == 0
     expected = Predictor(model, mode="single", memory=10_737)("photos/a.png")
@@ -126,11 +126,11 @@ def test_everything_beside_the_masks(script: Script, model: Path) -> None:
     write("photos/x/a.png", photo(40, 50))
     code, _, err = script("--overlay", "0.7", "--probs", "npz", "--json")
     assert code == 0, err
-    assert files("masks") == ["expected_dice.csv", "x/a.json", "x/a.npz", "x/a.png", "x/a_overlay.jpg"]
+    assert files("masks") == ["expected_dice.csv", "probs.json", "x/a.json", "x/a.npz", "x/a.png", "x/a_overlay.jpg"]
     result = Predictor(model, mode="single", keep_probs=True)("photos/x/a.png")
     probs = np.load("masks/x/a.npz")["probs"]
-    assert probs.dtype == np.float16
-    np.testing.assert_array_equal(probs, result.probs.half().numpy())
+    assert probs.dtype == np.float32
+    np.testing.assert_array_equal(probs, result.probs.numpy())
     assert Image.open("masks/x/a_overlay.jpg").size == (50, 40)
     described = json.loads(Path("masks/x/a.json").read_text())
     assert (described["width"], described["height"], described["procedure"]) == (50, 40, "rankdice")
@@ -251,6 +251,194 @@ def test_skip_existing_continues(script: Script, monkeypatch: pytest.MonkeyPatch
     assert "segmented 4" in script("--skip-existing", "--json")[1]  # not all outputs were there
 
 
+def test_skip_existing_knows_the_model_and_the_options(script: Script, tmp_path: Path) -> None:
+    write("photos/a.png", photo(40, 50))
+    assert script("--overlay")[0] == 0
+    assert "skipped 1" in script("--skip-existing", "--overlay", "--batch-size", 2)[1]
+    other = write_checkpoint(tmp_path / "other.pth", num_classes=5)
+    for changed in (["-m", other], ["-p", "max"], ["--flip"], ["--set", "predict.temperature=2"], ["--overlay", "0.9"]):
+        arguments = ("--skip-existing", "--overlay", *changed)
+        code, out, _ = script(*arguments)
+        assert code == 0
+        assert "segmented 1" in out, changed
+        assert "1 image(s) had outputs of another model" in out
+        assert "skipped 1" in script(*arguments)[1]
+
+
+def test_outputs_of_earlier_options_do_not_stay_beside_new_masks(script: Script) -> None:
+    write("photos/a.png", photo(40, 50))
+    script("--json", "--overlay", "--probs", "png", "--masks", "-p", "rankdice")
+    assert {"a.json", "a_overlay.jpg", "expected_dice.csv"} < set(files("masks"))
+    assert any(name.startswith("a_masks/") for name in files("masks"))
+    script("-p", "max")
+    assert files("masks") == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("a.png", []),
+        ("a_overlay.jpg", ["--overlay"]),
+        ("a.json", ["--json"]),
+        ("a.npz", ["--probs"]),
+        ("a_probs/x.png", ["--probs", "png"]),
+        ("a_masks/x.png", ["--masks"]),
+        ("expected_dice.csv", []),
+    ],
+)
+def test_files_of_others_are_not_overwritten(script: Script, name: str, arguments: list[str]) -> None:
+    write("photos/a.jpg", photo(40, 50))
+    foreign = Path("masks") / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"ground truth")
+    code, out, err = script(*arguments)
+    assert (code, out) == (2, "")
+    assert str(foreign) in err
+    assert "--force" in err
+    assert files("masks") == [name]
+    assert foreign.read_bytes() == b"ground truth"
+    code, _, err = script(*arguments, "--force")
+    assert code == 0, err
+    assert "a.png" in files("masks")
+
+
+def test_a_mask_that_was_corrected_is_not_overwritten(script: Script) -> None:
+    write("photos/a.jpg", photo(40, 50))
+    assert script()[0] == 0
+    assert script()[0] == 0  # its own files are replaced
+    Image.open("masks/a.png").save("masks/a.png")
+    corrected = Path("masks/a.png").read_bytes()
+    code, _, err = script()
+    assert code == 2
+    assert "masks/a.png" in err
+    assert Path("masks/a.png").read_bytes() == corrected
+
+
+def test_overlapping_masks_as_files(script: Script, model: Path) -> None:
+    write("photos/x/a.png", photo(40, 50))
+    assert script("--masks")[0] == 0
+    result = Predictor(model, mode="single")("photos/x/a.png")
+    found = {int(path.name[:3]): np.asarray(Image.open(path)) for path in Path("masks/x/a_masks").iterdir()}
+    assert set(found) == set(result.volumes.nonzero()[0])
+    for c, mask in found.items():
+        np.testing.assert_array_equal(mask, result.masks[c] * 255)
+    code, _, err = script("--masks", "-p", "max")
+    assert code == 2
+    assert "procedure max has no overlapping masks" in err
+
+
+def test_probabilities_are_not_mixed(script: Script, tmp_path: Path) -> None:
+    write("photos/a.png", photo(40, 50))
+    assert script("--probs")[0] == 0
+    assert script("--probs", "-p", "T")[0] == 0  # the procedure does not matter to probabilities
+    other = write_checkpoint(tmp_path / "other.pth", num_classes=5)
+    code, _, err = script("--probs", "-m", other)
+    assert code == 2
+    assert "holds the probabilities of another run" in err
+    assert script("--probs", "-m", other, "--force")[0] == 0
+    assert np.load("masks/a.npz")["probs"].shape == (5, 40, 50)
+
+
+def test_an_ensemble(script: Script, model: Path, tmp_path: Path) -> None:
+    write("photos/a.png", photo(40, 50))
+    other = write_checkpoint(tmp_path / "other.pth", temperature=3.0)
+    assert script("--probs", "-m", model, other)[0] == 0
+    singles = [Predictor(path, mode="single", keep_probs=True)("photos/a.png").probs for path in (model, other)]
+    np.testing.assert_allclose(np.load("masks/a.npz")["probs"], sum(singles) / 2, atol=1e-6)
+    code, _, err = script("-m", model, write_checkpoint(tmp_path / "more.pth", num_classes=5))
+    assert code == 2
+    assert "num_classes" in err
+
+
+def test_t_says_how_many_pixels_have_no_class(script: Script) -> None:
+    write("photos/a.png", photo(40, 50))
+    out = script("-p", "T", "--set", "predict.threshold=0.6")[1]
+    share = 100 * (np.asarray(Image.open("masks/a.png")) == 255).mean()
+    assert share > 0
+    assert f"{share:.1f} % of the pixels are unassigned" in out
+
+
+@pytest.mark.parametrize(("configured", "used"), [("T", "max"), ("max", "max"), ("rankdice", "rankdice")])
+def test_the_default_procedure_gives_complete_maps(script: Script, tmp_path: Path, configured: str, used: str) -> None:
+    write("photos/a.png", photo(40, 50))
+    assert f"by {used}" in script("-m", write_checkpoint(tmp_path / "x.pth", test=configured))[1]
+
+
+def test_names_that_are_not_utf8(script: Script) -> None:
+    Path("photos").mkdir()
+    name = os.fsdecode(b"stra\xdfe.png")
+    write("photos/b.png", photo(40, 50))
+    os.rename("photos/b.png", os.path.join("photos", name))
+    code, out, err = script("--json", "--overlay")
+    assert code == 0, err
+    assert name in os.listdir("masks")
+    assert "stra\\xdfe.png" in Path("masks/expected_dice.csv").read_text()
+    assert b"stra\\\\xdfe.png" in Path(os.path.join("masks", name[:-4] + ".json")).read_bytes()
+    os.rename(os.path.join("photos", name), os.path.join("photos", name[:-4] + ".jpg"))
+    Path("photos", name[:-4] + ".jpg").write_bytes(b"")
+    code, _, err = script()
+    assert code == 2
+    assert "stra\\xdfe.jpg" in err
+
+
+def test_links_are_counted_and_take_no_image_twice(script: Script) -> None:
+    write("photos/deep/a.png", photo(40, 50))
+    write("elsewhere/b.png", photo(40, 50))
+    Path("photos/notes.txt").touch()
+    Path("photos/more.txt").touch()
+    Path("photos/list.csv").touch()
+    Path("photos/again.png").symlink_to("deep/a.png")
+    Path("photos/round").symlink_to("../photos")
+    Path("photos/b.png").symlink_to("../elsewhere/b.png")  # the only way to this one
+    code, out, _ = script("-p", "max")
+    assert code == 0
+    assert files("masks") == ["b.png", "deep/a.png"]
+    assert "passed over: 3 file(s) of other types (2 .txt, 1 .csv); 2 link(s)" in out
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.jpg", "b/a.jpg"], ["a", "b/a"]),
+        (["a.jpg", "a.png"], ["a.jpg", "a.png"]),
+        (["a.jpg", "A.png"], ["a.jpg", "A.png"]),
+        (["a.jpg", "a.jpg.png", "a.png"], ["a.jpg", "a.jpg.png", "a.png"]),
+        (["a.jpg", "A.JPG"], ["a.jpg", "A.JPG~2"]),
+        (["probs.jpg"], ["probs.jpg"]),  # its JSON file would be the folder's index
+        (["a.jpg", "a.png/b.jpg"], ["a.jpg", "a.png/b"]),
+        (["a.jpg", "a_probs/000_x.jpg"], ["a.jpg", "a_probs/000_x"]),
+        (["caf\u00e9.jpg", "cafe\u0301.png"], ["caf\u00e9.jpg", "cafe\u0301.png"]),
+    ],
+)
+def test_output_names_are_unique(names: list[str], expected: list[str]) -> None:
+    assert sources.output_names([Path(name) for name in names]) == expected
+
+
+def test_overlays_of_formats_that_pillow_reads(script: Script) -> None:
+    for extension in ("webp", "gif", "png", "jpg"):
+        write(f"photos/{extension}.{extension}", photo(40, 50))
+    code, _, err = script("--overlay", "-p", "max")
+    assert code == 0, err
+    assert len([name for name in files("masks") if name.endswith("_overlay.jpg")]) == 4
+
+
+@pytest.mark.parametrize("procedure", PROCEDURES)
+@pytest.mark.parametrize("memory", [[], ["--memory", "1e-6"]])
+def test_probabilities_that_are_not_finite_fail_the_image(
+    script: Script, tmp_path: Path, procedure: str, memory: list[str]
+) -> None:
+    path = write_checkpoint(tmp_path / "bad.pth")
+    state = checkpoint.read(path)
+    final = [name for name in state["state_dict"] if name.endswith("bias")][-1]
+    state["state_dict"][final][1] = np.inf
+    checkpoint.save(state, path)
+    write("photos/a.png", photo(40, 50))
+    code, out, err = script("-m", path, "-p", procedure, *memory)
+    assert code == 2
+    assert "photos/a.png: the network's probabilities are not finite" in err
+    assert files("masks") == []
+
+
 def test_ctrl_c_keeps_what_is_done(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(4):
         write(f"photos/{seed}.png", photo(40, 50, seed=seed))
@@ -352,7 +540,7 @@ def test_outputs_of_a_failed_image_do_not_stay(script: Script, monkeypatch: pyte
     code, out, err = script("--overlay", "--json", "--probs")
     assert code == 2
     assert errors_of(err) == ["error: photos/a.png: its outputs could not be written: the disk is full"]
-    assert files("masks") == ["b.json", "b.npz", "b.png", "b_overlay.jpg", "expected_dice.csv"]
+    assert files("masks") == ["b.json", "b.npz", "b.png", "b_overlay.jpg", "expected_dice.csv", "probs.json"]
     assert script("--probs", "png", "-o", "other")[0] == 2
     assert sorted(p.name for p in Path("other").iterdir()) == ["b.png", "b_probs", "expected_dice.csv"]
 
@@ -497,6 +685,19 @@ def cv2_frames(path: str) -> list[np.ndarray]:
         frames.append(frame)
 
 
+def test_a_video_that_breaks_off_fails(script: Script) -> None:
+    write_video("clip.avi", 20)
+    whole = Path("clip.avi").read_bytes()
+    Path("clip.avi").write_bytes(whole[: len(whole) // 2])
+    frames = len(cv2_frames("clip.avi"))
+    assert 0 < frames < 20
+    code, out, err = script("-i", "clip.avi", "--overlay", "-p", "max")
+    assert code == 2
+    assert f"clip.avi: breaks off at frame {frames} of 20" in out
+    assert len(files("masks")) == frames + 1
+    assert script("-i", "clip.avi", "--limit", "2", "-p", "max")[0] == 0
+
+
 def test_frames_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_video("clip.avi")
@@ -568,7 +769,7 @@ def test_reading_ahead_is_bounded(model: Path, tmp_path: Path, monkeypatch: pyte
         live[0] -= 1
 
     predictor = Predictor(model, mode="single", predict="max", keep_masks=False)
-    wanted = outputs.Outputs(tmp_path / "masks", predictor.facts, "max")
+    wanted = outputs.Outputs(tmp_path / "masks", predictor.facts, outputs.Run("max"))
     for pixels, bound in ((pipeline.PIXELS_IN_FLIGHT, 1), (pipeline.PIXELS_IN_FLIGHT // 2, 2)):
         most[0] = 0
         report = pipeline.Pipeline(predictor, wanted, finished).run(item(i, pixels) for i in range(6))

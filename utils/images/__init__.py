@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from utils.errors import UserError
 from utils.files import atomic
@@ -101,20 +102,26 @@ def _pixels(raster: Raster, channels: int, values: ValueRange, source: str) -> P
     return pixels._replace(image=np.ascontiguousarray(_convert(pixels.image, channels)))
 
 
-def write_png(path: str | Path, array: np.ndarray, palette: Sequence[Sequence[int]] | None = None) -> None:
+def write_png(
+    path: str | Path, array: np.ndarray, palette: Sequence[Sequence[int]] | None = None, software: str = ""
+) -> None:
     """Write ``array`` as a PNG file, whole or not at all.
 
     Args:
         path: where to; its folder is created.
         array: uint8 ``(H, W)`` (grey, or indices with ``palette``) or ``(H, W, 3)`` RGB; uint16 ``(H, W)``.
         palette: up to 256 RGB triples: colours of the indices 0, 1, ...
+        software: text of the PNG's "Software" field.
     """
     image = Image.fromarray(array)
     if palette is not None:
         image = image.convert("L") if image.mode != "L" else image
         image.putpalette([int(v) for colour in palette for v in colour])
+    information = PngInfo()
+    if software:
+        information.add_text("Software", software)
     with atomic(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=information)
 
 
 def voc_colormap(n: int = 256) -> tuple[tuple[int, int, int], ...]:

@@ -44,16 +44,16 @@ def colourise(labels: np.ndarray, palette: Palette | None = None) -> np.ndarray:
     return complete_palette(palette, max(PALETTE_SIZE, largest + 1))[labels]
 
 
-def write_mask(path: str | Path, labels: np.ndarray, palette: Palette | None = None) -> None:
+def write_mask(path: str | Path, labels: np.ndarray, palette: Palette | None = None, software: str = "") -> None:
     """Write a label map as a PNG that shows the palette's colours and holds the exact class indices.
 
     uint8 labels become a palette PNG, larger ones (more than 256 classes) a 16-bit grey PNG without colours. The
     file is complete or not there at all.
     """
     if labels.dtype == np.uint8:
-        write_png(path, labels, complete_palette(palette).tolist())
+        write_png(path, labels, complete_palette(palette).tolist(), software)
     else:
-        write_png(path, labels.astype(np.uint16))
+        write_png(path, labels.astype(np.uint16), software=software)
 
 
 def displayable(image: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ def overlay(
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity: a number in [0, 1] expected, got {opacity}")
     canvas = displayable(image)
-    if not in_place and np.may_share_memory(canvas, image):
+    if np.may_share_memory(canvas, image) and not (in_place and image.flags.writeable):
         canvas = canvas.copy()
     colours = complete_palette(palette, max(PALETTE_SIZE, int(labels.max(initial=0)) + 1))
     for y in range(0, len(canvas), _ROWS):

@@ -1,7 +1,7 @@
 """What is written for a segmented image: mask, overlay, probabilities, JSON; and the table over all images.
 
-Every file is complete or not there: it is written beside its place under another name and renamed. The mask comes
-last, so an image whose mask is there has all of its outputs.
+Every file is written whole or not at all, and carries a stamp that says which run wrote it (:mod:`utils.stamps`). The
+mask comes last, so an image whose mask is there has all of its outputs.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,14 @@ import cv2
 import numpy as np
 from torch import Tensor
 
+from utils import stamps
 from utils.errors import UserError
 from utils.facts import Facts
 from utils.files import atomic, csv_text, reason, unescape, write_bytes, write_text
 from utils.images import write_png
 from utils.images.palette import overlay, write_mask
 from utils.predict.spool import Spool
+from utils.predict.stored import class_file, write_class_masks, write_probs
 from utils.predictor import Segmentation
 
 _JPEG_LARGEST_SIDE = 65500
@@ -40,74 +41,152 @@ class Row:
     per_class: tuple[float | None, ...]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is written beside the masks.
+
+    Attributes:
+        opacity: of overlays; None: no overlays.
+        probs: "npz" (see :mod:`utils.predict.stored`), "png" (8 bits per class), or None.
+        json: a JSON file per image.
+        masks: the overlapping masks, a PNG per class.
+    """
+
+    opacity: float | None = None
+    probs: str | None = None
+    json: bool = False
+    masks: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the outputs say about the run.
+
+    Attributes:
+        procedure: its name.
+        metric: what expected scores are of, "dice" or "iou".
+        digest: stands for the model and all options that masks depend on.
+        probs_digest: stands for those that probabilities depend on.
+    """
+
+    procedure: str
+    metric: str = "dice"
+    digest: str = "0" * 16
+    probs_digest: str = "0" * 16
+
+
 @dataclass
 class Outputs:
-    """Writes what was asked for into a folder.
+    """Writes the outputs of images into a folder.
 
     Args:
-        folder: where to; made as needed.
+        folder: is created as needed.
         facts: the classes' names and colours.
-        procedure: for the JSON files.
-        metric: what expected scores are of, "dice" or "iou".
-        opacity: of overlays; None: no overlays.
-        probs: "npz" (float16, key ``probs``), "png" (8 bits per class), or None.
-        json: whether to write a JSON file per image.
-        video: where overlays of frames go instead of a picture each.
+        run: what the files say about the run.
+        wanted: what is written beside the masks.
+        force: replace files that this program did not write.
+        video: takes the overlays of frames, instead of a picture each.
     """
 
     folder: Path
     facts: Facts
-    procedure: str
-    metric: str = "dice"
-    opacity: float | None = None
-    probs: str | None = None
-    json: bool = False
-    video: OverlayVideo | None = field(default=None)
+    run: Run
+    wanted: Wanted = Wanted()
+    force: bool = False
+    video: OverlayVideo | None = None
 
     def mask_path(self, name: str) -> Path:
         """Return where the mask of an image goes."""
         return self.folder / f"{name}.png"
 
+    def _files(self, name: str) -> dict[Path, str | None]:
+        """Return every file that an image may have, with the stamp that this run gives it; None: not wanted."""
+        wanted, digest = self.wanted, self.run.digest
+        shown = wanted.opacity is not None and self.video is None
+        return {
+            self.folder / f"{name}.npz": self.run.probs_digest if wanted.probs == "npz" else None,
+            self.folder / f"{name}.json": digest if wanted.json else None,
+            self.folder / f"{name}_overlay.jpg": self._overlay_digest if shown else None,
+            self.mask_path(name): digest,
+        }
+
+    @property
+    def _overlay_digest(self) -> str:
+        return stamps.digest({"run": self.run.digest, "opacity": self.wanted.opacity})
+
+    def _folders(self, name: str) -> dict[Path, str | None]:
+        """Return the folders of files per class that an image may have, as :meth:`_files`."""
+        wanted = self.wanted
+        return {
+            self.folder / f"{name}_probs": self.run.probs_digest if wanted.probs == "png" else None,
+            self.folder / f"{name}_masks": self.run.digest if wanted.masks else None,
+        }
+
     def exists(self, name: str) -> bool:
-        """Return whether an earlier run has written all that is wanted of an image."""
-        wanted = [self.mask_path(name)]
-        if self.opacity is not None and self.video is None:
-            wanted.append(self.folder / f"{name}_overlay.jpg")
-        if self.probs:
-            wanted.append(self.folder / (f"{name}.npz" if self.probs == "npz" else f"{name}_probs"))
-        if self.json:
-            wanted.append(self.folder / f"{name}.json")
-        return all(path.exists() for path in wanted)
+        """Return whether a run with this model and these options has written all that is wanted of an image."""
+        files = all(run is None or stamps.stamp_of(path) == run for path, run in self._files(name).items())
+        return files and all(
+            run is None or path.is_dir() and all(stamps.stamp_of(p) == run for p in path.glob("*.png"))
+            for path, run in self._folders(name).items()
+        )
+
+    def refuse_foreign(self, names: Iterable[str]) -> None:
+        """Raise UserError if an output of these images would replace a file that this program did not write."""
+        if not self.force:
+            stamps.refuse_foreign((path for name in names for path in self._replaced(name)), self.folder)
+
+    def _replaced(self, name: str) -> Iterator[Path]:
+        yield from (path for path, run in self._files(name).items() if run is not None)
+        for path, run in self._folders(name).items():
+            if run is not None:
+                yield from path.glob("*")
+
+    def _remove_stale(self, name: str) -> None:
+        """Remove what an earlier run wrote for an image and this one does not: it would not go with the new mask."""
+        for path, run in self._files(name).items():
+            if run is None and stamps.stamp_of(path) not in (None, self.run.digest, self.run.probs_digest):
+                path.unlink(missing_ok=True)
+        for folder, run in self._folders(name).items():
+            if run is None and folder.is_dir():
+                for path in folder.glob("*.png"):
+                    if stamps.stamp_of(path) is not None:
+                        path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    folder.rmdir()
 
     def write(self, name: str, source: str, image: np.ndarray | None, result: Segmentation) -> Row | None:
-        """Write everything of one image; return its line for the table, where the procedure expects a score.
+        """Write everything of one image; return its line for the table, if the procedure expects a score.
 
-        ``image`` may be drawn over. Files already written of an image are removed again when a later one fails.
+        ``image`` may be drawn over. If a file cannot be written, those already written of the image are removed.
 
         Raises:
-            UserError: a file could not be written.
+            UserError: a file could not be written, or one is in the way.
         """
         written: list[Path] = []
         try:
-            if self.opacity is not None:
+            self.refuse_foreign([name])
+            if self.wanted.opacity is not None:
                 assert image is not None
-                self._write_overlay(name, image, result.labels, self.opacity, written)
-            if self.probs:
+                self._write_overlay(name, image, result.labels, self.wanted.opacity, written)
+            if self.wanted.probs:
                 assert result.probs is not None
                 self._write_probs(name, result.probs, written)
+            if self.wanted.masks:
+                self._write_class_masks(name, result, written)
             row = self._row(source, result)
-            if self.json:
+            if self.wanted.json:
                 written.append(self.folder / f"{name}.json")
                 text = json.dumps(self._describe(source, result, row), indent=2, ensure_ascii=False)
                 write_text(written[-1], f"{text}\n")
-            write_mask(self.mask_path(name), result.labels, self.facts.palette)
+            write_mask(self.mask_path(name), result.labels, self.facts.palette, stamps.text(self.run.digest))
+            self._remove_stale(name)
         except (OSError, UserError) as error:
             cause = reason(error) if isinstance(error, OSError) else error
             for path in written:
                 path.unlink(missing_ok=True)
-            if self.probs == "png":
+            for folder in self._folders(name):
                 with suppress(OSError):
-                    (self.folder / f"{name}_probs").rmdir()
+                    folder.rmdir()
             raise UserError(f"{source}: its outputs could not be written: {cause}") from None
         finally:
             if isinstance(result.probs, Spool):
@@ -126,30 +205,37 @@ class Outputs:
         shrink = max(picture.shape[:2]) / _JPEG_LARGEST_SIDE
         if shrink > 1:
             picture = cv2.resize(picture, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA)
-        write_bytes(written[-1], cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes())
+        data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+        write_bytes(written[-1], stamps.jpeg(data, self._overlay_digest))
 
     def _write_probs(self, name: str, probs: Tensor | Spool, written: list[Path]) -> None:
-        if self.probs == "npz":
+        if self.wanted.probs == "npz":
             written.append(self.folder / f"{name}.npz")
-            write_npz(written[-1], probs)
+            write_probs(written[-1], probs, self.run.probs_digest)
             return
-        classes = probs.shape[0]
-        for c in range(classes):
+        for c in range(probs.shape[0]):
             planes = probs.planes(c) if isinstance(probs, Spool) else [probs[c].numpy()]
-            # float16 to 8 bits: rounded, so that 0 and 1 stay what they are
+            # rounded, so that 0 and 1 stay what they are
             plane = np.concatenate([np.rint(p.astype(np.float32) * 255).astype(np.uint8) for p in planes])
-            written.append(self.folder / f"{name}_probs" / f"{c:03d}_{_file_name(self._class_name(c))}.png")
-            write_png(written[-1], plane)
+            written.append(self.folder / f"{name}_probs" / class_file(self.facts, c))
+            write_png(written[-1], plane, software=stamps.text(self.run.probs_digest))
 
-    def _class_name(self, c: int) -> str:
-        return self.facts.class_names[c] if c < len(self.facts.class_names) else f"class {c}"
+    def _write_class_masks(self, name: str, result: Segmentation, written: list[Path]) -> None:
+        folder = self.folder / f"{name}_masks"
+        folder.mkdir(parents=True, exist_ok=True)  # even without any mask: an empty folder says so
+        assert result.masks is not None
+        found = range(self.facts.num_classes) if result.volumes is None else result.volumes.nonzero()[0].tolist()
+        written += [folder / class_file(self.facts, c) for c in found]
+        write_class_masks(folder, self.facts, result.masks, found, self.run.digest)
 
     def _label_name(self, label: int) -> str:
         """Return a label's name: with one channel, label 1 is the class and 0 its background."""
         if self.facts.num_classes > 1:
-            return self._class_name(label)
+            return self.facts.class_name(label)
         return (
-            self._class_name(label) if len(self.facts.class_names) > 1 else ["background", self._class_name(0)][label]
+            self.facts.class_name(label)
+            if len(self.facts.class_names) > 1
+            else ["background", self.facts.class_name(0)][label]
         )
 
     def _row(self, source: str, result: Segmentation) -> Row | None:
@@ -169,14 +255,20 @@ class Outputs:
             entry: dict[str, Any] = {"id": label, "name": self._label_name(label), "pixels": pixels}
             channel = label - 1 if single else label
             if row is not None and result.volumes is not None and channel >= 0:
-                entry[f"expected_{self.metric}"] = row.per_class[channel]
+                entry[f"expected_{self.run.metric}"] = row.per_class[channel]
                 entry["mask_pixels"] = int(result.volumes[channel])
             if pixels or entry.get("mask_pixels"):
                 classes.append(entry)
         height, width = result.labels.shape
-        described = {"image": source, "width": width, "height": height, "procedure": self.procedure}
+        described = {
+            "written_by": stamps.text(self.run.digest),
+            "image": source,
+            "width": width,
+            "height": height,
+            "procedure": self.run.procedure,
+        }
         if row is not None:
-            described[f"expected_{self.metric}"] = row.expected
+            described[f"expected_{self.run.metric}"] = row.expected
         return described | {"classes": classes, "unassigned_pixels": int(labels[self._known :].sum())}
 
     @property
@@ -188,7 +280,7 @@ class Outputs:
     @property
     def table_path(self) -> Path:
         """Return where the table of expected scores goes."""
-        return self.folder / f"expected_{self.metric}.csv"
+        return self.folder / f"expected_{self.run.metric}.csv"
 
     def write_table(self, rows: Iterable[Row], keep: Iterable[str] = ()) -> list[Row]:
         """Write the table of expected scores, worst image first, and return its rows.
@@ -200,12 +292,29 @@ class Outputs:
         wanted = set(keep) - known
         rows += [row for row in self._read_table() if row.image in wanted]
         rows.sort(key=lambda row: (row.expected is None, row.expected or 0.0, row.image))
-        names = [self._class_name(c) for c in range(self.facts.num_classes)]
-        table = [["image", f"expected_{self.metric}", *names]]
+        names = [self.facts.class_name(c) for c in range(self.facts.num_classes)]
+        table = [["image", f"expected_{self.run.metric}", *names]]
         for row in rows:
             table.append([row.image, *("" if s is None else f"{s:.6f}" for s in (row.expected, *row.per_class))])
         write_text(self.table_path, csv_text(table))
         return rows
+
+    def check_table(self) -> None:
+        """Raise UserError if a file that is not such a table has its name."""
+        if self.table_path.exists() and not self.force and not self._is_table():
+            raise UserError(
+                f"{self.table_path}: is not a table that this program wrote; choose another folder, or give --force to "
+                "replace it"
+            )
+
+    def remove_table(self) -> None:
+        """Remove the table of an earlier run, whose masks have been replaced."""
+        if self.table_path.exists() and self._is_table():
+            self.table_path.unlink()
+
+    def _is_table(self) -> bool:
+        with self.table_path.open(encoding="utf-8", errors="replace", newline="") as file:
+            return file.read(100).startswith(f"image,{self.table_path.stem}")
 
     def _read_table(self) -> Iterator[Row]:
         if not self.table_path.is_file():
@@ -226,11 +335,13 @@ class OverlayVideo:
     Args:
         path: where to; ``.mp4``.
         rate: frames per second.
+        digest: of the run, for the stamp.
     """
 
-    def __init__(self, path: Path, rate: float) -> None:
-        self.path, self.rate = path, rate
+    def __init__(self, path: Path, rate: float, digest: str = "0" * 16) -> None:
+        self.path, self.rate, self.digest = path, rate, digest
         self._writer: cv2.VideoWriter | None = None
+        self._temporary = path
         self._file = ExitStack()
 
     def __enter__(self) -> OverlayVideo:
@@ -240,35 +351,18 @@ class OverlayVideo:
         if self._writer is not None:
             self._writer.release()
             self._writer = None
+            stamps.append_mp4(self._temporary, self.digest)
         self._file.__exit__(*error)
 
     def append(self, picture: np.ndarray) -> None:
         """Add a picture, uint8 ``(H, W, 3)`` BGR."""
         if self._writer is None:
-            temporary = self._file.enter_context(atomic(self.path, self.path.suffix))
+            self._temporary = self._file.enter_context(atomic(self.path, self.path.suffix))
             size = (picture.shape[1], picture.shape[0])
-            self._writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
+            self._writer = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
             if not self._writer.isOpened():
                 raise UserError(f"{self.path}: this build of OpenCV cannot write mp4 video; leave --overlay out")
         self._writer.write(picture)
-
-
-def write_npz(path: Path, probs: Tensor | Spool) -> None:
-    """Write probabilities as ``numpy.savez_compressed(path, probs=...)`` would, float16 ``(C, H, W)``, in small pieces.
-
-    The file is complete or not there.
-    """
-    header = {"descr": "<f2", "fortran_order": False, "shape": tuple(probs.shape)}
-    with (
-        atomic(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
-        archive.open("probs.npy", "w", force_zip64=True) as member,
-    ):
-        np.lib.format.write_array_header_1_0(member, header)
-        for c in range(probs.shape[0]):
-            planes = probs.planes(c) if isinstance(probs, Spool) else [probs[c].half().numpy()]
-            for plane in planes:
-                member.write(np.ascontiguousarray(plane).data)
 
 
 def _count_labels(labels: np.ndarray, rows: int = 256) -> np.ndarray:
@@ -277,10 +371,6 @@ def _count_labels(labels: np.ndarray, rows: int = 256) -> np.ndarray:
     for y in range(0, len(labels), rows):
         counts += np.bincount(labels[y : y + rows].ravel(), minlength=len(counts))
     return counts
-
-
-def _file_name(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text)
 
 
 def check_folder(folder: Path) -> None:

@@ -25,12 +25,21 @@ READERS = 2
 class Report:
     """What became of the images.
 
-    ``tiled``: those that were predicted in tiles because the mode's views of them would not fit.
-    ``rows``: lines of the table of expected scores.
-    ``failures``: one message each.
+    Attributes:
+        done: how many were segmented.
+        skipped: those that have all outputs already, from this model with these options.
+        outdated: how many of those done had outputs of another model or other options.
+        failures: one message each.
+        tiled: those that were predicted in tiles because the mode's views of them would not fit.
+        unassigned: pixels without a class, and ``pixels``: all pixels, of the images done.
+        rows: lines of the table of expected scores.
+        interrupted: the user stopped the run.
     """
 
     done: int = 0
+    outdated: int = 0
+    unassigned: int = 0
+    pixels: int = 0
     skipped: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     tiled: list[str] = field(default_factory=list)
@@ -52,7 +61,7 @@ class Pipeline:
         predictor: makes the masks.
         outputs: writes them.
         advance: called with each finished, skipped or failed item, and its error message or None.
-        skip_existing: leave items alone whose outputs are there.
+        skip_existing: skip items that already have all outputs of this run.
     """
 
     def __init__(
@@ -84,12 +93,16 @@ class Pipeline:
         return self.report
 
     def _wanted(self, items: Iterable[Item]) -> Iterator[Item]:
-        for item in items:
-            if self.skip_existing and self.outputs.exists(item.name):
-                self.report.skipped.append(item.source)
-                self.advance(item, None)
-            else:
+        try:
+            for item in items:
+                if self.skip_existing and self.outputs.exists(item.name):
+                    self.report.skipped.append(item.source)
+                    self.advance(item, None)
+                    continue
+                self.report.outdated += self.skip_existing and self.outputs.mask_path(item.name).exists()
                 yield item
+        except UserError as error:  # a video breaks off: what was read before is still finished
+            self.report.failures.append(str(error))
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -152,7 +165,10 @@ class Pipeline:
         for (job, image), result in zip(batch, results, strict=True):
             if result.tiled:
                 self.report.tiled.append(job.item.source)
-            shown = image if self.outputs.opacity is not None else None
+            self.report.pixels += result.labels.size
+            known = max(2, self.predictor.facts.num_classes)
+            self.report.unassigned += int(np.count_nonzero(result.labels >= known))
+            shown = image if self.outputs.wanted.opacity is not None else None
             future = self._writer.submit(self._write, job.item, shown, result)
             self._writing.append(_Job(job.item, job.pixels, future))
         batch.clear()

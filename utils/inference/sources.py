@@ -1,29 +1,37 @@
-"""Where images to be segmented come from: files, folders, videos and cameras. Imports nothing heavy."""
+"""Where the images come from: files, folders, videos and cameras."""
 
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from PIL import Image
 
 from utils.errors import UserError
+from utils.images import IMAGE_EXTENSIONS, read_image
 
-if TYPE_CHECKING:
-    import numpy as np
-
+# Formats whose header counts the frames.
+_COUNTED = (".mp4", ".m4v", ".mov", ".avi")
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image to be segmented.
+    """One image to segment.
 
-    ``source``: how messages call it. ``name``: where its outputs go below the output folder, without extension.
-    ``read``: returns ``(H, W, channels)``, given the number of channels, or raises UserError.
-    ``file``: the image file, where it is one.
+    Attributes:
+        source: what messages call it; printable, whatever bytes the file's name holds.
+        name: where its outputs go below the output folder, without extension.
+        read: returns ``(H, W, channels)``, given the number of channels, or raises UserError.
+        file: the image file, if it is one.
     """
 
     source: str
@@ -32,16 +40,46 @@ class Item:
     file: Path | None = None
 
     def pixels(self) -> int:
-        """Return the number of pixels as the file's header has it; 0 where that is not known."""
+        """Return the number of pixels that the file's header states; 0 if unknown."""
         if self.file is None:
             return 0
-        from PIL import Image
-
         try:
             with Image.open(self.file) as image:
                 return image.width * image.height
-        except Exception:  # whatever is wrong with the file is said when it is read
+        except Exception:  # reading the file reports what is wrong with it
             return 0
+
+
+@dataclass
+class Found:
+    """The images of a file or folder, and what was not taken.
+
+    Attributes:
+        items: the images, sorted.
+        problems: one message per folder that cannot be read.
+        others: files of other types, by extension.
+        links: linked folders, and links to files that are listed anyway.
+    """
+
+    items: list[Item]
+    problems: list[str]
+    others: Counter[str]
+    links: int = 0
+
+    @property
+    def passed_over(self) -> str:
+        """A sentence on the files that were not taken; empty if there are none."""
+        total = self.others.total()
+        types = ", ".join(f"{count} {extension}" for extension, count in self.others.most_common(3))
+        more = ", ..." if len(self.others) > 3 else ""
+        parts = [f"{total} file(s) of other types ({types}{more})"] * bool(total)
+        parts += [f"{self.links} link(s) to folders, or to images that are listed already"] * bool(self.links)
+        return f"passed over: {'; '.join(parts)}" if parts else ""
+
+
+def printable(path: str | Path) -> str:
+    """Return a path as text that can be printed: bytes that are not UTF-8 as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def is_camera(images: str) -> bool:
@@ -57,13 +95,13 @@ def is_video(images: str) -> bool:
 # ------------------------------------------------------------------------------------------------------ files
 
 
-def find_images(
-    images: str | Path, output: str | Path, extensions: Sequence[str] | None = None
-) -> tuple[list[Item], list[str]]:
-    """Return the images of a file or of a folder and its subfolders, sorted, and what could not be looked into.
+def find_images(images: str | Path, output: str | Path, extensions: Sequence[str] | None = None) -> Found:
+    """Return the images of a file, or of a folder and its subfolders.
+
+    Links to folders are not followed, and a file that several links name is taken once. Hidden files are left out.
 
     Args:
-        images: an image file or a folder. Hidden files are left out.
+        images: an image file or a folder.
         output: the folder that outputs go to, with the same structure of subfolders.
         extensions: such as ``["jpg", ".png"]``, in any case; None: all that :func:`utils.images.read_image` knows.
 
@@ -71,30 +109,25 @@ def find_images(
         UserError: nothing there, no image in it, an output folder among the images, or an output that would
             overwrite an image.
     """
-    from utils.images import IMAGE_EXTENSIONS, read_image
-
     root = Path(images)
     wanted = tuple(_extension(e) for e in extensions) if extensions else IMAGE_EXTENSIONS
-    problems: list[str] = []
+    found = Found([], [], Counter())
     if root.is_file():
         files, root = [root], root.parent
     elif root.is_dir():
         _refuse_to_mix(root, Path(output))
-        files, others = _walk(root, wanted, problems)
-        if not files and not problems:
-            raise UserError(_nothing_found(root, wanted, others))
+        files = _walk(root, wanted, found)
+        if not files and not found.problems:
+            raise UserError(_nothing_found(root, wanted, found))
     else:
         raise UserError(f"--images {images}: there is no such file or folder (looked in {Path.cwd()})")
-    items = [
-        Item(source=str(file), name=name, read=_reader(read_image, file), file=file)
-        for file, name in zip(files, output_names([f.relative_to(root) for f in files]), strict=True)
+    names = output_names([file.relative_to(root) for file in files])
+    found.items = [
+        Item(source=printable(file), name=name, read=partial(read_image, file), file=file)
+        for file, name in zip(files, names, strict=True)
     ]
-    _refuse_to_overwrite(items, Path(output))
-    return items, problems
-
-
-def _reader(read_image: Callable[[Path, int], Any], file: Path) -> Callable[[int], Any]:
-    return lambda channels: read_image(file, channels)
+    _refuse_to_overwrite(found.items, Path(output))
+    return found
 
 
 def _extension(text: str) -> str:
@@ -115,39 +148,77 @@ def _refuse_to_mix(root: Path, output: Path) -> None:
     )
 
 
-def _walk(root: Path, wanted: Sequence[str], problems: list[str]) -> tuple[list[Path], Counter[str]]:
-    """List the wanted files below ``root``, and count the extensions of the others."""
+def _walk(root: Path, wanted: Sequence[str], found: Found) -> list[Path]:
+    """List the wanted files below ``root``; note in ``found`` what is not taken."""
     files: list[Path] = []
-    others: Counter[str] = Counter()
 
     def unreadable(error: OSError) -> None:
-        problems.append(f"{error.filename}: the folder cannot be read: {error.strerror}")
+        found.problems.append(f"{printable(error.filename)}: the folder cannot be read: {error.strerror}")
 
     for folder, subfolders, names in os.walk(root, onerror=unreadable):
         here = Path(folder)
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        found.links += sum((here / s).is_symlink() for s in subfolders)
         for name in sorted(n for n in names if not n.startswith(".")):
             extension = Path(name).suffix.lower()
             if extension in wanted:
                 files.append(here / name)
             else:
-                others[extension or "(none)"] += 1
-    return files, others
+                found.others[extension or "(none)"] += 1
+    return _without_doubles(files, found)
 
 
-def _nothing_found(root: Path, wanted: Sequence[str], others: Counter[str]) -> str:
-    there = ", ".join(f"{count} with {extension}" for extension, count in others.most_common(5))
+def _without_doubles(files: list[Path], found: Found) -> list[Path]:
+    """Drop links to files that are listed anyway, by their own name or an earlier link."""
+    own = {file.resolve() for file in files if not file.is_symlink()}
+    kept = []
+    for file in files:
+        if file.is_symlink():
+            target = file.resolve()
+            if target in own:
+                found.links += 1
+                continue
+            own.add(target)
+        kept.append(file)
+    return kept
+
+
+def _nothing_found(root: Path, wanted: Sequence[str], found: Found) -> str:
+    there = ", ".join(f"{number} with {extension}" for extension, number in found.others.most_common(5))
     return (
-        f"--images {root}: no file with {', '.join(wanted)} in this folder or below; "
-        f"there are {there or 'no files at all'}" + (" (choose with --extension)" if others else "")
+        f"--images {printable(root)}: no file with {', '.join(wanted)} in this folder or below; "
+        f"there are {there or 'no files at all'}"
+        + (" (choose with --extension)" if found.others else "")
+        + (f"; {found.links} linked folder(s) were not followed: give the folder itself" if found.links else "")
     )
 
 
 def output_names(files: Sequence[Path]) -> list[str]:
-    """Return the outputs' names: paths without extension; with it where two images differ in nothing else."""
-    stems = [file.with_suffix("").as_posix() for file in files]
-    count = Counter(stem.casefold() for stem in stems)
-    return [stem if count[stem.casefold()] == 1 else file.as_posix() for stem, file in zip(stems, files, strict=True)]
+    """Return the outputs' names: paths without extension, made unique.
+
+    The extension stays where two images differ in nothing else, and a number follows where even that is not enough.
+    Names that differ in case or in the Unicode form of accents count as equal, since some file systems say so.
+    """
+    stems = Counter(_folded(file.with_suffix("").as_posix()) for file in files)
+    folders = {_folded(parent.as_posix()) for file in files for parent in file.parents}
+    taken = {"probs"}  # probs.json describes the probabilities
+    names = []
+    for file in files:
+        stem, whole = file.with_suffix("").as_posix(), file.as_posix()
+        candidates = chain([stem] * (stems[_folded(stem)] == 1), [whole], (f"{whole}~{n}" for n in count(2)))
+        name = next(c for c in candidates if _folded(c) not in taken and not _own_folders(c) & folders)
+        taken.add(_folded(name))
+        names.append(name)
+    return names
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _own_folders(name: str) -> set[str]:
+    """Return the paths below the output folder that no other image may use as a folder."""
+    return {_folded(f"{name}{end}") for end in (".png", ".json", ".npz", "_overlay.jpg", "_probs", "_masks")}
 
 
 def _refuse_to_overwrite(items: Sequence[Item], output: Path) -> None:
@@ -173,8 +244,6 @@ class Video:
     """
 
     def __init__(self, source: str, shard: tuple[int, int] = (0, 1)) -> None:
-        import cv2
-
         self.source, self.shard = source, shard
         self.is_camera = is_camera(source)
         if self.is_camera:
@@ -194,9 +263,11 @@ class Video:
         self.frames = None if self.is_camera else int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)) or None
 
     def __iter__(self) -> Iterator[Item]:
-        """Yield frames until the video, or the camera, ends; release it then."""
-        import cv2
+        """Yield frames until the video or the camera ends; release it then.
 
+        Raises:
+            UserError: no frame can be read, or the video breaks off.
+        """
         rank, world = self.shard
         index = 0
         try:
@@ -213,12 +284,20 @@ class Video:
             self._capture.release()
         if index == 0:
             raise UserError(f"--images {self.source}: no frame can be read of it")
+        if rank == 0 and self.frames is not None and index < self.frames * (1 - self._slack):
+            raise UserError(
+                f"{self.source}: breaks off at frame {index} of {self.frames}: the file is damaged or cut short there; "
+                "the frames before it are segmented"
+            )
+
+    @property
+    def _slack(self) -> float:
+        """The share by which the announced number of frames may be off: some formats announce a duration only."""
+        return 0.0 if Path(self.source).suffix.lower() in _COUNTED else 0.05
 
 
 def _frame_reader(frame: np.ndarray) -> Callable[[int], np.ndarray]:
     def read(channels: int) -> np.ndarray:
-        import cv2
-
         if channels == 1:
             return cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)[:, :, None]
         if channels != 3:

@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--solver", choices=("exact", "ba", "trna", "paper", "rma"), help="of rankdice")
     add("--smooth", type=float, help="of rankdice")
     add("--prune", type=_prune, metavar="P", help="of rankdice: a probability, or off")
-    add("--packed", action="store_true", help="also write the overlapping masks of T and rankdice, NAME.masks.npz")
+    add("--masks", action="store_true", help="also the overlapping masks of T and rankdice, a PNG per class")
     add("-d", "--device", default="cpu", help="cpu, or cuda; the device of the run gives its very masks")
     args = parser.parse_args()
     if args.threshold is not None and not 0 <= args.threshold <= 1:
@@ -78,8 +78,10 @@ def main() -> int:
         except ValueError as error:  # options that do not go together, values that are no probabilities
             raise UserError(f"{path}: {error}") from None
         stored.write_masks(output, index.facts, [name], stored.pictures(procedure, probs, prediction, options))
-        if args.packed and prediction.masks is not None:
-            stored.write_packed(output / f"{stored.file_name(name)}.masks.npz", prediction)
+        if args.masks and prediction.masks is not None:
+            found = prediction.masks[0].flatten(1).any(1).nonzero()[:, 0].tolist()
+            masks = prediction.masks[0].cpu().numpy()
+            stored.write_class_masks(output / f"{stored.file_name(name)}_masks", index.facts, masks, found)
         scores, volumes = prediction.scores, prediction.volumes
         if scores is not None and volumes is not None and volumes.any():
             expected.append(float(scores[volumes > 0].mean()))

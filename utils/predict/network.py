@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,11 @@ class Network:
     def averages(self) -> bool:
         """Whether probabilities are the mean over several views of an image."""
         return self.flip or tuple(self.scales) != (1.0,)
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that the probabilities depend on beside the weights and the image."""
+        names = ("activation", "temperature", "amp", "channels_last", "scales", "flip")
+        return {name: getattr(self, name) for name in names} | {"mean": self.facts.mean, "std": self.facts.std}
 
     def eval(self) -> None:
         """Put the model into evaluation mode."""
@@ -156,6 +162,10 @@ class Ensemble:
         """Whether the members average over several views of an image."""
         return any(member.averages for member in self.members)
 
+    def settings(self) -> list[dict[str, Any]]:
+        """Return all that the probabilities depend on beside the weights and the image."""
+        return [member.settings() for member in self.members]
+
     def eval(self) -> None:
         """Put the models into evaluation mode."""
         for member in self.members:
@@ -183,17 +193,17 @@ def unlink(probs: Tensor, activation: Activation) -> Tensor:
     return logits
 
 
-def check_finite(probs: Tensor, names: Sequence[str] = ("the image",)) -> None:
+def check_finite(probs: Tensor, names: Sequence[str] = ()) -> None:
     """Refuse probabilities ``(B, C, H, W)`` that hold NaN or infinity.
 
     Raises:
-        UserError: names the first such image, and the usual causes.
+        UserError: names the first such image, if names are given, and the usual causes.
     """
     bad = ~probs.flatten(1).sum(dim=1).isfinite()  # one pass, no copy; values in [0, 1] cannot overflow float32
     if bad.any():
-        name = names[int(bad.nonzero()[0])]
+        name = f"{names[int(bad.nonzero()[0])]}: " if names else ""
         raise UserError(
-            f"{name}: the network's probabilities are not finite (NaN or infinity). Either the image holds such "
+            f"{name}the network's probabilities are not finite (NaN or infinity). Either the image holds such "
             "values, or the weights do (the training diverged), or half precision overflows (try trainer.amp bf16 "
             "or off)"
         )

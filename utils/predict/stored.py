@@ -1,20 +1,16 @@
-"""Probabilities on disk, without loss: decide again under another procedure, without the network.
+"""Probabilities and masks on disk: apply another procedure later, without the network.
 
-One folder holds ``probs.json`` (what the model is of: classes, palette, and the options of the run) and per image
-``NAME.npz`` with the float32 probabilities ``(C, H, W)``. A procedure sees exactly the bits it saw in the run, so
-its masks are the same.
-
-Probabilities are noisy in their last bits, so no lossless code makes them much smaller. Here the four bytes of all
-numbers are stored apart (``planes``, uint8 ``(4, C, H, W)``, lowest byte first) and deflated: on a network's output
-about 1.3 times smaller than raw, twice as fast as ``numpy.savez_compressed`` and smaller than it. NumPy alone reads
-them back: ``numpy.moveaxis(numpy.load(f)["planes"], 0, -1).copy().view("<f4")[..., 0]``.
+A folder of probabilities holds ``probs.json`` (the classes, the palette, the checkpoint and the options of the run) and
+one ``NAME.npz`` per image: array ``probs``, ``(C, H, W)``, float32 (float16 for images too large for the memory). A
+procedure then sees exactly the numbers that it saw in the run, so its masks are the same. ``test.py --save-probs`` and
+``inference.py --probs`` write such folders; ``python -m utils.predict`` reads them.
 """
 
 from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,47 +20,77 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from utils import stamps
 from utils.errors import UserError
 from utils.facts import Facts
 from utils.files import atomic, write_text
+from utils.images import write_png
 from utils.images.palette import write_mask
 from utils.predict import Prediction, PredictOptions, label_map
+from utils.predict.network import Ensemble, Network
+from utils.predict.spool import Spool
 
 INDEX = "probs.json"
-FORMAT = 1
+FORMAT = 2
+# The names that arrays of probabilities have in .npz files of ours, of nnU-Net, and of its first version.
+KEYS = ("probs", "probabilities", "softmax")
 
 
-def write_probs(path: Path, probs: Tensor) -> None:
-    """Write probabilities ``(C, H, W)`` losslessly; the file is whole or not there.
+def write_probs(path: Path, probs: Tensor | Spool, run: str = "0" * 16) -> None:
+    """Write the probabilities of one image, as ``numpy.savez_compressed(path, probs=...)`` would.
+
+    Args:
+        path: the file; it is complete or not there.
+        probs: float32 ``(C, H, W)``, or the spool of a large image, which is written in small pieces.
+        run: for the file's stamp, see :mod:`utils.stamps`.
 
     Raises:
         UserError: it could not be written.
     """
-    values = np.ascontiguousarray(probs.detach().cpu().numpy(), dtype="<f4")
-    planes = np.ascontiguousarray(np.moveaxis(values.view(np.uint8).reshape(*values.shape, 4), -1, 0))
+    header = {
+        "descr": "<f2" if isinstance(probs, Spool) else "<f4",
+        "fortran_order": False,
+        "shape": tuple(probs.shape),
+    }
     with (
         atomic(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
-        archive.open("planes.npy", "w", force_zip64=True) as file,
+        archive.open("probs.npy", "w", force_zip64=True) as member,
     ):
-        np.lib.format.write_array(file, planes, allow_pickle=False)
+        archive.comment = stamps.text(run).encode()
+        np.lib.format.write_array_header_1_0(member, header)
+        for c in range(probs.shape[0]):
+            planes = probs.planes(c) if isinstance(probs, Spool) else [probs[c].detach().cpu().float().numpy()]
+            for plane in planes:
+                member.write(np.ascontiguousarray(plane).data)
 
 
 def read_probs(path: Path) -> Tensor:
-    """Return the probabilities that :func:`write_probs` wrote, float32 ``(C, H, W)``.
+    """Return the probabilities in a ``.npz`` or ``.npy`` file, float32 ``(C, ...)``.
+
+    A ``.npz`` file holds one array, or one with a name of ``KEYS``.
 
     Raises:
-        UserError: the file is not one of these, or cut short.
+        UserError: the file is something else, or cut short.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            planes = archive["planes"]
-        values = np.moveaxis(planes, 0, -1).copy().view("<f4")[..., 0]
-        return torch.from_numpy(values.astype(np.float32, copy=False))
+        values = np.load(path, allow_pickle=False)
+        if isinstance(values, np.lib.npyio.NpzFile):
+            with values as archive:
+                key = next((k for k in KEYS if k in archive), archive.files[0] if len(archive.files) == 1 else None)
+                if key is None:
+                    raise ValueError(f"it holds {', '.join(archive.files)}, expected one array or {' or '.join(KEYS)}")
+                values = archive[key]
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file of probabilities") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not the probabilities of an image, or cut short: {error}") from None
+    if values.dtype.kind != "f" or values.ndim < 2:
+        raise UserError(
+            f"{path}: expected floating point probabilities (classes, height, width), found {values.dtype} of shape "
+            f"{values.shape}"
+        )
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
 def file_name(name: str) -> str:
@@ -73,55 +99,89 @@ def file_name(name: str) -> str:
     return "/".join(parts) or "image"
 
 
+# ------------------------------------------------------------------------------------------------- the folder
+
+
 @dataclass(frozen=True)
 class Index:
-    """What a folder of probabilities says of itself: the content of ``probs.json``."""
+    """What a folder of probabilities says about itself: the content of ``probs.json``.
+
+    Attributes:
+        facts, options, procedure, temperature: of the run.
+        checkpoint: its file.
+        run: stands for the weights and for how the images were viewed, see :func:`run_of`.
+        data: the data that was predicted, if a folder must not hold several.
+    """
 
     facts: Facts
     options: PredictOptions
     procedure: str
     temperature: float
     checkpoint: str
+    run: str = "0" * 16
+    data: str = ""
+
+
+def run_of(weights: Iterable[Path], network: Network | Ensemble, **views: Any) -> str:
+    """Return a digest of all that probabilities depend on beside the image."""
+    digests = [stamps.file_digest(path) for path in weights]
+    return stamps.digest({"weights": digests, "network": network.settings(), **views})
 
 
 class ProbsWriter:
     """Writes the probabilities of each image of a run into a folder.
 
     Args:
-        folder: is made; files of the same images are replaced.
-        index: what the folder is to say of itself.
+        folder: is created.
+        index: what the folder says about itself.
+        force: remove the probabilities of an earlier run instead of refusing to mix.
+
+    Raises:
+        UserError: the folder holds probabilities of another run, or cannot be written.
     """
 
-    def __init__(self, folder: Path, index: Index) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, index: Index, force: bool = False) -> None:
+        self.folder, self.run = folder, index.run
+        if (folder / INDEX).is_file() and not force:
+            earlier = read_index(folder)
+            if (earlier.run, earlier.data) != (index.run, index.data):
+                other = f"{earlier.checkpoint} {earlier.data}".strip()
+                raise UserError(
+                    f"{folder}: holds the probabilities of another run ({other}); choose another folder, or give "
+                    "--force to remove them"
+                )
+        others = [path for _, path in stored(folder) if stamps.stamp_of(path) != index.run]
+        if not force:
+            stamps.refuse_foreign(others, folder)
+        for path in others:
+            if stamps.stamp_of(path) is not None:
+                path.unlink(missing_ok=True)
         write_text(folder / INDEX, json.dumps({"format": FORMAT} | asdict(index), indent=2) + "\n")
 
-    def write(self, names: list[str], probs: Tensor) -> None:
-        """Write a batch ``(B, C, H, W)``."""
+    def write(self, names: Sequence[str], probs: Sequence[Tensor | Spool] | Tensor) -> None:
+        """Write the probabilities ``(C, H, W)`` of images by their names."""
         for name, image in zip(names, probs, strict=True):
-            write_probs(self.folder / f"{file_name(name)}.npz", image)
+            write_probs(self.folder / f"{file_name(name)}.npz", image, self.run)
 
 
 def read_index(folder: Path) -> Index:
-    """Return what a folder of probabilities says of itself.
+    """Return what a folder of probabilities says about itself.
 
     Raises:
-        UserError: it is none.
+        UserError: it does not.
     """
     path = folder / INDEX
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise ValueError("written by another version")
         options = content["options"]
         options["classes"] = None if options["classes"] is None else tuple(options["classes"])
-        return Index(
-            facts=Facts.from_dict(content["facts"]),
-            options=PredictOptions(**options),
-            procedure=content["procedure"],
-            temperature=content["temperature"],
-            checkpoint=content["checkpoint"],
-        )
+        return Index(**content | {"facts": Facts.from_dict(content["facts"]), "options": PredictOptions(**options)})
     except FileNotFoundError:
-        raise UserError(f"{folder}: holds no {INDEX}; expected a folder that test.py --save-probs wrote") from None
+        raise UserError(
+            f"{folder}: holds no {INDEX}; expected a folder that test.py --save-probs or inference.py --probs wrote"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not as test.py --save-probs writes it: {error}") from None
 
@@ -164,22 +224,40 @@ def mask_labels(probs: Tensor, masks: Tensor, unassigned: int) -> Tensor:
     return torch.where(best >= 0, labels, unassigned)
 
 
-def write_masks(folder: Path, facts: Facts, names: list[str], labels: NDArray[Any]) -> None:
-    """Write label maps ``(B, H, W)`` as palette PNGs, ``folder/NAME.png``.
+def write_masks(folder: Path, facts: Facts, names: Sequence[str], labels: NDArray[Any], run: str = "0" * 16) -> None:
+    """Write label maps ``(H, W)`` as palette PNGs, ``folder/NAME.png``, with a stamp (:mod:`utils.stamps`).
 
     Raises:
         UserError: one could not be written.
     """
     for name, one in zip(names, labels, strict=True):
-        write_mask(folder / f"{file_name(name)}.png", one, facts.palette)
+        write_mask(folder / f"{file_name(name)}.png", one, facts.palette, stamps.text(run))
 
 
-def write_packed(path: Path, prediction: Prediction) -> None:
-    """Write the overlapping masks of one image: ``masks`` (bits packed along the last axis), ``shape``, ``scores``."""
-    assert prediction.masks is not None
-    masks = prediction.masks[0].cpu().numpy()
-    arrays: dict[str, Any] = {"masks": np.packbits(masks, axis=-1), "shape": np.array(masks.shape)}
-    if prediction.scores is not None:
-        arrays["scores"] = prediction.scores[0].float().cpu().numpy()
-    with atomic(path, ".npz") as temporary:
-        np.savez_compressed(temporary, **arrays)
+def write_class_masks(folder: Path, facts: Facts, masks: Any, classes: Iterable[int], run: str = "0" * 16) -> None:
+    """Write the overlapping masks of one image as ``folder/003_car.png``: grey PNGs, 255 inside and 0 outside.
+
+    Masks that an earlier run left in the folder are removed.
+
+    Args:
+        folder: of this image alone.
+        facts: for the classes' names.
+        masks: bool ``(H, W)`` by class id.
+        classes: those whose masks are written.
+        run: for the stamp.
+
+    Raises:
+        UserError: one could not be written.
+    """
+    wanted = {folder / class_file(facts, c): c for c in classes}
+    for path in folder.glob("*.png"):
+        if path not in wanted and stamps.stamp_of(path) is not None:
+            path.unlink()
+    for path, c in wanted.items():
+        write_png(path, np.asarray(masks[c]).astype(np.uint8) * 255, software=stamps.text(run))
+
+
+def class_file(facts: Facts, c: int) -> str:
+    """Return the name of a file about one class, such as ``003_car.png``."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in facts.class_name(c))
+    return f"{c:03d}_{plain}.png"

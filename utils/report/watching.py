@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from utils.evaluation.calibration import Reliability
 from utils.evaluation.confusion import Confusion, as_csv
 from utils.files import write_text
 from utils.predict import PredictOptions
-from utils.predict.stored import Index, ProbsWriter, pictures, write_masks
+from utils.predict.stored import Index, ProbsWriter, pictures, run_of, write_masks
 from utils.report.files import PAGE
 from utils.report.gallery import Gallery
 from utils.report.page import Evidence, page
@@ -62,16 +63,25 @@ class Watcher:
         self._on_part.append(write)
         self.folders.append(folder)
 
-    def save_probs(self, folder: Path, options: PredictOptions, procedure: str) -> None:
-        """Keep the probabilities of every image in ``folder``; ``procedure`` is that of the run."""
+    def save_probs(self, folder: Path, options: PredictOptions, procedure: str, force: bool = False) -> None:
+        """Keep the probabilities of every image in ``folder``.
+
+        Args:
+            folder: see :class:`utils.predict.stored.ProbsWriter`.
+            options, procedure: of the run.
+            force: remove the probabilities of an earlier run.
+        """
+        scored = self.loaded.config.test_loader or self.loaded.config.val_loader
         index = Index(
             facts=self.loaded.facts,
             options=options,
             procedure=self.loaded.config.predict.test if procedure == "all" else procedure,
             temperature=self.evaluator.network.temperature,
             checkpoint=str(self.loaded.path),
+            run=run_of([self.loaded.path], self.evaluator.network),
+            data="" if scored is None else f"{scored.type} {json.dumps(scored.args, sort_keys=True)}",
         )
-        writer = ProbsWriter(folder, index)
+        writer = ProbsWriter(folder, index, force)
         self._on_part.append(lambda part: writer.write(part.batch.names, part.probs))
         self.folders.append(folder)
 

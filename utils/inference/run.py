@@ -1,0 +1,225 @@
+"""One run of ``inference.py``: load the model, segment every image, write the outputs, print a summary."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from utils import checkpoint, distributed, stamps
+from utils.errors import USER_ERROR_EXIT_CODE, UserError
+from utils.inference.outputs import Outputs, OverlayVideo, Run, Wanted, check_folder, worst
+from utils.inference.pipeline import Pipeline, Report, take
+from utils.inference.sources import Found, Item, Video, find_images, is_video, printable
+from utils.predict.network import choose_device
+from utils.predict.stored import Index, ProbsWriter, run_of
+from utils.predictor import SCALES, Predictor
+
+_SHOWN = 20  # failures that the summary repeats
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of one process.
+
+    Attributes:
+        items: its share of them.
+        total: how many, if that is known.
+        video: the video they are frames of.
+        found: what was found in the folder.
+    """
+
+    items: Iterable[Item]
+    total: int | None
+    video: Video | None = None
+    found: Found | None = None
+
+
+def segment_all(args: argparse.Namespace) -> int:
+    """Segment all images that the command line names; return the exit code.
+
+    Raises:
+        UserError: nothing was segmented, because the images, the model or the output folder cannot be used.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # large images are wanted here
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    source = open_source(args, rank, world)
+    predictor = load(args)
+    outputs = open_outputs(args, predictor, source)
+    if source.video is not None and args.overlay is not None and world == 1:
+        path = outputs.folder / f"{source.video.name}_overlay.mp4"
+        if not args.force:
+            stamps.refuse_foreign([path], outputs.folder)
+        outputs.video = OverlayVideo(path, source.video.rate, outputs.run.digest)
+
+    started = time.monotonic()
+    problems = source.found.problems if source.found is not None and rank == 0 else []
+    with progress_bar(source.total, rank) as (advance, say), outputs.video or nullcontext():
+        for problem in problems:
+            say(problem)
+        pipeline = Pipeline(predictor, outputs, advance, args.skip_existing)
+        report = pipeline.run(take(source.items, args.limit))
+    report.failures[:0] = problems
+    with process_group(world):
+        reports = distributed.gather(report)
+    if rank == 0:
+        summarise(reports, outputs, predictor.mode, time.monotonic() - started)
+        if source.found is not None and source.found.passed_over:
+            print(source.found.passed_over)
+    if report.interrupted:
+        return 130
+    return USER_ERROR_EXIT_CODE if any(r.failures for r in reports) else 0
+
+
+def open_source(args: argparse.Namespace, rank: int, world: int) -> Source:
+    """Find the images of this process."""
+    if is_video(args.images):
+        video = Video(args.images, (rank, world))
+        total = video.frames and -(-(video.frames - rank) // world)
+        return Source(video, min(total, args.limit) if total and args.limit else total, video)
+    found = find_images(args.images, args.output, args.extension)
+    items = found.items[rank::world]
+    return Source(items, min(len(items), args.limit or len(items)), found=found)
+
+
+def load(args: argparse.Namespace) -> Predictor:
+    """Return the predictor that the command line describes.
+
+    Raises:
+        UserError: a checkpoint or the device cannot be used.
+    """
+    device = choose_device(args.device)
+    loaded = []
+    for path in args.model:
+        state = checkpoint.read(path)
+        config = checkpoint.config_of(state, path, args.config, args.set)
+        loaded.append(checkpoint.build_model(state, path, config, device))
+    predictor = Predictor(
+        loaded,
+        predict=args.predict,
+        mode=args.mode,
+        scales=args.scales or SCALES,
+        flip=args.flip,
+        tile=None if not args.tile else args.tile[0] if len(args.tile) == 1 else tuple(args.tile),
+        overlap=args.overlap,
+        batch_size=args.batch_size,
+        device=device,
+        max_pixels=args.max_pixels,
+        memory=int(args.memory * 2**30) if args.memory else None,
+        amp=args.amp,
+        keep_masks=args.masks,
+        keep_probs=args.probs is not None,
+    )
+    if args.masks and predictor.procedure == "max":
+        raise UserError("--masks: procedure max has no overlapping masks; use -p rankdice or -p T, or leave it out")
+    return predictor
+
+
+def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Source) -> Outputs:
+    """Prepare the output folder.
+
+    Raises:
+        UserError: it cannot be written to, or holds files of somebody else or of another checkpoint.
+    """
+    folder = Path(args.output)
+    probs_digest = run_of(map(Path, args.model), predictor.network, **predictor.views())
+    options = asdict(predictor.options)
+    digest = stamps.digest({"probs": probs_digest, "procedure": predictor.procedure, "options": options})
+    run = Run(predictor.procedure, predictor.options.metric, digest, probs_digest)
+    wanted = Wanted(args.overlay, args.probs, args.json, args.masks)
+    outputs = Outputs(folder, predictor.facts, run, wanted, args.force)
+    outputs.check_table()
+    if source.video is None:
+        outputs.refuse_foreign(item.name for item in source.items)
+    check_folder(folder)
+    if args.probs == "npz":
+        temperature = predictor.network.temperature
+        path = ", ".join(args.model)
+        index = Index(predictor.facts, predictor.options, predictor.procedure, temperature, path, probs_digest)
+        ProbsWriter(folder, index, args.force)
+    return outputs
+
+
+@contextmanager
+def progress_bar(total: int | None, rank: int) -> Iterator[tuple[Callable, Callable]]:
+    """Show progress; give functions that note a finished item, and that print a line above the bar."""
+    with tqdm(total=total, unit="image", desc="segmenting", disable=rank > 0, dynamic_ncols=True) as bar:
+
+        def say(problem: str) -> None:
+            bar.write(f"error: {problem}", file=sys.stderr)
+
+        def advance(item: Item, problem: str | None) -> None:
+            if problem is not None:
+                say(problem)
+            bar.set_postfix_str(printable(Path(item.name).name), refresh=False)
+            bar.update()
+
+        yield advance, say
+
+
+@contextmanager
+def process_group(world: int) -> Iterator[None]:
+    """Join the processes of torchrun to gather their reports, however long the slowest takes."""
+    if world == 1:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def summarise(reports: Sequence[Report], outputs: Outputs, mode: str, seconds: float) -> None:
+    """Print what was done, what failed, and where everything is; write the table of expected scores."""
+    done, skipped = sum(r.done for r in reports), [s for r in reports for s in r.skipped]
+    tiled = [t for r in reports for t in r.tiled]
+    run, folder = outputs.run, printable(outputs.folder)
+    speed = f", {done / seconds:.2f} images/s" if done else ""
+    print(f"segmented {done} image(s) by {run.procedure}, mode {mode}, in {seconds:.1f} s{speed}; masks: {folder}")
+    if skipped:
+        print(f"skipped {len(skipped)} image(s) that already have the outputs of this model and these options")
+    if outdated := sum(r.outdated for r in reports):
+        print(f"{outdated} image(s) had outputs of another model, other options or another program's; segmented again")
+    if tiled:
+        print(f"{len(tiled)} image(s) were too large to be seen whole and were predicted in tiles: {some(tiled)}")
+    if unassigned := sum(r.unassigned for r in reports):
+        share = 100 * unassigned / sum(r.pixels for r in reports)
+        print(f"{share:.1f} % of the pixels are unassigned: no class takes them under {run.procedure}")
+    print_table(outputs, [row for report in reports for row in report.rows], skipped)
+    if any(r.interrupted for r in reports):
+        print("interrupted: --skip-existing continues where this run stopped")
+    failures = [f for r in reports for f in r.failures]
+    if failures:
+        print(f"{len(failures)} failed:")
+        for failure in failures[:_SHOWN]:
+            print(f"  {failure}")
+        if len(failures) > _SHOWN:
+            print(f"  ... and {len(failures) - _SHOWN} more, see above")
+
+
+def print_table(outputs: Outputs, rows: list, skipped: Sequence[str]) -> None:
+    """Write the table of expected scores and say where it is; without scores, remove that of an earlier run."""
+    if not rows:
+        if not skipped:
+            outputs.remove_table()
+        return
+    lowest = worst(outputs.write_table(rows, keep=skipped))
+    name = {"iou": "IoU"}.get(outputs.run.metric, "Dice")
+    found = f" (lowest: {lowest.expected:.3f}, {lowest.image})" if lowest else ""
+    print(f"expected {name} per image and class, worst first: {printable(outputs.table_path)}{found}")
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first few names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

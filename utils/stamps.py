@@ -1,0 +1,86 @@
+"""Which run wrote a file: outputs carry a stamp, so a run replaces its own files and nobody else's.
+
+A stamp is a short text inside the file: a text chunk of a PNG, a comment of a JPEG or zip file, a field of JSON, a box
+at the end of an MP4. It names the model and the options by their digest. Programs that edit a mask and save it again
+drop the stamp, so corrected masks are not overwritten either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+_MARK = "segmentation-output:"
+_STAMP = re.compile(rb"segmentation-output:([0-9a-f]{16})")
+_NEAR = 4096  # stamps lie this close to the start or the end of a file
+_CHUNK = 2**20
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that stand for these settings."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: str | Path) -> str:
+    """Return 16 hexadecimal digits that stand for a file's content."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()[:16]
+
+
+def text(run: str) -> str:
+    """Return the stamp of a run, from its digest."""
+    return _MARK + run
+
+
+def jpeg(data: bytes, run: str) -> bytes:
+    """Return a JPEG file's bytes with a stamp in a comment."""
+    comment = text(run).encode()
+    return data[:2] + b"\xff\xfe" + struct.pack(">H", len(comment) + 2) + comment + data[2:]
+
+
+def append_mp4(path: Path, run: str) -> None:
+    """Add a stamp to an MP4 file, in a box that players skip."""
+    content = text(run).encode()
+    with open(path, "ab") as file:
+        file.write(struct.pack(">I", len(content) + 8) + b"free" + content)
+
+
+def stamp_of(path: Path) -> str | None:
+    """Return the digest in a file's stamp; None where there is no file or no stamp."""
+    try:
+        with open(path, "rb") as file:
+            found = _STAMP.search(file.read(_NEAR))
+            if found is None:
+                file.seek(max(0, path.stat().st_size - _NEAR))
+                found = _STAMP.search(file.read(_NEAR))
+    except OSError:
+        return None
+    return found.group(1).decode() if found else None
+
+
+def refuse_foreign(paths: Iterable[Path], folder: Path) -> None:
+    """Raise UserError if a path holds a file without a stamp.
+
+    Args:
+        paths: files that are about to be written.
+        folder: what the message calls them by.
+    """
+    foreign = [path for path in paths if path.exists() and stamp_of(path) is None]
+    if foreign:
+        names = ", ".join(str(path) for path in foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        count = "1 file is" if len(foreign) == 1 else f"{len(foreign)} files are"
+        raise UserError(
+            f"{folder}: {count} in the way that this program did not write, or that were changed since: {names}; "
+            "choose another folder, or give --force to replace them"
+        )
