@@ -236,8 +236,9 @@ class Predictor:
     # ------------------------------------------------------------------------------------------ probabilities
 
     def views(self) -> dict[str, Any]:
-        """Return what probabilities depend on beside the network: the mode, and how large images are cut."""
-        return {"sliding": self.mode == "sliding", "tile": self.tile, "overlap": self.overlap, "max": self.max_pixels}
+        """Return what probabilities depend on beside the network: how files are read, and how images are cut."""
+        cut = (self.mode == "sliding", self.tile, self.overlap, self.max_pixels)
+        return {"values": str(self.values), "cut": cut}
 
     def tiles(self, height: int, width: int) -> bool:
         """Return whether an image of this size is cut into tiles although the mode is not "sliding"."""
