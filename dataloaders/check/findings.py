@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -13,6 +14,19 @@ from tqdm import tqdm
 from base.base_dataset import BaseDataSet
 from base.statistics import mean_and_std, moments
 from utils.errors import UserError
+from utils.images.formats import decode, read_bytes
+
+DECODED = 100  # images that are decoded once more, as stored
+
+
+@dataclass
+class OnDisk:
+    """What image files of one kind (channels without transparency, whether there is transparency, type) hold."""
+
+    files: int = 0
+    low: float = np.inf
+    high: float = -np.inf
+    largest: int | None = None
 
 
 @dataclass
@@ -30,6 +44,7 @@ class Findings:
         pixels: per class id, and last for ignored ones.
         images: in how many images each of these occurs.
         mean, std: of the images per channel, intensities in [0, 1].
+        on_disk: kind of image file -> what such files hold; of up to ``DECODED`` of the samples.
         weights: what the loss's ``"weight": "balanced"`` comes to on these samples; empty without labelled pixels.
     """
 
@@ -44,6 +59,7 @@ class Findings:
     images: np.ndarray = field(default_factory=lambda: np.zeros(0))
     mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
     std: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    on_disk: dict[tuple[int, bool, str], OnDisk] = field(default_factory=dict)
     weights: list[float] = field(default_factory=list)
 
 
@@ -57,6 +73,7 @@ class _Look:
     counts: np.ndarray | None = None
     moments: np.ndarray | None = None
     problem: str | None = None
+    raster: tuple[tuple[int, bool, str], float, float, int | None] | None = None
 
 
 def inspect(dataset: BaseDataSet, samples: int = 0) -> Findings:
@@ -67,7 +84,8 @@ def inspect(dataset: BaseDataSet, samples: int = 0) -> Findings:
     findings.images = np.zeros(dataset.label_count + 1, np.int64)
     found_moments = []
     with ThreadPoolExecutor(max_workers=4) as pool:
-        looks = pool.map(lambda index: _look(dataset, index), findings.looked_at)
+        decoded = set(findings.looked_at[:: -(-count // DECODED)])
+        looks = pool.map(lambda index: _look(dataset, index, index in decoded), findings.looked_at)
         for look in tqdm(looks, total=count, desc=f"read {dataset.split}", unit="image", disable=None):
             _add(findings, look, dataset)
             if look.moments is not None:
@@ -78,10 +96,12 @@ def inspect(dataset: BaseDataSet, samples: int = 0) -> Findings:
     return findings
 
 
-def _look(dataset: BaseDataSet, index: int) -> _Look:
+def _look(dataset: BaseDataSet, index: int, as_stored: bool = False) -> _Look:
     look = _Look(index)
     entry = dataset.entries[index]
     try:
+        if as_stored and entry.image is not None:
+            look.raster = _stored_image(entry.image, dataset.in_channels)
         if entry.label is not None:
             stored = dataset.load_label(entry.label)
             look.stored = _histogram(stored)
@@ -93,8 +113,20 @@ def _look(dataset: BaseDataSet, index: int) -> _Look:
     ignored = label == dataset.ignore_index
     counts = np.bincount(label[~ignored], minlength=dataset.label_count)
     look.counts = np.append(counts, ignored.sum())
-    look.moments = moments(image)
+    if entry.image is not None and dataset.value_limits.nodata is not None:
+        look.moments = moments(*dataset.load_image(entry.image))  # read() fills the pixels without data
+    else:
+        look.moments = moments(image)
     return look
+
+
+def _stored_image(path: Path, channels: int) -> tuple[tuple[int, bool, str], float, float, int | None]:
+    raster = decode(read_bytes(path), path, channels)
+    values = raster.array[:, :, :-1] if raster.alpha else raster.array
+    if raster.palette is not None:
+        values = raster.palette[values[:, :, 0]]
+    low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if values.size else (0.0, 0.0)
+    return (values.shape[2], raster.alpha, str(values.dtype)), low, high, raster.largest
 
 
 def _histogram(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +139,10 @@ def _histogram(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _add(findings: Findings, look: _Look, dataset: BaseDataSet) -> None:
+    if look.raster is not None:
+        kind, low, high, largest = look.raster
+        seen = findings.on_disk.setdefault(kind, OnDisk(largest=largest))
+        seen.files, seen.low, seen.high = seen.files + 1, min(seen.low, low), max(seen.high, high)
     if look.stored is not None:
         for value, pixels in zip(*(part.tolist() for part in look.stored), strict=True):
             if value not in findings.stored and not is_legal(dataset, value):

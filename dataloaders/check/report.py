@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from base.base_dataset import BaseDataSet
-from dataloaders.check.findings import Findings
+from dataloaders.check.findings import Findings, OnDisk
 from utils.config.schema import Component
 from utils.errors import plural
 
@@ -29,12 +29,25 @@ def report(stage: str, component: Component, dataset: BaseDataSet, findings: Fin
         *(_alone(dataset) if dataset.layout else ()),
         f"sizes           {_sizes(findings.sizes)}",
     ]
+    lines += [f"{'' if i else 'stored as':<16}{_kind(kind, seen)}" for i, (kind, seen) in enumerate(_kinds(findings))]
     if findings.stored:
         lines.append(f"stored values   {_values(findings)}")
     if findings.good:
         lines += ["", *_class_table(dataset, findings), "", *_suggestions(stage, dataset, findings)]
     lines += [f"warning: {text}" for text in warnings(dataset, findings)]
     return "\n".join([*lines, *_problems(findings)])
+
+
+def _kinds(findings: Findings) -> list[tuple[tuple[int, bool, str], OnDisk]]:
+    """Return the kinds of image files, the most frequent first."""
+    return sorted(findings.on_disk.items(), key=lambda kind: -kind[1].files)
+
+
+def _kind(kind: tuple[int, bool, str], seen: OnDisk) -> str:
+    channels, alpha, dtype = kind
+    transparency = " and transparency" if alpha else ""
+    files = plural(seen.files, "image")
+    return f"{plural(channels, 'channel')}{transparency} of {dtype}, {seen.low:.6g} to {seen.high:.6g} ({files})"
 
 
 def _problems(findings: Findings) -> list[str]:
@@ -128,7 +141,7 @@ def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
     if 0 <= dataset.ignore_index < dataset.label_count:
         found.append(
             f"ignore_index {dataset.ignore_index} is also the id of {names[dataset.ignore_index]!r}, whose pixels "
-            "so count nowhere"
+            "are all ignored"
         )
     if findings.good:
         never = [names[i] for i in np.flatnonzero(findings.pixels[:-1] == 0)]
@@ -139,8 +152,47 @@ def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
             found.append(f"{findings.pixels[-1] / total:.0%} of all pixels are not labelled")
         if np.isfinite(findings.std).all() and (findings.std < 0.01).any():
             found.append("the images hardly vary in brightness: are they 12 or 16 bit data stored without scaling?")
+        found += [*_unfitting_files(dataset, findings), *_unfitting_normalisation(dataset, findings)]
         found += _too_large_a_crop(dataset, findings)
     return found
+
+
+def _unfitting_files(dataset: BaseDataSet, findings: Findings) -> list[str]:
+    """Return messages where channels or values on disk are not what the loader's arguments say."""
+    messages = []
+    types = sorted({dtype for _, _, dtype in findings.on_disk})
+    if dataset.value_limits.limits is not None and len(types) > 1:
+        messages.append(f"value_range applies to all images, and they are of different types: {', '.join(types)}")
+    for (channels, alpha, dtype), seen in _kinds(findings):
+        files, wanted = plural(seen.files, "image"), dataset.in_channels
+        if channels == 1 and wanted == 3 and len(findings.on_disk) > 1:
+            messages.append(f"grey among images in colour: {files}; grey becomes RGB")
+        elif channels == 3 and wanted == 1:
+            messages.append(f"in colour, and read as grey (in_channels 1): {files}")
+        elif channels not in (1, 3) and channels != wanted:
+            messages.append(f"with {channels} channels, but in_channels is {wanted}: {files}")
+        if alpha and wanted != channels + 1:
+            messages.append(f"with transparency, which is dropped: {files}")
+        top = seen.largest or (np.iinfo(dtype).max if dtype.startswith(("uint", "int")) else 0)
+        if dataset.value_limits.limits is None and top > 255 and 0 < seen.high < top / 3:
+            likely = next((2**bits - 1 for bits in (8, 10, 12, 14) if seen.high < 2**bits), round(seen.high))
+            messages.append(
+                f"the {dtype} images hold values up to {seen.high:.6g} of {top}, so they are dark: if they have fewer "
+                f'bits, set "value_range": [0, {likely}]'
+            )
+    return messages
+
+
+def _unfitting_normalisation(dataset: BaseDataSet, findings: Findings) -> list[str]:
+    """Return a message where the mean and std in use leave images far from mean 0 and std 1."""
+    std = np.array(dataset.std)
+    shift, spread = (findings.mean - dataset.mean) / std, findings.std / std
+    if (findings.std >= 0.01).all() and ((abs(shift) > 1).any() or (spread < 0.4).any() or (spread > 2.5).any()):
+        return [
+            f"mean and std do not fit: normalised images have mean {_numbers(shift)} and std {_numbers(spread)} per "
+            'channel; set the values above, or "mean": "auto", "std": "auto"'
+        ]
+    return []
 
 
 def _too_large_a_crop(dataset: BaseDataSet, findings: Findings) -> list[str]:

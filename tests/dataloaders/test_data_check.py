@@ -227,6 +227,28 @@ def test_images_in_train_and_val_are_told(data: Path, capsys: pytest.CaptureFixt
     assert "== train_loader" not in capsys.readouterr().out
 
 
+def test_files_on_disk_are_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        save(tmp_path / f"images/deep{i}.png", rng.integers(0, 4095, SIZE).astype(np.uint16))
+        save(tmp_path / f"masks/deep{i}.png", np.zeros(SIZE, np.uint8))
+    save(tmp_path / "images/a.png", rng.integers(0, 256, (*SIZE, 4)).astype(np.uint8))
+    save(tmp_path / "masks/a.png", np.zeros(SIZE, np.uint8))
+    assert check(tmp_path) == 0
+    text = capsys.readouterr().out
+    assert "stored as       1 channel of uint16, " in text
+    assert "                3 channels and transparency of uint8, 0 to 255 (1 image)" in text
+    assert "grey among images in colour: 4 images" in text
+    assert "with transparency, which is dropped: 1 image" in text
+    assert '"value_range": [0, 4095]' in text
+    assert "mean and std do not fit" in text
+    assert check(tmp_path, in_channels=1, value_range=[0, 4095], mean="auto", std="auto") == 0
+    text = capsys.readouterr().out
+    assert "mean and std do not fit" not in text
+    assert "so they are dark" not in text
+    assert "value_range applies to all images, and they are of different types: uint16, uint8" in text
+
+
 def test_sheet_shows_images_masks_and_void(data: Path) -> None:
     palette = [[10, 20, 30], [240, 0, 0], [0, 0, 240]]
     dataset = dataloaders.build("Folder", data_dir=str(data), classes=CLASSES, palette=palette).dataset
