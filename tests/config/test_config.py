@@ -397,7 +397,7 @@ def test_one_channel_and_its_class_of_interest() -> None:
 def test_a_stage_without_data_is_told() -> None:
     config = resolve(
         val_loader=None,
-        train_loader={"type": "VOC", "args": {"data_dir": "data", "val_split": 0.2}},
+        trainer={"val": False},
     )
     with pytest.raises(UserError, match="test_loader: absent"):
         build_loader(lambda *args, **kwargs: None, config, "test")

@@ -102,6 +102,10 @@ def _deepscene(root: Path, args: dict[str, Any], classes: int) -> None:
 
 def _folder(root: Path, args: dict[str, Any], classes: int) -> None:
     values = args.get("mask_values", list(range(max(2, classes))))
+    if "list_file" in args:
+        listing = root / args["list_file"].replace("{split}", args["split"])
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        listing.write_text("".join(f"images/{i}.png\tmasks/{i}.png\n" for i in range(IMAGES)))
     for i in range(24):  # enough that every fraction of a split gets some
         _image(root / args.get("images", "images") / f"{i}.png")
         _mask(root / args.get("masks", "masks") / f"{i}{args.get('mask_suffix', '')}.png", values)
@@ -181,7 +185,7 @@ def test_training_batches_are_of_one_size_that_the_network_takes(config: Config)
         outputs = model.train()(torch.zeros(batch.images.shape))
         for logits in outputs.values() if isinstance(outputs, dict) else (outputs,):
             assert logits.shape == (len(batch.names), dataset.num_classes, *batch.images.shape[2:])
-    assert isinstance(pretrained, bool), "a config we ship names no file of weights that others do not have"
+    assert "/" not in str(pretrained), "a config we ship names no file of weights that others do not have"
     optimizer = optim.build(
         config.optimizer.type,
         model,

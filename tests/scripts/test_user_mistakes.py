@@ -38,7 +38,10 @@ CONFIG: dict[str, Any] = {
     "name": "run",
     "n_gpu": 0,
     "arch": {"type": "UNet", "args": {"width": 2}},
-    "train_loader": {"type": "VOC", "args": {**LOADER, "batch_size": 2, "crop_size": 32, "augment": True}},
+    "train_loader": {
+        "type": "VOC",
+        "args": {**LOADER, "batch_size": 2, "crop_size": 32, "augment": True, "shuffle": True},
+    },
     "val_loader": {"type": "VOC", "args": {**LOADER, "split": "val", "batch_size": 1}},
     "trainer": {"epochs": 1, "tensorboard": False},
 }
@@ -322,7 +325,12 @@ def test_without_a_mistake_both_run(place, monkeypatch, capsys) -> None:
     captured = capsys.readouterr()
     assert ended.value.code == 0, captured.err
     assert "## Comparison" in captured.out
-    assert sorted(p.name for p in Path("results").iterdir()) == ["per_image.csv", "report.html", "results.json"]
+    assert sorted(p.name for p in Path("results").iterdir()) == [
+        "confusion_max.csv",
+        "per_image.csv",
+        "report.html",
+        "results.json",
+    ]
 
 
 def test_an_image_without_a_mask_is_one_warning(place, monkeypatch, capsys) -> None:

@@ -9,9 +9,8 @@ import models
 from utils.cli import add_overrides
 from utils.config import data_checks, dump, editor, load
 from utils.config.schema import Config
-from utils.errors import UserError, run
+from utils.errors import run
 from utils.facts import Facts
-from utils.paths import is_file
 
 
 def rehearse(config: Config) -> None:
@@ -36,9 +35,8 @@ def rehearse(config: Config) -> None:
     facts = Facts.of(train.dataset)
     data_checks.check_facts(config, facts, others)
     arguments = checkpoint.arch_arguments(config, facts)
-    weights = arguments.pop("pretrained", None)
-    if isinstance(weights, str) and not is_file(weights):
-        raise UserError(f"arch.args.pretrained: there is no file {weights}")
+    if arguments.get("pretrained") is True:
+        arguments["pretrained"] = False  # nothing is downloaded
     with torch.device("meta"):
         data_checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
     data_checks.warn_about_loss(config, [config.predict.train, config.predict.val])
