@@ -25,14 +25,25 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import cv2
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import get_worker_info
+from torchvision import transforms, tv_tensors
+from torchvision.transforms import v2
+
+import dataloaders
+from base.base_dataloader import BaseDataLoader
+from base.base_dataset import BaseDataSet
+from base.entries import collate
+from dataloaders.shapes.__main__ import write_voc
+from utils.batch import Normalize
 from utils.errors import UserError, run
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from base.base_dataset import BaseDataSet
+from utils.files import write_text
 
 CROP = 320
 IGNORED = 255
@@ -61,9 +72,6 @@ def main() -> int:
     if args.images < 1 or args.rounds < 1:
         raise UserError("--images and --rounds must be at least 1")
 
-    import cv2
-    import torch
-
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -73,35 +81,25 @@ def main() -> int:
             result["memory"] = memory(folder)
     _print(result)
     if args.json:
-        from utils.files import write_text
-
         write_text(args.json, json.dumps(result, indent=2))
     return 0
 
 
 def _made(folder: Path) -> str:
-    from dataloaders.shapes.__main__ import write_voc
-
     write_voc(folder, MADE_IMAGES, MADE_SIZE)
     return str(folder)
 
 
 def dataset(folder: str, **options: Any) -> BaseDataSet:
-    import dataloaders
-
     return dataloaders.LOADERS["VOC"](folder, "train", classes="classes.txt", **options)
 
 
 def measure(folder: str, images: int, rounds: int) -> dict[str, Any]:
     """Return images per second of each pipeline, with and without reading, as lists over the rounds."""
-    import cv2
-    import torch
-    import torchvision
-
     ours = dataset(folder, crop_size=CROP, augment=True, blur=True)
     indices = [i % len(ours) for i in range(images)]
     decoded = {i: ours.read(i) for i in sorted(set(indices))}
-    normalise = _normaliser(ours)
+    normalise = Normalize(ours.mean, ours.std)
     separate, tv = Separate(ours), Torchvision(ours)
     read = ours.load
     kept = decoded.__getitem__
@@ -139,27 +137,15 @@ def measure(folder: str, images: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def _normaliser(data: BaseDataSet) -> Callable[..., Any]:
-    from utils.batch import Normalize
-
-    return Normalize(data.mean, data.std)
-
-
 class Separate:
     """One OpenCV step after the other on the whole float32 image: how such loaders are commonly written."""
 
     def __init__(self, data: BaseDataSet) -> None:
-        import torch
-        from torchvision.transforms import Normalize, ToTensor
-
-        self.to_tensor, self.normalise = ToTensor(), Normalize(data.mean, data.std)
+        self.to_tensor, self.normalise = transforms.ToTensor(), transforms.Normalize(data.mean, data.std)
         self.as_label = lambda label: torch.from_numpy(label.astype("int64"))
         self.random = random.Random(0)
 
     def __call__(self, image: np.ndarray, label: np.ndarray) -> Any:
-        import cv2
-        import numpy as np
-
         image, label = image.astype(np.float32), label.astype(np.int32)
         height, width = label.shape
         long_side = self.random.randint(int(max(height, width) * 0.5), int(max(height, width) * 2))
@@ -189,7 +175,6 @@ class Separate:
         side = int(3.3 * sigma)
         side += 1 - side % 2
         image = cv2.GaussianBlur(image, (side, side), sigma) if sigma > 0 else image
-        from PIL import Image
 
         return self.normalise(self.to_tensor(Image.fromarray(np.uint8(image)))), self.as_label(label)
 
@@ -198,10 +183,6 @@ class Torchvision:
     """The same with torchvision.transforms.v2 on uint8 tensors, its fastest documented way on a CPU."""
 
     def __init__(self, data: BaseDataSet) -> None:
-        import torch
-        from torchvision import tv_tensors
-        from torchvision.transforms import v2
-
         fill = {tv_tensors.Image: [round(255 * m) for m in data.mean], tv_tensors.Mask: IGNORED}
         self.image, self.mask, self.torch = tv_tensors.Image, tv_tensors.Mask, torch
         self.random = random.Random(0)
@@ -230,11 +211,6 @@ class Torchvision:
 
 def memory(folder: str, samples: int = MEMORY_SAMPLES) -> dict[str, list[float]]:
     """Return a worker's private memory in MiB after each tenth of the samples."""
-    from torch.utils.data import get_worker_info
-
-    from base.base_dataloader import BaseDataLoader
-    from base.entries import collate
-
     data = dataset(folder, crop_size=CROP, augment=True, blur=True, jitter=True)
     sizes: list[float] = []
 

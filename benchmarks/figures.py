@@ -20,6 +20,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+
+import dataloaders
+from utils import checkpoint
+from utils.config import data_checks as checks
+from utils.evaluation import Decision, Evaluator, Part, evaluate
+from utils.images.palette import displayable, grid
+
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 ROWS = 4
 CELL = 168
@@ -48,15 +57,6 @@ def main() -> None:
 
 def gain(path: str) -> None:
     """Draw one class's mask in images where RankDice gains about what it gains on average over argmax."""
-    import cv2
-    import numpy as np
-
-    import dataloaders
-    from utils import checkpoint
-    from utils.config import data_checks as checks
-    from utils.evaluation import Decision, Evaluator, Part, evaluate
-    from utils.images.palette import displayable, grid
-
     loaded = checkpoint.load_model(path)
     loader = checks.build_loader(dataloaders.build, loaded.config, "test")
     evaluator = Evaluator(loaded.network())

@@ -20,10 +20,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from utils.evaluation import Evaluator
+import torch
+
+import dataloaders
+import models
+from utils import losses, lr_scheduler, optim
+from utils.batch import Normalize
+from utils.evaluation import Decision, Evaluator, evaluate
+from utils.evaluation.fitting import fit
+from utils.facts import Facts
+from utils.predict import PredictOptions
+from utils.predict.network import Network
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "losses.md"
@@ -76,11 +85,6 @@ class Study:
     """
 
     def __init__(self, recipe: Recipe, device: str) -> None:
-        import torch
-
-        import dataloaders
-        from utils.facts import Facts
-
         self.recipe, self.device = recipe, torch.device(device)
         shared = {"size": recipe.size, "batch_size": recipe.batch_size, "num_workers": 0, "cache": "ram"}
         self.train_loader = dataloaders.build(
@@ -101,10 +105,6 @@ class Study:
 
     def run(self, variant: str, seed: int) -> dict[str, Any]:
         """Train one network and test it, without and with a fitted temperature; returns each procedure's scores."""
-        from utils import losses
-        from utils.evaluation import Evaluator
-        from utils.predict.network import Network
-
         name, args = VARIANTS[variant]
         if args.get("weight") == "balanced":
             args = {**args, "weight": self.weights}
@@ -125,12 +125,6 @@ class Study:
         }
 
     def _train(self, loss: Any, seed: int) -> Any:
-        import torch
-
-        import models
-        from utils import lr_scheduler, optim
-        from utils.batch import Normalize
-
         torch.manual_seed(seed)
         half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
         model = models.build("UNet", self.facts.num_classes, width=self.recipe.width).train()
@@ -154,14 +148,9 @@ class Study:
         return model
 
     def _temperature(self, evaluator: Evaluator) -> float:
-        from utils.evaluation.fitting import fit
-        from utils.predict import PredictOptions
-
         return fit(evaluator, self.val_loader, PredictOptions(), progress=lambda title: iter).temperature
 
     def _test(self, evaluator: Evaluator) -> dict[str, dict[str, float]]:
-        from utils.evaluation import Decision, evaluate
-
         outcome = evaluate(evaluator, self.test_loader, {name: Decision(name) for name in PROCEDURES})
         wanted = ("Mean_Dice", "Mean_IoU", "Expected_Dice", "Measured_Dice")
         computed = {name: metrics.compute() for name, metrics in outcome.metrics.items()}
@@ -217,8 +206,6 @@ def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 def caption(recipe: Recipe, seeds: int, device: str) -> str:
     """Return the sentence under the table that lets someone repeat it."""
-    import torch
-
     where = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
     many = f"{seeds} seeds" if seeds > 1 else "1 seed"
     return (
@@ -264,8 +251,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = 1 if args.quick else args.seeds
     wanted = args.losses or list(VARIANTS)
     variants = [v for v in VARIANTS if v in wanted or any(v.startswith(w) for w in wanted if w not in VARIANTS)]
-
-    import torch
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}

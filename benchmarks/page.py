@@ -27,9 +27,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.tables import BENCHMARKS, Benchmark, Row, number
 from utils.cli import share_cores
 from utils.errors import run
+from utils.files import write_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -91,8 +94,6 @@ def system() -> str:
 
 def facts() -> dict[str, str]:
     """Return what the numbers depend on, in the order of the page."""
-    import torch
-
     affinity = getattr(os, "sched_getaffinity", None)
     peers = dict.fromkeys(peer for one in BENCHMARKS.values() for peer in one.peers)
     return {
@@ -160,8 +161,6 @@ def earlier(one: Benchmark, full: bool, device: str, known: dict[str, str], resu
 
 def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    from utils.files import write_bytes
-
     write_bytes(path, data)
 
 

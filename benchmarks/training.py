@@ -16,14 +16,28 @@ second and the share of the peak arithmetic (``--peak-tflops``).
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import logging
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+from trainer import Trainer
+from utils import losses
+from utils.batch import Batch
+from utils.config import resolve
+from utils.facts import Facts
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,12 +81,6 @@ class FixedLoader:
     """Batches made once, so that reading data is no part of the comparison (benchmarks/data.py has that)."""
 
     def __init__(self, count: int, batch_size: int, size: int, classes: int) -> None:
-        from types import SimpleNamespace
-
-        import torch
-
-        from utils.batch import Batch
-
         generator = torch.Generator().manual_seed(0)
         shape = (batch_size, 3, size, size)
         self.made = [
@@ -99,14 +107,6 @@ class FixedLoader:
 
 
 def make_trainer(args: argparse.Namespace, arch_args: dict[str, Any], folder: Path, **settings: Any) -> Any:
-    import torch
-
-    import models
-    from trainer import Trainer
-    from utils import losses
-    from utils.config import resolve
-    from utils.facts import Facts
-
     base = {
         "epochs": 100_000,
         "save_dir": str(folder),
@@ -139,10 +139,6 @@ def make_trainer(args: argparse.Namespace, arch_args: dict[str, Any], folder: Pa
 
 def bare_step(trainer: Any) -> Callable[[Any], Any]:
     """Return a step of model, loss, backward and optimizer, on a copy of the trainer's network."""
-    import copy
-
-    import torch
-
     model = copy.deepcopy(trainer.model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     criterion = torch.nn.CrossEntropyLoss(ignore_index=255)
@@ -164,8 +160,6 @@ def bare_step(trainer: Any) -> Callable[[Any], Any]:
 
 def predecessor_step(trainer: Any, classes: int) -> Callable[[Any], None]:
     """Return a step as the published trainers make it: bare, then a second forward pass and scores class by class."""
-    import torch
-
     train = bare_step(trainer)
 
     def step(batch: Any) -> None:
@@ -186,8 +180,6 @@ def predecessor_step(trainer: Any, classes: int) -> Callable[[Any], None]:
 
 
 def compare(args: argparse.Namespace, arch_args: dict[str, Any]) -> dict[str, dict[str, float]]:
-    import torch
-
     with tempfile.TemporaryDirectory() as name:
         trainer = make_trainer(args, arch_args, Path(name), tensorboard=True)
         loader = trainer.train_loader
@@ -236,9 +228,6 @@ class _silence:  # noqa: N801
     """Send progress bars nowhere, as a run under a scheduler would."""
 
     def __enter__(self) -> None:
-        import contextlib
-        import os
-
         self.stack = contextlib.ExitStack()
         nowhere = self.stack.enter_context(open(os.devnull, "w"))
         self.stack.enter_context(contextlib.redirect_stderr(nowhere))
@@ -250,9 +239,6 @@ class _silence:  # noqa: N801
 
 def throughput(args: argparse.Namespace, arch_args: dict[str, Any]) -> list[dict[str, Any]]:
     """Time bf16, channels_last and compile, switched on one after the other (CUDA)."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     rows = []
     steps: list[dict[str, Any]] = [{}, {"amp": "bf16"}, {"channels_last": True}, {"compile": True}]
     settings: dict[str, Any] = {}
