@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import os
@@ -426,12 +427,12 @@ def test_onnx_computes_the_same(kind: str, tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_the_gpu_computes_the_same(model: BaseModel) -> None:
     calibrate(model)
-    x = torch.randn(2, 3, 97, 129)
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    # In float64, where rounding does not decide which of two nearly equal pixels SegNet's pooling remembers.
+    model, x = copy.deepcopy(model).double(), torch.randn(2, 3, 97, 129).double()
+    with torch.no_grad():
         reference = model(x)
         y = model.to("cuda")(x.to("cuda")).cpu()
-        model.to("cpu")
-    assert relative_error(y, reference) < 1e-3
+    assert relative_error(y, reference) < 1e-9
 
 
 # -- the table -----------------------------------------------------------------------------------------------
