@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import cv2
@@ -176,3 +178,217 @@ def test_voc_colours() -> None:
     assert colours[20] == (0, 64, 128)
     assert colours[255] == (224, 224, 192)
     assert len(set(colours)) == 256
+
+
+# ---------------------------------------------------------------------------------- PNG
+
+
+def png(array: np.ndarray, bits: int, kind: int, extra: bytes = b"", interlaced: bool = False) -> bytes:
+    """Write a PNG by hand. Kinds: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGBA. ``extra`` chunks come first."""
+    height, width = array.shape[:2]
+
+    def rows(part: np.ndarray) -> bytes:
+        if bits == 16:
+            return b"".join(b"\0" + row.astype(">u2").tobytes() for row in part)
+        digits = (part.reshape(*part.shape[:2], -1)[:, :, :, None] >> np.arange(bits - 1, -1, -1)) & 1
+        packed = np.packbits(digits.reshape(len(part), -1).astype(np.uint8), axis=1)
+        return b"".join(b"\0" + row.tobytes() for row in packed)
+
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    parts = [array[y::dy, x::dx] for x, y, dx, dy in passes] if interlaced else [array]
+    pixels = b"".join(rows(part) for part in parts if part.size)
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, int(interlaced))
+    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}
+
+
+@pytest.mark.parametrize("interlaced", [False, True], ids=["rows", "interlaced"])
+@pytest.mark.parametrize(
+    ("bits", "kind"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2), (8, 4), (16, 4), (8, 6), (16, 6)]
+)
+def test_every_kind_of_png(tmp_path: Path, bits: int, kind: int, interlaced: bool) -> None:
+    rng = np.random.default_rng(kind)
+    array = rng.integers(0, 2**bits, (12, 17, CHANNELS[kind]))
+    (tmp_path / "a.png").write_bytes(png(array, bits, kind, interlaced=interlaced))
+    share = array / (2**bits - 1)
+    colours = share[:, :, :1] if kind in (0, 4) else share[:, :, :3]
+    luminance = colours if kind in (0, 4) else colours @ np.array([[0.299], [0.587], [0.114]])
+    for channels, want in ((3, np.broadcast_to(colours, (12, 17, 3))), (1, luminance)):
+        image = read_image(tmp_path / "a.png", channels)
+        assert image.dtype == (np.uint8 if bits <= 8 else np.float32)
+        assert np.allclose(image / (255 if bits <= 8 else 1), want, atol=1.01 / 255 if bits <= 8 else 1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("transparent", [False, True])
+def test_palettes_of_png(tmp_path: Path, bits: int, transparent: bool) -> None:
+    rng = np.random.default_rng(bits)
+    indices, colours = rng.integers(0, 2**bits, (12, 17)), rng.integers(0, 256, (2**bits, 3), np.uint8)
+    extra = chunk(b"PLTE", colours.tobytes()) + (chunk(b"tRNS", bytes(range(2**bits))) if transparent else b"")
+    (tmp_path / "a.png").write_bytes(png(indices, bits, 3, extra))
+    assert np.array_equal(read_image(tmp_path / "a.png"), colours[indices])
+    assert np.array_equal(read_label(tmp_path / "a.png"), indices)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_transparent_value_and_colour_management_change_no_pixel(
+    tmp_path: Path, bits: int, channels: int, capfd
+) -> None:
+    for kind in (0, 2):
+        array = np.random.default_rng(0).integers(0, 2**bits, (12, 17, CHANNELS[kind]))
+        (tmp_path / "plain.png").write_bytes(png(array, bits, kind))
+        extras = [
+            chunk(b"gAMA", struct.pack(">I", 100000)),
+            chunk(b"iCCP", b"odd\0\0" + zlib.compress(b"not a profile")),
+            chunk(b"tRNS", array[0, 0].astype(">u2").tobytes()),
+            chunk(b"sRGB", b"\0"),
+            chunk(b"cICP", bytes([9, 16, 0, 1])),
+            chunk(b"sBIT", bytes([bits - 1] * CHANNELS[kind])),
+        ]
+        want = read_image(tmp_path / "plain.png", channels)
+        for extra in extras:
+            (tmp_path / "a.png").write_bytes(png(array, bits, kind, extra))
+            assert np.array_equal(read_image(tmp_path / "a.png", channels), want), extra[4:8]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("bits", [8, 16])
+def test_orientation_of_png(tmp_path: Path, orientation: int, bits: int) -> None:
+    array = np.random.default_rng(0).integers(0, 2**bits, (12, 17, 3))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = png(array, bits, 2, chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+    (tmp_path / "a.png").write_bytes(data)
+    turned = array.transpose(1, 0, 2) if orientation >= 5 else array
+    want = {1: turned, 2: turned[:, ::-1], 3: turned[::-1, ::-1], 4: turned[::-1]}
+    want |= {5: turned, 6: turned[:, ::-1], 7: turned[::-1, ::-1], 8: turned[::-1]}
+    image = read_image(tmp_path / "a.png") / (255 if bits == 8 else 1)
+    assert np.allclose(image, want[orientation] / (2**bits - 1), atol=1e-6)
+
+
+def test_bytes_after_the_end_of_a_png_do_no_harm(tmp_path: Path) -> None:
+    for bits in (8, 16):
+        array = np.random.default_rng(0).integers(0, 2**bits, (12, 17, 3))
+        (tmp_path / "a.png").write_bytes(png(array, bits, 2) + bytes(500))
+        image = read_image(tmp_path / "a.png")
+        assert image.dtype == (np.uint8 if bits == 8 else np.float32)
+        assert np.allclose(image / (255 if bits == 8 else 1), array / (2**bits - 1), atol=1e-6)
+
+
+def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
+    for bits in (8, 16):
+        data = bytearray(png(np.random.default_rng(0).integers(0, 2**bits, (12, 17, 3)), bits, 2))
+        data[60] ^= 255
+        (tmp_path / "a.png").write_bytes(data)
+        with pytest.raises(UserError, match=r"a\.png cannot be read"):
+            read_image(tmp_path / "a.png")
+
+
+# ---------------------------------------------------------------------------------- PGM and PPM
+
+
+@pytest.mark.parametrize("largest", [1, 10, 100, 255, 256, 1023, 4095, 65535])
+@pytest.mark.parametrize("kind", [b"P2", b"P3", b"P5", b"P6"])
+def test_the_largest_value_of_pgm_and_ppm(tmp_path: Path, largest: int, kind: bytes) -> None:
+    shape = (12, 17, 3 if kind in (b"P3", b"P6") else 1)
+    array = np.random.default_rng(0).integers(0, largest, shape, endpoint=True)
+    array[0, 0] = largest
+    binary = array.astype(">u2" if largest > 255 else np.uint8).tobytes()
+    text = b"# pixels\n" + "\n".join(" ".join(map(str, row)) for row in array.reshape(12, -1)).encode()
+    (tmp_path / "a.ppm").write_bytes(
+        b"%s\n# made by hand\n17 12\n%d\n" % (kind, largest) + (binary if kind in (b"P5", b"P6") else text)
+    )
+    image = read_image(tmp_path / "a.ppm", shape[2])
+    assert image.dtype == (np.uint8 if largest <= 255 else np.float32)
+    share = image / (255 if largest <= 255 else 1)
+    assert np.allclose(share, array / largest, atol=0.51 / 255 if largest <= 255 else 1e-5)
+
+
+def test_one_bit_pbm_and_floating_point_pfm(tmp_path: Path) -> None:
+    bits = np.random.default_rng(0).integers(0, 2, (12, 17)).astype(bool)
+    (tmp_path / "a.pgm").write_bytes(b"P4\n17 12\n" + np.packbits(bits, axis=1).tobytes())
+    assert np.array_equal(read_image(tmp_path / "a.pgm", 1)[:, :, 0], np.where(bits, 0, 255)), "1 is black"
+    grey = np.random.default_rng(0).random((12, 17)).astype("<f4")
+    (tmp_path / "a.pgm").write_bytes(b"Pf\n17 12\n-1.0\n" + grey[::-1].tobytes())
+    assert np.allclose(read_image(tmp_path / "a.pgm", 1)[:, :, 0], grey)
+
+
+@pytest.mark.parametrize("head", [b"P5\n17 12\n255\n", b"P6\n17 12\n65535\n", b"P2\n17 12\n99\n"])
+def test_truncated_pgm_and_ppm_are_refused(tmp_path: Path, head: bytes) -> None:
+    (tmp_path / "a.pgm").write_bytes(head + b"7 " * 90)
+    with pytest.raises(UserError, match=r"a\.pgm cannot be read"):
+        read_image(tmp_path / "a.pgm")
+
+
+# ---------------------------------------------------------------------------------- others
+
+
+def test_the_first_frame_of_an_animation_is_read_and_said_once(tmp_path: Path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr("utils.images._warned", False)
+    frames = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
+    for name, options in (("a.webp", {"lossless": True}), ("a.png", {}), ("b.webp", {"lossless": True})):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert np.array_equal(read_image(tmp_path / name), RGB)
+    assert len(caplog.records) == 1
+    assert "holds 2 pages or frames: the first is read" in caplog.text
+
+
+def test_arrays_of_pillow_can_be_written_to(tmp_path: Path) -> None:
+    for name in ("a.webp", "a.gif", "a.bmp", "a.tif", "a.ppm"):
+        image = read_image(save(tmp_path / name, RGB))
+        image[0, 0] = 0
+    assert read_image(save(tmp_path / "g.gif", RGB[:, :, 0]), 1).flags.writeable
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8, 24, 32])
+def test_bmp(tmp_path: Path, bits: int) -> None:
+    mode = {1: "1", 4: "P", 8: "P", 24: "RGB", 32: "RGBA"}[bits]
+    picture = Image.fromarray(RGB)
+    picture = picture.quantize(2**bits) if mode == "P" else picture.convert(mode)
+    picture.save(tmp_path / "a.bmp")
+    assert np.array_equal(read_image(tmp_path / "a.bmp"), np.asarray(picture.convert("RGB")))
+    if mode == "P":
+        assert np.array_equal(read_label(tmp_path / "a.bmp"), np.asarray(picture))
+
+
+def test_jpeg_2000(tmp_path: Path) -> None:
+    save(tmp_path / "a.jp2", RGB)  # lossless unless told
+    assert np.array_equal(read_image(tmp_path / "a.jp2"), RGB)
+    deep = np.random.default_rng(0).integers(0, 65536, (12, 17), np.uint16)
+    save(tmp_path / "d.jp2", deep)
+    assert np.allclose(read_image(tmp_path / "d.jp2", 1)[:, :, 0], deep / 65535, atol=1e-6)
+
+
+def test_formats_that_nobody_vouches_for_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png", format="ICO", sizes=[(16, 16)])
+    Image.fromarray(RGB).save(tmp_path / "b.png", format="TGA")
+    cv2.imwrite(str(tmp_path / "c.hdr"), RGB.astype(np.float32))
+    for name in ("a.png", "b.png", "c.hdr"):
+        with pytest.raises(UserError, match="is not an image file"):
+            read_image(tmp_path / name)
+
+
+def test_names_do_not_matter(tmp_path: Path) -> None:
+    save(tmp_path / "a.jpg", RGB, format="PNG")
+    assert np.array_equal(read_image(tmp_path / "a.jpg"), RGB)
+    with open(tmp_path / "a.png", "wb") as file:
+        np.save(file, RGB)
+    assert np.array_equal(read_image(tmp_path / "a.png"), RGB)
+
+
+def test_jpeg_of_twelve_bits_is_refused(tmp_path: Path) -> None:
+    import imagecodecs
+
+    deep = np.random.default_rng(0).integers(0, 4096, (32, 32), np.uint16)
+    (tmp_path / "a.jpg").write_bytes(imagecodecs.jpeg8_encode(deep, bitspersample=12))
+    with pytest.raises(UserError, match="12 bits.*convert it to PNG"):
+        read_image(tmp_path / "a.jpg")

@@ -71,7 +71,7 @@ def read_pixels(path: str | Path, channels: int = 3, values: ValueRange = BY_TYP
     data = read_bytes(path)
     image = fast_image(data, channels)
     if image is not None:
-        return _pixels(Raster(image, colours=channels), channels, values, str(path))
+        return _pixels(Raster(image, colours=image.shape[2]), channels, values, str(path))
     raster = decode(data, path, channels)
     if raster.pages > 1:
         _warn_of_pages(path, raster.pages)
@@ -147,8 +147,9 @@ def _warn_of_pages(path: Path, pages: int) -> None:
 
 def _select(raster: Raster, channels: int, source: str) -> np.ndarray:
     """Return the channels that are meant: as many as wanted, else grey or RGB."""
-    array = raster.array
+    array, colours = raster.array, raster.colours
     if raster.palette is not None:
+        colours = 3
         array = np.concatenate([raster.palette[array[:, :, 0]], array[:, :, 1:]], axis=2)
     have = array.shape[2]
     if raster.inverted and array.dtype.kind not in "bu":
@@ -157,7 +158,7 @@ def _select(raster: Raster, channels: int, source: str) -> np.ndarray:
         array = ~array if array.dtype == np.bool_ else (raster.largest or np.iinfo(array.dtype).max) - array
     if have == channels or (raster.alpha and have - 1 == channels):
         return array[:, :, :channels]
-    if channels in (1, 3) and raster.colours == 3:
+    if channels in (1, 3) and colours == 3:
         return array[:, :, :3]
     if channels in (1, 3) and (have == 1 or (have == 2 and raster.alpha)):
         return array[:, :, :1]

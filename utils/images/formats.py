@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM", "JPEG2000")
 _NPY = b"\x93NUMPY"
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-_PNG_GREY = 0
+_PNG_GREY, _PNG_GREYS = 0, (0, 4)  # without and with transparency
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _JPEG_12_BIT = re.compile(rb"\xff[\xc0\xc1\xc2]..\x0c", re.DOTALL)  # a frame header: marker, length, precision
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
@@ -43,13 +43,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def fast_image(data: bytes, channels: int) -> np.ndarray | None:
-    """Decode whole JPEG and PNG files of 8 bits into 1 or 3 channels, upright; None for any other file.
+    """Decode whole JPEG and PNG files of 8 bits as grey or RGB, upright; return None for any other file.
 
-    OpenCV decodes them faster than Pillow, applies the orientation and converts the colours.
+    OpenCV decodes them faster than Pillow and applies the orientation.
     """
     if channels not in (1, 3) or not (_is_whole_jpeg(data) or (_is_whole_png(data) and data[24] <= 8)):
         return None
-    image = _opencv(data, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
+    # libpng turns colours into grey with a gamma correction where the file has an sRGB or gAMA chunk.
+    grey = channels == 1 and (data.startswith(_JPEG) or data[25] in _PNG_GREYS)
+    image = _opencv(data, cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
     return image[:, :, None] if image is not None and image.ndim == 2 else image
 
 
@@ -57,7 +59,7 @@ def fast_label(data: bytes) -> np.ndarray | None:
     """Decode a plain grey PNG file of 8 bits, the usual form of label maps; None for any other file."""
     if not (_is_whole_png(data) and data[24] == 8 and data[25] == _PNG_GREY):
         return None
-    if b"eXIf" in data or b"acTL" in data or b"type exif" in data[:8192]:
+    if _may_be_turned(data) or data.find(b"acTL", 33, 4096) > 0:
         return None
     return _opencv(data, cv2.IMREAD_UNCHANGED)
 
@@ -100,7 +102,7 @@ def _png16(data: bytes, path: Path) -> Raster:
     if image is None or image.dtype != np.uint16:
         raise UserError(f"{path} {DAMAGED}")
     orientation = 1
-    if b"eXIf" in data or b"type exif" in data[:8192]:
+    if _may_be_turned(data):
         orientation = _open(data, path).getexif().get(ORIENTATION, 1)
     image = upright(image if image.ndim == 3 else image[:, :, None], orientation)
     return Raster(image, colours=min(3, image.shape[2]), alpha=image.shape[2] == 4)
@@ -139,29 +141,25 @@ def _open(data: bytes, path: Path) -> Image.Image:
 def _pnm(data: bytes, image: Image.Image, path: Path) -> Raster | None:
     """Return the numbers of a PGM or PPM file as stored; Pillow scales them to 8 or 16 bits.
 
-    None for files of one bit, and where the largest value is 255: Pillow reads these as they are.
+    Return None for files of one bit, and where the largest value is 255: Pillow reads these as they are.
     """
     decoder, _, offset, args = image.tile[0]
-    largest = args[-1] if isinstance(args, tuple) else args
-    if not isinstance(largest, int) or data[1:2] not in (b"2", b"3", b"5", b"6"):
+    if decoder not in ("ppm", "ppm_plain") or data[1:2] not in b"2356":
         return None
-    width, height = image.size
-    channels = 3 if data[1:2] in (b"3", b"6") else 1
-    if decoder == "ppm_plain":
-        try:
-            numbers = np.array(re.sub(rb"#[^\r\n]*", b"", data[offset:]).split(), np.int64)
-        except ValueError:
-            raise UserError(f"{path} {DAMAGED}: numbers expected") from None
-        numbers = numbers.astype(np.uint16 if largest > 255 else np.uint8)
-    else:
-        kind = np.dtype(">u2" if largest > 255 else "u1")
-        numbers = np.frombuffer(
-            data[offset:], kind, min(width * height * channels, (len(data) - offset) // kind.itemsize)
-        )
-    if numbers.size < width * height * channels or numbers.max(initial=0) > largest:
+    largest = int(args[-1] if isinstance(args, tuple) else args)
+    height, width, channels = image.height, image.width, 3 if data[1:2] in b"36" else 1
+    wanted = height * width * channels
+    kind = np.dtype(np.uint16 if largest > 255 else np.uint8)
+    try:
+        if decoder == "ppm_plain":
+            numbers = np.array(re.sub(rb"#[^\r\n]*", b"", data[offset:]).split()[:wanted], np.int64)
+        else:
+            numbers = np.frombuffer(data, kind.newbyteorder(">"), wanted, offset)
+    except ValueError as error:  # text that is no number, or too few bytes
+        raise UserError(f"{path} {DAMAGED}: {error}") from None
+    if numbers.size < wanted or numbers.min(initial=0) < 0 or numbers.max(initial=0) > largest:
         raise UserError(f"{path} {DAMAGED}")
-    array = numbers[: width * height * channels].reshape(height, width, channels)
-    return Raster(array.astype(array.dtype.newbyteorder("=")), colours=channels, largest=largest)
+    return Raster(numbers.reshape(height, width, channels).astype(kind), colours=channels, largest=largest)
 
 
 def _is_whole_jpeg(data: bytes) -> bool:
@@ -172,6 +170,11 @@ def _is_whole_jpeg(data: bytes) -> bool:
 
 def _is_whole_png(data: bytes) -> bool:
     return data.startswith(_PNG) and data.rfind(_PNG_END) > 0
+
+
+def _may_be_turned(png: bytes) -> bool:
+    # EXIF data have a chunk of their own, before or behind the pixels, or stand in a text chunk ("Raw profile type").
+    return any(word in part for part in (png[:65536], png[-65536:]) for word in (b"eXIf", b"type exif"))
 
 
 def _is_lossy_webp(data: bytes) -> bool:

@@ -125,8 +125,10 @@ class ValueRange:
         else:
             low, high = _default_limits(stored, source, largest)
         wide = stored.astype(np.float32 if stored.itemsize <= 2 or stored.dtype == np.float32 else np.float64)
-        scaled = (wide - low) / (high - low) if low else wide / high
-        return np.clip(scaled, 0, 1).astype(np.float32, copy=False)
+        if low:
+            wide -= low
+        wide /= high - low  # astype has made a copy
+        return np.clip(wide, 0, 1, out=wide).astype(np.float32, copy=False)
 
 
 BY_TYPE = ValueRange()  # the type of the numbers decides; nothing means "no data"
