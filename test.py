@@ -78,7 +78,7 @@ def main() -> int:
     share_cores()
     overrides = args.set + select_devices(args.device)
 
-    from base.base_trainer import seed_everything
+    from base.rng import seed_everything
     from utils import checkpoint, distributed, report
 
     state = checkpoint.read(args.resume)
@@ -123,7 +123,7 @@ def results_folder(args: argparse.Namespace, config: Config) -> Path:
 
     What ``--fit`` writes goes beside the checkpoint.
     """
-    from base.base_trainer import BEST
+    from base.runs import BEST
 
     path = Path(args.resume)
     if args.output or args.fit:

@@ -14,9 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import add_device, add_overrides, select_devices, share_cores
 from utils.errors import run
+from utils.files import expand
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from base.base_trainer import Data
     from utils.config.schema import Config
+    from utils.losses.base import SegmentationLoss
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,82 +53,100 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def finished(state: Mapping[str, Any], config: Config) -> bool:
-    """Say what a continued run will do otherwise than before; return whether it has nothing left to do."""
+def is_over(state: Mapping[str, Any], path: Path, config: Config) -> bool:
+    """Say what a resumed run will do differently from before; return whether it has nothing left to do."""
+    from base import runs
+    from base.resume import nothing_left
     from utils import config as configs
     from utils import distributed
 
-    if "processes" not in state:
+    if "processes" not in state or "scheduler" not in state:
         return False  # no run of ours: the trainer says so
-    through = bool(state["epoch"] >= config.trainer.epochs)
+    done = nothing_left(state, config)
     if distributed.is_first():
         # A config may have changed by mistake, or an override been forgotten.
         changes = configs.differences(state["config"], config)
         if changes:
             print("changed since the checkpoint was written:", *changes, sep="\n    ", file=sys.stderr)
-        if through:
-            done = f"{state['epoch']} of {config.trainer.epochs} epochs are done"
-            print(f"nothing to do: {done}; train longer with --set trainer.epochs=N")
-    return through
+        runs.restore_links(state, path)
+        if done:
+            print(f"nothing to do: {done}")
+    return done is not None
+
+
+def build(config: Config, weights: str | None) -> tuple[nn.Module, SegmentationLoss, Data]:
+    """Build the data, the model and the loss that the config names; start from ``weights`` if they are given."""
+    import dataloaders
+    import models
+    from base.base_trainer import Data
+    from dataloaders.check.leaks import announce
+    from utils import checkpoint, losses
+    from utils.config import data_checks as checks
+    from utils.facts import Facts
+
+    train = checks.build_loader(dataloaders.build, config, "train")
+    if config.val_loader is None:
+        val = train.get_val_loader()
+    else:
+        val = checks.build_loader(dataloaders.build, config, "val")
+    facts = Facts.of(train.dataset)
+    checks.check_facts(config, facts, {"val_loader": Facts.of(val.dataset)} if val is not None else {})
+    announce(train, val)
+    checks.warn_about_loss(config, [config.predict.train, config.predict.val])
+    checks.warn_about_schedule(config, len(train))
+    arguments = checkpoint.arch_arguments(config, facts)
+    model = checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
+    if weights:
+        checkpoint.load_weights(model, weights)
+    arguments = checks.loss_arguments(config, train.dataset)
+    loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments)
+    return model, loss, Data(train, val, facts)
 
 
 def main() -> int:
-    """Build what the config names, and train it."""
+    """Train what the config names, from the start or from a checkpoint."""
     args = parse_arguments()
     share_cores()
     overrides = args.set + select_devices(args.device)
 
     import dataloaders
     import models
-    from base.base_trainer import Interrupted, newest_run, run_folder, seed_everything
-    from dataloaders.check.leaks import announce
+    from base import runs
+    from base.base_trainer import Interrupted
+    from base.rng import seed_everything
     from trainer import Trainer
-    from utils import checkpoint, distributed, losses
+    from utils import checkpoint, distributed
     from utils import config as configs
-    from utils.config import data_checks as checks
-    from utils.facts import Facts
 
     stages = ("train", "val")
     resume, state = args.resume, None
     if resume in (None, "auto"):
         config = configs.load(args.config, overrides, models=models.MODELS, loaders=dataloaders.LOADERS, stages=stages)
-        resume = newest_run(config) if resume == "auto" else None
+        resume = runs.newest(config) if resume == "auto" else None
     if resume:
+        resume = expand(resume).resolve()
         state = checkpoint.read(resume)
         config = checkpoint.config_of(state, resume, args.config, overrides, stages=stages)
-        if finished(state, config):
+        if is_over(state, resume, config):
             return 0
-    if distributed.needs_processes(config):
+    if distributed.needs_processes(config.use_synch_bn, config.n_gpu):
         return distributed.launch(__file__, sys.argv[1:], distributed.usable_gpus(config.n_gpu))
 
     device = distributed.choose_device(config.n_gpu)
     with distributed.process_group(device):
         seed_everything(config.seed, config.deterministic)
-        train_loader = checks.build_loader(dataloaders.build, config, "train")
-        if config.val_loader is None:
-            val_loader = train_loader.get_val_loader()
-        else:
-            val_loader = checks.build_loader(dataloaders.build, config, "val")
-        facts = Facts.of(train_loader.dataset)
-        others = {"val_loader": Facts.of(val_loader.dataset)} if val_loader is not None else {}
-        checks.check_facts(config, facts, others)
-        announce(train_loader, val_loader)
-        checks.warn_about_loss(config, [config.predict.train, config.predict.val])
-        checks.warn_about_schedule(config, len(train_loader))
-        arguments = checkpoint.arch_arguments(config, facts)
-        model = checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
-        if args.weights:
-            checkpoint.load_weights(model, args.weights)
-        arguments = checks.loss_arguments(config, train_loader.dataset)
-        loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments)
-        folder = Path(resume).resolve().parent if resume else run_folder(config)
-        trainer = Trainer(config, model, loss, train_loader, val_loader, facts, device, folder, resume=state)
-        try:
-            trainer.train()
-        except Interrupted:
-            if distributed.is_main():
-                print(f"stopped and saved; continue with: python train.py -r {folder / 'latest.pth'}", file=sys.stderr)
-            return 130
+        model, loss, data = build(config, args.weights)
+        with runs.resumed(resume) if resume else runs.new(config) as folder:
+            trainer = Trainer(config, model, loss, data, device, folder)
+            if state is not None:
+                trainer.restore(state)
+            try:
+                trainer.train()
+            except Interrupted:
+                if distributed.is_main():
+                    latest = folder / runs.LATEST
+                    print(f"stopped and saved; continue with: python train.py -r {latest}", file=sys.stderr)
+                return 130
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,17 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from base.base_trainer import BaseTrainer, Interrupted, Stopwatch
-from utils import checkpoint, distributed
+from base.base_trainer import BaseTrainer, Interrupted
+from base.parallel import without_sync
+from base.runs import LATEST, tensorboard_folder
+from utils import checkpoint, distributed, finite
 from utils.batch import Batch, Normalize
 from utils.errors import UserError
 from utils.evaluation import Decision, Evaluator, Part, evaluate
 from utils.images.palette import colourise, displayable, grid
-from utils.metrics import Metrics
 from utils.optim import learning_rates
-from utils.predict import PredictOptions, label_map, predict_logits
+from utils.predict import label_map, predict_logits
 from utils.predict.network import Network
-from utils.progress import progress_bar
+from utils.progress import live_scores, progress_bar
 
 # Pictures per validation in TensorBoard, and the longer side they are shown at.
 PICTURES, PICTURE_SIZE = 6, 320
@@ -34,14 +35,35 @@ class Trainer(BaseTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.normalize = Normalize(self.facts.mean, self.facts.std).to(self.device)
-        self.options = PredictOptions.from_config(self.config.predict)
-        # The batches whose loss has not been looked at yet: on a GPU looking waits, so it is done one step late.
-        self._unchecked: deque[tuple[int, Batch, Tensor, torch.cuda.Event | None]] = deque()
+        self.normalize = Normalize(self.data.facts.mean, self.data.facts.std).to(self.device)
         self.rates = learning_rates(self.optimizer)  # those that the last batch was trained with
-        self._lag = 1 if self.device.type == "cuda" else 0
+        self._asked = False  # whether any process was asked to stop
+        self._images = 0  # images since the last report
 
     # -- one step ----------------------------------------------------------------------------------------------
+
+    def _train_batch(self, batch: Batch) -> None:
+        _check_one_size(batch)
+        images = self.normalize(batch.images.to(self.device, non_blocking=True))
+        target = batch.labels.to(self.device, non_blocking=True)
+        # The last optimizer step of an epoch may be made of fewer batches than `accumulate`.
+        position = self.batch % self.plan.accumulate
+        group = min(self.plan.accumulate, self.plan.batches - (self.batch - position))
+        steps = position + 1 == group
+        self.rates = learning_rates(self.optimizer)
+        with without_sync(self.network, steps):
+            loss, logits = self._forward(images, target)
+            seen = _Later(loss)
+            self.scaler.scale(loss * (1 / group)).backward()
+        self._check_loss(seen, batch, images, steps)
+        if steps:
+            self._step()
+        self.batch += 1
+        self.iteration += 1
+        self._images += len(target)
+        predict = self.config.predict
+        prediction = predict_logits(predict.train, logits, self.loss.activation, predict.temperature, self.options)
+        self.meter.update(loss.detach(), prediction, target)
 
     def _forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, auxiliary heads included, and the logits."""
@@ -56,11 +78,7 @@ class Trainer(BaseTrainer):
             loss = loss + self.config.aux_weight * self.loss(output["aux"], target)
         return loss, output["out"].detach()
 
-    def _backward(self, loss: Tensor, share: float, steps: bool) -> None:
-        """Add the gradients of this batch, which is ``share`` of an optimizer step; take the step when it is full."""
-        self.scaler.scale(loss * share).backward()
-        if not steps:
-            return
+    def _step(self) -> None:
         if self.settings.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad_norm)
@@ -71,121 +89,118 @@ class Trainer(BaseTrainer):
         if self.ema is not None:
             self.ema.update_parameters(self.model)
 
+    def _check_loss(self, loss: _Later, batch: Batch, images: Tensor, steps: bool) -> None:
+        """Stop the run at a loss that is not finite, before it reaches the weights.
+
+        Where the processes exchange gradients, all of them stop; they also learn here whether one was asked to.
+        """
+        value = loss.value()
+        bad = not math.isfinite(value)
+        if steps:
+            somewhere_bad, self._asked = distributed.any_process(bad, self.stop.received is not None)
+            if somewhere_bad and not bad:
+                raise UserError("the loss of another process is not finite; see its message")
+        if bad:
+            raise UserError(self._explain_loss(value, batch, images))
+
+    def _explain_loss(self, value: float, batch: Batch, images: Tensor) -> str:
+        iteration = self.iteration + 1
+        path = self.folder / f"bad-batch-iteration{iteration}-rank{distributed.rank()}.pth"
+        weights = self.model.state_dict()
+        checkpoint.save(
+            {"state_dict": weights, "images": batch.images, "labels": batch.labels, "names": batch.names}, path
+        )
+        where = finite.explain(self.model, images)
+        return (
+            f"the loss became {value} in iteration {iteration} (epoch {self.epoch + 1}), "
+            f"learning rates {', '.join(f'{k} {v:g}' for k, v in self.rates.items())}, "
+            f"images {', '.join(batch.names)}{f'; {where}' if where else ''}. The batch and the weights are in {path}. "
+            "Try a lower learning rate, trainer.clip_grad_norm, or trainer.amp 'off' or 'bf16'"
+        )
+
     # -- one epoch ---------------------------------------------------------------------------------------------
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         self.network.train()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        meter = _Meter(self)
-        first = self.batch
-        self.train_loader.set_epoch(epoch, first)
-        bar = progress_bar(desc=f"TRAIN ({epoch})", total=self.batches, initial=first)
-        batches = iter(self.train_loader)
-        self._restore_rng()  # after the iterator, which draws a random number of its own
+        self._restore_rng()
+        self.data.train.set_epoch(epoch, self.batch)
         watch = Stopwatch()
+        bar = progress_bar(desc=f"TRAIN ({epoch})", total=self.plan.batches, initial=self.batch)
+        batches = iter(self.data.train)
         with bar, self._profiler() as profiler:
-            for _ in range(first, self.batches):
-                batch = next(batches)
+            while self.batch < self.plan.batches:
+                batch = self._next(batches)
                 watch.lap("data")
-                self._train_batch(batch, meter)
+                self._train_batch(batch)
                 watch.lap("compute")
                 bar.update()
-                meter.report(epoch, bar, watch)
+                self._report(epoch, bar, watch)
                 if profiler is not None:
                     profiler.step()
                 self._after_batch()
-        self._check_losses(0)
-        return meter.finish()
+        self.meter.gather()
+        return self.meter.scores()
 
-    def _train_batch(self, batch: Batch, meter: _Meter) -> None:
-        if isinstance(batch.images, list) or isinstance(batch.labels, list):
-            sizes = " and ".join(sorted({f"{i.shape[2]} x {i.shape[1]}" for i in batch.images})[:3])
+    def _next(self, batches: Any) -> Batch:
+        batch = next(batches, None)
+        if batch is None:
+            skipped = list(getattr(self.data.train, "skipped", ()))
             raise UserError(
-                f"train_loader: the images of a batch differ in size ({sizes}, such as {batch.names[0]}); give "
-                'train_loader.args.crop_size with "augment": true, so that all are cut to one size'
+                f"the training data ended after {self.batch} of {self.plan.batches} batches of the epoch: "
+                f"{len(skipped)} files could not be read ({'; '.join(skipped[:3])})"
             )
-        images = self.normalize(batch.images.to(self.device, non_blocking=True))
-        target = batch.labels.to(self.device, non_blocking=True)
-        # The last optimizer step of an epoch may be made of fewer batches than `accumulate`.
-        position = self.batch % self.settings.accumulate
-        group = min(self.settings.accumulate, self.batches - (self.batch - position))
-        steps = position + 1 == group
-        self.rates = learning_rates(self.optimizer)
-        with self._without_sync(steps):
-            loss, logits = self._forward(images, target)
-            self._watch(loss, batch)
-            self._backward(loss, 1 / group, steps)
-        self.batch += 1
-        self.iteration += 1
-        meter.update(loss.detach(), logits, target)
-
-    def _without_sync(self, steps: bool) -> Any:
-        """Let the processes exchange gradients only for the batch that completes an optimizer step."""
-        if isinstance(self.network, nn.parallel.DistributedDataParallel) and not steps:
-            return self.network.no_sync()
-        return nullcontext()
+        return batch
 
     def _after_batch(self) -> None:
         """Save and leave where that is due, but never within an optimizer step: a checkpoint holds no gradients."""
-        accumulate, every = self.settings.accumulate, self.settings.save_every_iters
+        accumulate, every = self.plan.accumulate, self.settings.save_every_iters
         taken = (self.batch - 1) % accumulate + 1  # batches of the present step
-        if taken < accumulate and self.batch < self.batches:
+        if taken < accumulate and self.batch < self.plan.batches:
             return
+        self._mark()
         if every and self.iteration // every > (self.iteration - taken) // every:
-            self._save_latest()
-        self._leave_if_asked()
+            self._save([LATEST])
+        if self._asked or self.plan.processes == 1 and self.stop.received is not None:
+            raise Interrupted
+
+    def _report(self, epoch: int, bar: Any, watch: Stopwatch) -> None:
+        """Show and log the scores every ``log_per_iter`` iterations."""
+        if self.iteration % self.settings.log_per_iter and self.batch != self.plan.batches:
+            return
+        scores = self.meter.scores()
+        bar.set_postfix_str(live_scores({key.removeprefix("train_"): value for key, value in scores.items()}), False)
+        recent = self.meter.take_recent_loss()
+        timing = self._timing(watch)
+        rates = {f"lr/{name}": rate for name, rate in self.rates.items()}
+        self.log.record("train", epoch, self.iteration, {"loss": recent, **rates}, timing)
+        tags = {"train/loss": recent, **rates, **{f"time/{k}": v for k, v in timing.items()}}
+        tags |= {f"train/{key.removeprefix('train_')}": value for key, value in scores.items() if key != "train_loss"}
+        self.log.scalars(tags, self.iteration)
+        self._images = 0
+        watch.restart()
+
+    def _timing(self, watch: Stopwatch) -> dict[str, float]:
+        elapsed = sum(watch.totals.values()) or math.nan
+        timing = {
+            "images_per_second": self._images * self.plan.processes / elapsed,
+            "data_wait_share": watch.totals.get("data", 0.0) / elapsed,
+        }
+        if self.device.type == "cuda":
+            timing["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return timing
 
     def _profiler(self) -> Any:
         """Return a profiler for the first iterations of the run, or a context of None."""
         if not self.settings.profile or self.iteration or not distributed.is_main():
             return nullcontext()
-        folder = self._tensorboard_dir() or self.folder
+        folder = tensorboard_folder(self.config, self.folder) or self.folder
         return torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=PROFILE_WAIT, warmup=PROFILE_WARMUP, active=PROFILE_ACTIVE, repeat=1),
             on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder)),
             record_shapes=True,
             profile_memory=True,
-        )
-
-    # -- losses that are not finite ----------------------------------------------------------------------------
-
-    def _watch(self, loss: Tensor, batch: Batch) -> None:
-        """Remember a loss until it can be looked at without waiting for the device."""
-        seen, arrived = loss.detach(), None
-        if self._lag:
-            seen, arrived = seen.to("cpu", non_blocking=True), torch.cuda.Event()
-            arrived.record()
-        self._unchecked.append((self.iteration + 1, batch, seen, arrived))
-        self._check_losses(self._lag)
-
-    def _check_losses(self, lag: int) -> None:
-        """Stop the run at a loss that is not finite, with all that is needed to find out why."""
-        while len(self._unchecked) > lag:
-            iteration, batch, seen, arrived = self._unchecked.popleft()
-            if arrived is not None:
-                arrived.synchronize()
-            value = float(seen)
-            if not math.isfinite(value):
-                raise UserError(self._explain_loss(value, iteration, batch))
-
-    def _explain_loss(self, value: float, iteration: int, batch: Batch) -> str:
-        path = self.folder / f"bad-batch-iteration{iteration}-rank{distributed.rank()}.pth"
-        rates = self.rates
-        checkpoint.save(
-            {
-                "state_dict": self.model.state_dict(),
-                "images": batch.images,
-                "labels": batch.labels,
-                "names": batch.names,
-            },
-            path,
-        )
-        return (
-            f"the loss became {value} in iteration {iteration} (epoch {self.epoch + 1}), "
-            f"learning rates {', '.join(f'{k} {v:g}' for k, v in rates.items())}, "
-            f"images {', '.join(batch.names)}. The batch and the weights are in {path}. "
-            "Try a lower learning rate, trainer.clip_grad_norm, or trainer.amp 'off' or 'bf16'"
         )
 
     # -- validation --------------------------------------------------------------------------------------------
@@ -194,7 +209,7 @@ class Trainer(BaseTrainer):
         """Return what scores the deployed weights."""
         network = Network(
             self.deployed_model,
-            self.facts,
+            self.data.facts,
             self.loss.activation,
             self.device,
             temperature=self.config.predict.temperature,
@@ -206,133 +221,106 @@ class Trainer(BaseTrainer):
     def _validate(self, epoch: int) -> dict[str, float]:
         name = self.config.predict.val
         pictures = _Pictures(self, name)
+        self._check_weights()
         distributed.share_buffers(self.deployed_model)  # all score the network that the main process saves
+        # A stop or an error in the middle finds each process at another batch, where they cannot ask each other.
+        self._processes = distributed.gather(self._process())
 
         def look(part: Part) -> None:
             pictures.add(part)
-            if distributed.world_size() == 1 and self._stop_signal is not None:
+            if self.stop.received is not None:
                 raise Interrupted
 
         outcome = evaluate(
             self.evaluator(),
-            self.val_loader,
+            self.data.val,
             {name: Decision(name, self.options)},
             progress=lambda loader: progress_bar(loader, desc=f"EVAL ({epoch})"),
             on_part=look,
             limit_batches=self.settings.limit_batches,
         )
-        self._leave_if_asked()
-        result = outcome.metrics[name].compute()
+        if any(distributed.any_process(self.stop.received is not None)):
+            raise Interrupted
+        self._processes = None
+        metrics = outcome.metrics[name]
+        result = metrics.compute()
+        self._check_monitored(metrics)
         scores = {key: value for key, value in result.items() if isinstance(value, float)}
         scores["val_loss"] = outcome.loss
         tags = {f"val/{key}": value for key, value in scores.items()}
         for key in ("Class_Dice", "Class_IoU"):
-            per_class = dict(zip(self.facts.class_names, result[key], strict=True))
+            per_class = dict(zip(self.data.facts.class_names, result[key], strict=True))
             scores |= {f"{key}/{cls}": value for cls, value in per_class.items()}
             tags |= {f"val_{key}/{cls}": value for cls, value in per_class.items()}
         self.log.scalars(tags, self.iteration)
         pictures.write()
         return scores
 
+    def _check_weights(self) -> None:
+        where = finite.explain(self.deployed_model)
+        if where:
+            rates = ", ".join(f"{name} {rate:g}" for name, rate in self.rates.items())
+            raise UserError(
+                f"after iteration {self.iteration} (epoch {self.epoch + 1}, learning rates {rates}) {where}. "
+                "Try a lower learning rate, trainer.clip_grad_norm, or trainer.amp 'off' or 'bf16'"
+            )
 
-class _Meter:
-    """The live scores of a training epoch, kept on the device between looks."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        facts, options = trainer.facts, trainer.options
-        self.metrics = Metrics(
-            facts.num_classes,
-            facts.ignore_index,
-            classes=options.classes,
-            count_ignored=trainer.config.predict.count_ignored,
-        )
-        saved = trainer._train_scores
-        self.metrics.load_state_dict({k: v.to(trainer.device) for k, v in saved.get("metrics", {}).items()})
-        self.loss = (
-            saved["loss"].to(trainer.device) if saved else torch.zeros(2, dtype=torch.float64, device=trainer.device)
-        )
-        self.recent: list[Tensor] = list(saved["recent"]) if saved else []
-        self.images = 0
-
-    @torch.no_grad()
-    def update(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
-        """Add one batch, without waiting for the device."""
-        trainer = self.trainer
-        prediction = predict_logits(
-            trainer.config.predict.train,
-            logits,
-            trainer.loss.activation,
-            trainer.config.predict.temperature,
-            trainer.options,
-        )
-        self.metrics.update(prediction, target)
-        self.recent.append(loss)
-        self.images += len(target)
-        # In place: a new tensor per iteration would be one more kernel for nothing.
-        self.loss[0] += loss
-        self.loss[1] += 1
-        trainer._train_scores = {"metrics": self.metrics.state_dict(), "loss": self.loss, "recent": self.recent}
-
-    def scores(self) -> dict[str, float]:
-        """Return the scores so far; waits for the device."""
-        result = self.metrics.compute()
-        total, count = self.loss.tolist()
-        return {
-            "train_loss": total / count if count else math.nan,
-            **{f"train_{key}": result[key] for key in ("Mean_Dice", "Mean_IoU", "Pixel_Accuracy")},
-        }
-
-    def report(self, epoch: int, bar: Any, watch: Stopwatch) -> None:
-        """Show and log the scores every ``log_per_iter`` iterations."""
-        trainer = self.trainer
-        last = trainer.batch == trainer.batches
-        if trainer.iteration % trainer.settings.log_per_iter and not last:
+    def _check_monitored(self, metrics: Any) -> None:
+        """Refuse to wait for the score of a class that no validation image has."""
+        section, _, name = self.monitor.name.partition("/")
+        if not name or not section.startswith("Class_") or self.monitor.mode == "off":
             return
-        scores = self.scores()
-        bar.set_postfix_str(
-            f"Loss {scores['train_loss']:.3f} | PixelAcc {scores['train_Pixel_Accuracy']:.3f} "
-            f"mIoU {scores['train_Mean_IoU']:.3f} mDice {scores['train_Mean_Dice']:.3f} |",
-            refresh=False,
+        index = self.data.facts.class_names.index(name)
+        if not sum(int(row["counts"].target[index]) for row in metrics.images):
+            raise UserError(
+                f"trainer.monitor: no validation image has the class {name!r}, so {self.monitor.name} says nothing "
+                "about it; monitor another score, such as 'max Mean_Dice', or add images with this class to val_loader"
+            )
+
+
+class _Later:
+    """A number on its way from the device, copied while the device goes on."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number.detach()
+        self._arrived: torch.cuda.Event | None = None
+        if number.device.type == "cuda":
+            self._number = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(self._number, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def value(self) -> float:
+        """Return the number once it is there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._number)
+
+
+class Stopwatch:
+    """Seconds between calls, added up by name."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to ``name``."""
+        now = time.perf_counter()
+        self.totals[name] = self.totals.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def restart(self) -> None:
+        """Forget all laps, and begin one now."""
+        self.__init__()  # type: ignore[misc]
+
+
+def _check_one_size(batch: Batch) -> None:
+    if isinstance(batch.images, list) or isinstance(batch.labels, list):
+        sizes = " and ".join(sorted({f"{i.shape[2]} x {i.shape[1]}" for i in batch.images})[:3])
+        raise UserError(
+            f"train_loader: the images of a batch differ in size ({sizes}, such as {batch.names[0]}); give "
+            'train_loader.args.crop_size with "augment": true, so that all are cut to one size'
         )
-        recent = torch.stack(self.recent).mean().item() if self.recent else math.nan
-        timing = self._timing(watch)
-        rates = {f"lr/{name}": rate for name, rate in trainer.rates.items()}
-        trainer.log.record("train", epoch, trainer.iteration, {"loss": recent, **rates}, timing)
-        tags = {"train/loss": recent, **rates, **{f"time/{k}": v for k, v in timing.items()}}
-        tags |= {f"train/{key.removeprefix('train_')}": value for key, value in scores.items() if key != "train_loss"}
-        trainer.log.scalars(tags, trainer.iteration)
-        self.recent = []
-        self.images = 0
-        watch.totals.clear()
-        watch.start()
-        trainer._train_scores = {"metrics": self.metrics.state_dict(), "loss": self.loss, "recent": self.recent}
-
-    def _timing(self, watch: Stopwatch) -> dict[str, float]:
-        elapsed = sum(watch.totals.values()) or math.nan
-        timing = {
-            "images_per_second": self.images * distributed.world_size() / elapsed,
-            "data_wait_share": watch.totals.get("data", 0.0) / elapsed,
-        }
-        if self.trainer.device.type == "cuda":
-            timing["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.trainer.device) / 2**30
-        return timing
-
-    def finish(self) -> dict[str, float]:
-        """Return the scores of the epoch over all processes."""
-        others = distributed.gather(_to_cpu(self.metrics.state_dict(), self.loss))
-        if len(others) > 1:
-            self.metrics.reset()
-            for state, _ in others:
-                share = Metrics(self.metrics.num_classes)
-                share.load_state_dict(state)
-                self.metrics.merge([share])
-            self.loss = torch.stack([loss for _, loss in others]).sum(dim=0)
-        return self.scores()
-
-
-def _to_cpu(state: dict[str, Tensor], loss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    return {key: value.cpu() for key, value in state.items()}, loss.cpu()
 
 
 class _Pictures:
@@ -347,7 +335,7 @@ class _Pictures:
         wanted = PICTURES - len(self.cells) // 3
         if wanted <= 0 or self.trainer.log.writer is None:
             return
-        facts = self.trainer.facts
+        facts = self.trainer.data.facts
         labels = label_map(self.procedure, part.probs[:wanted], self.trainer.options).cpu().numpy()
         target = part.target[:wanted].cpu().long()
         targets = torch.where(target == facts.ignore_index, 255, target).numpy()

@@ -6,6 +6,8 @@ import contextlib
 import functools
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -101,6 +103,9 @@ class BaseDataLoader(DataLoader[Any]):
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCHED_BATCHES if workers else None,
             worker_init_fn=_start_worker if workers else None,
+            # The workers' seeds come from here: drawn from torch's own generator, they would shift the numbers of
+            # dropout, and a resumed run would not repeat one that was never stopped.
+            generator=torch.Generator().manual_seed(batches.seed),
         )
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -126,13 +131,18 @@ class BaseDataLoader(DataLoader[Any]):
         return loader
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for collated in super().__iter__():
+        read = 0
+        for collated in _waited_for(super().__iter__()):
             if collated.failure is not None:
                 raise UserError(f"{collated.failure}{BROKEN_FILES_HINT}")
             for reason in collated.problems:
                 self._report(reason)
             if collated.batch is not None:
+                read += 1
                 yield collated.batch
+        if not read and len(self) > self.batches.start_batch:
+            reasons = "".join(f"\n    {reason}" for reason in list(self.skipped)[:_REPORTED_FILES])
+            raise UserError(f'no image could be read ("on_error": "skip" skipped {len(self.skipped)} files):{reasons}')
 
     def _report(self, reason: str) -> None:
         new = reason not in self.skipped
@@ -226,6 +236,36 @@ def _times_drawn_before(order: np.ndarray) -> np.ndarray:
     before = np.empty(len(order), np.int64)
     before[sorting] = places - np.maximum.accumulate(np.where(new, places, 0))
     return before
+
+
+_waiting = threading.Event()
+
+
+def _waited_for(iterator: Iterator[Any]) -> Iterator[Any]:
+    """Yield what an iterator yields; the death of a worker process is raised only while its data are waited for.
+
+    torch's signal handler would raise wherever the program is, also in the middle of an optimizer step.
+    """
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    main = threading.current_thread() is threading.main_thread()
+    if main and callable(handler) and not isinstance(handler, int) and not getattr(handler, "waits", False):
+        raise_if_dead = handler
+
+        def handle(number: int, frame: Any) -> None:
+            if _waiting.is_set():
+                raise_if_dead(number, frame)
+
+        handle.waits = True  # type: ignore[attr-defined]
+        signal.signal(signal.SIGCHLD, handle)
+    while True:
+        _waiting.set()
+        try:
+            item = next(iterator, None)
+        finally:
+            _waiting.clear()
+        if item is None:
+            return
+        yield item
 
 
 def _start_worker(worker: int) -> None:

@@ -1,27 +1,26 @@
-"""The run: device, epochs, monitor, early stop, checkpoints, logs. What one epoch does is the subclass's."""
+"""The run: epochs, the best model, checkpoints, logs. What one epoch does is the subclass's."""
 
 from __future__ import annotations
 
 import math
-import random
-import shutil
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from utils import checkpoint, distributed, lr_scheduler, optim
+from base import parallel, rng, runs
+from base.banner import banner, hyper_parameters, warn_about_precision
+from base.meter import Meter
+from base.monitor import Monitor
+from base.resume import Plan, changes_of_score, fingerprint
+from base.runs import BEST, EPOCH, LATEST
+from base.signals import StopSignals
+from utils import checkpoint, distributed, files, finite, lr_scheduler, optim
 from utils import config as configs
 from utils.config.data_checks import built
 from utils.config.schema import Config
@@ -29,13 +28,31 @@ from utils.errors import UserError
 from utils.facts import Facts
 from utils.logger import RunLog
 from utils.losses.base import SegmentationLoss
+from utils.metrics import Metrics
+from utils.predict import PredictOptions
 from utils.predict.network import AMP_DTYPES
-
-LATEST, BEST = "latest.pth", "best_model.pth"
 
 
 class Interrupted(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM); its state has been saved."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from: loaders that yield :class:`utils.batch.Batch` (``val`` may be None), and the facts."""
+
+    train: Any
+    val: Any | None
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What a batch moves besides the weights, as it was between two optimizer steps."""
+
+    batch: int
+    iteration: int
+    process: dict[str, Any]
 
 
 class BaseTrainer:
@@ -45,36 +62,27 @@ class BaseTrainer:
         config: the run.
         model: on the CPU or the device; moved and wrapped here.
         loss: called with logits ``(B, C, H, W)`` and labels ``(B, H, W)``.
-        train_loader, val_loader: yield :class:`utils.batch.Batch`; ``val_loader`` may be None.
-        facts: of the data.
+        data: the loaders and what is known of their images.
         device: where this process computes.
-        folder: the run's folder, see :func:`run_folder`.
-        resume: a checkpoint's content to continue from.
+        folder: the run's folder, see :mod:`base.runs`.
 
     A subclass implements :meth:`_train_epoch` and :meth:`_validate`, both returning scores by name.
     """
 
+    log: RunLog
+
     def __init__(
-        self,
-        config: Config,
-        model: nn.Module,
-        loss: SegmentationLoss,
-        train_loader: Any,
-        val_loader: Any | None,
-        facts: Facts,
-        device: torch.device,
-        folder: Path,
-        resume: Mapping[str, Any] | None = None,
+        self, config: Config, model: nn.Module, loss: SegmentationLoss, data: Data, device: torch.device, folder: Path
     ) -> None:
-        self.config = config
-        self.settings = config.trainer
-        self.train_loader, self.val_loader = train_loader, val_loader
-        self.facts = facts
-        self.device = device
-        self.folder = folder
+        self.config, self.settings = config, config.trainer
+        self.data, self.device, self.folder = data, device, folder
         self.loss = loss.to(device)
         self.amp = AMP_DTYPES[self.settings.amp]
-        self._build_model(model)
+        self.plan = self._plan()
+        self.model = parallel.place(model, config, device)
+        self.network = parallel.wrap(self.model, config, device)
+        self.gpus = parallel.gpus_of(self.network, device)
+        self.ema = self._averaged()
         self.optimizer = built(
             "optimizer.args",
             optim.build,
@@ -85,76 +93,47 @@ class BaseTrainer:
             config.optimizer.no_decay_on_norm_and_bias,
             **config.optimizer.args,
         )
-        self.batches = min(len(train_loader), self.settings.limit_batches or len(train_loader))
-        self.steps_per_epoch = math.ceil(self.batches / self.settings.accumulate)
         self.scheduler = built(
             "lr_scheduler.args",
             lr_scheduler.build,
             config.lr_scheduler.type,
             self.optimizer,
-            self.steps_per_epoch * self.settings.epochs,
-            steps_per_epoch=self.steps_per_epoch if config.lr_scheduler.step == "epoch" else None,
+            self.plan.steps * self.settings.epochs,
+            steps_per_epoch=self.plan.steps if config.lr_scheduler.step == "epoch" else None,
             **config.lr_scheduler.args,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.settings.amp == "fp16")
-        self.mode, _, self.monitored = self.settings.monitor.partition(" ")
+        self.options = PredictOptions.from_config(config.predict)
+        self.meter = Meter(self._metrics(), device)
+        self.monitor = Monitor(self.settings)
+        self.stop = StopSignals()
         self.epoch = 0  # epochs finished
         self.batch = 0  # batches done in the next one
         self.iteration = 0  # batches done since the start
-        self.best = math.inf if self.mode == "min" else -math.inf
-        self.not_improved = 0
-        self._train_scores: dict[str, Any] = {}
+        self._started = 0  # the iteration at which this process began
+        self._buffers: list[Tensor] = []  # of the model, as they were at self._point
         self._rng: Mapping[str, Any] | None = None
-        self._stop_signal: int | None = None
-        if resume is not None:
-            self._restore(resume)
-        self._made = [] if resume is not None else _missing(folder, self._tensorboard_dir())
-        self.log = RunLog(
-            folder, self._tensorboard_dir(), distributed.is_main(), epoch=self.epoch, iteration=self.iteration
+        self._processes: list[dict[str, Any]] | None = None
+
+    def _plan(self) -> Plan:
+        loader, settings = self.data.train, self.settings
+        return Plan(
+            batches=min(len(loader), settings.limit_batches or len(loader)),
+            accumulate=settings.accumulate,
+            images=len(loader.dataset),
+            batch_size=loader.batches.batch_size,
+            processes=distributed.world_size(),
         )
 
-    def _tensorboard_dir(self) -> Path | None:
-        if not self.settings.tensorboard:
+    def _averaged(self) -> AveragedModel | None:
+        if self.settings.ema is None:
             return None
-        return Path(self.settings.log_dir) / self.config.name / self.folder.name
+        return AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
 
-    def _build_model(self, model: nn.Module) -> None:
-        """Place the model on its device, and wrap it for several devices; ``self.model`` stays the bare one."""
-        layout = torch.channels_last if self.settings.channels_last else torch.preserve_format
-        if self.config.use_synch_bn and distributed.world_size() > 1:
-            if self.device.type == "cuda":
-                # torch's converter drops the activations inside timm's BatchNorms.
-                layers = sys.modules.get("timm.layers", nn.SyncBatchNorm)
-                model = layers.convert_sync_batchnorm(model)
-            elif distributed.is_main():
-                print(
-                    "warning: use_synch_bn: torch synchronises batch norm on GPUs only; here each process has its own",
-                    file=sys.stderr,
-                )
-        self.model = model.to(self.device).to(memory_format=layout)
-        self.ema = None
-        if self.settings.ema is not None:
-            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
-        self.network = self._parallel(self.model)
-
-    def _parallel(self, network: nn.Module) -> nn.Module:
-        """Return the network as training calls it: compiled, and spread over processes or GPUs."""
-        gpus = distributed.usable_gpus(self.config.n_gpu) if self.device.type == "cuda" else 0
-        if distributed.world_size() == 1 and gpus > 1:
-            if self.settings.compile:  # replicating torch.compile's wrapper takes the original's parameters away
-                raise UserError(
-                    "trainer.compile: torch cannot spread a compiled network over several GPUs from one process; set "
-                    f"it to false, or start one process per GPU: torchrun --standalone --nproc_per_node {gpus} ..."
-                )
-            return nn.DataParallel(distributed.Autocast(network, self.amp), device_ids=list(range(gpus)))
-        if self.settings.compile:
-            network = cast("nn.Module", torch.compile(network))
-        if distributed.world_size() > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            # An auxiliary head whose loss has no weight gets no gradients; the processes must not wait for them.
-            unused = not self.config.aux_weight
-            network = nn.parallel.DistributedDataParallel(network, device_ids=ids, find_unused_parameters=unused)
-        return network
+    def _metrics(self) -> Metrics:
+        facts, options = self.data.facts, self.options
+        count_ignored = self.config.predict.count_ignored
+        return Metrics(facts.num_classes, facts.ignore_index, classes=options.classes, count_ignored=count_ignored)
 
     @property
     def deployed_model(self) -> nn.Module:
@@ -168,108 +147,76 @@ class BaseTrainer:
 
         Raises:
             Interrupted: after a signal, when the state is saved.
-            UserError: a loss that is not finite, a full disk, data that cannot be used.
+            UserError: a loss that is not finite, a full disk, data that cannot be used; the state is saved.
         """
-        scores: dict[str, float] = {}
         try:
-            if distributed.is_main():
-                self._introduce()
-            with self._signals():
-                while self.epoch < self.settings.epochs:
-                    epoch = self.epoch + 1
-                    scores = self._train_epoch(epoch)
-                    if self._validates(epoch):
-                        scores |= self._validate(epoch)
-                    if self._finish_epoch(epoch, scores):
-                        break
-            if distributed.is_main():
-                final = {k: v for k, v in scores.items() if not k.startswith(configs.PER_CLASS_SCORES)}
-                self.log.hparams(self._hparams(), final)
+            with self.stop:
+                self._begin()
+                scores = self._epochs()
+                self.log.close(finished=True)
+                return scores
         except Interrupted:
-            self._save_latest()
+            self._save([LATEST])
             raise
+        except Exception as error:
+            self._rescue(error)
         finally:
-            self.log.close()
-            self._clear_away()
-        return scores
+            if hasattr(self, "log"):
+                self.log.close()
 
-    def _clear_away(self) -> None:
-        """Remove the folders that this start made where it ended, in an error, before anything was learnt."""
-        if self.iteration or not distributed.is_main() or any(self.folder.glob("*.pth")):
+    def _begin(self) -> None:
+        """Write the resolved config into the run's folder, open the logs, and print what is about to run."""
+        self._mark()
+        tensorboard = runs.tensorboard_folder(self.config, self.folder)
+        main = distributed.is_main()
+        self.log = RunLog(self.folder, tensorboard, main, self.epoch, self.iteration, self.batch)
+        if not distributed.is_main():
             return
-        for path in self._made:
-            if path in (self.folder, self._tensorboard_dir()):
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with suppress(OSError):  # another run is in it by now
-                    path.rmdir()
-
-    def _introduce(self) -> None:
-        """Write the resolved config into the run's folder, and print what is about to run."""
         text = configs.dump(self.config)
-        (self.folder / "config.json").write_text(text, encoding="utf-8")
         checkpoint.remove_leftovers(self.folder)
-        self.log.text("config", text)
-        if self.settings.amp == "fp16" and self.device.type == "cpu":
-            print(
-                "warning: trainer.amp 'fp16' is made for GPUs; on the CPU it computes many times slower than 'off'",
-                file=sys.stderr,
-            )
-        print(self.banner())
+        files.write_text(self.folder / "config.json", text)
+        self.log.text("config", text, self.iteration)
+        validates = self.data.val is not None and self.settings.val
+        compared = ["val/Mean_Dice", "val/Mean_IoU", "val/val_loss"] if validates else ["train/Mean_Dice"]
+        self.log.hparams(hyper_parameters(self), [*compared, "train/loss"])
+        warn_about_precision(self)
+        print(banner(self))
 
-    def banner(self) -> str:
-        """Return what is about to run, in a few lines."""
-        settings, processes = self.settings, distributed.world_size()
-        size = self.train_loader.batches.batch_size
-        gpus = len(self.network.device_ids) if isinstance(self.network, nn.DataParallel) else 1
-        parallel = (
-            f"{processes} processes" if processes > 1 else f"{gpus} GPUs, DataParallel" if gpus > 1 else "1 process"
-        )
-        step = size * processes * settings.accumulate
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        validation = "none" if self.val_loader is None else f"{len(self.val_loader.dataset):,} images"
-        lines = {
-            "run": str(self.folder) + (f", continued from iteration {self.iteration}" if self.iteration else ""),
-            "model": f"{self.config.arch.type}, {self.facts.num_classes} classes, {trainable / 1e6:.2f} M parameters",
-            "data": f"{len(self.train_loader.dataset):,} training images, validation {validation}",
-            "device": f"{_device_name(self.device)}, {parallel}, amp {settings.amp}",
-            "batch": f"{size} per process x {processes} x accumulate {settings.accumulate} = {step} per optimizer step",
-            "schedule": f"{settings.epochs} epochs of {self.batches} batches, {self.config.lr_scheduler.type}, "
-            f"{self.config.optimizer.type}, loss {self.config.loss.type}",
-            "predict": f"train {self.config.predict.train}, val {self.config.predict.val}; monitor {settings.monitor}",
-        }
-        notes = [("note", text) for text in self.config.notes]
-        return "\n".join(f"    {name:<9}: {text}" for name, text in [*lines.items(), *notes])
+    def _epochs(self) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        while self.epoch < self.settings.epochs:
+            epoch = self.epoch + 1
+            scores = self._train_epoch(epoch)
+            if self._validates(epoch):
+                scores |= self._validate(epoch)
+            if self._finish_epoch(epoch, scores):
+                break
+        return scores
 
     def _validates(self, epoch: int) -> bool:
         due = epoch % self.settings.val_per_epochs == 0 or epoch == self.settings.epochs
-        return self.val_loader is not None and self.settings.val and due
+        return self.data.val is not None and self.settings.val and due
 
     def _finish_epoch(self, epoch: int, scores: dict[str, float]) -> bool:
         """Log, choose the best, save; return whether to stop early."""
-        self.epoch, self.batch, self._train_scores = epoch, 0, {}
-        improved = self._improved(scores)
+        self.epoch, self.batch = epoch, 0
+        self.meter.reset()
+        self._mark()
+        improved = self.monitor.update(scores)
         self.log.record("epoch", epoch, self.iteration, scores)
         self._print_scores(epoch, scores, improved)
-        last = epoch == self.settings.epochs
-        stop = bool(self.settings.early_stop) and self.not_improved >= self.settings.early_stop
+        ends = epoch == self.settings.epochs or self.monitor.stops
         periodic = epoch % self.settings.save_period == 0
-        if improved or periodic or last or stop:
-            self._save(improved=improved, periodic=periodic, latest=periodic or last or stop)
-        if stop and distributed.is_main():
-            print(f"early stop: {self.monitored} has not improved in {self.not_improved} validations")
-        return stop
-
-    def _improved(self, scores: dict[str, float]) -> bool:
-        if self.mode == "off" or self.monitored not in scores:
-            return False
-        value = scores[self.monitored]
-        better = value < self.best if self.mode == "min" else value > self.best  # nan is never better
-        if better:
-            self.best, self.not_improved = value, 0
-        else:
-            self.not_improved += 1
-        return better
+        names = [EPOCH.format(epoch)] if periodic else []
+        names += [BEST] if improved else []
+        names += [LATEST] if periodic or ends else []
+        if names:
+            self._save(names)
+        if periodic and distributed.is_main():
+            runs.prune(self.folder, self.settings.keep_last)
+        if self.monitor.stops and distributed.is_main():
+            print(f"early stop: {self.monitor.name} has not improved in {self.monitor.not_improved} validations")
+        return self.monitor.stops
 
     def _print_scores(self, epoch: int, scores: Mapping[str, float], improved: bool) -> None:
         if not distributed.is_main():
@@ -279,32 +226,73 @@ class BaseTrainer:
             if not name.startswith(configs.PER_CLASS_SCORES) and not math.isnan(value):
                 print(f"    {name:<24}: {value:.4f}")
 
-    def _hparams(self) -> dict[str, Any]:
-        flat: dict[str, Any] = {
-            "arch": self.config.arch.type,
-            "loss": self.config.loss.type,
-            "optimizer": self.config.optimizer.type,
-            "lr_scheduler": self.config.lr_scheduler.type,
-            "batch_size": self.train_loader.batches.batch_size,
-            "epochs": self.settings.epochs,
-            "predict.val": self.config.predict.val,
-            "seed": self.config.seed,
-        }
-        flat |= {f"arch.{k}": v for k, v in self.config.arch.args.items() if isinstance(v, str | int | float | bool)}
-        numbers = {k: v for k, v in self.config.optimizer.args.items() if isinstance(v, int | float | bool)}
-        return flat | {f"optimizer.{k}": v for k, v in numbers.items()}
+    # -- errors ------------------------------------------------------------------------------------------------
+
+    def _mark(self) -> None:
+        """Remember this moment between two optimizer steps: after an error the run is saved as it was here."""
+        self._point = _Point(self.batch, self.iteration, self._process())
+        buffers = list(self.model.buffers())
+        if len(self._buffers) != len(buffers):
+            self._buffers = [buffer.clone() for buffer in buffers]
+        elif buffers:
+            torch._foreach_copy_(self._buffers, buffers)  # a few kernels for all of them
+
+    def _rewind(self) -> None:
+        """Go back to the last moment between two optimizer steps; the weights have not changed since."""
+        point = self._point
+        self.batch, self.iteration = point.batch, point.iteration
+        for buffer, kept in zip(self.model.buffers(), self._buffers, strict=True):
+            buffer.data.copy_(kept)
+        rng.set_state(point.process["rng"], self.gpus)
+        self.meter.load_state_dict(point.process["train_scores"])
+
+    def _rescue(self, error: Exception) -> NoReturn:
+        """Save the run after an error, say so, and raise the error again."""
+        where = ""
+        if hasattr(self, "_point") and distributed.is_main():
+            self._rewind()
+            where = self._save_after_error()
+        said = explained(error)
+        if said is None:
+            print(where, file=sys.stderr)
+            raise error
+        raise UserError(f"{said}\n{where}" if where else said) from None
+
+    def _save_after_error(self) -> str:
+        """Save without the other processes, which may be gone; return what to do now."""
+        latest = self.folder / LATEST
+        if self.iteration > self._started and finite.bad_weights(self.model) is None:
+            try:
+                checkpoint.save(self.state([LATEST], alone=True), latest)
+            except UserError as error:
+                return f"the run could not be saved: {error}"
+            return f"the run is saved up to iteration {self.iteration}; continue with: python train.py -r {latest}"
+        kept = [p for p in (latest, self.folder / BEST) if p.exists()]
+        return f"to continue from the last checkpoint: python train.py -r {kept[0]}" if kept else ""
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """Return everything that continuing needs, as plain data; every process takes part."""
-        processes = distributed.gather({"rng": _rng_state(self.device), "train_scores": self._train_scores})
+    def _process(self) -> dict[str, Any]:
+        """Return what each process has of its own: random states, scores of the epoch so far."""
+        return {"rng": rng.state(self.gpus), "train_scores": self.meter.state_dict() if self.batch else {}}
+
+    def state(self, names: list[str] | None = None, alone: bool = False) -> dict[str, Any]:
+        """Return everything that continuing needs, as plain data.
+
+        Args:
+            names: the files it is written to.
+            alone: do not wait for the other processes; their random states are left out. Else all take part, except
+                during validation, before which they have been asked.
+        """
+        processes = self._processes or ([self._process()] if alone else distributed.gather(self._process()))
         return {
             "format": checkpoint.FORMAT,
             "arch": self.config.arch.type,
+            "names": names or [],
             "epoch": self.epoch,
             "batch": self.batch,
             "iteration": self.iteration,
+            "plan": asdict(self.plan),
             "state_dict": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "ema_updates": None if self.ema is None else int(self.ema.n_averaged),
@@ -312,11 +300,45 @@ class BaseTrainer:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "processes": processes,
-            "monitor_best": float(self.best),
-            "not_improved_count": self.not_improved,
+            **self.monitor.state_dict(),
+            "validation": fingerprint(self.data.val),
             "config": self.config.model_dump(),
-            "facts": self.facts.to_dict(),
+            "facts": self.data.facts.to_dict(),
         }
+
+    def _save(self, names: list[str]) -> None:
+        """Write a checkpoint once, under the first of its names, and link the others to it.
+
+        Raises:
+            UserError: the weights are not finite.
+        """
+        bad = finite.bad_weights(self.model)
+        if bad is not None:
+            raise UserError(f"after iteration {self.iteration} {self._rates()} the weights {bad} are not finite")
+        state = self.state(names)
+        if distributed.is_main():
+            self.log.flush()
+            checkpoint.save(state, self.folder / names[0])
+            for name in names[1:]:
+                checkpoint.link(self.folder / names[0], self.folder / name)
+
+    def _rates(self) -> str:
+        rates = optim.learning_rates(self.optimizer)
+        return f"(learning rates {', '.join(f'{name} {rate:g}' for name, rate in rates.items())})"
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint; call it before :meth:`train`.
+
+        Raises:
+            UserError: it holds no run of ours, a malformed one, or one that this config cannot continue.
+        """
+        try:
+            self._restore(state)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint to resume is malformed ({type(error).__name__}: {str(error)[:200]}); to start a new "
+                "run from its weights: train.py --config CONFIG --weights CHECKPOINT"
+            ) from None
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if "scheduler" not in state or "processes" not in state:
@@ -336,78 +358,51 @@ class BaseTrainer:
             self.ema.module.load_state_dict(state["ema"])
             self.ema.n_averaged.fill_(state["ema_updates"])
         optim.restore(self.optimizer, state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.batch, self.iteration = state["epoch"], state["batch"], state["iteration"]
-        self.best, self.not_improved = state["monitor_best"], state["not_improved_count"]
+        self._restore_progress(state)
+        self._restore_monitor(state)
+        self._restore_process(state)
+
+    def _restore_progress(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.batch = state["epoch"], self.plan.batch_at(state)
+        self.iteration = self._started = state["iteration"]
+        step = self.plan.steps_until(self.epoch, self.batch)
+        self.scheduler.load_state_dict(state["scheduler"] | {"last_step": step})
+        self.plan.tell_change(state, self.epoch, self.batch, self.scheduler.total_steps)
+
+    def _restore_monitor(self, state: Mapping[str, Any]) -> None:
+        self.monitor.load_state_dict(state)
+        changes = changes_of_score(state["config"], self.config)
+        if state.get("validation", fingerprint(self.data.val)) != fingerprint(self.data.val):
+            changes.append("the validation images are others")
+        if changes and self.monitor.mode != "off" and math.isfinite(self.monitor.best):
+            if distributed.is_main():
+                why = "; ".join(changes[:4])
+                print(
+                    f"warning: the best {self.monitor.name} so far, {self.monitor.best:.4f}, cannot be compared with "
+                    f"scores from now on ({why}): the best model and early stopping start afresh",
+                    file=sys.stderr,
+                )
+            self.monitor.reset()
+
+    def _restore_process(self, state: Mapping[str, Any]) -> None:
         if len(state["processes"]) == distributed.world_size():
             own = state["processes"][distributed.rank()]
-            self._rng, self._train_scores = own["rng"], own["train_scores"]
+            self._rng = own["rng"]
+            self.meter.load_state_dict(own["train_scores"] if self.batch else {})
         elif distributed.is_main():
             print(
-                f"warning: the run had {len(state['processes'])} processes, now {distributed.world_size()}; "
-                "it continues, but not with the same random numbers",
+                f"warning: the checkpoint holds the random states of {len(state['processes'])} processes, now there "
+                f"are {distributed.world_size()}; the run continues, but with other random numbers",
                 file=sys.stderr,
             )
 
     def _restore_rng(self) -> None:
         """Set the random number generators as they were; once, right before the first step after a resume."""
         if self._rng is not None:
-            _set_rng_state(self._rng, self.device)
+            rng.set_state(self._rng, self.gpus)
             self._rng = None
-
-    def _save(self, improved: bool, periodic: bool, latest: bool) -> None:
-        """Write the checkpoint once, under the first of its names, and link the others to it."""
-        state = self.state()
-        if not distributed.is_main():
-            return
-        names = [f"checkpoint-epoch{self.epoch}.pth"] if periodic else []
-        names += [BEST] if improved else []
-        names += [LATEST] if latest else []
-        checkpoint.save(state, self.folder / names[0])
-        for name in names[1:]:
-            checkpoint.link(self.folder / names[0], self.folder / name)
-        if periodic:
-            self._prune()
-
-    def _save_latest(self) -> None:
-        """Save the run's state in the middle of an epoch."""
-        state = self.state()
-        if distributed.is_main():
-            checkpoint.save(state, self.folder / LATEST)
-
-    def _prune(self) -> None:
-        if self.settings.keep_last is None:
-            return
-        numbered = {int(p.stem.removeprefix("checkpoint-epoch")): p for p in self.folder.glob("checkpoint-epoch*.pth")}
-        for epoch in sorted(numbered)[: -self.settings.keep_last]:
-            numbered[epoch].unlink()
-
-    # -- signals -----------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM end the current optimizer step, save, and leave; a second one leaves at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request(number: int, frame: FrameType | None) -> None:
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = number
-
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _leave_if_asked(self) -> None:
-        """Raise :class:`Interrupted` when a signal has come, to any process."""
-        if distributed.any_process(self._stop_signal is not None, self.device):
-            raise Interrupted
+            self._mark()
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         """Train one epoch, from ``self.batch`` on; return its scores."""
@@ -418,90 +413,21 @@ class BaseTrainer:
         raise NotImplementedError
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _missing(*folders: Path | None) -> list[Path]:
-    """Return the folders that do not exist, and those above them that do not either, the inner ones first."""
-    missing = {p for folder in folders if folder is not None for p in (folder, *folder.parents) if not p.exists()}
-    return sorted(missing, key=lambda path: len(path.parts), reverse=True)
-
-
-def run_folder(config: Config) -> Path:
-    """Return the folder of a new run, ``save_dir/name/loss/predict.val/MM-DD_HH-MM``; the same in every process."""
-    parent = Path(config.trainer.save_dir) / config.name / config.loss.type / config.predict.val
-    stamp = datetime.now().strftime("%m-%d_%H-%M")
-    folder, number = parent / stamp, 1
-    while folder.exists():
-        number += 1
-        folder = parent / f"{stamp}-{number}"
-    return Path(distributed.broadcast(str(folder)))
-
-
-def newest_run(config: Config) -> Path:
-    """Return the resumable checkpoint of the config's newest run.
-
-    Raises:
-        UserError: there is none.
-    """
-    parent = Path(config.trainer.save_dir) / config.name / config.loss.type / config.predict.val
-    found = [p for name in (LATEST, BEST, "checkpoint-epoch*.pth") for p in parent.glob(f"*/{name}")]
-    if not found:
-        raise UserError(f"-r auto: there is no run with a checkpoint below {parent}; start one without -r")
-    return max(found, key=lambda p: (p.stat().st_mtime_ns, p.name == LATEST))
-
-
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed all generators of this process, each process differently; choose deterministic algorithms if asked."""
-    own = seed + distributed.rank()
-    random.seed(own)
-    np.random.seed(own % 2**32)
-    torch.manual_seed(own)
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cudnn.benchmark = not deterministic
-
-
-def _rng_state(device: torch.device) -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    assert isinstance(keys, np.ndarray)
-    state: dict[str, Any] = {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-class Stopwatch:
-    """Seconds between calls, added up by name."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """Add the time since the last lap to ``name``."""
-        now = time.perf_counter()
-        self.totals[name] = self.totals.get(name, 0.0) + now - self._last
-        self._last = now
-
-    def start(self) -> None:
-        """Begin a lap now."""
-        self._last = time.perf_counter()
+def explained(error: Exception) -> str | None:
+    """Return what an error in the middle of a run means to the user; None if it is a program error."""
+    text = str(error).strip()
+    if isinstance(error, UserError):
+        return text
+    if distributed.lost_process(error):
+        return "another process of this run has ended, so this one cannot go on; what it said is the cause"
+    if "DataLoader worker" in text:
+        return (
+            f"a process that loads the data was killed ({text.splitlines()[0]}); most often the memory is full: "
+            "lower num_workers, batch_size or crop_size in train_loader.args"
+        )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        first = text.splitlines()[0] if text else "no memory left"
+        return f"out of memory: {first[:300]}; lower batch_size or crop_size, raise trainer.accumulate, or use amp bf16"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the system'}: {error.strerror or error}"
+    return None

@@ -95,9 +95,7 @@ FLOORS = (
     *("predictor", "inference", "export", "demo"),
 )
 # Imports that still run upwards; the list may only become shorter.
-UPWARD = {
-    ("utils/distributed.py", "config"),
-}
+UPWARD: set[tuple[str, str]] = set()
 
 
 def utils_imports() -> Iterator[tuple[str, str]]:

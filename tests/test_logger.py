@@ -111,7 +111,8 @@ def test_other_processes_write_nothing(tmp_path) -> None:
     log.scalars({"a": 1.0}, 1)
     log.image("b", np.zeros((4, 4, 3), np.uint8), 1)
     log.text("c", "d")
-    log.hparams({}, {})
+    log.hparams({}, [])
+    log.flush()
     log.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -126,21 +127,22 @@ def test_tensorboard_shows_what_was_written_and_a_resume_replaces_later_steps(tm
     log.close()
     log = RunLog(tmp_path / "run", tmp_path / "logs", epoch=1, iteration=3)
     log.scalars({"train/loss": 40.0}, 4)
-    log.hparams({"lr": 0.1, "arch": "UNet"}, {"Mean_Dice": 0.5, "val_loss": NAN})
-    log.close()
+    log.hparams({"lr": 0.1, "arch": "UNet"}, ["val/Mean_Dice", "train/loss"])
+    log.close(finished=True)
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 40)]
     tags = events.Tags()
     assert "val/Mean_Dice" not in tags["scalars"]
-    assert "final/Mean_Dice" in tags["scalars"]
+    assert tags["scalars"] == ["train/loss"]  # curves, no single points
+    assert len(list((tmp_path / "logs").iterdir())) == 1
     assert tags["images"] == ["pictures"]
     assert [p.name for p in (tmp_path / "logs").iterdir() if p.is_dir()] == []  # hparams open no run of their own
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="logs of the run cannot be written there"):
+    with pytest.raises(UserError, match="logs cannot be written"):
         RunLog(tmp_path / "file" / "run", None)
     log = RunLog(tmp_path, None)
 

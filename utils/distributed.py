@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.config.schema import Config
 from utils.errors import UserError
 
 
@@ -52,12 +51,6 @@ def is_first() -> bool:
     return is_main() and os.environ.get("RANK", "0") == "0"
 
 
-def barrier() -> None:
-    """Wait for the other processes."""
-    if is_active():
-        dist.barrier()
-
-
 def gather(value: Any) -> list[Any]:
     """Return the values of all processes, in the order of their ranks, to every process."""
     if not is_active():
@@ -76,13 +69,19 @@ def broadcast(value: Any) -> Any:
     return values[0]
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Return whether the flag is set in any process."""
+def any_process(*flags: bool) -> list[bool]:
+    """Return for each flag whether it is set in any process."""
     if not is_active():
-        return flag
-    total = torch.tensor(float(flag), device=device)
+        return list(flags)
+    total = torch.tensor(flags, dtype=torch.float32)  # on the CPU: gloo does not wait for the GPU's work
     dist.all_reduce(total)
-    return bool(total.item())
+    return [value > 0 for value in total.tolist()]
+
+
+def lost_process(error: BaseException) -> bool:
+    """Return whether an error says that another process of the group has gone."""
+    gloo = isinstance(error, RuntimeError) and ("gloo" in str(error) or "closed by peer" in str(error))
+    return gloo or isinstance(error, dist.DistError)
 
 
 def share_buffers(module: nn.Module) -> None:
@@ -151,19 +150,24 @@ def process_group(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     # gloo beside nccl: objects and flags of the host travel without touching the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
         yield
+    except Exception as error:
+        if not lost_process(error):
+            raise
+        raise UserError("another process of this run has ended, so this one cannot go on") from None
     finally:
-        dist.destroy_process_group()
+        if is_active():
+            dist.destroy_process_group()
 
 
-def needs_processes(config: Config) -> bool:
+def needs_processes(use_synch_bn: bool, n_gpu: int) -> bool:
     """Return whether the run must be split into one process per GPU, and is not yet.
 
     Synchronised batch norm works across processes only (torch.nn.SyncBatchNorm).
     """
-    return config.use_synch_bn and not under_torchrun() and usable_gpus(config.n_gpu) > 1
+    return use_synch_bn and not under_torchrun() and usable_gpus(n_gpu) > 1
 
 
 def launch(script: str, arguments: Sequence[str], processes: int) -> int:
@@ -171,6 +175,7 @@ def launch(script: str, arguments: Sequence[str], processes: int) -> int:
 
     Returns the exit code: that of the process that failed first, else 0.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -181,4 +186,6 @@ def launch(script: str, arguments: Sequence[str], processes: int) -> int:
         # The process has said what went wrong; the launcher's own report would only bury it.
         _, first = failure.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 1
+    except SignalException as asked:  # the processes have been asked to stop, and have saved
+        return 128 + asked.sigval
     return 0

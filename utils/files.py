@@ -91,3 +91,16 @@ def escape(cell: object) -> object:
 def unescape(cell: str) -> str:
     """Return the text that :func:`escape` was given."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def expand(path: str | Path) -> Path:
+    """Return a path with ``~`` and environment variables, such as ``$SCRATCH/runs``, replaced.
+
+    Raises:
+        UserError: a variable that is not set.
+    """
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    missing = re.search(r"\$\{?(\w+)\}?", expanded)
+    if missing and missing[1] not in os.environ and not os.path.lexists(expanded):
+        raise UserError(f"{path}: the environment variable {missing[1]} is not set")
+    return Path(expanded)

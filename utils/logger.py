@@ -1,15 +1,17 @@
-"""What a run leaves behind to look at: TensorBoard, ``log.csv`` (one line per epoch) and ``log.jsonl``.
+"""The logs of a run: TensorBoard, ``log.csv`` (one line per epoch) and ``log.jsonl``.
 
-``log.csv`` holds only what the run computed, so two equal runs write equal files; times and speeds stand in
-``log.jsonl`` under ``"timing"`` and in TensorBoard. A run that is resumed continues the same files: what they
-hold beyond the checkpoint is dropped, since it will be computed again.
+``log.csv`` holds only what the run computed, so two equal runs write equal files; times and speeds are in
+``log.jsonl`` under ``"timing"`` and in TensorBoard. A resumed run continues the same files: what they hold beyond the
+checkpoint is dropped, because it will be computed again.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,23 +30,53 @@ class RunLog:
         tensorboard_dir: for TensorBoard; None: none.
         active: whether this process writes.
         epoch, iteration: where the run continues; later records are dropped.
+        batch: batches done in the epoch that goes on; 0: it has not begun.
     """
 
     def __init__(
-        self, folder: Path, tensorboard_dir: Path | None, active: bool = True, epoch: int = 0, iteration: int = 0
+        self,
+        folder: Path,
+        tensorboard_dir: Path | None,
+        active: bool = True,
+        epoch: int = 0,
+        iteration: int = 0,
+        batch: int = 0,
     ) -> None:
         self.folder = folder
         self.active = active
-        self.writer = None
+        self.writer: Any = None
+        self._session_end: Any = None
         if not active:
             return
-        with _told(folder):
+        with _explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._forget_after(epoch, iteration)
         if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
+            with _explained(tensorboard_dir):
+                self._open_tensorboard(tensorboard_dir, iteration, batch)
 
-            self.writer = SummaryWriter(str(tensorboard_dir), purge_step=iteration + 1 if iteration else None)
+    def _open_tensorboard(self, folder: Path, iteration: int, batch: int) -> None:
+        """Open an event file that begins with what earlier ones hold up to the checkpoint; remove those."""
+        # Loading TensorBoard takes a second, and not every run writes to it.
+        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+        from tensorboard.compat.proto.event_pb2 import Event
+        from torch.utils.tensorboard import SummaryWriter
+
+        _silence_writer_threads()
+        earlier = sorted(folder.glob("events.out.tfevents.*"))
+        self.writer = SummaryWriter(str(folder))
+        seen: set[tuple[str, int]] = set()
+        for path in earlier:
+            for data in RawEventFileLoader(str(path)).Load():
+                event = Event.FromString(data)
+                tags = [value.tag for value in event.summary.value]
+                keys = {(tag, event.step) for tag in tags}
+                if tags and not keys & seen and all(_kept(tag, event.step, iteration, batch) for tag in tags):
+                    self.writer.file_writer.event_writer.add_event(event)
+                    seen |= keys
+        self.writer.flush()
+        for path in earlier:
+            path.unlink()
 
     def _forget_after(self, epoch: int, iteration: int) -> None:
         """Drop what the run will compute again, and what a kill left of a line."""
@@ -96,7 +128,7 @@ class RunLog:
         record = {"kind": kind, "epoch": epoch, "iteration": iteration, "values": _plain(values)}
         if timing:
             record["timing"] = _plain(timing)
-        with _told(self.folder):
+        with _explained(self.folder):
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             if kind == "epoch":
@@ -105,14 +137,16 @@ class RunLog:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write scalars to TensorBoard, by their full tags."""
         if self.writer is not None:
-            for tag, value in values.items():
-                if math.isfinite(value):
-                    self.writer.add_scalar(tag, value, step)
+            with _explained(Path(self.writer.log_dir)):
+                for tag, value in values.items():
+                    if math.isfinite(value):
+                        self.writer.add_scalar(tag, value, step)
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
         """Write an RGB image, uint8 ``(H, W, 3)``, to TensorBoard."""
         if self.writer is not None:
-            self.writer.add_image(tag, image, step, dataformats="HWC")
+            with _explained(Path(self.writer.log_dir)):
+                self.writer.add_image(tag, image, step, dataformats="HWC")
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Write preformatted text to TensorBoard."""
@@ -120,16 +154,56 @@ class RunLog:
             indented = "\n".join("    " + line for line in text.splitlines())
             self.writer.add_text(tag, indented, step)
 
-    def hparams(self, settings: Mapping[str, Any], scores: Mapping[str, float]) -> None:
-        """Write the hyper-parameters beside the final scores to TensorBoard."""
+    def hparams(self, settings: Mapping[str, Any], scores: Iterable[str]) -> None:
+        """Write the hyper-parameters to TensorBoard, and the tags of the scalars that runs are compared by."""
         if self.writer is not None:
-            finite = {f"final/{k}": v for k, v in scores.items() if math.isfinite(v)}
-            self.writer.add_hparams(dict(settings), finite, run_name=".")
+            from torch.utils.tensorboard.summary import hparams
 
-    def close(self) -> None:
-        """Flush everything."""
+            experiment, session, self._session_end = hparams(dict(settings), dict.fromkeys(scores, 0.0))
+            for summary in (experiment, session):
+                self.writer.file_writer.add_summary(summary)
+
+    def flush(self) -> None:
+        """Bring everything to the disk: a checkpoint counts on it."""
         if self.writer is not None:
+            with _explained(Path(self.writer.log_dir)):
+                self.writer.flush()
+
+    def close(self, finished: bool = False) -> None:
+        """Close the files; ``finished``: the run has come to its end."""
+        if self.writer is None:
+            return
+        try:
+            if finished and self._session_end is not None:
+                self.writer.file_writer.add_summary(self._session_end)
             self.writer.close()
+        except OSError as error:
+            print(f"warning: {self.writer.log_dir}: TensorBoard's logs are cut short: {reason(error)}", file=sys.stderr)
+
+
+def _kept(tag: str, step: int, iteration: int, batch: int) -> bool:
+    """Return whether an event of TensorBoard was written before a checkpoint, and will not be written again."""
+    if tag.startswith(("_hparams_/", "final/")):
+        return False  # written at each start; the tags of earlier versions
+    if step != iteration:
+        return step < iteration
+    if tag.startswith("val"):
+        return batch == 0  # validation comes after an epoch's last batch
+    return not tag.startswith("config")
+
+
+def _silence_writer_threads() -> None:
+    """Keep TensorBoard's writing thread from printing a traceback: its error is raised at the next call as well."""
+    hook = threading.excepthook
+    if getattr(hook, "silences", False):
+        return
+
+    def silent(args: Any) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__name__ == "_AsyncWriterThread"):
+            hook(args)
+
+    silent.silences = True  # type: ignore[attr-defined]
+    threading.excepthook = silent
 
 
 def _precedes(record: Mapping[str, Any], epoch: int, iteration: int) -> bool:
@@ -141,11 +215,11 @@ def _precedes(record: Mapping[str, Any], epoch: int, iteration: int) -> bool:
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{folder}: the logs of the run cannot be written there: {reason(error)}") from None
+        raise UserError(f"{folder}: the run's logs cannot be written: {reason(error)}") from None
 
 
 def _plain(values: Mapping[str, float]) -> dict[str, float | None]:

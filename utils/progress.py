@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
@@ -28,6 +28,12 @@ class _Lines:
 
     def flush(self) -> None:
         self.stream.flush()
+
+
+def live_scores(scores: Mapping[str, float]) -> str:
+    """Return the scores shown at the end of a bar: ``Loss 0.412 | PixelAcc 0.91 | Mean IoU ... | Mean Dice ... |``."""
+    names = {"loss": "Loss", "Pixel_Accuracy": "PixelAcc", "Mean_IoU": "Mean IoU", "Mean_Dice": "Mean Dice"}
+    return " | ".join(f"{short} {scores[name]:.3f}" for name, short in names.items() if name in scores) + " |"
 
 
 def progress_bar(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from base.base_trainer import LATEST
+from base.runs import LATEST
 from tests.base.test_trainer import make_trainer
 
 OPTIONS = {"epochs": 6, "save_every_iters": 2, "ema": 0.9, "save_period": 2, "keep_last": 2, "log_per_iter": 3}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from base.base_trainer import LATEST
+from base.runs import LATEST
 from tests.base.kill_worker import OPTIONS
 from tests.base.test_trainer import make_trainer, same_weights
 from utils import checkpoint

@@ -74,10 +74,10 @@ def test_a_changed_config_counts_and_the_change_is_told(train: Train, which: str
 def test_with_auto_another_arch_is_an_error_as_with_a_file(train: Train) -> None:
     assert train("-c", "config.json")[0] == 0
     write(CONFIG | {"arch": {"type": "UNet", "args": {"width": 4}}})
-    for which in ("auto", str(latest())):
+    for which, said in (("auto", "arch.args.width: 2 -> 4"), (str(latest()), "of a checkpoint cannot be changed")):
         code, text = train("-r", which, "-c", "config.json")
         assert code == 2
-        assert "the model of a checkpoint cannot be changed" in text
+        assert said in text
 
 
 def test_an_override_of_the_arch_is_given_again(train: Train) -> None:
@@ -107,7 +107,7 @@ def test_another_learning_rate_and_weight_decay_count(train: Train) -> None:
     ("change", "said"),
     [
         ('optimizer={"type":"AdamW","args":{"lr":0.1}}', "optimizer.type: the checkpoint's is SGD, the config's AdamW"),
-        ("optimizer.no_decay_on_norm_and_bias=true", "optimizer: its parameter groups are now all ("),
+        ("optimizer.no_decay_on_norm_and_bias=true", "optimizer: the parameter groups are all ("),
         (
             "train_loader.args.in_channels=1 val_loader.args.in_channels=1",
             "the checkpoint to resume: the weights do not fit UNet",

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import gc
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from base.base_trainer import BEST, LATEST, Interrupted, newest_run, run_folder, seed_everything
+from base.base_trainer import Data, Interrupted
+from base.rng import seed_everything
+from base.runs import BEST, LATEST
 from trainer import Trainer
 from utils import checkpoint, losses
 from utils.batch import Batch
@@ -125,17 +125,12 @@ def make_trainer(folder: Path, resume: str | None = None, net: nn.Module | None 
     config = make_config(folder, **kwargs)
     seed_everything(config.seed, config.deterministic)
     state = checkpoint.read(folder / "run" / resume) if resume else None
-    return Trainer(
-        config,
-        net if net is not None else ToyNet(aux=aux),
-        losses.build(loss_name, 255),
-        loader,
-        ToyLoader(6, 3, seed=1, shuffle=False),
-        FACTS,
-        torch.device("cpu"),
-        folder / "run",
-        resume=state,
-    )
+    data = Data(loader, ToyLoader(6, 3, seed=1, shuffle=False), FACTS)
+    net = net if net is not None else ToyNet(aux=aux)
+    trainer = Trainer(config, net, losses.build(loss_name, 255), data, torch.device("cpu"), folder / "run")
+    if state is not None:
+        trainer.restore(state)
+    return trainer
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -187,7 +182,7 @@ def test_resume_equals_never_stopped_bit_for_bit(tmp_path: Path, stop_after: int
 
     killed = make_trainer(parted, **options)
     _stop_at(killed, stop_after)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(Killed):
         killed.train()
     resumed = make_trainer(parted, resume=LATEST, **options)
     assert resumed.iteration == stop_after
@@ -199,13 +194,17 @@ def test_resume_equals_never_stopped_bit_for_bit(tmp_path: Path, stop_after: int
     assert _records(whole) == _records(parted)
 
 
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: nothing is saved on the way out."""
+
+
 def _stop_at(trainer: Trainer, iteration: int) -> None:
     """Die right after an iteration's checkpoint was written, as under SIGKILL."""
 
     def after() -> None:
         Trainer._after_batch(trainer)
         if trainer.iteration == iteration:
-            raise RuntimeError("killed")
+            raise Killed
 
     trainer._after_batch = after
 
@@ -245,7 +244,7 @@ def test_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
 
 def test_the_last_step_of_an_epoch_averages_over_the_batches_it_has(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, accumulate=3, epochs=1)  # 4 batches: a step of three and a step of one
-    assert trainer.steps_per_epoch == 2
+    assert trainer.plan.steps == 2
     steps = []
     trainer.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.batch))
     trainer.train()
@@ -258,7 +257,7 @@ def test_the_best_model_is_saved_whatever_save_period_says(tmp_path: Path) -> No
     trainer.train()
     assert (tmp_path / "run" / BEST).is_file()
     assert not list((tmp_path / "run").glob("checkpoint-epoch*"))
-    assert checkpoint.read(tmp_path / "run" / BEST)["monitor_best"] == pytest.approx(trainer.best)
+    assert checkpoint.read(tmp_path / "run" / BEST)["monitor_best"] == pytest.approx(trainer.monitor.best)
 
 
 def test_early_stop_counts_validations_without_improvement(tmp_path: Path) -> None:
@@ -267,7 +266,7 @@ def test_early_stop_counts_validations_without_improvement(tmp_path: Path) -> No
     trainer._validate = lambda epoch: {"Mean_Dice": next(values)}
     trainer.train()
     assert trainer.epoch == 4
-    assert trainer.best == 0.6
+    assert trainer.monitor.best == 0.6
 
 
 def test_keep_last_prunes_numbered_checkpoints_only(tmp_path: Path) -> None:
@@ -283,7 +282,7 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, accumulate: int, saved: int) 
 
     def after() -> None:
         if trainer.iteration == 5:
-            trainer._stop_signal = 15
+            trainer.stop.received = 15
         Trainer._after_batch(trainer)
 
     trainer._after_batch = after
@@ -373,73 +372,3 @@ def test_a_published_checkpoint_cannot_be_resumed_and_says_so(tmp_path: Path) ->
     torch.save({"state_dict": ToyNet().state_dict(), "epoch": 3}, tmp_path / "run/old.pth")
     with pytest.raises(UserError, match="cannot be resumed"):
         make_trainer(tmp_path, resume="old.pth")
-
-
-def test_run_folders_are_new_and_newest_run_finds_the_last(tmp_path: Path) -> None:
-    config = make_config(tmp_path)
-    first = run_folder(config)
-    assert first.parent == tmp_path / "saved/toy/CrossEntropyLoss2d/max"
-    first.mkdir(parents=True)
-    second = run_folder(config)
-    assert second != first
-    with pytest.raises(UserError, match="no run"):
-        newest_run(config)
-    second.mkdir(parents=True)
-    for second_of_day, path in enumerate((first / LATEST, second / "checkpoint-epoch1.pth")):
-        path.touch()
-        os.utime(path, (second_of_day, second_of_day))
-    assert newest_run(config) == second / "checkpoint-epoch1.pth"
-
-
-class Broken(ToyLoader):
-    """Fails at a batch, as on a file that cannot be read."""
-
-    at = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        for number, batch in enumerate(super().__iter__()):
-            if number == self.at:
-                raise UserError("image7.jpg cannot be read")
-            yield batch
-
-
-def test_a_start_that_fails_in_its_first_batch_leaves_nothing(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, loader=Broken(), tensorboard=True)
-    assert list(tmp_path.rglob("events*"))
-    with pytest.raises(UserError, match="image7"):
-        trainer.train()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_other_runs_have_made_stays(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, loader=Broken(), tensorboard=True)
-    other = tmp_path / "saved/runs/toy/other/events"
-    other.parent.mkdir(parents=True)
-    other.write_text("of another run")
-    with pytest.raises(UserError, match="image7"):
-        trainer.train()
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [other]
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_that_has_learnt_something_stays(tmp_path: Path) -> None:
-    loader = Broken()
-    loader.at = 1
-    with pytest.raises(UserError, match="image7"):
-        make_trainer(tmp_path, loader=loader).train()
-    assert (tmp_path / "run/config.json").exists()
-
-
-def test_a_resumed_run_stays_whatever_happens(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, epochs=1)
-    trainer.train()
-    files = {p.name for p in (tmp_path / "run").iterdir()}
-    for path in (tmp_path / "run").glob("*.pth"):
-        if path.name != LATEST:
-            path.unlink()
-    resumed = make_trainer(tmp_path, resume=LATEST, loader=Broken(), epochs=2)
-    resumed.iteration = 0  # as if it had been saved before anything was learnt
-    (tmp_path / "run" / LATEST).unlink()
-    with pytest.raises(UserError, match="image7"):
-        resumed.train()
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {name for name in files if not name.endswith(".pth")}

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from base.base_trainer import seed_everything
+from base.base_trainer import Data
+from base.rng import seed_everything
 from tests.base.test_trainer import FACTS, ToyLoader, ToyNet, make_config
 from trainer import Trainer
 from utils import checkpoint, distributed, losses
@@ -58,10 +59,8 @@ def train(folder: Path, batch_size: int, accumulate: int) -> None:
         torch.manual_seed(0)
         net = frozen_net()
         # Four images per epoch: one optimizer step, whatever the batches are.
-        trainer = Trainer(
-            config, net, losses.build("CrossEntropyLoss2d", 255), ShardedLoader(4, batch_size, False), None, FACTS,
-            device, folder / "run",
-        )  # fmt: skip
+        data = Data(ShardedLoader(4, batch_size, False), None, FACTS)
+        trainer = Trainer(config, net, losses.build("CrossEntropyLoss2d", 255), data, device, folder / "run")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             scores = trainer.train()
@@ -89,10 +88,10 @@ def validate(folder: Path) -> None:
         loader = ShardedLoader(8, 2, True)
         loader.images[1::2] //= 8  # the images of the other process are dark
         loss = losses.build("CrossEntropyLoss2d", 255)
-        val_loader = ShardedLoader(7, 3, False)
-        trainer = Trainer(config, ToyNet(aux=True), loss, loader, val_loader, FACTS, device, folder / "run")
+        data = Data(loader, ShardedLoader(7, 3, False), FACTS)
+        trainer = Trainer(config, ToyNet(aux=True), loss, data, device, folder / "run")
         scores = trainer.train()
-        distributed.barrier()  # until the main process has written it
+        distributed.gather(None)  # until the main process has written it
         saved = checkpoint.read(folder / "run/latest.pth")["ema"]
         trainer.ema.module.load_state_dict(saved)
         again = evaluate(trainer.evaluator(), ShardedLoader(7, 3, False), {"max": Decision("max")})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from base import parallel
 from models import MODELS
 from tests.base.test_trainer import ToyNet, make_trainer
 from tests.models.test_models import WITH_AUX, build
@@ -48,8 +49,8 @@ def test_threads_compute_in_the_dtype_of_the_config(tmp_path: Path, monkeypatch:
     """As DataParallel's threads do, which turn autocast on or off but know no dtype."""
     trainer = make_trainer(tmp_path, amp=amp)
     monkeypatch.setattr(distributed, "usable_gpus", lambda n_gpu: 2)
-    trainer.device = torch.device("cuda", 0)
-    network = trainer._parallel(trainer.model)  # without a GPU it passes through to the module
+    gpu = torch.device("cuda", 0)
+    network = parallel.wrap(trainer.model, trainer.config, gpu)  # without a GPU it passes through to the module
     assert isinstance(network, nn.DataParallel)
     seen: list[Any] = []
 
@@ -61,17 +62,16 @@ def test_threads_compute_in_the_dtype_of_the_config(tmp_path: Path, monkeypatch:
     thread.start()
     thread.join()
     assert seen[0].dtype == {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-    trainer.device = torch.device("cpu")
     assert set(trainer.state()["state_dict"]) == set(ToyNet().state_dict())  # no "module." in front
 
 
 def test_a_compiled_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path)
     monkeypatch.setattr(distributed, "usable_gpus", lambda n_gpu: 2)
-    trainer.device = torch.device("cuda", 0)
-    trainer.settings = trainer.settings.model_copy(update={"compile": True})
+    settings = trainer.settings.model_copy(update={"compile": True})
+    config = trainer.config.model_copy(update={"trainer": settings})
     with pytest.raises(UserError, match=r"trainer\.compile.*torchrun --standalone --nproc_per_node 2"):
-        trainer._parallel(trainer.model)
+        parallel.wrap(trainer.model, config, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(

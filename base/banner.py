@@ -1,0 +1,66 @@
+"""What a run is about to do, in words, and as hyper-parameters for TensorBoard."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from base import parallel
+
+
+def banner(run: Any) -> str:
+    """Return what a :class:`base.base_trainer.BaseTrainer` is about to run, in a few lines."""
+    config, settings, plan = run.config, run.settings, run.plan
+    gpus = len(parallel.gpus_of(run.network, run.device))
+    spread = f"{plan.processes} processes" if plan.processes > 1 else "1 process"
+    spread = f"{gpus} GPUs, DataParallel" if gpus > 1 else spread
+    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    validation = "none" if run.data.val is None else f"{len(run.data.val.dataset):,} images"
+    lines = {
+        "run": str(run.folder) + (f", continued from iteration {run.iteration}" if run.iteration else ""),
+        "model": f"{config.arch.type}, {run.data.facts.num_classes} classes, {trainable / 1e6:.2f} M parameters",
+        "data": f"{plan.images:,} training images, validation {validation}",
+        "device": f"{_device_name(run.device)}, {spread}, amp {settings.amp}",
+        "batch": f"{plan.batch_size} per process x {plan.processes} x accumulate {plan.accumulate} = "
+        f"{plan.batch_size * plan.processes * plan.accumulate} per optimizer step",
+        "schedule": f"{settings.epochs} epochs of {plan.batches} batches, {config.lr_scheduler.type}, "
+        f"{config.optimizer.type}, loss {config.loss.type}",
+        "predict": f"train {config.predict.train}, val {config.predict.val}; monitor {settings.monitor}",
+    }
+    notes = [("note", text) for text in config.notes]
+    return "\n".join(f"    {name:<9}: {text}" for name, text in [*lines.items(), *notes])
+
+
+def warn_about_precision(run: Any) -> None:
+    """Say that fp16 is slow on a CPU."""
+    if run.settings.amp == "fp16" and run.device.type == "cpu":
+        print(
+            "warning: trainer.amp 'fp16' is made for GPUs; on the CPU it computes many times slower than 'off'",
+            file=sys.stderr,
+        )
+
+
+def hyper_parameters(run: Any) -> dict[str, Any]:
+    """Return the settings by which runs are compared in TensorBoard."""
+    config = run.config
+    flat: dict[str, Any] = {
+        "arch": config.arch.type,
+        "loss": config.loss.type,
+        "optimizer": config.optimizer.type,
+        "lr_scheduler": config.lr_scheduler.type,
+        "batch_size": run.plan.batch_size,
+        "epochs": run.settings.epochs,
+        "predict.val": config.predict.val,
+        "seed": config.seed,
+    }
+    flat |= {f"arch.{k}": v for k, v in config.arch.args.items() if isinstance(v, str | int | float | bool)}
+    numbers = {k: v for k, v in config.optimizer.args.items() if isinstance(v, int | float | bool)}
+    return flat | {f"optimizer.{k}": v for k, v in numbers.items()}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

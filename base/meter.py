@@ -1,0 +1,78 @@
+"""The live scores of a training epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import distributed
+from utils.metrics import Metrics
+from utils.predict import Prediction
+
+
+class Meter:
+    """Mean loss and scores over the batches of an epoch, kept on the device until somebody asks for them.
+
+    Args:
+        metrics: counts the predictions; keeps sums only.
+        device: where losses and predictions are.
+    """
+
+    def __init__(self, metrics: Metrics, device: torch.device) -> None:
+        self.metrics, self.device = metrics, device
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self.metrics.reset()
+        self._loss = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum, batches
+        self._recent: list[Tensor] = []
+
+    def update(self, loss: Tensor, prediction: Prediction, target: Tensor) -> None:
+        """Add one batch, without waiting for the device."""
+        self.metrics.update(prediction, target)
+        self._recent.append(loss)
+        # In place: a new tensor per iteration would be one more kernel for nothing.
+        self._loss[0] += loss
+        self._loss[1] += 1
+
+    def scores(self) -> dict[str, float]:
+        """Return ``train_loss`` and ``train_...`` scores of this process so far; waits for the device."""
+        result = self.metrics.compute()
+        total, count = self._loss.tolist()
+        scores = {f"train_{key}": result[key] for key in ("Mean_Dice", "Mean_IoU", "Pixel_Accuracy")}
+        return {"train_loss": total / count if count else math.nan, **scores}
+
+    def take_recent_loss(self) -> float:
+        """Return the mean loss since this was last called."""
+        recent, self._recent = self._recent, []
+        return torch.stack(recent).mean().item() if recent else math.nan
+
+    def gather(self) -> None:
+        """Add up the epochs of all processes."""
+        own = {key: value.cpu() for key, value in self.metrics.state_dict().items()}, self._loss.cpu()
+        shares = distributed.gather(own)
+        if len(shares) == 1:
+            return
+        self.metrics.reset()
+        for state, _ in shares:
+            share = Metrics(self.metrics.num_classes)
+            share.load_state_dict(state)
+            self.metrics.merge([share])
+        self._loss = torch.stack([loss for _, loss in shares]).sum(dim=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch so far, for a checkpoint."""
+        return {"metrics": self.metrics.state_dict(), "loss": self._loss.clone(), "recent": list(self._recent)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`; an empty one begins an epoch."""
+        self.reset()
+        if state:
+            self.metrics.load_state_dict({key: value.to(self.device) for key, value in state["metrics"].items()})
+            self._loss = state["loss"].to(self.device, copy=True)
+            self._recent = [loss.to(self.device) for loss in state["recent"]]

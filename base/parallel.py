@@ -1,0 +1,67 @@
+"""A network as training calls it: compiled, and spread over processes or GPUs."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import torch
+from torch import nn
+
+from utils import distributed
+from utils.config.schema import Config
+from utils.errors import UserError
+from utils.predict.network import AMP_DTYPES
+
+
+def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """Return the bare model on its device, in the memory format and with the batch norm that the config asks for."""
+    if config.use_synch_bn and distributed.world_size() > 1:
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif distributed.is_main():
+            print(
+                "warning: use_synch_bn: torch synchronises batch norm on GPUs only; here each process has its own",
+                file=sys.stderr,
+            )
+    layout = torch.channels_last if config.trainer.channels_last else torch.preserve_format
+    return model.to(device).to(memory_format=layout)
+
+
+def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """Return the model compiled and spread as the config asks for; it keeps sharing its parameters.
+
+    Raises:
+        UserError: a compiled network over several GPUs from one process.
+    """
+    gpus = distributed.usable_gpus(config.n_gpu) if device.type == "cuda" else 0
+    if distributed.world_size() == 1 and gpus > 1:
+        if config.trainer.compile:  # replicating torch.compile's wrapper takes the original's parameters away
+            raise UserError(
+                "trainer.compile: torch cannot spread a compiled network over several GPUs from one process; set "
+                f"it to false, or start one process per GPU: torchrun --standalone --nproc_per_node {gpus} ..."
+            )
+        amp = AMP_DTYPES[config.trainer.amp]
+        return nn.DataParallel(distributed.Autocast(model, amp), device_ids=list(range(gpus)))
+    network = cast("nn.Module", torch.compile(model)) if config.trainer.compile else model
+    if distributed.world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        # An auxiliary head whose loss has no weight gets no gradients; the processes must not wait for them.
+        unused = not config.aux_weight
+        network = nn.parallel.DistributedDataParallel(network, device_ids=ids, find_unused_parameters=unused)
+    return network
+
+
+def gpus_of(network: nn.Module, device: torch.device) -> list[int]:
+    """Return the numbers of the GPUs that this process computes on."""
+    if isinstance(network, nn.DataParallel):
+        return list(network.device_ids)
+    return [device.index or 0] if device.type == "cuda" else []
+
+
+def without_sync(network: nn.Module, steps: bool) -> AbstractContextManager[object]:
+    """Let the processes exchange gradients only for the batch that completes an optimizer step."""
+    if isinstance(network, nn.parallel.DistributedDataParallel) and not steps:
+        return network.no_sync()
+    return nullcontext()

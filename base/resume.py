@@ -1,0 +1,139 @@
+"""What a resumed run does with a changed config: what is the same run, the same score, the same progress."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from utils import config as configs
+from utils import distributed
+from utils.config.schema import Config
+from utils.errors import plural
+
+# Arguments of loaders that change neither what is read nor what comes out.
+_LOADING = ("num_workers", "pin_memory", "cache")
+# Fields that a run of the same identity may change: how long it is, what it writes, what it runs on.
+_FREE = (
+    *("about", "n_gpu", "use_synch_bn", "deterministic", "tester", "test_loader", "predict.train", "predict.test"),
+    *(f"trainer.{name}" for name in ("epochs", "save_dir", "save_period", "keep_last", "save_every_iters", "monitor")),
+    *(f"trainer.{name}" for name in ("early_stop", "tensorboard", "log_dir", "log_per_iter", "val", "val_per_epochs")),
+    *(f"trainer.{name}" for name in ("amp", "channels_last", "compile", "profile", "limit_batches")),
+)
+# Fields behind the monitored score; of predict.* all but the two of other scores.
+_SCORED = ("trainer.monitor", "trainer.limit_batches", "predict", "loss", "ignore_index", "val_loader")
+_NOT_SCORED = ("predict.train", "predict.test")
+
+
+def _below(path: str, sections: tuple[str, ...]) -> bool:
+    return any(path == section or path.startswith(f"{section}.") for section in sections)
+
+
+def _changes(before: Mapping[str, Any], config: Config) -> list[tuple[str, str]]:
+    """Return the changed fields as (path, ``path: before -> now``), how data are loaded left out."""
+    with suppress(ValidationError):
+        before = Config.model_validate(before).model_dump(mode="json")  # with the defaults of fields that are new
+    changes = [(line.partition(":")[0], line) for line in configs.differences(before, config)]
+    return [(path, line) for path, line in changes if path.rpartition(".")[2] not in _LOADING]
+
+
+def changes_of_identity(before: Mapping[str, Any], config: Config) -> list[str]:
+    """Return the changes that make another run: of seed, model, optimizer, schedule, loss or data."""
+    return [line for path, line in _changes(before, config) if not _below(path, _FREE)]
+
+
+def changes_of_score(before: Mapping[str, Any], config: Config) -> list[str]:
+    """Return the changes after which the monitored score cannot be compared with what it was."""
+    sections = _SCORED if config.val_loader is not None else (*_SCORED, "train_loader", "seed")
+    return [
+        line
+        for path, line in _changes(before, config)
+        if _below(path, sections) and not _below(path, _NOT_SCORED) and path.rpartition(".")[2] != "data_dir"
+    ]
+
+
+def fingerprint(loader: Any) -> str:
+    """Return what identifies the images of a loader: a digest of their names."""
+    if loader is None:
+        return ""
+    dataset = loader.dataset
+    names = [str(entry.name) for entry in dataset.entries] if hasattr(dataset, "entries") else []
+    indices = getattr(loader.batches, "indices", ())
+    return hashlib.sha256(repr((len(dataset), list(map(int, indices)), names)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an epoch is cut: batches (of each process), batches per optimizer step, images, and who reads them."""
+
+    batches: int
+    accumulate: int
+    images: int
+    batch_size: int
+    processes: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per epoch; the last may be made of fewer batches."""
+        return math.ceil(self.batches / self.accumulate)
+
+    def steps_until(self, epoch: int, batch: int) -> int:
+        """Return the optimizer steps before a batch of the epoch after ``epoch``."""
+        return epoch * self.steps + math.ceil(batch / self.accumulate)
+
+    def batch_at(self, state: Mapping[str, Any]) -> int:
+        """Return the batch to go on with: that of the checkpoint, or under another plan that of the same progress."""
+        batch = int(state["batch"])
+        before = state.get("plan") or {}
+        total = before.get("batches") or _batches_of(state) or self.batches
+        if total == self.batches and before.get("accumulate", self.accumulate) == self.accumulate:
+            return min(batch, self.batches)
+        if batch >= total:
+            return self.batches
+        reached = batch * self.batches // total
+        return reached - reached % self.accumulate  # at the start of an optimizer step
+
+    def describe(self) -> str:
+        """Return the plan in words."""
+        return (
+            f"{self.batches} batches per epoch ({plural(self.images, 'image')}, batch size {self.batch_size}, "
+            f"{self.processes} process(es), accumulate {self.accumulate})"
+        )
+
+    def tell_change(self, state: Mapping[str, Any], epoch: int, batch: int, total: int) -> None:
+        """Say that the run goes on under another plan than before."""
+        before = state.get("plan")
+        if before is None or before == asdict(self) or not distributed.is_main():
+            return
+        print(
+            f"warning: now {self.describe()}; before {Plan(**before).describe()}. The run continues at the same "
+            f"progress: {epoch} epochs and {batch} batches done, step {self.steps_until(epoch, batch)} of {total} of "
+            "the learning rate schedule",
+            file=sys.stderr,
+        )
+
+
+def _batches_of(state: Mapping[str, Any]) -> int | None:
+    """Return the batches per epoch of a checkpoint that does not say so."""
+    epoch, batch, iteration = state["epoch"], state["batch"], state["iteration"]
+    return (iteration - batch) // epoch if epoch and (iteration - batch) % epoch == 0 else None
+
+
+def nothing_left(state: Mapping[str, Any], config: Config) -> str | None:
+    """Return why a checkpoint's run is over, and how to go on all the same; None if it is not."""
+    if state["epoch"] >= config.trainer.epochs:
+        done = f"{state['epoch']} of {config.trainer.epochs} epochs are done"
+        return f"{done}; train longer with --set trainer.epochs=N"
+    stopped = 0 < config.trainer.early_stop <= state["not_improved_count"] and state["batch"] == 0
+    if stopped and not changes_of_score(state["config"], config):
+        return (
+            f"the run stopped early in epoch {state['epoch']}: {config.trainer.monitor} had not improved in "
+            f"{state['not_improved_count']} validations; train on with --set trainer.early_stop=0, or a larger number"
+        )
+    return None

@@ -1,0 +1,195 @@
+"""The folders of runs: claim a new one, lock it while the run is on, find the newest one to resume."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from base.resume import changes_of_identity
+from utils import checkpoint, distributed, files
+from utils import config as configs
+from utils.config.schema import Config
+from utils.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked there
+    fcntl = None  # type: ignore[assignment]
+
+LATEST, BEST = "latest.pth", "best_model.pth"
+EPOCH = "checkpoint-epoch{}.pth"
+LOCK = ".lock"
+
+
+def parent_folder(config: Config) -> Path:
+    """Return the folder that holds the runs of a config: ``save_dir/name/loss/predict.val``."""
+    return files.expand(config.trainer.save_dir) / config.name / config.loss.type / config.predict.val
+
+
+def tensorboard_folder(config: Config, folder: Path) -> Path | None:
+    """Return the folder of a run's TensorBoard logs, ``log_dir/name/MM-DD_HH-MM``; None: no logs."""
+    if not config.trainer.tensorboard:
+        return None
+    return files.expand(config.trainer.log_dir) / config.name / folder.name
+
+
+@contextmanager
+def new(config: Config) -> Iterator[Path]:
+    """Create and lock the folder of a new run, the same for all processes: ``.../MM-DD_HH-MM``.
+
+    It belongs to this run alone, and so does its folder of TensorBoard logs. If the run ends before it has saved
+    anything, the folders are removed again.
+    """
+    made = _claim(config) if distributed.is_main() else []
+    folder = Path(distributed.broadcast(str(made[0]) if made else ""))
+    with locked(folder):
+        try:
+            yield folder
+        finally:
+            if distributed.is_main() and not any(folder.glob("*.pth")):
+                _remove(made, (folder, tensorboard_folder(config, folder)))
+
+
+def _claim(config: Config) -> list[Path]:
+    """Create the run's folder and that of its TensorBoard logs; return it, and after it all others that were made."""
+    stamp, number = datetime.now().strftime("%m-%d_%H-%M"), 1
+    while True:
+        folder = parent_folder(config) / (stamp if number == 1 else f"{stamp}-{number}")
+        wanted = [path for path in (folder, tensorboard_folder(config, folder)) if path is not None]
+        made: list[Path] = []
+        try:
+            for path in wanted:
+                above = [p for p in path.parents if not p.exists()]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                made += above
+                path.mkdir()  # fails if another run has it: only one of several starts gets the name
+                made.append(path)
+        except FileExistsError:
+            _remove(made, wanted)
+            number += 1
+        except OSError as error:
+            _remove(made, wanted)
+            raise UserError(f"{folder}: the run's folder cannot be created: {files.reason(error)}") from None
+        else:
+            made.remove(folder)
+            return [folder, *made]
+
+
+def _remove(made: list[Path], own: Any) -> None:
+    """Remove the folders of a run that saved nothing, and those above them that were made for it and are empty."""
+    for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
+        if path in own:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):  # another run is in it by now
+                path.rmdir()
+
+
+@contextmanager
+def resumed(path: Path) -> Iterator[Path]:
+    """Lock and return the folder of a checkpoint's run."""
+    with locked(path.parent):
+        yield path.parent
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from resuming a run while this one trains it; the system frees the lock of a dead process.
+
+    Raises:
+        UserError: another process trains the run.
+    """
+    if fcntl is None or not distributed.is_main():
+        yield
+        return
+    with _lock_file(folder / LOCK) as file:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if file is not None:
+                    (folder / LOCK).unlink()
+
+
+def _lock_file(path: Path) -> Any:
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by the caller: the lock lives as long)
+        try:
+            # Not flock: workers inherit that one, and would hold it for a while after a kill of the main process.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file  # a file system without locks
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise UserError(
+                f"{path.parent}: another process trains this run ({owner}); wait for it or stop it, or start a new run"
+            ) from None
+        with suppress(OSError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+                return file
+        file.close()  # its owner removed it in the meantime
+
+
+def newest(config: Config) -> Path:
+    """Return the newest resumable checkpoint among the config's runs.
+
+    Runs of another seed, model, optimizer or data are not the config's: in a sweep each run continues its own.
+
+    Raises:
+        UserError: there is none.
+    """
+    parent = parent_folder(config)
+    found = [p for name in (LATEST, BEST, EPOCH.format("*")) for p in parent.glob(f"*/{name}")]
+    found.sort(key=lambda p: (p.stat().st_mtime_ns, p.name == LATEST), reverse=True)
+    if not found:
+        raise UserError(f"-r auto: there is no run with a checkpoint below {parent}; start one without -r")
+    changes: dict[Path, list[str]] = {}
+    for path in found:
+        if path.parent not in changes:
+            changes[path.parent] = changes_of_identity(_config_of_run(path), config)
+        if not changes[path.parent]:
+            return path
+    nearest = found[0]
+    listed = "".join(f"\n    {change}" for change in changes[nearest.parent][:8])
+    raise UserError(
+        f"-r auto: no run below {parent} has this config. The newest one, {nearest.parent.name}, differs:{listed}\n"
+        f"to continue it with these changes: -r {nearest} -c CONFIG; to start a new run, leave -r out"
+    )
+
+
+def _config_of_run(path: Path) -> Mapping[str, Any]:
+    try:
+        return configs.read(path.parent / "config.json")
+    except UserError:
+        return checkpoint.read(path).get("config") or {}
+
+
+def restore_links(state: Mapping[str, Any], path: Path) -> None:
+    """Give a checkpoint the names it was written for, where a kill came between writing it and linking them."""
+    for name in state.get("names", ()):
+        other = path.parent / name
+        if name not in (LATEST, BEST) or other.exists() and other.samefile(path):
+            continue
+        if not other.exists() or checkpoint.read(other).get("iteration", 0) < state["iteration"]:
+            checkpoint.link(path, other)
+
+
+def prune(folder: Path, keep: int | None) -> None:
+    """Remove all numbered checkpoints but the last ``keep``; None: remove none."""
+    if keep is not None:
+        prefix = EPOCH.partition("{")[0]
+        numbered = {int(p.stem.removeprefix(prefix)): p for p in folder.glob(EPOCH.format("*"))}
+        for epoch in sorted(numbered)[:-keep]:
+            numbered[epoch].unlink()

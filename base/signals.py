@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM: ask the run to stop at the end of the current optimizer step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from utils import distributed
+
+
+class StopSignals:
+    """A context manager in which a signal is only noted, in ``received``; a second one interrupts at once.
+
+    A launcher repeats a Ctrl-C to its processes as SIGTERM: under one, only the same signal counts as a second one.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and (number == self.received or not distributed.under_torchrun()):
+            raise KeyboardInterrupt
+        self.received = number
