@@ -14,7 +14,8 @@ from tests.small_checkpoint import NAMES
 from utils.errors import UserError
 from utils.facts import Facts
 from utils.images.palette import default_palette
-from utils.predict import PROCEDURES, PredictOptions, decode
+from utils.predict import PROCEDURES, PredictOptions
+from utils.predict import __main__ as decode
 from utils.predict import stored as probs
 
 FACTS = Facts(4, NAMES[:4], default_palette(4), (0.5,) * 3, (0.2,) * 3, 255)

@@ -20,7 +20,7 @@ from utils.evaluation.cost import Clock
 from utils.facts import Facts
 from utils.metrics import Counts, Metrics
 from utils.predict import PROCEDURES, Prediction, PredictOptions
-from utils.predict.network import Ensemble, Network, check_finite
+from utils.predict.network import AnyNetwork, check_finite
 
 Progress = Callable[[Any], Any]
 
@@ -76,7 +76,7 @@ class Evaluator:
             batches; None: no loss.
     """
 
-    network: Network | Ensemble
+    network: AnyNetwork
     classes: tuple[int, ...] | None = None
     count_ignored: bool = False
     loss: nn.Module | None = None

@@ -1,7 +1,205 @@
-"""The command ``python -m utils.predict``: apply a prediction procedure to saved probabilities."""
+"""The command ``python -m utils.predict``: apply a prediction procedure to saved probabilities, or score them.
 
-from utils.errors import run
-from utils.predict.decode import main
+    python -m utils.predict --probs FOLDER -p rankdice -o masks
+    python -m utils.predict --probs FOLDER -p all --labels LABELS
+
+FOLDER is what ``test.py --save-probs`` or ``inference.py --probs`` wrote, or holds plain .npz or .npy files (classes,
+height, width) or (classes, depth, height, width) of another program, such as nnU-Net's saved softmax.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+from tqdm import tqdm
+
+from utils import report, stamps
+from utils.checkpoint import LoadedModel
+from utils.config.schema import PROCEDURES, Component, Config, Predict, RankDiceOptions, Tester
+from utils.errors import UserError, run
+from utils.evaluation import Decision, Evaluator, all_decisions, evaluate
+from utils.facts import Facts
+from utils.predict import PROCEDURES as DECIDE
+from utils.predict import PredictOptions, stored
+from utils.predict.network import choose_device
+from utils.predict.saved import Case, SavedNetwork, SavedProbs, flat, output_path, write_labels
+from utils.progress import progress_bar
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--probs", metavar="FOLDER", required=True, help="the saved probabilities")
+    add("-p", "--predict", choices=(*PROCEDURES, "all"), help="prediction procedure; all: score every one")
+    add("-o", "--output", metavar="FOLDER", help="where masks and scores go (default: masks/PROCEDURE in the folder)")
+    add("--labels", metavar="DIR", help="score against these label files, named as the probabilities; writes no masks")
+    add("--class-names", nargs="+", metavar="NAME", help="of plain files, in the order of their channels")
+    add("--ignore-index", type=int, default=255, help="label that is not scored, of plain files (default: 255)")
+    add("--threshold", type=float, help="of procedure T")
+    add("--metric", choices=("dice", "iou"), help="what rankdice maximises the expectation of")
+    add("--solver", choices=("exact", "ba", "trna", "paper", "rma"), help="of rankdice")
+    add("--smooth", type=float, help="of rankdice")
+    add("--prune", type=_prune, metavar="P", help="of rankdice: a probability, or off")
+    add("--masks", action="store_true", help="also the overlapping masks of T and rankdice, a PNG per class")
+    add("--force", action="store_true", help="replace files in the output folder that this program did not write")
+    add("-d", "--device", default="cpu", help="cpu, or cuda; on the device of the run masks are those of the run")
+    args = parser.parse_args()
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        parser.error(f"--threshold {args.threshold}: expected a number in [0, 1]")
+    if args.predict == "all" and not args.labels:
+        parser.error("-p all scores every procedure: give --labels, or one procedure")
+    return args
+
+
+def _prune(text: str) -> float | Literal["off"]:
+    if text == "off":
+        return "off"
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number in [0, 1], or off")
+    return value
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done with which probabilities."""
+
+    probs: SavedProbs
+    network: SavedNetwork
+    options: PredictOptions
+    procedure: str
+
+    @property
+    def facts(self) -> Facts:
+        """The classes."""
+        return self.network.facts
+
+
+def main() -> int:
+    """Write masks, or scores."""
+    args = parse_arguments()
+    job = prepare(args)
+    if args.labels:
+        score(args, job)
+    else:
+        decode(args, job)
+    return 0
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Read the folder, and what the command line says about it.
+
+    Raises:
+        UserError: the folder cannot be used.
+    """
+    probs = SavedProbs(Path(args.probs), Path(args.labels) if args.labels else None, args.ignore_index)
+    index = probs.index
+    facts = index.facts
+    if args.class_names:
+        if len(args.class_names) != facts.num_classes:
+            raise UserError(f"--class-names: expected {facts.num_classes} names, found {len(args.class_names)}")
+        facts = replace(facts, class_names=tuple(args.class_names))
+    given = {key: getattr(args, key) for key in ("threshold", "metric", "solver", "smooth")}
+    options = replace(index.options, **{key: value for key, value in given.items() if value is not None})
+    if args.prune is not None:
+        options = replace(options, prune=None if args.prune == "off" else args.prune)
+    network = SavedNetwork(facts, probs.activation, choose_device(args.device))
+    return Job(probs, network, options, args.predict or index.procedure)
+
+
+# ------------------------------------------------------------------------------------------------------ masks
+
+
+def decode(args: argparse.Namespace, job: Job) -> None:
+    """Write the label map of every image, and with ``--masks`` the masks of its classes."""
+    folder = Path(args.output) if args.output else job.probs.folder / "masks" / job.procedure
+    expected = []
+    for case in tqdm(job.probs.cases, desc="DECODE", mininterval=0.5):
+        mean = _decode_one(args, job, case, folder)
+        if mean is not None:
+            expected.append(mean)
+    print(f"written: {len(job.probs)} masks of {job.procedure} in {folder}")
+    if expected:
+        mean = sum(expected) / len(expected)
+        print(f"expected {job.options.metric}, mean over images and their masks: {mean:.4f}")
+
+
+def _decode_one(args: argparse.Namespace, job: Job, case: Case, folder: Path) -> float | None:
+    """Write the outputs of one image; return the mean expected score of its masks."""
+    saved = job.probs.read(case)
+    shape = tuple(saved.shape[1:])
+    if not args.force:
+        stamps.refuse_foreign([output_path(folder, case, len(shape))], folder)
+    probs = job.network.forward(flat(saved)[None])[1]
+    try:
+        found = DECIDE[job.procedure](probs, job.options)
+    except ValueError as error:  # options that do not go together
+        raise UserError(f"{case.path}: {error}") from None
+    labels = stored.pictures(job.procedure, probs, found, job.options)[0]
+    write_labels(folder, job.facts, case, labels.reshape(shape))
+    if args.masks and found.masks is not None:
+        if len(shape) > 2:
+            raise UserError("--masks: writes PNG files, which do not hold volumes; leave it out")
+        classes = found.masks[0].flatten(1).any(1).nonzero()[:, 0].tolist()
+        masks = found.masks[0].cpu().numpy()
+        stored.write_class_masks(folder / f"{stored.file_name(case.name)}_masks", job.facts, masks, classes)
+    if found.scores is None or found.volumes is None or not found.volumes.any():
+        return None
+    return float(found.scores[found.volumes > 0].mean())
+
+
+# ------------------------------------------------------------------------------------------------------ scores
+
+
+def score(args: argparse.Namespace, job: Job) -> None:
+    """Print the report of test.py, and write it if ``--output`` names a folder."""
+    decisions = (
+        all_decisions(job.options) if job.procedure == "all" else {job.procedure: Decision(job.procedure, job.options)}
+    )
+    outcome = evaluate(
+        Evaluator(job.network, job.options.classes),
+        job.probs,
+        decisions,
+        progress=lambda loader: progress_bar(loader, desc="SCORE"),
+    )
+    config = _described(args, job)
+    model = LoadedModel(nn.Identity(), job.facts, config, job.network.activation, job.probs.folder, 0)
+    results = report.results(outcome, config, model, job.probs, views="as saved")
+    print(report.text(results))
+    if args.output:
+        for path in report.write(results, outcome, job.facts, report.prepare_folder(args.output)):
+            print(f"written: {path}")
+
+
+def _described(args: argparse.Namespace, job: Job) -> Config:
+    """Return what the report says about the run, in the form of a config."""
+    options = job.options
+    predict = Predict(
+        threshold=options.threshold,
+        CoI="all" if options.classes is None else list(options.classes),
+        rankdice=RankDiceOptions(**{key: getattr(options, key) for key in ("solver", "metric", "smooth", "prune")}),
+    )
+    return Config.model_construct(
+        name="saved probabilities",
+        arch=Component(type=job.probs.index.checkpoint),
+        loss=Component(type="none"),
+        train_loader=Component(type="none"),
+        val_loader=None,
+        test_loader=Component(type="labels", args={"data_dir": args.labels}),
+        predict=predict,
+        tester=Tester(),
+    )
+
 
 if __name__ == "__main__":
     run(main)

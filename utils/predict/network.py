@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,39 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Networks with five halvings have no pixels left of a smaller image, so smaller images are padded.
 SMALLEST_SIDE = 32
 _CPU = torch.device("cpu")
+
+
+class AnyNetwork(Protocol):
+    """What an evaluation needs: :class:`Network`, :class:`Ensemble`, or saved probabilities in their place."""
+
+    @property
+    def facts(self) -> Facts:
+        """Of the data that was trained on."""
+
+    @property
+    def activation(self) -> Activation:
+        """How probabilities are made from logits."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the probabilities are."""
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether probabilities are the mean over several views of an image."""
+
+    def settings(self) -> Any:
+        """Return all that the probabilities depend on beside the weights and the image."""
+
+    def eval(self) -> Any:
+        """Put the model into evaluation mode."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and probabilities ``(B, C, H, W)``."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from utils.files import atomic, write_text
 from utils.images import write_png
 from utils.images.palette import write_mask
 from utils.predict import Prediction, PredictOptions, label_map
-from utils.predict.network import Ensemble, Network
+from utils.predict.network import AnyNetwork
 from utils.predict.spool import Spool
 
 INDEX = "probs.json"
@@ -122,7 +122,7 @@ class Index:
     data: str = ""
 
 
-def run_of(weights: Iterable[Path], network: Network | Ensemble, **views: Any) -> str:
+def run_of(weights: Iterable[Path], network: AnyNetwork, **views: Any) -> str:
     """Return a digest of all that probabilities depend on beside the image."""
     digests = [stamps.file_digest(path) for path in weights]
     return stamps.digest({"weights": digests, "network": network.settings(), **views})

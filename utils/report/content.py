@@ -169,7 +169,7 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
         "rankdice": config.predict.rankdice.model_dump(),
         "forward_milliseconds_per_image": 1000 * outcome.forward_seconds / max(outcome.images, 1),
         "memory": _memory_note(outcome, loaded),
-        "device": str(next(loaded.model.parameters()).device),
+        "device": str(next(loaded.model.parameters(), torch.zeros(0)).device),
         "torch": torch.__version__,
     }
 
@@ -209,7 +209,7 @@ def _sizes(sizes: Sequence[tuple[int, int]]) -> str | None:
 def _memory_note(outcome: Evaluation, loaded: LoadedModel) -> str:
     if not any(outcome.peak_bytes.values()):
         return "not measured"
-    if next(loaded.model.parameters()).device.type == "cuda":
+    if next(loaded.model.parameters(), torch.zeros(0)).device.type == "cuda":
         return "peak of torch's CUDA allocations in a procedure, beside the probabilities of a batch"
     return "peak of torch's CPU allocations in a procedure (profiled), beside the probabilities of the largest batch"
 

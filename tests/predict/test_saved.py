@@ -1,0 +1,131 @@
+"""python -m utils.predict on plain probabilities of other programs: masks, volumes, scores against label files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.errors import UserError
+from utils.images.palette import write_mask
+from utils.metrics import Metrics
+from utils.predict import PROCEDURES, PredictOptions
+from utils.predict import __main__ as command
+from utils.predict.saved import SavedProbs
+from utils.predict.stored import pictures
+
+
+def drawn(seed: int, *shape: int) -> torch.Tensor:
+    """Return softmax probabilities ``(C, ...)``."""
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 3).softmax(0)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    assert command.main() == 0
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """Return a folder of plain files with labels beside it."""
+    for seed in range(4):
+        probs = drawn(seed, 3, 12, 16)
+        folder = tmp_path / "probs"
+        folder.mkdir(exist_ok=True)
+        if seed % 2:
+            np.save(folder / f"im{seed}.npy", probs.numpy())
+        else:
+            np.savez_compressed(folder / f"im{seed}.npz", probabilities=probs[:, None].numpy())  # as nnU-Net does
+        labels = drawn(seed + 10, 3, 12, 16).argmax(0).numpy().astype(np.uint8)
+        labels[:2] = 255
+        write_mask(tmp_path / "labels" / f"im{seed}.png", labels)
+    return tmp_path / "probs"
+
+
+@pytest.mark.parametrize("procedure", PROCEDURES)
+def test_plain_files_become_masks(procedure: str, plain: Path, tmp_path: Path, monkeypatch) -> None:
+    run(monkeypatch, "--probs", plain, "-p", procedure, "-o", tmp_path / "out")
+    options = PredictOptions()
+    for seed in range(4):
+        probs = drawn(seed, 3, 12, 16)[None]
+        expected = pictures(procedure, probs, PROCEDURES[procedure](probs, options), options)[0]
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"im{seed}.png")), expected)
+
+
+def test_scores_are_those_of_the_metrics(plain: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    out = tmp_path / "scores"
+    run(monkeypatch, "--probs", plain, "-p", "all", "--labels", tmp_path / "labels", "-o", out)
+    printed = capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())["procedures"]
+    for name in ("T", "max", "rankdice"):
+        metrics = Metrics(3, keep_images=True)
+        for seed in range(4):
+            labels = torch.from_numpy(np.array(Image.open(tmp_path / "labels" / f"im{seed}.png")))[None]
+            metrics.update(PROCEDURES[name](drawn(seed, 3, 12, 16)[None], PredictOptions()), labels, [f"im{seed}"])
+        assert results[name]["Mean_Dice"] == pytest.approx(metrics.compute()["Mean_Dice"])
+        assert f"{results[name]['Mean_Dice']:.4f}"[:5] in printed
+    assert "class 2" in printed
+    run(monkeypatch, "--probs", plain, "-p", "max", "--labels", tmp_path / "labels", "--class-names", "a", "b", "cat")
+    assert "cat" in capsys.readouterr().out
+
+
+def test_volumes_are_decided_as_a_whole(tmp_path: Path, monkeypatch) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    folder, probs = tmp_path / "probs", drawn(5, 3, 4, 12, 16)
+    folder.mkdir()
+    np.savez(folder / "case.npz", probabilities=probs.numpy())
+    np.savez(folder / "other.npz", softmax=probs.numpy())
+    affine = np.diag([0.5, 0.5, 2.0, 1.0])
+    image = nibabel.Nifti1Image(np.zeros((16, 12, 4), np.uint8), affine)
+    nibabel.save(image, folder / "case.nii.gz")  # the prediction that nnU-Net writes beside it
+    run(monkeypatch, "--probs", folder, "-p", "rankdice", "-o", tmp_path / "out")
+    tall = probs.reshape(3, 48, 16)[None]
+    expected = pictures("rankdice", tall, PROCEDURES["rankdice"](tall, PredictOptions()), PredictOptions())
+    expected = expected.reshape(4, 12, 16)
+    written = nibabel.load(tmp_path / "out" / "case.nii.gz")
+    assert np.array_equal(written.affine, affine)
+    assert np.array_equal(np.asarray(written.dataobj).T, expected)
+    assert np.array_equal(np.load(tmp_path / "out" / "other.npy"), expected)
+    # Scored against itself, every class that has a mask is right.
+    for name in ("case", "other"):
+        nibabel.save(nibabel.Nifti1Image(expected.T, affine), folder / f"{name}.nii.gz")
+    run(monkeypatch, "--probs", folder, "-p", "max", "--labels", folder, "-o", tmp_path / "scores")
+    scores = json.loads((tmp_path / "scores/results.json").read_text())["procedures"]["max"]
+    assert scores["Multiclass_Accuracy"] == pytest.approx((probs.argmax(0).numpy() == expected).mean())
+
+
+def test_mistakes_are_named(plain: Path, tmp_path: Path, monkeypatch) -> None:
+    labels = tmp_path / "labels"
+    (labels / "im3.png").rename(labels / "im9.png")
+    with pytest.raises(UserError, match=r"no label file for 1 of 4 images, such as im3"):
+        run(monkeypatch, "--probs", plain, "--labels", labels)
+    write_mask(labels / "im3.png", np.zeros((5, 5), np.uint8))
+    with pytest.raises(UserError, match=r"im3.png: has the shape \(5, 5\)"):
+        run(monkeypatch, "--probs", plain, "--labels", labels)
+    with pytest.raises(UserError, match="expected 3 names, found 1"):
+        run(monkeypatch, "--probs", plain, "--class-names", "a")
+    np.save(plain / "im3.npy", drawn(0, 4, 12, 16).numpy())
+    with pytest.raises(UserError, match=r"im3.npy: expected \(3, height, width\)"):
+        run(monkeypatch, "--probs", plain)
+    np.save(plain / "im3.npy", drawn(0, 3, 12, 16).numpy() * 3)
+    with pytest.raises(UserError, match=r"im3.npy: expected probabilities in \[0, 1\]"):
+        run(monkeypatch, "--probs", plain)
+    np.save(plain / "im3.npy", np.full((3, 12, 16), np.nan))
+    with pytest.raises(UserError, match="im3.npy: .* not finite"):
+        run(monkeypatch, "--probs", plain, "-p", "max")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no probabilities"):
+        SavedProbs(tmp_path / "empty")
+
+
+def test_files_of_others_are_not_overwritten(plain: Path, tmp_path: Path, monkeypatch) -> None:
+    labels = tmp_path / "labels"
+    before = (labels / "im0.png").read_bytes()
+    with pytest.raises(UserError, match=r"im0.png; .*--force"):
+        run(monkeypatch, "--probs", plain, "-p", "max", "-o", labels)
+    assert (labels / "im0.png").read_bytes() == before

@@ -1,0 +1,241 @@
+"""Saved probabilities in the place of a network and its images, so that whatever scores images scores them too.
+
+Reads folders that ``test.py --save-probs`` and ``inference.py --probs`` wrote, and folders of plain ``.npz`` or
+``.npy`` files ``(classes, height, width)`` or ``(classes, depth, height, width)`` of other programs, such as nnU-Net.
+
+Volumes become one tall image: RankDice and all other procedures treat an image as a set of pixels, so nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import stamps
+from utils.batch import Batch
+from utils.errors import UserError
+from utils.facts import Facts
+from utils.images import read_label
+from utils.images.palette import default_palette
+from utils.predict import Activation, PredictOptions, probabilities
+from utils.predict.network import check_finite, unlink
+from utils.predict.stored import INDEX, Index, read_index, read_probs, write_masks
+
+VOLUMES = (".nii.gz", ".nii")
+LABELS = (".png", ".tif", ".tiff", ".bmp", ".npy", *VOLUMES)
+_OUTSIDE = 1e-3  # float16 and the sums of other programs leave [0, 1] by less
+
+
+@dataclass(frozen=True)
+class SavedNetwork:
+    """Has the interface of :class:`utils.predict.network.Network`; its "images" are saved probabilities.
+
+    Attributes:
+        facts: the classes.
+        activation: how logits are made from the probabilities.
+        device: where they are moved to.
+        temperature, bias: applied to those logits (:func:`utils.predict.probabilities`).
+    """
+
+    facts: Facts
+    activation: Activation
+    device: torch.device
+    temperature: float = 1.0
+
+    averages = False
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the probabilities depend on beside the files."""
+        return {"temperature": self.temperature}
+
+    def eval(self) -> None:
+        """Do nothing: there is no model."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and probabilities ``(B, C, H, W)``."""
+        images = images.to(self.device)
+        logits = unlink(images, self.activation)
+        if self.temperature == 1:
+            return logits, images  # the very numbers that were saved
+        return logits, probabilities(logits, self.activation, self.temperature)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One saved image or volume."""
+
+    name: str
+    path: Path
+    label: Path | None = None
+
+
+class SavedProbs:
+    """The images of a folder of saved probabilities, as a loader yields them.
+
+    Args:
+        folder: see the module.
+        labels: a folder with a label file for each, of the same name; None: images are yielded without labels.
+        ignore_index: of folders without ``probs.json``.
+
+    Raises:
+        UserError: no probabilities there, a label is missing, or the files do not go together.
+    """
+
+    def __init__(self, folder: Path, labels: Path | None = None, ignore_index: int = 255) -> None:
+        self.folder = folder
+        known = (folder / INDEX).is_file()
+        self.cases = [Case(name, path, _label_of(labels, name)) for name, path in _files(folder, known)]
+        if not self.cases:
+            raise UserError(f"{folder}: holds no probabilities (*.npz or *.npy)")
+        missing = [case.name for case in self.cases if case.label is None]
+        if labels is not None and missing:
+            raise UserError(
+                f"--labels {labels}: no label file for {len(missing)} of {len(self.cases)} images, such as "
+                f"{missing[0]} (expected {missing[0]}{{{','.join(LABELS)}}})"
+            )
+        first = read_probs(self.cases[0].path)
+        self.index = read_index(folder) if known else _plain_index(folder, len(first), ignore_index)
+        if known:
+            self._check_stamps()
+        sums = first.flatten(1).sum(0)
+        self.activation: Activation = "softmax" if bool(((sums - 1).abs() < 0.01).all()) else "sigmoid"
+        self.dataset = self  # what reads the loader asks its data set for
+
+    def _check_stamps(self) -> None:
+        for case in self.cases:
+            if stamps.stamp_of(case.path) != self.index.run:
+                raise UserError(
+                    f"{case.path}: was not written by the run that {self.folder / INDEX} describes; move it elsewhere"
+                )
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield one image at a time; without labels, all pixels are ignored."""
+        for case in self.cases:
+            probs = self.read(case)
+            shape = tuple(probs.shape[1:])
+            if case.label is None:
+                label = torch.full(shape, self.index.facts.ignore_index)
+            else:
+                label = torch.from_numpy(read_any_label(case.label))
+                label = label[0] if label.ndim == 3 and len(label) == 1 else label
+                if label.shape != shape:
+                    raise UserError(
+                        f"{case.label}: has the shape {tuple(label.shape)}, its probabilities {case.path} have {shape}"
+                    )
+            yield Batch(flat(probs)[None], label.flatten(0, -2).long()[None], [case.name])
+
+    def read(self, case: Case) -> Tensor:
+        """Return the probabilities of one case, float32 ``(C, H, W)`` or ``(C, D, H, W)``.
+
+        Raises:
+            UserError: they are not probabilities, or of another number of classes.
+        """
+        probs = read_probs(case.path)
+        classes = self.index.facts.num_classes
+        if len(probs) != classes or probs.ndim not in (3, 4):
+            raise UserError(
+                f"{case.path}: expected ({classes}, height, width) or ({classes}, depth, height, width), found "
+                f"{tuple(probs.shape)}"
+            )
+        check_finite(probs[None], [str(case.path)])
+        low, high = float(probs.min()), float(probs.max())
+        if low < -_OUTSIDE or high > 1 + _OUTSIDE:
+            raise UserError(
+                f"{case.path}: expected probabilities in [0, 1], found {low:.4g} to {high:.4g}; save the softmax or "
+                "sigmoid of the network, not its logits"
+            )
+        probs = probs.clamp_(0, 1)
+        return probs[:, 0] if probs.ndim == 4 and probs.shape[1] == 1 else probs  # nnU-Net saves images as one slice
+
+
+def flat(probs: Tensor) -> Tensor:
+    """Return ``(C, H, W)``; a volume ``(C, D, H, W)`` becomes ``(C, D * H, W)``."""
+    return probs.flatten(1, -2)
+
+
+def _files(folder: Path, known: bool) -> list[tuple[str, Path]]:
+    """Return name and file of every case; below a folder of ours, without the outputs of earlier calls."""
+    kinds = ("*.npz",) if known else ("*.npz", "*.npy")
+    found = sorted(path for kind in kinds for path in folder.rglob(kind) if not path.name.startswith("."))
+    return [
+        (path.relative_to(folder).with_suffix("").as_posix(), path)
+        for path in found
+        if folder / "masks" not in path.parents
+    ]
+
+
+def _label_of(labels: Path | None, name: str) -> Path | None:
+    if labels is None:
+        return None
+    return next((path for end in LABELS if (path := labels / f"{name}{end}").is_file()), None)
+
+
+def _plain_index(folder: Path, classes: int, ignore_index: int) -> Index:
+    """Return what is known of a folder that says nothing about itself."""
+    names = tuple(f"class {c}" for c in range(classes))
+    palette = default_palette(max(2, classes))[-classes:] if classes == 1 else default_palette(classes)
+    facts = Facts(classes, names, palette, (0.0,) * 3, (1.0,) * 3, ignore_index)
+    return Index(facts, PredictOptions(), "rankdice", 1.0, str(folder))
+
+
+def read_any_label(path: Path) -> np.ndarray:
+    """Return a label map ``(H, W)`` or a volume ``(D, H, W)`` of integers.
+
+    NIfTI volumes need nibabel; their axes are reversed, as SimpleITK and nnU-Net order them.
+    """
+    if path.name.endswith(VOLUMES):
+        values = np.asarray(_nibabel(path).load(path).dataobj).T
+    elif path.suffix == ".npy":
+        values = np.load(path, allow_pickle=False)
+    else:
+        return read_label(path)
+    if not np.array_equal(values, np.rint(values)):
+        raise UserError(f"{path}: expected whole numbers, the class ids")
+    return np.ascontiguousarray(values, dtype=np.int64)
+
+
+def write_labels(folder: Path, facts: Facts, case: Case, labels: np.ndarray) -> Path:
+    """Write a label map as palette PNG; a volume as NIfTI, in the space of ``NAME.nii.gz`` beside it, else ``.npy``.
+
+    Args:
+        folder: where to.
+        facts: for the palette.
+        case: what it is the label map of.
+        labels: ``(H, W)`` or ``(D, H, W)``.
+    """
+    if labels.ndim == 2:
+        write_masks(folder, facts, [case.name], labels[None])
+        return folder / f"{case.name}.png"
+    path = output_path(folder, case, labels.ndim)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, labels)
+    else:
+        nibabel = _nibabel(path)
+        space = nibabel.load(case.path.with_suffix(".nii.gz"))
+        nibabel.save(nibabel.Nifti1Image(labels.T, space.affine, space.header, dtype=labels.dtype), path)
+    return path
+
+
+def output_path(folder: Path, case: Case, dimensions: int) -> Path:
+    """Return the file that :func:`write_labels` writes."""
+    if dimensions == 2:
+        return folder / f"{case.name}.png"
+    return folder / f"{case.name}{'.nii.gz' if case.path.with_suffix('.nii.gz').is_file() else '.npy'}"
+
+
+def _nibabel(path: Path) -> Any:
+    try:
+        import nibabel  # an extra
+    except ImportError:
+        raise UserError(f"{path}: NIfTI files need nibabel: pip install nibabel") from None
+    return nibabel
