@@ -33,6 +33,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from base.base_trainer import Data
 from trainer import Trainer
 from utils import losses
 from utils.batch import Batch
@@ -132,9 +133,11 @@ def make_trainer(args: argparse.Namespace, arch_args: dict[str, Any], folder: Pa
     torch.manual_seed(0)
     model = models.build(args.arch, args.classes, **arch_args)
     loader = FixedLoader(args.iterations, args.batch_size, args.size, args.classes)
-    return Trainer(
-        config, model, losses.build("CrossEntropyLoss2d", 255), loader, None, facts, torch.device(args.device), folder
-    )
+    loss = losses.build("CrossEntropyLoss2d", 255)
+    trainer = Trainer(config, model, loss, Data(loader, None, facts), torch.device(args.device), folder)
+    with _silence():
+        trainer._begin()
+    return trainer
 
 
 def bare_step(trainer: Any) -> Callable[[Any], Any]:
@@ -182,12 +185,13 @@ def predecessor_step(trainer: Any, classes: int) -> Callable[[Any], None]:
 def compare(args: argparse.Namespace, arch_args: dict[str, Any]) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as name:
         trainer = make_trainer(args, arch_args, Path(name), tensorboard=True)
-        loader = trainer.train_loader
+        loader = trainer.data.train
         epoch = [0]
 
         def ours() -> None:
             epoch[0] += 1
-            trainer.batch, trainer._train_scores = 0, {}
+            trainer.batch = 0
+            trainer.meter.reset()
             trainer._train_epoch(epoch[0])
 
         def loop(step: Callable[[Any], Any]) -> Callable[[], None]:
@@ -246,7 +250,7 @@ def throughput(args: argparse.Namespace, arch_args: dict[str, Any]) -> list[dict
         settings |= step
         with tempfile.TemporaryDirectory() as name, _silence():
             trainer = make_trainer(args, arch_args, Path(name), **settings)
-            batch = trainer.train_loader.made[0]
+            batch = trainer.data.train.made[0]
             images = trainer.normalize(batch.images.to(args.device))
             with FlopCounterMode(display=False) as flops:
                 loss, _ = trainer._forward(images, batch.labels.to(args.device))
@@ -254,7 +258,8 @@ def throughput(args: argparse.Namespace, arch_args: dict[str, Any]) -> list[dict
             seconds = []
             for epoch in range(1, args.rounds + 3):
                 start = time.perf_counter()
-                trainer.batch, trainer._train_scores = 0, {}
+                trainer.batch = 0
+                trainer.meter.reset()
                 trainer._train_epoch(epoch)
                 torch.cuda.synchronize()
                 seconds.append((time.perf_counter() - start) / args.iterations)
