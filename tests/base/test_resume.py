@@ -153,6 +153,25 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(train: Train) -> None:
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in latest().parent.iterdir()} == before
 
 
+def test_a_run_that_stopped_early_is_over(train: Train) -> None:
+    """As a job that is requeued: it resumes whatever there is."""
+    write(CONFIG, epochs=9, early_stop=1, val_per_epochs=1, monitor="max Mean_Dice")
+    config = json.loads(Path("config.json").read_text())
+    config["optimizer"] = {"type": "SGD", "args": {"lr": 1e-12}}
+    Path("config.json").write_text(json.dumps(config))
+    code, text = train("-c", "config.json")
+    assert "early stop: Mean_Dice has not improved in 1 validations" in text
+    before = latest().read_bytes()
+    code, text = train("-r", str(latest()))
+    assert code == 0
+    assert "nothing to do: the run stopped early in epoch 2" in text
+    assert "--set trainer.early_stop=0" in text
+    assert latest().read_bytes() == before
+    code, text = train("-r", str(latest()), "--set", "trainer.early_stop=0", "--set", "trainer.epochs=3")
+    assert code == 0
+    assert torch.load(latest(), weights_only=True)["epoch"] == 3
+
+
 def test_differences_name_each_field_with_both_values() -> None:
     config = configs.resolve(CONFIG)
     before = json.loads(configs.dump(config))
