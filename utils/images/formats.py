@@ -79,7 +79,7 @@ def decode(data: bytes, path: Path, channels: int = 1) -> Raster:
         return _npy(data, path)
     if data.startswith(_TIFF):
         return tif.decode(data, path, channels)
-    if _is_whole_png(data) and data[24] == 16:
+    if data.startswith(_PNG) and data[24:25] == b"\x10":  # 16 bits
         return _png16(data, path)
     if data.startswith(_JPEG) and _JPEG_12_BIT.search(data, 0, 1 << 16):
         raise UserError(f"{path} is a JPEG file of 12 bits, which is not supported; convert it to PNG")
@@ -98,7 +98,7 @@ def _npy(data: bytes, path: Path) -> Raster:
 
 
 def _png16(data: bytes, path: Path) -> Raster:
-    image = _opencv(data, cv2.IMREAD_UNCHANGED)
+    image = _opencv(data, cv2.IMREAD_UNCHANGED) if _is_whole_png(data) else None
     if image is None or image.dtype != np.uint16:
         raise UserError(f"{path} {DAMAGED}")
     orientation = 1
