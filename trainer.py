@@ -64,6 +64,8 @@ class Trainer(BaseTrainer):
         predict = self.config.predict
         prediction = predict_logits(predict.train, logits, self.loss.activation, predict.temperature, self.options)
         self.meter.update(loss.detach(), prediction, target)
+        if steps:
+            self._mark()
 
     def _forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss, auxiliary heads included, and the logits."""
@@ -159,7 +161,6 @@ class Trainer(BaseTrainer):
         taken = (self.batch - 1) % accumulate + 1  # batches of the present step
         if taken < accumulate and self.batch < self.plan.batches:
             return
-        self._mark()
         if every and self.iteration // every > (self.iteration - taken) // every:
             self._save([LATEST])
         if self._asked or self.plan.processes == 1 and self.stop.received is not None:
@@ -172,6 +173,8 @@ class Trainer(BaseTrainer):
         scores = self.meter.scores()
         bar.set_postfix_str(live_scores({key.removeprefix("train_"): value for key, value in scores.items()}), False)
         recent = self.meter.take_recent_loss()
+        if self._point.iteration == self.iteration:
+            self._mark()  # what is reported now is not reported again
         timing = self._timing(watch)
         rates = {f"lr/{name}": rate for name, rate in self.rates.items()}
         self.log.record("train", epoch, self.iteration, {"loss": recent, **rates}, timing)

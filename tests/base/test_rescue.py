@@ -88,7 +88,7 @@ CASES: dict[str, tuple[Callable[[Trainer], None], int, str, dict[str, Any]]] = {
         {},
     ),
     "no memory": (fail_at(6, torch.OutOfMemoryError("CUDA out of memory.")), 5, "out of memory: .*batch_size", {}),
-    "a full disk of TensorBoard": (the_disk_is_full, 6, "logs cannot be written: the disk is full", {
+    "a full disk of TensorBoard": (the_disk_is_full, 7, "logs cannot be written: the disk is full", {
         "tensorboard": True, "log_per_iter": 1,
     }),
 }  # fmt: skip
