@@ -364,7 +364,7 @@ class BaseDataSet(Dataset[Any]):
             rng = np.random.default_rng([self.seed, epoch, index, *draw])
             parameters = self.augmentation.draw(rng, *label.shape)
         elif self.val and self.crop_size:
-            parameters = aug.centre_crop(*label.shape, self.crop_size)
+            parameters = aug.centre_crop(label.shape[0], label.shape[1], self.crop_size)
         if parameters is not None:
             # Outside of the image is the mean colour: 0 after normalisation.
             fill = [round(255 * m) for m in self.mean] if image.dtype == np.uint8 else list(self.mean)

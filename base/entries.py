@@ -17,7 +17,8 @@ from base.text import printable
 from utils.batch import Batch
 from utils.errors import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 # An index, (epoch, index), or (epoch, index, draw) for the second, third, ... time that an epoch draws the index.
 Key = int | tuple[int, int] | tuple[int, int, int]
@@ -97,8 +98,8 @@ def distinct(entries: Iterable[Entry], root: Path | None) -> list[Entry]:
         name = entry.name
         if name in shared and entry.image is not None:
             path = entry.image.with_suffix("")
-            inside = root is not None and path.is_relative_to(root)
-            name = printable((path.relative_to(root) if inside else path.relative_to(path.anchor)).as_posix())
+            above = root if root is not None and path.is_relative_to(root) else path.anchor
+            name = printable(path.relative_to(above).as_posix())
             plain, number = name, 1
             while taken[name]:
                 number += 1

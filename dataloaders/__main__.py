@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from utils.errors import run
 
 PREPARED = ("voc", "ade20k", "coco_stuff", "cityscapes")
+EXPORTS = ("coco", "labelme", "cvat", "label_studio", "roboflow", "yolo")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,27 +37,55 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="PATH=VALUE", help="override a field of the config"
     )
 
+    _add_prepare(commands)
+    return top
+
+
+def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     prepare = commands.add_parser(
         "prepare",
-        help="download a public data set and lay it out",
-        description="Downloads with progress and checksums, goes on where an interrupted download stopped, "
-        "unpacks. Without a network it says which files to put where.",
+        help="download a public data set, or convert what a labelling tool exports",
+        description=f"Public data sets ({', '.join(PREPARED)}): downloads with checksums, continues interrupted "
+        "downloads, unpacks; without a network it says which files to put where. Exports of labelling tools "
+        f"({', '.join(EXPORTS)}): writes images, masks and classes.txt for the Folder loader, and says what overlaps.",
     )
-    prepare.add_argument("name", choices=PREPARED, help="the data set")
-    prepare.add_argument("--dir", required=True, help="folder to put it in: the config's data_dir")
-    prepare.add_argument("--aug", action="store_true", help="voc: also build the augmented lists from SBD")
-    prepare.add_argument(
+    prepare.add_argument("name", choices=(*PREPARED, *EXPORTS), help="the data set, or the format of an export")
+    prepare.add_argument("--dir", required=True, help="folder to write to: the config's data_dir")
+
+    exports = prepare.add_argument_group("exports of labelling tools")
+    exports.add_argument("--from", dest="source", metavar="PATH", help="the exported file or folder")
+    exports.add_argument("--images", metavar="DIR", help="folder of the images, if they are not with the export")
+    exports.add_argument(
+        "--void",
+        action="append",
+        metavar="NAME",
+        help="a label whose pixels are ignored; may be repeated (default: void, ignore, unlabeled, ...)",
+    )
+    exports.add_argument(
+        "--rest",
+        choices=("background", "void"),
+        help="what pixels without annotation become: the class background (default), or ignored",
+    )
+    exports.add_argument(
+        "--order",
+        choices=("file", "area"),
+        help="what is drawn over what: later shapes of the file over earlier ones (default), or small over large",
+    )
+    exports.add_argument("--link", action="store_true", help="link to the images instead of copying them")
+
+    public = prepare.add_argument_group("public data sets")
+    public.add_argument("--aug", action="store_true", help="voc: also build the augmented lists from SBD")
+    public.add_argument(
         "--partition",
         choices=("CocoStuff164k", "CocoStuff10k"),
         default="CocoStuff164k",
         help="coco_stuff: which edition (default: CocoStuff164k)",
     )
-    prepare.add_argument("--mirror", metavar="URL", help="fetch the archives from below this address instead")
-    prepare.add_argument(
+    public.add_argument("--mirror", metavar="URL", help="fetch the archives from below this address instead")
+    public.add_argument(
         "--no-verify", action="store_true", help="do not compare checksums (a mirror with repacked archives)"
     )
-    prepare.add_argument("--delete-archives", action="store_true", help="remove archives after unpacking")
-    return top
+    public.add_argument("--delete-archives", action="store_true", help="remove archives after unpacking")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -160,7 +160,7 @@ or, split by folders,
         """Return the (images, masks) folders of each split; None if the data is not split by folders."""
         images, masks = find_folder(self._below(self._images)), find_folder(self._below(self._masks))
         found: dict[str, tuple[Path, Path]] = {}
-        candidates = [(folder, masks) for folder in _subfolders(images)]
+        candidates: list[tuple[Path, Path | None]] = [(folder, masks) for folder in _subfolders(images)]
         candidates += [(folder, None) for folder in _subfolders(self.data_dir)]
         for folder, masks_above in candidates:
             split = _SPLIT_OF_FOLDER.get(folder.name.lower())

@@ -140,8 +140,8 @@ def _histogram(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _add(findings: Findings, look: _Look, dataset: BaseDataSet) -> None:
     if look.raster is not None:
-        kind, low, high, largest = look.raster
-        seen = findings.on_disk.setdefault(kind, OnDisk(largest=largest))
+        stored, low, high, largest = look.raster
+        seen = findings.on_disk.setdefault(stored, OnDisk(largest=largest))
         seen.files, seen.low, seen.high = seen.files + 1, min(seen.low, low), max(seen.high, high)
     if look.stored is not None:
         for value, pixels in zip(*(part.tolist() for part in look.stored), strict=True):

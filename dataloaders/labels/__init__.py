@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from base.classes import Classes, read_classes
+from base.classes import Colour, read_classes
+
+
+class Labels(NamedTuple):
+    """Names and colours of a data set's classes; position is class id."""
+
+    names: tuple[str, ...]
+    palette: tuple[Colour, ...]
 
 
 @cache
-def labels(name: str) -> Classes:
-    """Return names and colours of the classes in ``<name>.txt`` beside this file: lines ``R G B name``."""
-    return read_classes(Path(__file__).parent / f"{name}.txt")
+def labels(name: str) -> Labels:
+    """Return the classes of ``<name>.txt`` beside this file: lines ``R G B name``."""
+    names, palette = read_classes(Path(__file__).parent / f"{name}.txt")
+    assert palette is not None
+    return Labels(names, palette)

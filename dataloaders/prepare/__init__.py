@@ -1,261 +1,35 @@
-"""``python -m dataloaders prepare NAME --dir DIR``: fetch a public data set, lay it out as its loader reads it."""
+"""``python -m dataloaders prepare``: download a public data set, or convert what a labelling tool exports."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
-from dataloaders.prepare.download import Archive, Unreachable, fetch, unpack, verify
-from dataloaders.reading.matlab import load_mat
+from dataloaders.prepare import convert, public
+from dataloaders.prepare.formats import FORMATS
 from utils.errors import UserError
-from utils.files import write_text
-from utils.images import voc_colormap, write_png
-
-DOWNLOADS = "downloads"
-VOC_ROOT = Path("VOCdevkit/VOC2012")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a data set is fetched.
-
-    Args:
-        archives: what to download and where to unpack it.
-        config: the config in ``configs/`` to go on with.
-        page: the publisher's page: terms of use, and the files by hand.
-        note: what the user should know before (licence, size).
-        finish: called with the data set's folder after unpacking.
-    """
-
-    archives: tuple[Archive, ...]
-    config: str
-    page: str
-    note: str
-    finish: Callable[[Path], None] | None = None
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
-    recipe = recipes()[recipe_name(args.name, args.aug, args.partition)]
-    print(recipe.note)
-    prepare(recipe, Path(args.dir), args.mirror, not args.no_verify, args.delete_archives)
-    print(
-        f"\nready: {args.dir}\nlook at it:  python -m dataloaders check --config {recipe.config} "
-        f"--set train_loader.args.data_dir={args.dir} --set val_loader.args.data_dir={args.dir}"
-    )
-    return 0
-
-
-def recipe_name(name: str, aug: bool = False, partition: str = "CocoStuff164k") -> str:
-    """Return the key of :func:`recipes` for the command line's words."""
-    if aug and name != "voc":
-        raise UserError(f"--aug: only voc has augmented lists, not {name}")
-    if name == "coco_stuff":
-        return "coco_stuff10k" if partition == "CocoStuff10k" else "coco_stuff164k"
-    return "voc_aug" if aug else name
-
-
-def prepare(
-    recipe: Recipe,
-    folder: Path,
-    mirror: str | None = None,
-    check: bool = True,
-    delete_archives: bool = False,
-) -> None:
-    """Download what is missing, verify and unpack it into ``folder``, then run the recipe's last step.
-
-    Archives live in ``folder/downloads``; those that are there already (put there by hand, or by an earlier
-    run) are used. Running again does only what is not done yet.
-
-    Args:
-        mirror: a URL below which the archives lie under their own names, instead of the publisher's.
-        check: compare checksums.
-        delete_archives: remove each archive after unpacking.
-    """
-    for archive in recipe.archives:
-        file = folder / DOWNLOADS / archive.filename
-        done = file.with_name(file.name + ".unpacked")
-        if done.exists():
-            print(f"{archive.filename}: unpacked before")
-            continue
-        checksum = archive.checksum if check else None
-        if file.exists():
-            verify(file, checksum)
-        else:
-            _get(recipe, archive, file, mirror, checksum)
-        unpack(file, folder / archive.into)
-        done.touch()
-        if delete_archives:
-            file.unlink()
-    if recipe.finish is not None:
-        recipe.finish(folder)
-
-
-def _get(recipe: Recipe, archive: Archive, file: Path, mirror: str | None, checksum: str | None) -> None:
-    url = f"{mirror.rstrip('/')}/{archive.filename}" if mirror else archive.url
-    if url is None:
-        raise UserError(
-            f"{archive.filename}: the publisher asks for an account, so this cannot be downloaded for you.\n"
-            + by_hand(recipe, file.parent)
+    exported = ("source", "images", "void", "rest", "order", "link")
+    fetched = ("aug", "mirror", "no_verify", "delete_archives")
+    for name in fetched if args.name in FORMATS else exported:
+        if getattr(args, name):
+            kind = "is for public data sets" if name in fetched else "is for exports of labelling tools"
+            option = "from" if name == "source" else name.replace("_", "-")
+            raise UserError(f"--{option} {kind}, not for {args.name}")
+    if args.name in FORMATS:
+        if args.source is None:
+            raise UserError(f"--from is missing: the file or folder that was exported as {args.name}")
+        options = convert.Options(
+            images=None if args.images is None else Path(args.images).expanduser(),
+            void=tuple(args.void) if args.void else convert.VOID_NAMES,
+            rest=args.rest or "background",
+            order=args.order or "file",
+            link=args.link,
         )
-    try:
-        fetch(url, file, checksum)
-    except Unreachable as error:
-        raise UserError(f"{error}\n{by_hand(recipe, file.parent)}") from error
-
-
-def by_hand(recipe: Recipe, downloads: Path) -> str:
-    """Return what to do without a connection: which files to get where, and where to put them."""
-    lines = [f"By hand: get these files (terms and addresses: {recipe.page})"]
-    for archive in recipe.archives:
-        state = "there" if (downloads / archive.filename).exists() else "missing"
-        checksum = f"  {archive.checksum.replace(':', ' ')}" if archive.checksum else ""
-        lines.append(f"  [{state}] {archive.url or recipe.page + ' -> ' + archive.filename}{checksum}")
-    lines.append(f"put them into {downloads}/ and run the same command again; a mirror can be given with --mirror URL.")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Pascal VOC's augmented training set (Hariharan et al., Semantic Contours from Inverse Detectors, ICCV 2011)
-
-
-def augment_voc(folder: Path) -> None:
-    """Write ``SegmentationClassAug`` and the ``*_aug`` lists from SBD's .mat files.
-
-    As published: VOC's own masks where there are any, SBD's for the other images; train_aug is everything
-    with a mask but VOC's val images (10582 of them in the full data), val_aug is VOC's val.
-    """
-    voc = folder / VOC_ROOT
-    contours = folder / "benchmark_RELEASE" / "dataset"
-    for needed in (voc / "SegmentationClass", contours / "cls"):
-        if not needed.is_dir():
-            raise UserError(
-                f"{needed}: this folder should have come out of the archives; remove "
-                f"{folder / DOWNLOADS}/*.unpacked and run the command again"
-            )
-    target = voc / "SegmentationClassAug"
-    target.mkdir(exist_ok=True)
-    own = {path.stem: path for path in (voc / "SegmentationClass").glob("*.png")}
-    added = {path.stem: path for path in (contours / "cls").glob("*.mat")}
-    for name in tqdm(sorted(own.keys() | added.keys()), desc="SegmentationClassAug", unit="mask"):
-        output = target / f"{name}.png"
-        if output.exists():
-            continue
-        if name in own:
-            shutil.copyfile(own[name], output)
-        else:
-            write_png(output, read_contours(added[name]), voc_colormap())
-    _write_lists(voc, own.keys() | added.keys())
-
-
-def read_contours(path: Path) -> np.ndarray:
-    """Return the class ids (uint8, (H, W)) of one of SBD's .mat files."""
-    content = load_mat(path)
-    try:
-        return np.asarray(content["GTcls"]["Segmentation"][0][0], dtype=np.uint8)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: it holds no GTcls.Segmentation, as SBD's files do ({error})") from error
-
-
-def _write_lists(voc: Path, masks: Iterable[str]) -> None:
-    lists = voc / "ImageSets" / "Segmentation"
-    validation = lists.joinpath("val.txt").read_text(encoding="utf-8").split()
-    images = {path.stem for path in (voc / "JPEGImages").glob("*.jpg")}
-    known = sorted(set(masks) & images)
-    train = [name for name in known if name not in set(validation)]
-    for split, names in (
-        ("train_aug", train),
-        ("val_aug", validation),
-        ("trainval_aug", [*train, *validation]),
-    ):
-        lines = (f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in names)
-        write_text(lists / f"{split}.txt", "".join(lines))
-        print(f"{split}: {len(names)} images")
-
-
-# ---------------------------------------------------------------------------------------------------------
-
-
-def recipes() -> dict[str, Recipe]:
-    """Return every recipe. Addresses and MD5 sums of VOC and SBD are torchvision's."""
-    voc = Archive(
-        "VOCtrainval_11-May-2012.tar",
-        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-        "md5:6cd6e144f989b92b3379bac3b3de84fd",
-    )
-    contours = Archive(
-        "benchmark.tgz",
-        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",
-        "md5:82b4d87ceb2ed10f6038a1cba92111cb",
-    )
-    calvin = "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset"
-    return {
-        "voc": Recipe(
-            (voc,),
-            "configs/voc.json",
-            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
-            "Pascal VOC 2012 (2 GB). Images from Flickr: its terms of use apply.",
-        ),
-        "voc_aug": Recipe(
-            (voc, contours),
-            "configs/voc_aug.json",
-            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
-            "Pascal VOC 2012 (2 GB) and SBD (1.4 GB). Images from Flickr: its terms of use apply.",
-            augment_voc,
-        ),
-        "ade20k": Recipe(
-            (
-                Archive(
-                    "ADEChallengeData2016.zip",
-                    "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-                    "sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7",
-                ),
-            ),
-            "configs/ade20k.json",
-            "http://sceneparsing.csail.mit.edu/",
-            "ADE20K scene parsing (0.9 GB): for non-commercial research and education only.",
-        ),
-        "coco_stuff164k": Recipe(
-            (
-                Archive(
-                    "val2017.zip",
-                    "http://images.cocodataset.org/zips/val2017.zip",
-                    "md5:442b8da7639aecaf257c1dceb8ba8c80",
-                    "images",
-                ),
-                Archive(
-                    "stuffthingmaps_trainval2017.zip",
-                    f"{calvin}/stuffthingmaps_trainval2017.zip",
-                    None,
-                    "annotations",
-                ),
-                Archive(
-                    "train2017.zip",
-                    "http://images.cocodataset.org/zips/train2017.zip",
-                    "md5:cced6f7f71b7629ddf16f17bbcfab6b2",
-                    "images",
-                ),
-            ),
-            "configs/coco_stuff.json",
-            "https://github.com/nightrome/cocostuff",
-            "COCO-Stuff 164k (20 GB). Annotations CC BY 4.0; images from Flickr, its terms of use apply.",
-        ),
-        "coco_stuff10k": Recipe(
-            (Archive("cocostuff-10k-v1.1.zip", f"{calvin}/cocostuff-10k-v1.1.zip"),),
-            "configs/coco_stuff.json",
-            "https://github.com/nightrome/cocostuff10k",
-            "COCO-Stuff 10k (2 GB). Annotations CC BY 4.0; images from Flickr, its terms of use apply.",
-        ),
-        "cityscapes": Recipe(
-            (Archive("gtFine_trainvaltest.zip", None), Archive("leftImg8bit_trainvaltest.zip", None)),
-            "configs/cityscapes.json",
-            "https://www.cityscapes-dataset.com/downloads/",
-            "Cityscapes (12 GB): for non-commercial use, after registration with the publisher.",
-        ),
-    }
+        convert.run(args.name, Path(args.source).expanduser(), Path(args.dir).expanduser(), options)
+    else:
+        public.run(args)
+    return 0

@@ -37,7 +37,7 @@ def read_rows(
     Raises:
         UserError: the list cannot be read, or a line has more columns.
     """
-    rows = []
+    rows: list[tuple[int, list[str]]] = []
     for number, line in read_lines(path, field):
         columns = columns_of(line)
         if not rows and {column.lower() for column in columns} <= _HEADER and not any(map(is_name, columns)):

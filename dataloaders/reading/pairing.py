@@ -53,7 +53,8 @@ def image_files(folder: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> l
     """
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    folders, links = [folder], []  # links last, so that a folder's own name comes first
+    folders: list[Path] = [folder]
+    links: list[Path] = []  # read last, so that a folder's own name comes first
     while folders or links:
         parent = folders.pop() if folders else links.pop(0)
         status = parent.stat()

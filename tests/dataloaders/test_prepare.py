@@ -20,8 +20,9 @@ from PIL import Image
 from dataloaders.__main__ import main
 from dataloaders.ade20k import ADE20K
 from dataloaders.labels import labels
-from dataloaders.prepare import Recipe, by_hand, download, prepare, recipes
+from dataloaders.prepare import download
 from dataloaders.prepare.download import Archive, Unreachable, fetch, unpack, verify
+from dataloaders.prepare.public import Recipe, by_hand, prepare, recipes
 from utils.errors import UserError
 
 

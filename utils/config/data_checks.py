@@ -39,7 +39,8 @@ def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
     """
     component = config.loader(stage)
     if component is None and any(config.train_loader.args.get(name) for name in HOLDS_OUT):
-        held_out = build_loader(build, config, "train").get_val_loader()
+        train: Any = build_loader(build, config, "train")
+        held_out: T | None = train.get_val_loader()
         if held_out is not None:
             return held_out
     if component is None:

@@ -1,0 +1,250 @@
+"""Exports of labelling tools to images, masks and ``classes.txt`` for the Folder loader."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from base.classes import Colour
+from dataloaders.prepare.export import Export, Images, Picture, Shape
+from dataloaders.prepare.formats import FORMATS
+from utils.errors import UserError, plural
+from utils.files import write_text
+from utils.images import voc_colormap, write_png
+from utils.images.formats import decode, read_bytes
+from utils.images.raster import ORIENTATION, upright
+
+VOID = 255
+VOID_NAMES = ("void", "ignore", "ignored", "unlabeled", "unlabelled", "don't care", "dontcare")
+BACKGROUND = "background"
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about a conversion; see ``python -m dataloaders prepare --help``."""
+
+    images: Path | None = None
+    void: tuple[str, ...] = VOID_NAMES
+    rest: str = "background"
+    order: str = "file"
+    link: bool = False
+
+
+@dataclass
+class Tally:
+    """What happened to the shapes.
+
+    Attributes:
+        over: (upper class, lower class) -> pixels that the upper one took.
+        over_images: the same, in images.
+        pixels: class id (or 255) -> pixels.
+        empty: images without any annotation.
+        vanished: shapes that cover no pixel.
+    """
+
+    over: Counter[tuple[str, str]] = field(default_factory=Counter)
+    over_images: Counter[tuple[str, str]] = field(default_factory=Counter)
+    pixels: Counter[int] = field(default_factory=Counter)
+    empty: int = 0
+    vanished: int = 0
+
+
+def run(kind: str, source: Path, out: Path, options: Options) -> None:
+    """Convert an export and print what was done.
+
+    Args:
+        kind: a key of :data:`dataloaders.prepare.formats.FORMATS`.
+        source: the exported file or folder.
+        out: the folder to write to; it must not hold images or masks yet.
+
+    Raises:
+        UserError: the export cannot be read, its images are missing, or there is something at ``out`` already.
+    """
+    if not source.exists():
+        raise UserError(f"--from: there is no file or folder {source}")
+    for name in ("images", "masks"):
+        if (out / name).exists() and any((out / name).iterdir()):
+            raise UserError(f"--dir: {out / name} holds files already; give an empty folder")
+    images = Images(options.images or (source if source.is_dir() else source.parent))
+    export = FORMATS[kind](source, images)
+    if not export.pictures:
+        named = f"; the export names {images.missing[0]!r}" if images.missing else ""
+        raise UserError(
+            f"{source}: no annotated image was found in {images.folder}{named}. Give their folder by --images"
+        )
+    classes = class_ids(export, options)
+    tally = write(export, classes, out, options)
+    print(summary(export, classes, tally, images.missing, out, options.rest))
+
+
+def class_ids(export: Export, options: Options) -> dict[str, int]:
+    """Return label -> id: void labels are 255, the background (if there is one) is 0, the others follow in order."""
+    void = {_plain(name) for name in options.void}
+    ids = {name: VOID for name in export.classes if _plain(name) in void}
+    kept = [name for name in export.classes if name not in ids]
+    behind = [name for name in kept if _plain(name) == BACKGROUND]
+    draws = any(picture.ids is None for picture in export.pictures)
+    if not behind and draws and options.rest == "background":
+        behind = [BACKGROUND]
+    kept = [*behind, *(name for name in kept if name not in behind)]
+    if not kept:
+        raise UserError(f"every label is void: {', '.join(export.classes)}; choose others with --void")
+    if len(kept) > VOID:
+        raise UserError(f"the export has {len(kept)} classes; masks hold at most {VOID}")
+    return {name: i for i, name in enumerate(kept)} | ids
+
+
+def _plain(name: str) -> str:
+    return name.strip().strip("_").replace("_", " ").lower()
+
+
+def write(export: Export, classes: dict[str, int], out: Path, options: Options) -> Tally:
+    """Write the masks, the images and ``classes.txt``."""
+    tally = Tally()
+    targets = _targets(export)
+    palette = _palette(export, classes)
+    for picture, target in tqdm(
+        list(zip(export.pictures, targets, strict=True)), desc="convert", unit="image", disable=None
+    ):
+        mask = _mask(picture, export, classes, options, tally)
+        tally.pixels.update(dict(enumerate(np.bincount(mask.ravel(), minlength=256).tolist())))
+        write_png(out / "masks" / target.with_suffix(".png"), mask, palette)
+        _copy(picture.image, out / "images" / target, options.link)
+    ids = {i: name for name, i in classes.items() if i != VOID}
+    lines = []
+    for i in sorted(ids):
+        red, green, blue = palette[i]
+        lines.append(f"{red:3d} {green:3d} {blue:3d}  {ids[i]}\n")
+    write_text(out / "classes.txt", "".join(lines))
+    return tally
+
+
+def _targets(export: Export) -> list[Path]:
+    """Return the path of each image below ``images``: its split and its name; equal names get their folder's."""
+    is_split = any(picture.split for picture in export.pictures)
+    stems = Counter((picture.split, picture.image.stem) for picture in export.pictures)
+    targets = []
+    for picture in export.pictures:
+        path = picture.image
+        name = path.name if stems[picture.split, path.stem] == 1 else f"{path.parent.name}_{path.name}"
+        targets.append(Path(picture.split or "train", name) if is_split else Path(name))
+    twice = [target for target, count in Counter(t.with_suffix("") for t in targets).items() if count > 1]
+    if twice:
+        raise UserError(f"two images would both be written as {twice[0]}; rename one of them")
+    return targets
+
+
+def _palette(export: Export, classes: dict[str, int]) -> list[Colour]:
+    colours = list(voc_colormap(256))
+    given = {i: export.colours[name] for name, i in classes.items() if name in export.colours and i != VOID}
+    if len(set(given.values())) == len(given) == sum(i != VOID for i in classes.values()):
+        for i, colour in given.items():
+            colours[i] = colour
+    return colours
+
+
+def _mask(picture: Picture, export: Export, classes: dict[str, int], options: Options, tally: Tally) -> np.ndarray:
+    """Return the ids of an image, uint8 ``(H, W)``, upright."""
+    width, height, orientation = _size(picture.image)
+    turned = orientation >= 5
+    if picture.ids is not None:
+        table = np.array([classes[name] for name in export.classes], np.uint8)
+        mask = table[picture.ids()]
+        size = (mask.shape[1], mask.shape[0])
+    else:
+        size = picture.size or (width, height)
+        mask = _drawn(picture.shapes, size, classes, options, tally)
+    if size == (width, height):
+        return mask
+    if turned and size == (height, width):
+        return np.ascontiguousarray(upright(mask, orientation))
+    raise UserError(
+        f"{picture.image} is {width} x {height} (width x height), but its annotations are for {size[0]} x {size[1]}: "
+        "use the images that were labelled"
+    )
+
+
+def _drawn(
+    shapes: list[Shape], size: tuple[int, int], classes: dict[str, int], options: Options, tally: Tally
+) -> np.ndarray:
+    names = {i: name for name, i in classes.items()}
+    rest = 0 if options.rest == "background" else VOID
+    mask = np.full(size[::-1], rest, np.uint8)
+    drawn = np.zeros(size[::-1], bool)
+    areas = [(shape.label, shape.render(size[1], size[0])) for shape in shapes]
+    if options.order == "area":
+        areas.sort(key=lambda area: -int(area[1].sum()))
+    tally.empty += not areas
+    pairs = set()
+    for label, area in areas:
+        new = classes[label]
+        tally.vanished += not area.any()
+        below = np.bincount(mask[area & drawn], minlength=256)
+        for i in np.flatnonzero(below).tolist():
+            if i != new:
+                pair = (label, names[i] if i != VOID else "void")
+                tally.over[pair] += int(below[i])
+                pairs.add(pair)
+        mask[area] = new
+        drawn |= area
+    tally.over_images.update(pairs)
+    return mask
+
+
+def _size(path: Path) -> tuple[int, int, int]:
+    """Return width and height of an image as it is seen, and its EXIF orientation."""
+    try:
+        with Image.open(path) as image:
+            orientation = image.getexif().get(ORIENTATION, 1)
+            width, height = image.size
+            return (height, width, orientation) if orientation >= 5 else (width, height, orientation)
+    except Exception:  # Pillow's plugins raise whatever they meet; other formats are decoded
+        array = decode(read_bytes(path), path).array
+        return array.shape[1], array.shape[0], 1
+
+
+def _copy(source: Path, target: Path, link: bool) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link:
+        target.symlink_to(os.path.abspath(source))
+    else:
+        shutil.copyfile(source, target)
+
+
+def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list[str], out: Path, rest: str) -> str:
+    """Return what was written, what was drawn over what, what was left out, and what to do next."""
+    splits = Counter(picture.split for picture in export.pictures)
+    parts = ", ".join(f"{n} {split}" for split, n in splits.items() if split)
+    lines = [f"{plural(len(export.pictures), 'image')} written to {out}" + (f" ({parts})" if parts else "")]
+    total = max(1, sum(tally.pixels.values()))
+    lines += [f"{i:>4} {name}: {tally.pixels[i] / total:.2%} of the pixels" for name, i in classes.items() if i != VOID]
+    void = [name for name, i in classes.items() if i == VOID]
+    if void or tally.pixels[VOID]:
+        what = f" ({', '.join(void)})" if void else ""
+        lines.append(f"{VOID:>4} void{what}, ignored: {tally.pixels[VOID] / total:.2%} of the pixels")
+    if tally.over:
+        lines.append("overlaps, the first drawn over the second:")
+        lines += [
+            f"     {pair[0]} over {pair[1]}: {plural(pixels, 'pixel')} in {plural(tally.over_images[pair], 'image')}"
+            for pair, pixels in tally.over.most_common(_SHOWN)
+        ]
+        if len(tally.over) > _SHOWN:
+            lines.append(f"     and {len(tally.over) - _SHOWN} more pairs of classes")
+    if tally.empty:
+        lines.append(f"{plural(tally.empty, 'image')} without any annotation: all their pixels are {rest}")
+    if tally.vanished:
+        lines.append(f"{plural(tally.vanished, 'shape')} too small to cover the centre of a pixel")
+    lines += [f"left out: {count} {what}" for what, count in export.left_out.items()]
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        lines.append(f"left out: {plural(len(missing), 'annotated image')} that were not found ({shown})")
+    lines += ["", f"next: python -m dataloaders plan --data-dir {out} --out config.json"]
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""COCO JSON: polygons and run-length codes, one file or one per split (Lin et al., ECCV 2014)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataloaders.prepare import shapes
+from dataloaders.prepare.export import Export, Images, Picture, Shape, malformed, read_json, split_of
+from utils.errors import UserError
+
+_PARTS = ("images", "annotations", "categories")
+
+
+def read(source: Path, images: Images) -> Export:
+    """Read a file, or all COCO files below a folder: the split is in the name of the file or of a folder."""
+    files = [source] if source.is_file() else sorted(source.rglob("*.json"))
+    contents = [(file, read_json(file)) for file in files]
+    contents = [(f, c) for f, c in contents if isinstance(c, dict) and all(part in c for part in _PARTS)]
+    if not contents:
+        raise UserError(f"{source}: there is no COCO file (JSON with {', '.join(_PARTS)})")
+    export = Export([], [])
+    for file, content in contents:
+        try:
+            _add(export, file, content, images, split_of(file, source) if source.is_dir() else None)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise malformed(file, "a COCO file", error) from None
+    return export
+
+
+def _add(export: Export, file: Path, content: dict[str, Any], images: Images, split: str | None) -> None:
+    names = _categories(content)
+    known = list(names.values())
+    if export.classes and export.classes != known:
+        raise UserError(f"{file}: its categories are {known}, another file's {export.classes}; they must be the same")
+    export.classes = known
+    by_image: dict[Any, list[dict[str, Any]]] = {}
+    for annotation in content["annotations"]:
+        by_image.setdefault(annotation["image_id"], []).append(annotation)
+    for entry in content["images"]:
+        path = images.find(entry["file_name"], file.parent)
+        if path is None:
+            continue
+        size = (int(entry["width"]), int(entry["height"]))
+        picture = Picture(path, size=size, split=split)
+        for annotation in by_image.get(entry["id"], ()):
+            render = _render(annotation, export.left_out)
+            if render is not None:
+                picture.shapes.append(Shape(names[annotation["category_id"]], render))
+        export.pictures.append(picture)
+
+
+def _categories(content: dict[str, Any]) -> dict[Any, str]:
+    """Return id -> name in the order of the ids, without the heading that Roboflow writes as a category."""
+    used = {annotation["category_id"] for annotation in content["annotations"]}
+    parents = {category.get("supercategory") for category in content["categories"]}
+    return {
+        category["id"]: category["name"]
+        for category in sorted(content["categories"], key=lambda category: category["id"])
+        if category["id"] in used or category.get("supercategory") != "none" or category["name"] not in parents
+    }
+
+
+def _render(annotation: dict[str, Any], left_out: Counter[str]) -> shapes.Render | None:
+    outline = annotation.get("segmentation")
+    if not outline:
+        left_out["annotations without an outline (boxes only)"] += 1
+        return None
+    if isinstance(outline, dict):
+        height, width = outline["size"]
+        counts = outline["counts"]
+        counts = shapes.coco_counts(counts) if isinstance(counts, str) else [int(count) for count in counts]
+        return shapes.window(shapes.runs(counts, height, width, order="F"), 0, 0)
+    return shapes.polygons([np.asarray(ring, np.float64).reshape(-1, 2) for ring in outline])

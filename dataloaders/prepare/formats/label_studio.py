@@ -1,0 +1,79 @@
+"""Label Studio: the JSON export with polygons, brushes, rectangles and ellipses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataloaders.prepare import shapes
+from dataloaders.prepare.export import Export, Images, Picture, Shape, malformed, read_json
+from utils.errors import UserError
+
+
+def read(source: Path, images: Images) -> Export:
+    """Read the exported JSON file, or all in a folder. Classes are sorted by name; the export has no order."""
+    files = [source] if source.is_file() else sorted(source.glob("*.json"))
+    export = Export([], [])
+    for file in files:
+        tasks = read_json(file)
+        if not isinstance(tasks, list) or not all(isinstance(task, dict) and "annotations" in task for task in tasks):
+            raise UserError(f"{file}: expected a list of tasks with annotations; export as JSON, not as JSON-MIN")
+        for task in tasks:
+            try:
+                _add(export, task, images)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                raise malformed(file, "a JSON export of Label Studio", error) from None
+    if not files:
+        raise UserError(f"{source}: there is no JSON file")
+    export.classes = sorted({shape.label for picture in export.pictures for shape in picture.shapes})
+    return export
+
+
+def _add(export: Export, task: dict[str, Any], images: Images) -> None:
+    annotations = [a for a in task["annotations"] if not a.get("was_cancelled")]
+    if not annotations:
+        export.left_out["tasks without an annotation"] += 1
+        return
+    if len(annotations) > 1:
+        export.left_out["further annotations of a task (the first is used)"] += len(annotations) - 1
+    texts = [value for value in task["data"].values() if isinstance(value, str)]
+    path = next((images.find(text) for text in texts if Path(text.partition("?")[0]).suffix or "?d=" in text), None)
+    if path is None:
+        return
+    picture = Picture(path)
+    for result in annotations[0]["result"]:
+        kind = str(result.get("type", "")).removesuffix("labels")
+        labels = result.get("value", {}).get(f"{kind}labels")
+        if not labels or kind not in ("polygon", "brush", "rectangle", "ellipse"):
+            export.left_out[f"results that are not a labelled area ({result.get('type')})"] += 1
+            continue
+        if result.get("image_rotation"):
+            raise UserError(f"{path.name} was rotated in Label Studio; export it without rotation, or label it again")
+        picture.size = (int(result["original_width"]), int(result["original_height"]))
+        picture.shapes.append(Shape(labels[0], _render(kind, result["value"], *picture.size, export.left_out)))
+    export.pictures.append(picture)
+
+
+def _render(kind: str, value: dict[str, Any], width: int, height: int, left_out: Counter[str]) -> shapes.Render:
+    scale = np.array((width, height)) / 100  # coordinates are in percent of the image
+    if kind == "brush":
+        if value.get("format") != "rle":
+            raise ValueError(f"brush strokes in format {value.get('format')!r}, expected 'rle'")
+        code = value["rle"]
+
+        def render(rows: int, columns: int) -> np.ndarray:
+            return shapes.window(shapes.label_studio_mask(code, height, width), 0, 0)(rows, columns)
+
+        return render
+    if kind == "polygon":
+        return shapes.polygons([np.array(value["points"], np.float64) * scale])
+    x, y = np.array((value["x"], value["y"])) * scale
+    turn = float(value.get("rotation", 0))
+    if kind == "rectangle":
+        wide, high = np.array((value["width"], value["height"])) * scale
+        return shapes.box(x, y, wide, high, turn)
+    radius_x, radius_y = np.array((value["radiusX"], value["radiusY"])) * scale
+    return shapes.ellipse(x, y, radius_x, radius_y, turn)

@@ -1,0 +1,76 @@
+"""labelme: a JSON file beside each image."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from base.text import read_lines
+from dataloaders.prepare import shapes
+from dataloaders.prepare.export import Export, Images, Picture, Shape, malformed, read_json, split_of
+from utils.errors import UserError
+
+
+def read(source: Path, images: Images) -> Export:
+    """Read a JSON file, or all below a folder. Classes are in the order of ``labels.txt`` if there is one."""
+    files = [source] if source.is_file() else sorted(source.rglob("*.json"))
+    contents = [(file, read_json(file)) for file in files]
+    contents = [(file, content) for file, content in contents if isinstance(content, dict) and "shapes" in content]
+    if not contents:
+        raise UserError(f"{source}: there is no labelme file (JSON with shapes)")
+    export = Export([], [])
+    for file, content in contents:
+        try:
+            path = images.find(content["imagePath"], file.parent)
+            if path is None:
+                continue
+            size = None
+            if content.get("imageWidth") and content.get("imageHeight"):
+                size = (int(content["imageWidth"]), int(content["imageHeight"]))
+            picture = Picture(path, size=size, split=split_of(file, source) if source.is_dir() else None)
+            for shape in content["shapes"]:
+                render = _render(shape, export.left_out)
+                if render is not None:
+                    picture.shapes.append(Shape(shape["label"], render))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise malformed(file, "a labelme file", error) from None
+        export.pictures.append(picture)
+    used = sorted({shape.label for picture in export.pictures for shape in picture.shapes})
+    listed = _listed(source)
+    export.classes = [*listed, *(name for name in used if name not in listed)]
+    return export
+
+
+def _listed(source: Path) -> list[str]:
+    folder = source if source.is_dir() else source.parent
+    for name in ("labels.txt", "class_names.txt", "classes.txt"):
+        if (folder / name).is_file():
+            return [line for _, line in read_lines(folder / name, "--from")]
+    return []
+
+
+def _render(shape: dict[str, Any], left_out: Counter[str]) -> shapes.Render | None:
+    kind = shape.get("shape_type") or "polygon"
+    points = np.asarray(shape["points"], np.float64).reshape(-1, 2)
+    if kind == "polygon":
+        return shapes.polygons([points])
+    if kind == "rectangle":
+        left, top = points.min(axis=0)
+        width, height = np.ptp(points, axis=0)
+        return shapes.box(left, top, width, height)
+    if kind == "circle":
+        radius = math.dist(points[0], points[1])
+        return shapes.ellipse(points[0][0], points[0][1], radius, radius)
+    if kind == "mask":
+        data = Image.open(io.BytesIO(base64.b64decode(shape["mask"])))
+        left, top = np.floor(points.min(axis=0)).astype(int).tolist()
+        return shapes.window(np.asarray(data.convert("L")) > 0, left, top)
+    left_out[f"shapes without an area ({kind})"] += 1
+    return None
