@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from utils.cli import add_overrides, share_cores
+from utils.cli import add_overrides, add_trust, share_cores
 from utils.config.schema import PROCEDURES
 from utils.errors import UserError, run
 
@@ -18,7 +18,13 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-m", "-r", "--model", required=True, nargs="+", metavar="CHECKPOINT", help="several: an ensemble")
+    add(
+        *("-m", "-r", "--model"),
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="several: an ensemble. With -c also a network (.pt2, TorchScript, .onnx; default: the config's "
+        "arch.args.file)",
+    )
     add("-i", "--images", required=True, help="image, folder, video file, or camera:0")
     add("-o", "--output", default="outputs", help="folder for the masks (default: outputs)")
     add("-c", "--config", help="config to use in place of the one in the checkpoint")
@@ -32,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("-d", "--device", help="cpu, cuda, or a GPU's number (default: the GPU if there is one)")
     add_overrides(parser)
+    add_trust(parser)
     _add_views(parser.add_argument_group("how the network sees an image"))
     _add_outputs(parser.add_argument_group("what is written"))
     return parser.parse_args()

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import add_device, add_overrides, select_devices, share_cores
+from utils.cli import add_device, add_overrides, add_trust, select_devices, share_cores
 from utils.config.schema import PROCEDURES
 from utils.errors import run
 
@@ -34,7 +34,13 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="test.py", description="Score a checkpoint on the test data of its config.")
     add = parser.add_argument
-    add("-r", "--resume", metavar="CHECKPOINT", required=True, help="the checkpoint to score")
+    add(
+        "-r",
+        "--resume",
+        metavar="CHECKPOINT",
+        help="the checkpoint to score, or with -c a network (.pt2, TorchScript, .onnx); default: the config's "
+        "arch.args.file",
+    )
     add("-c", "--config", help="config file; replaces the checkpoint's config, except arch")
     add(
         "-p",
@@ -62,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--force", action="store_true", help="let --save-probs remove the probabilities of another run in its folder")
     add_device(parser)
     add_overrides(parser)
+    add_trust(parser)
     args = parser.parse_args()
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit}: expected at least 1")
@@ -81,10 +88,11 @@ def main() -> int:
     from base.rng import seed_everything
     from utils import checkpoint, distributed, report
 
+    args.resume = args.resume or checkpoint.network_of(args.config)
     state = checkpoint.read(args.resume)
     stages = ("test",) if not args.fit else ("val",)
     overrides = from_val_loader(state.get("config"), args.config, overrides)
-    config = checkpoint.config_of(state, args.resume, args.config, overrides, stages=stages)
+    config = checkpoint.config_of(state, args.resume, args.config, overrides, stages=stages, trust_code=args.trust_code)
     folder = report.prepare_folder(results_folder(args, config))
     device = distributed.choose_device(config.n_gpu)
     with distributed.process_group(device):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import add_device, add_overrides, select_devices, share_cores
+from utils.cli import add_device, add_overrides, add_trust, select_devices, share_cores
 from utils.errors import run
 from utils.files import expand
 
@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_device(parser)
     add_overrides(parser)
+    add_trust(parser)
     args = parser.parse_args()
     if not args.config and not args.resume:
         parser.error("give a config with --config, or a checkpoint to continue with --resume")
@@ -74,8 +75,11 @@ def is_over(state: Mapping[str, Any], path: Path, config: Config) -> bool:
     return done is not None
 
 
-def build(config: Config, weights: str | None) -> tuple[nn.Module, SegmentationLoss, Data]:
-    """Build the data, the model and the loss that the config names; start from ``weights`` if they are given."""
+def build(config: Config, weights: str | None, resumed: bool) -> tuple[nn.Module, SegmentationLoss, Data]:
+    """Build the data, the model and the loss that the config names; start from ``weights`` if they are given.
+
+    The model of a ``resumed`` run gets no pretrained weights: those of the checkpoint will replace them.
+    """
     import dataloaders
     import models
     from base.base_trainer import Data
@@ -95,6 +99,8 @@ def build(config: Config, weights: str | None) -> tuple[nn.Module, SegmentationL
     checks.warn_about_loss(config, [config.predict.train, config.predict.val])
     checks.warn_about_schedule(config, len(train))
     arguments = checkpoint.arch_arguments(config, facts)
+    if resumed and "pretrained" in arguments:
+        arguments["pretrained"] = False
     model = checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
     if weights:
         checkpoint.load_weights(model, weights)
@@ -126,7 +132,7 @@ def main() -> int:
     if resume:
         resume = expand(resume).resolve()
         state = checkpoint.read(resume)
-        config = checkpoint.config_of(state, resume, args.config, overrides, stages=stages)
+        config = checkpoint.config_of(state, resume, args.config, overrides, stages=stages, trust_code=args.trust_code)
         if is_over(state, resume, config):
             return 0
     if distributed.needs_processes(config.use_synch_bn, config.n_gpu):
@@ -135,7 +141,7 @@ def main() -> int:
     device = distributed.choose_device(config.n_gpu)
     with distributed.process_group(device):
         seed_everything(config.seed, config.deterministic)
-        model, loss, data = build(config, args.weights)
+        model, loss, data = build(config, args.weights, resumed=state is not None)
         with runs.resumed(resume) if resume else runs.new(config) as folder:
             trainer = Trainer(config, model, loss, data, device, folder)
             if state is not None:

@@ -44,6 +44,8 @@ class BaseModel(nn.Module):
     output_stride: int = 32
     #: Height and width must be multiples of this (1: any size).
     size_divisor: int = 1
+    #: The backbone's name among the modules.
+    backbone_name: str = "backbone"
 
     backbone: nn.Module
 
@@ -140,11 +142,11 @@ class BaseModel(nn.Module):
 
     def get_backbone_params(self) -> list[nn.Parameter]:
         """Return the parameters of ``self.backbone`` (none for networks without one)."""
-        return [p for name, p in self.named_parameters() if name.startswith("backbone.")]
+        return [p for name, p in self.named_parameters() if name.startswith(f"{self.backbone_name}.")]
 
     def get_decoder_params(self) -> list[nn.Parameter]:
         """Return all parameters outside ``self.backbone``."""
-        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
+        return [p for name, p in self.named_parameters() if not name.startswith(f"{self.backbone_name}.")]
 
     def count_parameters(self, trainable_only: bool = False) -> int:
         """Return the number of parameter elements, shared ones counted once."""

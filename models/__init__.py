@@ -29,6 +29,7 @@ MODELS = Registry(
         "UperNet": "models.upernet.UperNet",
         "PSPNet": "models.pspnet.PSPNet",
         "PSPDenseNet": "models.pspnet.PSPDenseNet",
+        "External": "models.external.External",
     },
     provided=("num_classes",),
 )

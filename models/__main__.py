@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
     parser.add_argument("--repeats", type=int, default=3, help="passes; the fastest counts (default: 3)")
     options = parser.parse_args(argv)
-    names = [MODELS.canonical(name) for name in options.models] or list(MODELS)
+    names = [MODELS.canonical(name) for name in options.models] or [n for n in MODELS if n != "External"]
 
     print("| model | backbone | parameters | GFLOPs | output stride | forward | peak memory |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)

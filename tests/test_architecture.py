@@ -70,8 +70,8 @@ def commands(tree: ast.Module) -> set[ast.AST]:
 
 
 def may(path: str, module: str, node: ast.AST, of_commands: set[ast.AST]) -> bool:
-    if path == "utils/registry.py" and module == "?":
-        return True  # the one place that imports what a table names
+    if path in ("utils/registry.py", "models/external.py") and module == "?":
+        return True  # the places that import what a table, or the user's config, names
     if path == "utils/checkpoint/__init__.py" and isinstance(node, ast.Call):
         return module in ("models", "dataloaders", "models.upstream")  # a checkpoint names the model that it needs
     if path.endswith("/__main__.py") or room_of(path) == "utils" and node in of_commands:

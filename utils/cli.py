@@ -27,6 +27,15 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust-code``."""
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="let the checkpoint's config name code to run (arch type External); only for files that you trust",
+    )
+
+
 def share_cores() -> None:
     """Let torch's idle threads sleep soon instead of spinning for long; call it before torch is imported.
 

@@ -21,7 +21,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import add_overrides
+from utils.cli import add_overrides, add_trust
 from utils.errors import UserError, run
 from utils.files import atomic
 
@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("-c", "--config", help="config to use in place of the one in the checkpoint")
     parser.add_argument("--logits", action="store_true", help="return logits in place of probabilities")
     add_overrides(parser)
+    add_trust(parser)
     args = parser.parse_args()
     check_packages(args.format)
     output = Path(args.output or Path(args.model).with_suffix(SUFFIXES[args.format]))
@@ -65,7 +66,7 @@ def main() -> int:
     from utils import checkpoint
 
     state = checkpoint.read(args.model)
-    config = checkpoint.config_of(state, args.model, args.config, args.set)
+    config = checkpoint.config_of(state, args.model, args.config, args.set, trust_code=args.trust_code)
     loaded = checkpoint.build_model(state, args.model, config)
     worst = export(loaded, output, args.format, logits=args.logits)
     sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
@@ -142,6 +143,9 @@ def deployable(loaded: LoadedModel, logits: bool = False) -> nn.Module:
 
         def forward(self, images: Tensor) -> Tensor:
             return network.logits(images) if logits else network.probabilities(images)
+
+        def logits(self, images: Tensor) -> Tensor:
+            return network.logits(images)
 
     return Deployed().eval()
 
@@ -308,7 +312,7 @@ def _compare(deployed: Any, runner: Runner, channels: int, name: str, kind: str)
         images = generator.random((batch, channels, height, width), dtype=np.float32)
         with torch.no_grad():
             expected = deployed(torch.from_numpy(images)).numpy()
-            logits = deployed.model(deployed.normalize(torch.from_numpy(images)))
+            logits = deployed.logits(torch.from_numpy(images))
         found = runner(images)
         size = f"{batch} x {channels} x {height} x {width}"
         if found.shape != expected.shape:

@@ -33,6 +33,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "UperNet": {"backbone": "resnet18"},
     "PSPNet": {"backbone": "resnet18"},
     "PSPDenseNet": {"backbone": "densenet121"},
+    "External": {
+        "factory": "tests.models.small_network:SmallNetwork",
+        "args": {"classes": "$num_classes", "channels": "$in_channels", "width": 96},
+        "backbone": "encoder",
+        "size_divisor": 1,
+    },
 }
 #: Options that change what is computed, each with the smallest backbone that shows it.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -150,10 +156,10 @@ def test_without_pretrained_no_network_is_touched(name: str, monkeypatch: pytest
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     with torch.device("meta"):
-        models.build(name, CLASSES)
+        models.build(name, CLASSES, **SMALL.get(name, {}))
         if takes(name, "pretrained"):
             assert inspect.signature(MODELS[name].__init__).parameters["pretrained"].default is False
-            models.build(name, CLASSES, pretrained=False)
+            models.build(name, CLASSES, pretrained=False, **SMALL.get(name, {}))
 
 
 def test_pretrained_true_asks_torchvision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +252,7 @@ def test_the_output_stride_is_that_of_the_deepest_features(model: BaseModel) -> 
     for hook in hooks:
         hook.remove()
     special = {
+        "External": 512 // 8,  # of the network in the tests
         "FCN8": math.ceil((512 + 198) / 32) - 6,  # pads the image by 100 and has an unpadded 7x7 convolution
         "SegNet": 512 // 16,  # undoes its last pooling before any convolution
     }

@@ -39,18 +39,22 @@ from utils.predict.network import AMP_DTYPES, Network
 from utils.registry import Registry
 
 __all__ = [
+    "EXTERNAL",
     "FORMAT",
     "LoadedModel",
     "build_model",
     "config_of",
     "link",
     "load_model",
+    "network_of",
     "read",
     "remove_leftovers",
     "save",
 ]
 
 FORMAT = 2
+#: The type of ``arch`` that builds networks by code, or from files, outside this project.
+EXTERNAL = "External"
 
 
 @dataclass
@@ -90,6 +94,7 @@ def config_of(
     overrides: Sequence[str] = (),
     *,
     stages: Sequence[str] = (),
+    trust_code: bool = False,
 ) -> Config:
     """Return the config a checkpoint is used with: its own, replaced by ``given`` except ``arch``, then overridden.
 
@@ -99,9 +104,12 @@ def config_of(
         given: another config file.
         overrides: ``path=value`` items, applied last.
         stages: the loaders that will be built, whose arguments and folders are checked ("train", "val", "test").
+        trust_code: whether a network of the type External may come from the checkpoint's config alone: building it
+            runs the code that the config names.
 
     Raises:
-        UserError: no config anywhere, another ``arch`` in the given config, or any problem of the config.
+        UserError: no config anywhere, a network that runs code, another ``arch`` in the given config, or any problem
+            of the config.
     """
     models, loaders = import_module("models").MODELS, import_module("dataloaders").LOADERS
     stored = state.get("config")
@@ -111,8 +119,9 @@ def config_of(
         # A run may have been started with an override of its arch, which then is given again.
         raw = configs.override(configs.read(given), [item for item in overrides if item.startswith(("arch.", "arch="))])
         source = str(given)
-        own = (stored or {}).get("arch")
-        if "arch" in raw and own is not None and not _same_arch(own, raw["arch"], models):
+        own = _network_in(state, raw) or (stored or {}).get("arch")
+        trust_code = trust_code or "arch" in raw or "network" in state
+        if "arch" in raw and own is not None and "network" not in state and not _same_arch(own, raw["arch"], models):
             raise UserError(
                 f"{given}: its arch is {raw['arch']}, the checkpoint {path} has {own}; "
                 "the model of a checkpoint cannot be changed: give the config of that run, repeat the --set that "
@@ -123,10 +132,47 @@ def config_of(
     elif stored is not None:
         raw, source = dict(stored), f"the config in {path}" + (" with what --set changes" if overrides else "")
     else:
-        raise UserError(f"{path}: holds weights alone and no config; give the config of its run with --config")
+        what = "a network" if "network" in state else "weights alone"
+        raise UserError(f"{path}: holds {what} and no config; give the config of its run with --config")
+    _refuse_code(raw.get("arch"), path, trust_code)
     if "facts" not in state:
         raw["arch"] = _without_ignored(raw.get("arch"), models)
     return configs.resolve(raw, overrides, source=source, models=models, loaders=loaders, stages=stages)
+
+
+def _network_in(state: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the ``arch`` of a file that holds a whole network, with the arguments that the config gives for it."""
+    if "network" not in state:
+        return None
+    given = raw.get("arch") or {}
+    args = (given.get("args") or {}) if given.get("type") == EXTERNAL else {}
+    kept = {name: args[name] for name in ("in_channels", "outputs", "size_divisor", "resize") if name in args}
+    return {"type": EXTERNAL, "args": {**kept, "file": state["network"]}}
+
+
+def _refuse_code(arch: Any, path: str | Path, trusted: bool) -> None:
+    if trusted or not isinstance(arch, Mapping) or arch.get("type") != EXTERNAL:
+        return
+    args = arch.get("args") if isinstance(arch.get("args"), Mapping) else {}
+    raise UserError(
+        f"{path}: its network is built by code outside this project ({args.get('factory') or args.get('file')}), and "
+        "this file alone must not choose what runs here. If you trust it, add --trust-code, or give the config of its "
+        "run with --config"
+    )
+
+
+def network_of(config: str | Path | None) -> str:
+    """Return the file with a network that a config names in ``arch.args.file``.
+
+    Raises:
+        UserError: there is no config, or it does not name one.
+    """
+    arch = configs.read(config).get("arch") if config is not None else None
+    args = arch.get("args") if isinstance(arch, Mapping) else None
+    file = args.get("file") if isinstance(args, Mapping) else None
+    if not isinstance(file, str):
+        raise UserError("give a checkpoint, or with --config a config whose arch.args.file names a network")
+    return file
 
 
 def _without_ignored(arch: Any, models: Mapping[str, Any]) -> Any:
@@ -157,6 +203,7 @@ def load_model(
     path: str | Path,
     device: str | torch.device = "cpu",
     config: Config | None = None,
+    trust_code: bool = False,
 ) -> LoadedModel:
     """Build the model of a checkpoint, ours or a published one, and load its weights.
 
@@ -164,13 +211,14 @@ def load_model(
         path: the checkpoint.
         device: where the model goes.
         config: used in place of the checkpoint's own (see :func:`config_of`); needed for a file of bare weights.
+        trust_code: see :func:`config_of`.
 
     Raises:
         UserError: an unusable file, or weights that do not fit, saying which and probably why.
     """
     state = read(path)
     if config is None:
-        config = config_of(state, path)
+        config = config_of(state, path, trust_code=trust_code)
     return build_model(state, path, config, device)
 
 
@@ -185,7 +233,10 @@ def build_model(
 
     weights = state.get("ema") or state["state_dict"]
     try:
-        if "facts" in state:
+        if "network" in state:
+            facts = _facts_of_config(config)
+            arch, args, num_classes = config.arch.type, arch_arguments(config, facts), facts.num_classes
+        elif "facts" in state:
             facts = _stored_facts(state["facts"])
             arch, args, num_classes = config.arch.type, arch_arguments(config, facts), facts.num_classes
         else:
@@ -194,7 +245,8 @@ def build_model(
         if "pretrained" in args:
             args["pretrained"] = False  # the checkpoint's weights replace them anyway
         model = models.build(arch, num_classes, **args)
-        models.load_weights(model, weights)
+        if "network" not in state:
+            models.load_weights(model, weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return LoadedModel(
@@ -233,6 +285,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         UserError: an unusable file, or weights that do not fit, saying which and probably why.
     """
     state = read(path)
+    if "network" in state:
+        raise UserError(f"{path}: holds a whole network; expected a checkpoint or weights")
     fill(model, state.get("ema") or state["state_dict"], path)
 
 
@@ -244,7 +298,7 @@ def fill(model: nn.Module, weights: Mapping[str, Any], source: str | Path) -> No
         raise UserError(f"{source}: {error}") from None
 
 
-def _facts_of_config(config: Config, num_classes: int) -> Facts:
+def _facts_of_config(config: Config, num_classes: int | None = None) -> Facts:
     """Return the facts for a checkpoint that carries none: those of the data set its config names."""
     dataset = import_module("dataloaders").LOADERS[config.train_loader.type]
     known = signature(dataset.facts_for).parameters
@@ -253,7 +307,7 @@ def _facts_of_config(config: Config, num_classes: int) -> Facts:
         facts = Facts.of(dataset.facts_for(**args | {"ignore_index": config.ignore_index}))
     except (TypeError, ValueError) as error:
         raise UserError(f"train_loader.args: {error}") from None
-    if facts.num_classes != num_classes:
+    if num_classes not in (None, facts.num_classes):
         raise UserError(
             f"its weights have {num_classes} classes, its data set {config.train_loader.type} has "
             f"{facts.num_classes}; give the config it was trained with (--config)"

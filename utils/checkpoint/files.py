@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -59,7 +60,8 @@ def link(source: Path, path: Path) -> None:
 def read(path: str | Path) -> dict[str, Any]:
     """Return what a checkpoint file holds, tensors on the CPU, without running any code of the file.
 
-    A bare state dict (the weights alone) is returned as ``{"state_dict": ...}``.
+    A bare state dict (the weights alone) is returned as ``{"state_dict": ...}``, and the path of a file that holds a
+    whole network (see :func:`network_kind`), which is not read yet, as ``{"network": path, "state_dict": {}}``.
 
     Raises:
         UserError: no such file, not a checkpoint, cut short, or one that would need to run code.
@@ -67,6 +69,8 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {_what_is_there(path)}")
+    if network_kind(path) is not None:
+        return {"network": str(path), "state_dict": {}}
     _check_container(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
@@ -88,6 +92,20 @@ def read(path: str | Path) -> dict[str, Any]:
     if not _are_weights(state["state_dict"]):
         raise UserError(f"{path}: expected tensors by name in 'state_dict', found {type(state['state_dict']).__name__}")
     return dict(state)
+
+
+def network_kind(path: str | Path) -> str | None:
+    """Return what holds a network with its structure: "pt2" (torch.export), "torchscript" or "onnx"; else None."""
+    if str(path).endswith(".onnx"):
+        return "onnx"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # damaged, or not an archive: bytes gone wrong end in nearly any exception
+        return None
+    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
+        return "pt2"
+    return "torchscript" if any(name.endswith("constants.pkl") for name in names) else None
 
 
 def _what_is_there(path: Path) -> str:

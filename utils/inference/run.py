@@ -100,9 +100,10 @@ def load(args: argparse.Namespace) -> Predictor:
     """
     device = choose_device(args.device)
     loaded = []
+    args.model = args.model or [checkpoint.network_of(args.config)]
     for path in args.model:
         state = checkpoint.read(path)
-        config = checkpoint.config_of(state, path, args.config, args.set)
+        config = checkpoint.config_of(state, path, args.config, args.set, trust_code=args.trust_code)
         loaded.append(checkpoint.build_model(state, path, config, device))
     predictor = Predictor(
         loaded,

@@ -38,7 +38,9 @@ def pad_to(images: Tensor, smallest: int, multiple: int = 1) -> Tensor:
     Sides become multiples of ``multiple``. The image stays in the top left corner; images that fit already come back
     as they are.
     """
-    bottom, right = (-(-max(side, smallest) // multiple) * multiple - side for side in images.shape[-2:])
+    # Rounded up without negative numbers, which torch.export cannot solve for.
+    padded = ((max(side, smallest) + multiple - 1) // multiple * multiple for side in images.shape[-2:])
+    bottom, right = (new - side for new, side in zip(padded, images.shape[-2:], strict=True))
     return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
 
 

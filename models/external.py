@@ -1,0 +1,205 @@
+"""Networks from elsewhere: any ``nn.Module`` that a Python function builds, or a network in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from base.base_model import BaseModel, Outputs, resize_to
+from models.network_files import FileNetwork, load_network
+from utils.errors import UserError
+
+#: How far the probabilities of a pixel may be from a sum of 1 (half precision).
+_SUM_TOLERANCE = 1e-2
+
+
+class External(BaseModel):
+    """A network that is not one of ours; any input size that it takes; logits (B, num_classes, H, W).
+
+    The network maps images (B, in_channels, H, W), normalised by the loader's ``mean`` and ``std``, to a tensor, a
+    mapping with ``"out"`` (and in training ``"aux"``), or an object with ``.logits``. Smaller logits are resized
+    bilinearly.
+
+    ``factory`` imports and runs code. A checkpoint with such a network is therefore only loaded with the config of its
+    run on the command line, or with ``--trust-code``.
+
+    Args:
+        num_classes: output channels.
+        in_channels: channels of the images.
+        factory: ``"package.module:function"`` (or a class, or ``Class.method``), which returns an ``nn.Module``.
+        args: its arguments. ``"$num_classes"`` and ``"$in_channels"`` stand for the data's numbers. A value
+            ``{"factory": ..., "args": ...}`` is built first, for arguments that are objects.
+        pretrained: further arguments of the factory for the start of a training, such as
+            ``{"encoder_weights": "imagenet"}``; left out where a checkpoint's weights replace them. false: none.
+        file: in place of ``factory``, a network in a file, for ``test.py`` and ``inference.py``: an exported
+            program (``.pt2``), TorchScript, or ``.onnx`` (with onnxruntime).
+        backbone: the submodule that is the backbone, such as ``"encoder"``, for ``differential_lr`` and
+            ``freeze_backbone``.
+        outputs: "logits", or "probabilities" (softmax, or sigmoid with one channel) where the network ends in them.
+        size_divisor: heights and widths must be multiples of this. Validation and inference pad images to it;
+            ``crop_size`` must be one.
+        resize: of a file that takes one image size only: resize images to it and the logits back.
+        freeze_bn: BatchNorm keeps its running statistics.
+        freeze_backbone: only what is outside the backbone is trained.
+
+    Raises:
+        ValueError: the arguments do not fit together, or ``backbone`` is not a submodule.
+        UserError: the factory or the file cannot be used.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        factory: str | None = None,
+        args: dict[str, Any] | None = None,
+        pretrained: bool | dict[str, Any] = False,
+        file: str | None = None,
+        backbone: str | None = None,
+        outputs: str = "logits",
+        size_divisor: int = 1,
+        resize: bool = False,
+        freeze_bn: bool = False,
+        freeze_backbone: bool = False,
+    ) -> None:
+        super().__init__(num_classes, in_channels)
+        problems = {
+            'give either factory ("package.module:function") or file ("network.pt2")': (factory is None)
+            == (file is None),
+            f'outputs must be "logits" or "probabilities", got {outputs!r}': outputs not in ("logits", "probabilities"),
+            'pretrained takes arguments of the factory, such as {"encoder_weights": "imagenet"}; or write '
+            "pretrained: false": pretrained is True,
+            "args, pretrained and backbone belong to a factory; leave them out with file": file is not None
+            and bool(args or pretrained or backbone),
+            "resize belongs to a file; leave it out with factory": factory is not None and resize,
+            'freeze_backbone needs the backbone\'s name, such as backbone: "encoder"': freeze_backbone and not backbone,
+        }
+        for problem, is_so in problems.items():
+            if is_so:
+                raise ValueError(problem)
+        self.outputs, self.size_divisor, self.resize = outputs, size_divisor, resize
+        self.source = file or str(factory)
+        if file is not None:
+            self.network: nn.Module = load_network(file)
+        else:
+            numbers = {"$num_classes": num_classes, "$in_channels": in_channels}
+            self.network = _build(self.source, {**(args or {}), **(pretrained or {})}, numbers)
+            if not isinstance(self.network, nn.Module):
+                raise UserError(f"arch.args.factory: {factory} gives {type(self.network).__name__}, not an nn.Module")
+        if backbone is not None:
+            self.backbone_name = f"network.{backbone}"
+            if self.backbone_name not in dict(self.named_modules()):
+                children = ", ".join(name for name, _ in self.network.named_children())
+                raise ValueError(f"backbone: {factory} has no submodule {backbone!r}; it has {children}")
+        self._checked = False
+        if file is not None:
+            self.eval()
+        self.freeze(freeze_bn, freeze_backbone)
+
+    def train(self, mode: bool = True) -> BaseModel:
+        """Set training or evaluation mode; a network in a file has only the latter."""
+        if mode and isinstance(self.network, FileNetwork):
+            raise UserError(
+                f"arch.args.file: {self.source} can be scored and used, not trained; train it with arch.args.factory"
+            )
+        return super().train(mode)
+
+    def logits(self, x: Tensor) -> Outputs:
+        """Return the network's logits at its own resolution."""
+        size = getattr(self.network, "size", None) if self.resize else None
+        outputs = self.network(x if size is None else resize_to(x, size))
+        out = _logits_of(outputs, self.source)
+        if out.dim() != 4 or out.shape[1] != self.num_classes:
+            raise UserError(
+                f"arch.args: {self.source} gives outputs of shape {tuple(out.shape)}; expected (B, {self.num_classes}, "
+                f"h, w), because the data has {self.num_classes} classes. Give the network this number of classes"
+            )
+        if not self._checked and not out.is_meta and not torch.compiler.is_compiling():
+            self._checked = True
+            self._check_values(out.detach())
+        if self.outputs == "probabilities":
+            # A network's exact 0 becomes a finite logit.
+            p = out.float().clamp_min(torch.finfo(torch.float32).tiny)
+            out = p.log() if self.num_classes > 1 else torch.logit(p, eps=1e-7)
+        aux = outputs.get("aux") if self.training and isinstance(outputs, Mapping) else None
+        return {"out": out, "aux": aux} if isinstance(aux, Tensor) else out
+
+    def _check_values(self, out: Tensor) -> None:
+        """Raise UserError where values and ``outputs`` contradict each other; looks at the first batch only."""
+        inside = bool((out >= 0).all() and (out <= 1 + _SUM_TOLERANCE).all())
+        sums = self.num_classes == 1 or bool(((out.sum(dim=1) - 1).abs() < _SUM_TOLERANCE).all())
+        if self.outputs == "probabilities" and not (inside and sums):
+            raise UserError(
+                f"arch.args.outputs: found probabilities, but the outputs of {self.source} are from "
+                f"{out.min().item():.3g} to {out.max().item():.3g}; expected 0 to 1, with the sum 1 at every pixel"
+            )
+        if self.outputs == "logits" and self.num_classes > 1 and inside and sums:
+            raise UserError(
+                f"arch.args.outputs: {self.source} gives probabilities (from 0 to 1, with the sum 1 at every pixel), "
+                'not logits; write outputs: "probabilities"'
+            )
+
+    @property
+    def backbone(self) -> nn.Module:  # type: ignore[override]  # the base only declares it
+        """The submodule that ``backbone`` names."""
+        if self.backbone_name == "backbone":
+            raise AttributeError("backbone")
+        return self.get_submodule(self.backbone_name)
+
+
+def _build(factory: str, args: Mapping[str, Any], numbers: Mapping[str, int]) -> Any:
+    """Call ``package.module:name`` with arguments in which placeholders and nested factories are replaced."""
+    function = _function(factory)
+    given = {name: _value(value, numbers) for name, value in args.items()}
+    try:
+        return function(**given)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(f"arch.args: {factory} raised {type(error).__name__}: {error}") from error
+
+
+def _function(factory: str) -> Any:
+    module, colon, attribute = factory.partition(":")
+    if not (module and colon and attribute):
+        raise UserError(f'arch.args.factory: found {factory!r}; expected "package.module:function"')
+    try:
+        found: Any = import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"arch.args.factory: cannot import {module} ({error}); install its package with pip, or put the folder of "
+            "your code on PYTHONPATH"
+        ) from error
+    for name in attribute.split("."):
+        found = getattr(found, name, None)
+    if not callable(found):
+        raise UserError(f"arch.args.factory: {module} has no function {attribute}")
+    return found
+
+
+def _value(value: Any, numbers: Mapping[str, int]) -> Any:
+    if isinstance(value, Mapping) and "factory" in value:
+        return _build(str(value["factory"]), value.get("args") or {}, numbers)
+    if isinstance(value, Mapping):
+        return {key: _value(inner, numbers) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_value(inner, numbers) for inner in value]
+    return numbers.get(value, value) if isinstance(value, str) else value
+
+
+def _logits_of(outputs: Any, source: str) -> Tensor:
+    found = outputs
+    if isinstance(found, (tuple, list)) and len(found) == 1:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        found = getattr(outputs, "logits", None)
+        if found is None and isinstance(outputs, Mapping):
+            found = outputs.get("out", outputs.get("logits"))
+    if not isinstance(found, Tensor):
+        what = f"a mapping with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs)
+        raise UserError(f'arch.args: {source} gives {what}; expected a tensor, a mapping with "out", or .logits')
+    return found
