@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, interpolate
 
 from utils.rankdice import rank_dice
-from utils.rankdice_integral import Pixels, RowFacts, decay, integrate, power_sums
+from utils.rankdice.integral import Goal, Window, integrate
 
 SHAPES: list[tuple[int, ...]] = [
     (1, 2, 512, 512),
@@ -148,13 +148,13 @@ def table(times: dict[str, list[float]], base: str) -> None:
 def exact_score(row: Tensor, volume: int, metric: str) -> float:
     """Return the exact expected score of the top ``volume`` pixels of a row (N,), all pixels taken one by one."""
     values = row.double().sort(descending=True).values.unsqueeze(0)
-    none = values.new_zeros(1, 1)
-    power = power_sums(values)
-    facts = RowFacts(power, none[0], torch.ones(1, dtype=torch.bool, device=row.device))
-    pixels = Pixels(values, torch.zeros(1, dtype=torch.int64, device=row.device), torch.zeros_like(power), none, none)
-    at = torch.full((1, 1), volume - 1, device=row.device)
-    rate = decay(metric, 0.0, power[:, :1], pixels.volumes.gather(1, at), pixels.mass.gather(1, at))
-    return float(integrate(metric, 0.0, facts, pixels, rate, 24, at))
+    values = torch.cat([torch.zeros_like(values[:, :1]), values], 1)
+    steps, none = torch.arange(values.shape[1], device=row.device).double().unsqueeze(0), values.new_zeros(1, 4)
+    goal, mass = Goal(metric, 0.0), values.cumsum(1)
+    rate = steps + mass[:, -1:] - (mass if metric == "iou" else 0)
+    rate = rate[:, volume : volume + 1]
+    window = Window(steps, values, values > 0, none, none, rate, rate)
+    return float(integrate(goal, window, 1.0, 1)[0, volume])
 
 
 def lost_scores(probs: Tensor, others: dict[str, Callable[[Tensor], Tensor]], most: int = 12) -> dict[str, dict]:

@@ -355,9 +355,8 @@ class Predictor:
         elif self.options.metric == "iou":
             labels = streaming.label_masks(spool, chosen, self._unassigned)
         else:
-            mass = counts @ streaming.HALF_VALUES
             # of all classes, whichever are of interest, as utils.predict.label_map says
-            labels = streaming.label_map(spool, mass, smooth=self.options.smooth)
+            labels = streaming.label_map(spool, counts, smooth=self.options.smooth)
         return Segmentation(labels, scores=scores, volumes=volumes, probs=spool if self.keep_probs else None)
 
     def _volume(self, counts: np.ndarray) -> streaming.Volume:

@@ -9,7 +9,6 @@ passes over the file, a few rows at a time.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
@@ -23,17 +22,14 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.predict.tiling import Block
+from utils.rankdice import Options, rank_counts
+from utils.rankdice.label_map import Classes, ascend, check_classes
 
 # What a pass over a spool holds of it at a time, as float16.
 CHUNK_BYTES = 32 * 2**20
 _PASS_BYTES = 2 * 2**20
 # float16 bit patterns of the numbers in [0, 1] are 0 .. 0x3C00, in the same order as the numbers.
 HALF_VALUES = np.arange(0x3C00 + 1, dtype=np.uint16).view(np.float16).astype(np.float64)
-
-# Gauss-Laguerre rule of the integral over s; its nodes are shared by volumes whose rates differ by up to _SPREAD.
-_NODES, _WEIGHTS = np.polynomial.laguerre.laggauss(24)
-_SPREAD = 1.3
-_INTERIOR = 256  # volumes tried at a time inside a run of equal probabilities
 
 
 class Volume(NamedTuple):
@@ -136,105 +132,22 @@ def rank_dice_counts(
     smooth: float = 0.0,
     prune: float | None = 0.5,
 ) -> Volume:
-    """Solve RankDice for one row of pixels given as a table of its probabilities.
-
-    The expected score of every volume ``tau`` that ends a run of equal probabilities is computed as the
-    one-dimensional integral (``s`` from 0 to infinity, ``u = 1 - exp(-s)``, ``F(s) = prod (1 - p u)``)
-
-        Dice(tau) = int exp(-s (tau + g)) F(s) [2 exp(-s) sum_{j <= tau} p_j / (1 - p_j u) + g] ds
-        IoU(tau)  = (C(tau) + g) int exp(-s (tau + g)) prod_{j > tau} (1 - p_j u) ds
-
-    in float64; then the volumes inside the two runs around the best one (inside a run of equal probabilities the
-    score rises or falls throughout but for terms of the order 1 / tau^2).
+    """Solve RankDice for one row of pixels given as a table of its probabilities: :func:`utils.rankdice.rank_counts`.
 
     Args:
         values: float64 ``(K,)`` ascending, in [0, 1].
         counts: int64 ``(K,)``, how many pixels have each value.
         metric: "dice" or "iou".
-        solver: "exact", or "rma" (the reciprocal moment approximation of the same scores).
+        solver: "exact" or "rma".
         smooth: ``g``.
         prune: the mask is empty where no pixel has a higher probability than this; None: never.
 
     Returns:
         What :func:`utils.rankdice.rank_dice` finds for the pixels one by one.
     """
-    present = counts > 0
-    p, n = values[present][::-1], counts[present][::-1].astype(np.float64)
-    row = _Row(p, n, metric, smooth, solver == "rma")
-    empty = float(row.scores(np.zeros(1))[0]) if smooth else 0.0
-    if p[0] <= (prune or 0.0):
-        return Volume(0, math.inf, empty)
-    ends = np.cumsum(n)
-    at_ends = row.scores(ends)
-    best = int(np.argmax(at_ends))
-    tau, score = ends[best], at_ends[best]
-    low = ends[best - 1] + 1 if best else 1.0
-    high = ends[min(best + 1, len(ends) - 1)]
-    while True:  # the interior: all volumes of a short stretch, else a grid, and again around its best
-        tries = np.unique(np.rint(np.linspace(low, high, min(_INTERIOR, int(high - low) + 1))))
-        at_tries = row.scores(tries)
-        place = int(np.argmax(at_tries))
-        if at_tries[place] > score:
-            tau, score = tries[place], at_tries[place]
-        step = tries[1] - tries[0] if len(tries) > 1 else 1
-        if step <= 1:
-            break
-        low, high = max(1.0, tries[place] - step), min(ends[-1], tries[place] + step)
-    if empty >= score:
-        return Volume(0, math.inf, empty)
-    return Volume(int(tau), float(p[np.searchsorted(ends, tau)]), float(score))
-
-
-class _Row:
-    """One class of one image as a table: probabilities ``p``, descending, with multiplicities ``n``."""
-
-    def __init__(self, p: np.ndarray, n: np.ndarray, metric: str, smooth: float, approximate: bool) -> None:
-        self.p, self.n, self.metric, self.g = p, n, metric, smooth
-        self.approximate = approximate
-        self.ends = np.concatenate([[0.0], np.cumsum(n)])
-        self.mass = np.concatenate([[0.0], np.cumsum(n * p)])  # C at the ends
-        self.mu = self.mass[-1]
-
-    def scores(self, tau: np.ndarray) -> np.ndarray:
-        """Return the expected score of each volume of ``tau``, ascending float64."""
-        run = np.clip(np.searchsorted(self.ends, tau) - 1, 0, len(self.p) - 1)  # the run that the volume ends in
-        inside = tau - self.ends[run]
-        c = self.mass[run] + inside * self.p[run]
-        if self.approximate:
-            return self._reciprocal_moment(tau, c)
-        result = np.empty_like(tau)
-        rate = np.maximum(tau + self.mu + self.g, 1e-12)
-        start = 0
-        while start < len(tau):
-            stop = int(np.searchsorted(rate, rate[start] * _SPREAD, side="right"))
-            part = slice(start, stop)
-            centre = float(np.sqrt(rate[start] * rate[stop - 1]))
-            result[part] = self._integrate(tau[part], run[part], inside[part], c[part], centre)
-            start = stop
-        return result
-
-    def _reciprocal_moment(self, tau: np.ndarray, c: np.ndarray) -> np.ndarray:
-        g, mu = self.g, self.mu
-        if self.metric == "iou":
-            return (c + g) / np.maximum(tau + mu - c + g, 1e-300)
-        return 2 * c / (tau + mu + 1 + g) + (g / (tau + mu + g) if g else 0.0)
-
-    def _integrate(
-        self, tau: np.ndarray, run: np.ndarray, inside: np.ndarray, c: np.ndarray, rate: float
-    ) -> np.ndarray:
-        s = _NODES / rate
-        # 1 - p u, without the cancellation of 1 - p (1 - exp(-s)) where p is 1
-        factor = (1 - self.p)[:, None] + self.p[:, None] * np.exp(-s)  # (K, nodes)
-        logs = np.log(factor)
-        cumulative = np.concatenate([np.zeros((1, len(s))), np.cumsum(self.n[:, None] * logs, axis=0)])
-        exponent = _NODES - np.outer(tau + self.g, s)  # (tau, nodes)
-        if self.metric == "iou":
-            below = cumulative[-1] - cumulative[run] - inside[:, None] * logs[run]
-            return (c + self.g) * (np.exp(exponent + below) @ _WEIGHTS) / rate
-        share = self.p[:, None] / factor
-        sums = np.concatenate([np.zeros((1, len(s))), np.cumsum(self.n[:, None] * share, axis=0)])
-        above = sums[run] + inside[:, None] * share[run]
-        return (np.exp(exponent + cumulative[-1]) * (2 * np.exp(-s) * above + self.g)) @ _WEIGHTS / rate
+    options = Options(metric, solver, smooth, prune)
+    found = rank_counts(torch.from_numpy(values), torch.from_numpy(counts)[None], options)
+    return Volume(int(found[0]), float(found[1]), float(found[2]))
 
 
 # --------------------------------------------------------------------------------------------- label maps
@@ -283,58 +196,25 @@ def label_masks(spool: Spool, volumes: Mapping[int, Volume], unassigned: int) ->
 
 
 def label_map(
-    spool: Spool, mass: np.ndarray, classes: Sequence[int] | None = None, smooth: float = 0.0, rounds: int = 20
+    spool: Spool, counts: np.ndarray, classes: Sequence[int] | Tensor | None = None, smooth: float = 0.0
 ) -> np.ndarray:
-    """Return one label per pixel, int32 or smaller ``(H, W)``, with a high total of expected scores.
-
-    The ascent of :func:`utils.rankdice.label_map`, a few rows at a time: from the most probable classes, every
-    pixel goes to the class with the largest gain ``(2 p - s_c) / (tau_c + mu_c + 1)``, as long as the total of
-    ``s_c = 2 C_c / (tau_c + mu_c + 1)`` rises.
+    """Return one label per pixel, ``(H, W)``, as :func:`utils.rankdice.label_map`, a few rows at a time.
 
     Args:
         spool: the probabilities.
-        mass: the sum of the probabilities per class, float64 ``(classes,)``.
-        classes: the classes that take part; None: all.
+        counts: of the spool, ``Spool.counts()``.
+        classes: the classes that take part, indices or bool ``(1, C)``; None: all.
+        smooth: ``g``.
     """
-    chosen = np.arange(spool.shape[0]) if classes is None else np.asarray(sorted(classes))
-    mu = torch.from_numpy(mass[chosen])
-    offset, slope = torch.zeros_like(mu), torch.ones_like(mu)
-    labels, best = None, -1.0
-    for _ in range(rounds + 1):
-        candidate, tau, inside = _assign(spool, chosen, slope, offset)
-        size = tau + mu + 1 + smooth
-        score = (2 * inside + smooth) / size
-        if labels is not None and float(score.sum()) <= best:
-            break
-        labels, best = candidate, float(score.sum())
-        slope, offset = 2 / size, score / size
-    assert labels is not None
-    return labels
+    number, height, width = spool.shape
+    chosen = check_classes(classes, 1, number, torch.device("cpu"))
+    values, table = torch.from_numpy(HALF_VALUES), torch.from_numpy(counts)
+    volumes, _, scores = rank_counts(values, table, Options(smooth=smooth, prune=None))
+    mean = (table.double() @ values)[None]
 
+    def bands() -> Iterator[tuple[int, Tensor]]:
+        for y, band in spool.bands(_PASS_BYTES):
+            yield y * width, torch.from_numpy(band).view(1, number, -1).double()
 
-def _assign(spool: Spool, chosen: np.ndarray, slope: Tensor, offset: Tensor) -> tuple[np.ndarray, Tensor, Tensor]:
-    """Give every pixel the class with the largest ``slope * p - offset``; count pixels and probability per class."""
-    kind = torch.uint8 if len(chosen) <= 256 else torch.int32
-    names = chosen.astype(np.uint8 if spool.shape[0] <= 256 else np.uint16)
-    labels = np.empty(spool.shape[1:], names.dtype)
-    tau, inside = torch.zeros(len(chosen), dtype=torch.float64), torch.zeros(len(chosen), dtype=torch.float64)
-    for y, band in spool.bands(_PASS_BYTES):
-        # Class by class on rows that stay in the cache: several times faster than argmax over a stack of them.
-        best = winner = own = None
-        for k, c in enumerate(chosen.tolist()):
-            probs = torch.from_numpy(band[c]).float()
-            gain = probs.double().mul_(slope[k]).sub_(offset[k])  # float32 would lose the smallest objects' digits
-            if best is None or winner is None or own is None:
-                best, winner, own = gain, torch.zeros_like(gain, dtype=kind), probs
-                continue
-            better = gain > best
-            torch.maximum(best, gain, out=best)
-            winner.masked_fill_(better, k)
-            own = torch.where(better, probs, own)
-        assert winner is not None
-        assert own is not None
-        index = winner.flatten().int()
-        tau += torch.bincount(index, minlength=len(chosen))
-        inside += torch.bincount(index, own.flatten().double(), minlength=len(chosen))
-        labels[y : y + band.shape[1]] = names[winner.numpy()]
-    return labels, tau, inside
+    labels = ascend(bands, height * width, Classes(mean, volumes[None].double(), scores[None], chosen), smooth)
+    return labels.view(height, width).numpy().astype(np.uint8 if number <= 256 else np.uint16)

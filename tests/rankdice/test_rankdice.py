@@ -13,15 +13,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.profiler import ProfilerActivity, profile
 
-from tests.reference_rankdice import (
+from tests.rankdice.reference import (
     approximate_scores,
     best_of_all_subsets,
     expected_scores,
     integral_scores,
 )
-from utils import rankdice_exact, rankdice_sweep
-from utils.rankdice import IOU_SOLVERS, METRICS, SOLVERS, RankDice, label_map, rank_dice
-from utils.rankdice_integral import RowFacts, Runs, lower_bound, upper_bound
+from utils.rankdice import IOU_SOLVERS, METRICS, SOLVERS, RankDice, exact, label_map, rank_dice
+from utils.rankdice.integral import Goal
 
 SMOOTHS = (0.0, 0.3, 1.0, 20.0)
 EXACT = settings(max_examples=60, deadline=None, derandomize=True)
@@ -71,7 +70,9 @@ def odd_rows(pixels: int = 5000) -> Tensor:
 
 
 def same(a: RankDice, b: RankDice) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    """Say whether volumes, masks, cut-offs and largest values are equal, and scores to 1e-12."""
+    equal = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("masks", "volumes", "cutoffs", "highest"))
+    return equal and torch.allclose(a.scores, b.scores, rtol=1e-12, atol=0)
 
 
 def check_masks(probs: Tensor, found: RankDice) -> None:
@@ -181,70 +182,77 @@ def test_the_score_is_the_mean_dice_of_drawn_labels() -> None:
 
 @pytest.mark.parametrize("metric", METRICS)
 @EXACT
-@example(row=[1.0, 1.0, 0.0], smooth=0.0, cuts=[])
-@given(row=row, smooth=st.sampled_from(SMOOTHS), cuts=st.lists(st.integers(1, 13), max_size=3))
-def test_bounds_hold_at_every_volume(row: list[float], smooth: float, cuts: list[int], metric: str) -> None:
+@example(row=[1.0, 1.0, 0.0], smooth=0.0)
+@given(row=row, smooth=st.sampled_from(SMOOTHS))
+def test_bounds_hold_at_every_volume(row: list[float], smooth: float, metric: str) -> None:
     probs = torch.tensor(sorted(row, reverse=True), dtype=torch.float64)
     scores = torch.from_numpy(expected_scores(probs.numpy(), metric, smooth))[1:]
     volume, mass = torch.arange(1, len(row) + 1).double(), probs.cumsum(0)
-    mean, variance = mass[-1], (probs * (1 - probs)).sum()
-    low = lower_bound(metric, smooth, mean, volume, mass)
-    high = upper_bound(metric, smooth, mean, variance, volume, mass, volume, mass)
+    goal, mean, variance = Goal(metric, smooth), mass[-1:], (probs * (1 - probs)).sum().view(1)
+    _, lower, lead, excess = goal.bounds(mean, variance, volume, mass)
     positive = probs > 0
-    assert (low <= scores * (1 + 1e-12))[positive].all()
-    assert (high >= scores * (1 - 1e-12))[positive].all()
-    # Runs of volumes, as the bins of the histogram and the parts of a plateau are.
-    edges = sorted({0, len(row), *(c for c in cuts if c < len(row))})
-    parts = [probs[a:b] for a, b in itertools.pairwise(edges)]
-    runs = Runs(
-        rank=torch.tensor([edges[:-1]]).double(),
-        mass=torch.tensor([[float(probs[:a].sum()) for a in edges[:-1]]], dtype=torch.float64),
-        count=torch.tensor([[len(p) for p in parts]]).double(),
-        own=torch.stack([p.sum() for p in parts]).unsqueeze(0),
-        low=torch.stack([p.min() for p in parts]).unsqueeze(0) * 0.99,
-        high=torch.stack([p.max() for p in parts]).unsqueeze(0) * 1.01,
-    )
-    power = torch.stack([(probs**n).sum() for n in range(1, 5)]).unsqueeze(0)
-    facts = RowFacts(power, torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.bool))
-    bound = runs.upper(metric, smooth, facts)[0]
-    for k, (a, b) in enumerate(itertools.pairwise(edges)):
-        if probs[a] > 0:
-            assert float(bound[k]) >= float(scores[a:b].max()) * (1 - 1e-9)
-    if positive.all():
-        assert float(runs.lower(metric, smooth, facts)) <= float(scores.max()) * (1 + 1e-12)
-
-
-def test_a_cut_that_is_too_high_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the first guess of the low cut far above the best volume, the bounds ask for lower cuts."""
-    probs = torch.cat([smooth_maps(1, 3, 64, 64).flatten(2), odd_rows(4096)], 1)
-    expected = rank_dice(probs, prune=None)
-    first_look = rankdice_exact._solve_rows
-    calls = []
-
-    def too_high(task, index, facts, highest, cut, bins, retries):  # noqa: ANN001, ANN202
-        calls.append(index.numel())
-        cut = torch.full_like(cut, 0.9) if retries == rankdice_exact.RETRIES else cut
-        return first_look(task, index, facts, highest, cut, bins, retries)
-
-    monkeypatch.setattr(rankdice_exact, "_solve_rows", too_high)
-    found = rank_dice(probs, prune=None)
-    assert len(calls) > 1
-    assert torch.equal(found.volumes, expected.volumes)
-    assert torch.equal(found.masks, expected.masks)
-    assert torch.allclose(found.scores, expected.scores, rtol=1e-10)
+    assert (lower <= scores * (1 + 1e-12))[positive].all()
+    assert (lead * (1 + excess) >= scores * (1 - 1e-12))[positive].all()
+    assert (excess.diff() <= 1e-12).all()
+    if not positive.any():
+        return
+    best = scores[positive].max()
+    tied = volume[scores >= best * (1 - 1e-12)]
+    for n in range(1, len(row) + 1):  # some volume that is known to reach some score
+        known = volume[n - 1 : n], scores[n - 1 : n], best.view(1)
+        low, high = goal.cuts(mean, variance, probs[:1], *known)
+        assert tied.min() <= max(n, int((probs > low * (1 - 1e-12)).sum()))
+        assert tied.max() >= min(n, int((probs >= high * (1 + 1e-12)).sum()))
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_wide_bands_are_narrowed_to_the_same_answer(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    probs = torch.cat([smooth_maps(1, 3, 64, 64).flatten(2), odd_rows(4096)], 1)
+@pytest.mark.parametrize("shape", [(30, 900), (12, 20_000)])
+def test_cuts_hold_for_larger_rows(metric: str, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(shape[0])
+    for k in range(shape[0]):
+        probs = torch.rand(shape[1], generator=generator, dtype=torch.float64) ** (1 + k) * (0.2 if k % 3 == 0 else 1)
+        probs = probs.sort(descending=True).values
+        mean, variance = probs.sum().view(1), (probs * (1 - probs)).sum().view(1)
+        step = max(1, shape[1] // 500)
+        scores = torch.from_numpy(integral_scores(probs.numpy(), metric, 0.0, np.arange(1, shape[1], step)))
+        best, volume = scores.max().view(1), scores.argmax() * step + 1
+        low, high = Goal(metric, 0.0).cuts(mean, variance, probs[:1], volume.double().view(1), best, best * (1 + 1e-9))
+        # The best volume may lie a step from the best of the grid.
+        assert volume - step <= (probs > low).sum()
+        assert volume + step >= (probs >= high).sum()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("limits", [(0.9, 0.95), (0.01, 0.02), (0.3, 2.0), (2.0, 2.0), (0.4, 0.4)])
+def test_a_wrong_guess_costs_time_only(
+    metric: str, limits: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever pixels are looked at first, the proof notices where the best volume is not among them."""
+    probs = torch.cat([smooth_maps(1, 3, 75, 75).flatten(2), odd_rows(5625)], 1)
+    expected = rank_dice(probs, metric, prune=None)
+    check_masks(probs, expected)
+    monkeypatch.setattr(
+        exact, "_limits", lambda rows, *_: tuple(torch.full((rows.shape[0], 1), limit) for limit in limits)
+    )
+    found = rank_dice(probs, metric, prune=None)
+    # Power sums stand for more or fewer pixels now: the scores differ a little more.
+    assert torch.allclose(found.scores, expected.scores, rtol=1e-9, atol=0)
+    assert torch.equal(found.volumes, expected.volumes)
+    assert torch.equal(found.masks, expected.masks)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_crowded_rows_are_sorted_to_the_same_answer(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    probs = torch.cat([smooth_maps(1, 3, 75, 75).flatten(2), odd_rows(5625)], 1)
     for smooth in (0.0, 1.0):
         expected = rank_dice(probs, metric, smooth=smooth, prune=None)
-        with monkeypatch.context() as patch:
-            patch.setattr(rankdice_exact, "BAND_LIMIT", 8)
-            found = rank_dice(probs, metric, smooth=smooth, prune=None)
-        # Plateaus may score alike to the last digits; the score decides.
-        assert torch.allclose(found.scores, expected.scores, rtol=2e-10, atol=0)
-        check_masks(probs, found)
+        for name, value in (("TABLE_BYTES", 1 << 40), ("SORTED_PIXELS", 10_000)):
+            with monkeypatch.context() as patch:
+                patch.setattr(exact, name, value)
+                patch.setattr(exact, "MOST_PIXELS", 8)
+                found = rank_dice(probs, metric, smooth=smooth, prune=None)
+            assert torch.allclose(found.scores, expected.scores, rtol=1e-10, atol=0)
+            assert torch.equal(found.masks, expected.masks)
 
 
 @pytest.mark.parametrize("smooth", [0.0, 0.001, 1.0])
@@ -323,7 +331,7 @@ def test_a_batch_gives_what_single_rows_give(solver: str) -> None:
         whole = rank_dice(rows, **options)
         order = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))
         shuffled = rank_dice(rows[:, order], **options)
-        assert all(torch.equal(a[:, order], b) for a, b in zip(whole, shuffled, strict=True))
+        assert same(RankDice(*(part[:, order] for part in whole)), shuffled)
         for b, c in itertools.product(range(rows.shape[0]), range(rows.shape[1])):
             single = rank_dice(rows[b : b + 1, c : c + 1], **options)
             assert same(single, RankDice(*(part[b : b + 1, c : c + 1] for part in whole))), (b, c)
@@ -339,24 +347,6 @@ def test_maps_give_the_same_alone_and_in_any_chunks(metric: str) -> None:
         assert same(single, RankDice(*(part[b : b + 1, c : c + 1] for part in whole)))
     for max_bytes in (1, 300_000, 2_000_000, 1 << 30):
         assert same(rank_dice(probs, metric, max_bytes=max_bytes), whole), max_bytes
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_counting_in_place_and_gathering_give_the_same(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles with many probable pixels are binned as they lie, others are gathered: which is a matter of speed."""
-    probs = torch.cat([smooth_maps(2, 3, 190, 211).flatten(2), odd_rows(190 * 211).expand(2, -1, -1)], 1)
-    counted = []
-    count = rankdice_sweep.Sweep._count
-    monkeypatch.setattr(rankdice_sweep.Sweep, "_count", lambda *args: (counted.append(1), count(*args)))
-    found = {}
-    for share in (-1.0, 0.4, 1e9):
-        monkeypatch.setattr(rankdice_sweep, "CROWDED", share)
-        counted.clear()
-        found[share] = [rank_dice(probs, metric, prune=None, max_bytes=size) for size in (1, 1 << 24)]
-        assert bool(counted) == (share < 1e9)
-    whole = found[0.4][0]
-    check_masks(probs, whole)
-    assert all(same(one, whole) for some in found.values() for one in some)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -502,29 +492,18 @@ def test_a_cut_inside_a_plateau() -> None:
     probs = (smooth_maps(1, 1, 256, 256, grain=64) * 3).round() / 3 * 0.7 + 0.15
     for metric in METRICS:
         check_masks(probs, rank_dice(probs, metric))
-    ties = RankDice(*rank_dice(probs))
-    draws = rankdice_exact.Volumes.empty(1, probs)
-    assert draws.surplus.item() == 0
-    assert ties.volumes.item() > 0
 
 
-def test_torn_ties_drop_the_last_pixels() -> None:
-    from utils.rankdice import _draw
-
-    rows = torch.tensor([[0.5, 0.9, 0.5, 0.5, 0.1, 0.5], [0.2, 0.5, 0.5, 0.2, 0.2, 0.1]])
-    found = rankdice_exact.Volumes(
-        torch.tensor([3, 2]), torch.tensor([0.5, 0.5]), torch.zeros(2), torch.tensor([2, 0]), torch.zeros(2).bool()
-    )
-    masks = torch.zeros(2, 6, dtype=torch.bool)
-    _draw(rows, masks, found, 1)
-    assert masks.int().tolist() == [[1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0]]
-    big = torch.full((2, 5000), 0.5)
-    found = found._replace(volumes=torch.tensor([1, 4999]), surplus=torch.tensor([4999, 1]))
-    masks = torch.zeros(2, 5000, dtype=torch.bool)
-    _draw(big, masks, found, 1)  # tiles of 1024 pixels: the surplus reaches over several
-    assert masks.sum(1).tolist() == [1, 4999]
-    assert masks[0, 0]
-    assert not masks[1, -1]
+@pytest.mark.parametrize("solver", ["exact", "rma"])
+@pytest.mark.parametrize("pixels", [60, 9000])
+def test_torn_ties_drop_the_last_pixels(solver: str, pixels: int) -> None:
+    """The cut runs through a plateau of pixels with the probability at which one more neither helps nor harms."""
+    probs = torch.ones(1, 1, pixels)
+    probs[0, 0, pixels // 3 :] = 2**0.5 - 1
+    probs = probs.roll(pixels // 7, 2)
+    found = rank_dice(probs, solver=solver)
+    check_masks(probs, found)
+    check_masks(probs.flip(2), rank_dice(probs.flip(2), solver=solver))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

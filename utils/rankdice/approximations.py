@@ -16,52 +16,64 @@ import math
 import torch
 from torch import Tensor
 
-from utils.rankdice_exact import Volumes
-from utils.rankdice_integral import block_sum
+from .integral import Goal
+from .table import Best, Table, describe
 
+SOLVERS = ("ba", "trna", "paper", "rma")
 EPSILON = 1e-4
 PAPER_MEAN = 50.0  # the authors' program takes trna up to this mean volume and ba above
 PIXEL_BYTES = 96
 TRNA_TERMS = 1 << 16  # (pixel, volume) pairs of a row at a time
 
 
-def solve(rows: Tensor, active: Tensor, metric: str, solver: str, smooth: float, budget: int) -> Volumes:
-    """Find each active row's volume by an approximation; the score is the approximation's own.
+def solve(rows: Tensor, searched: Tensor, solver: str, goal: Goal, budget: int) -> Best:
+    """Find each row's volume by an approximation; the score is the approximation's own.
 
     Args:
         rows: ``(R, N)`` probabilities.
-        active: bool ``(R,)``; the other rows get the empty mask.
-        metric: "dice", or "iou" for rma.
-        solver: "ba", "trna", "paper" or "rma".
-        smooth: the constant g.
+        searched: bool ``(R,)``; the other rows get the empty mask.
+        solver: one of ``SOLVERS``.
+        goal: what is maximized: "iou" with rma only.
         budget: bytes of working memory, about; a row needs about 100 bytes per pixel.
     """
-    found = Volumes.empty(rows.shape[0], rows)
-    chosen = (active if smooth == 0 else torch.ones_like(active)).nonzero().view(-1)
-    if rows.shape[1] == 0:
-        found.scores[:] = float(smooth > 0)
-        return found
-    for index in chosen.split(max(1, budget // (PIXEL_BYTES * rows.shape[1]))):
-        values = rows[index].sort(dim=1, descending=True).values
-        scores, empty = _scores(values.double(), metric, solver, smooth, budget)
-        score, best = scores.masked_fill_(values <= 0, -torch.inf).max(1)
-        cut = values.gather(1, best.unsqueeze(1))
-        none = ~active[index] | (cut.squeeze(1) <= 0) | (empty >= score)
-        part = Volumes(
-            torch.where(none, 0, best + 1),
-            torch.where(none, torch.inf, cut.squeeze(1)),
-            torch.where(none, empty, score),
-            torch.where(none, 0, (values >= cut).sum(1) - best - 1),
-            torch.zeros_like(none),
-        )
-        found.put(index, part)
-    return found
+    found = []
+    for part in torch.arange(rows.shape[0], device=rows.device).split(max(1, budget // (PIXEL_BYTES * rows.shape[1]))):
+        values, columns = rows[part].sort(dim=1, descending=True, stable=True)
+        table = Table(values.double(), columns=columns)
+        if solver == "rma":
+            found.append(reciprocal_moment(table, searched[part], goal))
+        else:
+            scores, empty = _scores(table.values, solver, goal.smooth, budget)
+            found.append(_choose(table, searched[part], scores, empty))
+    return Best(*(torch.cat(values) for values in list(zip(*found, strict=True))[:-1]), 0)
 
 
-def _scores(values: Tensor, metric: str, solver: str, smooth: float, budget: int) -> tuple[Tensor, Tensor]:
+def _choose(table: Table, searched: Tensor, scores: Tensor, empty: Tensor) -> Best:
+    """Return the best of the volumes at the ends of the table's runs."""
+    score, best = scores.masked_fill(table.values <= 0, -torch.inf).max(1)
+    ends = table.ends()
+    none = ~searched | (empty >= score)
+    volume = torch.where(none, 0.0, ends.gather(1, best.unsqueeze(1)).squeeze(1))
+    return describe(table, ends, volume, torch.where(none, empty, score), torch.ones_like(none), 0)
+
+
+def reciprocal_moment(table: Table, searched: Tensor, goal: Goal) -> Best:
+    """RMA: the mean of the denominator in place of the mean of its reciprocal.
+
+    Inside a run of equal values the score rises or falls throughout, so that the ends of the runs are enough.
+    """
+    g, volume, mass = goal.smooth, table.ends(), table.weighted(table.values).cumsum(1)
+    mean = mass[:, -1:]
+    empty = (g / (mean + g) if g else torch.zeros_like(mean)).squeeze(1)
+    if goal.metric == "iou":
+        scores = (mass + g) / (volume + mean - mass + g)
+    else:
+        scores = 2 * mass / (volume + mean + 1 + g) + (g / (volume + mean + g) if g else 0)
+    return _choose(table, searched, scores, empty)
+
+
+def _scores(values: Tensor, solver: str, smooth: float, budget: int) -> tuple[Tensor, Tensor]:
     """Return the scores ``(R, N)`` of the volumes 1 to N, and of the empty mask ``(R,)``."""
-    if solver == "rma":
-        return _reciprocal_moment(values, metric, smooth)
     moments = _Moments.of(values)
     scores, empty = torch.empty_like(values), torch.empty_like(moments.mean)
     use_trna = torch.full_like(moments.mean, solver == "trna", dtype=torch.bool)
@@ -79,17 +91,6 @@ def _scores(values: Tensor, metric: str, solver: str, smooth: float, budget: int
     return scores, empty
 
 
-def _reciprocal_moment(values: Tensor, metric: str, smooth: float) -> tuple[Tensor, Tensor]:
-    """RMA: the mean of the denominator in place of the mean of its reciprocal."""
-    volume = torch.arange(1, values.shape[1] + 1, device=values.device, dtype=torch.float64)
-    mass = values.cumsum(1)
-    mean = mass[:, -1:]
-    empty = smooth / (mean.squeeze(1) + smooth) if smooth else torch.zeros_like(mean).squeeze(1)
-    if metric == "iou":
-        return (mass + smooth) / (volume + mean - mass + smooth), empty
-    return 2 * mass / (volume + mean + 1 + smooth) + smooth / (volume + mean + smooth), empty
-
-
 class _Moments:
     """Mean, variance and third central moment ``(R, ...)`` of the number of positive pixels."""
 
@@ -99,7 +100,7 @@ class _Moments:
     @classmethod
     def of(cls, values: Tensor) -> _Moments:
         spread = values * (1 - values)
-        return cls(block_sum(values), block_sum(spread), block_sum(spread * (1 - 2 * values)))
+        return cls(values.sum(1), spread.sum(1), (spread * (1 - 2 * values)).sum(1))
 
     def __getitem__(self, index: Tensor) -> _Moments:
         return _Moments(self.mean[index], self.variance[index], self.third[index])

@@ -1,0 +1,346 @@
+"""RankDice: the masks with the highest expected Dice or IoU, found exactly and in linear time.
+
+A *row* is one (image, class) pair: ``d`` probabilities of independent pixel labels ``Y_j``. The mask with the
+highest expected Dice (or IoU) consists of the ``tau`` most probable pixels for some volume ``tau``
+(Dai & Li, "RankSEG: A Consistent Ranking-based Framework for Segmentation", JMLR 24(224), 2023, Theorem 1).
+:func:`rank_dice` finds ``tau`` for every row of a batch at once. :func:`label_map` gives every pixel one label instead
+of overlapping masks.
+
+This folder needs nothing but torch: copy it into any project. ``docs/rankdice.md`` explains the method and its cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import approximations, exact
+from .integral import Goal
+from .label_map import ROUNDS, Classes, ascend, check_classes
+from .table import Best, Table, best_volumes
+
+__all__ = ["METRICS", "SOLVERS", "Options", "RankDice", "label_map", "rank_counts", "rank_dice"]
+
+METRICS = ("dice", "iou")
+SOLVERS = ("exact", *approximations.SOLVERS)
+IOU_SOLVERS = ("exact", "rma")
+MOST_SMOOTH = 1e5  # above, all scores are so close to 1 that rounding decides
+
+_SMALLEST_BUDGET = 16 << 20
+_LARGEST_BUDGET = 256 << 20
+_CHUNK_BYTES, _GPU_CHUNK_BYTES = 4, 16  # of working memory per pixel of a chunk
+
+
+@dataclass(frozen=True)
+class Options:
+    """What :func:`rank_dice` is asked for: ``rank_dice(probs, **vars(options))``.
+
+    Attributes:
+        metric: ``"dice"`` or ``"iou"`` (the latter with solvers ``exact`` and ``rma``).
+        solver: ``"exact"``, or an approximation from the literature: ``"ba"``, ``"trna"`` and ``"paper"`` (the
+            authors' program) from the paper above, or ``"rma"`` (Wang & Dai, "RankSEG-RMA", NeurIPS 2025).
+        smooth: the constant ``g`` in ``(2 |A and Y| + g) / (|A| + |Y| + g)`` and
+            ``(|A and Y| + g) / (|A or Y| + g)``, from 0 to 100,000.
+        prune: rows whose largest probability is at most ``prune`` get the empty mask; None switches this off.
+
+    Raises:
+        ValueError: a value is out of its range; the message names the argument.
+    """
+
+    metric: str = "dice"
+    solver: str = "exact"
+    smooth: float = 0.0
+    prune: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {self.metric!r}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        if self.metric == "iou" and self.solver not in IOU_SOLVERS:
+            raise ValueError(
+                f"solver: {self.solver!r} does not support the metric 'iou'; use {' or '.join(IOU_SOLVERS)}"
+            )
+        if not 0 <= self.smooth <= MOST_SMOOTH:
+            raise ValueError(
+                f"smooth: expected a number from 0 to {MOST_SMOOTH:,.0f}, got {self.smooth!r}; with more, all masks "
+                "score the same up to rounding, and the best one approaches the threshold 0.5"
+            )
+        if self.prune is not None and not 0 <= self.prune <= 1:
+            raise ValueError(f"prune: expected None or a number in [0, 1], got {self.prune!r}")
+
+    @property
+    def goal(self) -> Goal:
+        """Return what is maximized."""
+        return Goal(self.metric, float(self.smooth))
+
+
+class RankDice(NamedTuple):
+    """What :func:`rank_dice` found, one entry per (image, class) row.
+
+    Attributes:
+        masks: bool, shape of the probabilities; exactly ``volumes`` pixels are True in each row.
+        volumes: int64 ``(B, C)``, the number of pixels in the mask; 0 where the row was pruned.
+        cutoffs: ``(B, C)`` in the dtype of the probabilities, the smallest probability in the mask;
+            ``inf`` for an empty mask.
+        scores: float64 ``(B, C)``, the expected score of the mask, as the solver computes it.
+        highest: ``(B, C)`` in the dtype of the probabilities, the largest probability of the row; 0 without pixels.
+    """
+
+    masks: Tensor
+    volumes: Tensor
+    cutoffs: Tensor
+    scores: Tensor
+    highest: Tensor
+
+
+@torch.no_grad()
+def rank_dice(
+    probs: Tensor,
+    metric: str = Options.metric,
+    solver: str = Options.solver,
+    smooth: float = Options.smooth,
+    prune: float | None = Options.prune,
+    valid: Tensor | None = None,
+    max_bytes: int | None = None,
+) -> RankDice:
+    """Find, for every image and class, the mask with the highest expected Dice or IoU.
+
+    Rows do not depend on each other: a batch gives the volumes and masks of single rows, and their scores to 1e-12.
+    Pixels with equal probabilities enter the mask in the order of their index (row-major over the spatial
+    dimensions), so that a mask has exactly ``volumes`` pixels.
+
+    Args:
+        probs: ``(B, C, *spatial)`` probabilities in [0, 1], float16, bfloat16, float32 or float64, any device and
+            memory layout, at least one spatial dimension. Not modified.
+        metric: see :class:`Options`.
+        solver: see :class:`Options`.
+        smooth: see :class:`Options`.
+        prune: see :class:`Options`.
+        valid: bool, ``(B, *spatial)`` or broadcastable to ``probs``: pixels outside never enter the ranking and are
+            never in a mask (padding, outside the field of view). Their values are not looked at.
+        max_bytes: working memory beside the result, about. None: the size of ``probs``, at least 16 MiB and at most
+            256 MiB; on a GPU four times as much. It changes the speed only. A row that must be sorted as a whole
+            takes about 100 bytes per pixel.
+
+    Returns:
+        The masks, volumes, cut-off probabilities, expected scores and largest probabilities. An empty mask scores 0
+        when ``smooth`` is 0, else ``E[g / (g + |Y|)]``.
+
+    Raises:
+        TypeError: ``probs`` or ``valid`` is not a tensor or has the wrong dtype.
+        ValueError: an argument is out of its range; the message names it.
+    """
+    options = Options(metric, solver, smooth, prune)
+    if max_bytes is not None and max_bytes <= 0:
+        raise ValueError(f"max_bytes: expected a positive number, got {max_bytes!r}")
+    rows = _as_rows(probs, valid)  # (B * C, N)
+    cpu = rows.device.type == "cpu"
+    highest, extremes = rows.new_zeros(rows.shape[0]), None
+    if rows.numel():
+        highest = rows.amax(1)
+        extremes = torch.stack([rows.amin(1).amin(), highest.amax()]).double()  # both hand NaN on
+        if cpu or solver != "exact":
+            exact.check_range(*extremes.tolist())
+            extremes = None
+    if max_bytes is None:
+        size = probs.numel() * max(4, probs.element_size())
+        max_bytes = max(_SMALLEST_BUDGET, min(size, _LARGEST_BUDGET)) * (1 if cpu else 4)
+    found = RankDice(
+        torch.zeros(rows.shape, dtype=torch.bool, device=rows.device),
+        torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device),
+        torch.full_like(highest, torch.inf),
+        torch.full(highest.shape, float(smooth > 0), dtype=torch.float64, device=rows.device),
+        highest,
+    )
+    if rows.numel():
+        searched = highest > (0.0 if prune is None else prune)
+        # An empty mask scores 0 without smoothing. On a GPU, asking which rows are active costs more than doing all.
+        everything = not cpu or smooth > 0 or bool(searched.all())
+        chosen = None if everything else searched.nonzero().view(-1)
+        per_row = max(1, max_bytes // ((_CHUNK_BYTES if cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
+        for part in _parts(rows.shape[0], chosen, per_row):
+            _solve(rows, part, searched, found, options, max_bytes, extremes)
+    shape = probs.shape[:2]
+    return RankDice(found.masks.view(probs.shape), *(result.view(shape) for result in found[1:]))
+
+
+@torch.no_grad()
+def label_map(
+    probs: Tensor,
+    classes: Sequence[int] | Tensor | None = None,
+    smooth: float = 0.0,
+    rounds: int = ROUNDS,
+    max_bytes: int | None = None,
+    found: RankDice | None = None,
+) -> Tensor:
+    """Give every pixel one class so that the sum over the classes of their approximate expected Dice is high.
+
+    RankDice masks of different classes may overlap or leave a pixel without a class. This maximizes instead, over
+    label maps, ``sum_c (2 C_c + g) / (tau_c + mu_c + 1 + g)``: ``tau_c`` pixels carry class ``c``, ``C_c`` is the
+    sum of their probabilities, ``mu_c`` the expected volume of the class. It starts from the RankDice masks of the
+    classes, each pixel going to the mask in which it gains most, or from the most probable class where that is
+    better, and then moves pixels in steps that raise the sum. This criterion is a choice of this project, not of the
+    RankDice paper; the result is a local optimum.
+
+    Args:
+        probs: ``(B, C, *spatial)`` probabilities, as in :func:`rank_dice`.
+        classes: the classes that take part: indices for all images, or bool ``(B, C)``, one row per image. None
+            means all. An image for which no class is chosen takes all of them.
+        smooth: the constant ``g``.
+        rounds: at most so many steps.
+        max_bytes: working memory, as in :func:`rank_dice`.
+        found: what ``rank_dice(probs, smooth=smooth, prune=None)`` gave for the same probabilities, if it is at hand.
+
+    Returns:
+        int64 ``(B, *spatial)``, entries from the classes.
+
+    Raises:
+        TypeError, ValueError: as :func:`rank_dice`; ``classes`` is empty, repeated, out of range, or has the wrong
+            shape.
+    """
+    Options(smooth=smooth)
+    check_tensor(probs)
+    chosen = check_classes(classes, *probs.shape[:2], probs.device)
+    if found is None:
+        found = rank_dice(probs, smooth=smooth, prune=None, max_bytes=max_bytes)
+    if probs.numel() == 0:
+        return probs.new_zeros(probs.shape[:1] + probs.shape[2:], dtype=torch.int64)
+    maps = probs.flatten(2)
+    cpu = probs.device.type == "cpu"
+    budget = max_bytes or (_SMALLEST_BUDGET if cpu else 4 * _LARGEST_BUDGET)
+    step = max(1, budget // (64 * max(1, maps.shape[0] * maps.shape[1])))
+
+    def bands() -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, maps.shape[2], step):
+            yield first, maps[:, :, first : first + step].double()
+
+    mean = torch.zeros_like(found.scores)
+    for _, part in bands():
+        mean += part.sum(2)
+    facts = Classes(mean, found.volumes.double(), found.scores, chosen)
+    labels = ascend(bands, maps.shape[2], facts, float(smooth), rounds)
+    return labels.long().view(probs.shape[0], *probs.shape[2:])
+
+
+def rank_counts(values: Tensor, counts: Tensor, options: Options = Options()) -> tuple[Tensor, Tensor, Tensor]:  # noqa: B008
+    """Solve rows that are given as tables of how often each probability occurs, by ``exact`` or ``rma``.
+
+    So an image that is larger than the memory is solved as a whole: float16 has 15,361 values in [0, 1].
+
+    Args:
+        values: float64 ``(K,)`` probabilities, ascending.
+        counts: ``(R, K)`` int64, how many pixels of each row have each value.
+        options: what is asked.
+
+    Returns:
+        Volumes int64, cut-off probabilities float64 (``inf`` for an empty mask) and expected scores float64, ``(R,)``,
+        as :func:`rank_dice` finds them for the pixels one by one.
+
+    Raises:
+        ValueError: a solver other than ``exact`` and ``rma``.
+    """
+    table = Table(values.flip(0).expand(counts.shape).contiguous(), counts.flip(1).double())
+    highest = torch.where(counts > 0, values, -torch.inf).amax(1)
+    searched = highest > (options.prune or 0.0)
+    if options.solver == "exact":
+        best = best_volumes(table, searched, options.goal, _LARGEST_BUDGET)
+    elif options.solver == "rma":
+        best = approximations.reciprocal_moment(table, searched, options.goal)
+    else:
+        raise ValueError(f"solver: tables are solved by 'exact' and 'rma', not by {options.solver!r}")
+    return best.volumes.long(), best.cutoffs, best.scores
+
+
+def _parts(count: int, chosen: Tensor | None, size: int) -> list[slice | Tensor]:
+    """Split the chosen rows (None: all) into slices, or index tensors where they are not neighbours."""
+    if chosen is None:
+        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+    pieces: list[slice | Tensor] = []
+    for part in chosen.split(size) if chosen.numel() else ():
+        first, last = int(part[0]), int(part[-1])
+        pieces.append(slice(first, last + 1) if last - first + 1 == part.numel() else part)
+    return pieces
+
+
+def _solve(
+    rows: Tensor,
+    part: slice | Tensor,
+    searched: Tensor,
+    found: RankDice,
+    options: Options,
+    budget: int,
+    extremes: Tensor | None,
+) -> None:
+    """Solve some rows and write their results."""
+    own = rows[part]
+    if options.solver == "exact":
+        best = exact.solve(own, found.highest[part], searched[part], options.goal, budget, extremes)
+    else:
+        best = approximations.solve(own, searched[part], options.solver, options.goal, budget)
+    cut = best.cutoffs.to(rows.dtype)
+    found.volumes[part], found.cutoffs[part], found.scores[part] = best.volumes.long(), cut, best.scores
+    masks = found.masks[part]
+    if rows.device.type != "cpu":
+        _draw_torn(own, best, masks)
+    else:
+        torch.ge(own, cut.unsqueeze(1), out=masks)
+        if bool(best.torn.any()):
+            for row in best.torn.nonzero().view(-1).split(max(1, budget // (16 * rows.shape[1]))):
+                some = masks[row]
+                _draw_torn(own[row], Best(*(value[row] for value in best[:-1]), 0), some)
+                masks[row] = some
+    if isinstance(part, Tensor):
+        found.masks[part] = masks
+
+
+def _draw_torn(rows: Tensor, best: Best, masks: Tensor) -> None:
+    """Draw masks whose cut may run through pixels of equal probability: those with the lowest index are in."""
+    cut = best.cutoffs.to(rows.dtype).unsqueeze(1)
+    last = torch.where(best.torn, best.columns, rows.shape[1]).unsqueeze(1)
+    first_ones = torch.arange(rows.shape[1], device=rows.device) <= last
+    torch.logical_or(rows > cut, (rows == cut) & first_ones, out=masks)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_tensor(probs: Tensor) -> None:
+    """Raise unless ``probs`` can be ``(batch, classes, *spatial)`` probabilities."""
+    if not isinstance(probs, Tensor) or not probs.is_floating_point():
+        kind = probs.dtype if isinstance(probs, Tensor) else type(probs).__name__
+        raise TypeError(f"probs: expected a tensor of floating point probabilities, got {kind}")
+    if probs.dim() < 3:
+        raise ValueError(f"probs: expected (batch, classes, *spatial), got shape {tuple(probs.shape)}")
+    if probs.dim() == 3 and min(probs.shape) >= 2:
+        over = [probs.sum(dim, dtype=torch.float64).sub_(1).abs_().amax() for dim in (0, 1)]
+        first, second, spread = torch.stack([*over, (probs.amax() - probs.amin()).double()]).tolist()
+        if first < 1e-3 < second and spread > 0:
+            raise ValueError(
+                f"probs: expected (batch, classes, *spatial), got shape {tuple(probs.shape)} whose values add up to 1 "
+                "over the first dimension, as in (classes, height, width) without a batch; pass probs[None]"
+            )
+
+
+def _as_rows(probs: Tensor, valid: Tensor | None) -> Tensor:
+    """Return ``(B * C, N)`` contiguous probabilities, with zeros (never in a mask) outside ``valid``."""
+    check_tensor(probs)
+    shape = (probs.shape[0] * probs.shape[1], probs.shape[2:].numel())
+    if valid is None:
+        return probs.contiguous().view(shape)
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        raise TypeError("valid: expected a bool tensor")
+    mask = valid.unsqueeze(1) if valid.dim() == probs.dim() - 1 else valid
+    try:
+        mask = mask.to(probs.device).expand(probs.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"valid: shape {tuple(valid.shape)} is neither (batch, *spatial) nor broadcastable to the shape of "
+            f"probs, {tuple(probs.shape)}"
+        ) from None
+    rows = torch.empty(probs.shape, dtype=probs.dtype, device=probs.device).copy_(probs)
+    return rows.masked_fill_(~mask, 0).view(shape)
