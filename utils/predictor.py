@@ -258,9 +258,8 @@ class Predictor:
         """
         height, width = images.shape[-2:]
         if self.mode == "sliding" or self.tiles(height, width):
-            return tiling.sliding(
-                self.network.probabilities, images, self.facts.num_classes, self.tile, self.overlap, self.batch_size
-            ).clamp_(max=1.0)
+            tiles = tiling.Tiles(self.tile, self.overlap, self.batch_size)
+            return tiling.sliding(self.network.probabilities, images, self.facts.num_classes, tiles).clamp_(max=1.0)
         return self.network.probabilities(images)
 
     def _checked(self, images: Tensor) -> Tensor:
@@ -302,9 +301,8 @@ class Predictor:
     def _stream(self, image: Tensor) -> Segmentation:
         """Segment one image ``(channels, H, W)`` whose probabilities are never in memory as a whole."""
         classes, (height, width) = self.facts.num_classes, image.shape[-2:]
-        blocks = tiling.sliding_blocks(
-            self._checked, image, classes, self.tile, self.overlap, self.batch_size, max_bytes=self.memory
-        )
+        tiles = tiling.Tiles(self.tile, self.overlap, self.batch_size, max_bytes=self.memory)
+        blocks = tiling.sliding_blocks(self._checked, image, classes, tiles)
         tiled = self.mode != "sliding"
         if self.procedure != "rankdice" and not self.keep_probs:
             return Segmentation(self._stream_labels(blocks, height, width), tiled=tiled)

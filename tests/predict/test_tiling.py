@@ -114,17 +114,17 @@ def test_tiles_cover_the_axis_and_weights_sum_to_one(length: int, tile: int, ove
 def test_sliding_equals_reference(height: int, width: int, tile: int, overlap: float, batch: int) -> None:
     net, image = network(), picture(height, width)
     expected = reference_sliding(net, image[0], tile, overlap)
-    got = tiling.sliding(net, image, 4, tile, overlap, batch)
+    got = tiling.sliding(net, image, 4, tiling.Tiles(tile, overlap, batch))
     np.testing.assert_allclose(got[0].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
 def test_strips_change_nothing() -> None:
     net, image = network(), picture(70, 150)[0]
-    whole = tiling.sliding(net, image[None], 4, 32, 0.25, 4)[0]
+    whole = tiling.sliding(net, image[None], 4, tiling.Tiles(32))[0]
     stitched, seen = torch.full_like(whole, torch.nan), torch.zeros(70, 150)
     blocks = 0
-    for y, x, scores in tiling.sliding_blocks(net, image, 4, 32, 0.25, 3, max_bytes=4 * 32 * 4 * 47):
+    for y, x, scores in tiling.sliding_blocks(net, image, 4, tiling.Tiles(32, 0.25, 3, max_bytes=4 * 32 * 4 * 47)):
         stitched[:, y : y + scores.shape[1], x : x + scores.shape[2]] = scores
         seen[y : y + scores.shape[1], x : x + scores.shape[2]] += 1
         blocks += 1
@@ -137,7 +137,9 @@ def test_strips_change_nothing() -> None:
 @torch.inference_mode()
 def test_constant_scores_have_no_seams() -> None:
     """Where the network says the same everywhere, so does the blend: windows sum to one at every pixel."""
-    got = tiling.sliding(lambda tiles: torch.full((len(tiles), 2, *tiles.shape[-2:]), 0.3), picture(75, 61), 2, 16)
+    got = tiling.sliding(
+        lambda tiles: torch.full((len(tiles), 2, *tiles.shape[-2:]), 0.3), picture(75, 61), 2, tiling.Tiles(16)
+    )
     torch.testing.assert_close(got, torch.full((1, 2, 75, 61), 0.3), rtol=0, atol=1e-6)
 
 
@@ -149,7 +151,7 @@ def test_blending_hides_seams() -> None:
         ramp = torch.linspace(0, 1, tiles.shape[-1]).expand(len(tiles), 1, *tiles.shape[-2:])
         return ramp.clone()
 
-    blended = tiling.sliding(border_effect, picture(64, 400), 1, 64, 0.5)[0, 0, 0]
+    blended = tiling.sliding(border_effect, picture(64, 400), 1, tiling.Tiles(64, 0.5))[0, 0, 0]
     assert blended.diff().abs().max() < 2 / 63  # a hard cut jumps by 0.5
 
 
@@ -206,7 +208,7 @@ def test_bad_arguments_are_named(arguments: tuple, name: str) -> None:
     with pytest.raises(ValueError, match="scales"):
         tiling.views(lambda x: x, picture(4, 4), ())
     with pytest.raises(ValueError, match="batch_size"):
-        list(tiling.sliding_blocks(lambda x: x, picture(4, 4)[0], 3, batch_size=0))
+        tiling.Tiles(batch_size=0)
 
 
 @torch.inference_mode()
@@ -218,6 +220,6 @@ def test_every_tile_has_one_size_and_batches_are_full() -> None:
         sizes.append(tuple(tiles.shape))
         return F.avg_pool2d(tiles, 3, 1, 1)
 
-    tiling.sliding(forward, picture(100, 77), 3, 32, 0.25, 5)
+    tiling.sliding(forward, picture(100, 77), 3, tiling.Tiles(32, 0.25, 5))
     assert {shape[1:] for shape in sizes} == {(3, 32, 32)}
     assert {shape[0] for shape in sizes[:-1]} == {5}

@@ -1,14 +1,15 @@
 """Views of an image on their way through a network: scales, flips and overlapping tiles.
 
-Pure functions: no state, no config; device and dtype come from the input. ``forward`` is any function from
-images ``(B, channels, h, w)`` to scores ``(B, classes, h, w)``: logits, probabilities, or a composition of what
-stands here (tiles whose every tile is seen at several scales).
+Pure functions: no state, no config; device and dtype come from the input. ``forward`` is any function from images
+``(B, channels, h, w)`` to scores ``(B, classes, h, w)``: logits, probabilities, or a composition of functions of this
+module (tiles that are each seen at several scales).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,41 @@ from torch import Tensor
 
 Forward = Callable[[Tensor], Tensor]
 
-# What one band of rows of the blended scores may take before a wide image is worked in vertical strips.
+# The memory that a band of blended scores may take before a wide image is processed in vertical strips.
 BAND_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How an image is cut into overlapping tiles.
+
+    Attributes:
+        size: side of a tile in pixels, or its (height, width). Tiles are never larger than the image.
+        overlap: the least share of a tile that its neighbour covers too, in [0, 1).
+        batch_size: tiles per forward pass.
+        max_bytes: memory of a band of scores.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    size: int | tuple[int, int] = 512
+    overlap: float = 0.25
+    batch_size: int = 4
+    max_bytes: int = BAND_BYTES
+
+    def __post_init__(self) -> None:
+        if min(self.sides) < 1:
+            raise ValueError(f"tile: at least 1 pixel expected, got {self.size}")
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap: a share in [0, 1) expected, got {self.overlap}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: at least 1 expected, got {self.batch_size}")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of a tile."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
 class Block(NamedTuple):
@@ -143,103 +177,109 @@ def blend_weights(length: int, tile: int, overlap: float, device: torch.device |
     return weights.float().to(device)
 
 
-def sliding_blocks(
-    forward: Forward,
-    image: Tensor,
-    num_classes: int,
-    tile: int | tuple[int, int] = 512,
-    overlap: float = 0.25,
-    batch_size: int = 4,
-    max_bytes: int = BAND_BYTES,
-) -> Iterator[Block]:
+def sliding_blocks(forward: Forward, image: Tensor, num_classes: int, tiles: Tiles = Tiles()) -> Iterator[Block]:  # noqa: B008
     """Predict one image of any size in overlapping tiles and yield its blended scores as they are finished.
 
-    Memory beside the image: one band of scores, ``num_classes * tile height * width * 4`` bytes, and one batch of
-    tiles in the network. Where the band would exceed ``max_bytes`` the image is worked in vertical strips, at the
-    price of computing the tiles that two strips share twice; the result is the same.
+    Memory beside the image: one band of scores, ``num_classes * tile height * width * 4`` bytes, and one batch of tiles
+    in the network. If the band would take more than ``tiles.max_bytes``, the image is processed in vertical strips.
+    Tiles that two strips share are then computed twice; the result is the same.
 
     Args:
         forward: from tiles ``(B, channels, h, w)``, of the image's dtype and on its device, to scores
-            ``(B, num_classes, h, w)``, on any device. All tiles have one size: ``min(tile, side)``.
+            ``(B, num_classes, h, w)`` on any device. All tiles have one size.
         image: ``(channels, H, W)``.
         num_classes: number of score planes.
-        tile: side, or (height, width).
-        overlap: least share of a tile that it has in common with its neighbour, in [0, 1).
-        batch_size: tiles per forward pass.
-        max_bytes: bound of the band.
+        tiles: how the image is cut.
 
     Yields:
         :class:`Block`: a partition of the image, from top to bottom within each strip. ``scores`` are float32 on the
-        device of ``forward``'s output and hold good until the next block is asked for.
+        device of ``forward``'s output, and valid until the next block is requested.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: at least 1 expected, got {batch_size}")
     height, width = image.shape[-2:]
-    tall, wide = (tile, tile) if isinstance(tile, int) else tile
-    columns = tile_starts(width, wide, overlap)
-    rows = tile_starts(height, tall, overlap)
-    weights = (blend_weights(height, tall, overlap), blend_weights(width, wide, overlap))
-    tall, wide = min(tall, height), min(wide, width)
-    strip = max(wide, max_bytes // (num_classes * tall * 4))
+    tall, wide = tiles.sides
+    rows = _Axis.of(height, tall, tiles.overlap)
+    columns = _Axis.of(width, wide, tiles.overlap)
+    strip = max(columns.tile, tiles.max_bytes // (num_classes * rows.tile * 4))
     for left in range(0, width, strip):
-        right = min(left + strip, width)
-        seen = [j for j, x in enumerate(columns) if x < right and x + wide > left]
-        yield from _strip_blocks(
-            forward, image, num_classes, (tall, wide), (rows, columns), weights, seen, (left, right), batch_size
-        )
+        grid = _Strip(rows, columns, left, min(left + strip, width))
+        yield from _strip_blocks(forward, image, num_classes, grid, tiles.batch_size)
 
 
-def _strip_blocks(
-    forward: Forward,
-    image: Tensor,
-    num_classes: int,
-    size: tuple[int, int],
-    starts: tuple[list[int], list[int]],
-    weights: tuple[Tensor, Tensor],
-    seen: list[int],
-    span: tuple[int, int],
-    batch_size: int,
-) -> Iterator[Block]:
-    """Yield the bands of the columns ``span``, covered by the tile columns ``seen``."""
-    (tall, wide), (rows, columns), (left, right) = size, starts, span
-    band: Tensor | None = None  # (classes, tall, right - left): the rows from the current tile row's top
-    order = [(i, j) for i in range(len(rows)) for j in seen]
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
-        tiles = [image[:, rows[i] : rows[i] + tall, columns[j] : columns[j] + wide] for i, j in batch]
-        scores = forward(torch.stack(tiles))
+@dataclass(frozen=True)
+class _Axis:
+    """The tiles along one axis: where they start, their length, and how much each counts at its pixels."""
+
+    starts: list[int]
+    tile: int
+    weights: Tensor
+
+    @classmethod
+    def of(cls, length: int, tile: int, overlap: float) -> _Axis:
+        starts = tile_starts(length, tile, overlap)
+        return cls(starts, min(tile, length), blend_weights(length, tile, overlap))
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """The columns ``left`` to ``right`` of an image, and the tiles that cover them."""
+
+    rows: _Axis
+    columns: _Axis
+    left: int
+    right: int
+
+    def cells(self) -> list[tuple[int, int]]:
+        """Return (row, column) of the tiles, row by row."""
+        seen = [j for j, x in enumerate(self.columns.starts) if x < self.right and x + self.columns.tile > self.left]
+        return [(i, j) for i in range(len(self.rows.starts)) for j in seen]
+
+    def cut(self, image: Tensor, i: int, j: int) -> Tensor:
+        """Return a tile of an image ``(channels, H, W)``."""
+        y, x = self.rows.starts[i], self.columns.starts[j]
+        return image[:, y : y + self.rows.tile, x : x + self.columns.tile]
+
+    def add(self, band: Tensor, scores: Tensor, i: int, j: int) -> None:
+        """Add a tile's weighted scores to ``band`` ``(classes, tile height, right - left)``."""
+        x = self.columns.starts[j]
+        begin, end = max(x, self.left), min(x + self.columns.tile, self.right)
+        across = self.columns.weights[j][begin - x : end - x].to(band.device)
+        weight = self.rows.weights[i].to(band.device)[:, None] * across
+        band[:, :, begin - self.left : end - self.left].addcmul_(scores[:, :, begin - x : end - x].float(), weight)
+
+    def finished(self, i: int) -> int:
+        """Return how many rows of the band no later row of tiles touches."""
+        starts = self.rows.starts
+        return starts[i + 1] - starts[i] if i + 1 < len(starts) else self.rows.tile
+
+
+def _strip_blocks(forward: Forward, image: Tensor, classes: int, strip: _Strip, batch_size: int) -> Iterator[Block]:
+    band: Tensor | None = None  # the rows from the top of the current row of tiles
+    cells = strip.cells()
+    last = cells[-1][1]
+    for first in range(0, len(cells), batch_size):
+        batch = cells[first : first + batch_size]
+        scores = forward(torch.stack([strip.cut(image, i, j) for i, j in batch]))
         if band is None:
-            band = scores.new_zeros((num_classes, tall, right - left), dtype=torch.float32)
-            weights = (weights[0].to(scores.device), weights[1].to(scores.device))
+            size = (classes, strip.rows.tile, strip.right - strip.left)
+            band = scores.new_zeros(size, dtype=torch.float32)
         for (i, j), score in zip(batch, scores, strict=True):
-            x = columns[j]
-            begin, end = max(x, left), min(x + wide, right)
-            weight = weights[0][i][:, None] * weights[1][j][begin - x : end - x]  # (tall, end - begin)
-            band[:, :, begin - left : end - left].addcmul_(score[:, :, begin - x : end - x].float(), weight)
-            if j == seen[-1]:  # the row of tiles is complete: what no later row touches is finished
-                bottom = rows[i + 1] if i + 1 < len(rows) else rows[i] + tall
-                finished = bottom - rows[i]
-                yield Block(rows[i], left, band[:, :finished])
-                band[:, : tall - finished] = band[:, finished:].clone()
-                band[:, tall - finished :] = 0
+            strip.add(band, score, i, j)
+            if j == last:  # the row of tiles is complete
+                finished = strip.finished(i)
+                yield Block(strip.rows.starts[i], strip.left, band[:, :finished])
+                band[:, : strip.rows.tile - finished] = band[:, finished:].clone()
+                band[:, strip.rows.tile - finished :] = 0
 
 
-def sliding(
-    forward: Forward,
-    images: Tensor,
-    num_classes: int,
-    tile: int | tuple[int, int] = 512,
-    overlap: float = 0.25,
-    batch_size: int = 4,
-) -> Tensor:
+def sliding(forward: Forward, images: Tensor, num_classes: int, tiles: Tiles = Tiles()) -> Tensor:  # noqa: B008
     """Return the blended scores ``(B, num_classes, H, W)`` of whole images ``(B, channels, H, W)``.
 
-    :func:`sliding_blocks` put together, for images whose scores fit in memory; arguments as there.
+    The blocks of :func:`sliding_blocks` put together, for images whose scores fit in memory.
     """
     outputs = []
     for image in images:
         whole: Tensor | None = None
-        for y, x, scores in sliding_blocks(forward, image, num_classes, tile, overlap, batch_size):
+        for y, x, scores in sliding_blocks(forward, image, num_classes, tiles):
             if whole is None:
                 whole = scores.new_empty((num_classes, *image.shape[-2:]))
             whole[:, y : y + scores.shape[1], x : x + scores.shape[2]] = scores
