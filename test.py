@@ -158,7 +158,7 @@ def score(
     import dataloaders
     from utils import distributed, losses, report
     from utils.config import data_checks as checks
-    from utils.evaluation import Decision, all_decisions, evaluate
+    from utils.evaluation import all_decisions, evaluate, single_decision
     from utils.facts import Facts
     from utils.predict import PredictOptions
     from utils.predictor import SCALES
@@ -175,7 +175,7 @@ def score(
     options = PredictOptions.from_config(config.predict)
     everything = args.predict == "all"
     procedure = args.predict or config.predict.test
-    decisions = all_decisions(options) if everything else {procedure: Decision(procedure, options)}
+    decisions = all_decisions(options) if everything else single_decision(procedure, options)
     if distributed.is_main():
         checks.warn_about_loss(config, list(decisions))
     watcher = Watcher(loaded, decisions, evaluator, report=everything, boundary=args.boundary)

@@ -62,7 +62,8 @@ class Trainer(BaseTrainer):
         self.iteration += 1
         self._images += len(target)
         predict = self.config.predict
-        prediction = predict_logits(predict.train, logits, self.loss.activation, predict.temperature, self.options)
+        link = self.loss.activation, predict.temperature
+        prediction = predict_logits(predict.train, logits, *link, self.options, predict.bias)
         self.meter.update(loss.detach(), prediction, target)
         if steps:
             self._mark()
@@ -216,6 +217,7 @@ class Trainer(BaseTrainer):
             self.loss.activation,
             self.device,
             temperature=self.config.predict.temperature,
+            bias=self.config.predict.bias,
             amp=self.amp,
             channels_last=self.settings.channels_last,
         )

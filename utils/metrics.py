@@ -206,14 +206,17 @@ class Metrics:
         return counts
 
     def _keep(self, counts: Counts, prediction: Prediction, names: Sequence[str]) -> None:
-        expected = None
+        expected = unfitted = None
         if prediction.scores is not None and prediction.volumes is not None:
             # Where there is no mask, its expected score of 0 says nothing: see Expected_Dice.
             expected = torch.where(prediction.volumes > 0, prediction.scores.double(), torch.nan).cpu()
+            if prediction.unfitted is not None:
+                unfitted = torch.where(prediction.volumes > 0, prediction.unfitted.double(), torch.nan).cpu()
         on_cpu = Counts(*(c.cpu() for c in counts))
         for i, name in enumerate(names):
             row: dict[str, Any] = {"name": name, "counts": Counts(*(c[i] for c in on_cpu))}
             row["expected"] = None if expected is None else expected[i]
+            row["unfitted"] = None if unfitted is None else unfitted[i]
             self._images.append(row)
 
     def _add(self, sums: dict[str, Tensor]) -> None:
@@ -264,6 +267,7 @@ class Metrics:
         Class_IoU, Class_Images`` (images behind each class mean) ``, images``; when images are kept and the procedure
         expects scores also ``Expected_Dice`` and ``Measured_Dice`` (the mean over the same rows: those with a mask and
         a defined score) and per class ``Class_Expected_Dice, Class_Measured_Dice``; where it expects IoU, ``_IoU``.
+        ``Unfitted_Dice`` is ``Expected_Dice`` without the presence fit, if there is one.
         """
         sums = self._sums
         if self.keep_images:
@@ -320,6 +324,9 @@ class Metrics:
             values = torch.where(both, values, torch.nan)
             result[f"{name}_{kind}"] = values[:, self.classes].nanmean(dim=1).nanmean().item()
             result[f"Class_{name}_{kind}"] = values.nanmean(dim=0).tolist()
+        if all(row["unfitted"] is not None for row in self.images):
+            unfitted = torch.where(both, torch.stack([row["unfitted"] for row in self.images]), torch.nan)
+            result[f"Unfitted_{kind}"] = unfitted[:, self.classes].nanmean(dim=1).nanmean().item()
         return result
 
 

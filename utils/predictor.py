@@ -28,7 +28,15 @@ from torch import Tensor
 from utils.checkpoint import LoadedModel, load_model
 from utils.errors import UserError, did_you_mean
 from utils.images import ValueRange, read_pixels, to_pixels
-from utils.predict import PROCEDURES, PredictOptions, label_map, tiling
+from utils.predict import (
+    PROCEDURES,
+    Choice,
+    PredictOptions,
+    choose_classes,
+    label_map,
+    taking_part_in_labels,
+    tiling,
+)
 from utils.predict import spool as streaming
 from utils.predict.network import AMP_DTYPES, Ensemble, Network, check_finite, choose_device
 from utils.predict.stored import pictures
@@ -50,6 +58,8 @@ class Segmentation:
     ``scores``: float32 ``(C,)``, the expected Dice (or IoU) of each class's rankdice mask, 0 for empty masks;
     None for other procedures.
     ``volumes``: int64 ``(C,)``, the pixels of those masks.
+    ``presence``: float32 ``(C,)``, the probability that each class is in the image, NaN for classes of no interest;
+    None where the procedure does not look at it.
     ``masks``: bool ``(C, H, W)``, overlapping masks, where the procedure makes them and the image is not streamed.
     ``probs``: the probabilities, where they were asked for: float32 ``(C, H, W)`` on the CPU, or a
     :class:`utils.predict.spool.Spool` for a streamed image (close it after use).
@@ -64,6 +74,7 @@ class Segmentation:
     masks: np.ndarray | None = None
     probs: Tensor | streaming.Spool | None = None
     tiled: bool = False
+    presence: np.ndarray | None = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.labels, dtype=dtype, copy=copy) if copy is not None else np.asarray(self.labels, dtype)
@@ -146,7 +157,7 @@ class Predictor:
         loaded = members[0]
         settings = loaded.config.predict
         self.facts, self.config = loaded.facts, loaded.config
-        self.mode: str = mode if mode is not None else getattr(settings, "mode", "single")
+        self.mode: str = mode if mode is not None else loaded.config.predict.mode
         changes: dict[str, Any] = {} if amp is None else {"amp": _amp(amp, self.device)}
         if temperature is not None:
             changes["temperature"] = temperature
@@ -276,12 +287,14 @@ class Predictor:
         masks = found.masks.cpu().numpy() if self.keep_masks and found.masks is not None else None
         scores = None if found.scores is None else found.scores.float().cpu().numpy()
         volumes = None if found.volumes is None else found.volumes.cpu().numpy()
+        presence = None if found.presence is None else found.presence.float().cpu().numpy()
         kept = probs.cpu() if self.keep_probs else None
         return [
             Segmentation(
                 labels=labels[i],
                 scores=None if scores is None else scores[i],
                 volumes=None if volumes is None else volumes[i],
+                presence=None if presence is None else presence[i],
                 masks=None if masks is None else masks[i],
                 probs=None if kept is None else kept[i],
             )
@@ -304,7 +317,7 @@ class Predictor:
         tiles = tiling.Tiles(self.tile, self.overlap, self.batch_size, max_bytes=self.memory)
         blocks = tiling.sliding_blocks(self._checked, image, classes, tiles)
         tiled = self.mode != "sliding"
-        if self.procedure != "rankdice" and not self.keep_probs:
+        if self._decides_by_pixel and not self.keep_probs:
             return Segmentation(self._stream_labels(blocks, height, width), tiled=tiled)
         self._check_streamed_solver(height, width)
         spool = streaming.Spool(classes, height, width)
@@ -317,8 +330,13 @@ class Predictor:
             spool.close()
         return result
 
+    @property
+    def _decides_by_pixel(self) -> bool:
+        """Whether the label of a pixel depends on that pixel alone."""
+        return self.procedure == "T" or self.procedure == "max" and not self.options.restricts_max
+
     def _check_streamed_solver(self, height: int, width: int) -> None:
-        if self.procedure == "rankdice" and self.options.solver not in ("exact", "rma"):
+        if not self._decides_by_pixel and self.options.solver not in ("exact", "rma"):
             needed = 4 * self.facts.num_classes * height * width
             raise UserError(
                 f"solver {self.options.solver!r} needs the probabilities of the whole {width} x {height} image in "
@@ -332,35 +350,57 @@ class Predictor:
             tall, wide = block.scores.shape[1:]
             for top in range(0, tall, 64):  # a few rows: argmax makes int64
                 rows = block.scores[None, :, top : top + 64]
-                part = self._small(label_map(self.procedure, rows, self.options, self._unassigned))[0]
+                part = self._small(label_map(self.procedure, rows, self.options, unassigned=self._unassigned))[0]
                 labels[block.y + top : block.y + top + len(part), block.x : block.x + wide] = part
         return labels
 
     def _stream_decide(self, blocks: Iterable[tiling.Block], spool: streaming.Spool) -> Segmentation:
         classes, height, width = spool.shape
-        if self.procedure != "rankdice":
+        if self._decides_by_pixel:
             return Segmentation(self._stream_labels(_written(blocks, spool), height, width), probs=spool)
         for block in blocks:
             spool.write(block)
         counts = spool.counts()
         wanted = range(classes) if self.options.classes is None else sorted(self.options.classes)
-        chosen = {c: self._volume(counts[c]) for c in wanted}
-        scores, volumes = np.zeros(classes, np.float32), np.zeros(classes, np.int64)
-        for c, volume in chosen.items():
-            scores[c], volumes[c] = volume.score, volume.pixels
-        if classes == 1:
-            labels = streaming.top_pixels(spool, 0, chosen[0]).astype(np.uint8)
-        elif self.options.metric == "iou":
-            labels = streaming.label_masks(spool, chosen, self._unassigned)
-        else:
-            # of all classes, whichever are of interest, as utils.predict.label_map says
-            labels = streaming.label_map(spool, counts, smooth=self.options.smooth)
-        return Segmentation(labels, scores=scores, volumes=volumes, probs=spool if self.keep_probs else None)
+        found = {c: self._volume(counts[c]) for c in wanted}
+        volumes, scores = torch.zeros(1, classes, dtype=torch.int64), torch.zeros(1, classes, dtype=torch.float64)
+        for c, volume in found.items():
+            volumes[0, c], scores[0, c] = volume.pixels, volume.score
+        highest = torch.tensor([[float(streaming.HALF_VALUES[row.nonzero()[0][-1]]) for row in counts]])
+        choice = choose_classes(highest, scores, self.options)
+        labels = self._stream_label_map(spool, counts, found[0] if classes == 1 else None, choice)
+        kept = spool if self.keep_probs else None
+        if self.procedure == "max":
+            return Segmentation(labels, probs=kept, presence=choice.presence[0].float().numpy())
+        absent = ~choice.chosen
+        return Segmentation(
+            labels,
+            scores=choice.scores.masked_fill(absent, 0)[0].float().numpy(),
+            volumes=volumes.masked_fill(absent, 0)[0].numpy(),
+            presence=choice.presence[0].float().numpy(),
+            probs=kept,
+        )
+
+    def _stream_label_map(
+        self, spool: streaming.Spool, counts: np.ndarray, only: streaming.Volume | None, choice: Choice
+    ) -> np.ndarray:
+        """Return the label map of a spooled image; ``only``: the mask of a model with one channel."""
+        if only is None:
+            taking_part = taking_part_in_labels(choice.chosen, self.options)
+            if self.procedure == "max":
+                return streaming.most_probable(spool, taking_part)
+            return streaming.label_map(spool, counts, taking_part, self.options.smooth)
+        if not bool(choice.chosen[0, 0]):
+            return np.zeros(spool.shape[1:], np.uint8)
+        if self.procedure == "rankdice":
+            return streaming.top_pixels(spool, 0, only).astype(np.uint8)
+        return np.concatenate([plane > 0.5 for plane in spool.planes(0)]).astype(np.uint8)
 
     def _volume(self, counts: np.ndarray) -> streaming.Volume:
         chosen = self.options
+        prune = chosen.prune if chosen.decides == "prune" else None
         return streaming.rank_dice_counts(
-            streaming.HALF_VALUES, counts, chosen.metric, chosen.solver, chosen.smooth, chosen.prune
+            streaming.HALF_VALUES, counts, chosen.metric, chosen.solver, chosen.smooth, prune
         )
 
 

@@ -667,12 +667,13 @@ HOLDERS = {
     "Optimizer": {"optimizer"},
     "Schedule": {"lr_scheduler", "section"},
     "RankDiceOptions": {"rankdice", "chosen"},
+    "PresenceFit": {"fit"},
     "Predict": {"predict"},
     "Trainer": {"trainer", "settings"},
     "Tester": {"tester"},
 }
 # Free text for those who read the file; it travels in every checkpoint.
-FOR_PEOPLE = {("Config", "about")}
+FOR_PEOPLE = {("Config", "about"), ("PresenceFit", "images")}
 
 
 def sections() -> list[type[BaseModel]]:
@@ -695,6 +696,8 @@ def reads(root: Path) -> set[tuple[str, str]]:
                 holder = node.value
                 name = getattr(holder, "attr", None) or getattr(holder, "id", None)
                 found.add((name, node.attr))
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):  # a fit is a dictionary
+                found.add((getattr(node.value, "attr", None) or getattr(node.value, "id", None), node.slice.value))
     return found
 
 

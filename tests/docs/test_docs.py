@@ -134,7 +134,7 @@ def test_the_readme_holds_an_annotated_config_with_every_section() -> None:
     assert set(whole[0]) == fields
     for section in ("predict", "trainer"):
         own = Config.model_fields[section].annotation.model_fields
-        assert set(own) - set(whole[0][section]) <= {"count_ignored"}, section
+        assert set(own) - set(whole[0][section]) <= {"count_ignored", "bias", "presence_fit"}, section
 
 
 @cache
@@ -375,7 +375,7 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
     printed = execute(in_run(given(page, r"test\.py .*-p all"), run), tmp_path)
     assert "## Comparison" in printed
     results = json.loads((run / "results.json").read_text())
-    assert list(results["procedures"])[:3] == ["T", "max", "rankdice"]
+    assert list(results["procedures"])[:3] == ["T", "max", "max_present"]
     assert (run / "per_image.csv").is_file()
 
     shapes = given(page, "dataloaders.shapes")

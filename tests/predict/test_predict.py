@@ -15,7 +15,6 @@ from utils.predict import (
     PROCEDURES,
     Prediction,
     PredictOptions,
-    classes_of_interest,
     label_map,
     predict_logits,
     probabilities,
@@ -138,8 +137,6 @@ def test_classes_of_interest_get_the_masks_they_get_among_all() -> None:
     for name in ("masks", "scores", "volumes"):
         assert torch.equal(getattr(some, name)[:, [1, 3]], getattr(everything, name)[:, [1, 3]]), name
         assert not getattr(some, name)[:, [0, 2]].any(), name
-    assert list(classes_of_interest(PredictOptions(classes=(3, 1)), 4)) == [3, 1]
-    assert list(classes_of_interest(PredictOptions(), 4)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("procedure", PROCEDURES)
@@ -220,7 +217,8 @@ def test_rankdice_gives_a_small_uncertain_object_pixels_that_max_does_not() -> N
     background = [0.99] * 12 + [0.55] * 3
     probs = image(background, [1 - p for p in background])
     assert rows(label_map("max", probs)) == [0] * 15
-    assert rows(label_map("rankdice", probs)) == [0] * 12 + [1] * 3
+    assert rows(label_map("rankdice", probs, PredictOptions(presence="all"))) == [0] * 12 + [1] * 3
+    assert rows(label_map("rankdice", probs)) == [0] * 15  # pruned: nowhere above 0.5
 
 
 def test_a_picture_may_show_classes_of_no_interest() -> None:

@@ -123,13 +123,6 @@ def test_what_is_not_said_is_as_in_the_run(folder, tmp_path, monkeypatch, capsys
     assert probs.read_index(folder).facts == FACTS
 
 
-def test_labels_of_overlapping_masks() -> None:
-    values = torch.tensor([[[[0.5, 0.3, 0.6]], [[0.4, 0.6, 0.1]]]])
-    masks = torch.tensor([[[[True, True, False]], [[True, False, False]]]])
-    assert probs.mask_labels(values, masks, 255).tolist() == [[[0, 0, 255]]]
-    assert probs.mask_labels(values[:, :1], masks[:, :1], 255).tolist() == [[[1, 1, 0]]]
-
-
 @pytest.mark.parametrize(
     ("name", "inside"), [("a/b", "a/b"), ("/etc/x", "etc/x"), ("../../x", "x"), ("a\\b", "a/b"), ("..", "image")]
 )

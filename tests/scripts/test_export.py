@@ -45,7 +45,7 @@ class Toy(nn.Module):
 def loaded(model: nn.Module, classes: int = 3, temperature: float = 1.0, channels: int = 3) -> LoadedModel:
     config = SimpleNamespace(
         arch=SimpleNamespace(type="Toy"),
-        predict=SimpleNamespace(temperature=temperature),
+        predict=SimpleNamespace(temperature=temperature, bias=None),
         trainer=SimpleNamespace(amp="off", channels_last=False),
     )
     facts = Facts(classes, NAMES[:classes], ((0, 0, 0),) * classes, (0.4,) * channels, (0.2,) * channels, 255, channels)

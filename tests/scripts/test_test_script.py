@@ -15,10 +15,10 @@ from PIL import Image
 
 from tests.shapes_checkpoint import loader, raw_config, write_checkpoint
 from utils.errors import UserError
-from utils.predict import decode
+from utils.predict import __main__ as decode
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = ["T", "max", "rankdice", "rankdice_unpruned", "rankdice_iou"]
+ALL = ["T", "max", "max_present", "rankdice", "rankdice_paper", "rankdice_map", "rankdice_iou"]
 
 
 def script():
@@ -59,7 +59,7 @@ def test_everything_from_one_call(checkpoint, tmp_path, monkeypatch, capsys) -> 
         assert 0 <= scores["Mean_Boundary_IoU"] <= 1
         assert scores["peak_mebibytes"] > 0
         assert scores["Worst_Tenth_Dice"] <= scores["Mean_Dice"]
-        assert ("Expected_Dice" in scores) == (name in ("rankdice", "rankdice_unpruned"))
+        assert ("Expected_Dice" in scores) == (name in ("rankdice", "rankdice_paper"))
         assert ("Expected_IoU" in scores) == (name == "rankdice_iou")
     for text in ("## Protocol", "images_per_class_mean", "## Comparison", "Paired bootstrap", "## Verdict", "ECE"):
         assert text in out
@@ -72,7 +72,7 @@ def test_everything_from_one_call(checkpoint, tmp_path, monkeypatch, capsys) -> 
         metric = "iou" if kind == "iou" else "dice"
         again = tmp_path / "again" / name
         command = ["predict", "--probs", tmp_path / "probs", "-p", procedure, "--metric", metric, "-o", again]
-        command += ["--prune", "off"] if kind == "unpruned" else []
+        command += ["--presence", "prune"] if kind == "present" else []
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         assert decode.main() == 0
         before = sorted((tmp_path / "out/masks" / name).iterdir())

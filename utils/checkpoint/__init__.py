@@ -78,6 +78,7 @@ class LoadedModel:
         trainer = self.config.trainer
         settings: dict[str, Any] = {
             "temperature": self.config.predict.temperature,
+            "bias": self.config.predict.bias,
             "amp": AMP_DTYPES[trainer.amp],
             "channels_last": trainer.channels_last,
         } | changes

@@ -68,7 +68,7 @@ def check(
         wrong, facts = _check_loaders(config, loaders, stages)
         problems += wrong
     problems += loss or _check_loss(config, facts)
-    problems += _check_classes_of_interest(config, facts)
+    problems += _check_classes_of_interest(config, facts) + _check_bias(config, facts)
     if "train" in stages:
         problems += _check_monitor(config, facts) + _check_val(config) + _check_folders(config)
     return problems
@@ -142,6 +142,13 @@ def _check_classes_of_interest(config: Config, facts: Any | None) -> list[Proble
     one = " (with one channel, the class itself is number 0)" if facts.num_classes == 1 else ""
     text = f"found {outside}; the data has the classes 0 to {facts.num_classes - 1}{one}"
     return [Problem("predict.CoI", text)]
+
+
+def _check_bias(config: Config, facts: Any | None) -> list[Problem]:
+    bias = config.predict.bias
+    if facts is None or bias is None or len(bias) == facts.num_classes:
+        return []
+    return [Problem("predict.bias", f"expected {facts.num_classes} numbers, one per class, found {len(bias)}")]
 
 
 def names_hint(config: Config, path: str, loaders: Registry | None) -> str:

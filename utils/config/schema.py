@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr, field_validator, model_validator
 
-from utils.bounds import AboveZero, ClassId, Count, Label, NonNegative, Positive, Seed, Share
+from utils.bounds import AboveZero, ClassId, Count, Label, NonNegative, Number, Positive, Seed, Share
 
 PROCEDURES = ("T", "max", "rankdice")
 Procedure = Literal["T", "max", "rankdice"]
+Presence = Literal["auto", "fitted", "rule", "prune", "all"]
 
 EDITORS_KEY = "$schema"  # a config may name its schema, for editors
 LONGEST_NAME = 200  # bytes; file systems take 255
@@ -75,6 +76,31 @@ class RankDiceOptions(Section):
         return self
 
 
+class PresenceFit(Section):
+    """Which classes are in an image, learned from validation images; train.py and ``test.py --fit`` write it."""
+
+    images: Count = Field(description="validation images it was learned from")
+    classes: list[ClassId] = Field(description="ids of the classes that the lists below are of")
+    metric: Literal["dice", "iou"] = Field(description="the score that it was learned for")
+    weight: Number = Field(description="weight of the standardised logit of the expected score")
+    center: Number = Field(description="mean of that logit")
+    spread: AboveZero = Field(description="standard deviation of that logit")
+    bias: Number = Field(description="added to the logit of presence")
+    class_bias: list[Number] = Field(description="added to it per class")
+    score_shift: Number = Field(description="added to expected scores")
+    score_slope: Number = Field(description="times the expected score minus 0.6, added to it")
+    mean_score: Share = Field(description="mean score per image, for tasks with a single class")
+    mask_shift: Number = Field(description="added to the product of presence and score")
+    mask_slope: Number = Field(description="times the product minus 0.6, added to it")
+    mask_class: list[Number] = Field(description="added to it per class")
+
+    @model_validator(mode="after")
+    def _one_number_per_class(self) -> PresenceFit:
+        if not len(self.classes) == len(self.class_bias) == len(self.mask_class):
+            raise ValueError("classes, class_bias and mask_class must have the same length")
+        return self
+
+
 class Predict(Section):
     """How probabilities become masks, and which classes are scored."""
 
@@ -84,6 +110,16 @@ class Predict(Section):
     test: Procedure = Field("rankdice", description="procedure of test.py and inference.py unless -p says otherwise")
     threshold: Share = Field(0.5, description="threshold of procedure T")
     temperature: AboveZero = Field(1.0, description="logits are divided by it")
+    bias: list[Number] | None = Field(None, description="added to the logits after that, one number per class")
+    mode: Literal["single", "multiscale", "sliding"] = Field(
+        "single", description="how inference.py views an image unless --mode says otherwise"
+    )
+    presence: Presence = Field(
+        "auto",
+        description="which classes get a mask (see docs/presence.md): 'fitted', 'rule', 'prune' (the paper's, see "
+        "rankdice.prune) or 'all'; 'auto': 'fitted' with presence_fit, else 'prune'",
+    )
+    presence_fit: PresenceFit | None = Field(None, description="written by train.py and test.py --fit")
     count_ignored: bool = Field(False, description="count predictions on ignored pixels as wrong")
     rankdice: RankDiceOptions = Field(default_factory=RankDiceOptions)
 
@@ -93,6 +129,15 @@ class Predict(Section):
         if value != "all" and (not value or len(set(value)) != len(value)):
             raise ValueError("a list of classes of interest names each class once and at least one")
         return value
+
+    @model_validator(mode="after")
+    def _fitted_needs_a_fit(self) -> Predict:
+        if self.presence == "fitted" and self.presence_fit is None:
+            raise ValueError(
+                "presence 'fitted' needs presence_fit, which train.py (trainer.fit) and test.py --fit write into a "
+                "checkpoint; use 'auto', 'rule', 'prune' or 'all'"
+            )
+        return self
 
 
 class Trainer(Section):

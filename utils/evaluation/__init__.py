@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.evaluation.cost import Clock
 from utils.facts import Facts
 from utils.metrics import Counts, Metrics
-from utils.predict import PROCEDURES, Prediction, PredictOptions
+from utils.predict import PROCEDURES, Prediction, PredictOptions, label_map
 from utils.predict.network import AnyNetwork, check_finite
 
 Progress = Callable[[Any], Any]
@@ -30,38 +30,58 @@ IOU_SOLVERS = ("exact", "rma")
 
 @dataclass(frozen=True)
 class Decision:
-    """One column of a comparison: a procedure and what it was told."""
+    """One column of a comparison: a procedure and what it was told.
+
+    ``as_labels``: take the label map that inference writes, see :func:`utils.predict.label_map`, not the masks.
+    """
 
     procedure: str
     options: PredictOptions = PredictOptions()
+    as_labels: bool = False
 
     def __call__(self, probs: Tensor) -> Prediction:
         """Turn probabilities ``(B, C, H, W)`` into masks or labels."""
-        return PROCEDURES[self.procedure](probs, self.options)
+        found = PROCEDURES[self.procedure](probs, self.options)
+        if not self.as_labels:
+            return found
+        labels = label_map(self.procedure, probs, self.options, found)
+        return Prediction(labels=labels, chosen=found.chosen, presence=found.presence)
 
     @property
     def expects(self) -> str | None:
         """The score that the procedure states an expectation of: "dice", "iou" or None."""
-        return self.options.metric if self.procedure == "rankdice" else None
+        return self.options.metric if self.procedure == "rankdice" and not self.as_labels else None
+
+
+def single_decision(procedure: str, options: PredictOptions) -> dict[str, Decision]:
+    """Return one procedure as it is deployed, under its name in :func:`all_decisions`."""
+    name = "max_present" if procedure == "max" and options.restricts_max else procedure
+    return {name: Decision(procedure, options)}
 
 
 def all_decisions(options: PredictOptions) -> dict[str, Decision]:
     """Return every procedure side by side, by the names of the results.
 
-    ``T``: threshold 0.5; ``T_tuned``: the config's threshold, where it is another; ``max``; ``rankdice``: the masks
-    with the highest expected Dice; ``rankdice_unpruned``: the same without ``prune``, where the config has one;
-    ``rankdice_iou``: those with the highest expected IoU.
+    * ``T``: threshold 0.5; ``T_tuned``: the config's threshold, if it is another;
+    * ``max``: the plain argmax; ``max_present``: among the classes taken to be in the image;
+    * ``rankdice``: the masks with the highest expected Dice, as the config says;
+    * ``rankdice_paper``: the same for all classes with a probability above 0.5;
+    * ``rankdice_map``: the label map that ``inference.py`` writes for ``rankdice``;
+    * ``rankdice_iou``: the masks with the highest expected IoU.
     """
     decisions = {"T": Decision("T", replace(options, threshold=0.5))}
     if options.threshold != 0.5:
         decisions["T_tuned"] = Decision("T", options)
+    dice = options.with_metric("dice")
     solver = options.solver if options.solver in IOU_SOLVERS else "exact"
-    decisions["max"] = Decision("max", options)
-    decisions["rankdice"] = Decision("rankdice", options.with_metric("dice"))
-    if options.prune is not None:
-        decisions["rankdice_unpruned"] = Decision("rankdice", replace(options.with_metric("dice"), prune=None))
-    decisions["rankdice_iou"] = Decision("rankdice", replace(options, metric="iou", solver=solver))
-    return decisions
+    return decisions | {
+        "max": Decision("max", replace(options, presence="all")),
+        "max_present": Decision("max", replace(dice, presence=options.decides)),
+        "rankdice": Decision("rankdice", dice),
+        "rankdice_paper": Decision("rankdice", replace(dice, presence="prune", prune=0.5)),
+        "rankdice_map": Decision("rankdice", dice, as_labels=True),
+        "rankdice_iou": Decision("rankdice", replace(options, metric="iou", solver=solver)),
+    }
 
 
 @dataclass

@@ -1,24 +1,31 @@
-"""From logits to masks: probabilities, and the prediction procedures ``T``, ``max`` and ``rankdice``.
+"""From logits to masks: probabilities, which classes are in an image, and the procedures ``T``, ``max``, ``rankdice``.
 
-A procedure maps probabilities ``(B, C, H, W)`` to a :class:`Prediction`. ``T`` and ``rankdice`` give one boolean
-mask per class (masks of different classes may overlap or leave a pixel to none); ``max`` gives one label per
-pixel. :func:`label_map` makes one label per pixel of any of them, for pictures.
+Everything that turns probabilities ``(B, C, H, W)`` into masks or labels goes through two calls::
+
+    options = PredictOptions.from_config(config.predict)
+    found = PROCEDURES[procedure](probs, options)  # a Prediction: masks or labels, chosen classes, expected scores
+    labels = label_map(procedure, probs, options, found)  # one label per pixel, for files and pictures
+
+``T`` and ``rankdice`` give one boolean mask per class; masks of different classes may overlap, and a pixel may be in
+none. ``max`` gives one label per pixel. Where an image is too large to hold its probabilities in memory, call
+:func:`choose_classes` with the largest probability and the expected score of each class: it makes the same decision.
 
 With one output channel (a binary task) the channel is the probability of the class itself: labels are 0
 (background) and 1, and ``max`` is the threshold 0.5.
 
-``python -m utils.predict --probs FOLDER -p rankdice`` decides probabilities again that ``test.py --save-probs`` wrote.
+``python -m utils.predict --probs FOLDER -p rankdice`` applies a procedure to probabilities that were saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from utils import presence
 from utils import rankdice as rd
 from utils.config.schema import Predict
 
@@ -28,23 +35,38 @@ Activation = Literal["softmax", "sigmoid"]
 class Prediction(NamedTuple):
     """What a procedure decided; exactly one of ``masks`` and ``labels`` is given.
 
-    ``masks``: bool ``(B, C, H, W)``.
-    ``labels``: int64 ``(B, H, W)``, class ids (with one channel: 0 or 1).
-    ``scores``: the expected score of each mask ``(B, C)``, where the procedure knows it (rankdice).
-    ``volumes``: int64 ``(B, C)``, pixels per mask, where the procedure knows it.
+    Attributes:
+        masks: bool ``(B, C, H, W)``.
+        labels: int64 ``(B, H, W)``, class ids (with one channel: 0 or 1).
+        scores: float64 ``(B, C)``, the expected score of each mask, 0 without a mask; None where the procedure does
+            not know it.
+        volumes: int64 ``(B, C)``, pixels per mask.
+        chosen: bool ``(B, C)``, the classes of interest that are taken to be in the image; None: not decided.
+        presence: float64 ``(B, C)``, the probability that the class is in the image; NaN for classes of no interest.
+        ranked: what RankDice found for all classes before the decision, if a label map can start from it.
+        unfitted: float64 ``(B, C)``, the expected scores before the presence fit corrected them; None without a fit.
     """
 
     masks: Tensor | None = None
     labels: Tensor | None = None
     scores: Tensor | None = None
     volumes: Tensor | None = None
+    chosen: Tensor | None = None
+    presence: Tensor | None = None
+    unfitted: Tensor | None = None
+    ranked: rd.RankDice | None = None
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What the procedures may be told; the fields of ``predict`` in the config.
+    """What the procedures are told: the fields of ``predict`` in the config.
 
-    ``classes``: the classes of interest; the others get no mask from rankdice, which saves their cost. None: all.
+    Attributes:
+        threshold: of procedure T.
+        solver, metric, smooth, prune: of RankDice, see :func:`utils.rankdice.rank_dice`.
+        classes: the classes of interest; the others get no mask from rankdice, which saves their cost. None: all.
+        presence: which classes get a mask: "auto", "fitted", "rule", "prune" or "all".
+        fit: the fit behind "fitted", as the config's ``presence_fit`` holds it.
     """
 
     threshold: float = 0.5
@@ -53,6 +75,8 @@ class PredictOptions:
     smooth: float = 0.0
     prune: float | None = 0.5
     classes: tuple[int, ...] | None = None
+    presence: str = "auto"
+    fit: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @classmethod
     def from_config(cls, predict: Predict) -> PredictOptions:
@@ -65,14 +89,33 @@ class PredictOptions:
             smooth=chosen.smooth,
             prune=chosen.prune,
             classes=None if predict.CoI == "all" else tuple(predict.CoI),
+            presence=predict.presence,
+            fit=None if predict.presence_fit is None else predict.presence_fit.model_dump(),
         )
 
     def with_metric(self, metric: str) -> PredictOptions:
         """Return the same options for another rankdice metric."""
         return replace(self, metric=metric)
 
+    @property
+    def decides(self) -> str:
+        """How rankdice chooses classes: ``presence``, with "auto" resolved to "fitted" or, without a fit, "prune"."""
+        if self.presence != "auto":
+            return self.presence
+        return "prune" if self.fit is None else "fitted"
 
-def probabilities(logits: Tensor, activation: Activation, temperature: float = 1.0) -> Tensor:
+    @property
+    def restricts_max(self) -> bool:
+        """Whether ``max`` takes the most probable class among the chosen ones only.
+
+        It does if presence was asked for or learned; otherwise ``max`` is the plain argmax.
+        """
+        return self.decides != "all" and not (self.presence == "auto" and self.fit is None)
+
+
+def probabilities(
+    logits: Tensor, activation: Activation, temperature: float = 1.0, bias: Sequence[float] | None = None
+) -> Tensor:
     """Return float32 probabilities ``(B, C, H, W)`` of logits of any floating type.
 
     Args:
@@ -80,12 +123,17 @@ def probabilities(logits: Tensor, activation: Activation, temperature: float = 1
         activation: "softmax" over the classes or "sigmoid" per class, as the loss was trained with. One channel
             always means sigmoid.
         temperature: logits are divided by it first (calibration); > 0.
+        bias: ``C`` numbers, added to the logits after that; None: nothing is added.
     """
     if temperature <= 0:
         raise ValueError(f"temperature: expected a number above 0, found {temperature}")
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
+    if bias is not None:
+        if len(bias) != logits.shape[1]:
+            raise ValueError(f"bias: expected {logits.shape[1]} numbers, one per class, found {len(bias)}")
+        logits = logits + torch.tensor(bias, dtype=logits.dtype, device=logits.device).view(-1, 1, 1)
     if activation == "sigmoid" or logits.shape[1] == 1:
         return logits.sigmoid()
     if activation != "softmax":
@@ -98,11 +146,90 @@ def _argmax(values: Tensor) -> Tensor:
     return values.max(dim=1).indices
 
 
+# -- which classes are in the image --------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """Which classes are taken to be in each image, ``(B, C)``; see :class:`Prediction` for the fields."""
+
+    chosen: Tensor
+    presence: Tensor
+    scores: Tensor
+
+
+def choose_classes(highest: Tensor, scores: Tensor, options: PredictOptions) -> Choice:
+    """Decide which classes of interest are in each image: the one place that does.
+
+    Args:
+        highest: ``(B, C)``, the largest probability of each class in each image.
+        scores: ``(B, C)``, the expected score of its mask, from RankDice with ``options.metric``, without pruning
+            unless ``options.decides`` is "prune".
+        options: how to decide.
+
+    Returns:
+        The chosen classes, their presence, and the expected score of a mask of each, all on the device of ``scores``.
+        Classes of no interest are not chosen.
+    """
+    columns = range(scores.shape[1]) if options.classes is None else options.classes
+    own = torch.tensor(list(columns), device=scores.device)
+    highest, expected = highest.double()[:, own], scores.double()[:, own]
+    how = options.decides
+    seen = highest
+    if how == "fitted":
+        assert options.fit is not None  # the config is checked, and auto is resolved
+        fit = _columns_of(options.fit, list(columns))
+        metrics = options.metric, options.fit["metric"]
+        chosen, seen = presence.choose(highest, _converted(expected, *metrics), fit)
+        found = presence.estimate(highest, _converted(expected, *metrics), fit).expected
+        expected = _converted(found, *reversed(metrics))
+    elif how == "rule":
+        chosen, seen = presence.choose(highest, expected)
+    else:
+        chosen = highest > (options.prune if how == "prune" and options.prune is not None else 0.0)
+    if options.classes is None:
+        return Choice(chosen, seen, expected)
+    every = scores.new_zeros(scores.shape, dtype=torch.float64)
+    return Choice(
+        torch.zeros_like(every, dtype=torch.bool).index_copy_(1, own, chosen),
+        torch.full_like(every, torch.nan).index_copy_(1, own, seen),
+        every.index_copy_(1, own, expected),
+    )
+
+
+def _columns_of(fit: Mapping[str, Any], columns: list[int]) -> dict[str, Any]:
+    """Return a fit for these classes; those that it has not seen get no offset of their own."""
+    place = {c: i for i, c in enumerate(fit["classes"])}
+    lists = {
+        name: [fit[name][place[c]] if c in place else 0.0 for c in columns] for name in ("class_bias", "mask_class")
+    }
+    return {**fit, **lists}
+
+
+def _converted(scores: Tensor, metric: str, wanted: str) -> Tensor:
+    """Return expected Dice as IoU or the other way round, as if they were scores of one mask."""
+    if metric == wanted:
+        return scores
+    return 2 * scores / (1 + scores) if wanted == "dice" else scores / (2 - scores)
+
+
+# -- the procedures ------------------------------------------------------------------------------------------------
+
+
 def predict_max(probs: Tensor, options: PredictOptions = PredictOptions()) -> Prediction:  # noqa: B008
-    """Give every pixel its most probable class (argmax); the lowest class wins ties."""
+    """Give every pixel its most probable class (argmax); the lowest class wins ties.
+
+    If presence was asked for or learned (:attr:`PredictOptions.restricts_max`), only the chosen classes take part.
+    """
+    if not options.restricts_max:
+        return Prediction(labels=(probs[:, 0] > 0.5).long() if probs.shape[1] == 1 else _argmax(probs))
+    found = _rank(probs, options)
+    choice = choose_classes(found.highest, found.scores, options)
+    taking_part = taking_part_in_labels(choice.chosen, options)
     if probs.shape[1] == 1:
-        return Prediction(labels=(probs[:, 0] > 0.5).long())
-    return Prediction(labels=_argmax(probs))
+        labels = (probs[:, 0] > 0.5) & choice.chosen[:, :, None]
+        return Prediction(labels=labels.long(), chosen=choice.chosen, presence=choice.presence)
+    labels = _argmax(probs.masked_fill(~taking_part[:, :, None, None], -1.0))
+    return Prediction(labels=labels, chosen=choice.chosen, presence=choice.presence)
 
 
 def predict_threshold(probs: Tensor, options: PredictOptions = PredictOptions()) -> Prediction:  # noqa: B008
@@ -111,21 +238,43 @@ def predict_threshold(probs: Tensor, options: PredictOptions = PredictOptions())
 
 
 def predict_rankdice(probs: Tensor, options: PredictOptions = PredictOptions()) -> Prediction:  # noqa: B008
-    """Give every class the mask with the highest expected Dice (or IoU); see :mod:`utils.rankdice`."""
+    """Give the chosen classes the masks with the highest expected Dice (or IoU); see :mod:`utils.rankdice`."""
+    found = _rank(probs, options)
+    choice = choose_classes(found.highest, found.scores, options)
+    masks, volumes, scores = found.masks, found.volumes, choice.scores
+    if options.decides in ("fitted", "rule"):  # pruned classes have no masks to take away
+        absent = ~choice.chosen
+        masks = masks.masked_fill_(absent[:, :, None, None], False)
+        volumes, scores = volumes.masked_fill(absent, 0), scores.masked_fill(absent, 0)
+    unfitted = torch.where(choice.chosen, found.scores, 0.0) if options.decides == "fitted" else None
+    complete = options.decides != "prune" and options.classes is None
+    ranked = found if complete and (options.metric, options.solver) == ("dice", "exact") else None
+    return Prediction(masks, None, scores, volumes, choice.chosen, choice.presence, unfitted, ranked)
+
+
+def _rank(probs: Tensor, options: PredictOptions) -> rd.RankDice:
+    """Return the RankDice masks of the classes of interest, and zeros for the others."""
+    prune = options.prune if options.decides == "prune" else None
+    own = probs if options.classes is None else probs[:, list(options.classes)]
+    found = rd.rank_dice(own, metric=options.metric, solver=options.solver, smooth=options.smooth, prune=prune)
     if options.classes is None:
-        found = rank_dice(probs, options)
-        return Prediction(masks=found.masks, scores=found.scores, volumes=found.volumes)
-    chosen = torch.tensor(options.classes, device=probs.device)
-    found = rank_dice(probs[:, chosen], options)
-    masks = torch.zeros_like(probs, dtype=torch.bool).index_copy_(1, chosen, found.masks)
-    scores = found.scores.new_zeros(probs.shape[:2]).index_copy_(1, chosen, found.scores)
-    volumes = found.volumes.new_zeros(probs.shape[:2]).index_copy_(1, chosen, found.volumes)
-    return Prediction(masks=masks, scores=scores, volumes=volumes)
+        return found
+    where = torch.tensor(options.classes, device=probs.device)
+    return rd.RankDice(*(x.new_zeros(probs.shape[: x.dim()]).index_copy_(1, where, x) for x in found))
 
 
-def rank_dice(probs: Tensor, options: PredictOptions) -> rd.RankDice:
-    """Call :func:`utils.rankdice.rank_dice` with the options of a config."""
-    return rd.rank_dice(probs, metric=options.metric, solver=options.solver, smooth=options.smooth, prune=options.prune)
+def taking_part_in_labels(chosen: Tensor, options: PredictOptions) -> Tensor:
+    """Return the classes that may appear in a label map, bool ``(B, C)``.
+
+    Classes of no interest always take part: classes of interest say what is scored, and a label map in which the
+    background may not win would be painted over with them. An image without a chosen class allows all.
+    """
+    taking_part = chosen
+    if options.classes is not None:
+        others = torch.ones_like(chosen)
+        others[:, list(options.classes)] = False
+        taking_part = chosen | others
+    return taking_part | ~taking_part.any(dim=1, keepdim=True)
 
 
 Procedure = Callable[[Tensor, PredictOptions], Prediction]
@@ -133,43 +282,50 @@ PROCEDURES: dict[str, Procedure] = {"T": predict_threshold, "max": predict_max, 
 
 
 def predict_logits(
-    procedure: str, logits: Tensor, activation: Activation, temperature: float, options: PredictOptions
+    procedure: str,
+    logits: Tensor,
+    activation: Activation,
+    temperature: float,
+    options: PredictOptions,
+    bias: Sequence[float] | None = None,
 ) -> Prediction:
-    """Apply a procedure to logits; ``max`` needs no probabilities for it, since they rise with the logits."""
-    if procedure == "max":
+    """Apply a procedure to logits; a plain ``max`` needs no probabilities, since they rise with the logits."""
+    if procedure == "max" and bias is None and not options.restricts_max:
         return Prediction(labels=(logits[:, 0] > 0).long() if logits.shape[1] == 1 else _argmax(logits))
-    return PROCEDURES[procedure](probabilities(logits, activation, temperature), options)
+    return PROCEDURES[procedure](probabilities(logits, activation, temperature, bias), options)
 
 
 def label_map(
     procedure: str,
     probs: Tensor,
     options: PredictOptions = PredictOptions(),  # noqa: B008
+    found: Prediction | None = None,
     unassigned: int = 255,
 ) -> Tensor:
     """Return one label per pixel, int64 ``(B, H, W)``, under a procedure, for pictures and PNG masks.
 
     ``max`` gives the most probable class; ``T`` the most probable class among those above the threshold, and
     ``unassigned`` where there is none; ``rankdice`` the label map with the highest total of expected scores
-    (:func:`utils.rankdice.label_map`). One channel gives 0 (background) and 1.
+    (:func:`utils.rankdice.label_map`), for both metrics, among the classes that are taken to be in the image. One
+    channel gives 0 (background) and 1.
 
-    All classes take part, those of no interest too: classes of interest say what is scored, and a picture in which
-    the background may not win would be painted over with them.
+    Args:
+        procedure: a name of ``PROCEDURES``.
+        probs: ``(B, C, H, W)``.
+        options: of the procedure.
+        found: what the procedure decided for the same probabilities, if it is known already.
+        unassigned: the label of pixels without a class.
     """
-    if probs.shape[1] == 1:
-        prediction = PROCEDURES[procedure](probs, options)
-        if prediction.masks is not None:
-            return prediction.masks[:, 0].long()
-        assert prediction.labels is not None
-        return prediction.labels
-    if procedure == "max":
-        return _argmax(probs)
-    if procedure == "T":
+    if procedure == "T" and probs.shape[1] > 1:
         best, labels = probs.max(dim=1)
         return torch.where(best > options.threshold, labels, unassigned)
-    return rd.label_map(probs, smooth=options.smooth)
-
-
-def classes_of_interest(options: PredictOptions, num_classes: int) -> Sequence[int]:
-    """Return the ids of the classes that the mean scores are taken over."""
-    return options.classes if options.classes is not None else range(num_classes)
+    found = PROCEDURES[procedure](probs, options) if found is None else found
+    if found.labels is not None:
+        return found.labels
+    assert found.masks is not None
+    if probs.shape[1] == 1:
+        return found.masks[:, 0].long()
+    assert found.chosen is not None
+    return rd.label_map(
+        probs, classes=taking_part_in_labels(found.chosen, options), smooth=options.smooth, found=found.ranked
+    )

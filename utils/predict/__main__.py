@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 from tqdm import tqdm
 
 from utils import report, stamps
 from utils.checkpoint import LoadedModel
-from utils.config.schema import PROCEDURES, Component, Config, Predict, RankDiceOptions, Tester
+from utils.config.schema import PROCEDURES, Component, Config, Predict, Presence, RankDiceOptions, Tester
 from utils.errors import UserError, run
-from utils.evaluation import Decision, Evaluator, all_decisions, evaluate
+from utils.evaluation import Evaluator, all_decisions, evaluate, single_decision
 from utils.facts import Facts
 from utils.predict import PROCEDURES as DECIDE
 from utils.predict import PredictOptions, stored
@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--solver", choices=("exact", "ba", "trna", "paper", "rma"), help="of rankdice")
     add("--smooth", type=float, help="of rankdice")
     add("--prune", type=_prune, metavar="P", help="of rankdice: a probability, or off")
+    add("--presence", choices=get_args(Presence), help="which classes get a mask")
     add("--masks", action="store_true", help="also the overlapping masks of T and rankdice, a PNG per class")
     add("--force", action="store_true", help="replace files in the output folder that this program did not write")
     add("-d", "--device", default="cpu", help="cpu, or cuda; on the device of the run masks are those of the run")
@@ -109,7 +110,7 @@ def prepare(args: argparse.Namespace) -> Job:
         if len(args.class_names) != facts.num_classes:
             raise UserError(f"--class-names: expected {facts.num_classes} names, found {len(args.class_names)}")
         facts = replace(facts, class_names=tuple(args.class_names))
-    given = {key: getattr(args, key) for key in ("threshold", "metric", "solver", "smooth")}
+    given = {key: getattr(args, key) for key in ("threshold", "metric", "solver", "smooth", "presence")}
     options = replace(index.options, **{key: value for key, value in given.items() if value is not None})
     if args.prune is not None:
         options = replace(options, prune=None if args.prune == "off" else args.prune)
@@ -163,9 +164,8 @@ def _decode_one(args: argparse.Namespace, job: Job, case: Case, folder: Path) ->
 
 def score(args: argparse.Namespace, job: Job) -> None:
     """Print the report of test.py, and write it if ``--output`` names a folder."""
-    decisions = (
-        all_decisions(job.options) if job.procedure == "all" else {job.procedure: Decision(job.procedure, job.options)}
-    )
+    everything = job.procedure == "all"
+    decisions = all_decisions(job.options) if everything else single_decision(job.procedure, job.options)
     outcome = evaluate(
         Evaluator(job.network, job.options.classes),
         job.probs,
@@ -187,6 +187,8 @@ def _described(args: argparse.Namespace, job: Job) -> Config:
     predict = Predict(
         threshold=options.threshold,
         CoI="all" if options.classes is None else list(options.classes),
+        presence=cast(Any, options.presence),
+        presence_fit=cast(Any, options.fit),
         rankdice=RankDiceOptions(**{key: getattr(options, key) for key in ("solver", "metric", "smooth", "prune")}),
     )
     return Config.model_construct(

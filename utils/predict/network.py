@@ -71,6 +71,7 @@ class Network:
         activation: "softmax" or "sigmoid", see :func:`utils.predict.probabilities`.
         device: where the model is. Images are moved to it.
         temperature: logits are divided by it.
+        bias: added to the logits after that, one number per class; None: nothing is added.
         amp: dtype of autocast; None: float32.
         channels_last: memory format of the images in the network.
         scales, flip: the probabilities of an image are the mean over these views, see :func:`tiling.views`.
@@ -81,6 +82,7 @@ class Network:
     activation: Activation
     device: torch.device = _CPU
     temperature: float = 1.0
+    bias: Sequence[float] | None = None
     amp: torch.dtype | None = None
     channels_last: bool = False
     scales: Sequence[float] = (1.0,)
@@ -99,7 +101,7 @@ class Network:
 
     def settings(self) -> dict[str, Any]:
         """Return all that the probabilities depend on beside the weights and the image."""
-        names = ("activation", "temperature", "amp", "channels_last", "scales", "flip")
+        names = ("activation", "temperature", "bias", "amp", "channels_last", "scales", "flip")
         return {name: getattr(self, name) for name in names} | {"mean": self.facts.mean, "std": self.facts.std}
 
     def eval(self) -> None:
@@ -145,7 +147,7 @@ class Network:
         return output["out"] if isinstance(output, dict) else output
 
     def _link(self, logits: Tensor) -> Tensor:
-        return probabilities(logits, self.activation, self.temperature)
+        return probabilities(logits, self.activation, self.temperature, self.bias)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,28 +170,12 @@ def top_pixels(spool: Spool, c: int, volume: Volume) -> np.ndarray:
     return mask
 
 
-def label_masks(spool: Spool, volumes: Mapping[int, Volume], unassigned: int) -> np.ndarray:
-    """Return one label per pixel: the most probable class among the masks that hold it, else ``unassigned``.
-
-    What :func:`utils.predict.stored.pictures` makes of masks that have no label map of their own.
-
-    Args:
-        spool: the probabilities.
-        volumes: the best mask of each class that has one.
-        unassigned: label of pixels in no mask.
-    """
-    labels = np.full(spool.shape[1:], unassigned, np.uint8 if unassigned < 256 else np.uint16)
-    best = np.full(spool.shape[1:], -1, np.float16)
-    for c, volume in sorted(volumes.items()):
-        if not volume.pixels:
-            continue
-        mask, y = top_pixels(spool, c, volume), 0
-        for plane in spool.planes(c):
-            rows = slice(y, y + len(plane))
-            better = mask[rows] & (plane > best[rows])
-            labels[rows][better] = c
-            best[rows][better] = plane[better]
-            y += len(plane)
+def most_probable(spool: Spool, classes: Tensor) -> np.ndarray:
+    """Return the most probable class of each pixel, ``(H, W)``, among those that take part, bool ``(1, C)``."""
+    labels = np.empty(spool.shape[1:], np.uint8 if spool.shape[0] <= 256 else np.uint16)
+    for y, band in spool.bands(_PASS_BYTES):
+        probs = torch.from_numpy(band).float().masked_fill_(~classes[0][:, None, None], -1.0)
+        labels[y : y + band.shape[1]] = probs.max(dim=0).indices.numpy()
     return labels
 
 

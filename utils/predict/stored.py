@@ -197,31 +197,13 @@ def stored(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def pictures(procedure: str, probs: Tensor, prediction: Prediction, options: PredictOptions) -> NDArray[Any]:
-    """Return one label per pixel ``(B, H, W)``, uint8 (uint16 with more than 255 classes), for palette PNGs.
+    """Return the label map ``(B, H, W)`` for palette PNGs, uint8 (uint16 with more than 255 classes).
 
-    As :func:`utils.predict.label_map`, as ``inference.py`` writes them; for rankdice with the IoU, which has no label
-    map of its own, every pixel gets its most probable class among the masks that hold it. Pixels of no class get 255
-    (65535).
+    See :func:`utils.predict.label_map`. Pixels without a class get 255 (65535).
     """
     classes = probs.shape[1]
-    unassigned = 255 if classes <= 255 else 65535
-    if procedure == "rankdice" and options.metric == "iou":
-        assert prediction.masks is not None
-        labels = mask_labels(probs, prediction.masks, unassigned)
-    else:
-        # One image at a time: what is decoded later from a file must not depend on the batch it was in.
-        labels = torch.cat([label_map(procedure, one, options, unassigned) for one in probs.split(1)])
+    labels = label_map(procedure, probs, options, prediction, unassigned=255 if classes <= 255 else 65535)
     return labels.cpu().numpy().astype(np.uint8 if classes <= 255 else np.uint16)
-
-
-def mask_labels(probs: Tensor, masks: Tensor, unassigned: int) -> Tensor:
-    """Return one label per pixel ``(B, H, W)`` of masks that may overlap: the most probable class among those that
-    hold the pixel, ``unassigned`` where none does; with one channel 0 and 1.
-    """
-    if probs.shape[1] == 1:
-        return masks[:, 0].long()
-    best, labels = probs.masked_fill(~masks, -1.0).max(dim=1)
-    return torch.where(best >= 0, labels, unassigned)
 
 
 def write_masks(folder: Path, facts: Facts, names: Sequence[str], labels: NDArray[Any], run: str = "0" * 16) -> None:

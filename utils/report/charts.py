@@ -10,8 +10,10 @@ COLOURS = {
     "T": "#e69f00",
     "T_tuned": "#cc79a7",
     "max": "#0072b2",
+    "max_present": "#332288",
     "rankdice": "#009e73",
-    "rankdice_unpruned": "#d55e00",
+    "rankdice_paper": "#d55e00",
+    "rankdice_map": "#999933",
     "rankdice_iou": "#56b4e9",
 }
 
@@ -152,7 +154,7 @@ def heat_map(shares: Sequence[Sequence[float | None]], classes: Sequence[str]) -
             if not share:
                 continue
             x, title = label + j * cell, f"{escape(classes[i])} predicted as {escape(classes[j])}: {share:.2%}"
-            colour = COLOURS["max"] if i == j else COLOURS["rankdice_unpruned"]
+            colour = COLOURS["max"] if i == j else COLOURS["rankdice_paper"]
             body.append(
                 f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{colour}" '
                 f'fill-opacity="{share:.3f}"><title>{title}</title></rect>'

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from utils.evaluation import Part
 from utils.facts import Facts
 from utils.images.palette import complete_palette, displayable
 from utils.metrics import image_scores
-from utils.predict.stored import mask_labels
 
 Picture = NDArray[np.uint8]
 
@@ -116,12 +117,12 @@ class Gallery:
         return pictures
 
     def _labels(self, part: Part, name: str, i: int) -> NDArray[np.int64]:
-        """Return what was scored as one label per pixel; see :func:`utils.predict.stored.mask_labels`."""
+        """Return what was scored as one label per pixel: of masks that overlap, the most probable class."""
         prediction = part.predictions[name]
         if prediction.labels is not None:
             return prediction.labels[i].cpu().numpy()
         assert prediction.masks is not None
-        return mask_labels(part.probs[i : i + 1], prediction.masks[i : i + 1], NO_CLASS)[0].cpu().numpy()
+        return _mask_labels(part.probs[i], prediction.masks[i]).cpu().numpy()
 
     def _colours(self, labels: NDArray[np.int64]) -> Picture:
         known = max(self.facts.num_classes, 2)
@@ -141,6 +142,14 @@ class Gallery:
         canvas[differ & (ranked == target)] = RANKDICE_RIGHT
         canvas[differ & (base == target)] = MAX_RIGHT
         return canvas
+
+
+def _mask_labels(probs: Tensor, masks: Tensor) -> Tensor:
+    """Return one label per pixel ``(H, W)``: the most probable class among those whose mask holds it, or none."""
+    if len(probs) == 1:
+        return masks[0].long()
+    best, labels = probs.masked_fill(~masks, -1.0).max(dim=0)
+    return torch.where(best >= 0, labels, NO_CLASS)
 
 
 def _smaller(labels: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.int64]:
