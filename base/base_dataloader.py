@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from base.base_dataset import BaseDataSet
 from base.entries import BROKEN_FILES_HINT, Key, available_cores, collate
 from base.splits import split_by_fold, split_by_fraction
 from utils.batch import Batch
+from utils.bounds import BatchSize, Count, Positive, Seed, ShareBelowOne, WorkerCount
 from utils.errors import UserError
 
 log = logging.getLogger("data")
@@ -59,16 +60,16 @@ class BaseDataLoader(DataLoader[Any]):
         self,
         dataset: BaseDataSet,
         /,
-        batch_size: int = 8,
+        batch_size: BatchSize = 8,
         shuffle: bool = False,
         *,
-        val_split: float | None = None,
-        val_fold: tuple[int, int] | None = None,
+        val_split: ShareBelowOne | None = None,
+        val_fold: tuple[Count, Positive] | None = None,
         group_by: str | None = None,
-        num_workers: int | None = None,
+        num_workers: WorkerCount | None = None,
         drop_last: bool = False,
-        sampler: str | None = None,
-        seed: int = 0,
+        sampler: Literal["weighted"] | None = None,
+        seed: Seed = 0,
         pin_memory: bool | None = None,
     ) -> None:
         if sampler not in (None, "weighted"):

@@ -22,6 +22,7 @@ from base.entries import BROKEN_FILES_HINT, Cache, Entries, Entry, Key, Sample, 
 from base.labels import LabelTable, PaletteReference
 from base.layout import layout_problem
 from base.statistics import mean_and_std, median_frequency_weights, moments, repeat_factors
+from utils.bounds import AboveZero, Amount, Channels, ClassCount, Label, Number, Seed, Side
 from utils.errors import DataFolderError, UserError
 from utils.facts import Facts
 from utils.images import read_label, read_mask, read_pixels
@@ -103,26 +104,26 @@ class BaseDataSet(Dataset[Any]):
         data_dir: str | None = None,
         split: str = "train",
         *,
-        crop_size: int | tuple[int, int] | None = None,
-        base_size: int | None = None,
+        crop_size: Side | tuple[Side, Side] | None = None,
+        base_size: Side | None = None,
         augment: bool = False,
-        scale: bool | tuple[float, float] = True,
+        scale: bool | tuple[AboveZero, AboveZero] = True,
         flip: bool = True,
-        rotate: bool | float = True,
-        blur: bool | float = False,
-        jitter: bool | float = False,
+        rotate: bool | Amount = True,
+        blur: bool | Amount = False,
+        jitter: bool | Amount = False,
         val: bool = False,
-        in_channels: int = 3,
-        classes: list[str] | str | int | None = None,
+        in_channels: Channels = 3,
+        classes: list[str] | str | ClassCount | None = None,
         palette: list[Colour] | None = None,
         mean: list[float] | Literal["auto"] | None = None,
         std: list[float] | Literal["auto"] | None = None,
-        value_range: list[float] | None = None,
-        nodata: float | str | None = None,
-        cache: str | None = None,
-        on_error: str = "raise",
-        ignore_index: int | None = None,
-        seed: int = 0,
+        value_range: list[Number] | None = None,
+        nodata: Number | str | None = None,
+        cache: Literal["ram"] | None = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        ignore_index: Label | None = None,
+        seed: Seed = 0,
     ) -> None:
         _one_of("split", split, self.splits)
         _one_of("on_error", on_error, ("raise", "skip"))
@@ -195,6 +196,8 @@ class BaseDataSet(Dataset[Any]):
         names, colours = cls.class_names, None
         if classes is not None:
             names, colours = classes_of(classes, data_dir)
+        if not names:
+            raise ValueError("classes is missing: give the names of your classes, in the order of their ids")
         if palette is None:
             palette = cls.palette if names == cls.class_names else colours
         values = ValueRange.of(value_range, nodata)
@@ -254,8 +257,6 @@ class BaseDataSet(Dataset[Any]):
         return DataFolderError(layout_problem(problem, self.layout, self._data_dir))
 
     def _check_geometry(self, augment: bool, base_size: int | None) -> None:
-        if self.val and self.crop_size is None:
-            raise ValueError("crop_size is missing: `val: true` crops the centre; leave both out for whole images")
         if augment and self.val:
             log.warning("augment has no effect with `val: true`: images are rescaled and centre-cropped only")
         elif not augment and not self.val:

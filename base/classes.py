@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base.text import read_lines, without_quotes
+from utils.bounds import Byte
 from utils.errors import UserError
 from utils.images import voc_colormap
 
-Colour = tuple[int, int, int]
+Colour = tuple[Byte, Byte, Byte]
 
 _NAME_COLUMNS = ("class", "name", "class_name", "label", "classes")
 _VALUE_COLUMNS = ("pixel value", "value", "id", "pixel_value", "index")

@@ -15,6 +15,7 @@ from base.splits import grouping, split_by_fold, split_by_fraction
 from dataloaders.reading.lists import native, read_rows
 from dataloaders.reading.masks import MaskOptions, MaskReader
 from dataloaders.reading.pairing import Pairs, find_folder, image_files, index_files, pair, relative_stem
+from utils.bounds import Count, Label, Positive, Seed, ShareBelowOne
 from utils.errors import UserError
 
 _SPLIT_OF_FOLDER = {
@@ -75,14 +76,14 @@ or, split by folders,
         masks: str = "masks",
         mask_suffix: str = "",
         list_file: str | None = None,
-        val_fraction: float = 0.0,
-        test_fraction: float = 0.0,
-        split_seed: int = 0,
-        val_fold: tuple[int, int] | None = None,
+        val_fraction: ShareBelowOne = 0.0,
+        test_fraction: ShareBelowOne = 0.0,
+        split_seed: Seed = 0,
+        val_fold: tuple[Count, Positive] | None = None,
         group_by: str | None = None,
-        mask_values: list[int] | None = None,
-        ignore_values: list[int] | None = None,
-        threshold: int | None = None,
+        mask_values: list[Label] | None = None,
+        ignore_values: list[Label] | None = None,
+        threshold: Label | None = None,
         colors: bool | None = None,
         ignore_colors: list[Colour] | None = None,
         **common: Any,

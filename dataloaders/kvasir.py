@@ -13,6 +13,7 @@ from base.splits import split_by_fraction
 from dataloaders.labels import labels
 from dataloaders.reading.lists import read_names
 from dataloaders.reading.pairing import image_files, pair, relative_stem
+from utils.bounds import ShareBelowOne
 from utils.images import read_levels
 
 
@@ -43,7 +44,7 @@ or, split beforehand,
   masks_split/<split>/jpg_masks/<id>.jpg
 """
 
-    def __init__(self, *, val_fraction: float = 0.12, **common: Any) -> None:
+    def __init__(self, *, val_fraction: ShareBelowOne = 0.12, **common: Any) -> None:
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
         self.val_fraction = val_fraction

@@ -11,6 +11,7 @@ from base.base_model import BaseModel, resize_to
 from models import upstream
 from models.backbones import Needs, encoder
 from models.blocks import init_weights
+from utils.bounds import Width
 
 #: Levels of a ResNet, for the recorded names.
 LEVELS = 4
@@ -134,7 +135,7 @@ class GCN(BaseModel):
         in_channels: int = 3,
         backbone: str = "resnet50",
         pretrained: bool | str = False,
-        kernel_size: int = 11,
+        kernel_size: Width = 11,
         use_deconv: bool = False,
         published: bool = False,
         freeze_bn: bool = False,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from base.base_model import BaseModel
 from models.blocks import ConvBNReLU, init_weights, resize_to
+from utils.bounds import Width
 
 
 def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -73,7 +74,7 @@ class UNet(BaseModel):
 
     output_stride = 16
 
-    def __init__(self, num_classes: int, in_channels: int = 3, width: int = 64, freeze_bn: bool = False) -> None:
+    def __init__(self, num_classes: int, in_channels: int = 3, width: Width = 64, freeze_bn: bool = False) -> None:
         super().__init__(num_classes, in_channels)
         if width < 2 or width % 2:
             raise ValueError(f"width must be an even number of channels, got {width}")

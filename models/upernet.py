@@ -11,6 +11,7 @@ from base.base_model import BaseModel
 from models import upstream
 from models.backbones import Needs, encoder
 from models.blocks import ConvBNReLU, PyramidPooling, init_weights, resize_to
+from utils.bounds import Width
 
 
 class FPN(nn.Module):
@@ -92,7 +93,7 @@ class UperNet(BaseModel):
         backbone: str = "resnet101",
         pretrained: bool | str = False,
         output_stride: int | None = None,
-        fpn_out: int = 256,
+        fpn_out: Width = 256,
         published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,

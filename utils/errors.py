@@ -60,13 +60,19 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = USER_ERROR_EXIT_CODE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
     except BrokenPipeError:
         # The reader of our output went away (``| head``): not an error of ours.
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        # A path that cannot be used: a name that is too long, no permission, no space. Others are defects of ours.
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = USER_ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # as distributed.under_torchrun, which imports torch
         _leave_at_once(code or 0)
     sys.exit(code or 0)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
+from pydantic import Field
 
 from base.base_dataset import BaseDataSet
 from base.entries import Entry
 from dataloaders.shapes import scene
+from utils.bounds import Seed
+
+Length = Annotated[int, Field(ge=1, le=1_000_000)]
+SceneSide = Annotated[int, Field(ge=scene.SMALLEST, le=8192)]
 
 
 class Shapes(BaseDataSet):
@@ -38,9 +43,9 @@ class Shapes(BaseDataSet):
         self,
         split: str = "train",
         *,
-        length: int = 1000,
-        size: int | tuple[int, int] = 128,
-        scene_seed: int = 0,
+        length: Length = 1000,
+        size: SceneSide | tuple[SceneSide, SceneSide] = 128,
+        scene_seed: Seed = 0,
         endless: bool = True,
         **common: Any,
     ) -> None:

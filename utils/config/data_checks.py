@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -53,6 +54,8 @@ def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
         return built(
             f"{field}.args", build, component.type, seed=config.seed, ignore_index=config.ignore_index, **component.args
         )
+    except OSError as error:
+        raise UserError(f"{field}.args: cannot read {error.filename}: {error.strerror}") from None
     except DataFolderError as error:
         raise UserError(f"{field}.args.data_dir: {error}") from None
     except UserError as error:
@@ -166,9 +169,9 @@ def warn_about_schedule(config: Config, batches: int) -> None:
         steps_per_epoch=per_epoch if section.step == "epoch" else None,
         **section.args,
     )
-    rates = [float(groups[0]["lr"]) for groups in lr_scheduler.walk(schedule, min(steps, _SIMULATED))]
+    rates = built("lr_scheduler.args", _rates, schedule, min(steps, _SIMULATED))
     low = [rate <= 1.001 * FADED * max(rates) for rate in rates]
-    first = len(low) - low[::-1].index(False)  # the rate is low from here on
+    first = len(low) - [*low[::-1], False].index(False)  # the rate is low from here on
     if steps - first <= steps / 2:
         return
     advice = (
@@ -179,6 +182,14 @@ def warn_about_schedule(config: Config, batches: int) -> None:
         f"lr_scheduler: {section.type} brings the learning rate below {FADED:g} of its highest value after {first} of "
         f"{steps} iterations{advice if section.step == 'iteration' else ''}"
     )
+
+
+def _rates(schedule: lr_scheduler.Schedule, steps: int) -> list[float]:
+    rates = [float(groups[0]["lr"]) for groups in lr_scheduler.walk(schedule, steps)]
+    for step, rate in enumerate(rates):
+        if not 0 <= rate < math.inf:
+            raise ValueError(f"the learning rate would be {rate} in iteration {step + 1}")
+    return rates
 
 
 def _warn(text: str) -> None:

@@ -17,6 +17,7 @@ PLACEHOLDER = "?"
 
 _DEEPEST = 50  # sections inside sections
 _LONGEST_PATH = 100
+_DIGITS = 30
 
 # Parts of a location that pydantic adds for its own use: which member of a union it tried.
 _TAGS = ("literal[", "list[", "function-", "nullable", "constrained-", "union")
@@ -54,6 +55,8 @@ def _foreign(value: Any) -> str | None:
     """Return why a value cannot stand in a config, None if it can."""
     if value is RecursionError:
         return f"more than {_DEEPEST} levels of brackets; a config needs a few"
+    if isinstance(value, int) and abs(value) >= 10**_DIGITS:
+        return f"found a whole number of more than {_DIGITS} digits"
     if value is None or isinstance(value, bool | int | float):
         return None
     if not isinstance(value, str):

@@ -82,7 +82,8 @@ def build(
 
 def walk(schedule: Schedule, steps: int) -> Iterator[list[dict[str, Any]]]:
     """Run a schedule for ``steps`` steps without training; yield the optimizer's parameter groups in each of them."""
-    for _ in range(steps):
+    for step in range(steps):
         yield schedule.optimizer.param_groups
-        schedule.optimizer.step()
+        if step == 0:
+            schedule.optimizer.step()  # torch warns of a schedule that advances first
         schedule.step()
