@@ -25,6 +25,7 @@ from base.statistics import mean_and_std, median_frequency_weights, moments, rep
 from utils.bounds import AboveZero, Amount, Channels, ClassCount, Label, Number, Seed, Side
 from utils.errors import DataFolderError, UserError
 from utils.facts import Facts
+from utils.files import expand
 from utils.images import read_label, read_mask, read_pixels
 from utils.images.values import Pixels, ValueRange
 
@@ -131,7 +132,7 @@ class BaseDataSet(Dataset[Any]):
         if in_channels < 1:
             raise ValueError(f"in_channels must be at least 1, got {in_channels}")
         self.split, self.seed, self.on_error = split, seed, on_error
-        self._data_dir = Path(data_dir).expanduser() if data_dir is not None else None
+        self._data_dir = expand(data_dir) if data_dir is not None else None
         facts = self.facts_for(
             data_dir=data_dir,
             classes=classes,
@@ -196,8 +197,6 @@ class BaseDataSet(Dataset[Any]):
         names, colours = cls.class_names, None
         if classes is not None:
             names, colours = classes_of(classes, data_dir)
-        if not names:
-            raise ValueError("classes is missing: give the names of your classes, in the order of their ids")
         if palette is None:
             palette = cls.palette if names == cls.class_names else colours
         values = ValueRange.of(value_range, nodata)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from base.text import read_lines, without_quotes
 from utils.bounds import Byte
 from utils.errors import UserError
+from utils.files import expand
 from utils.images import voc_colormap
 
 Colour = tuple[Byte, Byte, Byte]
@@ -123,8 +124,8 @@ def classes_of(classes: Sequence[str] | str | int, data_dir: str | None) -> Clas
             raise ValueError(f"classes must be at least 1, got {classes}")
         return Classes(tuple(f"class {i}" for i in range(classes)))
     if isinstance(classes, str):
-        below = Path(data_dir or ".").expanduser() / classes
-        given = Path(classes).expanduser()
+        below = expand(data_dir or ".") / classes
+        given = expand(classes)
         if not below.is_file() and not given.is_file():
             raise UserError(
                 f"classes: there is no file {given}, nor {below}; give the path of a text file with one name a line, "

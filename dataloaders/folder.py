@@ -17,6 +17,7 @@ from dataloaders.reading.masks import MaskOptions, MaskReader
 from dataloaders.reading.pairing import Pairs, find_folder, image_files, index_files, pair, relative_stem
 from utils.bounds import Count, Label, Positive, Seed, ShareBelowOne
 from utils.errors import UserError
+from utils.files import expand
 
 _SPLIT_OF_FOLDER = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -155,7 +156,7 @@ or, split by folders,
             raise ValueError(f"val_fraction, test_fraction, val_fold: remove them, {why}")
 
     def _below(self, path: str) -> Path:
-        return self.data_dir / Path(path).expanduser()  # an absolute path stays what it is
+        return self.data_dir / expand(path)  # an absolute path stays what it is
 
     def _split_folders(self) -> dict[str, tuple[Path, Path]] | None:
         """Return the (images, masks) folders of each split; None if the data is not split by folders."""

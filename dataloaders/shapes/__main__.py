@@ -10,7 +10,7 @@ import numpy as np
 
 from dataloaders.shapes import scene
 from utils.errors import UserError, run
-from utils.files import write_bytes, write_text
+from utils.files import expand, write_bytes, write_text
 from utils.images import voc_colormap, write_png
 
 
@@ -35,7 +35,7 @@ def main() -> int:
     for name, value, least in (("n", args.n, 2), ("size", args.size, scene.SMALLEST), ("seed", args.seed, 0)):
         if value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
-    out = Path(args.out).expanduser()
+    out = expand(args.out)
     counts = write_voc(out, args.n, args.size, args.seed)
     print(f"{out}: " + ", ".join(f"{count} {split}" for split, count in counts.items()))
     print(

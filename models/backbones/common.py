@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.files import expand
 
 
 class Backbone(nn.Module):
@@ -110,6 +111,7 @@ def load_from_file(path: str) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, or it does not hold weights.
     """
+    path = str(expand(path))
     if not Path(path).is_file():
         raise UserError(f"pretrained: there is no file {path}")
     try:

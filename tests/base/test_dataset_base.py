@@ -172,8 +172,8 @@ def test_impossible_arguments_are_named(folder: Path, argument: str, value: obje
 
 
 def test_options_without_effect_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ValueError, match="crop_size is missing"):
-        Tiny(str(folder), val=True)
+    whole, cropped = Tiny(str(folder), val=True), Tiny(str(folder))
+    assert torch.equal(whole[0].image, cropped[0].image)  # val without crop_size: images stay whole
     with caplog.at_level(logging.WARNING):
         Tiny(str(folder), crop_size=20)
         Tiny(str(folder), crop_size=20, val=True, augment=True)

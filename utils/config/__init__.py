@@ -20,7 +20,7 @@ from utils.config.checks import PER_CLASS_SCORES as PER_CLASS_SCORES
 from utils.config.checks import STAGES, check, names_hint
 from utils.config.schema import EDITORS_KEY, Config
 from utils.errors import UserError
-from utils.paths import expand
+from utils.files import expand
 from utils.registry import Problem, Registry, found
 
 

@@ -14,9 +14,9 @@ from utils.bounds import LARGEST
 from utils.config.published import adapt
 from utils.config.schema import Component, Config
 from utils.errors import UserError, did_you_mean
+from utils.files import expand
 from utils.losses import LOSSES
 from utils.losses import build as build_loss
-from utils.paths import expand, is_folder
 from utils.registry import Problem, Registry, found
 
 # Values a run logs once per validation; ``trainer.monitor`` follows one of them.
@@ -107,11 +107,8 @@ def _check_loader(path: str, component: Component, loaders: Registry) -> list[Pr
         return problems
     dataset = loaders[component.type]
     folder, split = (component.args.get(name) for name in ("data_dir", "split"))
-    if isinstance(folder, str) and not is_folder(folder):
-        text = (
-            f"found {found(folder)}, which is not a folder (looked in {Path.cwd()}); fix the path, or give it with "
-            f"--set {path}.args.data_dir=FOLDER"
-        )
+    if isinstance(folder, str) and (why := not_a_folder(folder)):
+        text = f"found {found(folder)}, {why}; fix the path, or give it with --set {path}.args.data_dir=FOLDER"
         problems.append(Problem(f"{path}.args.data_dir", text))
     if folder is None and getattr(dataset, "layout", None):
         text = f"{component.type} reads files, and the config does not say where they are"
@@ -123,14 +120,27 @@ def _check_loader(path: str, component: Component, loaders: Registry) -> list[Pr
     return problems
 
 
+def not_a_folder(folder: str) -> str | None:
+    """Return why a path does not lead to a folder, None if it does."""
+    try:
+        is_folder = os.path.isdir(expand(folder))
+    except UserError as error:  # a variable that is not set
+        return str(error)
+    return None if is_folder else f"which is not a folder (looked in {Path.cwd()})"
+
+
 def _facts_of(path: str, component: Component, loaders: Registry) -> tuple[list[Problem], Any | None]:
     """Return the class facts of a data set as its arguments make them, without reading the data."""
     facts_for = loaders[component.type].facts_for
     names = inspect.signature(facts_for).parameters
     try:
-        return [], facts_for(**{name: value for name, value in component.args.items() if name in names})
+        facts = facts_for(**{name: value for name, value in component.args.items() if name in names})
     except (ValueError, TypeError, OSError, UserError) as error:
         return [Problem(f"{path}.args", str(error))], None
+    if not facts.num_classes:
+        text = f"{component.type} needs the names of your classes, in the order of their ids"
+        return [Problem(f"{path}.args.classes", text)], None
+    return [], facts
 
 
 def _check_classes_of_interest(config: Config, facts: Any | None) -> list[Problem]:
@@ -289,9 +299,11 @@ def unwritable(folder: str) -> str | None:
     """Return why a folder cannot be made or written to, None if it can. Nothing is made."""
     if not folder:
         return "expected a folder"
-    path = Path(os.path.abspath(expand(folder)))
     try:
+        path = Path(os.path.abspath(expand(folder)))
         path.stat()
+    except UserError as error:  # a variable that is not set
+        return str(error)
     except FileNotFoundError:
         pass
     except OSError as error:
