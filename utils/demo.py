@@ -84,16 +84,20 @@ def compare(predictor: Predictor, path: str) -> Comparison:
     from utils.images.palette import displayable
     from utils.predict import PROCEDURES as DECIDE
     from utils.predict.stored import pictures as label_maps
+    from utils.predictor import UNASSIGNED, erase
 
-    image = predictor.read(path)
+    image, missing = predictor.read(path)
     if predictor.streams(*image.shape[:2]):
         raise UserError(f"the image has {image.shape[1]} x {image.shape[0]} pixels: use inference.py for such sizes")
     probs = predictor.probabilities(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
+    erase(probs[0], missing)
     classes = predictor.facts.num_classes
     labels, pixels, scores = {}, {}, [0.0] * classes
     for name in PROCEDURES:
         found = DECIDE[name](probs, predictor.options)
         labels[name] = label_maps(name, probs, found, predictor.options)[0]
+        if missing is not None:
+            labels[name][missing] = UNASSIGNED
         if found.masks is not None:
             pixels[name] = found.masks[0].flatten(1).sum(1).tolist()
         else:

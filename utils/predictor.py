@@ -27,7 +27,7 @@ from torch import Tensor
 
 from utils.checkpoint import LoadedModel, load_model
 from utils.errors import UserError, did_you_mean
-from utils.images import ValueRange, read_pixels, to_pixels
+from utils.images import Pixels, ValueRange, read_pixels, to_pixels
 from utils.predict import (
     PROCEDURES,
     Choice,
@@ -54,7 +54,8 @@ MAX_PIXELS = 2**23
 class Segmentation:
     """What a predictor found in one image of ``H x W`` pixels.
 
-    ``labels``: ``(H, W)`` class ids, uint8 (uint16 with more than 255 classes); 255 where procedure T gives none.
+    ``labels``: ``(H, W)`` class ids, uint8 (uint16 with more than 255 classes); 255 (65535) for pixels without a class:
+    those without data (``nodata``).
     ``scores``: float32 ``(C,)``, the expected Dice (or IoU) of each class's rankdice mask, 0 for empty masks;
     None for other procedures.
     ``volumes``: int64 ``(C,)``, the pixels of those masks.
@@ -210,38 +211,49 @@ class Predictor:
             return self.segment([self.read(image) for image in images])
         return self.segment([self.read(images)])[0]
 
-    def read(self, image: ImageLike) -> np.ndarray:
-        """Return any kind of image as ``(H, W, channels)``, uint8 or float32, with the channels the model takes."""
+    def read(self, image: ImageLike) -> Pixels:
+        """Return any kind of image with the channels that the model takes, and where it has no data.
+
+        Pixels without data have the mean colour.
+        """
         channels = self.facts.in_channels
         if isinstance(image, str | Path):
-            return read_pixels(image, channels, self.values).filled(self.facts.mean)
+            return self._filled(read_pixels(image, channels, self.values))
         if isinstance(image, Tensor):
             if image.ndim != 3:
                 raise ValueError(f"images: a tensor (channels, H, W) expected, got shape {tuple(image.shape)}")
             image = image.detach().cpu().permute(1, 2, 0).numpy()
         if not isinstance(image, np.ndarray | Image.Image):
             raise TypeError(f"images: a path, PIL image, array or tensor expected, got {type(image).__name__}")
-        return to_pixels(image, channels, self.values).filled(self.facts.mean)
+        return self._filled(to_pixels(image, channels, self.values))
+
+    def _filled(self, pixels: Pixels) -> Pixels:
+        return pixels._replace(image=pixels.filled(self.facts.mean))
 
     @torch.inference_mode()
-    def segment(self, images: Sequence[np.ndarray]) -> list[Segmentation]:
+    def segment(self, images: Sequence[Pixels]) -> list[Segmentation]:
         """Segment images as :meth:`read` returns them; those of one size share forward passes."""
         results: dict[int, Segmentation] = {}
         groups: dict[Any, list[int]] = {}
-        for index, image in enumerate(images):
+        for index, (image, _) in enumerate(images):
             groups.setdefault((image.shape, image.dtype.str), []).append(index)
         for (shape, _), members in groups.items():
             if self.streams(*shape[:2]):
                 for index in members:
-                    results[index] = self._stream(_to_tensor(images[index]))
+                    results[index] = self._stream(_to_tensor(images[index].image), images[index].missing)
                 continue
             for first in range(0, len(members), self.batch_size):
                 part = members[first : first + self.batch_size]
-                batch = torch.stack([_to_tensor(images[index]) for index in part])
+                batch = torch.stack([_to_tensor(images[index].image) for index in part])
                 probs = self.probabilities(batch)
                 check_finite(probs)
+                for row, index in zip(probs, part, strict=True):
+                    erase(row, images[index].missing)
                 for index, result in zip(part, self._decide(probs), strict=True):
                     results[index] = replace(result, tiled=self.tiles(*shape[:2]))
+        for index, (_, missing) in enumerate(images):
+            if missing is not None:
+                results[index].labels[missing] = self._unassigned
         return [results[index] for index in range(len(images))]
 
     # ------------------------------------------------------------------------------------------ probabilities
@@ -311,11 +323,11 @@ class Predictor:
 
     # ------------------------------------------------------------------------------------------ large images
 
-    def _stream(self, image: Tensor) -> Segmentation:
+    def _stream(self, image: Tensor, missing: np.ndarray | None) -> Segmentation:
         """Segment one image ``(channels, H, W)`` whose probabilities are never in memory as a whole."""
         classes, (height, width) = self.facts.num_classes, image.shape[-2:]
         tiles = tiling.Tiles(self.tile, self.overlap, self.batch_size, max_bytes=self.memory)
-        blocks = tiling.sliding_blocks(self._checked, image, classes, tiles)
+        blocks = _without(missing, tiling.sliding_blocks(self._checked, image, classes, tiles))
         tiled = self.mode != "sliding"
         if self._decides_by_pixel and not self.keep_probs:
             return Segmentation(self._stream_labels(blocks, height, width), tiled=tiled)
@@ -402,6 +414,20 @@ class Predictor:
         return streaming.rank_dice_counts(
             streaming.HALF_VALUES, counts, chosen.metric, chosen.solver, chosen.smooth, prune
         )
+
+
+def erase(probs: Tensor, missing: np.ndarray | None) -> None:
+    """Set the probabilities ``(C, h, w)`` of pixels without data to 0, so that no procedure counts them."""
+    if missing is not None:
+        probs[:, torch.from_numpy(np.ascontiguousarray(missing)).to(probs.device)] = 0
+
+
+def _without(missing: np.ndarray | None, blocks: Iterable[tiling.Block]) -> Iterator[tiling.Block]:
+    for block in blocks:
+        height, width = block.scores.shape[1:]
+        part = None if missing is None else missing[block.y : block.y + height, block.x : block.x + width]
+        erase(block.scores, part)
+        yield block
 
 
 def _written(blocks: Iterable[tiling.Block], spool: streaming.Spool) -> Iterator[tiling.Block]:

@@ -429,16 +429,45 @@ def test_numbers_mean_what_they_meant_in_training(model: Path, tmp_path: Path) -
     for kind in kinds:
         assert (ranged(kind).labels == expected).mean() > 0.999
     scaled[3, 4, 1] = np.nan
-    np.testing.assert_array_equal(ranged.read(scaled)[3, 4], np.float32(ranged.facts.mean))
+    np.testing.assert_array_equal(ranged.read(scaled).image[3, 4], np.float32(ranged.facts.mean))
 
 
 def test_pillow_images_of_every_mode(model: Path) -> None:
     predict = Predictor(model, mode="single")
     grey = photo(20, 30, 1)[:, :, 0]
-    expected = predict.read(grey)
+    expected = predict.read(grey).image
     for mode in ("L", "RGB", "LA", "RGBA", "P"):
-        np.testing.assert_array_equal(predict.read(Image.fromarray(grey).convert(mode)), expected, mode)
+        np.testing.assert_array_equal(predict.read(Image.fromarray(grey).convert(mode)).image, expected, mode)
     wide = Image.fromarray(grey.astype(np.uint16) * 257)
     for picture in (wide, wide.convert("I")):
-        np.testing.assert_allclose(predict.read(picture), expected / 255, atol=1e-6)
-    np.testing.assert_array_equal(predict.read(Image.fromarray(grey > 90))[:, :, 0], (grey > 90) * np.uint8(255))
+        np.testing.assert_allclose(predict.read(picture).image, expected / 255, atol=1e-6)
+    np.testing.assert_array_equal(predict.read(Image.fromarray(grey > 90)).image[:, :, 0], (grey > 90) * np.uint8(255))
+
+
+@pytest.mark.parametrize("procedure", ["T", "max", "rankdice"])
+def test_pixels_without_data_get_no_class(model: Path, procedure: str) -> None:
+    image = photo(40, 50).astype(np.float32)
+    missing = np.zeros((40, 50), bool)
+    missing[5:20, 10:40] = True
+    image[missing] = -9999
+    options: dict = {
+        "mode": "single",
+        "predict": procedure,
+        "keep_probs": True,
+        "values": ValueRange.of([0, 255], -9999),
+    }
+    whole = Predictor(model, **options)(image)
+    assert (whole.labels[missing] == 255).all()
+    assert not whole.probs[:, missing].any()
+    if whole.masks is not None:
+        assert not whole.masks[:, missing].any()
+    if whole.volumes is not None:
+        np.testing.assert_array_equal(whole.volumes, whole.masks.sum((1, 2)))
+    plain = Predictor(model, mode="single", predict="max")(np.where(missing[..., None], 128, image).astype(np.uint8))
+    if procedure == "max":
+        assert (whole.labels == plain.labels)[~missing].mean() > 0.5, "other pixels keep their class"
+    streamed = Predictor(model, memory=100, max_pixels=64**2, **options)(image)
+    assert (streamed.labels[missing] == 255).all()
+    for top, band in streamed.probs.bands():
+        assert not band[:, missing[top : top + band.shape[1]]].any()
+    streamed.probs.close()

@@ -569,7 +569,7 @@ def test_one_bad_image_of_a_batch_fails_alone(script: Script, monkeypatch: pytes
     segment = Predictor.segment
 
     def fussy(self: Predictor, images: list) -> list:
-        if any(np.array_equal(image, marked) for image in images):
+        if any(np.array_equal(pixels.image, marked) for pixels in images):
             raise MemoryError
         return segment(self, images)
 
@@ -757,18 +757,20 @@ def test_reading_ahead_is_bounded(model: Path, tmp_path: Path, monkeypatch: pyte
             def pixels(self) -> int:
                 return pixels
 
-        def read(channels: int) -> np.ndarray:
-            live[0] += 1
-            most[0] = max(most[0], live[0])
-            return photo(30, 30, seed=index)
+        return Counted(source=f"{index}", name=f"{index}", image=photo(30, 30, seed=index))
 
-        return Counted(source=f"{index}", name=f"{index}", read=read)
+    def counting(image: np.ndarray) -> object:
+        live[0] += 1
+        most[0] = max(most[0], live[0])
+        return read(image)
 
     def finished(item: sources.Item, problem: str | None) -> None:
         assert problem is None
         live[0] -= 1
 
     predictor = Predictor(model, mode="single", predict="max", keep_masks=False)
+    read = predictor.read
+    monkeypatch.setattr(predictor, "read", counting)
     wanted = outputs.Outputs(tmp_path / "masks", predictor.facts, outputs.Run("max"))
     for pixels, bound in ((pipeline.PIXELS_IN_FLIGHT, 1), (pipeline.PIXELS_IN_FLIGHT // 2, 2)):
         most[0] = 0

@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -129,7 +130,7 @@ def _pillow(data: bytes, path: Path) -> Raster:
     return raster
 
 
-def _open(data: bytes, path: Path) -> Image.Image:
+def _open(data: bytes, path: Path) -> Any:  # of Pillow's classes, which have attributes of their own
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
@@ -138,7 +139,7 @@ def _open(data: bytes, path: Path) -> Image.Image:
         raise UserError(f"{path} {DAMAGED}: {error}") from None
 
 
-def _pnm(data: bytes, image: Image.Image, path: Path) -> Raster | None:
+def _pnm(data: bytes, image: Any, path: Path) -> Raster | None:
     """Return the numbers of a PGM or PPM file as stored; Pillow scales them to 8 or 16 bits.
 
     Return None for files of one bit, and where the largest value is 255: Pillow reads these as they are.

@@ -17,7 +17,7 @@ from utils.images.raster import DAMAGED, ORIENTATION, Raster, from_pillow, named
 try:
     import tifffile
 except ImportError:
-    tifffile = None
+    tifffile = None  # type: ignore[assignment]  # how a module is said to be absent
 else:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it remarks on odd metadata, file by file
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # on every layout that it does not know
@@ -34,7 +34,7 @@ _REDUCED, _MASK = 1, 4  # kinds of pages that are not pictures
 _PLAIN, _FAX, _PREDICTED = (1, 32773), (3, 4), (5, 8, 32946)  # none and PackBits; fax; LZW and deflate (two numbers)
 # What Pillow reads right, tests/images/test_tif.py proves it: (photometric interpretation, bits of each channel, number
 # format, extra channels) -> compressions.
-_PILLOW_LAYOUTS = {
+_PILLOW_LAYOUTS: dict[tuple, tuple[int, ...]] = {
     (_WHITE_IS_ZERO, (1,), 1, ()): (*_PLAIN, *_FAX, *_PREDICTED),
     (_BLACK_IS_ZERO, (1,), 1, ()): (*_PLAIN, *_FAX, *_PREDICTED),
     (_BLACK_IS_ZERO, (8,), 1, ()): (*_PLAIN, *_PREDICTED, _JPEG),
@@ -86,7 +86,7 @@ def decode(data: bytes, path: Path, channels: int) -> Raster:
         raise UserError(f"{path} {DAMAGED}, or of a kind that is not supported: {error}") from None
 
 
-def _open_pillow(data: bytes) -> Image.Image | None:
+def _open_pillow(data: bytes) -> Any:
     """Open the file if it is one picture in a layout that Pillow reads right; else return None."""
     try:
         image: Any = Image.open(io.BytesIO(data), formats=("TIFF",))

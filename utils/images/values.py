@@ -70,9 +70,9 @@ class ValueRange:
         """
         limits = None
         if value_range is not None:
-            limits = tuple(float(v) for v in value_range)
-            if len(limits) != 2 or not all(map(math.isfinite, limits)) or limits[0] >= limits[1]:
+            if len(value_range) != 2 or not all(map(math.isfinite, value_range)) or value_range[0] >= value_range[1]:
                 raise ValueError(f"value_range must be [low, high] with low < high, got {list(value_range)}")
+            limits = (float(value_range[0]), float(value_range[1]))
         if isinstance(nodata, str) and nodata.lower() != "nan":
             raise ValueError(f'nodata must be a number or "nan", got {nodata!r}')
         return cls(limits, None if nodata is None else float(nodata))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from utils.errors import UserError
+from utils.images import Pixels
 from utils.inference.outputs import Outputs, Row
 from utils.inference.sources import Item
 from utils.predictor import Predictor, Segmentation
@@ -106,9 +107,9 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------- reading
 
-    def _batches(self, items: Iterator[Item]) -> Iterator[list[tuple[_Job, np.ndarray]]]:
+    def _batches(self, items: Iterator[Item]) -> Iterator[list[tuple[_Job, Pixels]]]:
         """Yield images of equal size that follow each other, read in the background."""
-        batch: list[tuple[_Job, np.ndarray]] = []
+        batch: list[tuple[_Job, Pixels]] = []
         depth = 2 * self.predictor.batch_size
         upcoming = next(items, None)
         while True:
@@ -117,11 +118,11 @@ class Pipeline:
                 if self._in_flight and self._in_flight + pixels > PIXELS_IN_FLIGHT:
                     break
                 self._in_flight += pixels
-                future = self._readers.submit(self._read, upcoming)
+                future = self._readers.submit(self.predictor.read, upcoming.image)
                 self._reading.append(_Job(upcoming, pixels, future))
                 upcoming = next(items, None)
             loaded = self._next_loaded()
-            if batch and (loaded is None or not self._together(batch, loaded[1])):
+            if batch and (loaded is None or not self._together(batch, loaded[1].image)):
                 yield batch
                 batch = []
             if loaded is not None:
@@ -132,10 +133,7 @@ class Pipeline:
             elif not self._reading and self._writing:
                 self._finish_oldest()  # what is being written holds the place of the next image
 
-    def _read(self, item: Item) -> np.ndarray:
-        return self.predictor.read(item.file) if item.file is not None else item.read(self.predictor.facts.in_channels)
-
-    def _next_loaded(self) -> tuple[_Job, np.ndarray] | None:
+    def _next_loaded(self) -> tuple[_Job, Pixels] | None:
         """Return the next image that could be read; None when nothing is being read."""
         while self._reading:
             job = self._reading.popleft()
@@ -145,16 +143,16 @@ class Pipeline:
                 self._fail(job, error)
         return None
 
-    def _together(self, batch: list[tuple[_Job, np.ndarray]], image: np.ndarray) -> bool:
-        first = batch[0][1]
+    def _together(self, batch: list[tuple[_Job, Pixels]], image: np.ndarray) -> bool:
+        first = batch[0][1].image
         same = first.shape == image.shape and first.dtype == image.dtype
         return same and len(batch) < self.predictor.batch_size and not self.predictor.streams(*image.shape[:2])
 
     # ------------------------------------------------------------------------------------------- predicting
 
-    def _segment(self, batch: list[tuple[_Job, np.ndarray]]) -> None:
+    def _segment(self, batch: list[tuple[_Job, Pixels]]) -> None:
         try:
-            results = self.predictor.segment([image for _, image in batch])
+            results = self.predictor.segment([pixels for _, pixels in batch])
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0][0], error)
@@ -162,13 +160,13 @@ class Pipeline:
                 for one in batch:
                     self._segment([one])
             return
-        for (job, image), result in zip(batch, results, strict=True):
+        for (job, pixels), result in zip(batch, results, strict=True):
             if result.tiled:
                 self.report.tiled.append(job.item.source)
             self.report.pixels += result.labels.size
             known = max(2, self.predictor.facts.num_classes)
             self.report.unassigned += int(np.count_nonzero(result.labels >= known))
-            shown = image if self.outputs.wanted.opacity is not None else None
+            shown = pixels.image if self.outputs.wanted.opacity is not None else None
             future = self._writer.submit(self._write, job.item, shown, result)
             self._writing.append(_Job(job.item, job.pixels, future))
         batch.clear()

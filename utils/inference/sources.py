@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images import IMAGE_EXTENSIONS, read_image
+from utils.images import IMAGE_EXTENSIONS
 
 # Formats whose header counts the frames.
 _COUNTED = (".mp4", ".m4v", ".mov", ".avi")
@@ -30,14 +29,17 @@ class Item:
     Attributes:
         source: what messages call it; printable, whatever bytes the file's name holds.
         name: where its outputs go below the output folder, without extension.
-        read: returns ``(H, W, channels)``, given the number of channels, or raises UserError.
-        file: the image file, if it is one.
+        image: the image file, or a frame ``(H, W, 3)``.
     """
 
     source: str
     name: str
-    read: Callable[[int], np.ndarray]
-    file: Path | None = None
+    image: Path | np.ndarray
+
+    @property
+    def file(self) -> Path | None:
+        """The image file, if it is one."""
+        return self.image if isinstance(self.image, Path) else None
 
     def pixels(self) -> int:
         """Return the number of pixels that the file's header states; 0 if unknown."""
@@ -122,10 +124,7 @@ def find_images(images: str | Path, output: str | Path, extensions: Sequence[str
     else:
         raise UserError(f"--images {images}: there is no such file or folder (looked in {Path.cwd()})")
     names = output_names([file.relative_to(root) for file in files])
-    found.items = [
-        Item(source=printable(file), name=name, read=partial(read_image, file), file=file)
-        for file, name in zip(files, names, strict=True)
-    ]
+    found.items = [Item(source=printable(file), name=name, image=file) for file, name in zip(files, names, strict=True)]
     _refuse_to_overwrite(found.items, Path(output))
     return found
 
@@ -278,7 +277,7 @@ class Video:
                         break
                     rgb = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
                     name = f"{self.name}/frame_{index:06d}"
-                    yield Item(source=f"{self.source} frame {index}", name=name, read=_frame_reader(rgb))
+                    yield Item(source=f"{self.source} frame {index}", name=name, image=rgb)
                 index += 1
         finally:
             self._capture.release()
@@ -294,14 +293,3 @@ class Video:
     def _slack(self) -> float:
         """The share by which the announced number of frames may be off: some formats announce a duration only."""
         return 0.0 if Path(self.source).suffix.lower() in _COUNTED else 0.05
-
-
-def _frame_reader(frame: np.ndarray) -> Callable[[int], np.ndarray]:
-    def read(channels: int) -> np.ndarray:
-        if channels == 1:
-            return cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)[:, :, None]
-        if channels != 3:
-            raise UserError(f"the model takes images with {channels} channels; frames of a video have 3")
-        return frame
-
-    return read
