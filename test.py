@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from utils.cli import add_device, add_overrides, add_trust, select_devices, share_cores
 from utils.config.schema import PROCEDURES
 from utils.errors import run
+from utils.files import expand
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,7 @@ def main() -> int:
     from base.rng import seed_everything
     from utils import checkpoint, distributed, report
 
-    args.resume = args.resume or checkpoint.network_of(args.config)
+    args.resume = str(expand(args.resume)) if args.resume else checkpoint.network_of(args.config)
     state = checkpoint.read(args.resume)
     stages = ("test",) if not args.fit else ("val",)
     overrides = from_val_loader(state.get("config"), args.config, overrides)
@@ -135,8 +136,20 @@ def results_folder(args: argparse.Namespace, config: Config) -> Path:
 
     path = Path(args.resume)
     if args.output or args.fit:
-        return Path(args.output or path.parent)
-    folder = Path(config.tester.out_dir or path.parent)
+        return expand(args.output or path.parent)
+    folder = path.parent
+    if config.tester.out_dir:
+        chosen = expand(config.tester.out_dir)
+        # Whoever made a checkpoint does not choose where its user's files are written.
+        asked = args.config or any(item.startswith(("tester.out_dir=", "tester=")) for item in args.set)
+        if asked or chosen.resolve().is_relative_to(folder.resolve()):
+            folder = chosen
+        else:
+            print(
+                f"note: results go beside the checkpoint. Its config names {chosen} (tester.out_dir), outside the "
+                f"run's folder; to write there: -o {shlex.quote(str(chosen))}",
+                file=sys.stderr,
+            )
     if path.name == BEST:
         return folder
     return folder / (path.stem if path.suffix else f"{path.name}_results")
@@ -182,7 +195,7 @@ def score(
     if args.save_masks:
         watcher.save_masks(folder / "masks")
     if args.save_probs:
-        watcher.save_probs(Path(args.save_probs), options, procedure, args.force)
+        watcher.save_probs(expand(args.save_probs), options, procedure, args.force)
     outcome = evaluate(
         evaluator,
         loader,
@@ -268,7 +281,9 @@ def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel,
     if distributed.is_main():
         data = " ".join(str(x) for x in (origin, component.type, component.args.get("split")) if x)
         print(fitting.text(found, config, data))
-        path = fitting.save(fitting.calibrated(state, config, found, data), args.resume, args.output)
+        path = fitting.save(
+            fitting.calibrated(state, config, found, data), args.resume, args.output and expand(args.output)
+        )
         print(f"written: {path}")
         print(f"now    : python test.py -r {shlex.quote(str(path))} -p all")
 

@@ -17,6 +17,7 @@ from utils import checkpoint, distributed, files
 from utils import config as configs
 from utils.config.schema import Config
 from utils.errors import UserError
+from utils.files import expand
 
 try:
     import fcntl
@@ -30,14 +31,14 @@ LOCK = ".lock"
 
 def parent_folder(config: Config) -> Path:
     """Return the folder that holds the runs of a config: ``save_dir/name/loss/predict.val``."""
-    return files.expand(config.trainer.save_dir) / config.name / config.loss.type / config.predict.val
+    return expand(config.trainer.save_dir) / config.name / config.loss.type / config.predict.val
 
 
 def tensorboard_folder(config: Config, folder: Path) -> Path | None:
     """Return the folder of a run's TensorBoard logs, ``log_dir/name/MM-DD_HH-MM``; None: no logs."""
     if not config.trainer.tensorboard:
         return None
-    return files.expand(config.trainer.log_dir) / config.name / folder.name
+    return expand(config.trainer.log_dir) / config.name / folder.name
 
 
 @contextmanager

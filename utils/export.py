@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import add_overrides, add_trust
 from utils.errors import UserError, run
-from utils.files import atomic
+from utils.files import atomic, expand
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,7 @@ def main() -> int:
     add_trust(parser)
     args = parser.parse_args()
     check_packages(args.format)
-    output = Path(args.output or Path(args.model).with_suffix(SUFFIXES[args.format]))
+    output = expand(args.output or Path(args.model).with_suffix(SUFFIXES[args.format]))
     if output.suffix != SUFFIXES[args.format]:
         raise UserError(f"--output {output}: a file of format {args.format} is named {SUFFIXES[args.format]}")
     if not output.parent.is_dir():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,25 @@ class Facts:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Facts:
-        """Return the facts that :meth:`to_dict` wrote."""
-        values = dict(values)
-        values["palette"] = tuple(tuple(colour) for colour in values["palette"])
-        for key in ("class_names", "mean", "std"):
-            values[key] = tuple(values[key])
-        if values.get("value_range") is not None:
-            values["value_range"] = tuple(values["value_range"])
-        return cls(**values)
+        """Return the facts that :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: they are not as it writes them; the field is named.
+        """
+        try:
+            facts = TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{where}: {first['msg']}, found {str(first['input'])[:60]!r}") from None
+        if not 1 <= facts.num_classes <= 2**16:
+            raise ValueError(f"num_classes: expected 1 to {2**16}, found {facts.num_classes}")
+        channels = len(facts.mean), len(facts.std)
+        if channels != (facts.in_channels, facts.in_channels) or not all(isfinite(v) for v in facts.mean + facts.std):
+            raise ValueError(f"mean and std: expected a finite number for each of {facts.in_channels} channels")
+        if not all(v > 0 for v in facts.std):
+            raise ValueError("std: expected numbers above 0")
+        return facts
 
     @property
     def label_names(self) -> tuple[str, ...]:

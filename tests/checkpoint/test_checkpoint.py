@@ -285,6 +285,107 @@ def test_bytes_gone_wrong_end_in_an_explanation_or_in_weights(tmp_path) -> None:
     assert min(outcomes.values()) > 20
 
 
+def tensors_that_hold_nothing() -> dict[str, torch.Tensor]:
+    return {
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.empty(10**12, device="meta"),
+        "endless": torch.ones(1).expand(10**12),
+        "complex": torch.ones(2, dtype=torch.complex64),
+    }
+
+
+def endless() -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    nested["again"] = nested
+    return nested
+
+
+MALFORMED = {
+    "no tensors in ema": ({"ema": {"a": 5}}, "expected tensors by name in 'ema', found dict with int as 'a'"),
+    "a tensor in the config": ({"config": {"name": torch.ones(2)}}, "found a tensor as config.name"),
+    "an endless config": ({"config": endless()}, "nested too deeply"),
+    "text as epoch": ({"epoch": "three"}, "expected a whole number as 'epoch', found 'three'"),
+    "a negative iteration": ({"iteration": -1}, "expected a whole number as 'iteration', found '-1'"),
+    "names that are no text": ({"state_dict": {5: torch.ones(1)}}, "expected tensors by name in 'state_dict'"),
+    **{
+        name: ({"state_dict": {"a": tensor}}, "it is not a checkpoint of a network")
+        for name, tensor in tensors_that_hold_nothing().items()
+    },
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_contents_are_refused_in_one_line(case, tmp_path) -> None:
+    content, told = MALFORMED[case]
+    path = written(WEIGHTS | content, tmp_path / "model.pth")
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < len(str(path)) + 330
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({"mean": ("a", "b", "c")}, "mean.0: Input should be a valid number"),
+        ({"mean": (0.5,)}, "mean and std: expected a finite number for each of 3 channels"),
+        ({"std": (0.0, 1.0, 1.0)}, "std: expected numbers above 0"),
+        ({"num_classes": 10**12}, "num_classes: expected 1 to 65536"),
+        ({"palette": 3}, "palette: "),
+        ({"ignore_index": None}, "ignore_index: "),
+    ],
+)
+def test_malformed_facts_are_refused(facts, told, tmp_path) -> None:
+    content = state()
+    content["facts"] = content["facts"] | facts
+    path = written(content, tmp_path / "model.pth")
+    with pytest.raises(UserError, match="its 'facts'") as error:
+        load_model(path)
+    assert told in str(error.value)
+
+
+def test_a_network_larger_than_its_weights_is_not_built(tmp_path) -> None:
+    content = state()
+    content["config"]["arch"]["args"]["width"] = 10**6
+    with pytest.raises(UserError, match="its config describes a network of|its network cannot be built"):
+        load_model(written(content, tmp_path / "model.pth"))
+
+
+def test_weights_that_are_not_finite_name_their_layer(tmp_path) -> None:
+    content = state(iteration=77)
+    name = next(name for name in content["state_dict"] if name.endswith("weight"))
+    content["state_dict"][name].flatten()[0] = float("nan")
+    with pytest.raises(UserError, match=f"the weights {name} are not finite .* iteration 77"):
+        load_model(written(content, tmp_path / "model.pth"))
+
+
+def test_every_flipped_bit_that_changes_a_weight_is_noticed(tmp_path) -> None:
+    assert flips(tmp_path, state(), 80, seed=0)[0] == 80
+
+
+def flips(folder: Path, content: Any, wanted: int, seed: int) -> tuple[int, int]:
+    """Flip single bits that change a weight, for torch reads them; return how many `read` refuses, and of how many."""
+    path = written(content, folder / "model.pth")
+    data, rng = path.read_bytes(), np.random.default_rng(seed)
+    caught = tried = 0
+    while tried < wanted:
+        at = int(rng.integers(len(data)))
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1 :])
+        try:
+            found = torch.load(path, weights_only=True)["state_dict"]
+            if all(torch.equal(value, content["state_dict"][name]) for name, value in found.items()):
+                continue  # padding, names of entries
+        except Exception:
+            continue  # torch notices
+        tried += 1
+        try:
+            read(path)
+        except UserError:
+            caught += 1
+    return caught, tried
+
+
 class Code:
     """Would make a file when it is unpickled."""
 

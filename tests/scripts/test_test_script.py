@@ -229,6 +229,21 @@ def test_results_of_two_checkpoints_of_a_folder_stay_apart(tmp_path, monkeypatch
         assert results(folder)["protocol"]["checkpoint"] == str(path)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_checkpoint_does_not_choose_where_results_go(inside, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    there = tmp_path / ("run/results" if inside else "elsewhere")
+    path = write_checkpoint(tmp_path / "run/best_model.pth")
+    state = torch.load(path, weights_only=True)
+    state["config"]["tester"] = {"out_dir": str(there)}
+    torch.save(state, path)
+    run(monkeypatch, capsys, "-r", path, "-p", "max", "--limit", 1)
+    assert (there if inside else tmp_path / "run").joinpath("results.json").exists()
+    assert there.exists() == inside
+    run(monkeypatch, capsys, "-r", path, "-p", "max", "--limit", 1, "--set", f"tester.out_dir={there}")
+    assert (there / "results.json").exists()
+
+
 def test_views_limits_and_their_mention(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     run(monkeypatch, capsys, "-r", checkpoint, "-p", "max", "-o", tmp_path, "--limit", 4, "--tta", "flip", "multiscale")
     protocol = results(tmp_path)["protocol"]

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from utils import config as configs
+from utils import finite
 from utils.checkpoint.files import link, read, remove_leftovers, save
 from utils.config.published import dead_arguments
 from utils.config.schema import Config
@@ -245,9 +246,17 @@ def build_model(
             facts = _facts_of_config(config, num_classes)
         if "pretrained" in args:
             args["pretrained"] = False  # the checkpoint's weights replace them anyway
+        if "network" not in state and arch != "External":  # code from elsewhere may not run without numbers
+            _check_size(arch, num_classes, args, weights)
         model = models.build(arch, num_classes, **args)
         if "network" not in state:
             models.load_weights(model, weights)
+        bad = finite.bad_weights(model)
+        if bad is not None:
+            raise UserError(
+                f"the weights {bad} are not finite (NaN or infinity), saved after iteration "
+                f"{state.get('iteration', 'unknown')}: the training diverged; use an earlier checkpoint of the run"
+            )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return LoadedModel(
@@ -258,6 +267,19 @@ def build_model(
         path=Path(path),
         epoch=int(state.get("epoch", 0)),
     )
+
+
+def _check_size(arch: str, num_classes: int, args: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a config whose network is far larger than the weights, before it takes the memory."""
+    try:
+        with torch.device("meta"):  # shapes without numbers
+            skeleton = import_module("models").build(arch, num_classes, **args)
+        wanted = sum(tensor.numel() for tensor in skeleton.state_dict().values())
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        raise UserError(f"its network cannot be built: {str(error).strip().splitlines()[0][:200]}") from None
+    held = sum(tensor.numel() for tensor in weights.values())
+    if wanted > 4 * held + 10**6:
+        raise UserError(f"its config describes a network of {wanted:,} numbers, its weights are {held:,} numbers")
 
 
 def arch_arguments(config: Config, facts: Facts) -> dict[str, Any]:

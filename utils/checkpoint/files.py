@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from utils import files
+from utils.checkpoint.contents import are_weights, malformed
 from utils.errors import UserError
+from utils.files import expand
 
 
 def save(state: Mapping[str, Any], path: str | Path) -> None:
@@ -66,12 +68,13 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not a checkpoint, cut short, or one that would need to run code.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = expand(path)
+    if not os.path.isfile(path):
         raise UserError(f"{path}: {_what_is_there(path)}")
     if network_kind(path) is not None:
         return {"network": str(path), "state_dict": {}}
     _check_container(path)
+    _check_sums(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what torch warns of ends in an error of ours
@@ -85,12 +88,13 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: expected a checkpoint (a dict with 'state_dict'), found {type(state).__name__}")
     if "state_dict" not in state:
-        if not _are_weights(state):
+        if not are_weights(state):
             keys = ", ".join(map(str, list(state)[:5])) or "none"
             raise UserError(f"{path}: expected 'state_dict' or the weights alone, found the keys {keys}")
         state = {"state_dict": state}
-    if not _are_weights(state["state_dict"]):
-        raise UserError(f"{path}: expected tensors by name in 'state_dict', found {type(state['state_dict']).__name__}")
+    problem = malformed(state)
+    if problem:
+        raise UserError(f"{path}: {problem}")
     return dict(state)
 
 
@@ -108,6 +112,23 @@ def network_kind(path: str | Path) -> str | None:
     return "torchscript" if any(name.endswith("constants.pkl") for name in names) else None
 
 
+def _check_sums(path: Path) -> None:
+    """Compare the checksums that torch writes beside each tensor: torch itself reads changed bits without a word.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # of an old version of torch, without checksums; or cut short, which torch.load says
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # bytes gone wrong end in nearly any exception
+        raise UserError(f"{path}: the file is damaged, or cut short ({error}); copy or train it again") from None
+    if damaged is not None:
+        raise UserError(f"{path}: the file is damaged: the checksum of {damaged} is wrong; copy or train it again")
+
+
 def _what_is_there(path: Path) -> str:
     """Return why a path is no checkpoint file, with the checkpoints that are near it."""
     folder = path if path.is_dir() else path.parent
@@ -118,10 +139,6 @@ def _what_is_there(path: Path) -> str:
     if "..." in path.parts:
         return 'there is no such checkpoint file: "..." stands for the folder of a run, which training prints as "run"'
     return "there is no such checkpoint file" + (f"; in that folder: {there}" if found else "")
-
-
-def _are_weights(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, torch.Tensor) for v in value.values())
 
 
 def _check_container(path: Path) -> None:

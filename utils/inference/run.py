@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from utils import checkpoint, distributed, stamps
 from utils.errors import USER_ERROR_EXIT_CODE, UserError
+from utils.files import expand
 from utils.inference.outputs import Outputs, OverlayVideo, Run, Wanted, check_folder, worst
 from utils.inference.pipeline import Pipeline, Report, take
 from utils.inference.sources import Found, Item, Video, find_images, is_video, printable
@@ -132,7 +133,7 @@ def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Source)
     Raises:
         UserError: it cannot be written to, or holds files of somebody else or of another checkpoint.
     """
-    folder = Path(args.output)
+    folder = expand(args.output)
     probs_digest = run_of(map(Path, args.model), predictor.network, **predictor.views())
     options = asdict(predictor.options)
     digest = stamps.digest({"probs": probs_digest, "procedure": predictor.procedure, "options": options})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from utils.cli import add_overrides
 from utils.errors import UserError, run
+from utils.files import expand
 
 if TYPE_CHECKING:
     from utils.config.schema import Config
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--epochs and --iters-per-epoch: expected numbers from 1 up")
     batches = args.iters_per_epoch or batches_of(config)
     title = f"{config.name}: {config.lr_scheduler.type}, {config.optimizer.type}, {epochs} epochs of {batches} batches"
-    draw(curves(config, epochs, batches), title, Path(args.out))
+    draw(curves(config, epochs, batches), title, expand(args.out))
     print(f"wrote {args.out}: {title}")
     return 0
 

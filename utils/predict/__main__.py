@@ -23,6 +23,7 @@ from utils.config.schema import PROCEDURES, Component, Config, Predict, Presence
 from utils.errors import UserError, run
 from utils.evaluation import Evaluator, all_decisions, evaluate, single_decision
 from utils.facts import Facts
+from utils.files import expand
 from utils.predict import PROCEDURES as DECIDE
 from utils.predict import PredictOptions, stored
 from utils.predict.network import choose_device
@@ -103,7 +104,7 @@ def prepare(args: argparse.Namespace) -> Job:
     Raises:
         UserError: the folder cannot be used.
     """
-    probs = SavedProbs(Path(args.probs), Path(args.labels) if args.labels else None, args.ignore_index)
+    probs = SavedProbs(expand(args.probs), expand(args.labels) if args.labels else None, args.ignore_index)
     index = probs.index
     facts = index.facts
     if args.class_names:
@@ -123,7 +124,7 @@ def prepare(args: argparse.Namespace) -> Job:
 
 def decode(args: argparse.Namespace, job: Job) -> None:
     """Write the label map of every image, and with ``--masks`` the masks of its classes."""
-    folder = Path(args.output) if args.output else job.probs.folder / "masks" / job.procedure
+    folder = expand(args.output) if args.output else job.probs.folder / "masks" / job.procedure
     expected = []
     for case in tqdm(job.probs.cases, desc="DECODE", mininterval=0.5):
         mean = _decode_one(args, job, case, folder)

@@ -1,0 +1,76 @@
+"""Which contents of a checkpoint file can be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def malformed(state: Mapping[str, Any]) -> str | None:
+    """Return what is malformed in a checkpoint: everything that is in it is used without further checks."""
+    for name in ("state_dict", "ema"):
+        if state.get(name) is None and name == "ema":
+            continue
+        weights = state[name]
+        if not are_weights(weights):
+            return f"expected tensors by name in '{name}', found {type(weights).__name__}{_odd_one(weights)}"
+        for key, tensor in weights.items():
+            odd = _unusable(tensor)
+            if odd:
+                return f"'{name}' holds {odd} as {key}, expected dense numbers; it is not a checkpoint of a network"
+    for name in ("epoch", "batch", "iteration"):
+        number = state.get(name, 0)
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**53:
+            return f"expected a whole number as '{name}', found {str(number)[:40]!r}"
+    for name in ("config", "facts", "calibration"):
+        odd = _not_plain(state.get(name), name)
+        if odd:
+            return odd
+    return None
+
+
+def _odd_one(weights: Any) -> str:
+    if not isinstance(weights, Mapping):
+        return ""
+    odd = next(((k, v) for k, v in weights.items() if not isinstance(v, torch.Tensor) or not isinstance(k, str)), None)
+    return f" with {type(odd[1]).__name__} as {str(odd[0])[:60]!r}" if odd else " without any"
+
+
+def _unusable(tensor: torch.Tensor) -> str | None:
+    """Return why a tensor cannot be weights."""
+    if tensor.is_meta:
+        return "a tensor without numbers (on the meta device)"
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return f"a tensor of layout {tensor.layout} and type {tensor.dtype}"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"a tensor of {tensor.numel():,} numbers, of which the file has fewer,"
+    return None
+
+
+def _not_plain(value: Any, where: str, depth: int = 0) -> str | None:
+    """Return where something is no plain data (numbers, text, lists and dicts), or nested without an end."""
+    if depth > 40:
+        return f"'{where[:60]}...' is nested too deeply"
+    if value is None or isinstance(value, bool | int | float | str):
+        return None
+    if isinstance(value, Mapping):
+        inner = [(f"{where}.{key}", item) for key, item in value.items()]
+    elif isinstance(value, list | tuple):
+        inner = [(f"{where}[{index}]", item) for index, item in enumerate(value)]
+    else:
+        return (
+            f"expected numbers, text, lists and dicts in '{where.partition('.')[0]}', found {_kind(value)} as {where}"
+        )
+    return next((odd for name, item in inner if (odd := _not_plain(item, name, depth + 1))), None)
+
+
+def _kind(value: Any) -> str:
+    return "a tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def are_weights(value: Any) -> bool:
+    """Return whether something is tensors by name, and at least one."""
+    tensors = isinstance(value, Mapping) and all(isinstance(v, torch.Tensor) for v in value.values())
+    return tensors and bool(value) and all(isinstance(name, str) for name in value)
