@@ -12,7 +12,7 @@ from base.entries import Entry
 from dataloaders.labels import labels
 from dataloaders.reading.colours import ColourTable
 from dataloaders.reading.pairing import image_files, pair
-from utils.images import read_image, read_label
+from utils.images import read_label, read_mask
 
 _TREE, _VEGETATION = (0, 60, 0), 3
 
@@ -69,7 +69,7 @@ data_dir/                (or freiburg_forest_annotated/ below it)
 
     def load_label(self, path: Path) -> np.ndarray:
         """Return the class ids, decoded from the mask's colours if it is painted."""
-        return self._colours.decode(read_image(path), path) if self._painted else read_label(path)
+        return self._colours.decode(read_mask(path).colours(), path) if self._painted else read_label(path)
 
     def _root(self) -> Path:
         for root in (self.data_dir, self.data_dir / "freiburg_forest_annotated"):

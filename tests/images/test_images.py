@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images import read_image, read_label, voc_colormap
+from utils.images import read_image, read_label, to_pixels, voc_colormap
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 17, 3), np.uint8)
 SMOOTH = cv2.resize(RGB, (170, 120), interpolation=cv2.INTER_CUBIC)
@@ -273,6 +273,35 @@ def test_orientation_of_png(tmp_path: Path, orientation: int, bits: int) -> None
     want |= {5: turned, 6: turned[:, ::-1], 7: turned[::-1, ::-1], 8: turned[::-1]}
     image = read_image(tmp_path / "a.png") / (255 if bits == 8 else 1)
     assert np.allclose(image, want[orientation] / (2**bits - 1), atol=1e-6)
+
+
+def test_orientation_is_applied_once_however_a_pillow_image_was_opened(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.tif", "a.png", "a.webp"):
+        Image.fromarray(RGB).save(tmp_path / name, exif=exif, **({"lossless": True} if name == "a.webp" else {}))
+        for load in (False, True):
+            with Image.open(tmp_path / name) as image:
+                if load:
+                    image.load()
+                assert np.array_equal(to_pixels(image).image, np.rot90(RGB, -1)), (name, load)
+
+
+def test_orientation_elsewhere_than_in_exif_counts_nowhere(tmp_path: Path) -> None:
+    """OpenCV reads most images and Pillow most masks: what only one of them knows would turn them apart."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    text = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
+    raw = b"Raw profile type exif\0\0" + zlib.compress(
+        b"\nexif\n  32\n" + b"45786966000049492a0008000000010012010300010000000600000000000000"
+    )
+    indices = np.arange(204).reshape(12, 17) % 4
+    for kind, data in ((b"iTXt", text), (b"zTXt", raw)):
+        for bits in (8, 16):
+            array = np.random.default_rng(0).integers(0, 2**bits, (12, 17, 3))
+            (tmp_path / "a.png").write_bytes(png(array, bits, 2, chunk(kind, data)))
+            assert read_image(tmp_path / "a.png").shape == (12, 17, 3)
+        (tmp_path / "m.png").write_bytes(png(indices, 2, 3, chunk(b"PLTE", RGB[0, :4].tobytes()) + chunk(kind, data)))
+        assert np.array_equal(read_label(tmp_path / "m.png"), indices)
 
 
 def test_bytes_after_the_end_of_a_png_do_no_harm(tmp_path: Path) -> None:

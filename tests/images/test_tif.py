@@ -210,6 +210,15 @@ def test_orientation(tmp_path: Path, orientation: int, dtype: str) -> None:
     assert np.allclose(read_image(tmp_path / "a.tif"), upright / (1 if dtype == "u1" else 65535), atol=1e-6)
 
 
+@pytest.mark.parametrize("value", [0, 9, 255])
+def test_orientations_that_do_not_exist_mean_nothing(tmp_path: Path, value: int) -> None:
+    array = numbers("u1", 3)
+    for options in ({}, {"compression": "zstd"}):  # Pillow, tifffile
+        data = written(array, photometric="rgb", extratags=[(274, "H", 1, value, True)], **options)
+        (tmp_path / "a.tif").write_bytes(data)
+        assert np.array_equal(read_image(tmp_path / "a.tif"), array)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 9, 10, 12, 14])
 def test_bits_between_the_types_are_scaled_by_their_own_largest_value(tmp_path: Path, bits: int) -> None:
     array = np.random.default_rng(0).integers(0, 2**bits, (H, W)).astype("u1" if bits <= 8 else "u2")
@@ -230,6 +239,15 @@ def test_white_is_zero(tmp_path: Path, dtype: str) -> None:
     top = 1 if dtype == "?" else np.iinfo(dtype).max
     image = read_image(tmp_path / "a.tif", 1)[:, :, 0] / (255 if dtype in "?u1" else 1)
     assert np.allclose(image, 1 - array / top, atol=1e-6)
+
+
+def test_one_bit_is_read_alike_by_both(tmp_path: Path) -> None:
+    for meaning in ("miniswhite", "minisblack"):
+        found = []
+        for compression in (None, "zstd"):  # Pillow, tifffile
+            tifffile.imwrite(tmp_path / "a.tif", numbers("?"), photometric=meaning, compression=compression)
+            found += [read_label(tmp_path / "a.tif"), read_image(tmp_path / "a.tif", 1)[:, :, 0] // 255]
+        assert all(np.array_equal(other, found[0]) for other in found)
 
 
 def test_the_fourth_band_does_not_touch_the_colours(tmp_path: Path) -> None:

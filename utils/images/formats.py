@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from utils.errors import UserError
 from utils.images import tif
-from utils.images.raster import DAMAGED, ORIENTATION, Raster, from_pillow, named_colours, upright
+from utils.images.raster import DAMAGED, Raster, from_pillow, named_colours, orientation_of, upright
 
 # The limit of OpenCV. Pillow's own stops at satellite images, and warns of every larger one.
 Image.MAX_IMAGE_PIXELS = 2**30
@@ -102,9 +102,7 @@ def _png16(data: bytes, path: Path) -> Raster:
     image = _opencv(data, cv2.IMREAD_UNCHANGED) if _is_whole_png(data) else None
     if image is None or image.dtype != np.uint16:
         raise UserError(f"{path} {DAMAGED}")
-    orientation = 1
-    if _may_be_turned(data):
-        orientation = _open(data, path).getexif().get(ORIENTATION, 1)
+    orientation = orientation_of(_open(data, path)) if _may_be_turned(data) else 1
     image = upright(image if image.ndim == 3 else image[:, :, None], orientation)
     return Raster(image, colours=min(3, image.shape[2]), alpha=image.shape[2] == 4)
 
@@ -174,8 +172,7 @@ def _is_whole_png(data: bytes) -> bool:
 
 
 def _may_be_turned(png: bytes) -> bool:
-    # EXIF data have a chunk of their own, before or behind the pixels, or stand in a text chunk ("Raw profile type").
-    return any(word in part for part in (png[:65536], png[-65536:]) for word in (b"eXIf", b"type exif"))
+    return b"eXIf" in png[:65536] or b"eXIf" in png[-65536:]  # before or behind the pixels
 
 
 def _is_lossy_webp(data: bytes) -> bool:

@@ -76,7 +76,7 @@ def read_mask(path: str | Path) -> Mask:
             "be class ids. Save masks as PNG; for two classes `threshold: 127` in the args of the Folder loader reads "
             "lossy masks, too"
         )
-    if raster.inverted and raster.array.dtype != np.bool_:
+    if raster.inverted:
         raise UserError(f"{path} stores 0 as white, so it is unclear what its numbers mean; save the mask as PNG")
     array = _without_alpha(raster, path)
     if array.shape[2] == 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +41,8 @@ class Raster:
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Return ``(H, W, ...)`` turned and mirrored as EXIF's (and TIFF's) orientation 1 to 8 says."""
-    if orientation >= 5:
+    """Return ``(H, W, ...)`` turned and mirrored as the EXIF or TIFF orientation says (1 to 8; others mean nothing)."""
+    if orientation in (5, 6, 7, 8):
         array = array.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
         array = array[:, ::-1]
@@ -50,9 +51,21 @@ def upright(array: np.ndarray, orientation: int) -> np.ndarray:
     return array
 
 
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of a Pillow image. TIFF files have none: Pillow turns them when it loads them.
+
+    Other places that Pillow knows (XMP, text chunks) do not count, because OpenCV does not know them.
+    """
+    image.load()
+    exif = Image.Exif()
+    with suppress(Exception):  # broken metadata say nothing
+        exif.load(image.info.get("exif", b""))
+    return exif.get(ORIENTATION, 1)
+
+
 def from_pillow(image: Image.Image, path: Path | str) -> Raster:
-    """Return what a loaded Pillow image holds."""
-    orientation = image.getexif().get(ORIENTATION, 1)
+    """Return what a Pillow image holds."""
+    orientation = orientation_of(image)
     mode, palette = image.mode, None
     if mode in ("P", "PA"):
         palette = np.zeros((256, 3), np.uint8)

@@ -27,7 +27,7 @@ _STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES = 273, 279, 324, 325
 _PREDICTOR, _SUB_IFDS, _EXTRA, _FORMAT = 317, 330, 338, 339
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
-_JPEG = 7
+_JPEG, _APERIO = 7, 33003
 _ALPHA = (1, 2)  # extra channels that are transparency: premultiplied or not
 _REDUCED, _MASK = 1, 4  # kinds of pages that are not pictures
 
@@ -178,7 +178,9 @@ def _page(page: Any, path: Path, size: int) -> Raster:
             f"{path} holds a kind of picture that is not supported ({name}, {bits} bits); convert it to RGB"
         )
     compressed = int(page.compression)
-    if (meaning == _YCBCR and compressed != _JPEG) or (meaning == _CMYK and (compressed in _LOSSY or samples != 4)):
+    # tifffile turns luminance and chroma into RGB only where JPEG's pixels hold them side by side.
+    chroma = compressed == _APERIO or (meaning == _YCBCR and (compressed != _JPEG or page.planarconfig != 1))
+    if chroma or (meaning == _CMYK and (compressed in _LOSSY or samples != 4)):
         raise UserError(f"{path} holds {page.photometric.name} colours in a form that is not supported; convert to RGB")
     _refuse_truncated(page.dataoffsets, page.databytecounts, size, path)
     array = np.asarray(page.asarray())
@@ -187,13 +189,15 @@ def _page(page: Any, path: Path, size: int) -> Raster:
     array = array if array.ndim == 3 else array[:, :, None]
     if array.ndim != 3 or array.shape != (page.imagelength, page.imagewidth, samples):
         raise UserError(f"{path} holds an array of shape {array.shape}; expected (height, width, {samples})")
-    orientation = page.tags.valueof(ORIENTATION, 1)
+    white_is_zero = meaning == _WHITE_IS_ZERO
+    if white_is_zero and array.dtype == np.bool_:  # as Pillow reads them
+        white_is_zero, array = False, ~array
     raster = Raster(
-        upright(array, orientation if isinstance(orientation, int) else 1),
+        upright(array, page.tags.valueof(ORIENTATION, 1)),
         colours=3 if meaning in (_RGB, _YCBCR) else named_colours(samples),
         alpha=any(int(extra) in _ALPHA for extra in page.extrasamples[-1:]),
         largest=2**bits - 1 if array.dtype.kind == "u" and bits < 8 * array.itemsize else None,
-        inverted=meaning == _WHITE_IS_ZERO,
+        inverted=white_is_zero,
         lossy=compressed in _LOSSY,
     )
     if meaning == _PALETTE:
