@@ -331,8 +331,11 @@ def _facts_of_config(config: Config, num_classes: int | None = None) -> Facts:
     except (TypeError, ValueError) as error:
         raise UserError(f"train_loader.args: {error}") from None
     if num_classes not in (None, facts.num_classes):
+        loaders = [f for f in ("train_loader", "val_loader", "test_loader") if getattr(config, f) is not None]
+        settings = " ".join(f"--set {field}.args.classes={num_classes}" for field in loaders)
         raise UserError(
             f"its weights have {num_classes} classes, its data set {config.train_loader.type} has "
-            f"{facts.num_classes}; give the config it was trained with (--config)"
+            f"{facts.num_classes}; set the number, or a list of names: {settings}; or give the config it was trained "
+            "with (--config)"
         )
     return facts

@@ -70,11 +70,8 @@ def _tell_defaults(config: Config) -> None:
     args = config.train_loader.args
     if args.get("augment") is not True or args.get("val") is True:
         return
-    on = [name for name in ("flip", "rotate") if name not in args]
+    on = [f"{name} is on" for name in ("flip", "rotate") if name not in args]
     if "base_size" not in args and args.get("scale", True) is not False:
-        on.append("scale (around the image's own size)")
+        on.append("images are rescaled around their own size")
     if on:
-        config.notes.append(
-            f"on by default, because train_loader.args does not name them: {', '.join(on)}; they were off in "
-            "pytorch-segmentation"
-        )
+        config.notes.append(f"train_loader: {', '.join(on)} by default, which pytorch-segmentation did not do")

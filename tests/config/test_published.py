@@ -1,0 +1,131 @@
+"""Configs written for the predecessors load as they are: each key they knew, on each network and data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataloaders import LOADERS
+from models import MODELS
+from utils import config as configs
+from utils.config.schema import Config
+from utils.errors import UserError
+
+# The arguments of the predecessors' loaders and networks. All networks accepted all of theirs.
+LOADER: dict[str, Any] = {
+    "data_dir": "data",
+    "batch_size": 8,
+    "split": "train",
+    "crop_size": 380,
+    "base_size": 400,
+    "scale": True,
+    "num_workers": 1,
+    "val": False,
+    "shuffle": True,
+    "flip": False,
+    "rotate": False,
+    "blur": False,
+    "augment": True,
+    "val_split": None,
+    "return_id": False,
+}
+NETWORK: dict[str, Any] = {
+    "pretrained": False,
+    "in_channels": 3,
+    "freeze_bn": False,
+    "freeze_backbone": False,
+    "use_aux": True,
+    "use_resnet_gcn": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+def old(**changes: Any) -> dict[str, Any]:
+    raw = {
+        "name": "old",
+        "n_gpu": 1,
+        "use_synch_bn": True,
+        "arch": {"type": "PSPNet", "args": {"backbone": "resnet50", "freeze_bn": False, "freeze_backbone": False}},
+        "train_loader": {"type": "VOC", "args": LOADER},
+        "val_loader": {"type": "VOC", "args": LOADER | {"split": "val", "val": True, "augment": False}},
+        "optimizer": {"type": "SGD", "differential_lr": True, "args": {"lr": 0.01, "momentum": 0.9}},
+        "loss": "CrossEntropyLoss2d",
+        "ignore_index": 255,
+        "lr_scheduler": {"type": "Poly", "args": {}},
+        "trainer": {"epochs": 80, "save_dir": "saved/", "save_period": 10, "monitor": "max Mean_IoU", "early_stop": 10},
+    }
+    return json.loads(json.dumps(raw | changes))
+
+
+def resolve(**changes: Any) -> Config:
+    return configs.resolve(old(**changes), models=MODELS, loaders=LOADERS)
+
+
+@pytest.mark.parametrize("type", [name for name in MODELS if name != "External"])
+def test_every_network_takes_the_keys_of_all(type: str) -> None:
+    config = resolve(arch={"type": type, "args": NETWORK})
+    known = MODELS.arguments(type).model_fields
+    assert set(config.arch.args) == set(NETWORK) & set(known)
+    ignored = [name for name in NETWORK if name not in known and name != "use_resnet_gcn"]
+    (note,) = config.notes
+    assert note.startswith("ignored, because they have no effect: ")
+    assert all(f"arch.args.{name} ({type} has no such choice)" in note for name in ignored)
+    assert "train_loader.args.return_id, val_loader.args.return_id" in note
+
+
+@pytest.mark.parametrize("type", ["VOC", "CityScapes", "ADE20K", "COCO", "DeepScene", "kvasirSEG"])
+def test_every_data_set_takes_the_keys_of_all(type: str) -> None:
+    split = {"ADE20K": "training", "COCO": "train2017", "DeepScene": "train"}.get(type, "train")
+    loader = {"type": type, "args": LOADER | {"split": split}}
+    config = resolve(train_loader=loader, val_loader=loader)
+    assert config.train_loader.args == {name: value for name, value in loader["args"].items() if name != "return_id"}
+
+
+def test_a_network_without_a_parallel_here_is_refused() -> None:
+    with pytest.raises(UserError, match="arch.args.use_resnet_gcn: found true; .* is not available"):
+        resolve(arch={"type": "GCN", "args": {"use_resnet_gcn": True}})
+
+
+def test_unknown_arguments_are_still_refused() -> None:
+    with pytest.raises(UserError, match="arch.args.bakbone: UNet takes no such argument"):
+        resolve(arch={"type": "UNet", "args": {"bakbone": "resnet50"}})
+
+
+def test_a_monitor_without_validation_is_off() -> None:
+    config = resolve(trainer={"val": False, "monitor": "max Mean_IoU", "early_stop": 10})
+    assert config.trainer.monitor == "off"
+    assert 'trainer.monitor "max Mean_IoU" (trainer.val is false)' in config.notes[0]
+    assert resolve(trainer={"val": False, "monitor": "min train_loss"}).trainer.monitor == "min train_loss"
+
+
+def test_val_without_crop_size_and_arguments_of_schedules_that_had_no_effect() -> None:
+    whole = {name: value for name, value in LOADER.items() if name not in ("crop_size", "return_id")}
+    config = resolve(
+        val_loader={"type": "VOC", "args": whole | {"val": True, "augment": False, "split": "val"}},
+        lr_scheduler={"type": "Poly", "args": {"warmup_epochs": 5}},
+    )
+    assert config.lr_scheduler.args == {}
+    assert "lr_scheduler.args.warmup_epochs" in config.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ({}, "flip is on, rotate is on, images are rescaled around their own size by default"),
+        ({"flip": True, "rotate": False, "base_size": 400}, None),
+        ({"flip": True, "rotate": True, "scale": True}, "images are rescaled around their own size by default"),
+        ({"flip": True, "rotate": True, "scale": False}, None),
+    ],
+)
+def test_augmentations_that_were_off_are_told(args: dict[str, Any], told: str | None) -> None:
+    loader = {"type": "VOC", "args": {"data_dir": "data", "augment": True, "crop_size": 380, **args}}
+    notes = resolve(train_loader=loader, val_loader=loader | {"args": {"data_dir": "data"}}).notes
+    assert notes == ([] if told is None else [f"train_loader: {told}, which pytorch-segmentation did not do"])
