@@ -281,6 +281,35 @@ def test_cmyk_of_more_bits_and_palettes(tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / "p.tif"), (colours.T >> 8)[indices])
 
 
+@pytest.mark.parametrize("bits", [1, 4, 16])
+def test_palettes_of_other_bits(tmp_path: Path, bits: int) -> None:
+    colours = np.random.default_rng(0).integers(0, 65536, (3, 2**bits)).astype(np.uint16)
+    indices = np.random.default_rng(0).integers(0, 2**bits, (H, W)).astype({1: "?", 4: "u1", 16: "u2"}[bits])
+    extra = [(320, "H", colours.size, colours.ravel().tolist(), True)]
+    data = written(indices, photometric="minisblack", bitspersample=bits, extratags=extra)
+    (tmp_path / "a.tif").write_bytes(rewritten(data, 262, 3))
+    if bits > 8:
+        with pytest.raises(UserError, match="PALETTE, 16 bits.*convert it to RGB"):
+            read_image(tmp_path / "a.tif")
+        return
+    assert np.array_equal(read_image(tmp_path / "a.tif"), (colours.T >> 8)[indices.astype(int)])
+    assert np.array_equal(read_label(tmp_path / "a.tif"), indices)
+
+
+def test_strips_that_are_left_out_are_black_or_no_data() -> None:
+    array = numbers("u1", 3)
+    for tags, want in (([], 0), ([(42113, "s", 0, "7", True)], 7)):
+        buffer = io.BytesIO(written(array, photometric="rgb", rowsperstrip=8, extratags=tags))
+        with tifffile.TiffFile(buffer, mode="r+b") as file:
+            for number in (273, 279):
+                tag = file.pages[0].tags[number]
+                tag.overwrite((tag.value[0], 0, tag.value[2]))
+            buffer.seek(0)
+            found = decode(buffer.read(), PATH, 3).array
+        assert (found[8:16] == want).all()
+        assert np.array_equal(np.delete(found, slice(8, 16), 0), np.delete(array, slice(8, 16), 0))
+
+
 # ---------------------------------------------------------------------------------- pages
 
 

@@ -27,6 +27,7 @@ _STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES = 273, 279, 324, 325
 _PREDICTOR, _SUB_IFDS, _EXTRA, _FORMAT = 317, 330, 338, 339
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
+_KNOWN = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR)
 _JPEG, _APERIO = 7, 33003
 _ALPHA = (1, 2)  # extra channels that are transparency: premultiplied or not
 _REDUCED, _MASK = 1, 4  # kinds of pages that are not pictures
@@ -61,11 +62,8 @@ def decode(data: bytes, path: Path, channels: int) -> Raster:
     """
     image = _open_pillow(data)
     if image is not None:
-        tag = image.tag_v2.get
-        _refuse_truncated(
-            tag(_TILE_OFFSETS, tag(_STRIP_OFFSETS, ())), tag(_TILE_BYTES, tag(_STRIP_BYTES, ())), len(data), path
-        )
-        lossy = tag(_COMPRESSION, 1) in _LOSSY
+        _refuse_truncated(*_segments(image), len(data), path)
+        lossy = image.tag_v2.get(_COMPRESSION, 1) in _LOSSY
         try:
             image.load()
         except Exception as error:  # Pillow raises whatever its parsers meet in broken files
@@ -99,11 +97,18 @@ def _open_pillow(data: bytes) -> Any:
             and not (tag(_SUBFILE, 0) or tag(_SUB_IFDS))
             and (tag(_PREDICTOR, 1) == 1 or compression in _PREDICTED)  # libtiff ignores the tag elsewhere
             and (layout[2] == 1 or data.startswith(b"II"))  # Pillow does not swap the bytes of compressed floats
+            and all(map(all, _segments(image)))  # 0 means that a tile is left out
             and image.n_frames == 1
         )
         return image if proven else None
     except Exception:  # a layout that Pillow does not know, or a broken file
         return None
+
+
+def _segments(image: Any) -> tuple[Sequence[int], Sequence[int]]:
+    """Return where the strips or tiles lie, and how many bytes they have."""
+    tag = image.tag_v2.get
+    return tag(_TILE_OFFSETS, tag(_STRIP_OFFSETS, ())), tag(_TILE_BYTES, tag(_STRIP_BYTES, ()))
 
 
 def _only(values: Sequence[int]) -> int | None:
@@ -166,13 +171,8 @@ def _are_bands(file: Any, pages: int, channels: int) -> bool:
 def _page(page: Any, path: Path, size: int) -> Raster:
     meaning, samples = int(page.photometric), page.samplesperpixel
     bits = page.bitspersample
-    if (
-        meaning > _YCBCR
-        or meaning == 4
-        or not isinstance(bits, int)
-        or page.imagedepth > 1
-        or (bits < 8 and samples > 1)
-    ):
+    known = meaning in _KNOWN and isinstance(bits, int) and page.imagedepth == 1
+    if not known or (bits < 8 and samples > 1) or (meaning == _PALETTE and bits > 8):
         name = getattr(page.photometric, "name", meaning)
         raise UserError(
             f"{path} holds a kind of picture that is not supported ({name}, {bits} bits); convert it to RGB"
@@ -201,7 +201,8 @@ def _page(page: Any, path: Path, size: int) -> Raster:
         lossy=compressed in _LOSSY,
     )
     if meaning == _PALETTE:
-        raster.palette = _palette(page.colormap)
+        raster.palette, raster.largest = _palette(page.colormap), None
+        raster.array = raster.array.astype(np.uint8)  # one bit comes as bool
     if meaning == _CMYK:
         raster.array = _from_cmyk(raster.array)
         raster.colours = 3
