@@ -43,9 +43,9 @@ class Trainer(BaseTrainer):
     # -- one step ----------------------------------------------------------------------------------------------
 
     def _train_batch(self, batch: Batch) -> None:
-        _check_one_size(batch)
-        images = self.normalize(batch.images.to(self.device, non_blocking=True))
-        target = batch.labels.to(self.device, non_blocking=True)
+        stacked, labels = _of_one_size(batch)
+        images = self.normalize(stacked.to(self.device, non_blocking=True))
+        target = labels.to(self.device, non_blocking=True)
         # The last optimizer step of an epoch may be made of fewer batches than `accumulate`.
         position = self.batch % self.plan.accumulate
         group = min(self.plan.accumulate, self.plan.batches - (self.batch - position))
@@ -319,13 +319,14 @@ class Stopwatch:
         self.__init__()  # type: ignore[misc]
 
 
-def _check_one_size(batch: Batch) -> None:
+def _of_one_size(batch: Batch) -> tuple[Tensor, Tensor]:
     if isinstance(batch.images, list) or isinstance(batch.labels, list):
         sizes = " and ".join(sorted({f"{i.shape[2]} x {i.shape[1]}" for i in batch.images})[:3])
         raise UserError(
             f"train_loader: the images of a batch differ in size ({sizes}, such as {batch.names[0]}); give "
             'train_loader.args.crop_size with "augment": true, so that all are cut to one size'
         )
+    return batch.images, batch.labels
 
 
 class _Pictures:
