@@ -170,6 +170,30 @@ def test_rankdice_on_a_cautious_loss_asks_for_a_temperature_until_there_is_one(l
     assert "not probabilities" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("schedule", "told"),
+    [
+        ({"type": "Poly"}, None),
+        ({"type": "OneCycle"}, None),
+        ({"type": "CosineAnnealingLR"}, None),
+        ({"type": "MultiStepLR", "args": {"milestones": [5000, 7000]}}, None),
+        (
+            {"type": "StepLR", "args": {"step_size": 30}},
+            "StepLR brings the learning rate below 0.001 of its highest value after 90 of 8000 iterations. Its numbers "
+            'count iterations, 100 per epoch; with "lr_scheduler": {"step": "epoch", ...} they count epochs',
+        ),
+        ({"type": "StepLR", "args": {"step_size": 30}, "step": "epoch"}, None),
+        ({"type": "MultiStepLR", "args": {"milestones": [30, 60, 75]}}, "after 75 of 8000 iterations. Its numbers"),
+        ({"type": "MultiStepLR", "args": {"milestones": [30, 60, 75]}, "step": "epoch"}, None),
+        ({"type": "ExponentialLR", "args": {"gamma": 0.5}, "step": "epoch"}, "after 1000 of 8000 iterations\n"),
+    ],
+)
+def test_a_rate_that_fades_early_is_a_warning(schedule, told, capsys) -> None:
+    checks.warn_about_schedule(config(lr_scheduler=schedule), batches=100)
+    text = capsys.readouterr().err
+    assert text == "" if told is None else told in text
+
+
 # -- tables ----------------------------------------------------------------------------------------------------
 
 

@@ -292,6 +292,65 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"trainer": {"monitor": "max Class_Dice/aeroplan"}},
         ["trainer.monitor: there is no class 'aeroplan'; did you mean aeroplane?"],
     ),
+    **{
+        f"a loader's {name} {json.dumps(value)}": (
+            {"train_loader": {"type": type, "args": {"data_dir": "data", name: value}}},
+            [f"train_loader.args.{name}: found {json.dumps(value)}", expected],
+        )
+        for type, name, value, expected in [
+            ("VOC", "crop_size", 0, "greater than or equal to 1"),
+            ("VOC", "base_size", 2**31, "less than or equal to 65536"),
+            ("VOC", "batch_size", 0, "greater than or equal to 1"),
+            ("VOC", "num_workers", -1, "greater than or equal to 0"),
+            ("VOC", "val_split", -0.1, "greater than or equal to 0"),
+            ("VOC", "split", "trian", "did you mean train? VOC has train, val"),
+            ("VOC", "sampler", "weigthed", "should be 'weighted'"),
+            ("VOC", "on_error", "ignore", "should be 'raise' or 'skip'"),
+            ("VOC", "classes", 2**63, "less than or equal to 65536"),
+            ("VOC", "palette", [[0, 0, 256]], "less than or equal to 255"),
+            ("Shapes", "length", 10**9, "less than or equal to 1000000"),
+            ("Shapes", "size", 2**31, "less than or equal to 8192"),
+        ]
+    },
+    "no classes": (
+        {"train_loader": {"type": "Folder", "args": {"data_dir": "data", "classes": None}}},
+        ["train_loader.args.classes: Folder needs the names of your classes"],
+    ),
+    "a variable that is not set": (
+        {"train_loader": {"type": "VOC", "args": {"data_dir": "$NO_SUCH/data"}}},
+        ["train_loader.args.data_dir: ", "the environment variable NO_SUCH is not set"],
+    ),
+    "a learning rate below 0": (
+        {"optimizer": {"args": {"lr": -5}}},
+        ["optimizer.args: SGD: Invalid learning rate: -5"],
+    ),
+    "an epsilon below 0": (
+        {"optimizer": {"type": "Adam", "args": {"eps": -1}}},
+        ["optimizer.args: Adam: Invalid epsilon value: -1"],
+    ),
+    "weight decay where there is none": (
+        {"optimizer": {"type": "Rprop", "args": {}, "no_decay_on_norm_and_bias": True}},
+        ["optimizer.args: Rprop: no_decay_on_norm_and_bias: Rprop has no weight decay"],
+    ),
+    "a power below 0": (
+        {"lr_scheduler": {"args": {"power": -1}}},
+        ["lr_scheduler.args.power: found -1; should be greater than 0"],
+    ),
+    "a step size of 0": (
+        {"lr_scheduler": {"type": "StepLR", "args": {"step_size": 0}}},
+        ["lr_scheduler.args: StepLR: ", "modulo"],
+    ),
+    "a part of a schedule that there is not": (
+        {"lr_scheduler": {"type": "ChainedScheduler", "args": {"schedulers": [{"type": "StepL"}]}}},
+        ["lr_scheduler.args: ChainedScheduler: ", "StepL is not one"],
+    ),
+    "a seed that is too large": ({"seed": 2**63}, ["seed: found 9223372036854775808; should be less than or equal"]),
+    "an endless number": ({"about": "x", "n_gpu": 10**40}, ["n_gpu: found a whole number of more than 30 digits"]),
+    "text that no file name holds": ({"name": "a\0b"}, ['name: found "a\\u0000b"; text must not contain', "NUL"]),
+    "text that is not Unicode": ({"about": "\ud800"}, ['about: found "\\ud800"; text must be valid Unicode']),
+    "a key that is not Unicode": ({"\ud800": 1}, ["text must be valid Unicode"]),
+    "a name that is too long": ({"name": "n" * 300}, ["the name becomes a folder: give 1 to 200 bytes"]),
+    "a folder's name that is too long": ({"trainer": {"save_dir": "s" * 300}}, ["cannot be made (File name too long)"]),
     "no validation data": ({"val_loader": None}, ["val_loader: absent, and train_loader.args.val_split is not given"]),
     "nothing to train on": ({"train_loader": None}, ["train_loader: found null; expected a section"]),
 }
@@ -741,6 +800,29 @@ def test_the_command_line_checks_and_prints(tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(sys, "argv", ["config.py", "schema"])
     assert command.main() == 0
     assert json.loads(capsys.readouterr().out)["required"] == ["name", "arch", "train_loader"]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("arch.args.backbone=resnet19", "backbone must be one of resnet18"),
+        ("arch.args.stem=round", "stem"),
+        ("train_loader.args.sampler=weighted", "sampler"),
+        ("train_loader.args.val_split=0.01", "val_split"),
+        ("train_loader.args.in_channels=2", "in_channels"),
+        ("val_loader.args.in_channels=1", "val_loader: its images have 1 channels"),
+        ("train_loader.args.classes=3", "classes"),
+        ("val_loader.args.mean=[0.5]", "mean must have one number per channel"),
+        ("lr_scheduler.args.warmup=1000", "warmup is 1000; expected >= 0 and less than the run's 320 steps"),
+        ('lr_scheduler={"type": "ExponentialLR", "args": {"gamma": 1e300}}', "the learning rate would be inf"),
+        ('lr_scheduler={"type": "PolynomialLR", "args": {"power": -1}}', "lr_scheduler.args"),
+    ],
+)
+def test_the_command_line_refuses_what_train_py_refuses(override, told, tmp_path, monkeypatch, capsys) -> None:
+    with pytest.raises(UserError) as error:
+        run_check(tmp_path, monkeypatch, SHAPES, override)
+    assert told in str(error.value)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ def rehearse(config: Config) -> None:
     light = config.model_copy(deep=True)
     for component in (light.train_loader, light.val_loader, light.test_loader):
         if component is not None:
-            component.args |= {"num_workers": 0, "cache": None, "sampler": None}
+            component.args |= {"num_workers": 0}
+            if dataloaders.LOADERS[component.type].layout:  # files, which these arguments would read at once
+                component.args |= {"cache": None} | ({"sampler": None} if component.args.get("shuffle") else {})
     train = data_checks.build_loader(dataloaders.build, light, "train")
     others = {}
     for stage in ("val", "test"):

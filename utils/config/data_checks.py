@@ -170,7 +170,8 @@ def warn_about_schedule(config: Config, batches: int) -> None:
         **section.args,
     )
     rates = built("lr_scheduler.args", _rates, schedule, min(steps, _SIMULATED))
-    low = [rate <= 1.001 * FADED * max(rates) for rate in rates]
+    limit = 1.001 * FADED * max(rates)
+    low = [rate <= limit for rate in rates]
     first = len(low) - [*low[::-1], False].index(False)  # the rate is low from here on
     if steps - first <= steps / 2:
         return
