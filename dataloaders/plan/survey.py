@@ -1,0 +1,369 @@
+"""What a folder of data holds: its layout, its classes, how its masks and images are stored."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dataloaders
+from base.base_dataset import BaseDataSet
+from base.classes import read_classes
+from base.layout import found_tree
+from base.splits import grouping
+from base.text import read_lines
+from dataloaders.check.findings import Findings, inspect
+from dataloaders.folder import SPLIT_OF_FOLDER
+from dataloaders.reading.pairing import find_folder, image_files
+from utils.errors import UserError
+from utils.images import read_mask
+from utils.images.formats import decode, read_bytes
+
+SAMPLES = 200
+_PROBED = 40
+_CLASS_FILES = ("classes.txt", "labelmap.txt", "class_dict.csv", "_classes.csv", "labels.txt", "class_names.txt")
+_IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "photos", "rgb")
+_MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentationclass", "gt", "segs")
+_GROUPS = (r"^(.+?)[_\- ]?\d+$", r"^(.+?)[_\- ]", r"^(\d+)[_\- ]")
+_NO_DATA = -99  # negative numbers from here on usually mean "no data"
+
+
+@dataclass
+class Survey:
+    """What was found, and the loader that reads it.
+
+    Attributes:
+        loader: name of the loader.
+        args: its arguments that all splits share.
+        why: argument (or "loader", "split") -> the reason, in words.
+        train, val, test: the arguments of each split; None if there is no such split.
+        dataset: the training data, opened.
+        findings: what a look at some of its samples showed.
+    """
+
+    loader: str
+    args: dict[str, Any]
+    why: dict[str, str] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+    val: dict[str, Any] | None = None
+    test: dict[str, Any] | None = None
+    dataset: BaseDataSet = field(init=False)
+    findings: Findings = field(init=False)
+
+
+def survey(root: Path, images: str | None = None, masks: str | None = None, classes: str | None = None) -> Survey:
+    """Look at a folder.
+
+    Args:
+        root: the folder.
+        images, masks: the sub-folders of images and masks, where their names are unusual.
+        classes: class names separated by commas, or a file with them.
+
+    Raises:
+        UserError: the layout is not recognised, or nothing in it can be read.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data-dir: {root} is not a folder")
+    found = (_published(root) if images is None and masks is None else None) or _folder(root, images, masks)
+    _take_classes(found, root, classes)
+    files = _files(found)
+    if found.loader == "Folder":
+        _take_masks(found, [mask for _, mask in files])
+    _take_images(found, [image for image, _ in files])
+    if found.loader == "Folder" and found.val is None:
+        _take_fractions(found, root, len(files), [image.stem for image, _ in files])
+    found.dataset = _open(found, found.train)
+    found.findings = inspect(found.dataset, SAMPLES)
+    if not found.findings.good:
+        raise UserError(f"{root}: no sample can be read. The first problem: {found.findings.problems[0]}")
+    return found
+
+
+def _open(found: Survey, split: dict[str, Any]) -> BaseDataSet:
+    return dataloaders.build(found.loader, **found.args, **split, num_workers=0, on_error="skip").dataset
+
+
+# ---- layout
+
+
+def _published(root: Path) -> Survey | None:
+    """Return the loader of a public data set whose layout is there; None if there is none."""
+    base = {"data_dir": str(root)}
+    voc = next((p for p in (root / "VOCdevkit/VOC2012", root / "VOC2012", root) if (p / "ImageSets").is_dir()), None)
+    if voc is not None and (voc / "JPEGImages").is_dir():
+        lists = {path.stem: len(read_lines(path, "--data-dir")) for path in voc.glob("ImageSets/Segmentation/*.txt")}
+        sizes = {name: lists[name] for name in ("train", "train_aug", "trainval") if name in lists}
+        if sizes:
+            train = max(sizes, key=lambda name: (name != "trainval", sizes[name], name == "train"))
+            why = {
+                "loader": "the folder has the layout of Pascal VOC (JPEGImages, SegmentationClass, ImageSets)",
+                "split": f"the list in ImageSets/Segmentation, {sizes[train]} images",
+            }
+            return Survey("VOC", base, why, {"split": train}, {"split": "val"} if "val" in lists else None)
+    if (root / "images_split").is_dir():
+        why = {
+            "loader": "the folder has the layout of Kvasir-SEG, split (images_split, masks_split)",
+            "split": "its folders",
+        }
+        return Survey("KvasirSEG", base, why, {"split": "train"}, {"split": "val"})
+    for name, marks in (
+        ("CityScapes", ("leftImg8bit", "leftImg8bit_trainvaltest")),
+        ("ADE20K", ("ADEChallengeData2016", "annotations/training")),
+        ("COCO", ("annotations/train2017",)),
+    ):
+        if any((root / mark).is_dir() for mark in marks):
+            why = {"loader": f"the folder has the layout of {name}", "split": "its folders"}
+            return Survey(name, base, why, {"split": "train"}, {"split": "val"})
+    return None
+
+
+def _folder(root: Path, images: str | None, masks: str | None) -> Survey:
+    """Return the arguments of the Folder loader for images and masks below ``root``."""
+    parents = [root, *(p for p in sorted(root.iterdir()) if p.is_dir() and p.name.lower() in SPLIT_OF_FOLDER)]
+    names = [{p.name.lower(): p.name for p in parent.iterdir() if p.is_dir()} for parent in parents]
+    merged = {key: name for level in reversed(names) for key, name in level.items()}
+    images = images or next((merged[key] for key in _IMAGE_FOLDERS if key in merged), None)
+    masks = masks or next((merged[key] for key in _MASK_FOLDERS if key in merged and merged[key] != images), None)
+    if images is None or masks is None:
+        what = "images" if images is None else "masks"
+        tree = "\n".join("  " + line for line in found_tree(root))
+        raise UserError(f"--data-dir: no folder of {what} found; name it with --{what}. Found in {root}:\n{tree}")
+    args: dict[str, Any] = {"data_dir": str(root)}
+    args |= {name: given for name, given in (("images", images), ("masks", masks)) if given.lower() != name}
+    found = Survey("Folder", args, {"loader": f"images in {images}, masks in {masks}"})
+    suffix = _mask_suffix(root, images, masks)
+    if suffix:
+        args["mask_suffix"] = suffix
+        found.why["mask_suffix"] = "masks are named like their images, with this added"
+    every = {key for level in (*names, _names_in(root / images)) for key in level}
+    splits = {SPLIT_OF_FOLDER[key] for key in every if key in SPLIT_OF_FOLDER}
+    if "train" in splits:
+        found.train, found.why["split"] = {"split": "train"}, "its folders"
+        found.val = {"split": "val"} if "val" in splits else None
+        found.test = {"split": "test"} if "test" in splits else None
+        if found.val is None:
+            found.train["val_split"] = 0.15
+            found.why["val_split"] = "there is no folder of validation data"
+            found.val = {}
+    return found
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.name.lower() for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+
+
+def _mask_suffix(root: Path, images: str, masks: str) -> str:
+    """Return what is added to images' names in masks' names, where names do not agree."""
+    parents = [root, *(path for path in root.iterdir() if path.is_dir())]
+    folders = ((find_folder(parent / images), find_folder(parent / masks)) for parent in parents)
+    pairs = [(a, b) for a, b in folders if a.is_dir() and b.is_dir()]
+    stems = {path.stem for a, _ in pairs for path in image_files(a)}
+    mask_stems = {path.stem for _, b in pairs for path in image_files(b)}
+    if stems & mask_stems:
+        return ""
+    endings = Counter(m[len(s) :] for m in mask_stems for s in (m[:k] for k in range(1, len(m))) if s in stems)
+    best = endings.most_common(1)
+    return best[0][0] if best and best[0][1] > len(stems) / 2 else ""
+
+
+# ---- classes, masks, images
+
+
+def _take_classes(found: Survey, root: Path, given: str | None) -> None:
+    if found.loader in ("CityScapes", "ADE20K", "COCO") and given is None:
+        return
+    if given is not None:
+        is_file = (root / given).is_file() or Path(given).is_file()
+        found.args["classes"] = given if is_file else [name.strip() for name in given.split(",")]
+        found.why["classes"] = "given on the command line"
+        return
+    for name in _CLASS_FILES:
+        if (root / name).is_file():
+            count = len(read_classes(root / name).names)
+            found.args["classes"] = name
+            found.why["classes"] = f"{name} lies in the folder and names {count} classes"
+            return
+
+
+def _files(found: Survey) -> list[tuple[Path, Path]]:
+    """Return image and mask of the training samples, whatever the masks hold."""
+    args = {name: value for name, value in found.args.items() if name != "classes"}
+    if found.loader == "Folder":
+        args["classes"] = 255
+    train = {name: value for name, value in found.train.items() if name != "val_split"}
+    dataset = dataloaders.build(found.loader, **args, **train, num_workers=0, on_error="skip").dataset
+    pairs = [(e.image, e.label) for e in dataset.entries if e.image is not None and e.label is not None]
+    if not pairs:
+        raise UserError(f"--data-dir: no image with a mask found in {found.args['data_dir']}")
+    return pairs
+
+
+def _spread(paths: list[Path]) -> list[Path]:
+    chosen = np.linspace(0, len(paths) - 1, min(len(paths), _PROBED)).astype(int)
+    return [paths[i] for i in chosen.tolist()]
+
+
+def _take_masks(found: Survey, paths: list[Path]) -> None:
+    """Choose the arguments that say what the masks hold."""
+    values: Counter[int] = Counter()
+    colours: Counter[tuple[int, int, int]] = Counter()
+    lossy = 0
+    for path in _spread(paths):
+        try:
+            mask = read_mask(path)
+        except UserError as error:
+            lossy += "lossy" in str(error)
+            continue
+        if mask.values.ndim == 3 and (mask.values[:, :, :1] != mask.values).any():
+            unique, counts = np.unique(mask.values.reshape(-1, 3), axis=0, return_counts=True)
+            for colour, count in zip(unique.tolist(), counts.tolist(), strict=True):
+                colours[(colour[0], colour[1], colour[2])] += count
+        else:
+            plane = mask.values if mask.values.ndim == 2 else mask.values[:, :, 0]
+            unique, counts = np.unique(plane, return_counts=True)
+            values.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
+    names = _names_of(found)
+    if lossy:
+        found.args["threshold"] = 127
+        found.why["threshold"] = "masks have lossy compression (JPEG): grey levels above the middle are the object"
+        found.args.setdefault("classes", ["background", "object"])
+    elif colours:
+        _take_colours(found, colours, names)
+    elif values:
+        _take_values(found, sorted(values), names)
+    else:
+        raise UserError(f"--data-dir: none of the masks can be read, such as {paths[0]}")
+
+
+def _names_of(found: Survey) -> int | None:
+    classes = found.args.get("classes")
+    if classes is None:
+        return None
+    if isinstance(classes, list):
+        return len(classes)
+    below = Path(found.args["data_dir"]) / classes
+    return len(read_classes(below if below.is_file() else classes).names)
+
+
+def _take_colours(found: Survey, colours: Counter[tuple[int, int, int]], names: int | None) -> None:
+    classes = found.args.get("classes")
+    if isinstance(classes, str):
+        below = Path(found.args["data_dir"]) / classes
+        if read_classes(below if below.is_file() else classes).palette is not None:
+            found.why["classes"] += ", with their colours in the masks"
+            return
+    if len(colours) > 60:
+        raise UserError(
+            f"--data-dir: the masks hold {len(colours)} colours, too many to be classes. Give a file of names and "
+            "colours with --classes (lines R G B name)"
+        )
+    if names is not None:
+        raise UserError(
+            f"--classes: masks are painted in {len(colours)} colours, and the names alone do not say which is which. "
+            "Give a file with lines R G B name"
+        )
+    ordered = [colour for colour, _ in colours.most_common()]
+    found.args["palette"] = [list(colour) for colour in ordered]
+    found.args["classes"] = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in ordered]
+    found.why["palette"] = "the colours found in the masks, most frequent first; put names for them into classes"
+
+
+def _take_values(found: Survey, values: list[int], names: int | None) -> None:
+    ids = [value for value in values if value != 255]
+    if values == [0, 255] and names in (None, 1, 2):
+        found.args.setdefault("classes", ["background", "object"])
+        found.args["mask_values"] = [0, 255]
+        found.why["mask_values"] = "masks hold 0 and 255 only: background and object"
+        return
+    negative = [value for value in ids if value < 0]
+    if negative:
+        found.args["ignore_values"] = negative
+        found.why["ignore_values"] = "negative values are taken as not labelled"
+        ids = [value for value in ids if value >= 0]
+    dense = bool(ids) and ids[-1] < max(names or 0, 2 * len(ids), 8) and ids[-1] < (names or 256)
+    if dense:
+        count = names or max(ids[-1] + 1, 2)
+        if names is None:
+            found.args["classes"] = ["background", "object"] if count == 2 else count
+            found.why["classes"] = f"masks hold the values 0 to {count - 1}; put your names here, in this order"
+        if 255 in values:
+            found.why["masks_hold"] = "class ids; 255 is not labelled and ignored"
+        return
+    if names is not None and names != len(ids):
+        raise UserError(f"--classes: {names} names, but the masks hold the values {ids[:20]}")
+    found.args["mask_values"] = ids
+    found.why["mask_values"] = "the values found in the masks, one per class"
+    found.args.setdefault("classes", [f"value {value}" for value in ids])
+
+
+def _take_images(found: Survey, paths: list[Path]) -> None:
+    """Choose in_channels, value_range and nodata from how images are stored."""
+    channels: Counter[int] = Counter()
+    low, high, top, floating, narrow = math.inf, -math.inf, 0, False, False
+    for path in _spread(paths):
+        try:
+            raster = decode(read_bytes(path), path)
+        except UserError:
+            continue
+        array = raster.array[:, :, :-1] if raster.alpha else raster.array
+        channels[3 if raster.palette is not None else array.shape[2]] += 1
+        if raster.palette is not None or array.dtype == np.bool_ or not array.size:
+            continue
+        finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
+        smallest = float(finite.min(initial=0))
+        if smallest <= _NO_DATA:
+            found.args["nodata"] = smallest
+            found.why["nodata"] = "this value means that there is no data; such pixels are ignored"
+            finite = finite[finite != smallest]
+        elif finite.size < array.size:
+            found.args.setdefault("nodata", "nan")
+            found.why["nodata"] = "pixels without a number are ignored"
+        floating |= array.dtype.kind == "f"
+        narrow |= array.dtype == np.uint8
+        top = max(top, raster.largest or (0 if array.dtype.kind == "f" else int(np.iinfo(array.dtype).max)))
+        low, high = min(low, float(finite.min(initial=0))), max(high, float(finite.max(initial=0)))
+    if not channels:
+        raise UserError(f"--data-dir: none of the images can be read, such as {paths[0]}")
+    count = 3 if set(channels) <= {1, 3} and 3 in channels else channels.most_common(1)[0][0]
+    if count != 3:
+        found.args["in_channels"] = count
+        found.why["in_channels"] = "the images are grey" if count == 1 else f"the images have {count} channels"
+    _take_range(found, low, high, top, floating, narrow)
+
+
+def _take_range(found: Survey, low: float, high: float, top: int, floating: bool, narrow: bool) -> None:
+    if floating and (low < 0 or high > 1):
+        usual = [(0, 255), (-1, 1), (0, 10000), (0, 65535)]
+        limits = next(((a, b) for a, b in usual if a <= low and b / 4 < high <= b), (math.floor(low), math.ceil(high)))
+    elif not floating and not narrow and top > 255 and 0 < high < top / 3:
+        limits = (0, next((2**bits - 1 for bits in (8, 10, 12, 14) if high < 2**bits), round(high)))
+    else:
+        return
+    found.args["value_range"] = list(limits)
+    found.why["value_range"] = f"the images hold values from {low:.6g} to {high:.6g}"
+
+
+def _take_fractions(found: Survey, root: Path, count: int, names: list[str]) -> None:
+    """Choose how much is held out, and whether samples come in groups."""
+    if count < 2:
+        raise UserError(f"--data-dir: {root} holds {count} sample; training and validation need at least one each")
+    fraction = 0.2 if count < 1000 else 0.1
+    found.args["val_fraction"] = max(fraction, 1 / count)
+    found.why["val_fraction"] = f"of {count} samples; the same ones in every run"
+    for pattern in _GROUPS:
+        try:
+            sizes = Counter(map(grouping(pattern), names))
+        except UserError:
+            continue
+        if 5 <= len(sizes) <= count / 3 and max(sizes.values()) <= count / 3:
+            found.args["group_by"] = pattern
+            found.why["group_by"] = (
+                f"names fall into {len(sizes)} groups by how they begin, such as {min(sizes)!r}: perhaps frames of one "
+                "scene or slices of one patient, so a group is not divided. Remove it if that is not so"
+            )
+            break
+    found.train, found.val = {"split": "train"}, {"split": "val"}
