@@ -165,7 +165,10 @@ class Pipeline:
                 self.report.tiled.append(job.item.source)
             self.report.pixels += result.labels.size
             known = max(2, self.predictor.facts.num_classes)
-            self.report.unassigned += int(np.count_nonzero(result.labels >= known))
+            without_class = result.labels >= known
+            if pixels.missing is not None:
+                without_class &= ~pixels.missing
+            self.report.unassigned += int(np.count_nonzero(without_class))
             shown = pixels.image if self.outputs.wanted.opacity is not None else None
             future = self._writer.submit(self._write, job.item, shown, result)
             self._writing.append(_Job(job.item, job.pixels, future))
