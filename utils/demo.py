@@ -11,20 +11,24 @@ from __future__ import annotations
 
 import argparse
 import html
+import math
 import os
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
 
 from utils.errors import UserError, run
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from utils.facts import Facts
-    from utils.predictor import Predictor
+from utils.facts import Facts
+from utils.images.palette import displayable, overlay
+from utils.predict.network import check_finite
+from utils.predict.segmentation import Decider, Segmentation
+from utils.predictor import Predictor
 
 PROCEDURES = {"T": "T: above the threshold", "max": "max: most probable class", "rankdice": "rankdice: highest Dice"}
-# Narrow enough for five columns on a telephone: the last one is what the page is for.
+# Narrow enough for six columns on a telephone: the last one is what the page is for.
 _CELL = 'style="padding:.4em .2em;font-size:.8rem"'
 SMALLEST_SHOWN, LARGEST_SHOWN = 480, 1600  # pixels of the longer side of pictures sent to the browser
 
@@ -32,14 +36,19 @@ SMALLEST_SHOWN, LARGEST_SHOWN = 480, 1600  # pixels of the longer side of pictur
 class Comparison(NamedTuple):
     """One image under the three procedures.
 
-    ``image``: uint8 RGB ``(H, W, 3)``. ``labels``: per procedure ``(H, W)``.
-    ``pixels``: per procedure, the pixels of each class's mask. ``scores``: the expected Dice of each rankdice mask.
+    Attributes:
+        image: uint8 RGB ``(H, W, 3)``.
+        labels: per procedure ``(H, W)``.
+        pixels: per procedure, the pixels of each class's mask.
+        scores: the expected Dice of each class's rankdice mask.
+        presence: the probability that each class is in the image; NaN for classes of no interest.
     """
 
     image: np.ndarray
     labels: dict[str, np.ndarray]
     pixels: dict[str, list[int]]
     scores: list[float]
+    presence: list[float]
 
 
 def main() -> int:
@@ -48,16 +57,14 @@ def main() -> int:
         prog="python -m utils.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-m", "--model", required=True, help="checkpoint, such as saved/.../best_model.pth")
-    parser.add_argument("-mo", "--mode", choices=("multiscale", "sliding", "single"), default="single")
-    parser.add_argument("-d", "--device", help="cpu, cuda, or a GPU's number (default: a GPU where there is one)")
+    parser.add_argument("-mo", "--mode", choices=("multiscale", "sliding", "single"), help="default: predict.mode")
+    parser.add_argument("-d", "--device", help="cpu, cuda, or a GPU's number (default: the GPU if there is one)")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: every one (default: 127.0.0.1)"
     )
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     args = parser.parse_args()
     check_gradio()
-    from utils.predictor import Predictor
-
     predictor = Predictor(args.model, mode=args.mode, device=args.device)
     try:
         page(predictor).launch(server_name=args.host, server_port=args.port, quiet=False)
@@ -79,42 +86,30 @@ def compare(predictor: Predictor, path: str) -> Comparison:
     Raises:
         UserError: the file cannot be read, or is too large for a page.
     """
-    import torch
-
-    from utils.images.palette import displayable
-    from utils.predict import PROCEDURES as DECIDE
-    from utils.predict.stored import pictures as label_maps
-    from utils.predictor import UNASSIGNED, erase
-
     image, missing = predictor.read(path)
     if predictor.streams(*image.shape[:2]):
         raise UserError(f"the image has {image.shape[1]} x {image.shape[0]} pixels: use inference.py for such sizes")
     probs = predictor.probabilities(torch.from_numpy(image.copy()).permute(2, 0, 1)[None])
-    erase(probs[0], missing)
-    classes = predictor.facts.num_classes
-    labels, pixels, scores = {}, {}, [0.0] * classes
-    for name in PROCEDURES:
-        found = DECIDE[name](probs, predictor.options)
-        labels[name] = label_maps(name, probs, found, predictor.options)[0]
-        if missing is not None:
-            labels[name][missing] = UNASSIGNED
-        if found.masks is not None:
-            pixels[name] = found.masks[0].flatten(1).sum(1).tolist()
-        else:
-            assert found.labels is not None
-            counts = torch.bincount(found.labels.flatten(), minlength=max(2, classes)).tolist()
-            pixels[name] = counts[1:2] if classes == 1 else counts[:classes]
-        if found.scores is not None:
-            scores = found.scores[0].tolist()
-    return Comparison(displayable(image), labels, pixels, scores)
+    check_finite(probs)
+    found = {name: Decider(name, predictor.options, keep_masks=True)(probs, [missing])[0] for name in PROCEDURES}
+    labels = {name: one.labels for name, one in found.items()}
+    pixels = {name: _pixels(one, predictor.facts.num_classes) for name, one in found.items()}
+    best = found["rankdice"]
+    assert best.scores is not None
+    assert best.presence is not None
+    return Comparison(displayable(image), labels, pixels, best.scores.tolist(), best.presence.tolist())
+
+
+def _pixels(found: Segmentation, classes: int) -> list[int]:
+    """Return the pixels of each class's mask, or of its label."""
+    if isinstance(found.masks, np.ndarray):
+        return found.masks.sum((1, 2)).tolist()
+    counts = np.bincount(found.labels.ravel(), minlength=max(2, classes)).tolist()  # unassigned pixels lie behind
+    return counts[1:2] if classes == 1 else counts[:classes]
 
 
 def pictures(comparison: Comparison, facts: Facts, opacity: float) -> list[np.ndarray]:
     """Return one overlay per procedure; very small pictures enlarged by whole pixels, very large ones reduced."""
-    import cv2
-
-    from utils.images.palette import overlay
-
     longest = max(comparison.image.shape[:2])
     scale = min(1.0, LARGEST_SHOWN / longest) if longest > SMALLEST_SHOWN else max(1, SMALLEST_SHOWN // longest)
     size = [max(1, round(side * scale)) for side in comparison.image.shape[1::-1]]
@@ -124,9 +119,10 @@ def pictures(comparison: Comparison, facts: Facts, opacity: float) -> list[np.nd
 
 
 def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
-    """Return an HTML table: classes that any procedure found, their colours, shares of the image, expected scores.
+    """Return an HTML table of the classes that any procedure found.
 
-    The expected score is that of the rankdice mask.
+    Colours, shares of the image, the probability that the class is in the image, and the expected score of its rankdice
+    mask.
     """
     total = comparison.image.shape[0] * comparison.image.shape[1]
     lines = []
@@ -141,10 +137,11 @@ def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
         )
         score = f"{comparison.scores[c]:.3f}" if counts[-1] else "–"
         shares = (f"{100 * count / total:.2f}" for count in counts)
-        cells = (f"{swatch} {name}", *shares, f"<b>{score}</b>")
+        presence = "–" if math.isnan(comparison.presence[c]) else f"{comparison.presence[c]:.2f}"
+        cells = (f"{swatch} {name}", *shares, presence, f"<b>{score}</b>")
         lines.append(f"<tr>{''.join(f'<td {_CELL}>{cell}</td>' for cell in cells)}</tr>")
     title = "IoU" if metric == "iou" else "Dice"
-    titles = ("class", "T, %", "max, %", "rankdice, %", f"expected {title}")
+    titles = ("class", "T, %", "max, %", "rankdice, %", "in the image", f"expected {title}")
     head = "".join(f"<th {_CELL}>{text}</th>" for text in titles)
     body = f"<tr>{head}</tr>{''.join(lines)}"
     return f'<div style="overflow-x:auto"><table id="found" style="width:100%">{body}</table></div>'

@@ -11,27 +11,33 @@ name, its output has been compared with PyTorch's on three sizes.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim
+
+from utils import checkpoint
+from utils.checkpoint import LoadedModel
 from utils.cli import add_overrides, add_trust
 from utils.errors import UserError, run
 from utils.files import atomic, expand
+from utils.predict import PredictOptions
+from utils.predict.network import Network
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor, nn
-
-    from utils.checkpoint import LoadedModel
-
-    Runner = Callable[[np.ndarray], np.ndarray]
+Runner = Callable[[np.ndarray], np.ndarray]
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
@@ -62,8 +68,6 @@ def main() -> int:
         raise UserError(f"--output {output}: a file of format {args.format} is named {SUFFIXES[args.format]}")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
-
-    from utils import checkpoint
 
     state = checkpoint.read(args.model)
     config = checkpoint.config_of(state, args.model, args.config, args.set, trust_code=args.trust_code)
@@ -96,8 +100,6 @@ def export(loaded: LoadedModel, path: str | Path, kind: str = "onnx", logits: bo
     Raises:
         UserError: the model cannot be exported, or the exported program computes something else.
     """
-    import torch
-
     path = Path(path)
     deployed = deployable(loaded, logits)
     facts = _facts(loaded, logits)
@@ -128,38 +130,47 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {line[:300]}"
 
 
-def deployable(loaded: LoadedModel, logits: bool = False) -> nn.Module:
-    """Return a module from images in [0, 1] to probabilities, or logits."""
-    from torch import nn
+class Deployed(nn.Module):
+    """One view of a :class:`utils.predict.network.Network` as a module, from images to probabilities or logits."""
 
-    network = loaded.network("cpu", amp=None, channels_last=False)
+    def __init__(self, network: Network, logits: bool) -> None:
+        super().__init__()
+        self.normalize, self.model = network.normalize, network.model
+        self._network, self._gives_logits = network, logits
 
-    class Deployed(nn.Module):
-        """One view of :class:`utils.predict.network.Network`, in float32."""
+    def forward(self, images: Tensor) -> Tensor:
+        """Return probabilities ``(B, C, H, W)``, or logits, of images in [0, 1]."""
+        return self.logits(images) if self._gives_logits else self._network.probabilities(images)
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.normalize, self.model = network.normalize, network.model
+    def logits(self, images: Tensor) -> Tensor:
+        """Return logits ``(B, C, H, W)`` of images in [0, 1]."""
+        return self._network.logits(images)
 
-        def forward(self, images: Tensor) -> Tensor:
-            return network.logits(images) if logits else network.probabilities(images)
 
-        def logits(self, images: Tensor) -> Tensor:
-            return network.logits(images)
-
-    return Deployed().eval()
+def deployable(loaded: LoadedModel, logits: bool = False) -> Deployed:
+    """Return a module from images in [0, 1] to probabilities, or logits; in float32 on the CPU."""
+    return Deployed(loaded.network("cpu", amp=None, channels_last=False), logits).eval()
 
 
 def _facts(loaded: LoadedModel, logits: bool) -> dict[str, str]:
     """Return what a user of the file needs to know, as text."""
-    facts = loaded.facts
+    facts, predict = loaded.facts, loaded.config.predict
+    options = PredictOptions.from_config(predict)
     return {
         "class_names": json.dumps(facts.class_names),
         "palette": json.dumps(facts.palette),
         "input": f"images: float32 (B, {facts.in_channels}, H, W) in [0, 1]",
         "output": f"{'logits' if logits else 'probabilities'}: float32 (B, {facts.num_classes}, H, W)",
         "activation": "sigmoid" if facts.num_classes == 1 else loaded.activation,
-        "temperature": str(loaded.config.predict.temperature),
+        "temperature": str(predict.temperature),
+        "bias": json.dumps(predict.bias),
+        # how to decide on the probabilities: the fields of utils.predict.PredictOptions
+        "procedure": predict.test,
+        "threshold": str(options.threshold),
+        "metric": options.metric,
+        "prune": json.dumps(options.prune),
+        "presence": options.decides,
+        "options": json.dumps(asdict(options)),
     }
 
 
@@ -168,9 +179,6 @@ def _facts(loaded: LoadedModel, logits: bool) -> dict[str, str]:
 
 def _trace(deployed: nn.Module, channels: int):
     """Trace the module with free batch, height and width."""
-    import torch
-    from torch.export import Dim
-
     batch, height, width = TRACED_SIZE
     free = {
         0: Dim("batch", min=1, max=LARGEST_BATCH),
@@ -192,13 +200,11 @@ def _deferred_guards(export_program: Callable) -> Iterator[Callable]:
     Networks compare sizes to skip a resize that would change nothing (their answer while traced was "resize", which
     is right for every size), and torch cannot always prove what holds for pooled sizes.
     """
-    import inspect
-
     name = "prefer_deferred_runtime_asserts_over_guards"
     if name in inspect.signature(export_program).parameters:
         yield lambda *args, **kwargs: export_program(*args, **kwargs, **{name: True})
     else:  # torch 2.6 to 2.8 have it one level down
-        from torch.export import _trace as internal
+        from torch.export import _trace as internal  # absent from later versions
 
         yield lambda *args, **kwargs: internal._export(
             *args, **kwargs, allow_complex_guards_as_runtime_asserts=True, pre_dispatch=True
@@ -218,8 +224,6 @@ def _drop_size_assertions(program) -> None:
 @contextmanager
 def _portable_pooling() -> Iterator[None]:
     """Let adaptive average pooling be traced as two matrix products, which exist everywhere for free sizes."""
-    import torch.nn.functional as F
-
     original = F.adaptive_avg_pool2d
     F.adaptive_avg_pool2d = adaptive_average  # type: ignore[assignment]  # sizes as our models give them
     try:
@@ -241,8 +245,6 @@ def adaptive_average(x: Tensor, output_size: int | Sequence[int | None]) -> Tens
 
 def _bins(count: int, length: int, like: Tensor) -> Tensor:
     """Return ``(count, length)``: bin i is the mean from ``floor(i l / n)`` to ``ceil((i + 1) l / n)``."""
-    import torch
-
     index = torch.arange(count, device=like.device)[:, None]
     position = torch.arange(length, device=like.device)[None]
     first = (index * length) // count
@@ -268,8 +270,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_onnx(program, path: str, facts: dict[str, str]) -> None:
-    import onnx
-    import torch
+    import onnx  # an extra
 
     output = facts["output"].partition(":")[0]
     torch.onnx.export(
@@ -281,7 +282,7 @@ def _write_onnx(program, path: str, facts: dict[str, str]) -> None:
 
 
 def _start_onnx(path: str) -> Runner:
-    import onnxruntime
+    import onnxruntime  # an extra
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -290,23 +291,16 @@ def _start_onnx(path: str) -> Runner:
 
 
 def _write_program(program, path: str, facts: dict[str, str]) -> None:
-    import torch
-
     torch.export.save(program, path, extra_files={"facts.json": json.dumps(facts)})
 
 
 def _start_program(path: str) -> Runner:
-    import torch
-
     module = torch.export.load(path).module()
     return lambda images: module(torch.from_numpy(images)).detach().numpy()
 
 
 def _compare(deployed: Any, runner: Runner, channels: int, name: str, kind: str) -> float:
     """Return the largest difference of the exported program to PyTorch over the checked sizes."""
-    import numpy as np
-    import torch
-
     worst, generator = 0.0, np.random.default_rng(0)
     for batch, height, width in CHECKED_SIZES:
         images = generator.random((batch, channels, height, width), dtype=np.float32)

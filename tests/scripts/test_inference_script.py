@@ -138,6 +138,7 @@ def test_everything_beside_the_masks(script: Script, model: Path) -> None:
     for entry in described["classes"]:
         assert entry["name"] == NAMES[entry["id"]]
         assert entry["pixels"] == (result.labels == entry["id"]).sum()
+        assert entry["presence"] == pytest.approx(result.presence[entry["id"]])
         assert entry["mask_pixels"] == result.volumes[entry["id"]]
         if entry["mask_pixels"]:
             assert entry["expected_dice"] == pytest.approx(result.scores[entry["id"]])
@@ -182,12 +183,13 @@ def test_the_table_is_sorted_worst_first(script: Script, model: Path) -> None:
     _, out, _ = script()
     with open("masks/expected_dice.csv", newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["image", "expected_dice", *NAMES[:4]]
+    assert header == ["image", "expected_dice", *NAMES[:4], *(f"presence of {name}" for name in NAMES[:4])]
     scores = [float(row[1]) for row in rows]
     assert scores == sorted(scores)
     assert len(rows) == 5
     result = Predictor(model, mode="single")(rows[0][0])
     assert scores[0] == pytest.approx(result.expected, abs=1e-4)
+    assert [float(cell) for cell in rows[0][6:]] == pytest.approx(result.presence.tolist(), abs=1e-5)
     assert f"lowest: {scores[0]:.3f}, {rows[0][0]}" in out
 
 
@@ -322,6 +324,15 @@ def test_overlapping_masks_as_files(script: Script, model: Path) -> None:
     assert set(found) == set(result.volumes.nonzero()[0])
     for c, mask in found.items():
         np.testing.assert_array_equal(mask, result.masks[c] * 255)
+    script("--masks", "--memory", "1e-6", "--tile", 64, "-p", "T")
+    streamed = {int(path.name[:3]): np.asarray(Image.open(path)) for path in Path("masks/x/a_masks").iterdir()}
+    whole = Predictor(model, mode="single", predict="T")("photos/x/a.png").masks
+    assert set(streamed) == set(whole.any((1, 2)).nonzero()[0])
+    for c, mask in streamed.items():
+        assert (mask == whole[c] * 255).mean() > 0.99
+    script("--masks", "--memory", "1e-6", "--tile", 64)
+    for path in Path("masks/x/a_masks").iterdir():
+        assert (np.asarray(Image.open(path)) == result.masks[int(path.name[:3])] * 255).mean() > 0.99
     code, _, err = script("--masks", "-p", "max")
     assert code == 2
     assert "procedure max has no overlapping masks" in err

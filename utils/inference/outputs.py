@@ -25,20 +25,28 @@ from utils.facts import Facts
 from utils.files import atomic, csv_text, reason, unescape, write_bytes, write_text
 from utils.images import write_png
 from utils.images.palette import overlay, write_mask
+from utils.predict.segmentation import Segmentation
 from utils.predict.spool import Spool
 from utils.predict.stored import class_file, write_class_masks, write_probs
-from utils.predictor import Segmentation
 
 _JPEG_LARGEST_SIDE = 65500
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table of expected scores: an image, its mean, and the score per class (None: no mask)."""
+    """One line of the table of expected scores.
+
+    Attributes:
+        image: its file.
+        expected: the mean over the classes that have a mask; None if none has.
+        per_class: the score of each class's mask; None without a mask.
+        presence: the probability that each class is in the image; None for classes of no interest.
+    """
 
     image: str
     expected: float | None
     per_class: tuple[float | None, ...]
+    presence: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -189,8 +197,7 @@ class Outputs:
                     folder.rmdir()
             raise UserError(f"{source}: its outputs could not be written: {cause}") from None
         finally:
-            if isinstance(result.probs, Spool):
-                result.probs.close()
+            result.close()
         return row
 
     def _write_overlay(
@@ -224,7 +231,8 @@ class Outputs:
         folder = self.folder / f"{name}_masks"
         folder.mkdir(parents=True, exist_ok=True)  # even without any mask: an empty folder says so
         assert result.masks is not None
-        found = range(self.facts.num_classes) if result.volumes is None else result.volumes.nonzero()[0].tolist()
+        every = range(self.facts.num_classes)
+        found = [c for c in every if (result.masks[c].any() if result.volumes is None else result.volumes[c])]
         written += [folder / class_file(self.facts, c) for c in found]
         write_class_masks(folder, self.facts, result.masks, found, self.run.digest)
 
@@ -244,11 +252,12 @@ class Outputs:
         scores = tuple(
             float(s) if v else None for s, v in zip(result.scores.tolist(), result.volumes.tolist(), strict=True)
         )
-        return Row(source, result.expected, scores)
+        return Row(source, result.expected, scores, _presence(result, self.facts.num_classes))
 
     def _describe(self, source: str, result: Segmentation, row: Row | None) -> dict[str, Any]:
         labels = _count_labels(result.labels)
         single = self.facts.num_classes == 1
+        presence = _presence(result, self.facts.num_classes)
         classes = []
         for label in range(2 if single else self.facts.num_classes):
             pixels = int(labels[label])
@@ -257,6 +266,8 @@ class Outputs:
             if row is not None and result.volumes is not None and channel >= 0:
                 entry[f"expected_{self.run.metric}"] = row.per_class[channel]
                 entry["mask_pixels"] = int(result.volumes[channel])
+            if result.presence is not None and channel >= 0:
+                entry["presence"] = presence[channel]
             if pixels or entry.get("mask_pixels"):
                 classes.append(entry)
         height, width = result.labels.shape
@@ -293,9 +304,10 @@ class Outputs:
         rows += [row for row in self._read_table() if row.image in wanted]
         rows.sort(key=lambda row: (row.expected is None, row.expected or 0.0, row.image))
         names = [self.facts.class_name(c) for c in range(self.facts.num_classes)]
-        table = [["image", f"expected_{self.run.metric}", *names]]
+        table = [["image", f"expected_{self.run.metric}", *names, *(f"presence of {name}" for name in names)]]
         for row in rows:
-            table.append([row.image, *("" if s is None else f"{s:.6f}" for s in (row.expected, *row.per_class))])
+            numbers = (row.expected, *row.per_class, *row.presence)
+            table.append([row.image, *("" if number is None else f"{number:.6f}" for number in numbers)])
         write_text(self.table_path, csv_text(table))
         return rows
 
@@ -322,11 +334,12 @@ class Outputs:
         with self.table_path.open(encoding="utf-8", newline="") as file:
             lines = csv.reader(file)
             header = next(lines, [])
-            if len(header) != 2 + self.facts.num_classes:
+            classes = self.facts.num_classes
+            if len(header) != 2 + 2 * classes:
                 return  # of another model
-            for image, *scores in lines:
-                expected, *per_class = (float(s) if s else None for s in scores)
-                yield Row(unescape(image), expected, tuple(per_class))
+            for image, *cells in lines:
+                expected, *numbers = (float(cell) if cell else None for cell in cells)
+                yield Row(unescape(image), expected, tuple(numbers[:classes]), tuple(numbers[classes:]))
 
 
 class OverlayVideo:
@@ -363,6 +376,12 @@ class OverlayVideo:
             if not self._writer.isOpened():
                 raise UserError(f"{self.path}: this build of OpenCV cannot write mp4 video; leave --overlay out")
         self._writer.write(picture)
+
+
+def _presence(result: Segmentation, classes: int) -> tuple[float | None, ...]:
+    """Return the presence of each class, None where it is not known."""
+    values = [float("nan")] * classes if result.presence is None else result.presence.tolist()
+    return tuple(None if value != value else value for value in values)
 
 
 def _count_labels(labels: np.ndarray, rows: int = 256) -> np.ndarray:

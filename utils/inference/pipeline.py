@@ -15,7 +15,8 @@ from utils.errors import UserError
 from utils.images import Pixels
 from utils.inference.outputs import Outputs, Row
 from utils.inference.sources import Item
-from utils.predictor import Predictor, Segmentation
+from utils.predict.segmentation import Segmentation
+from utils.predictor import Predictor
 
 # Images between reading and writing hold at most so many pixels, but for a single larger one.
 PIXELS_IN_FLIGHT = 2**25

@@ -24,10 +24,10 @@ from utils.errors import UserError, run
 from utils.evaluation import Evaluator, all_decisions, evaluate, single_decision
 from utils.facts import Facts
 from utils.files import expand
-from utils.predict import PROCEDURES as DECIDE
 from utils.predict import PredictOptions, stored
 from utils.predict.network import choose_device
 from utils.predict.saved import Case, SavedNetwork, SavedProbs, flat, output_path, write_labels
+from utils.predict.segmentation import Decider
 from utils.progress import progress_bar
 
 
@@ -142,22 +142,21 @@ def _decode_one(args: argparse.Namespace, job: Job, case: Case, folder: Path) ->
     shape = tuple(saved.shape[1:])
     if not args.force:
         stamps.refuse_foreign([output_path(folder, case, len(shape))], folder)
-    probs = job.network.forward(flat(saved)[None])[1]
+    if args.masks and len(shape) > 2:
+        raise UserError("--masks: writes PNG files, which do not hold volumes; leave it out")
     try:
-        found = DECIDE[job.procedure](probs, job.options)
+        tall = flat(saved)
+        # Where the softmax is 0 for all classes, the image had no data.
+        missing = (tall == 0).all(0).numpy() if job.network.activation == "softmax" else None
+        probs = job.network.forward(tall[None])[1]
+        found = Decider(job.procedure, job.options, args.masks)(probs, [missing])[0]
     except ValueError as error:  # options that do not go together
         raise UserError(f"{case.path}: {error}") from None
-    labels = stored.pictures(job.procedure, probs, found, job.options)[0]
-    write_labels(folder, job.facts, case, labels.reshape(shape))
-    if args.masks and found.masks is not None:
-        if len(shape) > 2:
-            raise UserError("--masks: writes PNG files, which do not hold volumes; leave it out")
-        classes = found.masks[0].flatten(1).any(1).nonzero()[:, 0].tolist()
-        masks = found.masks[0].cpu().numpy()
-        stored.write_class_masks(folder / f"{stored.file_name(case.name)}_masks", job.facts, masks, classes)
-    if found.scores is None or found.volumes is None or not found.volumes.any():
-        return None
-    return float(found.scores[found.volumes > 0].mean())
+    write_labels(folder, job.facts, case, found.labels.reshape(shape))
+    if found.masks is not None:
+        classes = [c for c in range(job.facts.num_classes) if found.masks[c].any()]
+        stored.write_class_masks(folder / f"{stored.file_name(case.name)}_masks", job.facts, found.masks, classes)
+    return found.expected
 
 
 # ------------------------------------------------------------------------------------------------------ scores

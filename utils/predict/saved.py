@@ -104,7 +104,8 @@ class SavedProbs:
         if known:
             self._check_stamps()
         sums = first.flatten(1).sum(0)
-        self.activation: Activation = "softmax" if bool(((sums - 1).abs() < 0.01).all()) else "sigmoid"
+        whole = ((sums - 1).abs() < 0.01) | (sums == 0)  # 0: pixels without data
+        self.activation: Activation = "softmax" if bool(whole.all()) else "sigmoid"
         self.dataset = self  # what reads the loader asks its data set for
 
     def _check_stamps(self) -> None:

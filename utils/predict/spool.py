@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,7 @@ class Spool:
                 f"and {folder} has {free / 2**30:.1f} GiB free; point TMPDIR to a larger disk, or use --predict max"
             )
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
+        weakref.finalize(self, self._file.close)
 
     def __enter__(self) -> Spool:
         return self

@@ -201,9 +201,14 @@ def pictures(procedure: str, probs: Tensor, prediction: Prediction, options: Pre
 
     See :func:`utils.predict.label_map`. Pixels without a class get 255 (65535).
     """
-    classes = probs.shape[1]
-    labels = label_map(procedure, probs, options, prediction, unassigned=255 if classes <= 255 else 65535)
-    return labels.cpu().numpy().astype(np.uint8 if classes <= 255 else np.uint16)
+    kind = label_type(probs.shape[1])
+    labels = label_map(procedure, probs, options, prediction, unassigned=int(np.iinfo(kind).max))
+    return labels.cpu().numpy().astype(kind)
+
+
+def label_type(classes: int) -> type[np.uint8 | np.uint16]:
+    """Return the type of label maps: it holds every class id, and its largest value marks unassigned pixels."""
+    return np.uint8 if classes <= 255 else np.uint16
 
 
 def write_masks(folder: Path, facts: Facts, names: Sequence[str], labels: NDArray[Any], run: str = "0" * 16) -> None:

@@ -1,0 +1,278 @@
+"""From probabilities to everything that is said about an image: one decision for images of any size.
+
+:class:`Decider` turns the probabilities of a batch, or the stream of blocks of an image that is too large for the
+memory, into a :class:`Segmentation` each. Predictor, ``inference.py``, the demo page and ``python -m utils.predict``
+use it; the procedures themselves are in :mod:`utils.predict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.predict import (
+    PROCEDURES,
+    Choice,
+    PredictOptions,
+    choose_classes,
+    label_map,
+    spool,
+    taking_part_in_labels,
+)
+from utils.predict.spool import HALF_VALUES, Spool, Volume
+from utils.predict.stored import label_type, pictures
+from utils.predict.tiling import Block
+
+_ROWS = 64  # decided at a time, pixel by pixel: argmax makes int64
+
+
+@dataclass(frozen=True, repr=False)
+class Segmentation:
+    """What was found in one image of ``H x W`` pixels.
+
+    ``numpy.asarray(segmentation)`` is ``labels``; ``repr`` shows what was found, without the arrays.
+
+    Attributes:
+        labels: ``(H, W)`` class ids, uint8 (uint16 with more than 255 classes); 255 (65535) for unassigned pixels: those
+            without data, and those that procedure T leaves.
+        scores: float32 ``(C,)``, the expected Dice (or IoU) of each class's mask, 0 without a mask; None for procedures
+            that do not know it.
+        volumes: int64 ``(C,)``, the pixels of those masks.
+        masks: bool ``(H, W)`` by class, overlapping: an array ``(C, H, W)``, or :class:`StreamedMasks`.
+        probs: float32 ``(C, H, W)`` on the CPU, or the :class:`utils.predict.spool.Spool` of a streamed image.
+        tiled: whether a large image was predicted in tiles although the mode would have seen it whole.
+        presence: float32 ``(C,)``, the probability that each class is in the image, NaN for classes of no interest;
+            None for procedures that do not look at it.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray | None = None
+    volumes: np.ndarray | None = None
+    masks: np.ndarray | StreamedMasks | None = None
+    probs: Tensor | Spool | None = None
+    tiled: bool = False
+    presence: np.ndarray | None = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.labels, dtype=dtype, copy=copy) if copy is not None else np.asarray(self.labels, dtype)
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        found = ", ".join(str(label) for label in np.unique(self.labels))
+        parts = [f"{height} x {width}", f"labels {found or 'none'}"]
+        if self.scores is not None and self.volumes is not None:
+            scores = zip(self.scores.tolist(), self.volumes.tolist(), strict=True)
+            listed = ", ".join(f"{c}: {score:.3f}" for c, (score, volume) in enumerate(scores) if volume)
+            parts.append(f"expected scores {{{listed}}}")
+        parts += [f"with {name}" for name in ("masks", "probs") if getattr(self, name) is not None]
+        parts += ["tiled"] * self.tiled
+        return f"Segmentation({', '.join(parts)})"
+
+    @property
+    def expected(self) -> float | None:
+        """The mean of ``scores`` over the classes that have a mask; None if none has."""
+        if self.scores is None or self.volumes is None or not self.volumes.any():
+            return None
+        return float(self.scores[self.volumes > 0].mean())
+
+    def close(self) -> None:
+        """Free the disk space of a streamed image; its masks and probabilities cannot be read afterwards."""
+        for kept in (self.probs, getattr(self.masks, "spool", None)):
+            if isinstance(kept, Spool):
+                kept.close()
+
+
+class StreamedMasks:
+    """The overlapping masks of a streamed image, made from its spool one at a time: ``masks[c]`` is bool ``(H, W)``.
+
+    Args:
+        spool: the probabilities.
+        volumes: the RankDice mask of each class that has one.
+        threshold: of procedure T, in place of volumes.
+    """
+
+    def __init__(self, spool: Spool, volumes: Mapping[int, Volume], threshold: float | None = None) -> None:
+        self.spool, self._volumes, self._threshold = spool, volumes, threshold
+
+    def __getitem__(self, c: int) -> np.ndarray:
+        if self._threshold is not None:
+            return np.concatenate([plane.astype(np.float32) > self._threshold for plane in self.spool.planes(c)])
+        if c not in self._volumes:
+            return np.zeros(self.spool.shape[1:], bool)
+        return spool.top_pixels(self.spool, c, self._volumes[c])
+
+
+@dataclass(frozen=True)
+class Decider:
+    """A procedure with its options, and what is kept of an image.
+
+    Attributes:
+        procedure: "T", "max" or "rankdice".
+        options: of the procedures.
+        keep_masks, keep_probs: whether results carry ``masks`` and ``probs``.
+        stream_masks: whether those of streamed images carry ``masks``, too, which keeps their probabilities on disk.
+    """
+
+    procedure: str
+    options: PredictOptions
+    keep_masks: bool = False
+    keep_probs: bool = False
+    stream_masks: bool = False
+
+    def __call__(self, probs: Tensor, missing: Sequence[np.ndarray | None] = ()) -> list[Segmentation]:
+        """Decide on a batch.
+
+        Args:
+            probs: float32 ``(B, C, H, W)``; those of pixels without data become 0.
+            missing: per image the pixels without data, bool ``(H, W)``, or None. They belong to no class.
+        """
+        for image, where in zip(probs, missing, strict=False):
+            erase(image, where)
+        found = PROCEDURES[self.procedure](probs, self.options)
+        labels = pictures(self.procedure, probs, found, self.options)
+        for image, where in zip(labels, missing, strict=False):
+            if where is not None:
+                image[where] = np.iinfo(labels.dtype).max
+        numbers: dict[str, Any] = {
+            "scores": None if found.scores is None else found.scores.float().cpu().numpy(),
+            "volumes": None if found.volumes is None else found.volumes.cpu().numpy(),
+            "presence": None if found.presence is None else found.presence.float().cpu().numpy(),
+            "masks": found.masks.cpu().numpy() if self.keep_masks and found.masks is not None else None,
+            "probs": probs.cpu() if self.keep_probs else None,
+        }
+        return [
+            Segmentation(labels[i], **{name: value[i] for name, value in numbers.items() if value is not None})
+            for i in range(len(probs))
+        ]
+
+    # -- images whose probabilities do not fit in memory -----------------------------------------------------------
+
+    @property
+    def by_pixel(self) -> bool:
+        """Whether the label of a pixel depends on that pixel alone."""
+        return self.procedure == "T" or self.procedure == "max" and not self.options.restricts_max
+
+    def stream(
+        self, blocks: Iterable[Block], shape: tuple[int, int, int], missing: np.ndarray | None = None
+    ) -> Segmentation:
+        """Decide on one image whose probabilities are never in memory as a whole.
+
+        The decision is the same as that of :meth:`__call__` for the probabilities as float16. If nothing but the pixels
+        themselves matters and nothing is kept, they are not rounded and not written to disk.
+
+        Args:
+            blocks: a partition of the image, from top to bottom within each column.
+            shape: ``(C, H, W)``.
+            missing: the pixels without data, bool ``(H, W)``; they belong to no class.
+
+        Raises:
+            UserError: the solver needs all probabilities in memory, or the disk is too small.
+        """
+        result = self._streamed(blocks if missing is None else _erased(blocks, missing), shape)
+        if missing is not None:
+            result.labels[missing] = np.iinfo(result.labels.dtype).max
+        return result
+
+    def _streamed(self, blocks: Iterable[Block], shape: tuple[int, int, int]) -> Segmentation:
+        keep_masks = self.stream_masks and self.procedure != "max"
+        if self.by_pixel and not keep_masks and not self.keep_probs:
+            return Segmentation(self._by_pixel(((b.y, b.x, b.scores) for b in blocks), shape))
+        if not self.by_pixel and self.options.solver not in ("exact", "rma"):
+            classes, height, width = shape
+            needed = 4 * classes * height * width
+            raise UserError(
+                f"solver {self.options.solver!r} needs the probabilities of the whole {width} x {height} image in "
+                f"memory ({needed / 2**30:.1f} GiB); use the solver 'exact', or allow the memory"
+            )
+        disk = Spool(*shape)
+        try:
+            for block in blocks:
+                disk.write(block)
+            result = self._spooled(disk)
+        except BaseException:
+            disk.close()
+            raise
+        result = replace(result, masks=result.masks if keep_masks else None, probs=disk if self.keep_probs else None)
+        if not keep_masks and not self.keep_probs:
+            disk.close()
+        return result
+
+    def _by_pixel(self, pieces: Iterable[tuple[int, int, Tensor]], shape: tuple[int, int, int]) -> np.ndarray:
+        """Return the label map, from pieces of the probabilities ``(C, h, w)`` with their row and column."""
+        classes, height, width = shape
+        kind = label_type(classes)
+        labels = np.empty((height, width), kind)
+        for y, x, probs in pieces:
+            for top in range(0, probs.shape[1], _ROWS):
+                rows = probs[None, :, top : top + _ROWS]
+                part = label_map(self.procedure, rows, self.options, unassigned=int(np.iinfo(kind).max))[0]
+                labels[y + top : y + top + len(part), x : x + part.shape[1]] = part.cpu().numpy().astype(kind)
+        return labels
+
+    def _spooled(self, disk: Spool) -> Segmentation:
+        if self.by_pixel:
+            labels = self._by_pixel(_bands(disk), disk.shape)
+            return Segmentation(labels, masks=StreamedMasks(disk, {}, self.options.threshold))
+        counts = disk.counts()
+        classes = disk.shape[0]
+        wanted = range(classes) if self.options.classes is None else sorted(self.options.classes)
+        found = {c: self._volume(counts[c]) for c in wanted}
+        volumes, scores = torch.zeros(1, classes, dtype=torch.int64), torch.zeros(1, classes, dtype=torch.float64)
+        for c, volume in found.items():
+            volumes[0, c], scores[0, c] = volume.pixels, volume.score
+        highest = torch.tensor([[float(HALF_VALUES[row.nonzero()[0][-1]]) for row in counts]])
+        choice = choose_classes(highest, scores, self.options)
+        presence = choice.presence[0].float().numpy()
+        if self.procedure == "max":
+            return Segmentation(self._label_map(disk, counts, choice, found), presence=presence)
+        absent = ~choice.chosen
+        return Segmentation(
+            self._label_map(disk, counts, choice, found),
+            scores=choice.scores.masked_fill(absent, 0)[0].float().numpy(),
+            volumes=volumes.masked_fill(absent, 0)[0].numpy(),
+            presence=presence,
+            masks=StreamedMasks(disk, {c: volume for c, volume in found.items() if choice.chosen[0, c]}),
+        )
+
+    def _volume(self, counts: np.ndarray) -> Volume:
+        chosen = self.options
+        prune = chosen.prune if chosen.decides == "prune" else None
+        return spool.rank_dice_counts(HALF_VALUES, counts, chosen.metric, chosen.solver, chosen.smooth, prune)
+
+    def _label_map(self, disk: Spool, counts: np.ndarray, choice: Choice, found: Mapping[int, Volume]) -> np.ndarray:
+        """Return the label map of a procedure that looks at the whole image."""
+        if disk.shape[0] > 1:
+            taking_part = taking_part_in_labels(choice.chosen, self.options)
+            if self.procedure == "max":
+                return spool.most_probable(disk, taking_part)
+            return spool.label_map(disk, counts, taking_part, self.options.smooth)
+        if not bool(choice.chosen[0, 0]):
+            return np.zeros(disk.shape[1:], np.uint8)
+        if self.procedure == "rankdice":
+            return spool.top_pixels(disk, 0, found[0]).astype(np.uint8)
+        return np.concatenate([plane > 0.5 for plane in disk.planes(0)]).astype(np.uint8)
+
+
+def erase(probs: Tensor, missing: np.ndarray | None) -> None:
+    """Set the probabilities ``(C, h, w)`` of pixels without data to 0, so that no procedure counts them."""
+    if missing is not None:
+        probs[:, torch.from_numpy(np.ascontiguousarray(missing)).to(probs.device)] = 0
+
+
+def _erased(blocks: Iterable[Block], missing: np.ndarray) -> Iterator[Block]:
+    for block in blocks:
+        height, width = block.scores.shape[1:]
+        erase(block.scores, missing[block.y : block.y + height, block.x : block.x + width])
+        yield block
+
+
+def _bands(disk: Spool) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield the rows of a spool in order, float32 ``(C, rows, W)``, with their row and column."""
+    for y, band in disk.bands():
+        yield y, 0, torch.from_numpy(band).float()
