@@ -39,8 +39,8 @@ class Segmentation:
     ``numpy.asarray(segmentation)`` is ``labels``; ``repr`` shows what was found, without the arrays.
 
     Attributes:
-        labels: ``(H, W)`` class ids, uint8 (uint16 with more than 255 classes); 255 (65535) for unassigned pixels: those
-            without data, and those that procedure T leaves.
+        labels: ``(H, W)`` class ids, uint8 (uint16 with more than 255 classes); 255 (65535) for unassigned pixels:
+            those without data, and those that procedure T leaves.
         scores: float32 ``(C,)``, the expected Dice (or IoU) of each class's mask, 0 without a mask; None for procedures
             that do not know it.
         volumes: int64 ``(C,)``, the pixels of those masks.
