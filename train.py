@@ -84,7 +84,7 @@ def build(config: Config, weights: str | None, resumed: bool) -> tuple[nn.Module
     import models
     from base.base_trainer import Data
     from dataloaders.check.leaks import announce
-    from utils import checkpoint, losses
+    from utils import checkpoint, distributed, losses
     from utils.config import data_checks as checks
     from utils.facts import Facts
 
@@ -103,7 +103,9 @@ def build(config: Config, weights: str | None, resumed: bool) -> tuple[nn.Module
         arguments["pretrained"] = False
     model = checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
     if weights:
-        checkpoint.load_weights(model, weights)
+        done = checkpoint.start_from(model, weights)
+        if distributed.is_main():
+            print(done)
     arguments = checks.loss_arguments(config, train.dataset)
     loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments)
     return model, loss, Data(train, val, facts)

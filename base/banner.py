@@ -17,10 +17,12 @@ def banner(run: Any) -> str:
     spread = f"{plan.processes} processes" if plan.processes > 1 else "1 process"
     spread = f"{gpus} GPUs, DataParallel" if gpus > 1 else spread
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    backbone = getattr(run.model, "backbone", None)
     validation = "none" if run.data.val is None else f"{len(run.data.val.dataset):,} images"
     lines = {
         "run": str(run.folder) + (f", continued from iteration {run.iteration}" if run.iteration else ""),
         "model": f"{config.arch.type}, {run.data.facts.num_classes} classes, {trainable / 1e6:.2f} M parameters",
+        "weights": run.model.weights_from or getattr(backbone, "weights_from", "") or "random weights",
         "data": f"{plan.images:,} training images, validation {validation}",
         "device": f"{_device_name(run.device)}, {spread}, amp {settings.amp}",
         "batch": f"{plan.batch_size} per process x {plan.processes} x accumulate {plan.accumulate} = "

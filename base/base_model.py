@@ -40,12 +40,19 @@ class BaseModel(nn.Module):
     align_corners: ClassVar[bool] = False
     #: Rules from the names of published checkpoints to ours, see :mod:`models.upstream`.
     published_names: ClassVar[tuple[tuple[str, str | None], ...]] = ()
+    #: An entry of published checkpoints that shows which model they are of ("": there are none).
+    published_mark: ClassVar[str] = ""
+    #: The entry of published checkpoints with one row per class, and the axis of the classes.
+    published_classifier: ClassVar[tuple[str, int]] = ("", 0)
     #: Stride of the deepest features; subclasses with a choice set it on the instance.
     output_stride: int = 32
     #: Height and width must be multiples of this (1: any size).
     size_divisor: int = 1
     #: The backbone's name among the modules.
     backbone_name: str = "backbone"
+
+    #: Where the weights came from, for the banner; "": they are random, or the backbone knows.
+    weights_from: str = ""
 
     backbone: nn.Module
 

@@ -353,7 +353,7 @@ class BaseTrainer:
                 "keeps its optimizer. To train on with another, start a new run from its weights (train.py --config "
                 "CONFIG --weights CHECKPOINT)"
             )
-        checkpoint.fill(self.model, state["state_dict"], "the checkpoint to resume")
+        checkpoint.load_weights(self.model, state["state_dict"], "the checkpoint to resume")
         if self.ema is not None and state["ema"] is not None:
             self.ema.module.load_state_dict(state["ema"])
             self.ema.n_averaged.fill_(state["ema_updates"])

@@ -8,10 +8,6 @@ from utils.errors import UserError
 from utils.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
     from base.base_model import BaseModel
 
 MODELS = Registry(
@@ -46,10 +42,3 @@ def build(type: str, num_classes: int, **args: Any) -> BaseModel:
         return MODELS[name](num_classes=num_classes, **args)
     except (TypeError, ValueError) as error:
         raise UserError(f"arch {name}: {error}") from error
-
-
-def load_weights(model: BaseModel, state_dict: Mapping[str, Tensor]) -> None:
-    """Load our own or published weights into ``model``; see :func:`models.upstream.load_weights`."""
-    from models import upstream
-
-    upstream.load_weights(model, state_dict)

@@ -7,9 +7,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from base.base_model import BaseModel
-from models import upstream
 from models.backbones import Needs, encoder, xception
 from models.blocks import ASPP, SkipDecoder, init_weights
+from models.upstream import names
 
 #: Atrous rates of the pyramid per output stride; 32 is for encoders that cannot be dilated.
 RATES = {32: (3, 6, 9), 16: (6, 12, 18), 8: (12, 24, 36)}
@@ -37,11 +37,13 @@ class DeepLab(BaseModel):
     """
 
     align_corners = True
+    published_mark = "ASSP.aspp1.0.weight"
+    published_classifier = ("decoder.output.7.weight", 0)
     published_names = (
-        *upstream.RESNET_NAMES,
-        *upstream.XCEPTION_NAMES,
-        *upstream.ASPP_NAMES,
-        *upstream.SKIP_DECODER_NAMES,
+        *names.RESNET_NAMES,
+        *names.XCEPTION_NAMES,
+        *names.ASPP_NAMES,
+        *names.SKIP_DECODER_NAMES,
     )
 
     def __init__(

@@ -7,10 +7,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from base.base_model import BaseModel
-from models import upstream
 from models.backbones import resnet
 from models.backbones.resnet import RESNETS, ResNet
 from models.blocks import ASPP, SkipDecoder, init_weights
+from models.upstream import names
 
 RATES = (6, 12, 18, 24, 36)
 
@@ -76,14 +76,16 @@ class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
     """
 
     align_corners = True
+    published_mark = "DUC_out.conv.weight"
+    published_classifier = ("decoder.output.7.weight", 0)
     published_names = (
         (r"DUC_out\.conv\.", "upsample.0."),
         (r"DUC_out\.bn\.", "upsample.1."),
         (r"decoder\.DUC\.conv\.", "duc.0."),
         (r"decoder\.DUC\.bn\.", "duc.1."),
-        *upstream.RESNET_NAMES,
-        *upstream.ASPP_NAMES,
-        *upstream.SKIP_DECODER_NAMES,
+        *names.RESNET_NAMES,
+        *names.ASPP_NAMES,
+        *names.SKIP_DECODER_NAMES,
     )
     backbone: ResNet
 

@@ -204,6 +204,8 @@ class ENet(BaseModel):
     """
 
     output_stride = 8
+    published_mark = "bottleneck10.conv1.weight"
+    published_classifier = ("fullconv.weight", 1)
     published_names = (
         (r"(bottleneck[45]0)\.spatil_conv\.", r"\1.shortcut.0."),
         (r"(bottleneck[45]0)\.bn_up\.", r"\1.shortcut.1."),

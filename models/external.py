@@ -87,7 +87,9 @@ class External(BaseModel):
             self.network: nn.Module = load_network(file)
         else:
             numbers = {"$num_classes": num_classes, "$in_channels": in_channels}
-            self.network = _build(self.source, {**(args or {}), **(pretrained or {})}, numbers)
+            self.network = _build(
+                self.source, {**(args or {}), **(pretrained if isinstance(pretrained, dict) else {})}, numbers
+            )
             if not isinstance(self.network, nn.Module):
                 raise UserError(f"arch.args.factory: {factory} gives {type(self.network).__name__}, not an nn.Module")
         if backbone is not None:
@@ -95,18 +97,21 @@ class External(BaseModel):
             if self.backbone_name not in dict(self.named_modules()):
                 children = ", ".join(name for name, _ in self.network.named_children())
                 raise ValueError(f"backbone: {factory} has no submodule {backbone!r}; it has {children}")
+        if file is not None or pretrained:
+            self.weights_from = file or f"{factory} with {pretrained}"
         self._checked = False
         if file is not None:
             self.eval()
         self.freeze(freeze_bn, freeze_backbone)
 
-    def train(self, mode: bool = True) -> BaseModel:
+    def train(self, mode: bool = True) -> External:
         """Set training or evaluation mode; a network in a file has only the latter."""
         if mode and isinstance(self.network, FileNetwork):
             raise UserError(
                 f"arch.args.file: {self.source} can be scored and used, not trained; train it with arch.args.factory"
             )
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def logits(self, x: Tensor) -> Outputs:
         """Return the network's logits at its own resolution."""

@@ -92,6 +92,8 @@ class FCN8(BaseModel):
     """
 
     output_stride = 32
+    published_mark = "adj_pool3.weight"
+    published_classifier = ("output.6.weight", 0)
     published_names = (
         *(
             (rf"pool3\.{n}\.", f"backbone.vgg.stages.{s}.{i}.")

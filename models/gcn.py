@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.base_model import BaseModel, resize_to
-from models import upstream
 from models.backbones import Needs, encoder
 from models.blocks import init_weights
+from models.upstream import names
 from utils.bounds import Width
 
 #: Levels of a ResNet, for the recorded names.
@@ -112,8 +112,10 @@ class GCN(BaseModel):
     """
 
     align_corners = True
+    published_mark = "gcn1.conv11.weight"
+    published_classifier = ("final_conv.weight", 0)
     published_names = (
-        *upstream.RESNET_NAMES,
+        *names.RESNET_NAMES,
         *(
             (rf"gcn{i + 1}\.conv{path}{step}\.", f"global_convs.{i}.{name}.{step - 1}.")
             for i in range(LEVELS)

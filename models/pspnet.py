@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from base.base_model import BaseModel, Outputs
-from models import upstream
 from models.backbones import Backbone, Needs, densenet, encoder
 from models.blocks import FCNHead, PyramidPooling, init_weights
+from models.upstream import names
 
 BINS = (1, 2, 3, 6)
 
@@ -21,7 +21,7 @@ class PyramidSceneParsing(BaseModel):
 
     align_corners = False
     published_names = (
-        *upstream.pyramid_names("master_branch.0", "pyramid"),
+        *names.pyramid_names("master_branch.0", "pyramid"),
         (r"master_branch\.1\.", "classifier."),
         (r"auxiliary_branch\.([01])\.", r"aux_head.0.\1."),
         (r"auxiliary_branch\.4\.", "aux_head.2."),
@@ -69,6 +69,8 @@ class PSPNet(PyramidSceneParsing):
         freeze_backbone: only the decoder is trained.
     """
 
+    published_mark = "initial.1.weight"
+    published_classifier = ("master_branch.1.weight", 0)
     published_names = (
         (r"initial\.0\.", "backbone.conv1."),
         (r"initial\.1\.", "backbone.bn1."),
@@ -114,6 +116,8 @@ class PSPDenseNet(PyramidSceneParsing):
         freeze_backbone: only the decoder is trained.
     """
 
+    published_mark = "block0.0.weight"
+    published_classifier = ("master_branch.1.weight", 0)
     published_names = (
         (r"block0\.", "backbone.stem."),
         (r"block(\d)\.", r"backbone.denseblock\1."),

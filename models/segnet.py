@@ -69,6 +69,8 @@ class SegNet(BaseModel):
     BatchNorm and ReLU (64 to 64 channels), and a further 3x3 convolution classifies.
     """
 
+    published_mark = "stage1_encoder.0.weight"
+    published_classifier = ("stage5_decoder.6.weight", 0)
     published_names = (
         *((rf"stage{i}_encoder\.", f"backbone.stages.{i - 1}.") for i in range(1, 6)),
         (r"stage5_decoder\.6\.", "classifier."),

@@ -114,6 +114,8 @@ class SegResNet(BaseModel):
     """
 
     output_stride = 32
+    published_mark = "first_conv.0.weight"
+    published_classifier = ("last_conv.1.weight", 0)
     published_names = (
         (r"first_conv\.0\.", "backbone.conv1."),
         (r"first_conv\.1\.", "backbone.bn1."),

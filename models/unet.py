@@ -73,6 +73,8 @@ class UNet(BaseModel):
     """
 
     output_stride = 16
+    published_mark = "start_conv.0.weight"
+    published_classifier = ("final_conv.weight", 0)
 
     def __init__(self, num_classes: int, in_channels: int = 3, width: Width = 64, freeze_bn: bool = False) -> None:
         super().__init__(num_classes, in_channels)

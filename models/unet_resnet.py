@@ -63,6 +63,8 @@ class UNetResnet(BaseModel):
     per step instead of two, narrower steps (192, 128, 96, 64, 48, 32); on a ResNet no skips at strides 1 and 2.
     """
 
+    published_mark = "upconv5.weight"
+    published_classifier = ("conv7.weight", 0)
     published_names = (
         (r"initial\.0\.", "backbone.conv1."),
         (r"initial\.1\.", "backbone.bn1."),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from base.base_model import BaseModel
-from models import upstream
 from models.backbones import Needs, encoder
 from models.blocks import ConvBNReLU, PyramidPooling, init_weights, resize_to
+from models.upstream import names
 from utils.bounds import Width
 
 
@@ -77,9 +77,11 @@ class UperNet(BaseModel):
     """
 
     align_corners = False
+    published_mark = "PPN.bottleneck.0.weight"
+    published_classifier = ("head.weight", 0)
     published_names = (
-        *upstream.RESNET_NAMES,
-        *upstream.pyramid_names("PPN", "pyramid"),
+        *names.RESNET_NAMES,
+        *names.pyramid_names("PPN", "pyramid"),
         *((rf"FPN\.conv1x1\.{i}\.", f"fpn.laterals.{i + 1}.") for i in range(3)),
         (r"FPN\.smooth_conv\.", "fpn.smooth."),
         (r"FPN\.conv_fusion\.", "fpn.fuse."),

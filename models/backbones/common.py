@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from utils.checkpoint.files import read
 from utils.errors import UserError
-from utils.files import expand
 
 
 class Backbone(nn.Module):
@@ -24,6 +24,8 @@ class Backbone(nn.Module):
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    #: Where the weights came from, for the banner.
+    weights_from: str = ""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return one feature map (B, channels[i], H / strides[i], W / strides[i]) per entry of ``channels``."""
@@ -31,17 +33,18 @@ class Backbone(nn.Module):
 
 
 def adapt_first_conv(weight: Tensor, in_channels: int) -> Tensor:
-    """Make the first convolution's RGB weights (O, 3, k, k) fit ``in_channels`` image channels.
+    """Make the first convolution's weights (O, channels, k, k), usually of RGB, fit ``in_channels`` image channels.
 
-    One channel takes the sum over RGB: a grey image then gives what its RGB copy gives. More channels repeat
-    R, G, B cyclically, scaled by 3 / in_channels, so that responses keep their size.
+    One channel takes the sum over all: a grey image then gives what its RGB copy gives. Other numbers repeat R, G, B
+    cyclically, scaled by channels / in_channels, so that responses keep their size.
     """
-    if in_channels == 3:
+    channels = weight.shape[1]
+    if in_channels == channels:
         return weight
     if in_channels == 1:
         return weight.sum(dim=1, keepdim=True)
-    repeated = weight.repeat(1, math.ceil(in_channels / 3), 1, 1)[:, :in_channels]
-    return repeated * (3 / in_channels)
+    repeated = weight.repeat(1, math.ceil(in_channels / channels), 1, 1)[:, :in_channels]
+    return repeated * (channels / in_channels)
 
 
 def load_pretrained(
@@ -87,6 +90,7 @@ def load_pretrained(
         state[first_conv] = adapt_first_conv(state[first_conv], own[first_conv].shape[1])
     _check_fit(own, state, name, source)
     backbone.load_state_dict(state, strict=False)
+    backbone.weights_from = f"backbone from {source}"
 
 
 def _from_torchvision(name: str) -> Mapping[str, Tensor]:
@@ -106,37 +110,16 @@ def _from_torchvision(name: str) -> Mapping[str, Tensor]:
 
 
 def load_from_file(path: str) -> dict[str, Tensor]:
-    """Return the weights in a file: a state dict of torch, alone or under a usual key, or a ``.safetensors`` file.
+    """Return the weights in a file, without ``module.`` before the names; see :func:`utils.checkpoint.files.read`.
 
     Raises:
         UserError: no such file, or it does not hold weights.
     """
-    path = str(expand(path))
-    if not Path(path).is_file():
-        raise UserError(f"pretrained: there is no file {path}")
     try:
-        if path.endswith(".safetensors"):
-            content = _read_safetensors(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # both raise many kinds for files of another format
-        raise UserError(f"pretrained: cannot read weights from {path} ({error})") from error
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"pretrained: {path} does not hold a state dict (a mapping from names to tensors)")
-    return {key.removeprefix("module."): value for key, value in content.items()}
-
-
-def _read_safetensors(path: str) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file  # an extra
-    except ImportError as error:
-        raise UserError(f"{path}: needs safetensors, which is not installed: pip install safetensors") from error
-    return load_file(path)
+        weights = read(path)["state_dict"]
+    except UserError as error:
+        raise UserError(f"pretrained: {error}") from None
+    return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
 def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str, source: str) -> None:

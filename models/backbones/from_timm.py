@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.backbones.common import Backbone, adapt_first_conv, load_from_file
 from utils.errors import UserError, did_you_mean
@@ -63,6 +63,8 @@ class TimmEncoder(Backbone):
         if isinstance(pretrained, str):
             weights = _from_package(pretrained, name) if pretrained in PACKAGES else load_from_file(pretrained)
             _load(self.network, name, weights, pretrained)
+        if pretrained:
+            self.weights_from = f"backbone from {'timm' if pretrained is True else pretrained}"
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return one feature map (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i])) per level."""
@@ -125,7 +127,7 @@ def _explained(error: Exception, name: str, library: Any, pretrained: bool) -> E
     return ValueError(f"backbone: timm cannot make feature maps of {name}: {error}")
 
 
-def _load(network: nn.Module, name: str, weights: Mapping[str, Tensor], source: str) -> None:
+def _load(network: Any, name: str, weights: Mapping[str, Tensor], source: str) -> None:
     """Load a classifier's weights into the feature extractor; raise UserError unless all of it gets weights.
 
     timm's extractors rename ``stages.0`` to ``stages_0``, and some wrap the model as ``model``: names are compared

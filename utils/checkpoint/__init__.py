@@ -47,10 +47,12 @@ __all__ = [
     "config_of",
     "link",
     "load_model",
+    "load_weights",
     "network_of",
     "read",
     "remove_leftovers",
     "save",
+    "start_from",
 ]
 
 FORMAT = 2
@@ -146,8 +148,8 @@ def _network_in(state: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, A
     """Return the ``arch`` of a file that holds a whole network, with the arguments that the config gives for it."""
     if "network" not in state:
         return None
-    given = raw.get("arch") or {}
-    args = (given.get("args") or {}) if given.get("type") == EXTERNAL else {}
+    given: Any = raw.get("arch")
+    args = given.get("args") or {} if isinstance(given, Mapping) and given.get("type") == EXTERNAL else {}
     kept = {name: args[name] for name in ("in_channels", "outputs", "size_divisor", "resize") if name in args}
     return {"type": EXTERNAL, "args": {**kept, "file": state["network"]}}
 
@@ -229,8 +231,7 @@ def build_model(
 ) -> LoadedModel:
     """Do what :func:`load_model` does for a checkpoint that was read already."""
     # The one way from utils into the rooms above it: a checkpoint names a model, and models are looked up there.
-    models = import_module("models")
-    upstream = import_module("models.upstream")
+    models, upstream = import_module("models"), import_module("models.upstream")
     from utils.losses import LOSSES
 
     weights = state.get("ema") or state["state_dict"]
@@ -250,7 +251,7 @@ def build_model(
             _check_size(arch, num_classes, args, weights)
         model = models.build(arch, num_classes, **args)
         if "network" not in state:
-            models.load_weights(model, weights)
+            upstream.load_weights(model, weights)
         bad = finite.bad_weights(model)
         if bad is not None:
             raise UserError(
@@ -301,24 +302,43 @@ def _stored_facts(values: Any) -> Facts:
         raise UserError(f"its 'facts' (classes, palette, mean, std) are not as they were written: {error}") from None
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load the weights of a checkpoint, ours or a published one, into a model of the same architecture.
+def load_weights(model: nn.Module, weights: Mapping[str, Any], source: str | Path = "the weights") -> None:
+    """Load all of a model's weights, under our names or the published ones.
+
+    Args:
+        model: one of :mod:`models`.
+        weights: tensors by name.
+        source: where they come from, for messages.
 
     Raises:
-        UserError: an unusable file, or weights that do not fit, saying which and probably why.
+        UserError: they do not fit; says which and probably why.
+    """
+    try:
+        import_module("models.upstream").load_weights(model, weights)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def start_from(model: Any, path: str | Path) -> str:
+    """Start a model from what fits of the weights in a file (fine-tuning); return what was taken and what not.
+
+    The file may be a checkpoint of ours, a published one, or the weights of another program; the number of classes and
+    of image channels may differ.
+
+    Raises:
+        UserError: an unusable file, or hardly anything fits.
     """
     state = read(path)
     if "network" in state:
         raise UserError(f"{path}: holds a whole network; expected a checkpoint or weights")
-    fill(model, state.get("ema") or state["state_dict"], path)
-
-
-def fill(model: nn.Module, weights: Mapping[str, Any], source: str | Path) -> None:
-    """Load weights into a model; ``source`` is where they come from, for the message of the :class:`UserError`."""
+    ema = state.get("ema") if "facts" in state else None
     try:
-        import_module("models").load_weights(model, weights)
+        done = import_module("models.upstream").transfer(model, ema or state["state_dict"])
     except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
+    tensors = len(done.taken) + len(done.adapted)
+    model.weights_from = f"{path} ({tensors} of {tensors + len(done.reshaped) + len(done.missing)} tensors)"
+    return f"weights of {path}\n{done.text()}"
 
 
 def _facts_of_config(config: Config, num_classes: int | None = None) -> Facts:

@@ -20,6 +20,9 @@ from utils.checkpoint.contents import are_weights, malformed
 from utils.errors import UserError
 from utils.files import expand
 
+#: Where other programs keep the weights in their files.
+WEIGHT_KEYS = ("model_state_dict", "model", "weights", "params")
+
 
 def save(state: Mapping[str, Any], path: str | Path) -> None:
     """Write a checkpoint so that ``path`` holds either the old file or the whole new one, whatever happens.
@@ -62,8 +65,9 @@ def link(source: Path, path: Path) -> None:
 def read(path: str | Path) -> dict[str, Any]:
     """Return what a checkpoint file holds, tensors on the CPU, without running any code of the file.
 
-    A bare state dict (the weights alone) is returned as ``{"state_dict": ...}``, and the path of a file that holds a
-    whole network (see :func:`network_kind`), which is not read yet, as ``{"network": path, "state_dict": {}}``.
+    Weights alone, under a key that other programs use, or in a ``.safetensors`` file are returned as
+    ``{"state_dict": ...}``. For a file that holds a whole network (see :func:`network_kind`), which is not read yet, the
+    result is ``{"network": path, "state_dict": {}}``.
 
     Raises:
         UserError: no such file, not a checkpoint, cut short, or one that would need to run code.
@@ -73,6 +77,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: {_what_is_there(path)}")
     if network_kind(path) is not None:
         return {"network": str(path), "state_dict": {}}
+    if path.suffix == ".safetensors":
+        return {"state_dict": _read_safetensors(path)}
     _check_container(path)
     _check_sums(path)
     try:
@@ -88,14 +94,26 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: expected a checkpoint (a dict with 'state_dict'), found {type(state).__name__}")
     if "state_dict" not in state:
-        if not are_weights(state):
+        found = next((state[key] for key in WEIGHT_KEYS if are_weights(state.get(key))), state)
+        if not are_weights(found):
             keys = ", ".join(map(str, list(state)[:5])) or "none"
             raise UserError(f"{path}: expected 'state_dict' or the weights alone, found the keys {keys}")
-        state = {"state_dict": state}
+        state = {"state_dict": found}
     problem = malformed(state)
     if problem:
         raise UserError(f"{path}: {problem}")
     return dict(state)
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        from safetensors.torch import load_file  # an extra
+    except ImportError as error:
+        raise UserError(f"{path}: needs safetensors, which is not installed: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except Exception as error:  # bytes gone wrong
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
 
 
 def network_kind(path: str | Path) -> str | None:

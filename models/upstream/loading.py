@@ -1,0 +1,218 @@
+"""Load weights under our names or others: all of a checkpoint, or what fits (fine-tuning)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from base.base_model import BaseModel
+from models.backbones.common import adapt_first_conv
+from models.upstream.identify import (
+    backbone_of,
+    has_published_names,
+    identify,
+    image_channels,
+    number_of_classes,
+    parameters,
+    some,
+)
+from models.upstream.names import strip_wrappers, translate
+from utils.errors import UserError
+
+#: Prefixes under which other programs keep a network or its encoder, and where ours has them.
+THEIR_PREFIXES = ("", "model.", "net.", "network.", "encoder.", "encoder.model.", "backbone.")
+OUR_PREFIXES = ("", "backbone.", "network.", "backbone.network.")
+#: A transfer that uses less than this share of the file's tensors, and of the model's, is refused.
+LEAST_SHARE = 0.2
+
+
+def load_weights(model: BaseModel, state_dict: Mapping[str, Tensor]) -> None:
+    """Load weights under our names or the published ones, with or without ``module.``, into ``model``.
+
+    Where the model uses one BatchNorm at two places and the weights hold different values for them
+    (checkpoints of synchronised BatchNorm, which converted each use by itself), the second place gets a
+    BatchNorm of its own.
+
+    Raises:
+        UserError: entries are missing, unknown or of another shape; says which, and what probably went wrong.
+    """
+    own = model.state_dict()
+    weights = translate(model, state_dict)
+    missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in weights if k not in own]
+    reshaped = [k for k in weights if k in own and weights[k].shape != own[k].shape]
+    if missing or unexpected or reshaped:
+        shapes = [f"{k}: found {tuple(weights[k].shape)}, expected {tuple(own[k].shape)}" for k in reshaped]
+        parts = (
+            (missing, "missing", missing),
+            (unexpected, "unexpected", unexpected),
+            (reshaped, "of another shape", shapes),
+        )
+        facts = "; ".join(f"{len(keys)} {what} ({some(shown)})" for keys, what, shown in parts if keys)
+        why = "; ".join(reasons(model, strip_wrappers(state_dict)))
+        raise UserError(
+            f"the weights do not fit {type(model).__name__}: {facts}" + (f". Probably: {why}" if why else "")
+        )
+    _untie_norms(model, weights)
+    model.load_state_dict(weights, strict=False)  # strict but for num_batches_tracked, see above
+
+
+def _untie_norms(model: BaseModel, weights: Mapping[str, Tensor]) -> None:
+    first_name: dict[nn.Module, str] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, _BatchNorm):
+            continue
+        first = first_name.setdefault(module, name)
+        pairs = ((weights.get(f"{first}.{k}"), weights.get(f"{name}.{k}")) for k in module.state_dict())
+        if any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, copy.deepcopy(module))
+
+
+def reasons(model: BaseModel, weights: Mapping[str, Tensor]) -> list[str]:
+    """Return what may explain that ``weights`` do not fit ``model``, most telling first."""
+    kind = type(model).__name__
+    if "fc.weight" in weights or "classifier.6.weight" in weights:
+        return ["these are an ImageNet classifier's weights: name the file in arch.args.pretrained"]
+    other = identify(weights)
+    if other is not None and other != kind:
+        return [f"these are the weights of a published {other} (arch.type)"]
+    found = []
+    ours, theirs = backbone_of(model.state_dict()), backbone_of(weights)
+    if theirs is not None and ours is not None and ours != theirs:
+        found.append(f"the weights have the backbone {theirs}, the model has {ours} (arch.args.backbone)")
+    classes = number_of_classes(kind, weights, model.published_names)
+    if classes is not None and classes != model.num_classes:
+        found.append(f"the weights are for {classes} classes, the model has {model.num_classes}")
+    channels = image_channels(weights)
+    if channels is not None and channels != model.in_channels and not found:
+        found.append(f"the weights are for images with {channels} channels, the model for {model.in_channels}")
+    is_published = has_published_names(weights, model.published_names)
+    if is_published and not model.published and "published" in parameters(type(model)):
+        found.append("this is a published checkpoint: build the model with published: true")
+    return found
+
+
+# -- fine-tuning -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What :func:`transfer` did with each tensor, by name.
+
+    Attributes:
+        taken: loaded as they are.
+        adapted: first convolutions, fitted to another number of image channels.
+        reshaped: of another shape in the file; they start afresh.
+        missing: not in the file; they start afresh.
+        unused: in the file only.
+    """
+
+    taken: tuple[str, ...]
+    adapted: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def text(self) -> str:
+        """Return one line per kind, names grouped by the part of the network."""
+        kinds = {
+            "taken": self.taken,
+            "first layer adapted to the image channels": self.adapted,
+            "start afresh, of another shape in the file": self.reshaped,
+            "start afresh, not in the file": self.missing,
+            "in the file, not used": self.unused,
+        }
+        return "\n".join(f"    {what}: {_grouped(names)}" for what, names in kinds.items() if names)
+
+
+def transfer(model: BaseModel, state_dict: Mapping[str, Tensor]) -> Transfer:
+    """Load what fits of other weights into ``model``: other classes or channels, another program's names.
+
+    Tries our names, the published ones, and the usual prefixes (``model.``, ``encoder.``, ``backbone.``), so that
+    encoders of torchvision, timm and segmentation_models_pytorch match ours. A first convolution for another number
+    of channels is adapted (:func:`models.backbones.common.adapt_first_conv`). Whatever does not fit keeps its values.
+
+    Raises:
+        UserError: hardly anything fits; says what the weights may be.
+    """
+    own = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    weights = strip_wrappers(state_dict)
+
+    def fitting(names: Mapping[str, str]) -> int:
+        return sum(key in own and weights[source].shape == own[key].shape for key, source in names.items())
+
+    names = max(_renamings(model, own, weights), key=fitting)
+    taken = [key for key in own if key in names and weights[names[key]].shape == own[key].shape]
+    if len(taken) < max(1, LEAST_SHARE * min(len(own), len(weights))):
+        why = "; ".join(reasons(model, weights))
+        raise UserError(
+            f"only {len(taken)} of {len(weights)} tensors fit {type(model).__name__}; the file begins with "
+            f"{some(list(weights))}" + (f". Probably: {why}" if why else "")
+        )
+    state = {key: weights[names[key]] for key in taken}
+    adapted = []
+    for key in own.keys() & names.keys() - state.keys():
+        new = _adapted(weights[names[key]], own[key], model.in_channels)
+        if new is not None:
+            state[key] = new
+            adapted.append(key)
+    model.load_state_dict(state, strict=False)
+    used = {names[key] for key in state}
+    other = [key for key in own if key in names and key not in state]
+    return Transfer(
+        taken=tuple(taken),
+        adapted=tuple(adapted),
+        reshaped=tuple(f"{key} ({_size(weights[names[key]])} in the file, {_size(own[key])} here)" for key in other),
+        missing=tuple(key for key in own if key not in names),
+        unused=tuple(
+            key
+            for key in weights
+            if key not in used and key not in {names[k] for k in other} and not key.endswith("num_batches_tracked")
+        ),
+    )
+
+
+def _renamings(model: BaseModel, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterable[dict[str, str]]:
+    """Yield candidate maps from our names to those in the file."""
+    by_identity = {id(tensor): key for key, tensor in weights.items()}
+    yield {key: by_identity[id(tensor)] for key, tensor in translate(model, weights).items()}
+    # timm writes stages_0 for stages.0 where it returns features.
+    plain = {key.replace(".", "_"): key for key in own}
+    for theirs in THEIR_PREFIXES:
+        for ours in OUR_PREFIXES:
+            renamed = {}
+            for key in weights:
+                name = plain.get((ours + key.removeprefix(theirs)).replace(".", "_"))
+                if key.startswith(theirs) and name is not None:
+                    renamed[name] = key
+            yield renamed
+
+
+def _adapted(weight: Tensor, like: Tensor, in_channels: int) -> Tensor | None:
+    """Return a convolution's weights for the model's image channels, if only these differ."""
+    if weight.dim() != 4 or like.dim() != 4 or like.shape[1] != in_channels:
+        return None
+    if weight.shape[0] != like.shape[0] or weight.shape[2:] != like.shape[2:]:
+        return None
+    return adapt_first_conv(weight, in_channels)
+
+
+def _size(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "scalar"
+
+
+def _grouped(names: tuple[str, ...]) -> str:
+    """Return the count, and the names; of many, the parts of the network with their counts."""
+    if len(names) <= 6:
+        return f"{len(names)}: {', '.join(names)}"
+    parts: dict[str, int] = {}
+    for name in names:
+        part = name.partition(".")[0]
+        parts[part] = parts.get(part, 0) + 1
+    return f"{len(names)}: " + ", ".join(f"{part} ({count})" for part, count in parts.items())

@@ -1,0 +1,133 @@
+"""Fine-tuning: what fits of other weights is taken, the rest starts afresh, and both are listed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import models
+import train
+from models.upstream import transfer
+from tests.small_checkpoint import write_checkpoint
+from utils import checkpoint
+from utils.errors import UserError
+
+
+def build(kind: str, num_classes: int, seed: int = 0, **args: Any) -> Any:
+    torch.manual_seed(seed)
+    return models.build(kind, num_classes, **args)
+
+
+def same(model: nn.Module, other: nn.Module, names: Any) -> bool:
+    ours, theirs = model.state_dict(), other.state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in names)
+
+
+def test_another_number_of_classes_starts_the_head() -> None:
+    source, model, before = (build("PSPNet", n, seed, backbone="resnet18") for n, seed in ((5, 1), (3, 2), (3, 2)))
+    done = transfer(model, {f"module.{k}": v for k, v in source.state_dict().items()})
+    heads = ["classifier.weight", "classifier.bias", "aux_head.2.weight", "aux_head.2.bias"]
+    assert [name.split()[0] for name in done.reshaped] == heads
+    assert not done.missing + done.unused + done.adapted
+    assert same(model, source, done.taken)
+    assert same(model, before, heads)
+    assert "classifier.bias (5 in the file, 3 here)" in done.text()
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(3, 1), (3, 4), (4, 3)])
+def test_another_number_of_channels_adapts_the_first_layer(theirs: int, ours: int) -> None:
+    source, model = (build("UNet", 4, seed, width=4, in_channels=n) for seed, n in ((1, theirs), (2, ours)))
+    done = transfer(model, source.state_dict())
+    (first,) = done.adapted
+    assert first.startswith("start_conv.0")
+    assert not done.reshaped + done.missing + done.unused
+    weight, expected = model.state_dict()[first], source.state_dict()[first]
+    torch.testing.assert_close(
+        weight.sum(1) if ours == 1 else weight[:, 0] * ours / theirs,
+        {True: expected.sum(1), False: expected[:, 0]}[ours == 1],
+    )
+
+
+@pytest.mark.parametrize("program", ["torchvision", "timm", "smp"])
+def test_encoders_of_other_programs_match(program: str) -> None:
+    if program == "torchvision":
+        theirs, model = torchvision.models.resnet18(), build("UNetResnet", 3, backbone="resnet18")
+        pairs = {"backbone.layer4.1.conv2.weight": "layer4.1.conv2.weight"}
+    elif program == "timm":
+        timm = pytest.importorskip("timm")
+        theirs, model = timm.create_model("convnext_atto"), build("UperNet", 3, backbone="timm:convnext_atto")
+        pairs = {"backbone.network.stages_3.blocks.1.mlp.fc2.weight": "stages.3.blocks.1.mlp.fc2.weight"}
+    else:
+        smp = pytest.importorskip("segmentation_models_pytorch")
+        theirs = smp.Unet("resnet18", encoder_weights=None)
+        model = build("PSPNet", 3, backbone="resnet18")
+        pairs = {"backbone.layer1.0.conv1.weight": "encoder.layer1.0.conv1.weight"}
+    done = transfer(model, theirs.state_dict())
+    backbone = [k for k in model.state_dict() if k.startswith("backbone.") and "num_batches" not in k]
+    assert set(done.taken) == set(backbone)
+    assert not done.adapted
+    assert all(name.startswith(("fc.", "head.", "decoder.", "segmentation_head.")) for name in done.unused)
+    for ours, name in pairs.items():
+        assert torch.equal(model.state_dict()[ours], theirs.state_dict()[name])
+
+
+def test_a_published_checkpoint_of_other_classes_is_translated() -> None:
+    source, model = build("UperNet", 5, 1, backbone="resnet18"), build("UperNet", 3, 2, backbone="resnet18")
+    recorded = {
+        k.replace("classifier.", "head.").replace("fpn.fuse.", "FPN.conv_fusion."): v
+        for k, v in source.state_dict().items()
+    }
+    done = transfer(model, recorded)
+    assert [name.split()[0] for name in done.reshaped] == ["classifier.weight", "classifier.bias"]
+    assert not done.missing
+    assert same(model, source, done.taken)
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    with pytest.raises(UserError, match=r"only 0 of \d+ tensors fit ENet"):
+        transfer(build("ENet", 3), build("UNet", 3, width=4).state_dict())
+
+
+@pytest.mark.parametrize("form", ["model", "model_state_dict", "lightning", "alone", "safetensors"])
+def test_files_of_other_programs_are_read(form: str, tmp_path: Path) -> None:
+    source, model, path = build("UNet", 4, 1, width=4), build("UNet", 4, 2, width=4), tmp_path / "weights.pt"
+    weights = source.state_dict()
+    if form == "lightning":
+        torch.save({"state_dict": {f"model.{k}": v for k, v in weights.items()}, "epoch": 3}, path)
+    elif form == "safetensors":
+        path = path.with_suffix(".safetensors")
+        pytest.importorskip("safetensors.torch").save_file(weights, path)
+    else:
+        torch.save(weights if form == "alone" else {form: weights, "epoch": 3}, path)
+    text = checkpoint.start_from(model, path)
+    assert same(model, source, weights)
+    assert "not" not in text.partition("\n")[2]
+    assert str(path) in model.weights_from
+
+
+def test_train_says_what_was_taken_and_where_the_weights_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = {"length": 4, "size": 32, "batch_size": 2, "num_workers": 0}
+    content = {
+        "name": "tuned",
+        "n_gpu": 0,
+        "arch": {"type": "UNet", "args": {"width": 4}},
+        "train_loader": {"type": "Shapes", "args": shapes | {"crop_size": 32}},
+        "trainer": {"epochs": 1, "val": False, "monitor": "off", "save_dir": str(tmp_path), "tensorboard": False},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    path = write_checkpoint(tmp_path / "four_classes.pth")
+    for weights, words in (([], "weights  : random weights"), (["-w", str(path)], f"weights  : {path} (")):
+        monkeypatch.setattr(sys, "argv", ["train.py", "-c", str(tmp_path / "config.json"), *weights])
+        assert train.main() == 0
+        shown = capsys.readouterr().out
+        assert words in shown
+    assert "start afresh, of another shape in the file: 2: final_conv.weight (4 x 4 x 1 x 1 in the file" in shown
