@@ -66,8 +66,8 @@ def read(path: str | Path) -> dict[str, Any]:
     """Return what a checkpoint file holds, tensors on the CPU, without running any code of the file.
 
     Weights alone, under a key that other programs use, or in a ``.safetensors`` file are returned as
-    ``{"state_dict": ...}``. For a file that holds a whole network (see :func:`network_kind`), which is not read yet, the
-    result is ``{"network": path, "state_dict": {}}``.
+    ``{"state_dict": ...}``. A file that holds a whole network (see :func:`network_kind`) is not read yet: the result is
+    ``{"network": path, "state_dict": {}}``.
 
     Raises:
         UserError: no such file, not a checkpoint, cut short, or one that would need to run code.
