@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import approximations, exact
-from .integral import Goal
+from .integral import CPU, Goal
 from .label_map import ROUNDS, Classes, ascend, check_classes
 from .table import Best, Table, best_volumes
 
@@ -30,9 +30,8 @@ SOLVERS = ("exact", *approximations.SOLVERS)
 IOU_SOLVERS = ("exact", "rma")
 MOST_SMOOTH = 1e5  # above, all scores are so close to 1 that rounding decides
 
-_SMALLEST_BUDGET = 16 << 20
-_LARGEST_BUDGET = 256 << 20
-_CHUNK_BYTES, _GPU_CHUNK_BYTES = 4, 16  # of working memory per pixel of a chunk
+_SMALLEST_BUDGET, _LARGEST_BUDGET, _CHUNK_BYTES = 16 << 20, 256 << 20, 4  # the last per pixel of a chunk
+_GPU_LARGEST_BUDGET, _GPU_CHUNK_BYTES = 4 << 30, 64  # a GPU works on whole maps: few operations, each on much
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,9 @@ def rank_dice(
         prune: see :class:`Options`.
         valid: bool, ``(B, *spatial)`` or broadcastable to ``probs``: pixels outside never enter the ranking and are
             never in a mask (padding, outside the field of view). Their values are not looked at.
-        max_bytes: working memory beside the result, about. None: the size of ``probs``, at least 16 MiB and at most
-            256 MiB; on a GPU four times as much. It changes the speed only. A row that must be sorted as a whole
-            takes about 100 bytes per pixel.
+        max_bytes: working memory beside the result, about. None: the size of ``probs`` in float32, at least 16 MiB and
+            at most 256 MiB; on a GPU 64 bytes per value, at most 4 GiB. It changes the speed only. A row that must be
+            sorted as a whole takes about 100 bytes per pixel.
 
     Returns:
         The masks, volumes, cut-off probabilities, expected scores and largest probabilities. An empty mask scores 0
@@ -139,34 +138,51 @@ def rank_dice(
     if max_bytes is not None and max_bytes <= 0:
         raise ValueError(f"max_bytes: expected a positive number, got {max_bytes!r}")
     rows = _as_rows(probs, valid)  # (B * C, N)
-    cpu = rows.device.type == "cpu"
-    highest, extremes = rows.new_zeros(rows.shape[0]), None
-    if rows.numel():
-        highest = rows.amax(1)
-        extremes = torch.stack([rows.amin(1).amin(), highest.amax()]).double()  # both hand NaN on
-        if cpu or solver != "exact":
-            exact.check_range(*extremes.tolist())
-            extremes = None
-    if max_bytes is None:
-        size = probs.numel() * max(4, probs.element_size())
-        max_bytes = max(_SMALLEST_BUDGET, min(size, _LARGEST_BUDGET)) * (1 if cpu else 4)
-    found = RankDice(
-        torch.zeros(rows.shape, dtype=torch.bool, device=rows.device),
-        torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device),
-        torch.full_like(highest, torch.inf),
-        torch.full(highest.shape, float(smooth > 0), dtype=torch.float64, device=rows.device),
-        highest,
-    )
-    if rows.numel():
-        searched = highest > (0.0 if prune is None else prune)
-        # An empty mask scores 0 without smoothing. On a GPU, asking which rows are active costs more than doing all.
-        everything = not cpu or smooth > 0 or bool(searched.all())
-        chosen = None if everything else searched.nonzero().view(-1)
-        per_row = max(1, max_bytes // ((_CHUNK_BYTES if cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
-        for part in _parts(rows.shape[0], chosen, per_row):
-            _solve(rows, part, searched, found, options, max_bytes, extremes)
+    max_bytes = _budget(probs) if max_bytes is None else max_bytes
     shape = probs.shape[:2]
-    return RankDice(found.masks.view(probs.shape), *(result.view(shape) for result in found[1:]))
+    if not rows.numel():
+        none = rows.new_zeros(shape)
+        return RankDice(probs.bool(), *_nothing(none, smooth), none)
+    highest = rows.amax(1)
+    extremes: Tensor | None = torch.stack([rows.amin(), highest.amax()])  # both hand NaN on
+    if rows.device.type in CPU or solver != "exact":
+        exact.check_range(*extremes.tolist())
+        extremes = None
+    skipped = highest <= (0.0 if prune is None else prune)
+    masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+    results: tuple[Tensor, ...] | None = None
+    for names in _parts(rows, skipped, smooth, max_bytes):
+        first, last = int(names[0]), int(names[-1]) + 1
+        some = slice(first, last) if last - first == names.numel() else names
+        best, drawn = _solve(rows[some], highest[some], skipped[some], masks[some], options, max_bytes, extremes)
+        values = best.volumes.long(), best.cutoffs.to(rows.dtype), best.scores
+        if names.numel() == len(rows):
+            results = values
+            break
+        results = results or _nothing(highest, smooth)
+        if not isinstance(some, slice):
+            masks[some] = drawn
+        for result, value in zip(results, values, strict=True):
+            result[some] = value
+    results = results or _nothing(highest, smooth)
+    return RankDice(masks.view(probs.shape), *(result.view(shape) for result in results), highest.view(shape))
+
+
+def _parts(rows: Tensor, skipped: Tensor, smooth: float, budget: int) -> Iterator[Tensor]:
+    """Yield the rows that must be solved, in chunks."""
+    cpu = rows.device.type in CPU
+    chosen = torch.arange(rows.shape[0])
+    # An empty mask scores 0 without smoothing. On a GPU, asking which rows are active costs more than doing all.
+    if cpu and not smooth and bool(skipped.any()):
+        chosen = (~skipped).nonzero().view(-1)
+    per_row = max(1, budget // ((_CHUNK_BYTES if cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
+    yield from chosen.split(per_row) if chosen.numel() else ()
+
+
+def _nothing(highest: Tensor, smooth: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return volumes, cut-offs and scores of empty masks."""
+    scores = torch.full(highest.shape, float(smooth > 0), dtype=torch.float64, device=highest.device)
+    return torch.zeros_like(highest, dtype=torch.int64), torch.full_like(highest, torch.inf), scores
 
 
 @torch.no_grad()
@@ -211,9 +227,7 @@ def label_map(
     if probs.numel() == 0:
         return probs.new_zeros(probs.shape[:1] + probs.shape[2:], dtype=torch.int64)
     maps = probs.flatten(2)
-    cpu = probs.device.type == "cpu"
-    budget = max_bytes or (_SMALLEST_BUDGET if cpu else 4 * _LARGEST_BUDGET)
-    step = max(1, budget // (64 * max(1, maps.shape[0] * maps.shape[1])))
+    step = max(1, (max_bytes or _budget(probs)) // (64 * max(1, maps.shape[0] * maps.shape[1])))
 
     def bands() -> Iterator[tuple[int, Tensor]]:
         for first in range(0, maps.shape[2], step):
@@ -246,64 +260,53 @@ def rank_counts(values: Tensor, counts: Tensor, options: Options = Options()) ->
     """
     table = Table(values.flip(0).expand(counts.shape).contiguous(), counts.flip(1).double())
     highest = torch.where(counts > 0, values, -torch.inf).amax(1)
-    searched = highest > (options.prune or 0.0)
+    skipped = highest <= (options.prune or 0.0)
     if options.solver == "exact":
-        best = best_volumes(table, searched, options.goal, _LARGEST_BUDGET)
+        best = best_volumes(table, skipped, options.goal, _LARGEST_BUDGET)
     elif options.solver == "rma":
-        best = approximations.reciprocal_moment(table, searched, options.goal)
+        best = approximations.reciprocal_moment(table, skipped, options.goal)
     else:
         raise ValueError(f"solver: tables are solved by 'exact' and 'rma', not by {options.solver!r}")
     return best.volumes.long(), best.cutoffs, best.scores
 
 
-def _parts(count: int, chosen: Tensor | None, size: int) -> list[slice | Tensor]:
-    """Split the chosen rows (None: all) into slices, or index tensors where they are not neighbours."""
-    if chosen is None:
-        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
-    pieces: list[slice | Tensor] = []
-    for part in chosen.split(size) if chosen.numel() else ():
-        first, last = int(part[0]), int(part[-1])
-        pieces.append(slice(first, last + 1) if last - first + 1 == part.numel() else part)
-    return pieces
+def _budget(probs: Tensor) -> int:
+    """Return how many bytes of working memory to use."""
+    if probs.device.type in CPU:
+        return max(_SMALLEST_BUDGET, min(probs.numel() * max(4, probs.element_size()), _LARGEST_BUDGET))
+    return max(_LARGEST_BUDGET, min(probs.numel() * _GPU_CHUNK_BYTES, _GPU_LARGEST_BUDGET))
 
 
 def _solve(
     rows: Tensor,
-    part: slice | Tensor,
-    searched: Tensor,
-    found: RankDice,
+    highest: Tensor,
+    skipped: Tensor,
+    masks: Tensor,
     options: Options,
     budget: int,
     extremes: Tensor | None,
-) -> None:
-    """Solve some rows and write their results."""
-    own = rows[part]
+) -> tuple[Best, Tensor]:
+    """Solve rows and draw their masks into ``masks``."""
     if options.solver == "exact":
-        best = exact.solve(own, found.highest[part], searched[part], options.goal, budget, extremes)
+        best = exact.solve(rows, highest, skipped, options.goal, budget, extremes)
     else:
-        best = approximations.solve(own, searched[part], options.solver, options.goal, budget)
-    cut = best.cutoffs.to(rows.dtype)
-    found.volumes[part], found.cutoffs[part], found.scores[part] = best.volumes.long(), cut, best.scores
-    masks = found.masks[part]
-    if rows.device.type != "cpu":
-        _draw_torn(own, best, masks)
-    else:
-        torch.ge(own, cut.unsqueeze(1), out=masks)
-        if bool(best.torn.any()):
-            for row in best.torn.nonzero().view(-1).split(max(1, budget // (16 * rows.shape[1]))):
-                some = masks[row]
-                _draw_torn(own[row], Best(*(value[row] for value in best[:-1]), 0), some)
-                masks[row] = some
-    if isinstance(part, Tensor):
-        found.masks[part] = masks
-
-
-def _draw_torn(rows: Tensor, best: Best, masks: Tensor) -> None:
-    """Draw masks whose cut may run through pixels of equal probability: those with the lowest index are in."""
+        best = approximations.solve(rows, skipped, options.solver, options.goal, budget)
     cut = best.cutoffs.to(rows.dtype).unsqueeze(1)
-    last = torch.where(best.torn, best.columns, rows.shape[1]).unsqueeze(1)
-    first_ones = torch.arange(rows.shape[1], device=rows.device) <= last
-    torch.logical_or(rows > cut, (rows == cut) & first_ones, out=masks)
+    if rows.device.type not in CPU:
+        first_ones = torch.arange(rows.shape[1], device=rows.device) <= best.columns.unsqueeze(1)
+        torch.logical_or(rows > cut, (rows == cut) & first_ones, out=masks)
+        least = torch.where(masks, rows, torch.inf).amin(1)
+        return best._replace(cutoffs=least), masks
+    only_above = best.columns < 0  # the mask is p > cut, and its smallest probability is not known yet
+    if bool(only_above.any()):
+        names = only_above.nonzero().view(-1)
+        least = torch.cat([torch.where(rows[n] > cut[n], rows[n], torch.inf).amin().view(1) for n in names])
+        cut = cut.index_copy(0, names, least.unsqueeze(1))
+    torch.ge(rows, cut, out=masks)
+    for row in best.torn.nonzero().view(-1).tolist():  # the cut runs through pixels of equal probability
+        last = int(best.columns[row])
+        masks[row, last + 1 :] &= rows[row, last + 1 :] > cut[row]
+    return best._replace(cutoffs=cut.squeeze(1)), masks
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -26,12 +26,12 @@ PIXEL_BYTES = 96
 TRNA_TERMS = 1 << 16  # (pixel, volume) pairs of a row at a time
 
 
-def solve(rows: Tensor, searched: Tensor, solver: str, goal: Goal, budget: int) -> Best:
+def solve(rows: Tensor, skipped: Tensor, solver: str, goal: Goal, budget: int) -> Best:
     """Find each row's volume by an approximation; the score is the approximation's own.
 
     Args:
         rows: ``(R, N)`` probabilities.
-        searched: bool ``(R,)``; the other rows get the empty mask.
+        skipped: bool ``(R,)``: these rows get the empty mask.
         solver: one of ``SOLVERS``.
         goal: what is maximized: "iou" with rma only.
         budget: bytes of working memory, about; a row needs about 100 bytes per pixel.
@@ -41,23 +41,23 @@ def solve(rows: Tensor, searched: Tensor, solver: str, goal: Goal, budget: int) 
         values, columns = rows[part].sort(dim=1, descending=True, stable=True)
         table = Table(values.double(), columns=columns)
         if solver == "rma":
-            found.append(reciprocal_moment(table, searched[part], goal))
+            found.append(reciprocal_moment(table, skipped[part], goal))
         else:
             scores, empty = _scores(table.values, solver, goal.smooth, budget)
-            found.append(_choose(table, searched[part], scores, empty))
+            found.append(_choose(table, skipped[part], scores, empty))
     return Best(*(torch.cat(values) for values in list(zip(*found, strict=True))[:-1]), 0)
 
 
-def _choose(table: Table, searched: Tensor, scores: Tensor, empty: Tensor) -> Best:
+def _choose(table: Table, skipped: Tensor, scores: Tensor, empty: Tensor) -> Best:
     """Return the best of the volumes at the ends of the table's runs."""
     score, best = scores.masked_fill(table.values <= 0, -torch.inf).max(1)
     ends = table.ends()
-    none = ~searched | (empty >= score)
+    none = skipped | (empty >= score)
     volume = torch.where(none, 0.0, ends.gather(1, best.unsqueeze(1)).squeeze(1))
     return describe(table, ends, volume, torch.where(none, empty, score), torch.ones_like(none), 0)
 
 
-def reciprocal_moment(table: Table, searched: Tensor, goal: Goal) -> Best:
+def reciprocal_moment(table: Table, skipped: Tensor, goal: Goal) -> Best:
     """RMA: the mean of the denominator in place of the mean of its reciprocal.
 
     Inside a run of equal values the score rises or falls throughout, so that the ends of the runs are enough.
@@ -69,7 +69,7 @@ def reciprocal_moment(table: Table, searched: Tensor, goal: Goal) -> Best:
         scores = (mass + g) / (volume + mean - mass + g)
     else:
         scores = 2 * mass / (volume + mean + 1 + g) + (g / (volume + mean + g) if g else 0)
-    return _choose(table, searched, scores, empty)
+    return _choose(table, skipped, scores, empty)
 
 
 def _scores(values: Tensor, solver: str, smooth: float, budget: int) -> tuple[Tensor, Tensor]:

@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 ORDERS = 8  # power sums that stand for pixels of a table: at a decay rate m they leave out less than 8! / m^8
-FAR_ORDERS = 4  # the same for pixels outside a table
+FAR_ORDERS = 4  # the same for pixels outside a table, which have p < m / FAR_RATE
+FAR_RATE = 600.0  # so that they leave out less than 4! / FAR_RATE^4
 LAGUERRE_NODES = 16  # good to round-off for rates within LAGUERRE_SPAN
 LAGUERRE_SPAN = 3.0
-SURE_MEAN = 800.0  # from this mean volume on, P(count < mean / 2) < exp(-100) is neglected in the bounds
+SURE_MEAN = 300.0  # from this mean volume on, P(count < mean / 2) < exp(-mean / 8) is nothing beside the bounds
 CACHE = 1 << 17  # float64 values that a core's cache holds
+CPU = {"cpu"}  # where the host need not wait for results, and work is split to fit the cache
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Goal:
             with the volume.
         """
         g = self.smooth
-        rate = volume + (mean + g)
+        rate = volume + (mean + g if g else mean)
         base = volume + g if g else volume
         if self.metric == "iou":
             rate = rate - mass
@@ -79,28 +81,32 @@ class Goal:
             volume: at least 1.
             lower, upper: bounds of the best score.
         """
-        g, total = self.smooth, mean + self.smooth
-        sure = mean >= SURE_MEAN  # the count is at least mean / 2
-        tiny = torch.finfo(torch.float64).tiny
+        g = self.smooth
+        total = mean + g if g else mean
+        few = mean < SURE_MEAN  # else the count is at least mean / 2
+        tiny = 1e-12
+        # Volumes up to `least` score below `lower`, since their C is at most tau * highest.
         if self.metric == "iou":
-            # Volumes up to `least` score below `lower`, since their C is at most tau * highest.
-            excess = torch.where(sure, 2 / total, 1 / (1 + g)) * variance / total.clamp(min=tiny)
-            reach = lower / (1 + excess)
+            spread = (total * 0.499).masked_fill(few, 1 + g)
+            reach = lower / (1 + variance / (total * spread).clamp(min=tiny))
             slope = highest - reach * (1 - highest)
-            least = torch.minimum(((reach * total - g) / slope.clamp(min=tiny) - 1).clamp(min=1), volume)
-            base = torch.maximum(least * (1 - highest) + (total - 1), least + g)
-            ratio = variance * torch.where(sure, 4 / base, 1 / (least + g)) / torch.where(sure, base, least + g)
-            omega = (1 + ratio) ** 2 / base
-            high = upper * (1 + ratio) / (1 - omega).clamp(min=tiny)
+        else:
+            half = (mean * 0.499).masked_fill(few, 0)
+            half = half + g if g else half
+            reach = lower / (1 + variance / ((1 + half) * (1 + total)))
+            slope = 2 * highest - reach
+        least = reach * total - g if g else reach * total
+        least = torch.minimum((least / slope.clamp(min=tiny) - 1).clamp(min=1), volume)
+        if self.metric == "iou":
+            near = least + g if g else least
+            base = torch.maximum(least * (1 - highest) + (total - 1), near)
+            ratio = 1 + variance / torch.where(few, near, base * 0.499) ** 2
+            high = upper * ratio / (1 - ratio * ratio / base).clamp(min=1e-100)  # else 1: a sure pixel always helps
             return lower / (1 + lower), high / (1 + high)
-        half = sure * (mean / 2) + g
-        reach = lower / (1 + variance / ((1 + half) * (1 + total)))
-        slope = 2 * highest - reach
-        least = torch.minimum(((reach * total - g) / slope.clamp(min=tiny) - 1).clamp(min=1), volume)
         far, beyond = least + half, volume + half
-        omega = (1 + variance / far) / (least + total)
-        high = (upper / 2 + variance / (far * far)) / (1 - omega).clamp(min=tiny)
-        return lower / 2 - variance / (beyond * beyond), high
+        omega = (variance / far + 1) / (least + total)  # at most 1
+        high = torch.addcdiv(upper / 2, variance, far * far) / (1 + tiny - omega)
+        return torch.addcdiv(lower / 2, variance, beyond * beyond, value=-1), high
 
 
 @dataclass(frozen=True)
@@ -110,14 +116,14 @@ class Window:
     Attributes:
         volume: ``(R, W)``; the first column's is the base, each further one takes one pixel more.
         values: ``(R, W)`` probability of that pixel, 0 in the first column and behind the last volume.
-        usable: bool ``(R, W)``, False for the empty mask and behind the last volume.
+        barred: bool ``(R, W)``, True for the empty mask and behind the last volume.
         above, below: ``(R, orders)`` power sums of the pixels before and behind the window.
         slow, fast: ``(R, 1)`` the range of the integrands' rates.
     """
 
     volume: Tensor
     values: Tensor
-    usable: Tensor
+    barred: Tensor
     above: Tensor
     below: Tensor
     slow: Tensor
@@ -164,9 +170,9 @@ def nodes(span: float, like: Tensor) -> tuple[Tensor, Tensor]:
     return table[0], table[1]
 
 
-def _log_series(power: Tensor, u: Tensor, powers: Tensor, orders: Tensor) -> Tensor:
-    """Return ``sum log(1 - p u)`` ``(K, R)`` of pixels with power sums ``(R, n)``; ``powers``: ``u^0 .. u^(n - 1)``."""
-    return (powers * (power / -orders)).sum(-1) * u
+def _log_series(power: Tensor, u: Tensor, powers: Tensor, steps: Tensor) -> Tensor:
+    """Return ``sum log(1 - p u)`` ``(K, R)`` of pixels with power sums ``(R, n)``; ``powers`` are ``u^steps``."""
+    return (powers * (power / (-1 - steps))).sum(-1) * u
 
 
 def integrate(goal: Goal, window: Window, span: float, step: int) -> Tensor:
@@ -181,7 +187,7 @@ def integrate(goal: Goal, window: Window, span: float, step: int) -> Tensor:
     points, logs = nodes(span, window.values)
     steps = torch.arange(window.above.shape[1], device=points.device)
     volume = window.volume + goal.smooth if goal.smooth else window.volume
-    absent, total = 1 - window.values, 0.0
+    absent, total = 1 - window.values, None
     for x, log_weight in (
         zip(points.split(step), logs.split(step), strict=True) if step < len(points) else [(points, logs)]
     ):
@@ -193,14 +199,15 @@ def integrate(goal: Goal, window: Window, span: float, step: int) -> Tensor:
         exponent = torch.addcmul(log_weight, s, volume, value=-1)
         if goal.metric == "iou":
             own = q.log_().cumsum(2)
-            exponent += _log_series(window.below, u, powers, steps + 1).unsqueeze(2) + own[..., -1:] - own
-            total = total + exponent.exp_().sum(0)
+            exponent += _log_series(window.below, u, powers, steps).unsqueeze(2) + own[..., -1:] - own
+            part = exponent.exp_().sum(0)
         else:
             ratios = ((powers * window.above).sum(2, keepdim=True) + (window.values / q).cumsum(2)) * (2 * e)
-            logs_absent = _log_series(window.above + window.below, u, powers, steps + 1) + q.log_().sum(2)
+            logs_absent = _log_series(window.above + window.below, u, powers, steps) + q.log_().sum(2)
             exponent += logs_absent.unsqueeze(2)
-            total = total + (exponent.exp_() * (ratios + goal.smooth if goal.smooth else ratios)).sum(0)
-    assert isinstance(total, Tensor)
+            part = (exponent.exp_() * (ratios + goal.smooth if goal.smooth else ratios)).sum(0)
+        total = part if total is None else total + part
+    assert total is not None
     total = total / window.slow
     if goal.metric == "iou":
         total = total * (window.above[:, :1] + window.values.cumsum(1) + goal.smooth)
@@ -224,7 +231,7 @@ def empty_score(smooth: float, mean: Tensor, values: Tensor, rest: Tensor) -> Te
     s = pad(points.squeeze(2) / slow, (0, 0, 0, 1), value=torch.inf)  # (K + 1, R): the last node is P(|Y| = 0)
     e, u = torch.exp(-s), -torch.expm1(-s)
     steps = torch.arange(rest.shape[1], device=mean.device)
-    some = _log_series(rest, u, u.unsqueeze(2) ** steps, steps + 1)
+    some = _log_series(rest, u, u.unsqueeze(2) ** steps, steps)
     some = (some + torch.addcmul(1 - values, values, e.unsqueeze(2)).log_().sum(2)).exp()
     never = some[-1] * few
     return never + smooth * ((logs.squeeze(2) - s[:-1] * smooth).exp() * (some[:-1] - never)).sum(0) / slow

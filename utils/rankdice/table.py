@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .integral import CACHE, FAR_ORDERS, LAGUERRE_SPAN, ORDERS, Goal, Window, empty_score, integrate
+from .integral import CACHE, CPU, FAR_ORDERS, FAR_RATE, LAGUERRE_SPAN, ORDERS, Goal, Window, empty_score, integrate
 
 TIE = 1e-14  # relative: of volumes that score the same but for rounding, the smallest is taken
 SLACK = 1e-12  # relative, for rounding in the bounds
-FAR_RATE = 800.0  # from this rate on, FAR_ORDERS are enough for all pixels
 SERIES_RATE = 80.0  # at slower decay, the most probable pixels are taken one by one
 ONE_BY_ONE = 96
-LEAST_WIDTH = 16
+WIDE = 256  # volumes of a window
 NODE_BYTES = 5 * 8  # of a volume at one node
 
 
@@ -92,7 +91,8 @@ class Best(NamedTuple):
             pixels above the table, ``inf`` where it is empty.
         columns: int64 ``(R,)``, index of the mask's last pixel with that probability; -1 where the mask has no pixel of
             the table. 0 without ``Table.columns``.
-        torn: bool ``(R,)``, whether some pixels with that probability are left out.
+        torn: bool ``(R,)``, whether some pixels with that probability are left out. On a GPU True throughout: drawing
+            by ``columns`` then costs less than finding out.
         scores: float64 ``(R,)``.
         proven: bool ``(R,)``; a False row needs a table of more pixels.
         unproven: how many rows are not.
@@ -116,54 +116,54 @@ class _Range(NamedTuple):
     fast: Tensor
 
 
-def best_volumes(table: Table, searched: Tensor, goal: Goal, budget: int) -> Best:
+def best_volumes(table: Table, skipped: Tensor, goal: Goal, budget: int) -> Best:
     """Find the best volume of each row.
 
     Args:
         table: the rows.
-        searched: bool ``(R,)``; the other rows get the empty mask.
+        skipped: bool ``(R,)``: these rows get the empty mask.
         goal: what is maximized.
         budget: bytes of working memory, about.
     """
     ends = table.ends()
-    mean, wanted, proven = _candidates(table, ends, searched, goal)
-    width, span = wanted.last - wanted.first + 1, wanted.fast / wanted.slow
-    most, reach, slowest, unproven = torch.stack(
-        [width.amax(), span.amax(), wanted.slow.amin(), (~proven).sum().double()]
-    ).tolist()
-    orders = FAR_ORDERS if slowest >= FAR_RATE else ORDERS
-    volume, score = torch.empty_like(mean), torch.empty_like(mean)
+    mean, wanted, unproven = _candidates(table, ends, skipped, goal)
+    width, span = wanted.last - wanted.first, wanted.fast / wanted.slow
+    largest = torch.stack([width, span, -wanted.slow]).amax(1)
+    most, reach, slowest, left = torch.cat([largest, unproven.sum().view(1)]).tolist()
+    orders = FAR_ORDERS if -slowest >= FAR_RATE else ORDERS
+    volume = score = mean
     for rows, size, factor in _groups(width, span, int(most), reach):
         part, own, some = wanted, ends, table
         if rows is not None:
             part, own, some = _Range(*(v[rows] for v in wanted)), ends[rows], table[rows]
-        window = _window(some, own, part, size, orders)
-        step = CACHE if mean.device.type == "cpu" else budget // NODE_BYTES
+        window = _window(some, own, part, size + 1, orders)
+        step = CACHE if mean.device.type in CPU else budget // NODE_BYTES
         scores = integrate(goal, window, factor, max(1, step // window.values.numel()))
-        scores.masked_fill_(~window.usable, -torch.inf)
+        scores.masked_fill_(window.barred, -torch.inf)
         found = scores.amax(1)
-        where = (scores >= (found * (1 - TIE)).unsqueeze(1)).int().argmax(1)  # the first one
+        where = (scores >= (found * (1 - TIE)).unsqueeze(1)).view(torch.uint8).argmax(1)  # the first one
         if rows is None:
             volume, score = part.first + where, found
         else:
-            volume[rows], score[rows] = part.first + where, found
+            volume, score = volume.index_copy(0, rows, part.first + where), score.index_copy(0, rows, found)
     score = score.clamp(max=1)
-    none = ~searched
     if goal.smooth:
         first = mean.new_zeros(mean.shape) if table.around is None else table.around.rank
-        known = _window(table, ends, _Range(first, first + ONE_BY_ONE, mean, mean), ONE_BY_ONE + 1, ORDERS)
+        known = _window(
+            table, ends, _Range(first, (first + ONE_BY_ONE).minimum(ends[:, -1]), mean, mean), ONE_BY_ONE + 1, ORDERS
+        )
         empty = empty_score(goal.smooth, mean, known.values, known.above + known.below)
-        none |= empty >= score * (1 - TIE)
+        none = skipped | (empty >= score * (1 - TIE))
         score = torch.where(none, empty, score)
     else:
-        none |= score <= 0
+        none = skipped | (score <= 0)
         score = score.masked_fill(none, 0)
-    return describe(table, ends, volume.masked_fill(none, 0), score, proven, int(unproven))
+    return describe(table, ends, volume.masked_fill(none, 0), score, ~unproven, int(left))
 
 
-def _candidates(table: Table, ends: Tensor, searched: Tensor, goal: Goal) -> tuple[Tensor, _Range, Tensor]:
-    """Return mu, the volumes that can be best, and whether they all lie in the table."""
-    values, around = table.values, table.around
+def _candidates(table: Table, ends: Tensor, skipped: Tensor, goal: Goal) -> tuple[Tensor, _Range, Tensor]:
+    """Return mu, the volumes that can be best, and for which rows they may lie outside the table."""
+    values, around, unproven = table.values, table.around, skipped
     volume = ends if table.counts is None else ends.clamp(min=1)
     mass = table.weighted(values).cumsum(1)  # at the ends of the runs of equal values
     if around is None:
@@ -171,7 +171,7 @@ def _candidates(table: Table, ends: Tensor, searched: Tensor, goal: Goal) -> tup
     else:
         mean, square, highest = around.mean, around.square, around.highest
         volume = torch.cat([around.rank.unsqueeze(1).clamp(min=1), ends], 1)
-        mass = torch.cat([around.above[:, :1], mass + around.above[:, :1]], 1)
+        mass = pad(mass, (1, 0)) + around.above[:, :1]
     mean_, variance = mean.unsqueeze(1), (mean - square).clamp_(min=0)
     rate, lower, lead, excess = goal.bounds(mean_, variance.unsqueeze(1), volume, mass)
     lower, at = lower.max(1, keepdim=True)
@@ -183,30 +183,28 @@ def _candidates(table: Table, ends: Tensor, searched: Tensor, goal: Goal) -> tup
         lead = torch.maximum(lead, torch.cat([before, lead[:, :-1]], 1))
     upper = torch.addcmul(lead, lead, excess).amax(1).clamp_(max=1)
     low, high = goal.cuts(mean, variance, highest, volume.gather(1, at).squeeze(1), lower.squeeze(1), upper)
-    low, high = low.clamp(min=0) * (1 - SLACK), high * (1 + SLACK)
-    descending = -values
-    start = torch.searchsorted(descending, -high.unsqueeze(1), right=True)  # runs with p >= high
-    stop = torch.searchsorted(descending, -low.unsqueeze(1))  # runs with p > low
-    proven = torch.ones_like(searched)
+    low = low.clamp_(min=0)
+    # Runs with p > high, and with p > low, but for rounding.
+    borders = torch.searchsorted(-values, torch.stack([-high, low * (SLACK - 1)], 1))
     if around is None:
-        start, stop = start - 1, stop - 1
+        borders -= 1
+        unproven = torch.zeros_like(skipped)
     else:
-        proven = (around.low <= low) & ((around.high >= high) | (around.rank == 0)) | ~searched
-        stop = torch.where(proven.unsqueeze(1), stop, start)
-    borders = torch.cat([torch.minimum(start, at), torch.maximum(stop, at)], 1)
-    inside = borders.clamp(min=0)
+        unproven = (around.low > low) | ((around.high < high) & (around.rank > 0))
+        unproven = unproven.masked_fill_(skipped, False)
+        borders = borders.masked_fill_(unproven.unsqueeze(1), 0)
+    borders[:, :1].clamp_(max=at)
+    borders[:, 1:].clamp_(min=at)
+    inside = borders.clamp(min=0) if around is None else borders
     first, last = volume.gather(1, inside).unbind(1)
     slow, fast = rate.gather(1, inside).unbind(1)
-    if around is None:
-        first = first.masked_fill(borders[:, 0] < 0, 0)
     # Where the integrand falls slowly, the most probable pixels must be in the window, one by one.
     tiny = slow < SERIES_RATE
-    if around is not None:
-        tiny &= around.rank == 0
+    first = first.masked_fill(tiny if around else (borders[:, 0] < 0) | tiny, 0)
     last = torch.where(tiny, torch.maximum(last, ends[:, -1].clamp(max=ONE_BY_ONE)), last)
     fast = torch.where(tiny, last + (mean + goal.smooth), fast)
     slow = slow.masked_fill(tiny, 1 + goal.smooth)
-    return mean, _Range(first.masked_fill(tiny, 0), last, slow, torch.maximum(fast, slow)), proven
+    return mean, _Range(first, last, slow, fast), unproven
 
 
 def _groups(width: Tensor, span: Tensor, most: int, reach: float) -> Iterator[tuple[Tensor | None, int, float]]:
@@ -214,10 +212,10 @@ def _groups(width: Tensor, span: Tensor, most: int, reach: float) -> Iterator[tu
 
     On a GPU all rows go together: waiting for the sizes costs more than the padding.
     """
-    if width.device.type != "cpu" or (most <= 4 * LEAST_WIDTH and reach <= LAGUERRE_SPAN) or width.numel() == 1:
+    if width.device.type not in CPU or (most <= WIDE and reach <= LAGUERRE_SPAN) or width.numel() == 1:
         yield None, most, reach
         return
-    kind = width.clamp(min=LEAST_WIDTH).log2().ceil() * 2 + (span > LAGUERRE_SPAN)
+    kind = (span > LAGUERRE_SPAN).int() + 2 * (width > WIDE)
     for one in kind.unique().tolist():
         rows = (kind == one).nonzero().view(-1)
         yield rows, int(width[rows].max()), float(span[rows].max())
@@ -227,25 +225,25 @@ def _window(table: Table, ends: Tensor, wanted: _Range, width: int, orders: int)
     """Return the volumes ``wanted`` pixel by pixel, and what lies around them as power sums."""
     first, last = wanted.first.unsqueeze(1), wanted.last.unsqueeze(1)
     volume = first + torch.arange(width, device=first.device)
-    usable = volume <= torch.minimum(last, ends[:, -1:])
-    values = table.values.gather(1, place(table, ends, volume)) * usable
+    barred = volume > last
+    values = table.values.gather(1, place(table, ends, volume)).masked_fill_(barred, 0)
     values[:, 0] = 0
-    usable = torch.cat([first > 0, values[:, 1:] > 0], 1)
+    barred |= volume < 1
     if table.counts is None:
         around = torch.stack([ends <= first, ends > last], 2).double()
     else:
         above = torch.minimum((first - ends + table.counts).clamp_(min=0), table.counts)
         below = torch.minimum((ends - last).clamp_(min=0), table.counts)
         around = torch.stack([above, below], 2)
-    sums, power = [], table.values.unsqueeze(1)
-    for n in range(orders):
-        power = power * table.values.unsqueeze(1) if n else power
-        sums.append(power @ around)
-    above, below = torch.cat(sums, 1).unbind(2)
+    powers = [table.values]
+    for _ in range(1, orders):
+        powers.append(powers[-1] * table.values)
+    above, below = (torch.stack(powers, 1) @ around).unbind(2)
     if table.around:
         rest = (0, orders - FAR_ORDERS)
-        above, below = above + pad(table.around.above, rest), below + pad(table.around.below, rest)
-    return Window(volume, values, usable, above, below, wanted.slow.unsqueeze(1), wanted.fast.unsqueeze(1))
+        far = [pad(part, rest) if orders > FAR_ORDERS else part for part in (table.around.above, table.around.below)]
+        above, below = above + far[0], below + far[1]
+    return Window(volume, values, barred, above, below, wanted.slow.unsqueeze(1), wanted.fast.unsqueeze(1))
 
 
 def place(table: Table, ends: Tensor, volume: Tensor) -> Tensor:
@@ -263,14 +261,15 @@ def describe(table: Table, ends: Tensor, volume: Tensor, score: Tensor, proven: 
     run = place(table, ends, which)
     cut = table.values.gather(1, run)
     column = run if table.columns is None else table.columns.gather(1, run)
-    if table.counts is None:
+    torn = proven
+    if table.counts is not None:
+        torn = (which < ends.gather(1, run)).squeeze(1)
+    elif volume.device.type in CPU:
         after = (run + 1).clamp_(max=ends.shape[1] - 1)
-        torn = (table.values.gather(1, after) == cut) & (after > run)
-    else:
-        torn = which < ends.gather(1, run)
-    cut, column, torn = cut.squeeze(1), column.squeeze(1), torn.squeeze(1)
+        torn = ((table.values.gather(1, after) == cut) & (after > run)).squeeze(1)
+    cut, column = cut.squeeze(1).masked_fill_(volume == 0, torch.inf), column.squeeze(1)
     if table.around:
-        inside = volume > table.around.rank
-        cut, column, torn = torch.where(inside, cut, table.around.high), torch.where(inside, column, -1), torn & inside
-    empty = volume == 0
-    return Best(volume, cut.masked_fill(empty, torch.inf), column, torn & ~empty, score, proven, unproven)
+        only_above = (volume > 0) & (volume <= table.around.rank)
+        cut, column = torch.where(only_above, table.around.high, cut), column.masked_fill(only_above, -1)
+        torn = torn & ~only_above if volume.device.type in CPU else torn
+    return Best(volume, cut, column, torn, score, proven, unproven)
