@@ -7,25 +7,22 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from base.base_trainer import BaseTrainer, Interrupted
 from base.parallel import without_sync
+from base.pictures import Pictures
 from base.runs import LATEST, tensorboard_folder
 from utils import checkpoint, distributed, finite
 from utils.batch import Batch, Normalize
 from utils.errors import UserError
 from utils.evaluation import Decision, Evaluator, Part, evaluate
-from utils.images.palette import colourise, displayable, grid
 from utils.optim import learning_rates
-from utils.predict import label_map, predict_logits
+from utils.predict import predict_logits
 from utils.predict.network import Network
 from utils.progress import live_scores, progress_bar
 
-# Pictures per validation in TensorBoard, and the longer side they are shown at.
-PICTURES, PICTURE_SIZE = 6, 320
 # Iterations that a profiler trace skips, warms up on, and records.
 PROFILE_WAIT, PROFILE_WARMUP, PROFILE_ACTIVE = 2, 2, 6
 
@@ -225,14 +222,15 @@ class Trainer(BaseTrainer):
 
     def _validate(self, epoch: int) -> dict[str, float]:
         name = self.config.predict.val
-        pictures = _Pictures(self, name)
+        pictures = Pictures(self.data.facts, name, self.options)
         self._check_weights()
         distributed.share_buffers(self.deployed_model)  # all score the network that the main process saves
         # A stop or an error in the middle finds each process at another batch, where they cannot ask each other.
         self._processes = distributed.gather(self._process())
 
         def look(part: Part) -> None:
-            pictures.add(part)
+            if self.log.writer is not None:
+                pictures.add(part)
             if self.stop.received is not None:
                 raise Interrupted
 
@@ -258,7 +256,8 @@ class Trainer(BaseTrainer):
             scores |= {f"{key}/{cls}": value for cls, value in per_class.items()}
             tags |= {f"val_{key}/{cls}": value for cls, value in per_class.items()}
         self.log.scalars(tags, self.iteration)
-        pictures.write()
+        if pictures.rows:
+            self.log.image("val/input_target_prediction", pictures.draw(), self.iteration)
         return scores
 
     def _check_weights(self) -> None:
@@ -327,32 +326,3 @@ def _of_one_size(batch: Batch) -> tuple[Tensor, Tensor]:
             'train_loader.args.crop_size with "augment": true, so that all are cut to one size'
         )
     return batch.images, batch.labels
-
-
-class _Pictures:
-    """Input, target and prediction of the first validation images, side by side for TensorBoard."""
-
-    def __init__(self, trainer: Trainer, procedure: str) -> None:
-        self.trainer, self.procedure = trainer, procedure
-        self.cells: list[np.ndarray] = []
-
-    def add(self, part: Part) -> None:
-        """Keep what is still missing of the grid."""
-        wanted = PICTURES - len(self.cells) // 3
-        if wanted <= 0 or self.trainer.log.writer is None:
-            return
-        facts = self.trainer.data.facts
-        labels = label_map(self.procedure, part.probs[:wanted], self.trainer.options).cpu().numpy()
-        target = part.target[:wanted].cpu().long()
-        targets = torch.where(target == facts.ignore_index, 255, target).numpy()
-        for image, target, predicted in zip(part.batch.images, targets, labels, strict=False):
-            picture = displayable(image.permute(1, 2, 0).cpu().numpy())
-            step = max(1, -(-max(picture.shape[:2]) // PICTURE_SIZE))
-            for cell in (picture, colourise(target, facts.palette), colourise(predicted, facts.palette)):
-                self.cells.append(cell[::step, ::step])
-
-    def write(self) -> None:
-        """Write the grid: one row per image, input, target and prediction."""
-        if self.cells:
-            picture = grid(self.cells, columns=3)
-            self.trainer.log.image("val/input_target_prediction", picture, self.trainer.iteration)

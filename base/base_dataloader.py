@@ -262,6 +262,8 @@ def _waited_for(iterator: Iterator[Any]) -> Iterator[Any]:
         _waiting.set()
         try:
             item = next(iterator, None)
+        except (EOFError, ConnectionError) as error:  # in the middle of handing over a batch
+            raise RuntimeError("DataLoader worker (pid unknown) has ended unexpectedly") from error
         finally:
             _waiting.clear()
         if item is None:

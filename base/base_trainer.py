@@ -17,7 +17,9 @@ from base import parallel, rng, runs
 from base.banner import banner, hyper_parameters, warn_about_precision
 from base.meter import Meter
 from base.monitor import Monitor
-from base.resume import Plan, changes_of_score, fingerprint
+from base.rescue import explained
+from base.restore import restore
+from base.resume import Plan, fingerprint
 from base.runs import BEST, EPOCH, LATEST
 from base.signals import StopSignals
 from utils import checkpoint, distributed, files, finite, lr_scheduler, optim
@@ -109,8 +111,7 @@ class BaseTrainer:
         self.stop = StopSignals()
         self.epoch = 0  # epochs finished
         self.batch = 0  # batches done in the next one
-        self.iteration = 0  # batches done since the start
-        self._started = 0  # the iteration at which this process began
+        self.iteration = self.started = 0  # batches done since the start, and when this process began
         self._buffers: list[Tensor] = []  # of the model, as they were at self._point
         self._rng: Mapping[str, Any] | None = None
         self._processes: list[dict[str, Any]] | None = None
@@ -261,7 +262,7 @@ class BaseTrainer:
     def _save_after_error(self) -> str:
         """Save without the other processes, which may be gone; return what to do now."""
         latest = self.folder / LATEST
-        if self.iteration > self._started and finite.bad_weights(self.model) is None:
+        if self.iteration > self.started and finite.bad_weights(self.model) is None:
             try:
                 checkpoint.save(self.state([LATEST], alone=True), latest)
             except UserError as error:
@@ -327,75 +328,8 @@ class BaseTrainer:
         return f"(learning rates {', '.join(f'{name} {rate:g}' for name, rate in rates.items())})"
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint; call it before :meth:`train`.
-
-        Raises:
-            UserError: it holds no run of ours, a malformed one, or one that this config cannot continue.
-        """
-        try:
-            self._restore(state)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            raise UserError(
-                f"the checkpoint to resume is malformed ({type(error).__name__}: {str(error)[:200]}); to start a new "
-                "run from its weights: train.py --config CONFIG --weights CHECKPOINT"
-            ) from None
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        if "scheduler" not in state or "processes" not in state:
-            raise UserError(
-                "the checkpoint holds weights but not the state of a run of this framework, so it cannot be resumed; "
-                "to start a new run from its weights: train.py --config CONFIG --weights CHECKPOINT"
-            )
-        before = state["config"]["optimizer"]["type"]
-        if before != self.config.optimizer.type:
-            raise UserError(
-                f"optimizer.type: the checkpoint's is {before}, the config's {self.config.optimizer.type}; a run "
-                "keeps its optimizer. To train on with another, start a new run from its weights (train.py --config "
-                "CONFIG --weights CHECKPOINT)"
-            )
-        checkpoint.load_weights(self.model, state["state_dict"], "the checkpoint to resume")
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.fill_(state["ema_updates"])
-        optim.restore(self.optimizer, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self._restore_progress(state)
-        self._restore_monitor(state)
-        self._restore_process(state)
-
-    def _restore_progress(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self.batch = state["epoch"], self.plan.batch_at(state)
-        self.iteration = self._started = state["iteration"]
-        step = self.plan.steps_until(self.epoch, self.batch)
-        self.scheduler.load_state_dict(state["scheduler"] | {"last_step": step})
-        self.plan.tell_change(state, self.epoch, self.batch, self.scheduler.total_steps)
-
-    def _restore_monitor(self, state: Mapping[str, Any]) -> None:
-        self.monitor.load_state_dict(state)
-        changes = changes_of_score(state["config"], self.config)
-        if state.get("validation", fingerprint(self.data.val)) != fingerprint(self.data.val):
-            changes.append("the validation images are others")
-        if changes and self.monitor.mode != "off" and math.isfinite(self.monitor.best):
-            if distributed.is_main():
-                why = "; ".join(changes[:4])
-                print(
-                    f"warning: the best {self.monitor.name} so far, {self.monitor.best:.4f}, cannot be compared with "
-                    f"scores from now on ({why}): the best model and early stopping start afresh",
-                    file=sys.stderr,
-                )
-            self.monitor.reset()
-
-    def _restore_process(self, state: Mapping[str, Any]) -> None:
-        if len(state["processes"]) == distributed.world_size():
-            own = state["processes"][distributed.rank()]
-            self._rng = own["rng"]
-            self.meter.load_state_dict(own["train_scores"] if self.batch else {})
-        elif distributed.is_main():
-            print(
-                f"warning: the checkpoint holds the random states of {len(state['processes'])} processes, now there "
-                f"are {distributed.world_size()}; the run continues, but with other random numbers",
-                file=sys.stderr,
-            )
+        """Continue from a checkpoint; call it before :meth:`train`. See :func:`base.restore.restore`."""
+        self._rng = restore(self, state)
 
     def _restore_rng(self) -> None:
         """Set the random number generators as they were; once, right before the first step after a resume."""
@@ -411,23 +345,3 @@ class BaseTrainer:
     def _validate(self, epoch: int) -> dict[str, float]:
         """Return the validation scores."""
         raise NotImplementedError
-
-
-def explained(error: Exception) -> str | None:
-    """Return what an error in the middle of a run means to the user; None if it is a program error."""
-    text = str(error).strip()
-    if isinstance(error, UserError):
-        return text
-    if distributed.lost_process(error):
-        return "another process of this run has ended, so this one cannot go on; what it said is the cause"
-    if "DataLoader worker" in text:
-        return (
-            f"a process that loads the data was killed ({text.splitlines()[0]}); most often the memory is full: "
-            "lower num_workers, batch_size or crop_size in train_loader.args"
-        )
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        first = text.splitlines()[0] if text else "no memory left"
-        return f"out of memory: {first[:300]}; lower batch_size or crop_size, raise trainer.accumulate, or use amp bf16"
-    if isinstance(error, OSError):
-        return f"{error.filename or 'the system'}: {error.strerror or error}"
-    return None

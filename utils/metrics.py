@@ -202,8 +202,12 @@ class Metrics:
             names = names if names is not None else [str(len(self._images) + i) for i in range(len(target))]
             self._keep(counts, prediction, names)
         else:
-            self._add(_reduce(image_scores(counts, self.smooth), counts, self.classes))
+            self.add(counts)
         return counts
+
+    def add(self, counts: Counts) -> None:
+        """Add a batch that was counted already to the running sums."""
+        self._add(_reduce(image_scores(counts, self.smooth), counts, self.classes))
 
     def _keep(self, counts: Counts, prediction: Prediction, names: Sequence[str]) -> None:
         expected = unfitted = None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 from tqdm.auto import tqdm
-
-from utils import distributed
 
 # Seconds between two looks at a run: a terminal can be redrawn, in a file every look is one more line.
 TERMINAL_SECONDS, FILE_SECONDS = 0.5, 30.0
@@ -37,11 +36,17 @@ def live_scores(scores: Mapping[str, float]) -> str:
 
 
 def progress_bar(
-    iterable: Iterable[Any] | None = None, *, desc: str, total: int | None = None, initial: int = 0
+    iterable: Iterable[Any] | None = None,
+    *,
+    desc: str,
+    total: int | None = None,
+    initial: int = 0,
+    unit: str = "it",
 ) -> tqdm:
     """Return a tqdm bar on stderr; silent in all processes but the main one.
 
-    In a file or a pipe it writes a line every half a minute, and one at the end.
+    In a file or a pipe it writes a line every half a minute, and one at the end. Bytes (unit "B") are shown in kB, MB
+    and so on.
     """
     interactive = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(
@@ -49,7 +54,9 @@ def progress_bar(
         desc=desc,
         total=total,
         initial=initial,
-        disable=not distributed.is_main(),
+        unit=unit,
+        unit_scale=unit == "B",
+        disable=os.environ.get("RANK", "0") != "0",  # as distributed.is_first, which imports torch
         file=None if interactive else _Lines(sys.stderr),
         mininterval=TERMINAL_SECONDS if interactive else FILE_SECONDS,
         maxinterval=10 * TERMINAL_SECONDS if interactive else FILE_SECONDS,

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from base.base_dataset import BaseDataSet
 from base.statistics import mean_and_std, moments
 from utils.errors import UserError
 from utils.images.formats import decode, read_bytes
+from utils.progress import progress_bar
 
 DECODED = 100  # images that are decoded once more, as stored
 
@@ -86,7 +86,7 @@ def inspect(dataset: BaseDataSet, samples: int = 0) -> Findings:
     with ThreadPoolExecutor(max_workers=4) as pool:
         decoded = set(findings.looked_at[:: -(-count // DECODED)])
         looks = pool.map(lambda index: _look(dataset, index, index in decoded), findings.looked_at)
-        for look in tqdm(looks, total=count, desc=f"read {dataset.split}", unit="image", disable=None):
+        for look in progress_bar(looks, total=count, desc=f"read {dataset.split}", unit="image"):
             _add(findings, look, dataset)
             if look.moments is not None:
                 found_moments.append(look.moments)

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from base.base_dataset import BaseDataSet
 from base.entries import Sample
+from utils.images.captions import Entry, legend, line, stack
 from utils.images.palette import displayable, grid, overlay
 
 CELL = 260  # longest side of a picture, pixels
 COLUMNS = 3  # pairs of pictures per row
-_GAP, _LINE, _SWATCH = 6, 20, 14
-_INK = (20, 20, 20)
+_GAP = 6
 
 
 def contact_sheet(sections: Sequence[tuple[str, Sequence[Sample], BaseDataSet]]) -> np.ndarray:
@@ -25,9 +24,8 @@ def contact_sheet(sections: Sequence[tuple[str, Sequence[Sample], BaseDataSet]])
         cells = [_cell(sample, dataset) for sample in samples]
         pictures = grid(cells, COLUMNS, _GAP)
         width = max(pictures.shape[1], 2 * CELL)
-        parts += [_text(title, width, size=16), pictures, _legend(dataset, width)]
-    width = max(part.shape[1] for part in parts)
-    return np.concatenate([_widen(part, width) for part in parts])
+        parts += [line(title, width, size=16), pictures, _legend(dataset, width)]
+    return stack(parts)
 
 
 def _cell(sample: Sample, dataset: BaseDataSet) -> np.ndarray:
@@ -40,7 +38,7 @@ def _cell(sample: Sample, dataset: BaseDataSet) -> np.ndarray:
     label = cv2.resize(label.astype(np.float64), size, interpolation=cv2.INTER_NEAREST).astype(np.int64)
     laid_over = _overlay(image, label, dataset)
     pair = np.concatenate([image, np.full((size[1], 2, 3), 255, np.uint8), laid_over], axis=1)
-    return np.concatenate([pair, _text(sample.name, pair.shape[1])])
+    return np.concatenate([pair, line(sample.name, pair.shape[1])])
 
 
 def _overlay(image: np.ndarray, label: np.ndarray, dataset: BaseDataSet) -> np.ndarray:
@@ -54,39 +52,8 @@ def _overlay(image: np.ndarray, label: np.ndarray, dataset: BaseDataSet) -> np.n
 
 
 def _legend(dataset: BaseDataSet, width: int, limit: int = 60) -> np.ndarray:
-    """Return rows of coloured squares with class names."""
-    names = list(zip(dataset.class_names, dataset.palette, strict=True))
-    entries = [*names[:limit], ("not labelled", None)]
+    names: list[Entry] = list(zip(dataset.class_names, dataset.palette, strict=True))
+    entries = names[:limit]
     if len(names) > limit:
-        entries.insert(limit, (f"... {len(names) - limit} more", (255, 255, 255)))
-    font = ImageFont.load_default(12)
-    places, x, y = [], _GAP, 2
-    for name, _ in entries:
-        wide = _SWATCH + 6 + int(font.getlength(name)) + 14
-        if x + wide > width and x > _GAP:
-            x, y = _GAP, y + _LINE
-        places.append((x, y))
-        x += wide
-    canvas = Image.new("RGB", (width, y + _LINE + 12), "white")
-    pen = ImageDraw.Draw(canvas)
-    for (name, colour), (x, y) in zip(entries, places, strict=True):
-        box = (x, y + 2, x + _SWATCH, y + 2 + _SWATCH)
-        pen.rectangle(box, fill=colour or (150, 150, 150), outline=_INK)
-        if colour is None:
-            pen.line((box[0], box[3], box[2], box[1]), fill="white", width=2)
-        pen.text((x + _SWATCH + 5, y + 1), name, fill=_INK, font=font)
-    return np.asarray(canvas)
-
-
-def _text(text: str, width: int, size: int = 11) -> np.ndarray:
-    """Return a line of text on white; too long a text loses its beginning, which says least of a file's name."""
-    font = ImageFont.load_default(size)
-    while len(text) > 4 and font.getlength(text) > width - 2 * _GAP:
-        text = "..." + text[4:]
-    canvas = Image.new("RGB", (width, size + 8), "white")
-    ImageDraw.Draw(canvas).text((_GAP, 2), text, fill=_INK, font=font)
-    return np.asarray(canvas)
-
-
-def _widen(picture: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
+        entries.append((f"... {len(names) - limit} more", (255, 255, 255)))
+    return legend([*entries, ("not labelled", None)], width)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from base.classes import Colour
 from dataloaders.prepare.export import Export, Images, Picture, Shape
@@ -20,6 +19,7 @@ from utils.files import write_text
 from utils.images import voc_colormap, write_png
 from utils.images.formats import decode, read_bytes
 from utils.images.raster import ORIENTATION, upright
+from utils.progress import progress_bar
 
 VOID = 255
 VOID_NAMES = ("void", "ignore", "ignored", "unlabeled", "unlabelled", "don't care", "dontcare")
@@ -111,9 +111,7 @@ def write(export: Export, classes: dict[str, int], out: Path, options: Options) 
     tally = Tally()
     targets = _targets(export)
     palette = _palette(export, classes)
-    for picture, target in tqdm(
-        list(zip(export.pictures, targets, strict=True)), desc="convert", unit="image", disable=None
-    ):
+    for picture, target in progress_bar(list(zip(export.pictures, targets, strict=True)), desc="convert", unit="image"):
         mask = _mask(picture, export, classes, options, tally)
         tally.pixels.update(dict(enumerate(np.bincount(mask.ravel(), minlength=256).tolist())))
         write_png(out / "masks" / target.with_suffix(".png"), mask, palette)

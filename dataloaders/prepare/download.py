@@ -14,13 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
-
 from utils.errors import UserError
+from utils.progress import progress_bar
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte before a connection counts as broken
@@ -161,8 +160,8 @@ def _demand_space(part: Path, total: int | None, have: int) -> None:
         )
 
 
-def _bar(part: Path, total: int | None, have: int) -> tqdm:
-    return tqdm(total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, desc=part.stem)
+def _bar(part: Path, total: int | None, have: int) -> Any:
+    return progress_bar(total=total, initial=have, unit="B", desc=part.stem)
 
 
 def verify(path: Path, checksum: str | None) -> None:
@@ -217,7 +216,7 @@ def _inside(name: str, archive: Path) -> PurePosixPath:
 
 def _unzip(archive: Path, work: Path) -> None:
     with zipfile.ZipFile(archive) as file:
-        for member in tqdm(file.infolist(), desc=f"unpack {archive.name}", unit="file"):
+        for member in progress_bar(file.infolist(), desc=f"unpack {archive.name}", unit="file"):
             target = work / _inside(member.filename, archive)
             if stat.S_ISLNK(member.external_attr >> 16):
                 raise UserError(f"{archive}: the archive holds a link, {member.filename!r}; not unpacked")
@@ -230,7 +229,7 @@ def _unzip(archive: Path, work: Path) -> None:
 
 def _untar(archive: Path, work: Path) -> None:
     with tarfile.open(archive) as file:
-        for member in tqdm(_members(file), desc=f"unpack {archive.name}", unit="file"):
+        for member in progress_bar(_members(file), desc=f"unpack {archive.name}", unit="file"):
             target = work / _inside(member.name, archive)
             if member.isdir():
                 target.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dataloaders.prepare.download import Archive, Unreachable, fetch, unpack, verify
 from dataloaders.reading.matlab import load_mat
 from utils.errors import UserError
 from utils.files import write_text
 from utils.images import voc_colormap, write_png
+from utils.progress import progress_bar
 
 DOWNLOADS = "downloads"
 VOC_ROOT = Path("VOCdevkit/VOC2012")
@@ -142,7 +142,7 @@ def augment_voc(folder: Path) -> None:
     target.mkdir(exist_ok=True)
     own = {path.stem: path for path in (voc / "SegmentationClass").glob("*.png")}
     added = {path.stem: path for path in (contours / "cls").glob("*.mat")}
-    for name in tqdm(sorted(own.keys() | added.keys()), desc="SegmentationClassAug", unit="mask"):
+    for name in progress_bar(sorted(own.keys() | added.keys()), desc="SegmentationClassAug", unit="mask"):
         output = target / f"{name}.png"
         if output.exists():
             continue

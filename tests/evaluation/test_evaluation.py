@@ -218,3 +218,20 @@ def test_probabilities_that_are_not_finite_stop_every_procedure(name) -> None:
         used.network.model.conv.bias[1] = torch.inf
     with pytest.raises(UserError, match=r"image0: the network's probabilities are not finite"):
         evaluate(used, data(), {name: Decision(name)})
+
+
+def test_the_bar_shows_the_scores_so_far() -> None:
+    shown: list[str] = []
+
+    class Bar(list[Batch]):
+        def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+            shown.append(text)
+
+    outcome = evaluate(
+        evaluator(build("CrossEntropyLoss2d", 255)), data(), single_decision("max", PredictOptions()), progress=Bar
+    )
+    scores = next(iter(outcome.metrics.values())).compute()
+    assert len(shown) == len(data())
+    names = {"PixelAcc": "Pixel_Accuracy", "Mean IoU": "Mean_IoU", "Mean Dice": "Mean_Dice"}
+    wanted = " | ".join(f"{short} {scores[name]:.3f}" for short, name in names.items())
+    assert shown[-1] == f"Loss {outcome.loss:.3f} | {wanted} |"

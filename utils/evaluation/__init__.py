@@ -21,6 +21,7 @@ from utils.facts import Facts
 from utils.metrics import Counts, Metrics
 from utils.predict import PROCEDURES, Prediction, PredictOptions, label_map
 from utils.predict.network import AnyNetwork, check_finite
+from utils.progress import live_scores
 
 Progress = Callable[[Any], Any]
 
@@ -185,9 +186,12 @@ def evaluate(
     """
     evaluator.network.eval()
     work = _Work(evaluator, decisions, on_part, measure_memory)
-    for batch in progress(_limited(loader, limit_batches, limit_images)):
+    bar = progress(_limited(loader, limit_batches, limit_images))
+    for batch in bar:
         for part in equal_sizes(batch):
             work.add(part)
+        if hasattr(bar, "set_postfix_str"):
+            bar.set_postfix_str(live_scores(work.live_scores()), refresh=False)
     return work.gather()
 
 
@@ -203,6 +207,9 @@ class _Work:
     ) -> None:
         self.evaluator, self.decisions, self.on_part = evaluator, dict(decisions), on_part
         self.metrics = {name: evaluator.new_metrics(decision) for name, decision in decisions.items()}
+        # What the progress bar shows: of RankDice, if it is among the decisions.
+        self.shown = "rankdice" if "rankdice" in self.decisions else next(iter(self.decisions))
+        self.live = Metrics(evaluator.facts.num_classes, classes=evaluator.classes)
         self.clock = Clock(evaluator.network.device, [*decisions, "forward"])
         self.losses: dict[str, float] = {}
         self.images = 0
@@ -228,8 +235,14 @@ class _Work:
                     continue  # its loss of 0 would lower the mean
                 self.losses[name] = float(evaluator.loss(logits[i : i + 1].float(), target[i : i + 1]))
         predictions, counts = self._decide(batch, probs, target)
+        self.live.add(counts[self.shown])
         if self.on_part is not None:
             self.on_part(Part(batch, logits, probs, target, predictions, counts))
+
+    def live_scores(self) -> dict[str, float]:
+        """Return the mean scores and the mean loss of this process so far."""
+        scores = self.live.compute()
+        return scores | ({"loss": sum(self.losses.values()) / len(self.losses)} if self.losses else {})
 
     def _decide(self, batch: Batch, probs: Tensor, target: Tensor) -> tuple[dict[str, Prediction], dict[str, Counts]]:
         """Return the predictions, if someone looks at them, and counts of every decision."""

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 from utils import checkpoint, distributed, stamps
 from utils.errors import USER_ERROR_EXIT_CODE, UserError
@@ -25,6 +24,7 @@ from utils.inference.sources import Found, Item, Video, find_images, is_video, p
 from utils.predict.network import choose_device
 from utils.predict.stored import Index, ProbsWriter, run_of
 from utils.predictor import SCALES, Predictor
+from utils.progress import progress_bar
 
 _SHOWN = 20  # failures that the summary repeats
 
@@ -65,7 +65,7 @@ def segment_all(args: argparse.Namespace) -> int:
 
     started = time.monotonic()
     problems = source.found.problems if source.found is not None and rank == 0 else []
-    with progress_bar(source.total, rank) as (advance, say), outputs.video or nullcontext():
+    with image_bar(source.total) as (advance, say), outputs.video or nullcontext():
         for problem in problems:
             say(problem)
         pipeline = Pipeline(predictor, outputs, advance, args.skip_existing)
@@ -153,9 +153,9 @@ def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Source)
 
 
 @contextmanager
-def progress_bar(total: int | None, rank: int) -> Iterator[tuple[Callable, Callable]]:
+def image_bar(total: int | None) -> Iterator[tuple[Callable, Callable]]:
     """Show progress; give functions that note a finished item, and that print a line above the bar."""
-    with tqdm(total=total, unit="image", desc="segmenting", disable=rank > 0, dynamic_ncols=True) as bar:
+    with progress_bar(total=total, unit="image", desc="segmenting") as bar:
 
         def say(problem: str) -> None:
             bar.write(f"error: {problem}", file=sys.stderr)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from torch import nn
-from tqdm import tqdm
 
 from utils import report, stamps
 from utils.checkpoint import LoadedModel
@@ -126,7 +125,7 @@ def decode(args: argparse.Namespace, job: Job) -> None:
     """Write the label map of every image, and with ``--masks`` the masks of its classes."""
     folder = expand(args.output) if args.output else job.probs.folder / "masks" / job.procedure
     expected = []
-    for case in tqdm(job.probs.cases, desc="DECODE", mininterval=0.5):
+    for case in progress_bar(job.probs.cases, desc="DECODE", unit="image"):
         mean = _decode_one(args, job, case, folder)
         if mean is not None:
             expected.append(mean)

@@ -1,0 +1,28 @@
+"""What an error in the middle of a run means to the user."""
+
+from __future__ import annotations
+
+import torch
+
+from utils import distributed
+from utils.errors import UserError
+
+
+def explained(error: Exception) -> str | None:
+    """Return what an error in the middle of a run means to the user; None if it is a program error."""
+    text = str(error).strip()
+    if isinstance(error, UserError):
+        return text
+    if distributed.lost_process(error):
+        return "another process of this run has ended, so this one cannot go on; what it said is the cause"
+    if "DataLoader worker (pid" in text:
+        return (
+            f"a process that loads the data was killed ({text.splitlines()[0]}); most often the memory is full: "
+            "lower num_workers, batch_size or crop_size in train_loader.args"
+        )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        first = text.splitlines()[0] if text else "no memory left"
+        return f"out of memory: {first[:300]}; lower batch_size or crop_size, raise trainer.accumulate, or use amp bf16"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the system'}: {error.strerror or error}"
+    return None

@@ -1,0 +1,38 @@
+"""The picture of validation images in TensorBoard: rows of three, titles, and the names of the classes that occur."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from base.pictures import COUNT, Pictures
+from tests.base.test_trainer import FACTS
+from utils.batch import Batch
+from utils.evaluation import Part
+from utils.predict import PredictOptions
+
+
+def part(images: int, label: int) -> Part:
+    probs = torch.zeros(images, 3, 8, 10)
+    probs[:, 0] = 1.0
+    batch = Batch(torch.zeros(images, 3, 8, 10, dtype=torch.uint8), torch.zeros(images, 8, 10), ["a"] * images)
+    return Part(batch, probs, probs, torch.full((images, 8, 10), label), {}, {})
+
+
+def colours(picture: np.ndarray) -> set[tuple[int, ...]]:
+    return {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
+
+
+def test_the_legend_names_what_occurs() -> None:
+    pictures = Pictures(FACTS, "max", PredictOptions())
+    pictures.add(part(2, 1))
+    drawn = pictures.draw()
+    assert drawn.dtype == np.uint8
+    assert FACTS.palette[1] in colours(drawn[-40:])
+    assert FACTS.palette[2] not in colours(drawn)
+    before = drawn.shape
+    pictures.add(part(4, 2))
+    pictures.add(part(4, 2))
+    assert len(pictures.rows) == COUNT
+    assert pictures.draw().shape[0] > before[0]
+    assert FACTS.palette[2] in colours(pictures.draw()[-40:])
