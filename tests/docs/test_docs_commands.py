@@ -43,6 +43,10 @@ ELSEWHERE = {
     r"python -m dataloaders prepare coco_stuff": (
         "tests/dataloaders/test_prepare.py::test_coco_stuff_lands_where_its_loader_looks"
     ),
+    r"python -m dataloaders prepare (coco|labelme) --from": (
+        "tests/dataloaders/test_convert.py::test_coco_polygons_and_what_overlaps"
+    ),
+    r"python -m dataloaders plan --data-dir": "tests/dataloaders/test_plan.py::test_a_complete_commented_config",
     r"python -m utils\.export .*--format onnx": (
         "tests/scripts/test_export.py::test_rank_dice_on_the_output_of_onnxruntime"
     ),
