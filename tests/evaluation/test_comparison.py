@@ -91,47 +91,61 @@ def difference(mean: float, low: float, high: float) -> Difference:
     return Difference(mean, low, high, 30, 10, 20, 0.1, -0.1)
 
 
+def scored(**means: float) -> dict:
+    return {name: {"Mean_Dice": mean} for name, mean in means.items()}
+
+
 def test_verdicts() -> None:
     up, down, none = difference(0.02, 0.01, 0.03), difference(-0.02, -0.03, -0.01), difference(0.01, -0.01, 0.03)
     assert [d.clear for d in (up, down, none)] == [1, -1, 0]
-    said = verdict({"max": 0.5, "T": 0.48, "rankdice": 0.52}, {"T": down, "rankdice": up}, 60)
-    assert said.startswith("Deploy rankdice: its mDice is +0.0200 against max (95% interval +0.0100 to +0.0300)")
+    said = verdict(scored(max=0.5, T=0.48, rankdice=0.52), {"T": down, "rankdice": up}, 60)
+    assert said.startswith("For masks use rankdice: mDice +0.0200 against max (95% interval +0.0100 to +0.0300)")
     assert "better in 30, the same in 10 and worse in 20 of 60 images." in said
-    said = verdict({"max": 0.5, "T": 0.48, "rankdice": 0.51}, {"T": down, "rankdice": none}, 60)
-    assert said.startswith(
-        "Keep max: no other procedure is better as far as 60 images can show; the best of the others"
-    )
-    assert "rankdice, has an mDice +0.0100" in said
     assert said.endswith("T is worse than max here: -0.0200 (95% interval -0.0300 to -0.0100).")
-    said = verdict({"max": 0.5, "rankdice": 0.51}, {"rankdice": none}, 60, "rankdice")
-    assert said.startswith("No difference that 60 images could show: keep max")
+    said = verdict(scored(max=0.5, rankdice=0.51), {"rankdice": none}, 60, "rankdice")
+    assert said.startswith("For masks keep max: 60 images show no procedure to be better; the best, rankdice, has")
     assert "worse" not in said
-    assert verdict({"max": 0.5, "T": 0.48}, {"T": down}, 60).startswith("Deploy max: every other procedure is worse.")
+    said = verdict(scored(max=0.5, T=0.48), {"T": down}, 60)
+    assert said.startswith("For masks keep max: every other procedure is worse.")
     # A hair's breadth is no reason for the less simple one; a real lead is.
-    assert "Deploy T:" in verdict({"max": 0.5, "T": 0.52, "rankdice": 0.5201}, {"T": up, "rankdice": up}, 60)
-    assert "Deploy rankdice:" in verdict({"max": 0.5, "T": 0.52, "rankdice": 0.53}, {"T": up, "rankdice": up}, 60)
-    assert "5 images are few" in verdict({"max": 0.5, "T": 0.52}, {"T": up}, 5)
-    assert "no interval" in verdict({"max": 0.5, "T": 0.52}, {"T": difference(0.02, NAN, NAN)}, 1)
-    assert (
-        verdict({"max": NAN, "T": NAN}, {"T": difference(NAN, NAN, NAN)}, 0) == "Nothing to say: no image has a score."
-    )
+    assert "use T:" in verdict(scored(max=0.5, T=0.52, rankdice=0.5201), {"T": up, "rankdice": up}, 60)
+    assert "use rankdice:" in verdict(scored(max=0.5, T=0.52, rankdice=0.53), {"T": up, "rankdice": up}, 60)
+    assert "no interval" in verdict(scored(max=0.5, T=0.52), {"T": difference(0.02, NAN, NAN)}, 1)
+    nothing = verdict(scored(max=NAN, T=NAN), {"T": difference(NAN, NAN, NAN)}, 0)
+    assert nothing == "No result: no image could be scored."
+
+
+def test_masks_and_label_maps_are_judged_apart() -> None:
+    up, none = difference(0.02, 0.01, 0.03), difference(0.001, -0.01, 0.012)
+    scores = scored(max=0.5, rankdice=0.501, rankdice_map=0.52)
+    scores["max"] |= {"Dataset_mIoU": 0.40, "Multiclass_Accuracy": 0.93}
+    scores["rankdice_map"] |= {"Dataset_mIoU": 0.41, "Multiclass_Accuracy": 0.92}
+    said = verdict(scores, {"rankdice": none, "rankdice_map": up}, 60)
+    assert said.startswith("For masks keep max")
+    assert "For label maps use rankdice_map: mDice +0.0200" in said
+    assert said.endswith("Its share of pixels with the right label is lower: 0.9200, max 0.9300.")
+    assert "data-set" not in said
+
+
+def test_few_or_seen_images_decide_nothing() -> None:
+    up = difference(0.02, 0.01, 0.03)
+    said = verdict(scored(max=0.5, T=0.52), {"T": up}, 5)
+    assert said.startswith("Not decisive: 5 images are few, test on more. For masks the best here is T:")
+    said = verdict(scored(max=0.5, T=0.52), {"T": up}, 60, doubt="the test data chose the checkpoint")
+    assert said.startswith("Not decisive: the test data chose the checkpoint. For masks the best here is T:")
+    assert " use " not in said
 
 
 def test_the_verdict_names_what_is_worse_and_the_configured_procedure_first() -> None:
     down, none = difference(-0.0013, -0.002, -0.0005), difference(-0.0001, -0.01, 0.003)
-    scores = {"max": 0.5, "T": 0.4987, "rankdice": 0.4987, "rankdice_iou": 0.4999}
-    overall = {"T": down, "rankdice": down, "rankdice_iou": none}
-    said = verdict(scores, overall, 5, "rankdice")
-    assert "keep max" in said.lower()
-    assert "rankdice_iou, has an mDice -0.0001" in said
+    scores = scored(max=0.5, T=0.4987, rankdice=0.4987, rankdice_iou=0.4999)
+    said = verdict(scores, {"T": down, "rankdice": down, "rankdice_iou": none}, 50, "rankdice")
+    assert "keep max" in said
+    assert "rankdice_iou, has mDice -0.0001" in said
     configured = (
         "rankdice, the config's predict.test, is worse than max here: -0.0013 (95% interval -0.0020 to -0.0005)"
     )
     assert said.index(configured) < said.index("T is worse than max here: -0.0013")
-    up = difference(0.02, 0.01, 0.03)
-    said = verdict({"max": 0.5, "T": 0.52, "rankdice": 0.4987}, {"T": up, "rankdice": down}, 60, "T")
-    assert said.startswith("Deploy T:")
-    assert said.endswith("rankdice is worse than max here: -0.0013 (95% interval -0.0020 to -0.0005).")
 
 
 def test_procedures_are_compared_by_the_means_of_the_table() -> None:
@@ -151,7 +165,7 @@ def test_procedures_are_compared_by_the_means_of_the_table() -> None:
         assert d["low"] < d["mean"] < d["high"]
         one = found["Class_Dice"][name]["b"]["mean"]
         assert one == pytest.approx(scores[name]["Class_Dice"][1] - scores["max"]["Class_Dice"][1])
-    assert found["verdict"].startswith("Deploy rankdice")
+    assert "For masks the best here is rankdice" in found["verdict"]  # of 12 images
     worse = compare({"max": metrics["rankdice"], "T": metrics["T"]}, ("a", "b", "c"), "T")
     assert "T, the config's predict.test, is worse than max here" in worse["verdict"]
     assert compare({"max": metrics["max"]}, ("a", "b", "c")) is None

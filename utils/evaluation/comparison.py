@@ -24,6 +24,14 @@ SAME = 0.001
 # Below so many images an interval says little.
 FEW_IMAGES = 20
 WORST_SHARE = 0.1
+# Procedures that give one label per pixel, as ``max`` does; the others give overlapping masks.
+LABEL_MAPS = ("max_present", "rankdice_map")
+# Scores that a procedure with a higher mDice may lower.
+OTHER_SCORES = (
+    ("Dataset_mIoU", "data-set mIoU"),
+    ("Pixel_Accuracy", "pixel accuracy"),
+    ("Multiclass_Accuracy", "share of pixels with the right label"),
+)
 # Numbers that one block of bootstrap draws may hold.
 _BLOCK = 2**22
 
@@ -33,8 +41,8 @@ class Difference:
     """How much higher the mean scores of one procedure are than those of another.
 
     ``mean``: the difference of the two means (of the table); ``low``, ``high``: the ends of its interval, nan with
-    fewer than two images. ``better``, ``same``, ``worse``: images, ``largest_gain`` and ``largest_loss`` the extremes
-    among them, over the images with a score under both.
+    fewer than two images. ``better``, ``same``, ``worse``: numbers of images with a score under both;
+    ``largest_gain`` and ``largest_loss``: the largest and the smallest difference among them, whatever their sign.
     """
 
     mean: float
@@ -112,8 +120,8 @@ def differences(scores: NDArray[np.float64], baseline: NDArray[np.float64]) -> l
                 better=int((change > SAME).sum()),
                 same=int((np.abs(change) <= SAME).sum()),
                 worse=int((change < -SAME).sum()),
-                largest_gain=float(change.max(initial=0.0)),
-                largest_loss=float(change.min(initial=0.0)),
+                largest_gain=float(change.max()) if len(change) else math.nan,
+                largest_loss=float(change.min()) if len(change) else math.nan,
             )
         )
     return found
@@ -137,11 +145,18 @@ def worst_mean(means: NDArray[np.float64], share: float = WORST_SHARE) -> float:
 
 
 def compare(
-    metrics: Mapping[str, Metrics], class_names: Sequence[str], configured: str | None = None
+    metrics: Mapping[str, Metrics],
+    class_names: Sequence[str],
+    configured: str | None = None,
+    doubt: str | None = None,
 ) -> dict[str, Any] | None:
-    """Compare every procedure with ``max``; None where there is nothing to compare.
+    """Compare every procedure with ``max``; None if there is nothing to compare.
 
-    ``configured`` is the procedure that inference uses, ``predict.test``: the verdict says so where that is worse.
+    Args:
+        metrics: per procedure, with the images kept.
+        class_names: of all classes.
+        configured: the procedure that inference uses, ``predict.test``.
+        doubt: why scores on these images are optimistic, or None.
 
     Returns:
         ``{"baseline", "level", "resamples", "same_within", "Mean_Dice": {procedure: Difference as dict},
@@ -160,7 +175,7 @@ def compare(
         per_class[name] = {
             cls: {"mean": d.mean, "low": d.low, "high": d.high} for cls, d in zip(class_names, found, strict=True)
         }
-    scores = {name: _mean(values) for name, values in means.items()}
+    scores = {name: m.compute() for name, m in metrics.items()}
     return {
         "baseline": BASELINE,
         "level": LEVEL,
@@ -168,44 +183,81 @@ def compare(
         "same_within": SAME,
         "Mean_Dice": {name: asdict(d) for name, d in overall.items()},
         "Class_Dice": per_class,
-        "verdict": verdict(scores, overall, int(np.isfinite(base).sum()), configured),
+        "verdict": verdict(scores, overall, int(np.isfinite(base).sum()), configured, doubt),
     }
 
 
 def verdict(
-    scores: Mapping[str, float], overall: Mapping[str, Difference], images: int, configured: str | None = None
+    scores: Mapping[str, Mapping[str, Any]],
+    overall: Mapping[str, Difference],
+    images: int,
+    configured: str | None = None,
+    doubt: str | None = None,
 ) -> str:
-    """Return in a few sentences which procedure to deploy, or that there is no difference, and which are worse.
+    """Return in a few sentences which procedure to use for masks and which for label maps, and what gets worse.
 
-    A procedure is recommended over ``max`` only where the interval of its difference lies above 0; of those whose
-    mDice is practically the highest, the first. Every one whose interval lies below 0 is named, ``configured``
-    (``predict.test``) first.
+    A procedure is recommended only if the interval of its difference to ``max`` lies above 0: among those whose mDice
+    is practically the highest, the first. On few images, or on images that chose the checkpoint, nothing is
+    recommended. Procedures whose interval lies below 0 are named, ``configured`` first.
+
+    Args:
+        scores: per procedure, :meth:`utils.metrics.Metrics.compute`.
+        overall: per procedure, its difference to ``max`` in mDice.
+        images: with a score.
+        configured, doubt: see :func:`compare`.
     """
     if not images:
-        return "Nothing to say: no image has a score."
-    few = f"; {images} images are few, test on more" if images < FEW_IMAGES else ""
-    better = [name for name, d in overall.items() if d.clear > 0]
+        return "No result: no image could be scored."
+    if images < FEW_IMAGES:
+        few = f"{images} images are few, test on more"
+        doubt = f"{doubt}; {few}" if doubt else few
+    said = [f"Not decisive: {doubt}."] if doubt else []
+    for kind, names in (
+        ("masks", [name for name in overall if name not in LABEL_MAPS]),
+        ("label maps", [name for name in overall if name in LABEL_MAPS]),
+    ):
+        if names:
+            said.append(_best(kind, {name: overall[name] for name in names}, scores, images, decisive=not doubt))
     worse = sorted((name for name, d in overall.items() if d.clear < 0), key=lambda name: name != configured)
-    undecided = [name for name in overall if name not in (*better, *worse)]
+    return " ".join([*said, *(_is_worse(name, overall[name], configured) for name in worse)])
+
+
+def _best(
+    kind: str,
+    overall: Mapping[str, Difference],
+    scores: Mapping[str, Mapping[str, Any]],
+    images: int,
+    decisive: bool,
+) -> str:
+    """Return which procedure of a kind to use."""
+    means = {name: scores[name]["Mean_Dice"] for name in overall}
+    better = [name for name, d in overall.items() if d.clear > 0]
+    undecided = [name for name, d in overall.items() if d.clear == 0]
     if better:
-        highest = max(scores[name] for name in better)
-        best = next(name for name in better if scores[name] >= highest - SAME)  # the simplest one comes first
+        highest = max(means[name] for name in better)
+        best = next(name for name in better if means[name] >= highest - SAME)  # the simplest one comes first
         d = overall[best]
-        said = (
-            f"Deploy {best}: its mDice is {d.mean:+.4f} against {BASELINE} ({_interval(d)}), better in {d.better}, "
-            f"the same in {d.same} and worse in {d.worse} of {images} images{few}."
+        return (
+            f"For {kind} {'use' if decisive else 'the best here is'} {best}: mDice {d.mean:+.4f} against {BASELINE} "
+            f"({_interval(d)}), better in {d.better}, the same in {d.same} and worse in {d.worse} of {images} images."
+            + "".join(_lower(best, key, title, scores) for key, title in OTHER_SCORES)
         )
-    elif undecided:
-        best = max(undecided, key=lambda name: scores[name] if math.isfinite(scores[name]) else -1.0)
-        d = overall[best]
-        if worse:
-            said = f"Keep {BASELINE}: no other procedure is better as far as {images} images can show"
-        else:
-            said = f"No difference that {images} images could show: keep {BASELINE}"
-        said += f"; the best of the others, {best}, has an mDice {d.mean:+.4f} against it ({_interval(d)}){few}."
-    else:
-        said = f"Deploy {BASELINE}: every other procedure is worse{few}."
-    return " ".join([said, *(_is_worse(name, overall[name], configured) for name in worse)])
+    if not undecided:
+        return f"For {kind} keep {BASELINE}: every other procedure is worse."
+    best = max(undecided, key=lambda name: means[name] if math.isfinite(means[name]) else -1.0)
+    d = overall[best]
+    return (
+        f"For {kind} keep {BASELINE}: {images} images show no procedure to be better; the best, {best}, has mDice "
+        f"{d.mean:+.4f} against it ({_interval(d)})."
+    )
+
+
+def _lower(name: str, key: str, title: str, scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a sentence if a recommended procedure lowers another score."""
+    new, old = scores[name].get(key), scores[BASELINE].get(key)
+    if new is None or old is None or not new < old - SAME / 2:
+        return ""
+    return f" Its {title} is lower: {new:.4f}, {BASELINE} {old:.4f}."
 
 
 def _is_worse(name: str, d: Difference, configured: str | None) -> str:

@@ -78,7 +78,7 @@ def results(
     if fitted and protocol["note"]:
         protocol["note"] += "; what was fitted on them (T_tuned, the temperature) looks better here than elsewhere"
     content: dict[str, Any] = {"protocol": protocol, "procedures": procedures}
-    found = compare(outcome.metrics, names, config.predict.test)
+    found = compare(outcome.metrics, names, config.predict.test, protocol["note"])
     if found is not None:
         content["comparison"] = found
     gathered = dict(gathered or {})
