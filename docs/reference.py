@@ -224,9 +224,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return the text of a docstring as a cell of a Markdown table, in JSON's words."""
-    text = re.sub(r":[a-z]+:`~?([^`]*)`", r"`\1`", text.replace("``", "`"))
-    text = re.sub(r"\bNone\b", "null", text)
+    """Return a text as a cell of a Markdown table."""
     return text.replace("|", "\\|").removesuffix(".")
 
 

@@ -228,7 +228,10 @@ def _annotation(parameter: inspect.Parameter) -> Any:
 
 
 def documented(target: Callable[..., Any]) -> dict[str, str]:
-    """Return what the ``Args:`` part of a docstring says about each argument (``a, b: text`` is about both)."""
+    """Return what the ``Args:`` part of a docstring says about each argument (``a, b: text`` is about both).
+
+    The texts are for readers of configs: ``None`` is ``null``, and marks of Sphinx are those of Markdown.
+    """
     text = inspect.getdoc(target) or ""
     match = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", text, re.MULTILINE)
     if match is None:
@@ -242,7 +245,12 @@ def documented(target: Callable[..., Any]) -> dict[str, str]:
             line = line[start.end() :]
         for name in names:
             meanings[name] = f"{meanings.get(name, '')} {line.strip()}".strip()
-    return meanings
+    return {name: _for_configs(meaning) for name, meaning in meanings.items()}
+
+
+def _for_configs(text: str) -> str:
+    text = re.sub(r":[a-z]+:`~?([^`]*)`", r"`\1`", text.replace("``", "`"))
+    return re.sub(r"\bNone\b", "null", text).removesuffix(".")
 
 
 class LenientSchema(GenerateJsonSchema):

@@ -70,18 +70,18 @@ def test_docstrings_are_read_with_their_continued_lines() -> None:
         Args:
             a, b: two
                 things, None: off.
-            c: one; see :func:`f`.
+            c: one; see :func:`f` | ``g``.
 
         Raises:
             ValueError: never.
         """
 
     assert documented(function) == {
-        "a": "two things, None: off.",
-        "b": "two things, None: off.",
-        "c": "one; see :func:`f`.",
+        "a": "two things, null: off",
+        "b": "two things, null: off",
+        "c": "one; see `f` | `g`",
     }
-    assert config_reference._cell("one | see :func:`f`, None: ``x``.") == "one \\| see `f`, null: `x`"
+    assert config_reference._cell("one | see `f`.") == "one \\| see `f`"
 
 
 @pytest.mark.parametrize(
