@@ -75,10 +75,13 @@ def is_over(state: Mapping[str, Any], path: Path, config: Config) -> bool:
     return done is not None
 
 
-def build(config: Config, weights: str | None, resumed: bool) -> tuple[nn.Module, SegmentationLoss, Data]:
+def build(
+    config: Config, weights: str | None, state: Mapping[str, Any] | None
+) -> tuple[nn.Module, SegmentationLoss, Data]:
     """Build the data, the model and the loss that the config names; start from ``weights`` if they are given.
 
-    The model of a ``resumed`` run gets no pretrained weights: those of the checkpoint will replace them.
+    The model of a resumed run (``state``: its checkpoint) gets no pretrained weights: those of the checkpoint will
+    replace them.
     """
     import dataloaders
     import models
@@ -95,11 +98,13 @@ def build(config: Config, weights: str | None, resumed: bool) -> tuple[nn.Module
         val = checks.build_loader(dataloaders.build, config, "val")
     facts = Facts.of(train.dataset)
     checks.check_facts(config, facts, {"val_loader": Facts.of(val.dataset)} if val is not None else {})
+    if state is not None and "facts" in state:
+        facts = checks.resumed_facts(config, Facts.from_dict(state["facts"]), facts)
     announce(train, val)
     checks.warn_about_loss(config, [config.predict.train, config.predict.val])
     checks.warn_about_schedule(config, len(train))
     arguments = checkpoint.arch_arguments(config, facts)
-    if resumed and "pretrained" in arguments:
+    if state is not None and "pretrained" in arguments:
         arguments["pretrained"] = False
     model = checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
     if weights:
@@ -143,7 +148,7 @@ def main() -> int:
     device = distributed.choose_device(config.n_gpu)
     with distributed.process_group(device):
         seed_everything(config.seed, config.deterministic)
-        model, loss, data = build(config, args.weights, resumed=state is not None)
+        model, loss, data = build(config, args.weights, state)
         with runs.resumed(resume) if resume else runs.new(config) as folder:
             trainer = Trainer(config, model, loss, data, device, folder)
             if state is not None:

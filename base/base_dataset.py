@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,16 +12,15 @@ from typing import Any, ClassVar, Literal
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from base import augmentation as aug
 from base.classes import Colour, class_colours, classes_of
-from base.entries import BROKEN_FILES_HINT, Cache, Entries, Entry, Key, Sample, Skipped, distinct, in_threads
+from base.entries import BROKEN_FILES_HINT, Cache, Entries, Entry, Key, Sample, Skipped, distinct
 from base.labels import LabelTable, PaletteReference
-from base.layout import layout_problem
-from base.statistics import mean_and_std, median_frequency_weights, moments, repeat_factors
+from base.layout import layout_problem, sizes_differ
+from base.statistics import Statistics, per_channel
 from utils.bounds import AboveZero, Amount, Channels, ClassCount, Label, Number, Seed, Side
 from utils.errors import DataFolderError, UserError
 from utils.facts import Facts
@@ -32,12 +31,9 @@ from utils.images.values import Pixels, ValueRange
 log = logging.getLogger("data")
 
 CHECKED_AT_START = 4  # label maps that are read when the data set is opened
-STATISTICS_SAMPLES = 5000  # label maps that are counted, at most, for class weights
-_EXIF_ORIENTATION = 0x0112
-MEASURED_IMAGES = 500  # images that are read, at most, for mean and std
 
 
-class BaseDataSet(Dataset[Any]):
+class BaseDataSet(Statistics, Dataset[Any]):
     """A list of (image, label) pairs with class facts and augmentation.
 
     A data set is a subclass with its facts as class attributes and ``samples()``; one with special label files
@@ -204,8 +200,8 @@ class BaseDataSet(Dataset[Any]):
             num_classes=len(names),
             class_names=names,
             palette=class_colours(palette, len(names)),
-            mean=_per_channel("mean", mean, cls.mean, in_channels),
-            std=_per_channel("std", std, cls.std, in_channels),
+            mean=per_channel("mean", mean, cls.mean, in_channels),
+            std=per_channel("std", std, cls.std, in_channels),
             ignore_index=cls.ignore_index if ignore_index is None else ignore_index,
             in_channels=in_channels,
             value_range=values.limits,
@@ -309,7 +305,7 @@ class BaseDataSet(Dataset[Any]):
             return image, np.full(image.shape[:2], self.ignore_index, self.label_table.dtype)
         label = self.label_table.translate(self.load_label(entry.label), entry.label)
         if label.shape != image.shape[:2]:
-            raise _sizes_differ(entry, image, label)
+            raise sizes_differ(entry.image, entry.label, image.shape[:2], label.shape[:2])
         if pixels.missing is not None:
             label = np.where(pixels.missing, label.dtype.type(self.ignore_index), label)
         return image, label
@@ -317,6 +313,18 @@ class BaseDataSet(Dataset[Any]):
     def load(self, index: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return image and label of a sample before augmentation (from memory with ``cache: "ram"``)."""
         return self._cache[index] if self._cache is not None else self.read(index, epoch)
+
+    def label_at(self, index: int) -> np.ndarray:
+        """Return the label map of a sample alone, class ids and ignore index."""
+        entry = self.entries[index]
+        if self._cache is not None or entry.label is None:
+            return self.load(index)[1]
+        return self.label_table.translate(self.load_label(entry.label), entry.label)
+
+    def image_at(self, index: int) -> Pixels:
+        """Return the image of a sample alone, and where it has no data."""
+        path = self.entries[index].image
+        return Pixels(self.read(index)[0]) if path is None else self.load_image(path)
 
     # ---- items
 
@@ -383,129 +391,10 @@ class BaseDataSet(Dataset[Any]):
             other.entries, other.held_out, other._cache = Entries(distinct(self.held_out, self._data_dir)), None, None
         return other
 
-    # ---- statistics
-
-    def measure(self, limit: int = MEASURED_IMAGES) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and standard deviation per channel of at most ``limit`` images, evenly spread."""
-        chosen = np.linspace(0, len(self) - 1, min(limit, len(self))).astype(int)
-        found = [m for m in in_threads(self._moments, chosen.tolist()) if m is not None]
-        if not found:
-            raise UserError(f'"mean": "auto": no image of split {self.split!r} can be read')
-        mean, std = mean_and_std(found)
-        log.info("measured on %d images: mean %s, std %s", len(found), np.round(mean, 4), np.round(std, 4))
-        return tuple(mean.tolist()), tuple(std.tolist())
-
-    def _moments(self, index: int) -> np.ndarray | None:
-        path = self.entries[index].image
-        try:
-            pixels = Pixels(self.read(index)[0]) if path is None else self.load_image(path)
-        except UserError:
-            if self.on_error == "skip":
-                return None
-            raise
-        return moments(*pixels)
-
-    def class_pixel_counts(
-        self, limit: int | None = None, progress: Callable[[int, int], None] | None = None
-    ) -> np.ndarray:
-        """Count the pixels of each class in each sample, before augmentation.
-
-        Args:
-            limit: take at most this many samples, evenly spread; None: all.
-            progress: called with (done, total) after each sample.
-
-        Returns:
-            int64 ``(samples, label_count)``; ignored pixels are in no column.
-        """
-        count = len(self) if limit is None else min(limit, len(self))
-        chosen = np.linspace(0, len(self) - 1, count).astype(int)
-        result = np.zeros((count, self.label_count), np.int64)
-        for row, counts in enumerate(in_threads(self._count, chosen.tolist())):
-            result[row] = counts
-            if progress is not None:
-                progress(row + 1, count)
-        return result
-
-    def _count(self, index: int) -> np.ndarray:
-        try:
-            label = self._label_alone(index)
-        except UserError:
-            if self.on_error == "skip":
-                return np.zeros(self.label_count, np.int64)
-            raise
-        return np.bincount(label[label != self.ignore_index], minlength=self.label_count)
-
-    def _label_alone(self, index: int) -> np.ndarray:
-        entry = self.entries[index]
-        if self._cache is not None or entry.label is None:
-            return self.load(index)[1]
-        return self.label_table.translate(self.load_label(entry.label), entry.label)
-
-    def class_weights(self, limit: int | None = STATISTICS_SAMPLES) -> Tensor:
-        """Return weights that balance the classes, float32 ``(num_classes,)`` (label_count for one channel).
-
-        See :func:`base.labels.median_frequency_weights`; at most ``limit`` label maps are read.
-        """
-        counts = self.class_pixel_counts(limit)
-        if not counts.any():
-            raise UserError(f"no labelled pixel in split {self.split!r}: class weights cannot be computed")
-        return torch.from_numpy(median_frequency_weights(counts).astype(np.float32))
-
-    def sample_weights(self) -> np.ndarray:
-        """Return how often each sample should be drawn (:func:`base.labels.repeat_factors`), float64; sums to 1."""
-        if self.endless:
-            raise ValueError(f"sampler must be None: {type(self).__name__} draws new images each epoch")
-        return repeat_factors(self.class_pixel_counts())
-
 
 def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(repr(a) for a in allowed)}; got {value!r}")
-
-
-def _per_channel(
-    name: str, given: Sequence[float] | str | None, own: Sequence[float], channels: int
-) -> tuple[float, ...]:
-    if given is None or given == "auto":
-        # The published numbers are for RGB; other channels get their average.
-        return tuple(own) if len(own) == channels else (float(np.mean(own)),) * channels
-    if isinstance(given, str) or len(given) != channels:
-        raise ValueError(f'{name} must have one number per channel ({channels}) or be "auto", got {given!r}')
-    values = tuple(float(v) for v in given)
-    if name == "std" and min(values) <= 0:
-        raise ValueError(f"std must be above 0, got {list(values)}")
-    if not all(0 <= value <= 1 for value in values):
-        divided = [round(value / 255, 4) for value in values]
-        hint = f"; divided by 255: {divided}" if min(values) >= 0 and 1 < max(values) <= 255 else ""
-        raise ValueError(f"{name} must be for intensities in [0, 1], got {list(values)}{hint}")
-    return values
-
-
-def _sizes_differ(entry: Entry, image: np.ndarray, label: np.ndarray) -> UserError:
-    text = (
-        f"image and label differ in size: {entry.image} is {_size(image)}, {entry.label} is {_size(label)} "
-        "(width x height)"
-    )
-    turned = [path for path in (entry.image, entry.label) if path is not None and _is_turned(path)]
-    if label.shape[::-1] == image.shape[:2] and len(turned) == 1:
-        text += (
-            f". Only {turned[0].name} is turned by its EXIF orientation, so the mask was made for the image as stored. "
-            "Remove the orientation from that file, or turn the other one"
-        )
-    return UserError(text)
-
-
-def _is_turned(path: Path) -> bool:
-    """Return whether a file's EXIF orientation swaps its width and height."""
-    try:
-        with Image.open(path) as file:
-            return file.getexif().get(_EXIF_ORIENTATION, 1) >= 5
-    except Exception:  # Pillow's plugins raise whatever their parsers meet; a file of another kind is not turned
-        return False
-
-
-def _size(array: np.ndarray) -> str:
-    return f"{array.shape[1]}x{array.shape[0]}"
 
 
 def _planes(image: np.ndarray) -> Tensor:

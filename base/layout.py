@@ -1,13 +1,18 @@
-"""Messages about folders: the tree that was expected beside what is there."""
+"""Messages about files: the tree that was expected beside what is there, sizes that differ."""
 
 from __future__ import annotations
 
 from itertools import islice, zip_longest
 from pathlib import Path
 
+from PIL import Image
+
+from utils.errors import UserError
+
 _DEPTH = 4
 _ENTRIES_PER_FOLDER = 5
 _LINES = 30
+_EXIF_ORIENTATION = 0x0112
 
 
 def layout_problem(problem: str, expected: str, folder: Path | None) -> str:
@@ -46,3 +51,27 @@ def _tree(folder: Path, depth: int, indent: str = "") -> list[str]:
     if len(names) > _ENTRIES_PER_FOLDER:
         lines.append(f"{indent}... {len(names) - _ENTRIES_PER_FOLDER} more")
     return lines[:_LINES]
+
+
+def sizes_differ(image: Path, label: Path, image_size: tuple[int, ...], label_size: tuple[int, ...]) -> UserError:
+    """Return the error for an image and a label of different sizes, each (height, width)."""
+    text = (
+        f"image and label differ in size: {image} is {image_size[1]}x{image_size[0]}, "
+        f"{label} is {label_size[1]}x{label_size[0]} (width x height)"
+    )
+    turned = [path for path in (image, label) if _is_turned(path)]
+    if label_size[::-1] == image_size and len(turned) == 1:
+        text += (
+            f". Only {turned[0].name} is turned by its EXIF orientation, so the mask was made for the image as stored. "
+            "Remove the orientation from that file, or turn the other one"
+        )
+    return UserError(text)
+
+
+def _is_turned(path: Path) -> bool:
+    """Return whether a file's EXIF orientation swaps its width and height."""
+    try:
+        with Image.open(path) as file:
+            return file.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+    except Exception:  # Pillow's plugins raise whatever their parsers meet; a file of another kind is not turned
+        return False

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from base.entries import in_threads
+from utils.errors import UserError
+from utils.images.values import Pixels
+
+log = logging.getLogger("data")
+
+COUNTED_LABELS = 5000  # label maps that are counted, at most, for class weights
+MEASURED_IMAGES = 500  # images that are read, at most, for mean and std
 
 
 def median_frequency_weights(counts: np.ndarray) -> np.ndarray:
@@ -79,3 +91,114 @@ def mean_and_std(all_moments: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndar
     count = np.maximum(count, 1)
     mean = total / count
     return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+
+
+def per_channel(
+    name: str, given: Sequence[float] | str | None, own: Sequence[float], channels: int
+) -> tuple[float, ...]:
+    """Return ``mean`` or ``std`` for each channel: as given, or the data set's own (also for "auto")."""
+    if given is None or given == "auto":
+        # The published numbers are for RGB; other channels get their average.
+        return tuple(own) if len(own) == channels else (float(np.mean(own)),) * channels
+    if isinstance(given, str) or len(given) != channels:
+        raise ValueError(f'{name} must have one number per channel ({channels}) or be "auto", got {given!r}')
+    values = tuple(float(v) for v in given)
+    if name == "std" and min(values) <= 0:
+        raise ValueError(f"std must be above 0, got {list(values)}")
+    if not all(0 <= value <= 1 for value in values):
+        divided = [round(value / 255, 4) for value in values]
+        hint = f"; divided by 255: {divided}" if min(values) >= 0 and 1 < max(values) <= 255 else ""
+        raise ValueError(f"{name} must be for intensities in [0, 1], got {list(values)}{hint}")
+    return values
+
+
+class Statistics:
+    """The part of a data set that counts its labels and measures its images."""
+
+    split: str
+    on_error: str
+    ignore_index: int
+    endless: bool
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def label_count(self) -> int:
+        """How many class ids labels may have."""
+        raise NotImplementedError
+
+    def label_at(self, index: int) -> np.ndarray:
+        """Return the label map of a sample."""
+        raise NotImplementedError
+
+    def image_at(self, index: int) -> Pixels:
+        """Return the image of a sample."""
+        raise NotImplementedError
+
+    def _spread(self, limit: int | None) -> list[int]:
+        """Return the indices of at most ``limit`` samples, evenly spread."""
+        count = len(self) if limit is None else min(limit, len(self))
+        return np.linspace(0, len(self) - 1, count).astype(int).tolist()
+
+    def measure(self, limit: int = MEASURED_IMAGES) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation per channel of at most ``limit`` images, evenly spread."""
+        found = [m for m in in_threads(self._moments, self._spread(limit)) if m is not None]
+        if not found:
+            raise UserError(f'"mean": "auto": no image of split {self.split!r} can be read')
+        mean, std = mean_and_std(found)
+        log.info("measured on %d images: mean %s, std %s", len(found), np.round(mean, 4), np.round(std, 4))
+        return tuple(mean.tolist()), tuple(std.tolist())
+
+    def _moments(self, index: int) -> np.ndarray | None:
+        try:
+            return moments(*self.image_at(index))
+        except UserError:
+            if self.on_error == "skip":
+                return None
+            raise
+
+    def class_pixel_counts(
+        self, limit: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> np.ndarray:
+        """Count the pixels of each class in each sample, before augmentation.
+
+        Args:
+            limit: take at most this many samples, evenly spread; None: all.
+            progress: called with (done, total) after each sample.
+
+        Returns:
+            int64 ``(samples, label_count)``; ignored pixels are in no column.
+        """
+        chosen = self._spread(limit)
+        result = np.zeros((len(chosen), self.label_count), np.int64)
+        for row, counts in enumerate(in_threads(self._count, chosen)):
+            result[row] = counts
+            if progress is not None:
+                progress(row + 1, len(chosen))
+        return result
+
+    def _count(self, index: int) -> np.ndarray:
+        try:
+            label = self.label_at(index)
+        except UserError:
+            if self.on_error == "skip":
+                return np.zeros(self.label_count, np.int64)
+            raise
+        return np.bincount(label[label != self.ignore_index], minlength=self.label_count)
+
+    def class_weights(self, limit: int | None = COUNTED_LABELS) -> Tensor:
+        """Return weights that balance the classes, float32 ``(num_classes,)`` (label_count for one channel).
+
+        See :func:`median_frequency_weights`; at most ``limit`` label maps are read.
+        """
+        counts = self.class_pixel_counts(limit)
+        if not counts.any():
+            raise UserError(f"no labelled pixel in split {self.split!r}: class weights cannot be computed")
+        return torch.from_numpy(median_frequency_weights(counts).astype(np.float32))
+
+    def sample_weights(self) -> np.ndarray:
+        """Return how often each sample should be drawn (:func:`repeat_factors`), float64; sums to 1."""
+        if self.endless:
+            raise ValueError(f"sampler must be None: {type(self).__name__} draws new images each epoch")
+        return repeat_factors(self.class_pixel_counts())

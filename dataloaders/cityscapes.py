@@ -12,7 +12,7 @@ from base.entries import Entry
 from dataloaders.labels import labels
 from dataloaders.reading.pairing import pair
 
-# trainId of each labelId 0..33 as the publisher's label definitions have it; 255 counts nowhere. The remaining
+# trainId of each labelId 0..33 as the publisher's label definitions have it; 255 is ignored. The remaining
 # labelId, -1 (license plate), is not drawn into the label images.
 TRAIN_IDS = np.full(34, 255)
 TRAIN_IDS[[7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]] = np.arange(19)

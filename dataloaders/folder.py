@@ -44,18 +44,18 @@ class Folder(BaseDataSet):
         list_file: a text file (below data_dir or absolute; "{split}" in it becomes the split) with one sample a
             line: image and mask, separated by a tab, a comma or blanks, below data_dir; or one name that is
             looked up in ``images`` and ``masks``.
-        val_fraction, test_fraction: shares of all files, dealt out by name; the rest is "train".
+        val_fraction, test_fraction: shares of all files, chosen by their names; the rest is "train".
         split_seed: another number gives another split.
         val_fold: (k, n): cross-validation. "val" is fold k (from 0) of n, "train" the other folds; instead of
             val_fraction. Of data split by folders, train and val are pooled.
         group_by: a regular expression; samples whose names match it alike (its first group, or all that it matches)
             stay on the same side of a split: "^([^_]+)_" keeps the frames of cam1_0001, cam1_0002 together.
         mask_values: the mask's value of each class: [0, 255] for masks of 0 and 255.
-        ignore_values: mask values that count nowhere, besides 255.
+        ignore_values: mask values of ignored pixels, besides 255.
         threshold: for two classes: mask values above are class 1.
         colors: true: masks are painted in ``palette``'s colours, whatever the file holds; false: never; None: where
             the file is RGB.
-        ignore_colors: colours that count nowhere.
+        ignore_colors: colours of ignored pixels.
         common: see :class:`base.base_dataset.BaseDataSet`.
     """
 

@@ -280,6 +280,15 @@ def test_classes_in_another_order_are_refused() -> None:
         checks.check_facts(config(), FACTS, {"val_loader": replace(FACTS, class_names=("background", "dog", "cat"))})
 
 
+def test_a_resumed_run_keeps_its_classes_and_what_it_measured() -> None:
+    measured = config(train_loader={"type": "VOC", "args": {"mean": "auto"}})
+    now = replace(FACTS, mean=(0.1,) * 3, std=(0.3,) * 3)
+    assert checks.resumed_facts(measured, FACTS, now) == replace(now, mean=FACTS.mean)
+    assert checks.resumed_facts(config(), FACTS, now) == now
+    with pytest.raises(UserError, match="train_loader: class 1 of its data is 'dog'"):
+        checks.resumed_facts(config(), FACTS, replace(FACTS, class_names=("background", "dog", "cat")))
+
+
 def test_without_val_loader_the_held_out_samples_are_used() -> None:
     held_out = SimpleNamespace(kind="held out")
     args = {"val_fold": [0, 5]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 
 import dataloaders
 from dataloaders.__main__ import EXPORTS, main
+from dataloaders.plan import choices
 from dataloaders.prepare import shapes
 from dataloaders.prepare.formats import FORMATS
 from utils.errors import UserError
@@ -371,6 +374,30 @@ def test_yolo_polygons(tmp_path: Path, names: str) -> None:
     write(tmp_path / "export/labels/val/a.txt", "0 0.5 0.5 0.2 0.2\n")
     with pytest.raises(UserError, match=r"a\.txt, line 1 is a box, not a polygon"):
         prepare("yolo", tmp_path / "export", tmp_path / "boxes")
+
+
+def test_an_export_becomes_a_training_in_three_commands(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(6):
+        photo(tmp_path / f"export/{i}.jpg")
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": SIZE[0], "height": SIZE[1]} for i in range(6)]
+    annotations = [{**a, "image_id": i} for i in range(6) for a in coco()["annotations"]]
+    source = write(tmp_path / "export/all.json", coco(images=images, annotations=annotations))
+    prepare("coco", source, tmp_path / "data")
+    monkeypatch.setattr(choices, "find_spec", lambda name: None)
+    out = tmp_path / "mine.json"
+    assert main(["plan", "--data-dir", str(tmp_path / "data"), "--out", str(out)]) == 0
+    small = (
+        "arch.args.width=4",
+        "trainer.epochs=1",
+        f"trainer.save_dir={tmp_path / 'saved'}",
+        "trainer.tensorboard=false",
+    )
+    command = [sys.executable, "train.py", "-c", str(out), "-d", "cpu", *(w for s in small for w in ("--set", s))]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "saved").rglob("best_model.pth"))
 
 
 # ---- what all share

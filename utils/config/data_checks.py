@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from utils import lr_scheduler, optim
@@ -113,6 +114,17 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
         wrong = unknown_class(name.partition("/")[2], facts.class_names)
         if wrong:
             raise UserError(f"trainer.monitor: {wrong}")
+
+
+def resumed_facts(config: Config, stored: Facts, facts: Facts) -> Facts:
+    """Return the facts of a resumed run: those of the data, with the mean and std that the run measured at its start.
+
+    Raises:
+        UserError: the classes of the data are not those of the checkpoint.
+    """
+    check_facts(config, stored, {"train_loader": facts})
+    args = config.train_loader.args
+    return replace(facts, **{name: getattr(stored, name) for name in ("mean", "std") if args.get(name) == "auto"})
 
 
 def _first_difference(names: tuple[str, ...], others: tuple[str, ...]) -> int | None:
