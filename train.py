@@ -140,6 +140,8 @@ def main() -> int:
         resume = expand(resume).resolve()
         state = checkpoint.read(resume)
         config = checkpoint.config_of(state, resume, args.config, overrides, stages=stages, trust_code=args.trust_code)
+        if not args.config and not any(item.startswith(("trainer.log_dir=", "trainer=")) for item in args.set):
+            config = runs.with_own_logs(config, resume.parent)
         if is_over(state, resume, config):
             return 0
     if distributed.needs_processes(config.use_synch_bn, config.n_gpu):

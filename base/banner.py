@@ -22,7 +22,9 @@ def banner(run: Any) -> str:
     lines = {
         "run": str(run.folder) + (f", continued from iteration {run.iteration}" if run.iteration else ""),
         "model": f"{config.arch.type}, {run.data.facts.num_classes} classes, {trainable / 1e6:.2f} M parameters",
-        "weights": getattr(run.model, "weights_from", "") or getattr(backbone, "weights_from", "") or "random weights",
+        "weights": f"of iteration {run.iteration}"
+        if run.iteration
+        else getattr(run.model, "weights_from", "") or getattr(backbone, "weights_from", "") or "random weights",
         "data": f"{plan.images:,} training images, validation {validation}",
         "device": f"{_device_name(run.device)}, {spread}, amp {settings.amp}",
         "batch": f"{plan.batch_size} per process x {plan.processes} x accumulate {plan.accumulate} = "

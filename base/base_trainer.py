@@ -150,20 +150,21 @@ class BaseTrainer:
             Interrupted: after a signal, when the state is saved.
             UserError: a loss that is not finite, a full disk, data that cannot be used; the state is saved.
         """
-        try:
-            with self.stop:
+        with self.stop:
+            try:
                 self._begin()
                 scores = self._epochs()
                 self.log.close(finished=True)
                 return scores
-        except Interrupted:
-            self._save([LATEST])
-            raise
-        except Exception as error:
-            self._rescue(error)
-        finally:
-            if hasattr(self, "log"):
-                self.log.close()
+            except Interrupted:
+                self._save([LATEST])
+                raise
+            except Exception as error:
+                self.stop.ignore()
+                self._rescue(error)
+            finally:
+                if hasattr(self, "log"):
+                    self.log.close()
 
     def _begin(self) -> None:
         """Write the resolved config into the run's folder, open the logs, and print what is about to run."""

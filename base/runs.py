@@ -41,6 +41,22 @@ def tensorboard_folder(config: Config, folder: Path) -> Path | None:
     return expand(config.trainer.log_dir) / config.name / folder.name
 
 
+def with_own_logs(config: Config, folder: Path) -> Config:
+    """Return the config of a checkpoint with its TensorBoard logs inside the run's folder.
+
+    Unless they are where it says: a run goes on with its logs, but a checkpoint from elsewhere does not choose where
+    its user's files are written.
+    """
+    logs = tensorboard_folder(config, folder)
+    if logs is None or any(logs.glob("events*")) or logs.resolve().is_relative_to(folder.resolve()):
+        return config
+    own = folder / "tensorboard"
+    if distributed.is_first():
+        print(f"note: TensorBoard's logs go to {own}; to choose another folder: --set trainer.log_dir=FOLDER")
+    settings = config.trainer.model_copy(update={"log_dir": str(own)})
+    return config.model_copy(update={"trainer": settings})
+
+
 @contextmanager
 def new(config: Config) -> Iterator[Path]:
     """Create and lock the folder of a new run, the same for all processes: ``.../MM-DD_HH-MM``.

@@ -30,6 +30,13 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def ignore(self) -> None:
+        """Ignore a launcher's signals from now on: it ends the processes when one fails, and they end by themselves."""
+        if distributed.under_torchrun():
+            for number in self._previous:
+                signal.signal(number, signal.SIG_IGN)
+            self._previous = {}
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and (number == self.received or not distributed.under_torchrun()):
             raise KeyboardInterrupt

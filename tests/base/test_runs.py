@@ -140,6 +140,17 @@ def test_a_running_run_cannot_be_resumed_a_second_time(end, tmp_path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_logs_of_a_checkpoint_from_elsewhere_stay_in_its_folder(tmp_path) -> None:
+    config, folder = make_config(tmp_path, tensorboard=True), tmp_path / "copied/run"
+    moved = runs.with_own_logs(config, folder)
+    assert runs.tensorboard_folder(moved, folder) == folder / "tensorboard/toy/run"
+    assert runs.with_own_logs(moved, folder) == moved
+    logs = runs.tensorboard_folder(config, folder)
+    logs.mkdir(parents=True)
+    (logs / "events.out.tfevents.1").touch()
+    assert runs.with_own_logs(config, folder) == config, "a run goes on with its logs"
+
+
 def finished(folder: Path, name: str, second: int, **changes: Any) -> Path:
     """Write what a run of a changed config leaves behind."""
     path = folder / "saved/toy/CrossEntropyLoss2d/max" / name

@@ -137,6 +137,29 @@ def test_two_processes_train_and_test(config: Path) -> None:
     assert scores[0] == scores[1]
 
 
+@pytest.mark.parametrize("kind", ["a process is killed", "the launcher is stopped"])
+def test_several_processes_end_with_our_message(kind: str, config: Path) -> None:
+    launched = subprocess.Popen(
+        command("train.py", "-c", config, "--set", "trainer.epochs=500", processes=2),
+        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for(lambda: list(config.parent.glob("saved/tiny/*/*/*/checkpoint-epoch1.pth")), launched)
+    if kind == "a process is killed":  # by the system, when the memory is full
+        children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
+        ranks = [int(pid) for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(ranks[0], signal.SIGKILL)
+        said = "another process of this run has ended"
+    else:
+        launched.terminate()
+        said = "stopped and saved"
+    _, errors = launched.communicate(timeout=60)
+    assert said in errors
+    assert f"continue with: python train.py -r {run_folder(config)}/latest.pth" in errors
+    assert "gloo" not in errors
+    assert "trainer.py" not in errors, "a traceback of ours"
+    assert torch.load(run_folder(config) / "latest.pth", weights_only=True)["iteration"] >= 3
+
+
 def test_the_launcher_for_synchronised_batch_norm(tmp_path: Path) -> None:
     # What train.py does by itself where there are several GPUs; here over two processes without any.
     script = tmp_path / "child.py"
