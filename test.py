@@ -2,8 +2,8 @@
 
 The config comes from the checkpoint, unless one is given. One forward pass serves all procedures; scores go to the
 screen, to ``results.json`` and to one CSV with the scores of each image, and with ``-p all`` to ``report.html``.
-``--fit`` finds a temperature and a threshold on the validation data and writes a checkpoint that uses them. See
-docs/testing.md.
+``--fit`` fits temperature, presence and threshold on the validation data and writes a checkpoint that uses what helps.
+See docs/testing.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.cli import add_device, add_overrides, add_trust, select_devices, share_cores
 from utils.config.schema import PROCEDURES
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from utils.checkpoint import LoadedModel
     from utils.config.schema import Config
-    from utils.evaluation import Evaluator
+    from utils.evaluation import Decision, Evaluation, Evaluator
+    from utils.predict import PredictOptions
+    from utils.report.watching import Watcher
 
 VIEWS = ("flip", "multiscale")
 
@@ -53,7 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--fit",
         action="store_true",
-        help="fit temperature and threshold on the validation data and write NAME_calibrated.pth, instead of scoring",
+        help="instead of scoring, fit temperature, presence and threshold on the validation data and write "
+        "NAME_calibrated.pth",
     )
     add(
         "-o",
@@ -88,9 +91,12 @@ def main() -> int:
 
     from base.rng import seed_everything
     from utils import checkpoint, distributed, report
+    from utils.evaluation import fitted
 
     args.resume = str(expand(args.resume)) if args.resume else checkpoint.network_of(args.config)
     state = checkpoint.read(args.resume)
+    if args.fit:
+        state = fitted.without_fit(state)  # a second fit starts where the first one did
     stages = ("test",) if not args.fit else ("val",)
     overrides = from_val_loader(state.get("config"), args.config, overrides)
     config = checkpoint.config_of(state, args.resume, args.config, overrides, stages=stages, trust_code=args.trust_code)
@@ -155,79 +161,113 @@ def results_folder(args: argparse.Namespace, config: Config) -> Path:
     return folder / (path.stem if path.suffix else f"{path.name}_results")
 
 
-def evaluator_of(loaded: LoadedModel, device: torch.device, loss: Any = None, **views: Any) -> Evaluator:
-    """Return the evaluator of a loaded model."""
-    from utils.evaluation import Evaluator
-
-    predict = loaded.config.predict
-    classes = None if predict.CoI == "all" else tuple(predict.CoI)
-    return Evaluator(loaded.network(device, **views), classes, predict.count_ignored, loss)
-
-
 def score(
     args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device, folder: Path
 ) -> None:
     """Score the test data under one procedure, or under all of them."""
+    from utils import distributed
+    from utils.evaluation import evaluate
+    from utils.progress import progress_bar
+
+    run = prepared(args, loaded, device)
+    watcher = watching(args, run, folder)
+    outcome = evaluate(
+        run.evaluator,
+        run.loader,
+        run.decisions,
+        progress=lambda loader: progress_bar(loader, desc="TEST"),
+        on_part=watcher.look if watcher.watches else None,
+        limit_images=args.limit,
+        measure_memory=run.everything,
+    )
+    watcher.gather()
+    if distributed.is_main():
+        report_on(run, state, outcome, watcher, folder)
+
+
+class Run(NamedTuple):
+    """What is scored, and how."""
+
+    loaded: LoadedModel
+    loader: Any
+    evaluator: Evaluator
+    options: PredictOptions
+    procedure: str  # or "all"
+    decisions: dict[str, Decision]
+    views: str
+
+    @property
+    def everything(self) -> bool:
+        """Whether all procedures are compared."""
+        return self.procedure == "all"
+
+
+def prepared(args: argparse.Namespace, loaded: LoadedModel, device: torch.device) -> Run:
+    """Build the loader, the loss and the evaluator, and list the procedures."""
     import dataloaders
-    from utils import distributed, losses, report
+    from utils import distributed, losses
     from utils.config import data_checks as checks
-    from utils.evaluation import all_decisions, evaluate, single_decision
+    from utils.evaluation import Evaluator, all_decisions, single_decision
     from utils.facts import Facts
     from utils.predict import PredictOptions
-    from utils.predictor import SCALES
-    from utils.progress import progress_bar
-    from utils.report.watching import Watcher
+    from utils.predict.network import SCALES
+    from utils.report import ONE_VIEW
 
     config, facts = loaded.config, loaded.facts
     loader = checks.build_loader(dataloaders.build, config, "test")
     checks.check_facts(config, facts, {"test_loader": Facts.of(loader.dataset)})
     arguments = checks.loss_arguments(config, loader.dataset)
     loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments).to(device)
-    scales = SCALES if "multiscale" in args.tta else (1.0,)
-    evaluator = evaluator_of(loaded, device, loss, scales=scales, flip="flip" in args.tta)
+    scales, flip = SCALES if "multiscale" in args.tta else (1.0,), "flip" in args.tta
     options = PredictOptions.from_config(config.predict)
-    everything = args.predict == "all"
+    evaluator = Evaluator(
+        loaded.network(device, scales=scales, flip=flip), options.classes, config.predict.count_ignored, loss
+    )
     procedure = args.predict or config.predict.test
-    decisions = all_decisions(options) if everything else single_decision(procedure, options)
+    decisions = all_decisions(options) if procedure == "all" else single_decision(procedure, options)
     if distributed.is_main():
         checks.warn_about_loss(config, list(decisions))
-    watcher = Watcher(loaded, decisions, evaluator, report=everything, boundary=args.boundary)
+    views = f"mean probabilities over scales {list(scales)}" if evaluator.network.averages else ONE_VIEW
+    views += " and their mirror images" if flip else ""
+    return Run(loaded, loader, evaluator, options, procedure, decisions, views)
+
+
+def watching(args: argparse.Namespace, run: Run, folder: Path) -> Watcher:
+    """Return what keeps masks, probabilities and the pictures of the report while images are scored."""
+    from utils.report.watching import Watcher
+
+    watcher = Watcher(run.loaded, run.decisions, run.evaluator, report=run.everything, boundary=args.boundary)
     if args.save_masks:
         watcher.save_masks(folder / "masks")
     if args.save_probs:
-        watcher.save_probs(expand(args.save_probs), options, procedure, args.force)
-    outcome = evaluate(
-        evaluator,
-        loader,
-        decisions,
-        progress=lambda loader: progress_bar(loader, desc="TEST"),
-        on_part=watcher.look if watcher.watches else None,
-        limit_images=args.limit,
-        measure_memory=everything,
-    )
-    watcher.gather()
-    if not distributed.is_main():
-        return
-    views = f"mean probabilities over scales {list(scales)}" if evaluator.network.averages else report.ONE_VIEW
-    views += " and their mirror images" if "flip" in args.tta else ""
+        watcher.save_probs(Path(args.save_probs), run.options, run.procedure, args.force)
+    return watcher
+
+
+def report_on(run: Run, state: Mapping[str, Any], outcome: Evaluation, watcher: Watcher, folder: Path) -> None:
+    """Print the scores and write them."""
+    from utils import report
+    from utils.evaluation import fitted
+
+    config = run.loaded.config
     results = report.results(
         outcome,
         config,
-        loaded,
-        loader.dataset,
-        views=views,
+        run.loaded,
+        run.loader.dataset,
+        views=run.views,
         gathered=watcher.compute(),
-        fitted=calibration_note(state, config),
+        fitted=fitted.note(state, config),
     )
     print(report.text(results))
     replaced = report.to_be_replaced(folder, results["protocol"])
-    stale = not everything and (folder / report.PAGE).exists()
-    written = report.write(results, outcome, facts, folder)
+    stale = not run.everything and (folder / report.PAGE).exists()
+    written = report.write(results, outcome, run.loaded.facts, folder)
     if replaced:
         print(f"replaced: {replaced}")
     if stale:
         print(f"removed: {folder / report.PAGE}, which was of an earlier run; -p all writes it")
-    if everything:
+    if run.everything:
         written += watcher.write_page(folder, results, outcome, sys.argv)
     if config.tester.tensorboard:
         report.write_scalars(results, folder)
@@ -235,57 +275,38 @@ def score(
         print(f"written: {path}")
 
 
-def calibration_note(state: Mapping[str, Any], config: Config) -> str | None:
-    """Return where temperature and threshold come from, where they are those that ``--fit`` found."""
-    found = state.get("calibration")
-    if not isinstance(found, dict):
-        return None
-    if (found["temperature"], found["threshold"]) != (config.predict.temperature, config.predict.threshold):
-        return "temperature and threshold were fitted, and are overridden in this run"
-    return (
-        f"temperature {found['temperature']:.4f} and threshold {found['threshold']:.2f} were fitted on "
-        f"{found['images']} validation images ({found['data']})"
-    )
-
-
 def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device) -> None:
-    """Fit temperature and threshold on the validation data, and write a checkpoint that uses them."""
+    """Fit temperature, bias, presence and threshold on the validation data; write a checkpoint that uses them."""
     import dataloaders
-    from utils import distributed
+    from utils import checkpoint, distributed
     from utils.config import data_checks as checks
     from utils.errors import UserError
-    from utils.evaluation import fitting
+    from utils.evaluation import fitted
     from utils.facts import Facts
-    from utils.predict import PredictOptions
-    from utils.progress import progress_bar
 
     config = loaded.config
     if config.val_loader is None:
         loader = checks.build_loader(dataloaders.build, config, "train").get_val_loader()
-        component, origin = config.train_loader, "held out of"
     else:
-        loader, component, origin = checks.build_loader(dataloaders.build, config, "val"), config.val_loader, ""
+        loader = checks.build_loader(dataloaders.build, config, "val")
     if loader is None:
         raise UserError(
             "val_loader: absent, and train_loader has no val_split: --fit needs validation data (never the test "
             "data); give one in the config, or with --set val_loader.type=NAME --set val_loader.args.data_dir=FOLDER"
         )
     checks.check_facts(config, loaded.facts, {"val_loader": Facts.of(loader.dataset)})
-    found = fitting.fit(
-        evaluator_of(loaded, device),
-        loader,
-        PredictOptions.from_config(config.predict),
-        lambda title: lambda loader: progress_bar(loader, desc=title),
-        args.limit,
-    )
-    if distributed.is_main():
-        data = " ".join(str(x) for x in (origin, component.type, component.args.get("split")) if x)
-        print(fitting.text(found, config, data))
-        path = fitting.save(
-            fitting.calibrated(state, config, found, data), args.resume, args.output and expand(args.output)
-        )
-        print(f"written: {path}")
-        print(f"now    : python test.py -r {shlex.quote(str(path))} -p all")
+    found = fitted.fit(loaded, loader, device, args.limit)
+    if not distributed.is_main():
+        return
+    print(fitted.text(found, config))
+    if not found.changes(config.predict):
+        print("nothing to write: the checkpoint is best as it is")
+        return
+    source = Path(args.resume)
+    path = Path(args.output or source.parent) / f"{source.stem.removesuffix('_calibrated')}_calibrated.pth"
+    checkpoint.save(fitted.for_use(fitted.with_fit(state, config, found)), path)
+    print(f"written: {path}")
+    print(f"now    : python test.py -r {shlex.quote(str(path))} -p all")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from utils.errors import run
 from utils.files import expand
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from base.base_trainer import Data
@@ -116,6 +117,26 @@ def build(
     return model, loss, Data(train, val, facts)
 
 
+def fit_best(config: Config, data: Data, device: torch.device, folder: Path) -> None:
+    """Fit temperature, presence and threshold on the validation data, into best_model.pth."""
+    from base import runs
+    from utils import checkpoint, distributed
+    from utils.evaluation import fitted
+
+    path = folder / runs.BEST
+    distributed.gather(None)  # the main process has written it
+    if not config.trainer.fit or data.val is None or not path.exists():
+        return
+    state = checkpoint.read(path)
+    loaded = checkpoint.build_model(state, path, config, device)
+    limit = config.trainer.limit_batches
+    found = fitted.fit(loaded, data.val, device, limit and limit * data.val.batches.batch_size)
+    if distributed.is_main():
+        print(fitted.text(found, config))
+        checkpoint.save(fitted.with_fit(state, config, found), path)
+        print(f"    fitted : {path}")
+
+
 def main() -> int:
     """Train what the config names, from the start or from a checkpoint."""
     args = parse_arguments()
@@ -130,6 +151,7 @@ def main() -> int:
     from trainer import Trainer
     from utils import checkpoint, distributed
     from utils import config as configs
+    from utils.evaluation import fitted
 
     stages = ("train", "val")
     resume, state = args.resume, None
@@ -138,7 +160,7 @@ def main() -> int:
         resume = runs.newest(config) if resume == "auto" else None
     if resume:
         resume = expand(resume).resolve()
-        state = checkpoint.read(resume)
+        state = fitted.without_fit(checkpoint.read(resume))  # training goes on without what was fitted after it
         config = checkpoint.config_of(state, resume, args.config, overrides, stages=stages, trust_code=args.trust_code)
         if not args.config and not any(item.startswith(("trainer.log_dir=", "trainer=")) for item in args.set):
             config = runs.with_own_logs(config, resume.parent)
@@ -157,6 +179,7 @@ def main() -> int:
                 trainer.restore(state)
             try:
                 trainer.train()
+                fit_best(config, data, device, folder)
             except Interrupted:
                 if distributed.is_main():
                     latest = folder / runs.LATEST

@@ -29,13 +29,12 @@ from utils.checkpoint import LoadedModel, load_model
 from utils.errors import UserError, did_you_mean
 from utils.images import Pixels, ValueRange, read_pixels, to_pixels
 from utils.predict import PROCEDURES, PredictOptions, tiling
-from utils.predict.network import AMP_DTYPES, Ensemble, Network, check_finite, choose_device
+from utils.predict.network import AMP_DTYPES, SCALES, Ensemble, Network, check_finite, choose_device
 from utils.predict.segmentation import Decider, Segmentation
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 MODES = ("multiscale", "sliding", "single")
-SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 # The network's activations for one view; above it an image is predicted in tiles. 1024 x 2048 at scale 2 fits.
 MAX_PIXELS = 2**23
 

@@ -124,6 +124,19 @@ def _decide(believed: Estimate, alone: Tensor) -> Tensor:
     return chosen
 
 
+def image_scores(chosen: Tensor, measured: Tensor, present: Tensor) -> Tensor:
+    """Return the mean score of each image over the classes that are present or chosen, float64 ``(N,)``.
+
+    It is NaN where there is no such class.
+
+    Args:
+        chosen: bool ``(N, C)``, the classes with a mask.
+        measured: ``(N, C)``, the scores of the masks; only read where a class is chosen and present.
+        present: bool ``(N, C)``, whether the class is in the target.
+    """
+    return torch.where(chosen & present, measured.double(), 0.0).sum(1) / (chosen | present).sum(1)
+
+
 # ---------------------------------------------------------------------------------------------------- fitting
 
 
@@ -216,9 +229,7 @@ class _Rows:
         return _Rows(self.highest[images], self.scores[images], self.measured[images], self.present[images])
 
     def mean_score(self, chosen: Tensor) -> float:
-        """Return the mean over images of the mean score of the classes that are present or chosen."""
-        each = torch.where(chosen, self.measured, 0.0).sum(1) / (chosen | self.present).sum(1)
-        return float(each.nanmean())  # without a class in target and prediction an image has no score
+        return float(image_scores(chosen, self.measured, self.present).nanmean())
 
 
 def _objection(rows: _Rows, share: float = 1.0) -> str | None:

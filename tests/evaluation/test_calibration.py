@@ -10,14 +10,8 @@ import torch
 
 from utils.batch import Batch
 from utils.evaluation import Part
-from utils.evaluation.calibration import (
-    LogitSample,
-    Reliability,
-    ThresholdSweep,
-    chosen_pixels,
-    fit_temperature,
-    sample_calibration,
-)
+from utils.evaluation.calibration import Reliability, ThresholdSweep, chosen_pixels
+from utils.evaluation.links import Link, LogitSample, fit_bias, fit_temperature
 from utils.facts import Facts
 from utils.losses import gives_probabilities
 from utils.metrics import Metrics
@@ -99,7 +93,7 @@ def test_what_cannot_be_fitted() -> None:
 
 
 def test_the_sample_does_not_depend_on_batches_and_leaves_ignored_pixels_out(monkeypatch) -> None:
-    monkeypatch.setattr("utils.evaluation.calibration.SAMPLE_BYTES", 4 * 3 * 5 * 20)
+    monkeypatch.setattr("utils.evaluation.links.SAMPLE_BYTES", 4 * 3 * 5 * 20)
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(5, 3, 9, 9, generator=generator)
     target = torch.randint(0, 3, (5, 9, 9), generator=generator)
@@ -205,7 +199,51 @@ def test_shares_of_processes_add_up_and_probabilities_that_are_true_have_no_erro
     half.merge([other])
     assert half.compute()["ECE"] == pytest.approx(whole.compute()["ECE"], rel=1e-9)
     assert whole.compute()["ECE"] < 0.01
-    assert sample_calibration(logits, target, "softmax", 0.3)["ECE"] > 0.05
+    sure = Reliability(4, 255, "softmax")
+    sure.add_pixels((logits / 0.3).softmax(1), target)
+    assert sure.compute()["ECE"] > 0.05
+
+
+@pytest.mark.parametrize(("classes", "activation"), [(4, "softmax"), (3, "sigmoid"), (1, "sigmoid")])
+def test_a_bias_per_class_is_found_again(classes, activation) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = 2 * torch.randn(60_000, classes, generator=generator)
+    bias = torch.linspace(-1, 1.5, classes)
+    if classes > 1 and activation == "softmax":
+        bias = bias - bias.mean()  # a shift of all classes changes nothing
+    odds = logits / 1.6 + bias
+    if activation == "softmax":
+        target = torch.multinomial(odds.softmax(1), 1, generator=generator)[:, 0]
+    elif classes == 1:
+        target = (torch.rand(len(odds), generator=generator) < odds[:, 0].sigmoid()).long()
+    else:  # one label per pixel: drawn with the odds of the first class that says yes is not a sigmoid of each
+        target = torch.multinomial(odds.sigmoid(), 1, generator=generator)[:, 0]
+    found = fit_bias(logits, target, activation, torch.ones(classes, dtype=torch.bool))
+    assert found is not None
+    if activation == "softmax" or classes == 1:
+        assert found.temperature == pytest.approx(1.6, rel=0.03)
+        assert torch.tensor(found.bias).sub(bias).abs().max() < 0.05
+    # It is the optimum: no small step improves the likelihood.
+    best = _nll(found, logits, target, activation)
+    for k in range(classes):
+        for step in (-0.02, 0.02):
+            moved = [b + step * (i == k) for i, b in enumerate(found.bias)]
+            assert _nll(Link(found.temperature, tuple(moved)), logits, target, activation) > best - 1e-9
+        assert _nll(Link(found.temperature * 1.02, found.bias), logits, target, activation) > best
+    assert best <= _nll(Link(fit_temperature(logits, target, activation).value), logits, target, activation)
+
+
+def test_only_common_classes_get_a_bias() -> None:
+    logits, target = drawn(5_000, 4, "softmax", 1.0)
+    found = fit_bias(logits, target, "softmax", torch.tensor([True, False, True, False]))
+    assert found.bias[1] == found.bias[3] == 0
+    assert found.bias[0] != 0
+
+
+def _nll(link: Link, logits: torch.Tensor, target: torch.Tensor, activation: str) -> float:
+    gathered = Reliability(logits.shape[1], 255, activation)
+    gathered.add_pixels(link(logits.double()[:, :, None, None], activation)[:, :, 0, 0].double(), target)
+    return gathered.compute()["NLL"]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_alone_a_procedure_scores_as_among_all(checkpoint, tmp_path, monkeypatch
 def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     before = checkpoint.read_bytes()
     out = run(monkeypatch, capsys, "-r", checkpoint, "--fit", "-o", tmp_path, "--set", "test_loader.args.length=1")
-    assert "fitted on 6 validation images (Shapes val)" in out
+    assert "Fitted on 6 validation images (Shapes val)" in out
     assert "NLL" in out
     assert "6 validation images are few" in out
     fitted = tmp_path / "best_model_calibrated.pth"
@@ -106,22 +106,23 @@ def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp
     state = torch.load(fitted, weights_only=True)
     old = torch.load(checkpoint, weights_only=True)
     record, predict = state["calibration"], state["config"]["predict"]
-    assert predict["temperature"] == record["temperature"] != 1.0
-    assert predict["threshold"] == record["threshold"]
-    assert record["after"]["NLL"] < record["before"]["NLL"]
-    assert record["after"]["T"] >= record["before"]["T"]
+    assert predict | record["found"] == predict
+    assert record["kept"] == max(record["figures"], key=lambda name: record["figures"][name]["rankdice"])
     assert "optimizer" not in state
     # Nothing else of the config has changed, and not what the command line said of this run.
-    old["config"]["predict"] |= {k: predict[k] for k in ("temperature", "threshold")}
+    old["config"]["predict"] |= record["found"]
     assert state["config"] == old["config"]
     assert all(torch.equal(state["state_dict"][k], v) for k, v in old["state_dict"].items())
 
     out = run(monkeypatch, capsys, "-r", fitted, "-p", "all", "-o", tmp_path / "out")
     found = results(tmp_path / "out")
-    assert list(found["procedures"]) == ["T", "T_tuned", *ALL[1:]]
-    assert found["protocol"]["temperature"] == record["temperature"]
+    assert found["protocol"]["temperature"] == predict["temperature"]
     assert "were fitted on 6 validation images" in found["protocol"]["fitted"]
-    # A temperature leaves the loss as in training, and mends the likelihood of the probabilities.
+    # A temperature leaves the loss as in training, and improves the likelihood of the probabilities.
+    warm = ("--set", "predict.temperature=3.0")
+    out = run(monkeypatch, capsys, "-r", fitted, "-p", "all", "-o", tmp_path / "warm", *warm)
+    found = results(tmp_path / "warm")
+    assert "temperature are overridden" in found["protocol"]["fitted"]
     untempered, loss = found["protocol"]["test_loss"], found["procedures"]["max"]["test_loss"]
     assert "without the temperature" in untempered
     assert untempered[:40] in out
@@ -131,24 +132,38 @@ def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp
     assert own["procedures"]["max"]["test_loss"] == loss
     assert found["reliability"]["NLL"] < loss
     # With several views the loss is that of their mean probabilities, which have it.
-    run(monkeypatch, capsys, "-r", fitted, "-p", "max", "-o", tmp_path / "views", "--tta", "flip")
+    run(monkeypatch, capsys, "-r", fitted, "-p", "max", "-o", tmp_path / "views", "--tta", "flip", *warm)
     views = results(tmp_path / "views")
     assert views["protocol"]["test_loss"] is None
     assert views["procedures"]["max"]["test_loss"] < loss
-    # On the data it was fitted on, the tuned threshold scores what the fit said, to the last bit but rounding.
     on_val = f"test_loader={json.dumps(loader('val', 6))}"
     run(monkeypatch, capsys, "-r", fitted, "-p", "T", "-o", tmp_path / "val", "--set", on_val)
-    found = results(tmp_path / "val")
-    assert found["procedures"]["T"]["Mean_Dice"] == pytest.approx(record["after"]["T"], abs=1e-9)
-    assert "optimistic; what was fitted on them (T_tuned, the temperature)" in found["protocol"]["note"]
+    assert "optimistic, also those of what was fitted on them" in results(tmp_path / "val")["protocol"]["note"]
 
     from utils.predictor import Predictor
 
     predictor = Predictor(fitted)
-    assert (predictor.network.temperature, predictor.options.threshold) == (record["temperature"], record["threshold"])
+    assert (predictor.network.temperature, predictor.options.threshold) == (
+        predict["temperature"],
+        predict["threshold"],
+    )
     # Fitted again, it starts from the network's own logits: the same answer.
     run(monkeypatch, capsys, "-r", fitted, "--fit", "-o", tmp_path)
-    assert torch.load(fitted, weights_only=True)["calibration"]["temperature"] == record["temperature"]
+    assert torch.load(fitted, weights_only=True)["calibration"] == record
+
+
+def test_what_was_fitted_with_presence_is_reported_before_and_after(tmp_path, monkeypatch, capsys) -> None:
+    fit = {"weight": 1.0, "center": 0.0, "spread": 1.0, "bias": 0.0, "class_bias": [0.0] * 8, "score_shift": 0.0}
+    fit |= {"score_slope": 0.0, "mean_score": 0.5, "mask_shift": 0.1, "mask_slope": 0.0, "mask_class": [0.0] * 8}
+    fit |= {"images": 50, "classes": list(range(8)), "metric": "dice"}
+    path = write_checkpoint(tmp_path / "a.pth", predict={"presence_fit": fit})
+    run(monkeypatch, capsys, "-r", path, "-p", "all", "-o", tmp_path)
+    found = results(tmp_path)["procedures"]
+    assert found["rankdice"]["Unfitted_Dice"] != found["rankdice"]["Expected_Dice"]
+    assert "Unfitted_Dice" not in found["rankdice_paper"]
+    assert found["max"]["Mean_Dice"] != found["max_present"]["Mean_Dice"]
+    run(monkeypatch, capsys, "-r", path, "-p", "max", "-o", tmp_path / "max")
+    assert list(results(tmp_path / "max")["procedures"]) == ["max_present"]
 
 
 def test_fitting_never_looks_at_the_test_data(tmp_path, monkeypatch, capsys) -> None:
@@ -158,17 +173,17 @@ def test_fitting_never_looks_at_the_test_data(tmp_path, monkeypatch, capsys) -> 
 
 
 def test_fitting_on_enough_images_needs_no_caution(tmp_path, monkeypatch, capsys) -> None:
-    path = write_checkpoint(tmp_path / "a.pth", val_loader=loader("val", 20))
+    path = write_checkpoint(tmp_path / "a.pth", val_loader=loader("val", 40))
     out = run(monkeypatch, capsys, "-r", path, "--fit")
-    assert "fitted on 20 validation images" in out
+    assert "Fitted on 40 validation images" in out
     assert "are few" not in out
-    assert "few" in run(monkeypatch, capsys, "-r", path, "--fit", "--limit", 19)
+    assert "39 validation images are few" in run(monkeypatch, capsys, "-r", path, "--fit", "--limit", 39)
 
 
 def test_fitting_takes_what_training_held_out(tmp_path, monkeypatch, capsys) -> None:
     train = loader("train", 12, shuffle=True, val_split=0.25, endless=False)
     path = write_checkpoint(tmp_path / "a.pth", val_loader=None, train_loader=train)
-    assert "fitted on 3 validation images (held out of Shapes train)" in run(monkeypatch, capsys, "-r", path, "--fit")
+    assert "Fitted on 3 validation images (held out of Shapes train)" in run(monkeypatch, capsys, "-r", path, "--fit")
     quiet = {"monitor": "off", "val": False}
     path = write_checkpoint(tmp_path / "b.pth", val_loader=None, trainer=quiet)
     with pytest.raises(UserError, match="--fit needs validation data"):

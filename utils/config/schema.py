@@ -166,6 +166,7 @@ class Trainer(Section):
     )
     profile: bool = Field(False, description="write a profiler trace of a few iterations into log_dir")
     limit_batches: Positive | None = Field(None, description="at most so many batches per epoch, for smoke runs")
+    fit: bool = Field(True, description="at the end, fit temperature, presence and threshold into the best model")
 
 
 class Tester(Section):

@@ -174,7 +174,7 @@ def evaluate(
     Args:
         evaluator: the model and how it is used.
         loader: yields :class:`utils.batch.Batch`.
-        decisions: name -> decision.
+        decisions: name -> decision; none if only ``on_part`` looks.
         progress: wraps the iteration (tqdm).
         on_part: called with the images, probabilities and predictions of each forward pass.
         limit_batches: stop after so many batches (of each process).
@@ -190,7 +190,7 @@ def evaluate(
     for batch in bar:
         for part in equal_sizes(batch):
             work.add(part)
-        if hasattr(bar, "set_postfix_str"):
+        if decisions and hasattr(bar, "set_postfix_str"):
             bar.set_postfix_str(live_scores(work.live_scores()), refresh=False)
     return work.gather()
 
@@ -208,7 +208,7 @@ class _Work:
         self.evaluator, self.decisions, self.on_part = evaluator, dict(decisions), on_part
         self.metrics = {name: evaluator.new_metrics(decision) for name, decision in decisions.items()}
         # What the progress bar shows: of RankDice, if it is among the decisions.
-        self.shown = "rankdice" if "rankdice" in self.decisions else next(iter(self.decisions))
+        self.shown = "rankdice" if "rankdice" in self.decisions else next(iter(self.decisions), None)
         self.live = Metrics(evaluator.facts.num_classes, classes=evaluator.classes)
         self.clock = Clock(evaluator.network.device, [*decisions, "forward"])
         self.losses: dict[str, float] = {}
@@ -235,7 +235,8 @@ class _Work:
                     continue  # its loss of 0 would lower the mean
                 self.losses[name] = float(evaluator.loss(logits[i : i + 1].float(), target[i : i + 1]))
         predictions, counts = self._decide(batch, probs, target)
-        self.live.add(counts[self.shown])
+        if self.shown is not None:
+            self.live.add(counts[self.shown])
         if self.on_part is not None:
             self.on_part(Part(batch, logits, probs, target, predictions, counts))
 

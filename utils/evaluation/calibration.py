@@ -1,16 +1,10 @@
-"""Are the probabilities right, and what makes them right: reliability, a temperature, a threshold.
-
-RankDice sums and ranks probabilities, so a network that is too sure of itself costs it score. One temperature, fitted
-on validation data, mends most of that (Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017), and the
-best single threshold for procedure T can be fitted beside it.
-"""
+"""Are the probabilities right? Reliability of probabilities, and the score of procedure T at every threshold."""
 
 from __future__ import annotations
 
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,14 +13,11 @@ from torch import Tensor
 from utils.evaluation import Part
 from utils.facts import Facts
 from utils.metrics import Counts, image_scores
-from utils.predict import Activation, probabilities
+from utils.predict import Activation
 
 BINS = 15
 # Pixels of each image that enter NLL, Brier score and reliability: neighbours say much the same.
 PIXELS_PER_IMAGE = 2**16
-# Bytes of logits that the fit of the temperature looks at.
-SAMPLE_BYTES = 2**27
-TEMPERATURES = (0.1, 10.0)
 THRESHOLDS = tuple(k / 100 for k in range(1, 100))
 _TINY = 1e-12
 
@@ -50,7 +41,7 @@ def chosen_pixels(name: str, target: Tensor, ignore_index: int, count: int) -> T
     return valid[torch.randint(len(valid), (count,), generator=generator).to(valid.device)]
 
 
-def _pixels(part: Part, maps: Tensor, i: int, ignore_index: int, count: int) -> tuple[Tensor, Tensor]:
+def pixels(part: Part, maps: Tensor, i: int, ignore_index: int, count: int) -> tuple[Tensor, Tensor]:
     """Return values ``(N, C)`` of a map and targets ``(N,)`` at the chosen pixels of image ``i``."""
     where = chosen_pixels(part.batch.names[i], part.target[i], ignore_index, count)
     return maps[i].flatten(1)[:, where].T, part.target[i].flatten()[where].long()
@@ -81,7 +72,7 @@ class Reliability:
     def add(self, part: Part) -> None:
         """Add the images of a part."""
         for i in range(len(part.target)):
-            self.add_pixels(*_pixels(part, part.probs, i, self.ignore_index, PIXELS_PER_IMAGE))
+            self.add_pixels(*pixels(part, part.probs, i, self.ignore_index, PIXELS_PER_IMAGE))
 
     def add_pixels(self, probs: Tensor, target: Tensor) -> None:
         """Add pixels: probabilities ``(N, C)`` and labels ``(N,)``, none ignored."""
@@ -151,108 +142,6 @@ def _diagram(count: Tensor, said: Tensor, true: Tensor) -> list[list[float]]:
     return torch.stack(columns, dim=1).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------- temperature
-
-
-@dataclass
-class LogitSample:
-    """Logits of pixels of the validation images, the same ones in every run.
-
-    Args:
-        facts: of the model.
-        images: how many there will be; bounds what each may contribute.
-    """
-
-    facts: Facts
-    images: int
-    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def add(self, part: Part) -> None:
-        """Add the images of a part."""
-        count = max(16, SAMPLE_BYTES // (4 * self.facts.num_classes * max(self.images, 1)))
-        for i, name in enumerate(part.batch.names):
-            logits, target = _pixels(part, part.logits, i, self.facts.ignore_index, count)
-            self.rows[name] = (logits.float().cpu(), target.cpu())
-
-    def merge(self, others: Sequence[LogitSample]) -> None:
-        """Add what other processes have gathered."""
-        for other in others:
-            self.rows |= other.rows
-
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """Return logits float32 ``(N, C)`` and labels ``(N,)``, images sorted by name."""
-        if not self.rows:
-            return torch.zeros(0, self.facts.num_classes), torch.zeros(0, dtype=torch.long)
-        logits, target = zip(*(self.rows[name] for name in sorted(self.rows)), strict=True)
-        return torch.cat(logits), torch.cat(target)
-
-
-@dataclass(frozen=True)
-class Temperature:
-    """A fitted temperature; ``bound`` says whether it ran to an end of the allowed range."""
-
-    value: float
-    bound: bool
-
-
-def fit_temperature(
-    logits: Tensor, target: Tensor, activation: Activation, bounds: tuple[float, float] = TEMPERATURES
-) -> Temperature:
-    """Return the temperature with the lowest negative log-likelihood of the labels.
-
-    As a function of b = 1 / T the likelihood of ``b * logits`` is convex: its slope is found to be zero by Newton
-    steps, each kept inside an interval that brackets the zero and that a bisection halves where a step leaves it. So
-    it cannot diverge, and where the slope does not change its sign within the bounds the bound is the answer.
-
-    Args:
-        logits: ``(N, C)``, finite.
-        target: ``(N,)``, labels of [0, max(C, 2)).
-        activation: "softmax" or "sigmoid"; one channel is always a sigmoid.
-        bounds: lowest and highest temperature.
-
-    Raises:
-        ValueError: no pixel, or a logit that is not finite.
-    """
-    if not len(target):
-        raise ValueError("logits: expected at least one pixel with a label, found none")
-    if not logits.isfinite().all():
-        raise ValueError("logits: expected finite numbers, found some that are not")
-    low, high = 1 / bounds[1], 1 / bounds[0]
-    if _slope(logits, target, activation, low)[0] >= 0:
-        return Temperature(bounds[1], True)
-    if _slope(logits, target, activation, high)[0] <= 0:
-        return Temperature(bounds[0], True)
-    b = 1.0 if low < 1 < high else (low + high) / 2
-    for _ in range(60):
-        slope, curvature = _slope(logits, target, activation, b)
-        low, high = (b, high) if slope < 0 else (low, b)
-        following = b - slope / curvature if curvature > 0 else math.nan
-        if not low < following < high:
-            following = (low + high) / 2
-        if abs(following - b) <= 1e-7 * b:
-            break
-        b = following
-    return Temperature(1 / b, False)
-
-
-def _slope(logits: Tensor, target: Tensor, activation: Activation, b: float) -> tuple[float, float]:
-    """Return the first and second derivative by b of the mean negative log-likelihood of ``b * logits``."""
-    first = second = 0.0
-    for z, y in zip(logits.split(2**18), target.split(2**18), strict=True):
-        z = z.double()
-        if activation == "sigmoid" or z.shape[1] == 1:
-            truth = (y == 1)[:, None].double() if z.shape[1] == 1 else torch.zeros_like(z).scatter_(1, y[:, None], 1.0)
-            p = (b * z).sigmoid()
-            first += float((z * (p - truth)).sum())
-            second += float((z.square() * p * (1 - p)).sum())
-            continue
-        p = (b * z).softmax(dim=1)
-        mean = (p * z).sum(dim=1)
-        first += float((mean - z.gather(1, y[:, None])[:, 0]).sum())
-        second += float(((p * z.square()).sum(dim=1) - mean.square()).sum())
-    return first / len(target), second / len(target)
-
-
 # ---------------------------------------------------------------------------------------------------- threshold
 
 
@@ -281,9 +170,10 @@ class ThresholdSweep:
     def add(self, part: Part) -> None:
         """Add the images of a part."""
         for i, name in enumerate(part.batch.names):
-            self.rows[name] = self._scores(part.probs[i], part.target[i])
+            self.rows[name] = self.scores(part.probs[i], part.target[i])
 
-    def _scores(self, probs: Tensor, target: Tensor) -> Tensor:
+    def scores(self, probs: Tensor, target: Tensor) -> Tensor:
+        """Return the mean Dice of an image per threshold ``(K,)``; ``probs`` ``(C, H, W)``, ``target`` ``(H, W)``."""
         classes, steps = probs.shape[0], len(self.thresholds)
         # The number of thresholds below a probability: p > t[k] means k < that number, in float32 as T compares.
         edges = torch.tensor(self.thresholds, dtype=probs.dtype, device=probs.device)
@@ -326,13 +216,3 @@ class ThresholdSweep:
         means = self.means().nan_to_num(nan=-1.0).tolist()
         value, _, threshold = max((m, -abs(t - 0.5), t) for m, t in zip(means, self.thresholds, strict=True))
         return threshold, value
-
-
-def sample_calibration(
-    logits: Tensor, target: Tensor, activation: Activation, temperature: float, ignore_index: int = 255
-) -> dict[str, Any]:
-    """Return :meth:`Reliability.compute` of a sample of logits ``(N, C)`` at a temperature."""
-    gathered = Reliability(logits.shape[1], ignore_index, activation)
-    for z, y in zip(logits.split(2**18), target.split(2**18), strict=True):
-        gathered.add_pixels(probabilities(z, activation, temperature), y)
-    return gathered.compute()

@@ -25,6 +25,8 @@ from utils.predict import Activation, probabilities, tiling
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Networks with five halvings have no pixels left of a smaller image, so smaller images are padded.
 SMALLEST_SIDE = 32
+# Of mode multiscale.
+SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 _CPU = torch.device("cpu")
 
 

@@ -71,12 +71,12 @@ def results(
     procedures = {name: _scores(name, outcome, names) for name in outcome.metrics}
     protocol = _protocol(outcome, config, loaded, dataset) | {
         "views": views,
-        "fitted": fitted or "temperature and threshold are those of the config",
+        "fitted": fitted or "nothing: temperature, threshold and presence are those of the config",
         "images_per_class_mean": _images_per_class(procedures),
         "test_loss": UNTEMPERED if config.predict.temperature != 1 and views == ONE_VIEW else None,
     }
     if fitted and protocol["note"]:
-        protocol["note"] += "; what was fitted on them (T_tuned, the temperature) looks better here than elsewhere"
+        protocol["note"] += ", also those of what was fitted on them"
     content: dict[str, Any] = {"protocol": protocol, "procedures": procedures}
     found = compare(outcome.metrics, names, config.predict.test, protocol["note"])
     if found is not None:

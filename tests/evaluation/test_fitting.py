@@ -1,0 +1,237 @@
+"""The fit on validation data: it keeps what helps on images held out, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from utils import presence
+from utils.batch import Batch
+from utils.config import resolve
+from utils.evaluation import Evaluator, evaluate, fitted, fitting, single_decision
+from utils.evaluation.fitting import OWN, SHIFTED, Fit, fit
+from utils.evaluation.links import Link
+from utils.facts import Facts
+from utils.predict import PredictOptions
+from utils.predict.network import Network
+from utils.predictor import SCALES
+
+CLASSES = 4
+FACTS = Facts(CLASSES, ("ground", "a", "b", "c"), ((0, 0, 0),) * CLASSES, (0.0,) * 3, (1 / 255,) * 3, 255)
+
+
+class Noisy(nn.Module):
+    """Returns logits that the first channel of an image points to, ``sure`` times as large as they should be."""
+
+    def __init__(self, table: Tensor, sure: float = 1.0, shift: tuple[float, ...] = (0.0,) * CLASSES) -> None:
+        super().__init__()
+        self.table, self.sure, self.shift = table, sure, torch.tensor(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = x[:, 0].round().long().clamp(0, len(self.table) - 1)
+        return (self.sure * (self.table[index] + self.shift)).permute(0, 3, 1, 2)
+
+
+class Scenes:
+    """A loader of images of which every pixel is an index into a table of true logits, and labels drawn from them."""
+
+    def __init__(self, images: int, everywhere: bool = False, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.table = 2.5 * torch.randn(250, CLASSES, generator=generator)
+        self.table[:, 0] += 1.0
+        self.images, self.labels = [], []
+        for _ in range(images):
+            shown = torch.rand(CLASSES, generator=generator) < 0.6
+            shown[0] = True
+            if everywhere:
+                shown[:] = True
+            allowed = torch.isin(self.table.argmax(1), shown.nonzero()[:, 0]).nonzero()[:, 0]
+            pick = allowed[torch.randint(len(allowed), (144,), generator=generator)]
+            label = torch.multinomial(self.table[pick].softmax(1), 1, generator=generator)[:, 0]
+            if everywhere:
+                label[:CLASSES] = torch.arange(CLASSES)
+            elif not shown.all():  # what is not shown is not there, although the network gives it a chance
+                label[~shown[label]] = 0
+            self.images.append(pick.view(1, 12, 12).expand(3, 12, 12).to(torch.uint8))
+            self.labels.append(label.view(12, 12).to(torch.uint8))
+        self.dataset = range(images)
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // 8)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in range(0, len(self.images), 8):
+            part = slice(first, first + 8)
+            names = [f"scene{i:03d}" for i in range(len(self.images))][part]
+            yield Batch(torch.stack(self.images[part]), torch.stack(self.labels[part]), names)
+
+
+class Unsure(Scenes):
+    """Objects that no pixel is sure of: a large pale blob is one of a class that is there, a small one mostly not."""
+
+    def __init__(self, images: int, seed: int = 0) -> None:
+        super().__init__(0)
+        generator = torch.Generator().manual_seed(seed)
+        chances = [[0.97, 0.01, 0.01, 0.01]]
+        for high in (0.45, 0.25):
+            chances += [[1 - high - 0.02, *(high if k == c else 0.01 for k in (1, 2, 3))] for c in (1, 2, 3)]
+        self.table = torch.tensor(chances).log()
+        for _ in range(images):
+            index, label = torch.zeros(144, dtype=torch.long), torch.zeros(144, dtype=torch.long)
+            for c in (1, 2, 3):
+                large = bool(torch.rand((), generator=generator) < 0.5)
+                blob = slice(40 * c - 30, 40 * c - 30 + (30 if large else 6))
+                index[blob] = c if large else c + 3
+                if torch.rand((), generator=generator) < (0.9 if large else 0.1):
+                    some = torch.rand(144, generator=generator)[blob] < (0.5 if large else 0.25)
+                    label[blob] = torch.where(some, c, 0)
+            self.images.append(index.view(1, 12, 12).expand(3, 12, 12).to(torch.uint8))
+            self.labels.append(label.view(12, 12).to(torch.uint8))
+        self.dataset = range(images)
+
+
+def fitted_on(scenes: Scenes, **network: Any) -> Fit:
+    return fit(evaluator(scenes, **network), scenes, PredictOptions(), progress=lambda title: iter)
+
+
+def evaluator(scenes: Scenes, **network: Any) -> Evaluator:
+    return Evaluator(Network(Noisy(scenes.table, **network), FACTS, "softmax"))
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    return Scenes(60)
+
+
+def test_an_overconfident_network_gets_its_temperature_back() -> None:
+    scenes = Scenes(60, everywhere=True)
+    found = fitted_on(scenes, sure=4.0)
+    assert found.temperature == pytest.approx(4.0, rel=0.15)
+    own, kept = found.figures[OWN], found.figures[found.chosen]
+    assert kept["NLL"] < own["NLL"]
+    assert kept["rankdice"] > own["rankdice"]
+    # every class is in every image
+    assert found.presence is None
+    assert any("every class is in every validation image" in note for note in found.notes)
+
+
+def test_a_wrong_base_rate_gets_a_bias() -> None:
+    found = fitted_on(Scenes(60, everywhere=True), shift=(0.0, 2.5, 0.0, -2.5))
+    assert found.chosen == SHIFTED
+    assert found.link.bias is not None
+    assert found.link.bias[1] < -1.0
+    assert found.link.bias[3] > 1.0
+
+
+def test_presence_is_kept_where_it_helps_and_scores_what_was_promised() -> None:
+    found = fitted_on(Unsure(60))
+    assert found.presence is not None
+    figures = found.figures[found.chosen]
+    assert figures["presence"] > figures["rankdice"] + 0.1
+    # New images keep what the held-out images promised.
+    test, link, scores = Unsure(100, seed=1), found.link, {}
+    used = Evaluator(Network(Noisy(test.table), FACTS, "softmax", temperature=link.temperature, bias=link.bias))
+    for name, options in (("before", PredictOptions()), ("after", PredictOptions(fit=found.presence))):
+        outcome = evaluate(used, test, single_decision("rankdice", options))
+        scores[name] = outcome.metrics["rankdice"].compute()
+    assert scores["after"]["Mean_Dice"] > scores["before"]["Mean_Dice"] + 0.1
+    assert scores["after"]["Mean_Dice"] == pytest.approx(figures["presence"], abs=0.1)
+    assert scores["after"]["Expected_Dice"] == pytest.approx(scores["after"]["Measured_Dice"], abs=0.04)
+
+
+def test_logits_that_do_not_fit_into_memory_are_made_again(scenes: Scenes, monkeypatch) -> None:
+    once = fitted_on(scenes, sure=2.0)
+    monkeypatch.setattr(fitting, "KEPT_BYTES", 1000)
+    again = fitted_on(scenes, sure=2.0)
+    assert again.figures == once.figures
+    assert again.fields() == once.fields()
+
+
+def test_a_fold_is_scored_by_what_has_not_seen_it(scenes: Scenes, monkeypatch) -> None:
+    seen: list[set[int]] = []
+    fit_temperature = fitting.fit_temperature
+
+    def spy(logits: Tensor, target: Tensor, activation: Any) -> Any:
+        seen.append(set(range(60)) if len(seen) == 0 else {len(target)})
+        return fit_temperature(logits, target, activation)
+
+    monkeypatch.setattr(fitting, "fit_temperature", spy)
+    links = fitting._Links(_sample(scenes), "softmax", Link())
+    assert len(seen) == 6  # all images, and five times four fifths of them
+    assert all(lengths == {144 * 48} for lengths in seen[1:])
+    assert [links.fold[name] for name in links.images] == [i // 12 for i in range(60)]
+    assert len({links.held_out(name)[1] for name in links.images}) == 5
+
+
+def _sample(scenes: Scenes) -> Any:
+    sample = fitting.LogitSample(FACTS, 60)
+    evaluate(evaluator(scenes), scenes, {}, on_part=sample.add)
+    return sample
+
+
+def test_nothing_is_kept_that_does_not_help() -> None:
+    # Labels are what argmax says: the network cannot be too sure, and no presence or threshold helps.
+    scenes = Scenes(60)
+    scenes.labels = [scenes.table[image[0].long()].argmax(-1).to(torch.uint8) for image in scenes.images]
+    found = fitted_on(scenes, sure=30.0)
+    assert found.chosen == OWN
+    assert found.presence is None
+    assert found.threshold == 0.5
+    assert not found.changes(resolve(CONFIG).predict)
+    assert any("Presence: not fitted" in note for note in found.notes)
+
+
+def test_few_images_are_said_to_be_few() -> None:
+    found = fitted_on(Scenes(12))
+    assert any("12 validation images are few" in note for note in found.notes)
+
+
+def test_the_view_that_scores_clearly_higher_is_chosen(scenes: Scenes, monkeypatch) -> None:
+    assert fitted_on(scenes).mode == "single"  # a table does not survive interpolation
+    monkeypatch.setattr(fitting, "SCALES", (1.0,))
+    assert fitted_on(scenes).mode == "single"  # nothing gained
+
+    def better(self: Network, images: Tensor) -> Tensor:
+        if tuple(self.scales) != (1.0,):  # averages over views of a network that knows the labels
+            label = torch.stack(
+                [scenes.labels[next(k for k, x in enumerate(scenes.images) if x.equal(i))] for i in images]
+            )
+            return nn.functional.one_hot(label.long(), CLASSES).permute(0, 3, 1, 2).float()
+        return Network.forward(self, images)[1]
+
+    monkeypatch.setattr(fitting, "SCALES", SCALES)
+    monkeypatch.setattr(Network, "probabilities", better)
+    assert fitted_on(scenes).mode == "multiscale"
+
+
+CONFIG: dict[str, Any] = {
+    "name": "x",
+    "arch": {"type": "UNet"},
+    "train_loader": {"type": "Shapes"},
+    "val_loader": {"type": "Shapes", "args": {"split": "val"}},
+}
+
+
+def test_a_fit_goes_into_a_checkpoint_and_out_of_it_again(scenes: Scenes) -> None:
+    found, config = fitted_on(scenes, sure=3.0), resolve(CONFIG)
+    state = {"epoch": 3, "config": config.model_dump(), "optimizer": {}}
+    state["config"]["predict"]["threshold"] = 0.4
+    changed = fitted.with_fit(state, config, found)
+    assert changed["config"]["predict"] == state["config"]["predict"] | found.fields()
+    assert changed["optimizer"] == {}
+    assert "optimizer" not in fitted.for_use(changed)
+    assert fitted.without_fit(changed) == state
+    assert fitted.without_fit(state) == state
+    # A second fit replaces the first, and what it replaced is still what was there at the beginning.
+    assert fitted.without_fit(fitted.with_fit(changed, config, found)) == state
+    now = resolve(CONFIG | {"predict": changed["config"]["predict"]})
+    assert "were fitted on 60 validation images (Shapes val)" in str(fitted.note(changed, now))
+    other = resolve(CONFIG | {"predict": changed["config"]["predict"] | {"threshold": 0.1}})
+    assert "threshold are overridden" in str(fitted.note(changed, other))
+    assert fitted.note(state, config) is None
+    assert PredictOptions.from_config(now.predict).decides == ("fitted" if found.presence else "prune")
+    assert presence.FEW_IMAGES <= 60

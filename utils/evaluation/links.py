@@ -1,0 +1,208 @@
+"""What makes probabilities right: a temperature, or a temperature and a bias per class, fitted on validation data.
+
+RankDice sums and ranks probabilities, so an overconfident network costs it score. One temperature fixes most of that
+(Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017). Where a class is predicted too often or too rarely
+everywhere, only a bias per class helps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from utils.evaluation import Part
+from utils.evaluation.calibration import pixels
+from utils.facts import Facts
+from utils.predict import Activation, probabilities
+
+# Bytes of logits that a fit looks at.
+SAMPLE_BYTES = 2**23
+TEMPERATURES = (0.1, 10.0)
+
+
+@dataclass(frozen=True)
+class Link:
+    """How logits become probabilities: divided by ``temperature``, then ``bias`` is added, one number per class."""
+
+    temperature: float = 1.0
+    bias: tuple[float, ...] | None = None
+
+    def __call__(self, logits: Tensor, activation: Activation) -> Tensor:
+        """Return float32 probabilities of logits ``(B, C, ...)``."""
+        return probabilities(logits, activation, self.temperature, self.bias)
+
+
+@dataclass
+class LogitSample:
+    """Logits of pixels of the validation images, the same ones in every run.
+
+    Args:
+        facts: of the model.
+        images: how many there will be; bounds what each may contribute.
+    """
+
+    facts: Facts
+    images: int
+    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add(self, part: Part) -> None:
+        """Add the images of a part."""
+        count = max(16, SAMPLE_BYTES // (4 * self.facts.num_classes * max(self.images, 1)))
+        for i, name in enumerate(part.batch.names):
+            logits, target = pixels(part, part.logits, i, self.facts.ignore_index, count)
+            self.rows[name] = (logits.float().cpu(), target.cpu())
+
+    def merge(self, others: Sequence[LogitSample]) -> None:
+        """Add what other processes have gathered."""
+        for other in others:
+            self.rows |= other.rows
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """Return logits float32 ``(N, C)`` and labels ``(N,)``, images sorted by name."""
+        if not self.rows:
+            return torch.zeros(0, self.facts.num_classes), torch.zeros(0, dtype=torch.long)
+        logits, target = zip(*(self.rows[name] for name in sorted(self.rows)), strict=True)
+        return torch.cat(logits), torch.cat(target)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """A fitted temperature; ``bound`` says whether it ran to an end of the allowed range."""
+
+    value: float
+    bound: bool
+
+
+def fit_temperature(
+    logits: Tensor, target: Tensor, activation: Activation, bounds: tuple[float, float] = TEMPERATURES
+) -> Temperature:
+    """Return the temperature with the lowest negative log-likelihood of the labels.
+
+    As a function of b = 1 / T the likelihood of ``b * logits`` is convex: its slope is found to be zero by Newton
+    steps, each kept inside an interval that brackets the zero and that a bisection halves where a step leaves it. So
+    it cannot diverge, and where the slope does not change its sign within the bounds the bound is the answer.
+
+    Args:
+        logits: ``(N, C)``, finite.
+        target: ``(N,)``, labels of [0, max(C, 2)).
+        activation: "softmax" or "sigmoid"; one channel is always a sigmoid.
+        bounds: lowest and highest temperature.
+
+    Raises:
+        ValueError: no pixel, or a logit that is not finite.
+    """
+    if not len(target):
+        raise ValueError("logits: expected at least one pixel with a label, found none")
+    if not logits.isfinite().all():
+        raise ValueError("logits: expected finite numbers, found some that are not")
+    low, high = 1 / bounds[1], 1 / bounds[0]
+    if _slope(logits, target, activation, low)[0] >= 0:
+        return Temperature(bounds[1], True)
+    if _slope(logits, target, activation, high)[0] <= 0:
+        return Temperature(bounds[0], True)
+    b = 1.0 if low < 1 < high else (low + high) / 2
+    for _ in range(60):
+        slope, curvature = _slope(logits, target, activation, b)
+        low, high = (b, high) if slope < 0 else (low, b)
+        following = b - slope / curvature if curvature > 0 else math.nan
+        if not low < following < high:
+            following = (low + high) / 2
+        if abs(following - b) <= 1e-7 * b:
+            break
+        b = following
+    return Temperature(1 / b, False)
+
+
+def _slope(logits: Tensor, target: Tensor, activation: Activation, b: float) -> tuple[float, float]:
+    """Return the first and second derivative by b of the mean negative log-likelihood of ``b * logits``."""
+    first = second = 0.0
+    for z, y in zip(logits.split(2**18), target.split(2**18), strict=True):
+        z = z.double()
+        if activation == "sigmoid" or z.shape[1] == 1:
+            truth = (y == 1)[:, None].double() if z.shape[1] == 1 else torch.zeros_like(z).scatter_(1, y[:, None], 1.0)
+            p = (b * z).sigmoid()
+            first += float((z * (p - truth)).sum())
+            second += float((z.square() * p * (1 - p)).sum())
+            continue
+        p = (b * z).softmax(dim=1)
+        mean = (p * z).sum(dim=1)
+        first += float((mean - z.gather(1, y[:, None])[:, 0]).sum())
+        second += float(((p * z.square()).sum(dim=1) - mean.square()).sum())
+    return first / len(target), second / len(target)
+
+
+def fit_bias(logits: Tensor, target: Tensor, activation: Activation, own: Tensor) -> Link | None:
+    """Return the temperature and bias with the lowest negative log-likelihood, by Newton steps; None if they diverge.
+
+    A small ridge on the bias settles what the labels leave open, as a shift of all classes by one number.
+
+    Args:
+        logits, target, activation: see :func:`fit_temperature`.
+        own: bool ``(C,)``, the classes with a bias; the others keep 0.
+    """
+    own = own.nonzero()[:, 0]
+    weights = torch.zeros(1 + len(own), dtype=torch.float64)
+    weights[0] = 1 / fit_temperature(logits, target, activation).value
+    lowest, gradient, curvature = _bias_terms(logits, target, activation, own, weights)
+    for _ in range(50):
+        step = torch.linalg.solve(curvature, gradient)
+        found = _bias_terms(logits, target, activation, own, weights - step)
+        for _ in range(30):
+            if found[0] <= lowest:
+                break
+            step = step / 2
+            found = _bias_terms(logits, target, activation, own, weights - step)
+        else:
+            break
+        weights = weights - step
+        lowest, gradient, curvature = found
+        if float(step.abs().max()) < 1e-6:
+            break
+    scale = float(weights[0])
+    if not 1 / TEMPERATURES[1] < scale < 1 / TEMPERATURES[0]:
+        return None
+    bias = torch.zeros(logits.shape[1], dtype=torch.float64).index_copy_(0, own, weights[1:])
+    return Link(1 / scale, tuple(bias.tolist()))
+
+
+def _bias_terms(
+    logits: Tensor, target: Tensor, activation: Activation, own: Tensor, weights: Tensor
+) -> tuple[float, Tensor, Tensor]:
+    """Return the penalised negative log-likelihood, its gradient and its curvature by (1 / temperature, bias)."""
+    classes = logits.shape[1]
+    binary = activation == "sigmoid" or classes == 1
+    bias = torch.zeros(classes, dtype=torch.float64).index_copy_(0, own, weights[1:])
+    loss, gradient, curvature = 0.0, torch.zeros_like(weights), torch.zeros(len(weights), len(weights)).double()
+    for z, y in zip(logits.split(2**18), target.split(2**18), strict=True):
+        z = z.double()
+        truth = torch.zeros_like(z)
+        if classes == 1:
+            truth[:, 0] = (y == 1).double()
+        else:
+            truth.scatter_(1, y[:, None], 1.0)
+        odds = weights[0] * z + bias
+        if binary:
+            p = odds.sigmoid()
+            loss += float(torch.nn.functional.binary_cross_entropy_with_logits(odds, truth, reduction="sum"))
+            w = p * (1 - p)
+            square = torch.diag(w.sum(0)[own])
+            cross, corner = (w * z).sum(0)[own], (w * z * z).sum()
+        else:
+            p = odds.softmax(dim=1)
+            loss -= float((odds.log_softmax(dim=1) * truth).sum())
+            mean = (p * z).sum(dim=1, keepdim=True)
+            square = torch.diag(p.sum(0)[own]) - p[:, own].T @ p[:, own]
+            cross, corner = (p * (z - mean)).sum(0)[own], (p * z * z).sum() - mean.square().sum()
+        gradient += torch.cat([((p - truth) * z).sum()[None], (p - truth).sum(0)[own]])
+        curvature[0, 0] += corner
+        curvature[0, 1:] += cross
+        curvature[1:, 0] += cross
+        curvature[1:, 1:] += square
+    count = max(1, len(target))
+    gradient[1:] += weights[1:]
+    curvature += torch.eye(len(weights)).double()
+    return (loss + 0.5 * float(weights[1:].square().sum())) / count, gradient / count, curvature / count
