@@ -38,7 +38,8 @@ class Meter:
         self._recent.append(loss)
         # In place: a new tensor per iteration would be one more kernel for nothing.
         self._loss[0] += loss
-        self._loss[1] += 1
+        # A batch without a labelled pixel has a loss of 0, which would lower the mean.
+        self._loss[1] += (target != self.metrics.ignore_index).any()
 
     def scores(self) -> dict[str, float]:
         """Return ``train_loss`` and ``train_...`` scores of this process so far; waits for the device."""
