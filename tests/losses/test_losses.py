@@ -530,7 +530,7 @@ def test_unknown_names_and_arguments_are_told():
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("CrossEntropyLoss2d", {"weight": "balanced"}, "filled in"),
+        ("CrossEntropyLoss2d", {"weight": "balanced"}, "replace it with"),
         ("CrossEntropyLoss2d", {"weight": [1.0, -1.0]}, "weight"),
         ("CrossEntropyLoss2d", {"weight": [0.0, 0.0]}, "zero for every class"),
         ("CrossEntropyLoss2d", {"weight": []}, "weight"),

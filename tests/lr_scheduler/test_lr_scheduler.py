@@ -160,9 +160,9 @@ def test_one_cycle_moves_rates_and_momentum(optimizer_name):
 def test_one_cycle_can_leave_the_momentum_alone():
     seen = run(build("OneCycle", make_optimizer("SGD", lr=0.1), 9, momentums=None), 9)
     assert {momentum for groups in seen for _, momentum in groups} == {0}
-    with pytest.raises(ValueError, match="momentums: OneCycle cycles the momentum, but SGD runs without any"):
+    with pytest.raises(ValueError, match="momentums: OneCycle cycles the momentum, but SGD has none"):
         build("OneCycle", make_optimizer("SGD", lr=0.1), 9)
-    with pytest.raises(ValueError, match="Adagrad runs without any"):
+    with pytest.raises(ValueError, match="Adagrad has none"):
         build("OneCycle", make_optimizer("Adagrad", lr=0.1), 9)
 
 

@@ -102,7 +102,7 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
             )
         if other.ignore_index != facts.ignore_index:
             raise UserError(
-                f"{path}: its data ignores the label {other.ignore_index}, the model was told to ignore "
+                f"{path}: its data ignores the label {other.ignore_index}, the model ignores "
                 f"{facts.ignore_index}; give the config one ignore_index for both"
             )
     if config.predict.CoI != "all":

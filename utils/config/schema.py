@@ -208,7 +208,7 @@ class Config(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     loss: LossField = Field(default_factory=lambda: Component(type="CrossEntropyLoss2d"), description="the loss")
     aux_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss")
-    ignore_index: Label | None = Field(None, description="label that counts nowhere; null: the data set's own")
+    ignore_index: Label | None = Field(None, description="label of pixels that are ignored; null: the data set's own")
     lr_scheduler: Schedule = Field(default_factory=Schedule)
     predict: Predict = Field(default_factory=Predict)
     trainer: Trainer = Field(default_factory=Trainer)

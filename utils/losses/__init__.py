@@ -4,17 +4,17 @@ Every loss here
 
 * takes logits ``(B, C, H, W)`` in any floating dtype and integer labels ``(B, H, W)``, and changes neither;
 * computes in float32 (float64 for float64 logits), whatever autocast says, and is finite for any finite logits;
-* leaves pixels labelled ``ignore_index`` out: neither value nor gradient depends on what the network says
-  there, not even if it says nan; a batch without any other pixel gives 0 with zero gradient;
-* reads one-channel logits as a binary task: labels 0 (background) and 1, probability ``sigmoid(logit)``;
-* says in ``activation`` how probabilities are made from logits trained with it ("softmax" or "sigmoid", one
-  channel always being sigmoid), and in ``proper`` whether it is strictly proper.
+* ignores pixels with the label ``ignore_index``: the logits there, even nan, change neither value nor gradient; a batch
+  without other pixels gives 0 with zero gradient;
+* treats one-channel logits as a binary task: labels 0 (background) and 1, probability ``sigmoid(logit)``;
+* has an attribute ``activation``, which turns logits trained with it into probabilities ("softmax" or "sigmoid"; one
+  channel always uses the sigmoid), and an attribute ``proper``: whether it is strictly proper.
 
-A loss is *strictly proper* (Gneiting & Raftery, JASA 2007) if only the true conditional probabilities
-p = P(label | image) minimise its expectation. RankDice ranks and sums probabilities, so it needs such a loss
-(Dai & Li, JMLR 2023, Section 4); arguments that tilt the minimiser (class weights, label smoothing, hard-pixel
-mining) make ``loss.proper`` False on the instance. Below, p is the predicted probability, y the label, t its
-one-hot code, N the number of counted pixels.
+A loss is *strictly proper* (Gneiting & Raftery, JASA 2007) if only the true conditional probabilities p = P(label |
+image) minimize its expectation. RankDice needs calibrated probabilities, so it needs such a loss (Dai & Li, JMLR 2023,
+Section 4). Arguments that move the minimum (class weights, label smoothing, hard-pixel mining) set ``loss.proper`` to
+False. In the docstrings of the losses, p is the predicted probability, y the label, t the one-hot label, and N the
+number of pixels that are not ignored.
 """
 
 from __future__ import annotations

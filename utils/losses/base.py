@@ -1,4 +1,4 @@
-"""What all losses share: ignored pixels, dtype, class weights, one-hot labels. See :mod:`utils.losses`."""
+"""The base of all losses: ignored pixels, dtype, class weights, one-hot labels. See :mod:`utils.losses`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Classes = Literal["all", "present"]
 
 
 class SegmentationLoss(nn.Module):
-    """What all losses share: the ignored pixels, the dtype, the checks.
+    """Base of all losses: removes ignored pixels, chooses the dtype, checks shapes.
 
-    Subclasses implement :meth:`compute` and may trust what it is given.
+    Subclasses implement :meth:`compute`, whose inputs are checked already.
 
     Args:
-        ignore_index: pixels with this label count nowhere.
+        ignore_index: pixels with this label are ignored.
     """
 
     proper: bool = False
-    # Not proper, yet what comes out still rises with the probabilities and a temperature mends most of it.
+    # Not proper, but outputs still increase with the probabilities, and a temperature corrects most of the difference.
     nearly_proper: bool = False
     activation: Literal["softmax", "sigmoid"] = "softmax"
 
@@ -40,7 +40,7 @@ class SegmentationLoss(nn.Module):
             target: integers ``(B, H, W)`` in [0, max(C, 2)) or ``ignore_index``.
 
         Raises:
-            ValueError: the shapes do not belong together, or ``target`` is not integer.
+            ValueError: the shapes do not match, or ``target`` does not hold integers.
         """
         expected = (logits.shape[0], *logits.shape[2:])
         if target.shape != expected:
@@ -51,7 +51,7 @@ class SegmentationLoss(nn.Module):
             raise ValueError(f"target holds {target.dtype}; expected integer class ids")
         target = target.flatten(1)
         valid = target != self.ignore_index  # (B, N)
-        # Zeros in place of ignored logits, not a mask on the result: 0 * nan would be nan in the backward pass.
+        # Replace ignored logits instead of masking the result: 0 * nan would be nan in the backward pass.
         clean = logits.flatten(2).masked_fill(~valid.unsqueeze(1), 0.0)  # (B, C, N)
         clean = clean if clean.dtype == torch.float64 else clean.float()
         return self.compute(clean, target.long().masked_fill(~valid, 0), valid)
@@ -64,7 +64,7 @@ class SegmentationLoss(nn.Module):
         raise NotImplementedError
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return what the loss takes for probabilities, of the shape of ``logits``."""
+        """Return the probabilities for logits trained with this loss, of the shape of ``logits``."""
         if self.activation == "sigmoid" or logits.shape[1] == 1:
             return logits.sigmoid()
         return logits.softmax(1)
@@ -78,12 +78,12 @@ def non_negative(name: str, value: float) -> float:
 
 
 def weight_buffer(loss: nn.Module, name: str, weight: Weights) -> None:
-    """Check class weights and keep them on ``loss`` as a buffer that moves with it but is not saved."""
+    """Check class weights, and register them on ``loss`` as a buffer that is not saved."""
     if weight is None:
         loss.register_buffer(name, None)
         return
     if weight == "balanced":
-        raise ValueError(f"{name} is 'balanced'; the data set's own weights have to be filled in before building")
+        raise ValueError(f"{name} is 'balanced'; replace it with the data set's weights before building the loss")
     values = torch.as_tensor(weight, dtype=torch.float64)
     if values.ndim != 1 or not len(values) or not values.isfinite().all() or (values < 0).any():
         raise ValueError(f"{name} is {weight}; expected one finite number >= 0 per class")
@@ -106,14 +106,14 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def positive(total: Tensor) -> Tensor:
-    """Return what a sum of non-negative numbers may be divided by: 0 / 0 becomes 0."""
+    """Return a sum of non-negative numbers as a divisor for which 0 / 0 is 0."""
     return total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 def one_hot(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Return ``target`` as 0/1 of the dtype and shape ``(B, C, N)`` of ``logits``, 0 at invalid pixels.
 
-    One channel: 1 where the label is 1. A label outside the range is an index error, not a zero.
+    One channel: 1 where the label is 1. A label out of range raises an index error.
     """
     channels = logits.shape[1]
     code = logits.new_zeros(len(logits), max(channels, 2), logits.shape[2])

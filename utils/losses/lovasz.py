@@ -22,14 +22,12 @@ def jaccard_gradient(errors: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
         valid: bool ``(R, N)``; the other pixels take no part.
 
     Returns:
-        ``(R, N)`` of the dtype of ``errors``, >= 0, 0 where invalid. The extension is piecewise linear, so its
-        value is ``(errors * gradient).sum(-1)`` for errors >= 0, and no sorting has to be remembered for the
-        backward pass.
+        ``(R, N)`` of the dtype of ``errors``, >= 0, 0 where invalid. The extension is piecewise linear, so its value is
+        ``(errors * gradient).sum(-1)`` for errors >= 0, and the backward pass does not need the order.
 
-    Going through the pixels from the largest error down and making each of them wrong in turn, the Jaccard
-    index falls from 1 to 0 as intersection / union changes (equation 9). The falls are computed in closed form:
-    as differences of neighbouring indices, which are about 1 / N, they would lose their digits in float32 once
-    a row has a million pixels.
+    Pixels become wrong one after another, from the largest error down, and the Jaccard index falls from 1 to 0 as
+    intersection / union changes (equation 9). The falls are computed in closed form. As differences of neighboring
+    indices, which are about 1 / N, they would lose their digits in float32 for rows of a million pixels.
     """
     order = errors.masked_fill(~valid, -torch.inf).argsort(dim=-1, descending=True)
     foreground = (truth & valid).gather(-1, order)  # (R, N), invalid pixels are at the end
@@ -38,9 +36,9 @@ def jaccard_gradient(errors: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     rank = torch.arange(1, errors.shape[-1] + 1, device=errors.device)
     intersection = (size - hits).to(errors.dtype)
     union = (size + rank - hits).to(errors.dtype)
-    # A missed pixel of the class takes one from the intersection; a false alarm adds one to the union.
+    # A false negative removes a pixel from the intersection; a false positive adds one to the union.
     fall = torch.where(foreground, 1.0 / union, intersection / (union * (union - 1).clamp_min(1.0)))
-    # A row without the class: the first false alarm takes the index from 1 (by convention) to 0.
+    # A row without the class: the first false positive takes the index from 1 (by convention) to 0.
     fall = torch.where(size == 0, (rank == 1).to(errors.dtype), fall)
     return torch.zeros_like(errors).scatter_(-1, order, fall).masked_fill_(~valid, 0.0)
 
@@ -77,7 +75,7 @@ class _LovaszLoss(RegionLoss):
         channels = logits.shape[1]
         rows = (lambda x: x) if self.per_image else (lambda x: x.reshape(1, -1))
         counted = rows(valid)
-        # Class by class: sorting is the cost either way, and this holds one class's order at a time.
+        # One class at a time: sorting costs the same, and needs the memory of one class only.
         terms = [lovasz_extension(rows(errors[:, c]), rows(truth[:, c]) > 0, counted) for c in range(channels)]
         present = torch.stack([rows(truth[:, c]).any(1) for c in range(channels)], dim=1)
         return self.mean_of_regions(torch.stack(terms, dim=1), present, counted.any(1, keepdim=True), channels)
@@ -86,10 +84,10 @@ class _LovaszLoss(RegionLoss):
 class LovaszSoftmax(_LovaszLoss):
     """Lovász-Softmax: the Lovász extension of the Jaccard loss of the errors |t - p|, mean over classes.
 
-    Source: Berman et al., CVPR 2018, equation 11. Not proper: it optimises IoU, its minimiser is a hard mask.
+    Source: Berman et al., CVPR 2018, equation 11. Not proper: it optimizes IoU, and its minimum is a hard mask.
 
     Args:
-        ignore_index: pixels with this label count nowhere.
+        ignore_index: pixels with this label are ignored.
         classes: mean over "all" classes or those "present" in the labels of the region.
         per_image: one term per image, then their mean; else all pixels of the batch together.
         weight: per class, in the mean (C > 1).
@@ -103,11 +101,11 @@ class LovaszSoftmax(_LovaszLoss):
 class LovaszHinge(_LovaszLoss):
     """Lovász hinge: the Lovász extension of the Jaccard loss of the hinge errors max(0, 1 - (2 t - 1) z).
 
-    Source: Yu & Blaschko, ICML 2015; Berman et al., CVPR 2018, Section 3.1. Meant for one channel; several are
-    taken one-vs-rest. Not proper: the logits are margins, their sigmoid is no probability.
+    Source: Yu & Blaschko, ICML 2015; Berman et al., CVPR 2018, Section 3.1. Made for one channel; several channels are
+    treated one-vs-rest. Not proper: the logits are margins, and their sigmoid is not a probability.
 
     Args:
-        ignore_index: pixels with this label count nowhere.
+        ignore_index: pixels with this label are ignored.
         classes: mean over "all" classes or those "present" in the labels of the region (C > 1).
         per_image: one term per image, then their mean (the authors' default); else the batch together.
         weight: per class, in the mean (C > 1).

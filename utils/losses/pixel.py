@@ -44,13 +44,13 @@ class CrossEntropyLoss2d(SegmentationLoss):
     One channel: the binary cross-entropy, i.e. this formula with the logits (0, z).
 
     Args:
-        ignore_index: pixels with this label count nowhere.
-        weight: per class; the mean becomes ``sum w[y] loss / sum w[y]`` as in torch. The minimiser is then
-            proportional to w p: no longer proper. One channel takes two entries: background, class.
+        ignore_index: pixels with this label are ignored.
+        weight: per class; the mean becomes ``sum w[y] loss / sum w[y]`` as in torch. The minimum is then
+            proportional to w p, so the loss is not proper. One channel takes two entries: background, class.
         label_smoothing: e in [0, 1); the target becomes ``(1 - e) t + e / C`` (Szegedy et al., CVPR 2016),
-            and so does the minimiser: not proper.
-        top_k: fraction in (0, 1] of the counted pixels of a batch, the hardest ones, that are averaged
-            (online hard-pixel mining, Wu et al., arXiv 1605.06885). Below 1: not proper.
+            and so does the minimum: not proper.
+        top_k: average only this fraction of the batch's pixels, the hardest ones (online hard-pixel mining, Wu et al.,
+            arXiv 1605.06885). Below 1: not proper.
     """
 
     proper = True
@@ -80,7 +80,7 @@ class CrossEntropyLoss2d(SegmentationLoss):
         weight = None if self.weight is None else weight_for(self.weight, logits, logits2.shape[1])
         losses = F.cross_entropy(logits2, target, weight, reduction="none", label_smoothing=self.label_smoothing)
         keep = valid if self.top_k == 1 else _hardest(losses, valid, self.top_k)
-        # The losses carry the weights of their classes already.
+        # F.cross_entropy has multiplied the losses by the class weights.
         weights = keep.to(losses.dtype) if weight is None else weight[target] * keep
         return (losses * keep).sum() / positive(weights.sum())
 
@@ -88,12 +88,12 @@ class CrossEntropyLoss2d(SegmentationLoss):
 class FocalLoss(SegmentationLoss):
     """Focal loss on the softmax: ``-1/N sum_n (1 - p_n[y_n])^gamma log p_n[y_n]``.
 
-    Source: Lin et al., ICCV 2017. Not strictly proper for gamma > 0: its minimiser is less certain than the
-    truth (Charoenphakdee et al., CVPR 2021, Theorem 3); with gamma = 0 it is the cross-entropy.
-    The mean is over the counted pixels; the published one divides by the ignored ones too.
+    Source: Lin et al., ICCV 2017. Not strictly proper for gamma > 0: its minimum is underconfident (Charoenphakdee et
+    al., CVPR 2021, Theorem 3). With gamma = 0 it is the cross-entropy. The mean is over the pixels that are not
+    ignored; the published loss divides by all pixels.
 
     Args:
-        ignore_index: pixels with this label count nowhere.
+        ignore_index: pixels with this label are ignored.
         gamma: focusing parameter >= 0.
         weight: per class, as in :class:`CrossEntropyLoss2d` (the paper's alpha).
     """
@@ -121,15 +121,13 @@ class FocalLoss(SegmentationLoss):
 class BCEWithLogitsLoss2d(SegmentationLoss):
     """One-vs-rest cross-entropy on sigmoids: ``-1/(N C) sum_nc t log p + (1 - t) log(1 - p)``.
 
-    Strictly proper: each channel is a logarithmic score of its own class's probability. The one-hot target is
-    made here from the integer labels.
+    Strictly proper: each channel is a logarithmic score of the probability of its class.
 
     Args:
-        ignore_index: pixels with this label count nowhere.
-        weight: per class; weighs the channels of the mean (still proper for C > 1, yet reported as not proper,
-            because one channel takes two entries, background and class, which tilt the minimiser).
-        pos_weight: per channel; multiplies the ``t log p`` term as in torch, against classes that are rare
-            within their own channel. Not proper.
+        ignore_index: pixels with this label are ignored.
+        weight: per class; weights the channels in the mean. That is proper for C > 1, but reported as not proper,
+            because one channel takes two entries, background and class, which move the minimum.
+        pos_weight: per channel; multiplies the ``t log p`` term as in torch, for rare classes. Not proper.
     """
 
     proper = True
@@ -159,12 +157,12 @@ class BCEWithLogitsLoss2d(SegmentationLoss):
 class BCEWithLogitsFocalLoss2d(SegmentationLoss):
     """Focal loss on sigmoids, one-vs-rest: ``-1/(N C) sum_nc a_t (1 - p_t)^gamma log p_t``.
 
-    p_t is p where t = 1 and 1 - p elsewhere. Source: Lin et al., ICCV 2017, equation 5. Not strictly proper for
-    gamma > 0 (Charoenphakdee et al., CVPR 2021). The focal factor is taken per pixel and class; the published
-    code took it of the batch's mean loss, which focuses on nothing: that bug is not kept.
+    p_t is p where t = 1 and 1 - p elsewhere. Source: Lin et al., ICCV 2017, equation 5. Not strictly proper for gamma >
+    0 (Charoenphakdee et al., CVPR 2021). Each pixel and class has its own focal factor; the published code computes one
+    factor from the batch's mean loss, which is a bug.
 
     Args:
-        ignore_index: pixels with this label count nowhere.
+        ignore_index: pixels with this label are ignored.
         gamma: focusing parameter >= 0.
         alpha: a_t is alpha where t = 1 and 1 - alpha elsewhere; None: 1 everywhere.
         weight: per class, as in :class:`BCEWithLogitsLoss2d`.

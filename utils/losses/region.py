@@ -20,7 +20,7 @@ from utils.losses.pixel import BCEWithLogitsLoss2d, CrossEntropyLoss2d
 
 
 class RegionLoss(SegmentationLoss):
-    """Losses that are a mean over regions: classes, images, or both."""
+    """Base of losses that are a mean over regions: classes, images, or both."""
 
     weight: Tensor | None
 
@@ -34,15 +34,15 @@ class RegionLoss(SegmentationLoss):
     def mean_of_regions(self, terms: Tensor, present: Tensor, counted: Tensor, channels: int) -> Tensor:
         """Return the weighted mean of ``terms`` ``(R, K)``, R images (or 1) and K classes (or 1).
 
-        ``present`` ``(R, K)``: the class occurs; ``counted`` ``(R, 1)``: there is a valid pixel at all.
+        ``present`` ``(R, K)``: the class occurs; ``counted`` ``(R, 1)``: the image has a valid pixel.
         """
         weights = counted.expand_as(terms).to(terms.dtype)
-        # One channel has no other class to stand in for an image without it: false alarms must cost there too.
+        # With one channel no other class punishes false positives in images without the class, so those images count.
         if self.classes == "present" and channels > 1:
             weights = weights * present
         if self.weight is not None:
             if channels == 1:
-                raise ValueError("weight weighs classes against each other; one channel has nothing to weigh")
+                raise ValueError("weight compares classes with each other; one channel has nothing to weigh")
             weights = weights * weight_for(self.weight, terms, channels)
         return weighted_mean(terms, weights)
 
@@ -51,14 +51,14 @@ class TverskyLoss(RegionLoss):
     """Tversky loss: ``1 - (TP + s) / (TP + alpha FP + beta FN + s)``, per class, with soft counts.
 
     TP = sum p t, FP = sum p (1 - t), FN = sum (1 - p) t. Source: Salehi et al., MLMI 2017 (arXiv 1706.05721).
-    Not proper: like Dice, minimising it pushes probabilities to 0 and 1.
+    Not proper: it pushes probabilities to 0 and 1, like Dice.
 
     Args:
-        ignore_index: pixels with this label count nowhere.
-        alpha, beta: cost of false alarms and of misses; beta > alpha favours recall.
-        smooth: s >= 0. Where the fraction is 0 / 0 the loss is 0.
-        per_class: one fraction per class, then their mean; else one over all classes, which for a softmax does
-            not tell alpha from beta.
+        ignore_index: pixels with this label are ignored.
+        alpha, beta: cost of false positives and of false negatives; beta > alpha favors recall.
+        smooth: s >= 0. If the fraction is 0 / 0, the loss is 0.
+        per_class: one fraction per class, then their mean; else one over all classes, for which alpha and beta are
+            interchangeable with a softmax.
         per_image: one fraction per image, then their mean; else one over the batch.
         classes: "all", or only the classes "present" in the labels of the region (with ``per_class``).
         weight: per class, in the mean (with ``per_class``, C > 1).
@@ -105,15 +105,15 @@ class TverskyLoss(RegionLoss):
 class DiceLoss(TverskyLoss):
     """Soft Dice loss on the softmax: ``1 - (2 sum p t + s) / (sum p + sum t + s)`` = Tversky(1/2, 1/2).
 
-    Source: Milletari et al., 3DV 2016. Not proper: the minimiser is a hard mask, so RankDice has nothing to rank.
+    Source: Milletari et al., 3DV 2016. Not proper: the minimum is a hard mask.
 
-    By default the sums run over batch, pixels and classes, as published. For a softmax over C > 1 channels
-    ``sum p = sum t = N``, so that default is the mean of 1 - p[y], which ignores class sizes; ``per_class``
-    gives the Dice loss of the literature.
+    By default the sums run over batch, pixels and classes, as published. For a softmax over C > 1 channels ``sum p =
+    sum t = N``, so this default is the mean of 1 - p[y], which ignores class sizes. ``per_class`` gives the Dice loss
+    of the literature.
 
     Args:
-        ignore_index: pixels with this label count nowhere.
-        smooth: s >= 0. Where the fraction is 0 / 0 the loss is 0.
+        ignore_index: pixels with this label are ignored.
+        smooth: s >= 0. If the fraction is 0 / 0, the loss is 0.
         per_class, per_image, classes, weight: as in :class:`TverskyLoss`.
     """
 
@@ -148,10 +148,10 @@ class LogCoshDiceLoss(DiceLoss):
 
 
 class CE_DiceLoss(SegmentationLoss):  # noqa: N801 (the published name)
-    """Cross-entropy plus soft Dice on the softmax. Not proper, the Dice part is not.
+    """Cross-entropy plus soft Dice on the softmax. Not proper, because of the Dice part.
 
     Args:
-        ignore_index: pixels with this label count nowhere.
+        ignore_index: pixels with this label are ignored.
         smooth, per_class, per_image, classes: of the Dice part, see :class:`DiceLoss`.
         weight: per class, of the cross-entropy part, see :class:`CrossEntropyLoss2d`.
         dice_weight: factor of the Dice part.
@@ -180,10 +180,10 @@ class CE_DiceLoss(SegmentationLoss):  # noqa: N801 (the published name)
 
 
 class BCEDiceLoss(SegmentationLoss):
-    """One-vs-rest cross-entropy plus soft Dice, both on sigmoids. Not proper, the Dice part is not.
+    """One-vs-rest cross-entropy plus soft Dice, both on sigmoids. Not proper, because of the Dice part.
 
     Args:
-        ignore_index: pixels with this label count nowhere.
+        ignore_index: pixels with this label are ignored.
         smooth, per_class, per_image, classes: of the Dice part, see :class:`DiceLoss`.
         weight, pos_weight: of the cross-entropy part, see :class:`BCEWithLogitsLoss2d`.
         dice_weight: factor of the Dice part.

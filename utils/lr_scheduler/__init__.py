@@ -1,7 +1,7 @@
 """Learning-rate schedules, stepped once per optimizer step.
 
-Poly and OneCycle are pure functions of the step (:func:`poly`, :func:`one_cycle`); the schedulers of torch are
-available by name. Whatever the type, a schedule is used like this::
+Poly and OneCycle are pure functions of the step (:func:`poly`, :func:`one_cycle`); torch's schedulers are available by
+name. All of them are used like this::
 
     schedule = build("Poly", optimizer, total_steps)  # sets the values of step 0
     for _ in range(total_steps):
@@ -9,9 +9,9 @@ available by name. Whatever the type, a schedule is used like this::
         optimizer.step()
         schedule.step()                               # sets the values of the next step
 
-A *step* is an optimizer step: with gradient accumulation, one per ``accumulate`` batches. Numbers of torch's
-schedulers that count epochs in its documentation (``step_size``, ``milestones``, ``T_max``, ``T_0``,
-``total_iters``, ...) count steps here.
+A *step* is an optimizer step: with gradient accumulation, one per ``accumulate`` batches. Numbers that count epochs in
+torch's documentation (``step_size``, ``milestones``, ``T_max``, ``T_0``, ``total_iters``, ...) count steps here, or
+epochs with ``steps_per_epoch``.
 
 ``python -m utils.lr_scheduler --config CONFIG`` draws the learning rate and the momentum over a run.
 """

@@ -1,4 +1,4 @@
-"""Schedules of our own: pure functions of the step, and what all schedules share."""
+"""The base of all schedules, and Poly and OneCycle as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def optimizer_steps(epochs: int, batches: int, accumulate: int = 1) -> int:
 
 
 class Schedule:
-    """What all schedules share: counting steps, and a state that resumes bit by bit.
+    """Base of all schedules: counts steps, and resumes bit by bit.
 
     Args:
         optimizer: its groups' learning rates at construction are the base values of the schedule.
@@ -86,10 +86,10 @@ class Schedule:
         return {"last_step": self.last_step, "base": [dict(base) for base in self._base]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at the saved step.
+        """Continue at the saved step.
 
-        ``total_steps`` and the base values stay what they are here: a run that is resumed with more epochs or another
-        learning rate follows the new curve. Same config, same bits.
+        ``total_steps`` and the base values do not change: a run that is resumed with more epochs or another learning
+        rate follows the new curve. The same config gives the same bits.
         """
         if len(state["base"]) != len(self._base):
             raise ValueError(
@@ -110,7 +110,7 @@ class Schedule:
         raise NotImplementedError
 
     def _restore(self) -> None:
-        """Set the values of ``last_step`` out of nothing."""
+        """Set the values of ``last_step``, whatever they were before."""
         raise NotImplementedError
 
 
@@ -136,7 +136,7 @@ class _PureSchedule(Schedule):
     """A schedule whose values are a function of the step."""
 
     def _value(self, step: int) -> tuple[float, float | None]:
-        """Return the factor of the learning rate and the momentum (None: left alone)."""
+        """Return the factor of the learning rate, and the momentum (None: unchanged)."""
         raise NotImplementedError
 
     def _apply(self) -> None:
@@ -157,7 +157,7 @@ class Poly(_PureSchedule):
     Args:
         optimizer, total_steps: see :class:`Schedule`.
         power: exponent > 0.
-        warmup: below 1, a fraction of the run; else a number of steps, fewer than the run has.
+        warmup: below 1, a fraction of the run; else a number of steps, less than those of the run.
     """
 
     def __init__(
@@ -177,11 +177,11 @@ class Poly(_PureSchedule):
 
 
 class OneCycle(_PureSchedule):
-    """One cycle of learning rate and momentum, see :func:`one_cycle`; the optimizer's rates are the peaks.
+    """One cycle of learning rate and momentum, see :func:`one_cycle`; the optimizer's learning rates are the peaks.
 
     Args:
         optimizer, total_steps: see :class:`Schedule`.
-        momentums: lowest and highest momentum (first beta of Adam-like optimizers); None leaves it alone.
+        momentums: lowest and highest momentum (first beta of Adam-like optimizers); None: unchanged.
         div_factor: peak rate / first rate.
         phase1: fraction of the run before the peak.
         final_div_factor: first rate / last rate.
@@ -210,7 +210,7 @@ class OneCycle(_PureSchedule):
                 raise ValueError(f"momentums is {momentums}; expected [low, high], 0 <= low <= high < 1")
             if not all(base.get("momentum") for base in self._base):
                 raise ValueError(
-                    f"momentums: OneCycle cycles the momentum, but {type(optimizer).__name__} runs without any; "
+                    f"momentums: OneCycle cycles the momentum, but {type(optimizer).__name__} has none; "
                     "set the optimizer's momentum, or momentums to null"
                 )
         self.momentums = momentums

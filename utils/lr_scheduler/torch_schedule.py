@@ -62,9 +62,9 @@ def _factory(name: str, scheduler: type) -> Callable[..., Schedule]:
 class TorchSchedule(Schedule):
     """A scheduler of torch.optim.lr_scheduler.
 
-    Most of torch's schedulers compute a value from the one before. Their state is therefore restored by
-    replaying the steps from the base values, about ten microseconds each: the same floating-point operations,
-    thus the same bits, and correct if the run has become longer.
+    Most of torch's schedulers compute a value from the previous one. To restore their state, this class repeats all
+    steps from the base values, about ten microseconds each. That gives the same bits, and is correct for a longer run,
+    too.
 
     Args:
         optimizer, total_steps: see :class:`Schedule`.
@@ -78,9 +78,9 @@ class TorchSchedule(Schedule):
         super().__init__(optimizer, total_steps)
         self._name = name
         self._args = args
-        # Steps in which torch warns without a cause: a scheduler's first (AMP may have skipped the optimizer's
-        # first step, a replay has none), and where SequentialLR changes over. Other steps are left alone, because
-        # leaving a catch_warnings block makes Python repeat every warning it has shown already.
+        # Steps in which torch warns without a reason: the first one (AMP may have skipped the optimizer's first step,
+        # and a replay has none), and those at which SequentialLR switches. Other steps are not silenced, because
+        # leaving a catch_warnings block makes Python repeat every warning that it has shown already.
         self._noisy = {1}.union(*({end, end + 1} for end in args.get("milestones", ())))
         self._inner = self._fresh()
 
