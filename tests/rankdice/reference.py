@@ -110,7 +110,7 @@ def _moments(probs: np.ndarray) -> tuple[float, float, float]:
 
 
 def approximate_scores(probs: np.ndarray, metric: str, solver: str, smooth: float) -> np.ndarray:
-    """Return the scores that ba, trna, paper and rma give the volumes 1..n, by direct sums."""
+    """Return the scores that ba, trna and rma give the volumes 1..n, by direct sums."""
     probs = np.sort(probs.astype(np.float64))[::-1]
     n, mean, mass = len(probs), float(probs.sum()), np.cumsum(probs)
     tau = np.arange(1, n + 1)
@@ -118,8 +118,6 @@ def approximate_scores(probs: np.ndarray, metric: str, solver: str, smooth: floa
         if metric == "iou":
             return (mass + smooth) / (tau + mean - mass + smooth)
         return 2 * mass / (tau + mean + 1 + smooth) + smooth / (tau + mean + smooth)
-    if solver == "paper":
-        solver = "trna" if mean <= 50 else "ba"
     whole = refined_normal_pmf(*_moments(probs), n)
     scores = np.zeros(n)
     for t in tau:
@@ -134,3 +132,53 @@ def approximate_scores(probs: np.ndarray, metric: str, solver: str, smooth: floa
             own += p * sum(m / (t + 1 + smooth + volume) for volume, m in pmf.items())
         scores[t - 1] = 2 * own + last
     return scores
+
+
+def program_volume(probs: np.ndarray, smooth: float = 0.0) -> int:
+    """Return the volume that the program behind the published tables takes (``rank_dice`` with ``truncate_mean``).
+
+    Step by step in its order: mean by count, quantiles, pruning, and a search of the volumes by one of two formulas.
+    """
+    probs = np.sort(probs.astype(np.float64))[::-1]
+    n, mean = len(probs), float((probs >= 0.5).sum())
+    _, variance, third = _moments(probs)
+    if mean == 0:
+        return 0
+    deviation = math.sqrt(variance)
+
+    def cdf(x: float, skew: float) -> float:
+        density = math.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return 0.5 * math.erfc(-x / math.sqrt(2)) + skew * (1 - x * x) * density / 6
+
+    def quantile(level: float) -> float:
+        low, high = -12.0, 12.0
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cdf(middle, third / deviation**3) < level else (low, middle)
+        return low
+
+    low = int(max(math.floor(deviation * quantile(EPSILON) + mean) - 1, 0))
+    high = int(min(math.ceil(deviation * quantile(1 - EPSILON) + mean), n))
+
+    def pmf(mean: float, variance: float, third: float) -> np.ndarray:
+        scale = math.sqrt(variance)
+        values = np.array([cdf((v + 0.5 - mean) / scale, third / scale**3) for v in range(low - 1, high)])
+        mass = np.clip(np.diff(values), 0, 1)
+        return mass / mass.sum()
+
+    counts, whole = np.arange(low, high), pmf(mean, variance, third)
+    best, found = smooth * (whole / np.maximum(counts + smooth, 1e-300)).sum() if smooth else 0.0, 0
+    carried = np.zeros(len(counts))
+    for tau in range(1, n + 1 if mean > 50 else min(n, int(5 * mean) + 1) + 1):
+        if mean > 50:
+            score = 2 * probs[:tau].sum() * (whole / (counts + tau + smooth + 1)).sum()
+            score += smooth * (whole / (counts + tau + smooth)).sum()
+        else:
+            p = probs[tau - 1]
+            spread = p * (1 - p)
+            carried = carried + p * pmf(max(mean - p, 0), variance - spread, third - spread * (1 - 2 * p))
+            score = (2 / (counts + tau + smooth + 2) * carried).sum()
+            score += smooth * (whole / (counts + tau + smooth + 1)).sum()
+        if score > best:
+            best, found = score, tau
+    return found

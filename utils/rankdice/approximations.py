@@ -7,6 +7,11 @@
 
 truncated to the volumes between its 1e-4 and 1 - 1e-4 quantiles and renormalised. ``rma`` is that of Wang & Dai,
 NeurIPS 2025. They sort whole rows: time and memory are those of a sort, and more.
+
+``paper`` is what the authors' program does, which made the published tables: trna up to a mean of 50, else ba. It
+differs from the paper. As the mean it takes the number of pixels with ``p >= 0.5``, while variance and skewness are
+those of all pixels; a row without such a pixel gets the empty mask. The truncation keeps up to two volumes more on each side.
+trna has a denominator that is larger by one and tries volumes up to 5 times the mean plus one only.
 """
 
 from __future__ import annotations
@@ -74,10 +79,13 @@ def reciprocal_moment(table: Table, skipped: Tensor, goal: Goal) -> Best:
 
 def _scores(values: Tensor, solver: str, smooth: float, budget: int) -> tuple[Tensor, Tensor]:
     """Return the scores ``(R, N)`` of the volumes 1 to N, and of the empty mask ``(R,)``."""
+    program = solver == "paper"
     moments = _Moments.of(values)
+    if program:
+        moments.mean = (values >= 0.5).sum(1).double()
     scores, empty = torch.empty_like(values), torch.empty_like(moments.mean)
     use_trna = torch.full_like(moments.mean, solver == "trna", dtype=torch.bool)
-    if solver == "paper":
+    if program:
         use_trna = moments.mean <= PAPER_MEAN
     # Rows share one support width only with rows of similar variance: a row's sums do not depend on the batch.
     width = torch.exp2(torch.ceil(torch.log2(16 * moments.variance.sqrt() + 16))).long()
@@ -85,9 +93,13 @@ def _scores(values: Tensor, solver: str, smooth: float, budget: int) -> tuple[Te
         for which, approximate in ((use_trna, _trna), (~use_trna, _blind)):
             rows = ((width == size) & which).nonzero().view(-1)
             for part in rows.split(max(1, budget // (TRNA_TERMS * 64))) if rows.numel() else ():
-                support = Support(moments[part], int(size), values.shape[1])
+                support = Support(moments[part], int(size), values.shape[1], program)
                 scores[part] = approximate(values[part], moments[part], support, smooth)
                 empty[part] = support.empty_score(smooth)
+    if program:
+        most = torch.where(use_trna, 5 * moments.mean + 1, torch.inf).masked_fill_(moments.mean == 0, 0)
+        volume = torch.arange(1, values.shape[1] + 1, device=values.device)
+        scores.masked_fill_(volume > most.unsqueeze(1), -torch.inf)
     return scores, empty
 
 
@@ -109,7 +121,7 @@ class _Moments:
         """Return the moments ``(R, J)`` without each of the pixels ``values``."""
         spread = values * (1 - values)
         return _Moments(
-            self.mean.unsqueeze(1) - values,
+            (self.mean.unsqueeze(1) - values).clamp_(min=0),
             (self.variance.unsqueeze(1) - spread).clamp_(min=0),
             self.third.unsqueeze(1) - spread * (1 - 2 * values),
         )
@@ -118,12 +130,18 @@ class _Moments:
 class Support:
     """Volumes ``first .. first + width - 1`` of each row, on which the refined normal is taken."""
 
-    def __init__(self, moments: _Moments, width: int, pixels: int) -> None:
-        """Args: moments of the rows; how many volumes; how many pixels a row has."""
-        self.moments = moments
+    def __init__(self, moments: _Moments, width: int, pixels: int, program: bool) -> None:
+        """Args: moments of the rows; how many volumes; how many pixels a row has; as the authors' program does."""
+        self.moments, self.program = moments, program
         first = (moments.mean - width / 2).floor().clamp_(min=0)
         self.volumes = first.unsqueeze(1) + torch.arange(width, device=first.device)  # (R, L)
         self.possible = self.volumes <= pixels
+        if program:  # from floor(low quantile) - 1 to ceil(high quantile) - 1, for pixels taken out as well
+            deviation = moments.variance.clamp(min=1e-12).sqrt().unsqueeze(-1)
+            skew = moments.third.unsqueeze(-1) / deviation**3
+            x = (self.volumes - moments.mean.unsqueeze(-1)) / deviation
+            self.possible &= _refined_normal(x + 2 / deviation, skew) > EPSILON
+            self.possible &= _refined_normal(x, skew) < 1 - EPSILON
         self.pmf = self.probabilities(moments)  # (R, L)
 
     def probabilities(self, moments: _Moments) -> Tensor:
@@ -135,7 +153,9 @@ class Support:
         skew = moments.third.unsqueeze(-1) / deviation**3
         upper = _refined_normal((volumes + 0.5 - mean) / deviation, skew)
         lower = _refined_normal((volumes - 0.5 - mean) / deviation, skew)
-        kept = (upper >= EPSILON) & (lower <= 1 - EPSILON) & self.possible.view(volumes.shape)
+        kept = self.possible.view(volumes.shape)
+        if not self.program:
+            kept = kept & (upper >= EPSILON) & (lower <= 1 - EPSILON)
         mass = (upper - lower).clamp_(min=0) * kept
         return mass / mass.sum(-1, keepdim=True).clamp(min=1e-300)
 
@@ -185,7 +205,7 @@ def _trna(values: Tensor, moments: _Moments, support: Support, smooth: float) ->
         weighted = part.unsqueeze(2) * support.probabilities(moments.without(part))  # (R, J, L)
         weighted = weighted.cumsum_(1).add_(carried.unsqueeze(1))
         carried = weighted[:, -1].clone()
-        below = volume + smooth + support.volumes.unsqueeze(1)
+        below = volume + (smooth + support.program) + support.volumes.unsqueeze(1)
         score = 2 * (weighted / (below + 1)).sum(2)
         if smooth:
             score += smooth * (support.pmf.unsqueeze(1) / below).sum(2)

@@ -9,8 +9,8 @@ Moving one pixel from class ``o`` to class ``c`` changes the total by exactly
     (2 p_c - s_c) / (tau_c + mu_c + 2 + g)  +  (s_o - 2 p_o) / (tau_o + mu_o + g)
 
 Moving all pixels at once that gain by this may lower the total. So the gains are sorted into levels, the totals of
-moving the first 1, 2, ... levels are computed exactly, and the best of them is taken. The first level is the one pixel
-that gains most: the total rises as long as any single move raises it.
+moving no level, the first, the first two, ... are computed exactly, and the best of them is taken: no step lowers the
+total.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LEVELS = 24  # of gains, each half as large as the one before, after the level of the single best pixel
-ROUNDS = 2
+LEVELS = 24  # of gains, each half as large as the one before
+ROUNDS = 2  # more gain next to nothing
 
 Bands = Callable[[], Iterable[tuple[int, Tensor]]]
 
@@ -70,87 +70,72 @@ def ascend(bands: Bands, pixels: int, classes: Classes, smooth: float, rounds: i
     fixed = classes.mean + (1 + smooth)
     size = classes.volumes + fixed
     closed = classes.chosen.logical_not()
-    labels, total, volume, mass = _start(bands, pixels, 2 / size, classes.scores / size, closed, fixed, smooth)
-    other = _start(bands, pixels, torch.ones_like(size), torch.zeros_like(size), closed, fixed, smooth)
-    better = (other[1] > total).unsqueeze(1)  # argmax among the same classes
-    labels, volume, mass = (
-        torch.where(better, b, a) for a, b in zip((labels, volume, mass), (other[0], *other[2:]), strict=True)
-    )
+    # By gain from the RankDice masks, and by probability: argmax among the same classes.
+    slopes = torch.stack([2 / size, torch.ones_like(size)])
+    offsets = torch.stack([classes.scores / size, torch.zeros_like(size)])
+    labels, sums = _start(bands, pixels, slopes, offsets.masked_fill_(closed, torch.inf))
+    totals = ((2 * sums[:, 1] + smooth) / (sums[:, 0] + fixed)).masked_fill_(closed, 0).sum(2)  # (2, B)
+    better = (totals[1] > totals[0]).unsqueeze(1)
+    labels = torch.where(better, labels[1], labels[0])
+    volume, mass = torch.where(better, sums[1], sums[0])
     for _ in range(rounds):
         size = volume + fixed
         score = (2 * mass + smooth) / size
-        moves = _Moves(bands, labels, size, score, closed)
-        step = moves.changes.cumsum(3)  # (2, B, C, LEVELS + 1) pixels and probability
+        wanted, levels, changes = _moves(bands, labels, size, score, closed)
+        step = changes.cumsum(3)
         after = (2 * (mass.unsqueeze(2) + step[1]) + smooth) / (size.unsqueeze(2) + step[0])
-        totals = after.masked_fill_(closed.unsqueeze(2), 0).sum(1)
-        best, level = totals.max(1, keepdim=True)
-        level = level.masked_fill_(best <= score.masked_fill(closed, 0).sum(1, keepdim=True), -1)
-        labels = torch.where(moves.levels <= level, moves.labels, labels)
-        step = step.gather(3, level.clamp(min=0).view(1, -1, 1, 1).expand(2, -1, size.shape[1], -1)).squeeze(3)
-        step = step * (level >= 0)
+        level = after[..., : LEVELS + 1].masked_fill(closed.unsqueeze(2), 0).sum(1).max(1, keepdim=True).indices
+        labels = torch.where(levels <= level, wanted, labels)
+        step = step.gather(3, level.view(1, -1, 1, 1).expand(2, -1, size.shape[1], -1)).squeeze(3)
         volume, mass = volume + step[0], mass + step[1]
     return labels
 
 
-def _start(
-    bands: Bands, pixels: int, slope: Tensor, offset: Tensor, closed: Tensor, fixed: Tensor, smooth: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give every pixel the class with the largest ``slope * p - offset``; return labels, total, volumes and masses."""
-    slope, offset = slope.unsqueeze(2), offset.masked_fill(closed, torch.inf).unsqueeze(2)
-    labels = torch.empty(fixed.shape[0], pixels, dtype=torch.int16, device=fixed.device)
-    sums = fixed.new_zeros(2, *fixed.shape)
-    for first, probs in bands():
-        best = (probs * slope).sub_(offset).max(1).indices  # on a CPU faster than argmax
-        labels[:, first : first + probs.shape[2]] = best
-        own = probs.gather(1, best.unsqueeze(1)).squeeze(1)
-        sums[0].scatter_add_(1, best, torch.ones_like(own))
-        sums[1].scatter_add_(1, best, own)
-    scores = (2 * sums[1] + smooth) / (sums[0] + fixed)
-    return labels, scores.masked_fill_(closed, 0).sum(1), sums[0], sums[1]
+def _start(bands: Bands, pixels: int, slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every pixel the class with the largest ``slope * p - offset``, for two sets of slopes ``(2, B, C)``.
 
-
-class _Moves:
-    """For every pixel the class to which its move gains most.
-
-    Attributes:
-        labels: int16 ``(B, N)`` that class.
-        levels: int16 ``(B, N)`` level of the gain: 0 for the largest of the image, ``LEVELS + 1`` for no gain.
-        changes: float64 ``(2, B, C, LEVELS + 1)``, the pixels and the probability that each level brings to a class.
+    Returns:
+        Labels ``(2, B, N)``; volumes and masses of the classes ``(2, 2, B, C)``.
     """
+    labels = torch.empty(*slopes.shape[:2], pixels, dtype=torch.int16, device=slopes.device)
+    sums = slopes.new_zeros(2, *slopes.shape).transpose(0, 1)
+    for first, probs in bands():
+        part = slice(first, first + probs.shape[2])
+        # On a CPU, max is faster than argmax.
+        best = torch.stack(
+            [(probs * a.unsqueeze(2)).sub_(b.unsqueeze(2)).max(1).indices for a, b in zip(slopes, offsets, strict=True)]
+        )
+        labels[..., part] = best
+        own = torch.stack([probs.gather(1, labels_.unsqueeze(1)).squeeze(1) for labels_ in best])
+        values = torch.stack([torch.ones_like(own), own], 1)
+        sums.scatter_add_(3, best.unsqueeze(1).expand_as(values), values)
+    return labels, sums
 
-    def __init__(self, bands: Bands, labels: Tensor, size: Tensor, score: Tensor, closed: Tensor) -> None:
-        images, classes = size.shape
-        self.labels, self.levels = torch.empty_like(labels), torch.empty_like(labels)
-        slope, offset = (2 / (size + 1)).unsqueeze(2), (score / (size + 1)).masked_fill(closed, torch.inf).unsqueeze(2)
-        leave, stay = score / (size - 1), 2 / (size - 1)
-        scale = size.amin(1, keepdim=True) / 2  # gains times this are at most about 1
-        changes = size.new_zeros(2, images, classes * (LEVELS + 2))
-        kept = []
-        for first, probs in bands():
-            part = slice(first, first + probs.shape[2])
-            old = labels[:, part].long()
-            gains = (probs * slope).sub_(offset).scatter_(1, old.unsqueeze(1), -torch.inf)
-            gain, new = gains.max(1)
-            before, behind = (probs.gather(1, c.unsqueeze(1)).squeeze(1) for c in (old, new))
-            gain = gain + leave.gather(1, old) - before * stay.gather(1, old)
-            level = (1 - (gain * scale).clamp_(1e-30, 1).log2_()).long().clamp_(max=LEVELS)
-            level = level.masked_fill_(gain <= 0, LEVELS + 1)
-            self.labels[:, part], self.levels[:, part] = new, level
-            for sign, label, value in ((1, new, behind), (-1, old, before)):
-                key = label * (LEVELS + 2) + level
-                changes[0].scatter_add_(1, key, torch.full_like(value, sign))
-                changes[1].scatter_add_(1, key, value * sign)
-            peak, where = gain.max(1, keepdim=True)
-            kept.append((peak, where + first, *(v.gather(1, where) for v in (level, new, behind, old, before))))
-        # The pixel with the largest gain becomes a level of its own.
-        peaks = [torch.cat(values, 1) for values in zip(*kept, strict=True)]
-        peak, which = peaks[0].max(1, keepdim=True)
-        where, level, new, behind, old, before = (values.gather(1, which) for values in peaks[1:])
-        sign = (peak > 0).double()
-        for factor, label, value in ((1, new, behind), (-1, old, before)):
-            for n, amount in enumerate((sign * factor, sign * factor * value)):
-                changes[n].scatter_add_(1, label * (LEVELS + 2) + level, -amount)
-                changes[n].scatter_add_(1, label * (LEVELS + 2), amount)
-        level = level.masked_fill(peak > 0, 0)
-        self.levels.scatter_(1, where, level.to(self.levels.dtype))
-        self.changes = changes.unflatten(2, (classes, LEVELS + 2))[..., : LEVELS + 1]
+
+def _moves(bands: Bands, labels: Tensor, size: Tensor, score: Tensor, closed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find for every pixel the class to which its move gains most.
+
+    Returns:
+        That class, int16 ``(B, N)``; the level of the gain, int16 ``(B, N)``, from 1 on, ``LEVELS + 1`` for no gain;
+        the pixels and the probability that each level brings to each class, float64 ``(2, B, C, LEVELS + 2)``.
+    """
+    images, classes = size.shape
+    bins = LEVELS + 2
+    wanted, levels = torch.empty_like(labels), torch.empty_like(labels)
+    slope, offset = (2 / (size + 1)).unsqueeze(2), (score / (size + 1)).masked_fill(closed, torch.inf).unsqueeze(2)
+    leave, stay = score / (size - 1), 2 / (size - 1)
+    scale = size.amin(1, keepdim=True) / 2  # gains times this are at most about 1
+    changes = size.new_zeros(2, images, classes * bins)
+    for first, probs in bands():
+        part = slice(first, first + probs.shape[2])
+        old = labels[:, part].long()
+        gain, new = (probs * slope).sub_(offset).scatter_(1, old.unsqueeze(1), -torch.inf).max(1)
+        before, behind = (probs.gather(1, c.unsqueeze(1)).squeeze(1) for c in (old, new))
+        gain = torch.addcmul(gain + leave.gather(1, old), before, stay.gather(1, old), value=-1)
+        level = (1 - (gain * scale).frexp().exponent).clamp_(1, LEVELS).masked_fill_(gain <= 0, LEVELS + 1)
+        wanted[:, part], levels[:, part] = new, level
+        keys = torch.cat([new * bins + level, old * bins + level], 1)
+        values = torch.cat([behind, -before], 1)
+        values = torch.stack([torch.ones_like(values).copysign_(values), values])
+        changes.scatter_add_(2, keys.expand(2, -1, -1), values)
+    return wanted, levels, changes.unflatten(2, (classes, bins))
