@@ -256,6 +256,33 @@ def test_crowded_rows_are_sorted_to_the_same_answer(metric: str, monkeypatch: py
             assert torch.equal(found.masks, expected.masks)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rows_with_plateaus_end_and_are_right(metric: str, dtype: torch.dtype) -> None:
+    """1,250 random rows per dtype and metric: plateaus, quantized values, faint and sure rows, few and many pixels."""
+    generator = torch.Generator().manual_seed(7)
+    for count, pixels in ((250, 1), (250, 2), (300, 13), (300, 120), (130, 1500), (20, 9000)):
+        draw = torch.rand(count, 6, 1, generator=generator)
+        probs = torch.rand(count, pixels, generator=generator) ** (0.2 * 500 ** draw[:, 0]) * 1e-3 ** draw[:, 1] ** 4
+        levels = (255 * draw[:, 2] ** 4).round()
+        probs = torch.where(draw[:, 3] < 0.4, (probs * levels).round() / levels.clamp(min=1), probs)
+        plateau = torch.tensor([1.0, 1.0, 0.999, 0.7, 0.5, 2**0.5 - 1, 1e-3])[(draw[:, 4] * 7).long()]
+        length = pixels * (2 * draw[:, 5] - 1)  # none in half of the rows
+        probs = torch.where(torch.arange(pixels) < length, plateau, probs).to(dtype).unsqueeze(0)
+        for smooth in (0.0, 1e-3):
+            found = rank_dice(probs, metric, smooth=smooth, prune=None)
+            check_masks(probs, found)
+            wide = rank_dice(probs.double(), metric, smooth=smooth, prune=None)
+            assert torch.equal(found.masks, wide.masks)
+            for k in range(0, count, 50):
+                row = probs[0, k].double().numpy()
+                positive = int((row > 0).sum())
+                if positive and not smooth:
+                    scores = integral_scores(row, metric, smooth, np.arange(1, positive + 1))
+                    assert float(found.scores[0, k]) == pytest.approx(scores.max(), rel=1e-9)
+                    assert scores[int(found.volumes[0, k]) - 1] >= scores.max() * (1 - 1e-9)
+
+
 @pytest.mark.parametrize("smooth", [0.0, 0.001, 1.0])
 def test_certain_pixels_end(smooth: float) -> None:
     """Along pixels of probability 1 the rates of IoU are equal but for rounding: the window must still advance."""
@@ -557,6 +584,34 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
         rank_dice(**options)
 
 
+def test_a_map_without_a_batch_is_refused() -> None:
+    probs = smooth_maps(1, 4, 24, 30)[0]
+    with pytest.raises(ValueError, match=r"classes, height, width\) without a batch; pass probs\[None\]"):
+        rank_dice(probs)
+    with pytest.raises(ValueError, match=r"probs\[None\]"):
+        label_map(probs)
+    assert rank_dice(probs[None]).masks.shape == (1, 4, 24, 30)
+    flat = smooth_maps(3, 4, 24, 30).flatten(2)  # (batch, classes, pixels) is fine
+    assert rank_dice(flat).volumes.shape == (3, 4)
+
+
+def test_a_huge_smooth_is_refused() -> None:
+    probs = smooth_maps(1, 2, 20, 20)
+    for solver in SOLVERS:
+        with pytest.raises(ValueError, match="smooth: expected a number from 0 to 100,000"):
+            rank_dice(probs, solver=solver, smooth=1e6)
+    most = rank_dice(probs, smooth=1e5)
+    scores = integral_scores(probs[0, 0].numpy().ravel(), "dice", 1e5, np.arange(1, 401))
+    assert scores[int(most.volumes[0, 0]) - 1] == scores.max()
+
+
+def test_the_largest_probability_is_returned() -> None:
+    probs = smooth_maps(2, 3, 20, 30)
+    found = rank_dice(probs)
+    assert torch.equal(found.highest, probs.amax((2, 3)))
+    assert rank_dice(probs * 0.4).volumes.eq(0).all()  # all pruned: the volumes show it
+
+
 def test_wrong_types_are_named() -> None:
     with pytest.raises(TypeError, match="probs"):
         rank_dice(torch.ones(1, 1, 3, dtype=torch.int64))
@@ -639,6 +694,15 @@ def test_label_map_of_some_classes() -> None:
     assert torch.equal(label_map(probs, classes=[3]), torch.full((2, 20, 24), 3))
     assert label_map(probs[:, :1]).eq(0).all()
     assert label_map(torch.zeros(0, 3, 4, 4)).shape == (0, 4, 4)
+    chosen = torch.tensor([[True, False, False, True, False], [False, True, False, False, False]])
+    each = label_map(probs, classes=chosen)
+    assert torch.equal(each[0], label_map(probs[:1], classes=[0, 3])[0])
+    assert each[1].eq(1).all()
+    assert torch.equal(label_map(probs, classes=torch.zeros(2, 5, dtype=torch.bool)), label_map(probs))
+    found = rank_dice(probs, prune=None)
+    assert torch.equal(label_map(probs, classes=chosen, found=found), each)
+    with pytest.raises(ValueError, match="classes: expected a bool tensor"):
+        label_map(probs, classes=chosen[:1])
     for classes in ([], [0, 0], [5], [-1]):
         with pytest.raises(ValueError, match="classes"):
             label_map(probs, classes=classes)

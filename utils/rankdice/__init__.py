@@ -151,12 +151,10 @@ def rank_dice(
     skipped = highest <= (0.0 if prune is None else prune)
     masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
     results: tuple[Tensor, ...] | None = None
-    for names in _parts(rows, skipped, smooth, max_bytes):
-        first, last = int(names[0]), int(names[-1]) + 1
-        some = slice(first, last) if last - first == names.numel() else names
+    for some in _parts(rows, skipped, smooth, max_bytes):
         best, drawn = _solve(rows[some], highest[some], skipped[some], masks[some], options, max_bytes, extremes)
         values = best.volumes.long(), best.cutoffs.to(rows.dtype), best.scores
-        if names.numel() == len(rows):
+        if len(values[0]) == len(rows):
             results = values
             break
         results = results or _nothing(highest, smooth)
@@ -168,15 +166,18 @@ def rank_dice(
     return RankDice(masks.view(probs.shape), *(result.view(shape) for result in results), highest.view(shape))
 
 
-def _parts(rows: Tensor, skipped: Tensor, smooth: float, budget: int) -> Iterator[Tensor]:
-    """Yield the rows that must be solved, in chunks."""
-    cpu = rows.device.type in CPU
-    chosen = torch.arange(rows.shape[0])
+def _parts(rows: Tensor, skipped: Tensor, smooth: float, budget: int) -> Iterator[slice | Tensor]:
+    """Yield the rows that must be solved in chunks: slices, or indices where they are not neighbours."""
+    cpu, count = rows.device.type in CPU, rows.shape[0]
+    step = max(1, budget // ((_CHUNK_BYTES if cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
     # An empty mask scores 0 without smoothing. On a GPU, asking which rows are active costs more than doing all.
-    if cpu and not smooth and bool(skipped.any()):
-        chosen = (~skipped).nonzero().view(-1)
-    per_row = max(1, budget // ((_CHUNK_BYTES if cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
-    yield from chosen.split(per_row) if chosen.numel() else ()
+    if not cpu or smooth or not bool(skipped.any()):
+        yield from (slice(first, min(first + step, count)) for first in range(0, count, step))
+        return
+    for names in (~skipped).nonzero().view(-1).split(step):
+        if names.numel():
+            first, last = int(names[0]), int(names[-1]) + 1
+            yield slice(first, last) if last - first == names.numel() else names
 
 
 def _nothing(highest: Tensor, smooth: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,13 +230,14 @@ def label_map(
     maps = probs.flatten(2)
     step = max(1, (max_bytes or _budget(probs)) // (64 * max(1, maps.shape[0] * maps.shape[1])))
 
+    whole = maps.double() if step >= maps.shape[2] else None
+
     def bands() -> Iterator[tuple[int, Tensor]]:
         for first in range(0, maps.shape[2], step):
-            yield first, maps[:, :, first : first + step].double()
+            yield first, maps[:, :, first : first + step].double() if whole is None else whole
 
-    mean = torch.zeros_like(found.scores)
-    for _, part in bands():
-        mean += part.sum(2)
+    first, *others = (part.sum(2) for _, part in bands())
+    mean = sum(others, first)
     facts = Classes(mean, found.volumes.double(), found.scores, chosen)
     labels = ascend(bands, maps.shape[2], facts, float(smooth), rounds)
     return labels.long().view(probs.shape[0], *probs.shape[2:])

@@ -10,8 +10,8 @@ NeurIPS 2025. They sort whole rows: time and memory are those of a sort, and mor
 
 ``paper`` is what the authors' program does, which made the published tables: trna up to a mean of 50, else ba. It
 differs from the paper. As the mean it takes the number of pixels with ``p >= 0.5``, while variance and skewness are
-those of all pixels; a row without such a pixel gets the empty mask. The truncation keeps up to two volumes more on each side.
-trna has a denominator that is larger by one and tries volumes up to 5 times the mean plus one only.
+those of all pixels; a row without such a pixel gets the empty mask. The truncation keeps up to two volumes more on
+each side. trna has a denominator that is larger by one and tries volumes up to 5 times the mean plus one only.
 """
 
 from __future__ import annotations

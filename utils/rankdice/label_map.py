@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 LEVELS = 24  # of gains, each half as large as the one before
-ROUNDS = 2  # more gain next to nothing
+ROUNDS = 1  # more gain next to nothing
 
 Bands = Callable[[], Iterable[tuple[int, Tensor]]]
 
@@ -69,21 +69,25 @@ def ascend(bands: Bands, pixels: int, classes: Classes, smooth: float, rounds: i
     """
     fixed = classes.mean + (1 + smooth)
     size = classes.volumes + fixed
+
+    def twice(mass: Tensor) -> Tensor:
+        return 2 * mass + smooth if smooth else 2 * mass
+
     closed = classes.chosen.logical_not()
     # By gain from the RankDice masks, and by probability: argmax among the same classes.
     slopes = torch.stack([2 / size, torch.ones_like(size)])
     offsets = torch.stack([classes.scores / size, torch.zeros_like(size)])
     labels, sums = _start(bands, pixels, slopes, offsets.masked_fill_(closed, torch.inf))
-    totals = ((2 * sums[:, 1] + smooth) / (sums[:, 0] + fixed)).masked_fill_(closed, 0).sum(2)  # (2, B)
+    totals = (twice(sums[:, 1]) / (sums[:, 0] + fixed)).masked_fill_(closed, 0).sum(2)  # (2, B)
     better = (totals[1] > totals[0]).unsqueeze(1)
     labels = torch.where(better, labels[1], labels[0])
     volume, mass = torch.where(better, sums[1], sums[0])
     for _ in range(rounds):
         size = volume + fixed
-        score = (2 * mass + smooth) / size
+        score = twice(mass) / size
         wanted, levels, changes = _moves(bands, labels, size, score, closed)
         step = changes.cumsum(3)
-        after = (2 * (mass.unsqueeze(2) + step[1]) + smooth) / (size.unsqueeze(2) + step[0])
+        after = twice(mass.unsqueeze(2) + step[1]) / (size.unsqueeze(2) + step[0])
         level = after[..., : LEVELS + 1].masked_fill(closed.unsqueeze(2), 0).sum(1).max(1, keepdim=True).indices
         labels = torch.where(levels <= level, wanted, labels)
         step = step.gather(3, level.view(1, -1, 1, 1).expand(2, -1, size.shape[1], -1)).squeeze(3)
@@ -122,8 +126,9 @@ def _moves(bands: Bands, labels: Tensor, size: Tensor, score: Tensor, closed: Te
     images, classes = size.shape
     bins = LEVELS + 2
     wanted, levels = torch.empty_like(labels), torch.empty_like(labels)
-    slope, offset = (2 / (size + 1)).unsqueeze(2), (score / (size + 1)).masked_fill(closed, torch.inf).unsqueeze(2)
-    leave, stay = score / (size - 1), 2 / (size - 1)
+    more, less = size + 1, size - 1
+    slope, offset = (2 / more).unsqueeze(2), (score / more).masked_fill_(closed, torch.inf).unsqueeze(2)
+    leave, stay = score / less, 2 / less
     scale = size.amin(1, keepdim=True) / 2  # gains times this are at most about 1
     changes = size.new_zeros(2, images, classes * bins)
     for first, probs in bands():
@@ -134,7 +139,7 @@ def _moves(bands: Bands, labels: Tensor, size: Tensor, score: Tensor, closed: Te
         gain = torch.addcmul(gain + leave.gather(1, old), before, stay.gather(1, old), value=-1)
         level = (1 - (gain * scale).frexp().exponent).clamp_(1, LEVELS).masked_fill_(gain <= 0, LEVELS + 1)
         wanted[:, part], levels[:, part] = new, level
-        keys = torch.cat([new * bins + level, old * bins + level], 1)
+        keys = torch.add(torch.cat([level, level], 1), torch.cat([new, old], 1), alpha=bins)
         values = torch.cat([behind, -before], 1)
         values = torch.stack([torch.ones_like(values).copysign_(values), values])
         changes.scatter_add_(2, keys.expand(2, -1, -1), values)

@@ -1,0 +1,141 @@
+"""What RankDice may cost on a GPU: operations and host waits, counted on a CPU that works as for a GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.rankdice.test_rankdice import check_masks, odd_rows, smooth_maps
+from utils import presence, rankdice
+from utils.rankdice import METRICS, integral, label_map, rank_dice
+
+VIEWS = {
+    "view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "slice", "select", "t", "transpose", "permute",
+    "as_strided", "unfold", "split", "split_with_sizes", "unbind", "alias", "detach", "lift_fresh",
+}  # fmt: skip
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"}
+
+
+class Count(TorchDispatchMode):
+    """Counts what is dispatched, views apart, and what a host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        name = function._overloadpacket.__name__
+        if name not in VIEWS:
+            self.operations[name] += 1
+        by_mask = name.startswith("index") and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
+        )
+        self.waits += name in WAITS or by_mask
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> type[Count]:
+    monkeypatch.setattr(integral, "CPU", set())
+    for module in (rankdice, rankdice.exact, rankdice.table):
+        monkeypatch.setattr(module, "CPU", set())
+    tolist = Tensor.tolist
+
+    def waiting(self: Tensor) -> object:
+        mode = torch.utils._python_dispatch._get_current_dispatch_mode()
+        if isinstance(mode, Count):
+            mode.waits += 1
+            with torch.utils._python_dispatch._disable_current_modes():
+                return tolist(self)
+        return tolist(self)
+
+    monkeypatch.setattr(Tensor, "tolist", waiting)
+    rank_dice(smooth_maps(1, 2, 80, 80))  # tables of quadrature nodes are made once
+    return Count
+
+
+def maps() -> dict[str, Tensor]:
+    found = {f"{c} x {h} x {w}": smooth_maps(1, c, h, w) for c, h, w in ((1, 64, 64), (1, 300, 400), (3, 128, 130))}
+    found["150 x 80 x 96"] = smooth_maps(1, 150, 80, 96)
+    found["8 images"] = smooth_maps(8, 2, 96, 96)
+    found["constant"] = torch.full((1, 2, 200, 200), 0.7)
+    found["ones"] = torch.ones(2, 1, 352, 352)
+    found["plateaus"] = (smooth_maps(1, 3, 120, 120) * 6).round() / 6
+    found["noise"] = torch.rand(1, 3, 150, 150, generator=torch.Generator().manual_seed(0))
+    found["half"] = smooth_maps(1, 5, 96, 96).half()
+    return found
+
+
+@pytest.mark.parametrize("name", maps())
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("prune", [0.5, None])
+def test_operations_and_waits(as_on_a_gpu: type[Count], name: str, metric: str, prune: float | None) -> None:
+    probs = maps()[name]
+    rank_dice(probs, metric, prune=prune)  # the sample's places are kept
+    with as_on_a_gpu() as count:
+        found = rank_dice(probs, metric, prune=prune)
+    assert count.operations.total() <= 300, count.operations.most_common(12)
+    assert count.waits <= 4
+    check_masks(probs, found)
+
+
+def test_the_label_map_and_presence_on_top(as_on_a_gpu: type[Count]) -> None:
+    counted = set()
+    for probs in (smooth_maps(1, 21, 64, 64), smooth_maps(2, 150, 72, 90), smooth_maps(1, 2, 200, 200)):
+        found = rank_dice(probs, prune=None)
+        with as_on_a_gpu() as count:
+            chosen, _ = presence.choose(found.highest, found.scores)
+            label_map(probs, chosen, found=found)
+        assert count.operations.total() <= 150, count.operations.most_common(12)
+        counted.add(count.operations.total())
+    assert max(counted) - min(counted) < 30  # the rule for presence takes a few rounds
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("smooth", [0.0, 1.0])
+def test_work_as_for_a_gpu_gives_the_masks_of_the_cpu(
+    metric: str, smooth: float, request: pytest.FixtureRequest
+) -> None:
+    probs = torch.cat([smooth_maps(1, 3, 73, 83).flatten(2), odd_rows(73 * 83)], 1)
+    expected = rank_dice(probs, metric, smooth=smooth, prune=None)
+    request.getfixturevalue("as_on_a_gpu")
+    found = rank_dice(probs, metric, smooth=smooth, prune=None)
+    assert torch.equal(found.masks, expected.masks)
+    assert torch.equal(found.cutoffs, expected.cutoffs)
+    assert torch.allclose(found.scores, expected.scores, rtol=1e-10, atol=0)
+
+
+SCRIPT = """
+import sys
+import torch
+from masks.rankdice import label_map, rank_dice
+assert "numpy" not in sys.modules or "numpy" in before, "numpy was imported"
+probs = torch.rand(2, 3, 80, 90).softmax(1)
+found = rank_dice(probs, "iou")
+print(label_map(probs).shape, found.masks.shape, sorted(n for n in sys.modules if n.split(".")[0] in ("utils", "base")))
+"""
+
+
+def test_the_folder_works_anywhere(tmp_path: Path) -> None:
+    """Copied into another project, it needs nothing but torch."""
+    shutil.copytree(Path(rankdice.__file__).parent, tmp_path / "masks/rankdice")
+    (tmp_path / "masks/__init__.py").touch()
+    script = "import torch, sys\nbefore = set(sys.modules)\n" + SCRIPT
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch.Size([2, 80, 90]) torch.Size([2, 3, 80, 90]) []"
+    for path in (tmp_path / "masks/rankdice").glob("*.py"):
+        for line in path.read_text().splitlines():
+            if line.strip().startswith(("import ", "from ")):
+                module = line.split()[1].split(".")[0]
+                assert module in ("", "torch", *sys.stdlib_module_names), (path.name, line)
