@@ -95,6 +95,7 @@ MENTIONS = {
     ("-m", "dataloaders", "prepare"),
     ("-m", "utils.lr_scheduler"),
     ("-m", "utils.predict"),
+    ("-m", "utils.export"),
 }
 
 
