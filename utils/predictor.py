@@ -8,9 +8,9 @@
     result.masks  # (C, H, W) the overlapping masks of the rankdice procedure
     result.scores  # (C,) the Dice each of them can be expected to have
 
-The probabilities are those of the whole image, averaged over the views of the chosen mode; procedures decide on
-them as ``test.py`` does. Images too large for that are predicted in tiles and decided from a temporary file
-(:mod:`utils.predict.spool`), within bounded memory.
+The probabilities are those that ``test.py`` scores (:mod:`utils.predict.network`), averaged over the views of the
+chosen mode; the procedures decide as there (:mod:`utils.predict.segmentation`). Images that are too large are predicted
+in tiles, and decided from a temporary file within bounded memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Predictor:
         tile: side of a tile in pixels, or its (height, width); None: the crop size of the training, else 512.
         overlap: least share of a tile that it has in common with its neighbours.
         batch_size: images, or tiles, per forward pass.
-        device: None: the GPU where there is one. A loaded model is moved to it.
+        device: None: the GPU if there is one. A loaded model is moved to it.
         options: of the procedures; None: those of the config.
         temperature: of the probabilities; None: the config's.
         max_pixels: a larger view is predicted in tiles instead.
@@ -110,9 +110,9 @@ class Predictor:
         self.values = values or ValueRange.of(self.facts.value_range, self.facts.nodata)
         self.options = options or PredictOptions.from_config(settings)
         self.scales = tuple(scales)
-        self.tile = tile or _training_crop(loaded) or 512
-        self.overlap, self.batch_size, self.max_pixels = overlap, batch_size, max_pixels
-        self.memory = memory or _default_memory(self.device)
+        self.cut = tiling.Tiles(_training_crop(loaded) if tile is None else tile, overlap, batch_size)
+        self.batch_size, self.max_pixels = batch_size, max_pixels
+        self.memory = _default_memory(self.device) if memory is None else memory
         self._check()
         self.decide = Decider(
             self.procedure, self.options, keep_masks is not False, keep_probs, stream_masks=keep_masks is True
@@ -122,13 +122,9 @@ class Predictor:
         for name, value, known in (("predict", self.procedure, PROCEDURES), ("mode", self.mode, MODES)):
             if value not in known:
                 raise ValueError(f"{name}: {value!r} is none of {', '.join(known)}{did_you_mean(value, known)}")
-        for name in ("batch_size", "max_pixels", "memory"):
+        for name in ("max_pixels", "memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: at least 1 expected, got {getattr(self, name)}")
-        if min(self.tile if isinstance(self.tile, tuple) else [self.tile]) < 1:
-            raise ValueError(f"tile: at least 1 expected, got {self.tile}")
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"overlap: a share in [0, 1) expected, got {self.overlap}")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales: positive numbers expected, got {list(self.scales)}")
         outside = [c for c in self.options.classes or () if not 0 <= c < self.facts.num_classes]
@@ -204,7 +200,7 @@ class Predictor:
 
     def views(self) -> dict[str, Any]:
         """Return what probabilities depend on beside the network: how files are read, and how images are cut."""
-        cut = (self.mode == "sliding", self.tile, self.overlap, self.max_pixels)
+        cut = (self.mode == "sliding", self.cut.sides, self.cut.overlap, self.max_pixels)
         return {"values": str(self.values), "cut": cut}
 
     def tiles(self, height: int, width: int) -> bool:
@@ -225,8 +221,8 @@ class Predictor:
         """
         height, width = images.shape[-2:]
         if self.mode == "sliding" or self.tiles(height, width):
-            tiles = tiling.Tiles(self.tile, self.overlap, self.batch_size)
-            return tiling.sliding(self.network.probabilities, images, self.facts.num_classes, tiles).clamp_(max=1.0)
+            probs = tiling.sliding(self.network.probabilities, images, self.facts.num_classes, self.cut)
+            return probs.clamp_(max=1.0)
         return self.network.probabilities(images)
 
     def _checked(self, images: Tensor) -> Tensor:
@@ -237,8 +233,7 @@ class Predictor:
     def _stream(self, image: Tensor, missing: np.ndarray | None) -> Segmentation:
         """Segment one image ``(channels, H, W)`` whose probabilities are never in memory as a whole."""
         classes, (height, width) = self.facts.num_classes, image.shape[-2:]
-        tiles = tiling.Tiles(self.tile, self.overlap, self.batch_size, max_bytes=self.memory)
-        blocks = tiling.sliding_blocks(self._checked, image, classes, tiles)
+        blocks = tiling.sliding_blocks(self._checked, image, classes, replace(self.cut, max_bytes=self.memory))
         return self.decide.stream(blocks, (classes, height, width), missing)
 
 
@@ -257,9 +252,12 @@ def _default_memory(device: torch.device) -> int:
     return 512 * 2**20
 
 
-def _training_crop(loaded: LoadedModel) -> int | None:
+def _training_crop(loaded: LoadedModel) -> int | tuple[int, int]:
+    """Return the side of the crops in training, or their (height, width); 512 if images were not cropped."""
     crop = loaded.config.train_loader.args.get("crop_size")
-    return crop if isinstance(crop, int) and crop > 0 else None
+    if isinstance(crop, Sequence) and len(crop) == 2 and min(crop) > 0:
+        return int(crop[0]), int(crop[1])
+    return crop if isinstance(crop, int) and crop > 0 else 512
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:

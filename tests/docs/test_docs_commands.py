@@ -51,6 +51,7 @@ ELSEWHERE = {
         "tests/scripts/test_export.py::test_rank_dice_on_the_output_of_onnxruntime"
     ),
     r"python -m utils\.predict .*--labels": "tests/predict/test_saved.py::test_scores_are_those_of_the_metrics",
+    r"python -m utils\.predict .*--use": "tests/predict/test_saved.py::test_a_fit_is_applied_to_other_probabilities",
     r"python -m utils\.demo --model": "tests/scripts/test_demo.py::test_the_page_is_built_and_answers",
     r"torchrun --standalone --nproc_per_node 4 train\.py": (
         "tests/scripts/test_train_script.py::test_two_processes_train_and_test"

@@ -175,8 +175,11 @@ def test_large_views_are_cut_into_tiles(model: Path) -> None:
 
 
 def test_the_default_tile_is_the_crop_of_the_training(model: Path) -> None:
-    assert Predictor(model).tile == 48
-    assert Predictor(model, tile=64).tile == 64
+    assert Predictor(model).cut.sides == (48, 48)
+    assert Predictor(model, tile=64).cut.sides == (64, 64)
+    assert Predictor(model, tile=(40, 64)).cut.sides == (40, 64)
+    with pytest.raises(ValueError, match="tile: at least 1"):
+        Predictor(model, tile=0)
 
 
 def test_one_class(one_class: Path) -> None:

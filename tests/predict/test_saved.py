@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.config.schema import Predict
 from utils.errors import UserError
 from utils.images.palette import write_mask
 from utils.metrics import Metrics
-from utils.predict import PROCEDURES, PredictOptions
+from utils.predict import PROCEDURES, PredictOptions, probabilities
 from utils.predict import __main__ as command
 from utils.predict.saved import SavedProbs
 from utils.predict.stored import pictures
@@ -97,6 +98,43 @@ def test_volumes_are_decided_as_a_whole(tmp_path: Path, monkeypatch) -> None:
     run(monkeypatch, "--probs", folder, "-p", "max", "--labels", folder, "-o", tmp_path / "scores")
     scores = json.loads((tmp_path / "scores/results.json").read_text())["procedures"]["max"]
     assert scores["Multiclass_Accuracy"] == pytest.approx((probs.argmax(0).numpy() == expected).mean())
+
+
+def test_a_fit_is_applied_to_other_probabilities(tmp_path: Path, monkeypatch, capsys) -> None:
+    """An overconfident network: the temperature that is found is used elsewhere."""
+    generator = torch.Generator().manual_seed(3)
+    for folder in ("val", "test"):
+        (tmp_path / folder).mkdir()
+        for i in range(12):
+            logits = torch.randn(3, 12, 16, generator=generator) * 2
+            labels = torch.distributions.Categorical(logits=logits.movedim(0, -1)).sample().numpy().astype(np.uint8)
+            np.save(tmp_path / folder / f"{i}.npy", (4 * logits).softmax(0).numpy())
+            write_mask(tmp_path / f"{folder}_labels" / f"{i}.png", labels)
+    fit = tmp_path / "fit.json"
+    run(monkeypatch, "--probs", tmp_path / "val", "--labels", tmp_path / "val_labels", "--fit", fit)
+    assert "--use" in capsys.readouterr().out
+    found = json.loads(fit.read_text())
+    assert found["temperature"] == pytest.approx(4, rel=0.15)
+    chosen = ("--use", fit, "-p", "rankdice")
+    run(monkeypatch, "--probs", tmp_path / "test", *chosen, "-o", tmp_path / "out")
+    section = Predict(**found)
+    options = PredictOptions.from_config(section)
+    for i in range(12):
+        saved = torch.from_numpy(np.load(tmp_path / "test" / f"{i}.npy"))[None]
+        probs = probabilities(saved.log(), "softmax", section.temperature, section.bias)
+        expected = pictures("rankdice", probs, PROCEDURES["rankdice"](probs, options), options)[0]
+        written = np.asarray(Image.open(tmp_path / "out" / f"{i}.png"))
+        assert (written == expected).mean() > 0.99
+    scores = []
+    for more in ((), ("--use", fit)):
+        labels = ("--labels", tmp_path / "test_labels", "-o", tmp_path / "scores")
+        run(monkeypatch, "--probs", tmp_path / "test", "-p", "rankdice", *more, *labels)
+        scores.append(json.loads((tmp_path / "scores/results.json").read_text())["procedures"]["rankdice"])
+    gaps = [abs(score["Expected_Dice"] - score["Measured_Dice"]) for score in scores]
+    assert gaps[1] < gaps[0] / 2
+    fit.write_text("{}x")
+    with pytest.raises(UserError, match="expected a file that --fit wrote"):
+        run(monkeypatch, "--probs", tmp_path / "test", "--use", fit)
 
 
 def test_mistakes_are_named(plain: Path, tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,8 @@
 
     python -m utils.predict --probs FOLDER -p rankdice -o masks
     python -m utils.predict --probs FOLDER -p all --labels LABELS
+    python -m utils.predict --probs FOLDER --labels LABELS --fit fit.json
+    python -m utils.predict --probs OTHERS --use fit.json -o masks
 
 FOLDER is what ``test.py --save-probs`` or ``inference.py --probs`` wrote, or holds plain .npz or .npy files (classes,
 height, width) or (classes, depth, height, width) of another program, such as nnU-Net's saved softmax.
@@ -10,6 +12,7 @@ height, width) or (classes, depth, height, width) of another program, such as nn
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -20,9 +23,9 @@ from utils import report, stamps
 from utils.checkpoint import LoadedModel
 from utils.config.schema import PROCEDURES, Component, Config, Predict, Presence, RankDiceOptions, Tester
 from utils.errors import UserError, run
-from utils.evaluation import Evaluator, all_decisions, evaluate, single_decision
+from utils.evaluation import Evaluator, all_decisions, evaluate, fitting, single_decision
 from utils.facts import Facts
-from utils.files import expand
+from utils.files import expand, write_text
 from utils.predict import PredictOptions, stored
 from utils.predict.network import choose_device
 from utils.predict.saved import Case, SavedNetwork, SavedProbs, flat, output_path, write_labels
@@ -40,6 +43,8 @@ def parse_arguments() -> argparse.Namespace:
     add("-p", "--predict", choices=(*PROCEDURES, "all"), help="prediction procedure; all: score every one")
     add("-o", "--output", metavar="FOLDER", help="where masks and scores go (default: masks/PROCEDURE in the folder)")
     add("--labels", metavar="DIR", help="score against these label files, named as the probabilities; writes no masks")
+    add("--fit", metavar="FILE", help="fit temperature, threshold and presence on the labels and write them to a file")
+    add("--use", metavar="FILE", help="apply what --fit wrote")
     add("--class-names", nargs="+", metavar="NAME", help="of plain files, in the order of their channels")
     add("--ignore-index", type=int, default=255, help="label that is not scored, of plain files (default: 255)")
     add("--threshold", type=float, help="of procedure T")
@@ -54,6 +59,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         parser.error(f"--threshold {args.threshold}: expected a number in [0, 1]")
+    if args.fit and (not args.labels or args.use):
+        parser.error("--fit needs --labels, and goes without --use")
     if args.predict == "all" and not args.labels:
         parser.error("-p all scores every procedure: give --labels, or one procedure")
     return args
@@ -90,7 +97,9 @@ def main() -> int:
     """Write masks, or scores."""
     args = parse_arguments()
     job = prepare(args)
-    if args.labels:
+    if args.fit:
+        fit(args, job)
+    elif args.labels:
         score(args, job)
     else:
         decode(args, job)
@@ -110,12 +119,56 @@ def prepare(args: argparse.Namespace) -> Job:
         if len(args.class_names) != facts.num_classes:
             raise UserError(f"--class-names: expected {facts.num_classes} names, found {len(args.class_names)}")
         facts = replace(facts, class_names=tuple(args.class_names))
+    network = SavedNetwork(facts, probs.activation, choose_device(args.device))
+    options = index.options
+    if args.use:
+        options, network = _fitted(expand(args.use), options, network)
     given = {key: getattr(args, key) for key in ("threshold", "metric", "solver", "smooth", "presence")}
-    options = replace(index.options, **{key: value for key, value in given.items() if value is not None})
+    options = replace(options, **{key: value for key, value in given.items() if value is not None})
     if args.prune is not None:
         options = replace(options, prune=None if args.prune == "off" else args.prune)
-    network = SavedNetwork(facts, probs.activation, choose_device(args.device))
+    if options.decides == "fitted" and options.fit is None:
+        raise UserError("--presence fitted: nothing was fitted; give --use with a file that --fit wrote")
     return Job(probs, network, options, args.predict or index.procedure)
+
+
+# ------------------------------------------------------------------------------------------------------ fits
+
+
+def fit(args: argparse.Namespace, job: Job) -> None:
+    """Fit on labelled images, and write what was found: fields of the config's ``predict``."""
+    procedure = job.procedure if job.procedure in PROCEDURES else "rankdice"
+    evaluator = Evaluator(job.network, job.options.classes)
+    found = fitting.fit(
+        evaluator,
+        job.probs,
+        job.options,
+        lambda title: lambda loader: progress_bar(loader, desc=title),
+        procedure=procedure,
+    )
+    print(fitting.text(found, args.probs))
+    path = expand(args.fit)
+    write_text(path, json.dumps({k: v for k, v in found.fields().items() if k != "mode"}, indent=2) + "\n")
+    print(f"written: {path}; apply it to other probabilities with --use")
+
+
+def _fitted(path: Path, options: PredictOptions, network: SavedNetwork) -> tuple[PredictOptions, SavedNetwork]:
+    """Return options and network with what ``--fit`` wrote.
+
+    Raises:
+        UserError: the file is not one of those, or for another number of classes.
+    """
+    try:
+        found = Predict(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--use {path}: expected a file that --fit wrote: {error}") from None
+    if found.bias is not None and len(found.bias) != network.facts.num_classes:
+        raise UserError(
+            f"--use {path}: was fitted on {len(found.bias)} classes, the probabilities have {network.facts.num_classes}"
+        )
+    fields = PredictOptions.from_config(found)
+    options = replace(options, threshold=fields.threshold, presence=fields.presence, fit=fields.fit)
+    return options, replace(network, temperature=found.temperature, bias=found.bias)
 
 
 # ------------------------------------------------------------------------------------------------------ masks

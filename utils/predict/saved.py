@@ -8,7 +8,7 @@ Volumes become one tall image: RankDice and all other procedures treat an image 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,13 @@ class SavedNetwork:
     activation: Activation
     device: torch.device
     temperature: float = 1.0
+    bias: Sequence[float] | None = None
 
     averages = False
 
     def settings(self) -> dict[str, Any]:
         """Return what the probabilities depend on beside the files."""
-        return {"temperature": self.temperature}
+        return {"temperature": self.temperature, "bias": self.bias}
 
     def eval(self) -> None:
         """Do nothing: there is no model."""
@@ -61,9 +62,9 @@ class SavedNetwork:
         """Return logits and probabilities ``(B, C, H, W)``."""
         images = images.to(self.device)
         logits = unlink(images, self.activation)
-        if self.temperature == 1:
+        if self.temperature == 1 and self.bias is None:
             return logits, images  # the very numbers that were saved
-        return logits, probabilities(logits, self.activation, self.temperature)
+        return logits, probabilities(logits, self.activation, self.temperature, self.bias)
 
 
 @dataclass(frozen=True)
