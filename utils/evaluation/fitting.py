@@ -24,6 +24,7 @@ from utils.evaluation.links import Link, LogitSample, fit_bias, fit_temperature
 from utils.metrics import count, image_scores
 from utils.predict import PROCEDURES, PredictOptions
 from utils.predict.network import SCALES, Network
+from utils.predict.saved import SavedNetwork
 
 FOLDS = 5
 KEPT_BYTES = 2**30  # of logits, for the second look at an image
@@ -139,7 +140,7 @@ def fit(
         UserError: the data has no labelled pixel, or the logits are not finite.
     """
     network = evaluator.network
-    assert isinstance(network, Network)  # a checkpoint's; the members of an ensemble are fitted one by one
+    assert isinstance(network, Network | SavedNetwork)  # the members of an ensemble are fitted one by one
     options = replace(options, fit=None, presence="auto")
     total = len(loader.batches.indices) if hasattr(loader, "batches") else len(loader.dataset)
     total = min(total, limit or total)
@@ -356,7 +357,8 @@ def _notes(best: str, trial: _Trial, learned: presence.Learned, threshold: float
 @torch.no_grad()
 def _mode(seen: _Seen, evaluator: Evaluator, found: Fit, options: PredictOptions, procedure: str) -> dict[str, Any]:
     """Return the fields of :class:`Fit` that change if averaging over scales scores clearly higher."""
-    assert isinstance(evaluator.network, Network)
+    if not isinstance(evaluator.network, Network):
+        return {}  # saved probabilities have one view
     facts = evaluator.facts
     single = replace(evaluator.network, temperature=found.link.temperature, bias=found.link.bias)
     options = replace(options, threshold=found.threshold, fit=found.presence)
