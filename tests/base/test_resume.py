@@ -110,7 +110,7 @@ def test_another_learning_rate_and_weight_decay_count(train: Train) -> None:
         ("optimizer.no_decay_on_norm_and_bias=true", "optimizer: the parameter groups are all ("),
         (
             "train_loader.args.in_channels=1 val_loader.args.in_channels=1",
-            "the checkpoint to resume: the weights do not fit UNet",
+            "train_loader: its images have 1 channels, the model takes 3",
         ),
     ],
 )
