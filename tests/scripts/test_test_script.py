@@ -44,6 +44,15 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+def test_without_loaders_for_it_the_held_out_samples_are_scored(tmp_path, monkeypatch, capsys) -> None:
+    train = loader("train", 12, shuffle=True, endless=False, val_fold=[1, 4])
+    path = write_checkpoint(tmp_path / "best_model.pth", train_loader=train, val_loader=None, test_loader=None)
+    run(monkeypatch, capsys, "-r", path, "-p", "max", "-o", tmp_path / "out")
+    protocol = results(tmp_path / "out")["protocol"]
+    assert (protocol["images"], protocol["split"]) == (3, "held out of train")
+    assert "train_loader holds out" in protocol["note"]
+
+
 def test_everything_from_one_call(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     out = run(
         monkeypatch, capsys, "-r", checkpoint, "-p", "all", "-o", tmp_path / "out", "--save-masks",

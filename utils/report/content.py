@@ -144,7 +144,8 @@ def _images_per_class(procedures: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
 def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset: Any) -> dict[str, Any]:
     loader = config.loader("test")
-    assert loader is not None  # its data have just been scored
+    split = loader.args.get("split") if loader else f"held out of {config.train_loader.args.get('split') or 'training'}"
+    loader = loader or config.train_loader
     crop = getattr(dataset, "crop_size", None) if getattr(dataset, "val", False) else None
     names = loaded.facts.class_names
     interest = config.predict.CoI
@@ -154,7 +155,7 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
         "model": config.arch.type,
         "loss": config.loss.type,
         "data": loader.type,
-        "split": loader.args.get("split"),
+        "split": split,
         "note": optimism(config),
         "images": outcome.images,
         "resolution": f"shorter side to {min(crop)}, centre crop {crop[0]} x {crop[1]}" if crop else "whole images",
@@ -178,6 +179,8 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
 def optimism(config: Config) -> str | None:
     """Return a warning if the test data also chose the checkpoint and fitted the threshold, else None."""
     test, val = config.test_loader, config.val_loader
+    if val is None and test is None:
+        return "scored on the samples that train_loader holds out, which chose the checkpoint; scores are optimistic"
     if val is None:
         return None
     if test is None:
