@@ -19,7 +19,8 @@ from dataloaders.shapes.dataset import Shapes
 from tests.shapes_checkpoint import loader, raw_config
 from utils import checkpoint
 from utils.batch import Normalize
-from utils.rankdice import rank_dice
+from utils.config.schema import Predict
+from utils.predict import PROCEDURES, PredictOptions
 
 ORIGINAL, CALIBRATED = "best_model.pth", "best_model_calibrated.pth"
 NO_CLASS = 255
@@ -75,19 +76,19 @@ def command(folder: Path, model: str, procedure: str, output: Path) -> list[str]
     return [*files, "-p", procedure, "-mo", "single", "-d", "cpu"]
 
 
-def fitted(folder: Path) -> tuple[float, float]:
-    """Return the temperature and the threshold that were found."""
-    predict = checkpoint.read(folder / CALIBRATED)["config"]["predict"]
-    return predict["temperature"], predict["threshold"]
+def fitted(folder: Path, model: str = CALIBRATED) -> Predict:
+    """Return what a checkpoint's config says about prediction."""
+    return Predict(**checkpoint.read(folder / model)["config"]["predict"])
 
 
-def probabilities(folder: Path, name: str, temperature: float) -> torch.Tensor:
+def probabilities(folder: Path, name: str, predict: Predict) -> torch.Tensor:
     """Return the probabilities of an image out of the original network, ``(C, H, W)``."""
     loaded = checkpoint.load_model(folder / "best_model.pth")
     image = torch.from_numpy(np.asarray(Image.open(folder / f"photos/{name}.png")).copy()).permute(2, 0, 1)[None]
     with torch.no_grad():
         logits = loaded.model.eval()(Normalize(loaded.facts.mean, loaded.facts.std)(image))
-    return (logits[0] / temperature).softmax(0)
+    bias = torch.zeros(logits.shape[1]) if predict.bias is None else torch.tensor(predict.bias)
+    return (logits[0] / predict.temperature + bias.view(-1, 1, 1)).softmax(0)
 
 
 def above(probs: torch.Tensor, threshold: float) -> np.ndarray:
@@ -97,50 +98,50 @@ def above(probs: torch.Tensor, threshold: float) -> np.ndarray:
 
 
 def test_t_uses_the_fitted_temperature_and_threshold(root: Path, folder: Path, masks: Masks, tmp_path: Path) -> None:
-    temperature, threshold = fitted(folder)
+    found = fitted(folder)
+    temperature, threshold = found.temperature, found.threshold
     assert temperature > 1.5
     assert abs(threshold - 0.5) > 0.05
     script(root, "inference.py", *command(folder, CALIBRATED, "T", tmp_path / "masks"))
     tuned = {name: np.asarray(Image.open(tmp_path / f"masks/{name}.png")) for name in ("a", "b")}
     plain = masks(ORIGINAL, "T")
     for name in ("a", "b"):
-        np.testing.assert_array_equal(plain[name], above(probabilities(folder, name, 1.0), 0.5))
-        np.testing.assert_array_equal(tuned[name], above(probabilities(folder, name, temperature), threshold))
+        np.testing.assert_array_equal(plain[name], above(probabilities(folder, name, Predict()), 0.5))
+        np.testing.assert_array_equal(tuned[name], above(probabilities(folder, name, found), threshold))
     assert (plain["b"] != tuned["b"]).any()
     flags = ("--set", f"predict.temperature={temperature}", "--set", f"predict.threshold={threshold}")
+    flags += ("--set", f"predict.bias={json.dumps(found.bias)}")
     by_flags = masks(ORIGINAL, "T", *flags)
     assert all((by_flags[name] == tuned[name]).all() for name in tuned)
 
 
 def test_both_numbers_count(folder: Path, masks: Masks) -> None:
     """With a threshold that few pixels miss neither number could be told from its default; so with a higher one."""
-    state, temperature = checkpoint.read(folder / CALIBRATED), fitted(folder)[0]
+    state = checkpoint.read(folder / CALIBRATED)
     state["config"]["predict"]["threshold"] = 0.6
     checkpoint.save(state, folder / "strict_calibrated.pth")
     drawn = masks("strict_calibrated.pth", "T")
     for name in ("a", "b"):
-        sure, warm = probabilities(folder, name, 1.0), probabilities(folder, name, temperature)
+        sure, warm = probabilities(folder, name, Predict()), probabilities(folder, name, fitted(folder))
         np.testing.assert_array_equal(drawn[name], above(warm, 0.6))
         for other in (above(sure, 0.5), above(warm, 0.5), above(sure, 0.6)):
             assert (drawn[name] != other).any()
 
 
-def test_rankdice_uses_the_fitted_temperature(folder: Path, masks: Masks, tmp_path: Path) -> None:
+def test_rankdice_and_max_use_what_was_fitted(folder: Path, masks: Masks, tmp_path: Path) -> None:
     drawn = {}
-    for model, temperature in ((ORIGINAL, 1.0), (CALIBRATED, fitted(folder)[0])):
-        drawn[model] = masks(model, "rankdice")
+    for model in (ORIGINAL, CALIBRATED):
+        predict = fitted(folder, model)
+        options = PredictOptions.from_config(predict)
+        drawn[model], plain = masks(model, "rankdice"), masks(model, "max")
         with (tmp_path / f"{model}-rankdice-0/expected_dice.csv").open() as file:
             rows = {Path(row["image"]).stem: row for row in csv.DictReader(file)}
         for name in ("a", "b"):
-            found = rank_dice(probabilities(folder, name, temperature)[None])
+            probs = probabilities(folder, name, predict)[None]
+            np.testing.assert_array_equal(plain[name], PROCEDURES["max"](probs, options).labels[0])
+            found = PROCEDURES["rankdice"](probs, options)
             for c, cls in enumerate(Shapes.class_names):
                 written = rows[name][cls]
                 assert bool(written) == bool(found.volumes[0, c])
                 assert not written or float(written) == pytest.approx(found.scores[0, c].item(), abs=1e-4)
     assert any((drawn[ORIGINAL][name] != drawn[CALIBRATED][name]).any() for name in ("a", "b"))
-
-
-def test_max_is_the_same(masks: Masks) -> None:
-    """Dividing logits by a number changes no order."""
-    plain, tuned = masks(ORIGINAL, "max"), masks(CALIBRATED, "max")
-    assert all((plain[name] == tuned[name]).all() for name in plain)
