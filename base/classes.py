@@ -41,7 +41,7 @@ def read_classes(path: str | Path) -> Classes:
         UserError: the file is missing, holds no class or the same class twice, or its ids have gaps.
     """
     lines = read_lines(path, "classes")
-    if any("\ud800" <= character <= "\udfff" for _, line in lines for character in line):
+    if any(not character.isprintable() and character != "\t" for _, line in lines for character in line):
         raise UserError(f"classes: {path} is not UTF-8 text; save it as UTF-8")
     texts = [line for _, line in lines]
     found = _from_csv(texts, path) or _from_labelmap(texts) or _from_colour_lines(texts) or _from_names(texts, path)

@@ -63,9 +63,9 @@ def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
         config["test_loader"] = {"type": found.loader, "args": shared | found.test | {"batch_size": 1}}
     config |= {
         "optimizer": {"type": "AdamW", "args": {"lr": 0.001, "weight_decay": 0.0001}},
-        "loss": "CrossEntropyLoss2d",
+        "loss": "BCEWithLogitsLoss2d" if found.dataset.num_classes == 1 else "CrossEntropyLoss2d",
         "lr_scheduler": {"type": "Poly", "args": {"warmup": 0.05}},
-        "predict": {"train": "max", "val": "rankdice", "test": "rankdice"},
+        "predict": {"train": "T" if found.dataset.num_classes == 1 else "max", "val": "rankdice", "test": "rankdice"},
         "trainer": {
             "epochs": epochs,
             "save_dir": "saved/",

@@ -163,11 +163,11 @@ def _mask_suffix(root: Path, images: str, masks: str) -> str:
     pairs = [(a, b) for a, b in folders if a.is_dir() and b.is_dir()]
     stems = {path.stem for a, _ in pairs for path in image_files(a)}
     mask_stems = {path.stem for _, b in pairs for path in image_files(b)}
-    if stems & mask_stems:
+    if images != masks and stems & mask_stems:
         return ""
     endings = Counter(m[len(s) :] for m in mask_stems for s in (m[:k] for k in range(1, len(m))) if s in stems)
     best = endings.most_common(1)
-    return best[0][0] if best and best[0][1] > len(stems) / 2 else ""
+    return best[0][0] if best and best[0][1] >= len(stems) / 2 else ""
 
 
 # ---- classes, masks, images
@@ -284,7 +284,7 @@ def _take_values(found: Survey, values: list[int], names: int | None) -> None:
         found.args["ignore_values"] = negative
         found.why["ignore_values"] = "negative values are taken as not labelled"
         ids = [value for value in ids if value >= 0]
-    dense = bool(ids) and ids[-1] < max(names or 0, 2 * len(ids), 8) and ids[-1] < (names or 256)
+    dense = bool(ids) and ids[-1] < max(names or 0, 2 * len(ids), 8) and ids[-1] < max(names or 256, 2)
     if dense:
         count = names or max(ids[-1] + 1, 2)
         if names is None:
@@ -352,7 +352,7 @@ def _take_fractions(found: Survey, root: Path, count: int, names: list[str]) -> 
     if count < 2:
         raise UserError(f"--data-dir: {root} holds {count} sample; training and validation need at least one each")
     fraction = 0.2 if count < 1000 else 0.1
-    found.args["val_fraction"] = max(fraction, 1 / count)
+    found.args["val_fraction"] = round(max(fraction, 1 / count), 4)
     found.why["val_fraction"] = f"of {count} samples; the same ones in every run"
     for pattern in _GROUPS:
         try:

@@ -51,6 +51,7 @@ def test_class_files(tmp_path: Path, text: str, want: Classes, encoding: str) ->
         (b"name,r,g,b\na,0,0,300\n", "0 to 255"),
         (b"colour,what\nred,road\nblue,sky\n", "looks like a table"),
         ("Straße\n".encode("latin-1"), "not UTF-8"),
+        (b"\x00\x01\x02", "not UTF-8"),
     ],
 )
 def test_class_files_that_cannot_be_understood(tmp_path: Path, content: bytes, message: str) -> None:

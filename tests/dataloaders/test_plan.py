@@ -122,6 +122,8 @@ def test_masks_of_every_kind(tmp_path: Path) -> None:
 
     args = made("binary", lambda label: label * 255, count=2)
     assert (args["mask_values"], args["classes"]) == ([0, 255], ["background", "object"])
+    one = plan(tmp_path / "binary", "--classes", "cell")
+    assert (one["loss"], one["train_loader"]["args"]["mask_values"]) == ("BCEWithLogitsLoss2d", [0, 255])
     args = made("jpeg", lambda label: label * 255, "jpg", count=2)
     assert args["threshold"] == 127
     args = made("values", lambda label: label * 100)
@@ -130,6 +132,11 @@ def test_masks_of_every_kind(tmp_path: Path) -> None:
     args = made("colours", lambda label: palette[label])
     assert sorted(args["palette"]) == sorted(palette.tolist())
     assert set(args["classes"]) == {"#0a141e", "#c80000", "#0000fa"}
+    for i in range(10):
+        save(tmp_path / f"one/all/{i}.png", photo(i))
+        save(tmp_path / f"one/all/{i}_mask.png", ids(i))
+    args = plan(tmp_path / "one", "--images", "all", "--masks", "all")["train_loader"]["args"]
+    assert args["mask_suffix"] == "_mask"
     args = made("void", lambda label: np.where(label == 2, 255, label).astype(np.uint8))
     assert args["classes"] == ["background", "object"]
 
