@@ -40,9 +40,10 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "-r",
         "--resume",
+        nargs="+",
         metavar="CHECKPOINT",
-        help="the checkpoint to score, or with -c a network (.pt2, TorchScript, .onnx); default: the config's "
-        "arch.args.file",
+        help="the checkpoint to score; several: an ensemble, the mean of their probabilities. With -c also a network "
+        "(.pt2, TorchScript, .onnx); default: the config's arch.args.file",
     )
     add("-c", "--config", help="config file; replaces the checkpoint's config, except arch")
     add(
@@ -62,7 +63,8 @@ def parse_arguments() -> argparse.Namespace:
         "-o",
         "--output",
         metavar="FOLDER",
-        help="folder of the results (default: beside best_model.pth; for another NAME.pth the folder NAME beside it)",
+        help="folder of the results (default: beside best_model.pth; for another NAME.pth the folder NAME beside it; "
+        "for several the folder ensemble)",
     )
     add("--limit", type=int, metavar="N", help="only the first N images")
     add("--tta", nargs="+", choices=VIEWS, default=[], help="average the probabilities over mirror images, over scales")
@@ -76,6 +78,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit}: expected at least 1")
+    if args.fit and len(args.resume or []) > 1:
+        parser.error("--fit: fit the members of an ensemble one by one")
     if args.fit and (args.predict or args.tta or args.save_masks or args.save_probs or args.boundary):
         parser.error(
             "--fit looks at single views of the validation data: it goes without -p, --tta, --boundary and --save-..."
@@ -93,7 +97,7 @@ def main() -> int:
     from utils import checkpoint, distributed, report
     from utils.evaluation import fitted
 
-    args.resume = str(expand(args.resume)) if args.resume else checkpoint.network_of(args.config)
+    args.resume, *args.members = map(str, map(expand, args.resume or [checkpoint.network_of(args.config)]))
     state = checkpoint.read(args.resume)
     if args.fit:
         state = fitted.without_fit(state)  # a second fit starts where the first one did
@@ -105,11 +109,21 @@ def main() -> int:
     with distributed.process_group(device):
         seed_everything(config.seed, config.deterministic)
         loaded = checkpoint.build_model(state, args.resume, config, device)
+        loaded.others = [member(path, args, overrides, device) for path in args.members]
         if args.fit:
             fit(args, state, loaded, device)
         else:
             score(args, state, loaded, device, folder)
     return 0
+
+
+def member(path: str, args: argparse.Namespace, overrides: list[str], device: torch.device) -> LoadedModel:
+    """Load a further member of an ensemble."""
+    from utils import checkpoint
+
+    state = checkpoint.read(path)
+    config = checkpoint.config_of(state, path, args.config, overrides, trust_code=args.trust_code)
+    return checkpoint.build_model(state, path, config, device)
 
 
 def from_val_loader(stored: Any, given: str | None, overrides: list[str]) -> list[str]:
@@ -141,6 +155,8 @@ def results_folder(args: argparse.Namespace, config: Config) -> Path:
     from base.runs import BEST
 
     path = Path(args.resume)
+    if args.members:
+        path = path.with_name("ensemble.pth")
     if args.output or args.fit:
         return expand(args.output or path.parent)
     folder = path.parent

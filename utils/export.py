@@ -149,7 +149,7 @@ class Deployed(nn.Module):
 
 def deployable(loaded: LoadedModel, logits: bool = False) -> Deployed:
     """Return a module from images in [0, 1] to probabilities, or logits; in float32 on the CPU."""
-    return Deployed(loaded.network("cpu", amp=None, channels_last=False), logits).eval()
+    return Deployed(loaded.single("cpu", amp=None, channels_last=False), logits).eval()
 
 
 def _facts(loaded: LoadedModel, logits: bool) -> dict[str, str]:

@@ -29,7 +29,7 @@ from utils.checkpoint import LoadedModel, load_model
 from utils.errors import UserError, did_you_mean
 from utils.images import Pixels, ValueRange, read_pixels, to_pixels
 from utils.predict import PROCEDURES, PredictOptions, tiling
-from utils.predict.network import AMP_DTYPES, SCALES, Ensemble, Network, check_finite, choose_device
+from utils.predict.network import AMP_DTYPES, SCALES, check_finite, choose_device
 from utils.predict.segmentation import Decider, Segmentation
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -96,7 +96,7 @@ class Predictor:
         self.device = choose_device(device)
         models = [model] if isinstance(model, str | Path | LoadedModel) else model
         members = [m if isinstance(m, LoadedModel) else load_model(m, self.device) for m in models]
-        loaded = members[0]
+        loaded = replace(members[0], others=members[1:])
         settings = loaded.config.predict
         self.facts, self.config = loaded.facts, loaded.config
         self.mode: str = mode if mode is not None else loaded.config.predict.mode
@@ -104,8 +104,7 @@ class Predictor:
         if temperature is not None:
             changes["temperature"] = temperature
         seen = tuple(scales) if self.mode == "multiscale" else (1.0,)
-        networks = tuple(member.network(self.device, scales=seen, flip=flip, **changes) for member in members)
-        self.network: Network | Ensemble = networks[0] if len(networks) == 1 else Ensemble(networks)
+        self.network = loaded.network(self.device, scales=seen, flip=flip, **changes)
         self.procedure = predict or ("rankdice" if settings.test == "rankdice" else "max")
         self.values = values or ValueRange.of(self.facts.value_range, self.facts.nodata)
         self.options = options or PredictOptions.from_config(settings)

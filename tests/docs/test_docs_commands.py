@@ -50,6 +50,10 @@ ELSEWHERE = {
     r"python -m utils\.export .*--format onnx": (
         "tests/scripts/test_export.py::test_rank_dice_on_the_output_of_onnxruntime"
     ),
+    r"python test\.py -r \S+ \S+\.pth": (
+        "tests/scripts/test_test_script.py::test_an_ensemble_scores_the_mean_of_the_probabilities"
+    ),
+    r"python inference\.py -m \S+ \S+\.pth": "tests/scripts/test_inference_script.py::test_an_ensemble",
     r"python -m utils\.predict .*--labels": "tests/predict/test_saved.py::test_scores_are_those_of_the_metrics",
     r"python -m utils\.predict .*--use": "tests/predict/test_saved.py::test_a_fit_is_applied_to_other_probabilities",
     r"python -m utils\.demo --model": "tests/scripts/test_demo.py::test_the_page_is_built_and_answers",

@@ -16,6 +16,7 @@ from PIL import Image
 from tests.shapes_checkpoint import loader, raw_config, write_checkpoint
 from utils.errors import UserError
 from utils.predict import __main__ as decode
+from utils.predict.stored import read_probs
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ["T", "max", "max_present", "rankdice", "rankdice_paper", "rankdice_map", "rankdice_iou"]
@@ -101,6 +102,21 @@ def test_alone_a_procedure_scores_as_among_all(checkpoint, tmp_path, monkeypatch
             k: v for k, v in together[name].items() if k not in timing
         }
         assert not (tmp_path / name / "report.html").exists()
+
+
+def test_an_ensemble_scores_the_mean_of_the_probabilities(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    other = write_checkpoint(tmp_path / "other.pth", predict={"temperature": 3.0})
+    folders = [tmp_path / name for name in ("first", "second", "both")]
+    for files, folder in zip(([checkpoint], [other], [checkpoint, other]), folders, strict=True):
+        out = run(monkeypatch, capsys, "-r", *files, "-p", "max", "-o", tmp_path / "out", "--save-probs", folder)
+    assert f"{checkpoint}, {other}" in " ".join(out.split())
+    saved = sorted(path.name for path in folders[0].glob("*.npz"))
+    assert len(saved) == 7
+    for name in saved:
+        first, second, both = (read_probs(folder / name) for folder in folders)
+        torch.testing.assert_close(both, (first + second) / 2)
+    run(monkeypatch, capsys, "-r", other, checkpoint, "-p", "max")
+    assert (tmp_path / "ensemble/results.json").is_file()
 
 
 def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp_path, monkeypatch, capsys) -> None:

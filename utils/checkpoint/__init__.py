@@ -36,7 +36,7 @@ from utils.config.schema import Config
 from utils.errors import UserError
 from utils.facts import Facts
 from utils.predict import Activation
-from utils.predict.network import AMP_DTYPES, Network
+from utils.predict.network import AMP_DTYPES, Ensemble, Network
 from utils.registry import Registry
 
 __all__ = [
@@ -62,7 +62,10 @@ EXTERNAL = "External"
 
 @dataclass
 class LoadedModel:
-    """A model ready for use: in evaluation mode, on its device, with what its outputs mean."""
+    """A model ready for use: in evaluation mode, on its device, with what its outputs mean.
+
+    ``others`` are further members of an ensemble; the first member gives classes, config and options.
+    """
 
     model: nn.Module
     facts: Facts
@@ -70,9 +73,20 @@ class LoadedModel:
     activation: Activation
     path: Path
     epoch: int
+    others: Sequence[LoadedModel] = ()
 
-    def network(self, device: str | torch.device | None = None, **changes: Any) -> Network:
-        """Return the function from images to probabilities, set up as the config says.
+    @property
+    def paths(self) -> list[Path]:
+        """The files of all members."""
+        return [self.path, *(other.path for other in self.others)]
+
+    def network(self, device: str | torch.device | None = None, **changes: Any) -> Network | Ensemble:
+        """Return the function from images to probabilities, of all members; arguments as :meth:`single`."""
+        own = self.single(device, **changes)
+        return Ensemble((own, *(other.single(device, **changes) for other in self.others))) if self.others else own
+
+    def single(self, device: str | torch.device | None = None, **changes: Any) -> Network:
+        """Return the function from images to probabilities of this model alone, set up as the config says.
 
         Args:
             device: where the model is moved to; None: it stays where it is.

@@ -150,7 +150,7 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
     names = loaded.facts.class_names
     interest = config.predict.CoI
     return {
-        "checkpoint": str(loaded.path),
+        "checkpoint": ", ".join(map(str, loaded.paths)),
         "epoch": loaded.epoch,
         "model": config.arch.type,
         "loss": config.loss.type,

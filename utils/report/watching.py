@@ -77,8 +77,8 @@ class Watcher:
             options=options,
             procedure=self.loaded.config.predict.test if procedure == "all" else procedure,
             temperature=self.evaluator.network.temperature,
-            checkpoint=str(self.loaded.path),
-            run=run_of([self.loaded.path], self.evaluator.network),
+            checkpoint=", ".join(map(str, self.loaded.paths)),
+            run=run_of(self.loaded.paths, self.evaluator.network),
             data="" if scored is None else f"{scored.type} {json.dumps(scored.args, sort_keys=True)}",
         )
         writer = ProbsWriter(folder, index, force)
