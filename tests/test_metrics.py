@@ -219,6 +219,17 @@ def test_classes_of_interest_restrict_means_but_not_the_class_table() -> None:
     assert found["Class_Dice"] == pytest.approx([1.0, 2 / 3, 2 / 3])
 
 
+def test_classes_that_were_not_decided_have_no_score() -> None:
+    target = one([[0, 1, 2, 2]])
+    masks = torch.zeros(1, 3, 1, 4, dtype=torch.bool)
+    masks[0, 2, 0, 1:] = True
+    presence = torch.tensor([[math.nan, math.nan, 0.9]], dtype=torch.float64)
+    found = score(Prediction(masks=masks, presence=presence), target, 3, classes=[2])
+    assert found["Pixel_Accuracy"] == pytest.approx(3 / 4)
+    assert found["Mean_Dice"] == found["Dataset_mDice"] == pytest.approx(4 / 5)
+    assert [math.isnan(v) for v in found["Class_Dice"]] == [True, True, False]
+
+
 def test_one_channel_is_the_class_itself() -> None:
     target = one([[0, 1, 1, IGNORE]])
     as_labels = Prediction(labels=one([[1, 1, 0, 1]]))

@@ -26,7 +26,8 @@ from utils.predict import Prediction
 class Counts(NamedTuple):
     """Pixel counts per image and class, int64 ``(B, C)``, and the pixels that count per image, int64 ``(B,)``.
 
-    ``correct``: pixels of the image given the label of their target (-1 for masks, which may overlap).
+    ``predicted``: -1 for classes on which the procedure did not decide. ``correct``: pixels of the image given the
+    label of their target (-1 for masks, which may overlap).
     """
 
     intersection: Tensor
@@ -57,7 +58,12 @@ def count(
     if labels is not None:
         return _count_labels(labels, target.long(), valid, num_classes, count_ignored)
     assert masks is not None
-    return _count_masks(masks, prediction.volumes, target.long(), valid, num_classes, count_ignored)
+    counts = _count_masks(masks, prediction.volumes, target.long(), valid, num_classes, count_ignored)
+    if prediction.presence is None:
+        return counts
+    # RankDice decides only on the classes of interest: the others have no score.
+    undecided = prediction.presence.isnan().expand(counts.predicted.shape)
+    return counts._replace(predicted=counts.predicted.masked_fill(undecided, -1))
 
 
 def _count_labels(labels: Tensor, target: Tensor, valid: Tensor, num_classes: int, count_ignored: bool) -> Counts:
@@ -146,6 +152,7 @@ def image_scores(counts: Counts, smooth: float = 0.0) -> ImageScores:
     the right label (nan for masks).
     """
     intersection, predicted, target = (c.double() for c in counts[:3])
+    predicted = predicted.masked_fill(predicted < 0, torch.nan)
     total = predicted + target
     nothing = torch.full_like(total, torch.nan)
     dice = torch.where(total > 0, (2 * intersection + smooth) / (total + smooth), nothing)
@@ -341,7 +348,7 @@ def _reduce(scores: ImageScores, counts: Counts, classes: Sequence[int]) -> dict
         [
             dice.nanmean(dim=1),
             iou.nanmean(dim=1),
-            scores.pixel_accuracy.mean(dim=1),  # over all classes, as in the published script
+            scores.pixel_accuracy.nanmean(dim=1),  # over all classes, as in the published script
             scores.accuracy,
         ]
     )

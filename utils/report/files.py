@@ -88,7 +88,7 @@ def _per_image(outcome: Evaluation, facts: Facts) -> str:
         values = [
             scores.dice[:, interest].nanmean(dim=1),
             scores.iou[:, interest].nanmean(dim=1),
-            scores.pixel_accuracy.mean(dim=1),
+            scores.pixel_accuracy.nanmean(dim=1),
         ]
         header += [f"{name}_{key}" for key in ("mDice", "mIoU", "PixelAcc")]
         if expected is not None:
