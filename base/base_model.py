@@ -51,6 +51,8 @@ class BaseModel(nn.Module):
     #: The backbone's name among the modules.
     backbone_name: str = "backbone"
 
+    #: An entry of the state dict that only ``published=True`` has ("": there is none, or no such form).
+    published_entry: ClassVar[str] = ""
     #: Where the weights came from, for the banner; "": they are random, or the backbone knows.
     weights_from: str = ""
 

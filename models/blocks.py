@@ -75,6 +75,18 @@ class ConvBNReLU(nn.Sequential):
         )
 
 
+class SeparableBNReLU(nn.Sequential):
+    """Depthwise 3x3 and pointwise convolution, each with BatchNorm and ReLU; the size stays."""
+
+    def __init__(self, in_channels: int, out_channels: int, dilation: int = 1) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, in_channels, 3, padding=dilation, dilation=dilation, groups=in_channels, bias=False),
+            nn.BatchNorm2d(in_channels),
+            nn.ReLU(inplace=True),
+            *ConvBNReLU(in_channels, out_channels, kernel_size=1),
+        )
+
+
 class PyramidPooling(nn.Module):
     """Pyramid pooling module (Zhao et al., "Pyramid Scene Parsing Network", CVPR 2017, figure 3c).
 
@@ -85,10 +97,12 @@ class PyramidPooling(nn.Module):
         in_channels: C.
         bins: b of each branch.
         out_channels: channels after the fusion.
+        align_corners: how the averages are resized back.
     """
 
-    def __init__(self, in_channels: int, bins: Sequence[int], out_channels: int) -> None:
+    def __init__(self, in_channels: int, bins: Sequence[int], out_channels: int, align_corners: bool = True) -> None:
         super().__init__()
+        self.align_corners = align_corners
         width = in_channels // len(bins)
         self.branches = nn.ModuleList(
             nn.Sequential(
@@ -100,7 +114,7 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, h, w) to (B, out_channels, h, w)."""
-        pooled = [resize_to(branch(x), x, align_corners=True) for branch in self.branches]
+        pooled = [resize_to(branch(x), x, self.align_corners) for branch in self.branches]
         return self.fuse(torch.cat([x, *pooled], dim=1))
 
 
@@ -108,15 +122,17 @@ class ASPP(nn.Module):
     """Atrous spatial pyramid pooling with image pooling (Chen et al., arXiv:1706.05587, figure 5).
 
     A 1x1 branch, one 3x3 branch per rate, and the image's average; concatenated in this order and fused by
-    a 1x1 convolution.
+    a 1x1 convolution. The 3x3 convolutions may be depthwise separable (arXiv:1802.02611, section 3.1).
     """
 
-    def __init__(self, in_channels: int, rates: Sequence[int], out_channels: int = 256, dropout: float = 0.5) -> None:
+    def __init__(self, in_channels: int, rates: Sequence[int], separable: bool = False) -> None:
         super().__init__()
+        out_channels = 256
+        atrous = SeparableBNReLU if separable else ConvBNReLU
         self.branches = nn.ModuleList(
             [
                 ConvBNReLU(in_channels, out_channels, kernel_size=1),
-                *(ConvBNReLU(in_channels, out_channels, dilation=rate) for rate in rates),
+                *(atrous(in_channels, out_channels, dilation=rate) for rate in rates),
             ]
         )
         self.image_pooling = nn.Sequential(
@@ -124,10 +140,10 @@ class ASPP(nn.Module):
             ConvBNReLU(in_channels, out_channels, kernel_size=1, norm=PooledBatchNorm2d),
         )
         self.fuse = ConvBNReLU((len(self.branches) + 1) * out_channels, out_channels, kernel_size=1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, in_channels, h, w) to (B, out_channels, h, w)."""
+        """Map (B, in_channels, h, w) to (B, 256, h, w)."""
         image = resize_to(self.image_pooling(x), x, align_corners=True)
         branches = [branch(x) for branch in self.branches]
         return self.dropout(self.fuse(torch.cat([*branches, image], dim=1)))
@@ -149,13 +165,14 @@ class SkipDecoder(nn.Module):
     figure 2).
 
     The low-level features, reduced to 48 channels, and the coarse ones at the same resolution are
-    concatenated, refined by two 3x3 convolutions and classified.
+    concatenated, refined by two 3x3 convolutions, which may be depthwise separable, and classified.
     """
 
-    def __init__(self, low_channels: int, in_channels: int, num_classes: int, width: int = 256) -> None:
+    def __init__(self, low_channels: int, in_channels: int, num_classes: int, separable: bool = False) -> None:
         super().__init__()
+        width, layer = 256, SeparableBNReLU if separable else ConvBNReLU
         self.reduce_low = ConvBNReLU(low_channels, 48, kernel_size=1)
-        self.refine = nn.Sequential(ConvBNReLU(48 + in_channels, width), ConvBNReLU(width, width), nn.Dropout(0.1))
+        self.refine = nn.Sequential(layer(48 + in_channels, width), layer(width, width), nn.Dropout(0.1))
         self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
 
     def forward(self, low: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from base.base_model import BaseModel
-from models.backbones import Needs, encoder, xception
+from models.backbones import Needs, Xception, encoder
 from models.blocks import ASPP, SkipDecoder, init_weights
 from models.upstream import names
 
@@ -30,8 +30,9 @@ class DeepLab(BaseModel):
             xception), false, or a file's path.
         output_stride: of the features: 16 (default; 32 with an encoder that cannot be dilated), 8 (finer, about
             three times the work) or 32.
-        published: matters for xception only: its shortcuts receive rectified inputs and its second
-            convolution has no ReLU, as in the published code. (There, every ResNet was a resnet101.)
+        published: the published departures, of xception only: no separable convolutions in ASPP and decoder, no
+            ReLU after depthwise convolutions, shortcuts that receive rectified inputs, and no ReLU after the second
+            convolution. (There, every ResNet was a resnet101.)
         freeze_bn: BatchNorm keeps its running statistics.
         freeze_backbone: only the decoder is trained.
     """
@@ -62,14 +63,15 @@ class DeepLab(BaseModel):
             raise ValueError(f"output_stride must be 32, 16 or 8, got {output_stride}")
         stride = output_stride or 16
         if backbone == "xception":
-            self.backbone = xception(in_channels, pretrained, stride, published)
+            self.backbone = Xception(in_channels, pretrained, stride, published)
         else:
             needs = Needs(stride, must=output_stride is not None, whole_stages=True)
             self.backbone = encoder(backbone, in_channels, pretrained, needs)
         self.output_stride = self.backbone.strides[-1]
         low, *_, high = self.backbone.channels
-        self.aspp = ASPP(high, RATES[self.output_stride])
-        self.decoder = SkipDecoder(low, 256, num_classes)
+        separable = backbone == "xception" and not published
+        self.aspp = ASPP(high, RATES[self.output_stride], separable)
+        self.decoder = SkipDecoder(low, 256, num_classes, separable)
         init_weights(self.aspp, self.decoder)
         self.freeze(freeze_bn, freeze_backbone)
 

@@ -4,15 +4,16 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.base_model import BaseModel
-from models.backbones import resnet
 from models.backbones.resnet import RESNETS, ResNet
 from models.blocks import ASPP, SkipDecoder, init_weights
 from models.upstream import names
 
-RATES = (6, 12, 18, 24, 36)
+#: Atrous rates of the paper's pyramid, and of the published one.
+RATES, PUBLISHED_RATES = (6, 12, 18, 24), (6, 12, 18, 24, 36)
 
 
 def hybrid_dilations(backbone: str) -> tuple[tuple[int, ...], ...]:
@@ -28,41 +29,40 @@ def hybrid_dilations(backbone: str) -> tuple[tuple[int, ...], ...]:
 
 
 class DUC(nn.Sequential):
-    """Dense upsampling convolution: each coarse position predicts its factor x factor fine ones.
-
-    1x1 convolution to ``factor ** 2`` times the channels, BatchNorm, ReLU (unless ``relu=False``), pixel
-    shuffle.
+    """The published dense upsampling: 1x1 convolution to ``factor ** 2`` times the channels, BatchNorm, ReLU, and
+    pixel shuffle.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, factor: int, relu: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int, factor: int) -> None:
         super().__init__(
             nn.Conv2d(in_channels, out_channels * factor**2, kernel_size=1, bias=False),
             nn.BatchNorm2d(out_channels * factor**2),
-            nn.ReLU(inplace=True) if relu else nn.Identity(),
+            nn.ReLU(inplace=True),
             nn.PixelShuffle(factor),
         )
-        self.factor = factor
 
-    def start_smooth(self) -> None:
-        """Give the fine positions of a coarse one equal weights: no checkerboard at first (Aitken et al. 2017)."""
-        conv = self[0]
-        assert isinstance(conv, nn.Conv2d)
-        conv.weight.data = conv.weight.data[:: self.factor**2].repeat_interleave(self.factor**2, dim=0)
+
+def start_smooth(conv: nn.Module, factor: int) -> None:
+    """Give the fine positions of a coarse one equal weights: no checkerboard at first (Aitken et al. 2017)."""
+    assert isinstance(conv, nn.Conv2d)
+    conv.weight.data = conv.weight.data[:: factor**2].repeat_interleave(factor**2, dim=0)
 
 
 class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
-    """DeepLab with hybrid dilations and dense upsampling; any input size; logits (B, num_classes, H, W)::
+    """DeepLabv2 with hybrid dilations and dense upsampling; any input size; logits (B, num_classes, H, W)::
+
+        image -> ResNet (HDC, stride 8) -> 3x3 convs with dilations 6, 12, 18, 24, added up -> pixel shuffle x8
+
+    Each 3x3 convolution predicts the 64 pixels of its position for all classes, so its width grows with the classes.
+    Maps of rounded-up sizes are cropped at the bottom and right, never resized.
+
+    ``published=True`` gives the published code's function, another network, which has ASPP and decoder of DeepLabv3+::
 
         image -> ResNet (HDC, stride 8) -> ASPP -> DUC x2 -> [low, ASPP] -> two 3x3 convs -> classifier ->
         DUC x4
                     `-> low-level features (stride 4) -> 1x1 conv, 48 --^
 
-    The paper's own network is DeepLabv2 with one DUC; as in the published code, ASPP and decoder are those of
-    DeepLabv3+. Maps of rounded-up sizes are cropped at the bottom and right, never resized.
-
-    ``published=True`` gives the published code's function: a ReLU after the last DUC, so that logits are
-    never negative (its larger output is cropped to the input), and a last DUC of factor 4 at every output
-    stride.
+    Its last DUC ends in a ReLU, so that logits are never negative, and has the factor 4 at every output stride.
 
     Args:
         num_classes: output channels.
@@ -104,7 +104,7 @@ class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
         if output_stride not in (4, 8):
             raise ValueError(f"output_stride must be 8 or 4, got {output_stride}")
         self.output_stride = output_stride
-        self.backbone = resnet(
+        self.backbone = ResNet(
             backbone,
             in_channels,
             pretrained,
@@ -113,20 +113,29 @@ class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
             stem_stride=output_stride // 4,
         )
         low, *_, high = self.backbone.channels
-        self.aspp = ASPP(high, RATES)
-        self.duc = DUC(256, 256, factor=2)
-        self.decoder = SkipDecoder(low, 256, num_classes)
-        factor = 4 if published else self.backbone.strides[0]
-        self.upsample = DUC(num_classes, num_classes, factor, relu=published)
-        init_weights(self.aspp, self.duc, self.decoder, self.upsample)
-        self.duc.start_smooth()
-        self.upsample.start_smooth()
+        if published:
+            self.aspp = ASPP(high, PUBLISHED_RATES)
+            self.duc = DUC(256, 256, factor=2)
+            self.decoder = SkipDecoder(low, 256, num_classes)
+            self.upsample = DUC(num_classes, num_classes, factor=4)
+            init_weights(self.aspp, self.duc, self.decoder, self.upsample)
+            start_smooth(self.duc[0], 2)
+            start_smooth(self.upsample[0], 4)
+        else:
+            outputs = num_classes * output_stride**2
+            self.dense = nn.ModuleList(nn.Conv2d(high, outputs, 3, padding=r, dilation=r) for r in RATES)
+            init_weights(self.dense)
+            for conv in self.dense:
+                start_smooth(conv, output_stride)
         self.freeze(freeze_bn, freeze_backbone)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return logits at the input's size (twice that, in published form at output stride 4)."""
         low, *_, features = self.backbone(x)
+        if not self.published:
+            scores = sum(conv(features) for conv in self.dense)
+            return F.pixel_shuffle(scores, self.output_stride)[..., : x.shape[-2], : x.shape[-1]]
         fine = self.duc(self.aspp(features))[..., : low.shape[-2], : low.shape[-1]]
         logits = self.upsample(self.decoder(low, fine))
-        scale = self.upsample.factor // self.backbone.strides[0]
+        scale = 4 // self.backbone.strides[0]
         return logits[..., : x.shape[-2] * scale, : x.shape[-1] * scale]

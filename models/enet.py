@@ -192,10 +192,10 @@ class ENet(BaseModel):
     Args:
         num_classes: output channels.
         in_channels: channels of the images, 1 to 15 (the initial block holds the pooled image in 16 channels).
-        freeze_bn: BatchNorm keeps its running statistics.
         published: the published departures: PReLU has a single slope per layer instead of one per feature
             map, the decoder has ReLU instead of PReLU, and the expansion is followed by one more PReLU (ReLU)
             before the sum.
+        freeze_bn: BatchNorm keeps its running statistics.
 
     Deviations from the paper, in both forms: the projection has a quarter of the *input's* channels also where
     a bottleneck changes their number, and the last transposed convolution is 3x3 (the paper leaves both open;
@@ -212,7 +212,7 @@ class ENet(BaseModel):
     )
 
     def __init__(
-        self, num_classes: int, in_channels: int = 3, freeze_bn: bool = False, published: bool = False
+        self, num_classes: int, in_channels: int = 3, published: bool = False, freeze_bn: bool = False
     ) -> None:
         super().__init__(num_classes, in_channels, published)
         if in_channels >= INITIAL_CHANNELS:

@@ -76,12 +76,12 @@ class FCN8(BaseModel):
         in_channels: channels of the images.
         backbone: vgg16 (the paper's) or vgg16_bn.
         pretrained: ImageNet weights for VGG-16, fc6 and fc7 included: true (torchvision's), false, or a path.
-        freeze_bn: BatchNorm (of vgg16_bn) keeps its running statistics.
-        freeze_backbone: only the scoring convolutions are trained.
         published: the published departure: pool3 and pool4 are multiplied by 0.0001 and 0.01 before they are
             scored, as in the authors' "at once" net. Those factors fit Caffe's VGG-16, which takes images in
             [0, 255]. On images and weights as torchvision's, all three streams are of one order of magnitude:
             the factors would silence the finer two (and their gradients), so that the default has none.
+        freeze_bn: BatchNorm (of vgg16_bn) keeps its running statistics.
+        freeze_backbone: only the scoring convolutions are trained.
 
     The enlargements are transposed convolutions with fixed bilinear kernels (the learning rate of the authors'
     "at once" net is 0 there); they are entries of the state dict. About 134 million parameters, 103 of them in
@@ -116,9 +116,9 @@ class FCN8(BaseModel):
         in_channels: int = 3,
         backbone: str = "vgg16",
         pretrained: bool | str = False,
+        published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
-        published: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels, published)
         if backbone not in VGG_16:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from base.base_model import BaseModel, Outputs
-from models.backbones import Backbone, Needs, densenet, encoder
+from models.backbones import Backbone, DenseNet, Needs, encoder
 from models.blocks import FCNHead, PyramidPooling, init_weights
 from models.upstream import names
 
@@ -19,7 +19,6 @@ class PyramidSceneParsing(BaseModel):
                   `-> stage before -> 3x3 conv -> classifier -> x8       (auxiliary, in training)
     """
 
-    align_corners = False
     published_names = (
         *names.pyramid_names("master_branch.0", "pyramid"),
         (r"master_branch\.1\.", "classifier."),
@@ -32,6 +31,7 @@ class PyramidSceneParsing(BaseModel):
         self, backbone: Backbone, num_classes: int, in_channels: int, use_aux: bool, published: bool = False
     ) -> None:
         super().__init__(num_classes, in_channels, published)
+        self.align_corners = not published  # type: ignore[misc]  # the paper's program; the published one mixes both
         self.backbone = backbone
         self.output_stride = backbone.strides[-1]
         *_, before, last = backbone.channels
@@ -65,6 +65,7 @@ class PSPNet(PyramidSceneParsing):
         pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
         stem: "deep" or "torchvision" (7x7), of a ResNet; None: the published one of the backbone.
         use_aux: in training, also return the logits of the auxiliary head on the last stage but one.
+        published: the published departure: the logits are resized without aligned corners, the pyramid with them.
         freeze_bn: BatchNorm keeps its running statistics.
         freeze_backbone: only the decoder is trained.
     """
@@ -86,22 +87,23 @@ class PSPNet(PyramidSceneParsing):
         pretrained: bool | str = False,
         stem: str | None = None,
         use_aux: bool = True,
+        published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
     ) -> None:
         if stem is None:
             stem = "deep" if backbone in ("resnet50", "resnet101", "resnet152") else "torchvision"
-        network = encoder(backbone, in_channels, pretrained, Needs(stride=8, stem=stem))
-        super().__init__(network, num_classes, in_channels, use_aux)
+        network = encoder(backbone, in_channels, pretrained, Needs(stride=8, stem=stem, published=published))
+        super().__init__(network, num_classes, in_channels, use_aux, published)
         self.freeze(freeze_bn, freeze_backbone)
 
 
 class PSPDenseNet(PyramidSceneParsing):
     """PSPNet on a DenseNet at output stride 8; any input size from 5 up; logits (B, num_classes, H, W).
 
-    ``published=True`` gives the published code's function: DenseNet's last BatchNorm and ReLU are left out,
-    so that the pyramid receives raw concatenations. (Its parameter groups also forgot the last block; here
-    it belongs to the backbone always.)
+    ``published=True`` gives the published code's function: DenseNet's last BatchNorm and ReLU are left out, so that
+    the pyramid receives raw concatenations, and the logits are resized without aligned corners. (Its parameter groups
+    also forgot the last block; here it belongs to the backbone always.)
 
     Args:
         num_classes: output channels.
@@ -139,6 +141,6 @@ class PSPDenseNet(PyramidSceneParsing):
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
     ) -> None:
-        network = densenet(backbone, in_channels, pretrained, output_stride=8, stem=stem, last_norm=not published)
+        network = DenseNet(backbone, in_channels, pretrained, output_stride=8, stem=stem, last_norm=not published)
         super().__init__(network, num_classes, in_channels, use_aux, published)
         self.freeze(freeze_bn, freeze_backbone)

@@ -60,10 +60,10 @@ class SegNet(BaseModel):
         num_classes: output channels.
         in_channels: channels of the images.
         pretrained: ImageNet weights for the encoder: true (torchvision's), false, or a file's path.
-        freeze_bn: BatchNorm keeps its running statistics.
-        freeze_backbone: only the decoder is trained (in the published form: what of it is not the encoder's).
         published: the published departure: 9 convolutions and 10 BatchNorms of the decoder are the encoder's
             own, which ties their weights and mixes the running statistics of both uses.
+        freeze_bn: BatchNorm keeps its running statistics.
+        freeze_backbone: only the decoder is trained (in the published form: what of it is not the encoder's).
 
     Deviation from the paper, in both forms: the first encoder convolution, too, is mirrored by one with
     BatchNorm and ReLU (64 to 64 channels), and a further 3x3 convolution classifies.
@@ -83,9 +83,9 @@ class SegNet(BaseModel):
         num_classes: int,
         in_channels: int = 3,
         pretrained: bool | str = False,
+        published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
-        published: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels, published)
         self.backbone = vgg("vgg16_bn", in_channels, pretrained)

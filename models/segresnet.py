@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.base_model import BaseModel
-from models.backbones import resnet
 from models.backbones.resnet import RESNETS, ResNet
 from models.blocks import init_weights
 from models.pooling import pool_with_indices, unpool
@@ -101,13 +100,13 @@ class SegResNet(BaseModel):
         in_channels: channels of the images.
         backbone: resnet18, resnet34, resnet50, resnet101 or resnet152 (the decoder has bottlenecks for all).
         pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
-        freeze_bn: BatchNorm keeps its running statistics.
-        freeze_backbone: only the decoder is trained.
         published: the published departures. Unpooling uses the maxima of the ResNet's overlapping 3x3 windows,
             where indices repeat: which value stays is defined on the CPU only. (By default the positions come from
             a 2x2 pooling of the stem beside the ResNet's own.) The decoder's maps are cut once, in the middle,
             before unpooling; that shifts features by up to 4 pixels of the stem. A stem map of odd width (input
             width 1 or 2 modulo 4) is unpooled to an even width, which shears it.
+        freeze_bn: BatchNorm keeps its running statistics.
+        freeze_backbone: only the decoder is trained.
 
     The published form returns logits at input size for every size, too, where the published code gave one pixel
     more or less, or failed.
@@ -131,12 +130,12 @@ class SegResNet(BaseModel):
         in_channels: int = 3,
         backbone: str = "resnet50",
         pretrained: bool | str = False,
+        published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
-        published: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels, published)
-        self.backbone = resnet(backbone, in_channels, pretrained)
+        self.backbone = ResNet(backbone, in_channels, pretrained)
         self.pool = StemPooling(overlapping=published)
         blocks, _ = RESNETS[backbone]
         stem = self.backbone.stem_channels

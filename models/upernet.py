@@ -18,27 +18,31 @@ class FPN(nn.Module):
     """Feature pyramid network (Lin et al., CVPR 2017), its levels fused at the finest resolution.
 
     Lateral 1x1 convolutions; from coarse to fine, each level is added to the next; 3x3 smoothing of all
-    levels but the coarsest; concatenation and a 3x3 convolution.
+    levels but the coarsest; concatenation and a 3x3 convolution. Each convolution has BatchNorm and ReLU, as in the
+    authors' program.
 
     Args:
-        channels: of the levels, fine to coarse. The coarsest has no lateral convolution if it has ``width``
-            already.
+        channels: of the levels, fine to coarse. The coarsest has no lateral convolution; it has ``width`` already, or
+            ``published``.
         width: channels of every level and of the result.
         published: as in the published code, add the coarser *lateral* map only (nothing accumulates), share
-            one smoothing convolution, and have no lateral convolution at the finest level.
+            one smoothing convolution, have no lateral convolution at the finest level, have neither BatchNorm nor
+            ReLU but at the end, and resize with aligned corners.
     """
 
     def __init__(self, channels: tuple[int, ...], width: int, published: bool = False) -> None:
         super().__init__()
-        self.accumulate = not published
-        self.laterals = nn.ModuleList(nn.Conv2d(c, width, kernel_size=1) for c in channels)
-        if channels[-1] == width:
-            self.laterals[-1] = nn.Identity()
-        if published:
-            self.laterals[0] = nn.Identity()
+        self.published = published
         count = len(channels) - 1
-        smooth = [nn.Conv2d(width, width, kernel_size=3, padding=1) for _ in range(1 if published else count)]
-        self.smooth = nn.ModuleList(smooth * count if published else smooth)
+        if published:
+            laterals = [nn.Identity(), *(nn.Conv2d(c, width, kernel_size=1) for c in channels[1:])]
+            smooth: list[nn.Module] = [nn.Conv2d(width, width, kernel_size=3, padding=1)] * count
+        else:
+            laterals = [ConvBNReLU(c, width, kernel_size=1) for c in channels[:-1]]
+            smooth = [ConvBNReLU(width, width) for _ in range(count)]
+        if channels[-1] == width:
+            laterals = [*laterals[:count], nn.Identity()]
+        self.laterals, self.smooth = nn.ModuleList(laterals), nn.ModuleList(smooth)
         self.fuse = ConvBNReLU(len(channels) * width, width)
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -47,21 +51,21 @@ class FPN(nn.Module):
         top = laterals[-1]
         levels = [top]
         for lateral, smooth in zip(laterals[-2::-1], reversed(self.smooth), strict=True):
-            total = lateral + resize_to(top, lateral, align_corners=True)
+            total = lateral + resize_to(top, lateral, self.published)
             levels.insert(0, smooth(total))
-            top = total if self.accumulate else lateral
-        return self.fuse(torch.cat([resize_to(x, levels[0], align_corners=True) for x in levels], dim=1))
+            top = lateral if self.published else total
+        return self.fuse(torch.cat([resize_to(x, levels[0], self.published) for x in levels], dim=1))
 
 
 class UperNet(BaseModel):
     """Figure 4 of the paper; any input size; logits (B, num_classes, H, W)::
 
-        image -> backbone -> c1, c2, c3, c4 -> pyramid pooling on c4 -> FPN -> fused (stride 4) -> 3x3 conv ->
+        image -> backbone -> c1, c2, c3, c4 -> pyramid pooling on c4 -> FPN -> fused (stride 4) -> 1x1 conv ->
         x4
 
     ``published=True`` gives the published code's function: features at stride 16 by default, pyramid bins
-    1, 2, 4, 6 fused to 2048 channels, and an FPN without accumulation (see :class:`FPN`). (There, every
-    backbone was a resnet101.)
+    1, 2, 4, 6 fused to 2048 channels, an FPN of 256 channels without accumulation (see :class:`FPN`), and a 3x3
+    convolution for classifier. (There, every backbone was a resnet101.)
 
     Args:
         num_classes: output channels.
@@ -70,7 +74,8 @@ class UperNet(BaseModel):
         pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
         output_stride: of the deepest features: 32 (the paper's and the default), 16 (default if published)
             or 8.
-        fpn_out: channels of the FPN.
+        fpn_out: channels of the FPN: 512 (the paper's and the default), or for instance 256, which takes a third of
+            the work (default if published).
         published: see above.
         freeze_bn: BatchNorm keeps its running statistics.
         freeze_backbone: only the decoder is trained.
@@ -95,12 +100,13 @@ class UperNet(BaseModel):
         backbone: str = "resnet101",
         pretrained: bool | str = False,
         output_stride: int | None = None,
-        fpn_out: Width = 256,
+        fpn_out: Width | None = None,
         published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels, published)
+        fpn_out = fpn_out or (256 if published else 512)
         if output_stride not in (None, 32, 16, 8):
             raise ValueError(f"output_stride must be 32, 16 or 8, got {output_stride}")
         stride = output_stride or (16 if published else 32)
@@ -114,9 +120,9 @@ class UperNet(BaseModel):
                 f"got {fpn_out}"
             )
         bins, pyramid_out = ((1, 2, 4, 6), last) if published else ((1, 2, 3, 6), fpn_out)
-        self.pyramid = PyramidPooling(last, bins, pyramid_out)
+        self.pyramid = PyramidPooling(last, bins, pyramid_out, align_corners=published)
         self.fpn = FPN((*channels, pyramid_out), fpn_out, published)
-        self.classifier = nn.Conv2d(fpn_out, num_classes, kernel_size=3, padding=1)
+        self.classifier = nn.Conv2d(fpn_out, num_classes, *((3, 1, 1) if published else (1,)))
         init_weights(self.pyramid, self.fpn, self.classifier)
         self.freeze(freeze_bn, freeze_backbone)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.backbones.common import Backbone
-from models.backbones.densenet import DenseNet, densenet
+from models.backbones.densenet import DenseNet
 from models.backbones.from_timm import PREFIX, TimmEncoder
-from models.backbones.resnet import WHOLE_STAGES, ResNet, resnet
+from models.backbones.resnet import WHOLE_STAGES, ResNet
 from models.backbones.vgg import VGG, vgg
-from models.backbones.xception import Xception, xception
+from models.backbones.xception import Xception
 
 __all__ = [
     "VGG",
@@ -23,11 +23,8 @@ __all__ = [
     "ResNet",
     "TimmEncoder",
     "Xception",
-    "densenet",
     "encoder",
-    "resnet",
     "vgg",
-    "xception",
 ]
 
 
@@ -62,7 +59,7 @@ def encoder(name: str, in_channels: int, pretrained: bool | str, needs: Needs) -
     """
     if not name.startswith(PREFIX):
         dilations = WHOLE_STAGES.get(needs.stride) if needs.whole_stages else None
-        return resnet(name, in_channels, pretrained, needs.stride, dilations, needs.stem)
+        return ResNet(name, in_channels, pretrained, needs.stride, dilations, needs.stem)
     if needs.published:
         raise ValueError(f"published: true is a structure on ResNets; leave it out with {name}")
     if needs.stem != "torchvision":

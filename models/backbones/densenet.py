@@ -68,7 +68,18 @@ class DenseNet(Backbone):
     """A DenseNet without its classifier: features after transition1 to transition3 and after the last block.
 
     Paper: Huang et al., "Densely Connected Convolutional Networks", CVPR 2017. Names are torchvision's,
-    without its outer ``features.``. Arguments: see :func:`densenet`.
+    without its outer ``features.``.
+
+    Args:
+        name: densenet121, densenet161, densenet169 or densenet201.
+        in_channels: channels of the images.
+        pretrained: see :func:`models.backbones.common.load_pretrained`.
+        output_stride: 32, 16 or 8: the last one or two transitions do not pool, and the 3x3 convolutions of
+            the blocks behind them are dilated instead.
+        stem: "torchvision" (7x7), or "unpadded", the published code's stem for networks without ImageNet
+            weights: a 3x3 convolution with stride 2, then one 3x3 convolution *used twice with the same
+            weights*, all without padding and each with BatchNorm and ReLU; images must be at least 15 x 15.
+        last_norm: whether the last block's features pass the network's last BatchNorm and ReLU.
     """
 
     denseblock4: DenseBlock
@@ -77,6 +88,7 @@ class DenseNet(Backbone):
         self,
         name: str,
         in_channels: int = 3,
+        pretrained: bool | str = False,
         output_stride: int = 32,
         stem: str = "torchvision",
         last_norm: bool = True,
@@ -103,6 +115,16 @@ class DenseNet(Backbone):
         for module in self.modules():  # as torchvision
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
+        unpadded = stem == "unpadded"
+        load_pretrained(
+            self,
+            name + (" with the unpadded stem" if unpadded else ""),
+            pretrained,
+            first_conv="stem.0.weight",
+            ignore=("classifier.",) if last_norm else ("classifier.", "norm5."),
+            has_torchvision_weights=not unpadded,
+            rename=_from_torchvision_names,
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the features after transition1, 2, 3 and after the last block (sizes rounded down)."""
@@ -115,41 +137,6 @@ class DenseNet(Backbone):
         if self.norm5 is not None:
             x = F.relu(self.norm5(x))
         return [*features, x]
-
-
-def densenet(
-    name: str,
-    in_channels: int = 3,
-    pretrained: bool | str = False,
-    output_stride: int = 32,
-    stem: str = "torchvision",
-    last_norm: bool = True,
-) -> DenseNet:
-    """Build a DenseNet backbone.
-
-    Args:
-        name: densenet121, densenet161, densenet169 or densenet201.
-        in_channels: channels of the images.
-        pretrained: see :func:`models.backbones.common.load_pretrained`.
-        output_stride: 32, 16 or 8: the last one or two transitions do not pool, and the 3x3 convolutions of
-            the blocks behind them are dilated instead.
-        stem: "torchvision" (7x7), or "unpadded", the published code's stem for networks without ImageNet
-            weights: a 3x3 convolution with stride 2, then one 3x3 convolution *used twice with the same
-            weights*, all without padding and each with BatchNorm and ReLU; images must be at least 15 x 15.
-        last_norm: whether the last block's features pass the network's last BatchNorm and ReLU.
-    """
-    backbone = DenseNet(name, in_channels, output_stride, stem, last_norm)
-    unpadded = stem == "unpadded"
-    load_pretrained(
-        backbone,
-        name + (" with the unpadded stem" if unpadded else ""),
-        pretrained,
-        first_conv="stem.0.weight",
-        ignore=("classifier.",) if last_norm else ("classifier.", "norm5."),
-        has_torchvision_weights=not unpadded,
-        rename=_from_torchvision_names,
-    )
-    return backbone
 
 
 def _stem(kind: str, in_channels: int, width: int) -> nn.Sequential:

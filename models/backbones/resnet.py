@@ -41,7 +41,19 @@ class ResNet(Backbone):
     """A ResNet without its classifier: features of the four stages. Names are torchvision's.
 
     Paper: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016 (with torchvision's stride
-    on the 3x3 convolution of a bottleneck). Arguments: see :func:`resnet`.
+    on the 3x3 convolution of a bottleneck).
+
+    Args:
+        name: resnet18, resnet34, resnet50, resnet101 or resnet152.
+        in_channels: channels of the images.
+        pretrained: see :func:`models.backbones.common.load_pretrained`.
+        output_stride: 32, 16 or 8: the last one or two stages keep their resolution.
+        dilations: per stage one number for all its 3x3 convolutions, or one per block. By default each
+            stage that lost its stride doubles the dilation, and (as in torchvision's
+            ``replace_stride_with_dilation``) the first 3x3 of its first block keeps the dilation of the
+            stage before.
+        stem: "torchvision" (7x7), or "deep": three 3x3 convolutions, as in PSPNet.
+        stem_stride: 2, or 1 to double the resolution of all features.
     """
 
     layer1: nn.Sequential
@@ -53,6 +65,7 @@ class ResNet(Backbone):
         self,
         name: str,
         in_channels: int = 3,
+        pretrained: bool | str = False,
         output_stride: int = 32,
         dilations: Dilations | None = None,
         stem: str = "torchvision",
@@ -82,6 +95,15 @@ class ResNet(Backbone):
             stage_strides.append(stride)
         self.strides = tuple(stage_strides)
         self._initialise()
+        deep = stem == "deep"
+        load_pretrained(
+            self,
+            name + (" with the deep stem" if deep else ""),
+            pretrained,
+            first_conv="conv1.0.weight" if deep else "conv1.weight",
+            ignore=("fc.",),
+            has_torchvision_weights=not deep,
+        )
 
     def _stage(self, inplanes: int, planes: int, stride: int, schedule: list[tuple[int, int]]) -> nn.Sequential:
         """Build one stage; ``schedule`` holds (dilation of the first 3x3, of the others) per block."""
@@ -119,45 +141,6 @@ class ResNet(Backbone):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the features of layer1 to layer4."""
         return self.stages(self.maxpool(self.stem(x)))
-
-
-def resnet(
-    name: str,
-    in_channels: int = 3,
-    pretrained: bool | str = False,
-    output_stride: int = 32,
-    dilations: Dilations | None = None,
-    stem: str = "torchvision",
-    stem_stride: int = 2,
-) -> ResNet:
-    """Build a ResNet backbone.
-
-    Args:
-        name: resnet18, resnet34, resnet50, resnet101 or resnet152.
-        in_channels: channels of the images.
-        pretrained: see :func:`models.backbones.common.load_pretrained`.
-        output_stride: 32, 16 or 8: the last one or two stages keep their resolution.
-        dilations: per stage one number for all its 3x3 convolutions, or one per block. By default each
-            stage that lost its stride doubles the dilation, and (as in torchvision's
-            ``replace_stride_with_dilation``) the first 3x3 of its first block keeps the dilation of the
-            stage before.
-        stem: "torchvision" (7x7), or "deep": three 3x3 convolutions, as in PSPNet.
-        stem_stride: 2, or 1 to double the resolution of all features.
-
-    Returns:
-        the backbone; ``channels`` and ``strides`` describe layer1 to layer4.
-    """
-    backbone = ResNet(name, in_channels, output_stride, dilations, stem, stem_stride)
-    deep = stem == "deep"
-    load_pretrained(
-        backbone,
-        name + (" with the deep stem" if deep else ""),
-        pretrained,
-        first_conv="conv1.0.weight" if deep else "conv1.weight",
-        ignore=("fc.",),
-        has_torchvision_weights=not deep,
-    )
-    return backbone
 
 
 def _stem(kind: str, in_channels: int, stride: int) -> tuple[nn.Module, int]:

@@ -13,9 +13,11 @@ MIDDLE_BLOCKS = range(4, 20)
 
 
 class SeparableConv(nn.Module):
-    """Depthwise 3x3 convolution, BatchNorm, 1x1 convolution."""
+    """Depthwise 3x3 convolution, BatchNorm, ReLU (unless ``relu=False``), 1x1 convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1, relu: bool = True
+    ) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(
             in_channels,
@@ -28,11 +30,12 @@ class SeparableConv(nn.Module):
             bias=False,
         )
         self.bn = nn.BatchNorm2d(in_channels)
+        self.relu = nn.ReLU(inplace=True) if relu else nn.Identity()
         self.pointwise = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, h, w) to (B, out_channels, h / stride, w / stride)."""
-        return self.pointwise(self.bn(self.depthwise(x)))
+        return self.pointwise(self.relu(self.bn(self.depthwise(x))))
 
 
 class XceptionBlock(nn.Module):
@@ -43,8 +46,8 @@ class XceptionBlock(nn.Module):
         stride, dilation: of the block and of its convolutions.
         leading_relu: whether the first separable convolution has its ReLU.
         widen_first: whether the first separable convolution changes the channels, or the second.
-        relu_before_shortcut: the published code's leading ReLU works in place, so that the shortcut too
-            receives the rectified input; the paper's shortcut receives the input itself.
+        published: the published departures: no ReLU after depthwise convolutions, and a leading ReLU that works in
+            place, so that the shortcut receives the rectified input, too.
     """
 
     def __init__(
@@ -55,19 +58,20 @@ class XceptionBlock(nn.Module):
         dilation: int = 1,
         leading_relu: bool = True,
         widen_first: bool = True,
-        relu_before_shortcut: bool = False,
+        published: bool = False,
     ) -> None:
         super().__init__()
+        separable = partial(SeparableConv, dilation=dilation, relu=not published)
         middle = out_channels if widen_first else in_channels
         self.body = nn.Sequential(
             *([nn.ReLU()] if leading_relu else []),  # not in place: the shortcut reads the same tensor
-            SeparableConv(in_channels, middle, dilation=dilation),
+            separable(in_channels, middle),
             nn.BatchNorm2d(middle),
             nn.ReLU(inplace=True),
-            SeparableConv(middle, out_channels, dilation=dilation),
+            separable(middle, out_channels),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
-            SeparableConv(out_channels, out_channels, stride, dilation),
+            separable(out_channels, out_channels, stride),
             nn.BatchNorm2d(out_channels),
         )
         if stride != 1 or in_channels != out_channels:
@@ -77,7 +81,7 @@ class XceptionBlock(nn.Module):
             )
         else:
             self.shortcut = nn.Identity()
-        self.relu_before_shortcut = relu_before_shortcut and leading_relu
+        self.relu_before_shortcut = published and leading_relu
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, h, w) to (B, out_channels, h / stride, w / stride)."""
@@ -87,20 +91,27 @@ class XceptionBlock(nn.Module):
 
 
 class Xception(Backbone):
-    """The "aligned" Xception: strided separable convolutions instead of pooling, BatchNorm after each
+    """The "aligned" Xception: strided separable convolutions instead of pooling, BatchNorm and ReLU after each
     depthwise one.
 
     Papers: Chollet, "Xception: Deep Learning with Depthwise Separable Convolutions", CVPR 2017; Chen et al.,
     "Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation", ECCV 2018, figure 4.
+    ``pretrained`` takes a file only (see :func:`models.backbones.common.load_pretrained`).
     Features: the first block's (128 channels, stride 4) and the last convolution's (2048, the output stride).
 
-    ``published=True`` gives the published code's function: shortcuts receive rectified inputs (but
-    block1's), and the second convolution has no ReLU.
+    ``published=True`` gives the published code's function: no ReLU after depthwise convolutions, shortcuts receive
+    rectified inputs (but block1's), and the second convolution has no ReLU.
     """
 
     channels = (128, 2048)
 
-    def __init__(self, in_channels: int = 3, output_stride: int = 16, published: bool = False) -> None:
+    def __init__(
+        self,
+        in_channels: int = 3,
+        pretrained: bool | str = False,
+        output_stride: int = 16,
+        published: bool = False,
+    ) -> None:
         super().__init__()
         if output_stride not in (8, 16):
             raise ValueError(f"output_stride must be 16 or 8 for xception, got {output_stride}")
@@ -108,7 +119,8 @@ class Xception(Backbone):
         stride3, dilation, exit_dilation = (2, 1, 2) if output_stride == 16 else (1, 2, 4)
         self.published = published
 
-        block = partial(XceptionBlock, relu_before_shortcut=published)
+        block = partial(XceptionBlock, published=published)
+        separable = partial(SeparableConv, dilation=exit_dilation, relu=not published)
 
         self.conv1 = nn.Conv2d(in_channels, 32, kernel_size=3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(32)
@@ -120,15 +132,16 @@ class Xception(Backbone):
         for i in MIDDLE_BLOCKS:
             self.add_module(f"block{i}", block(728, 728, dilation=dilation))
         self.block20 = block(728, 1024, dilation=dilation, widen_first=False)
-        self.conv3 = SeparableConv(1024, 1536, dilation=exit_dilation)
+        self.conv3 = separable(1024, 1536)
         self.bn3 = nn.BatchNorm2d(1536)
-        self.conv4 = SeparableConv(1536, 1536, dilation=exit_dilation)
+        self.conv4 = separable(1536, 1536)
         self.bn4 = nn.BatchNorm2d(1536)
-        self.conv5 = SeparableConv(1536, 2048, dilation=exit_dilation)
+        self.conv5 = separable(1536, 2048)
         self.bn5 = nn.BatchNorm2d(2048)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        load_pretrained(self, "xception", pretrained, "conv1.weight", has_torchvision_weights=False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return [low-level features (B, 128, H / 4, W / 4), features (B, 2048, H / os, W / os)]."""
@@ -142,15 +155,3 @@ class Xception(Backbone):
         x = F.relu(self.bn3(self.conv3(x)))
         x = F.relu(self.bn4(self.conv4(x)))
         return [low, F.relu(self.bn5(self.conv5(x)))]
-
-
-def xception(
-    in_channels: int = 3,
-    pretrained: bool | str = False,
-    output_stride: int = 16,
-    published: bool = False,
-) -> Xception:
-    """Build the Xception backbone; ``pretrained`` takes a file only (see ``load_pretrained``)."""
-    backbone = Xception(in_channels, output_stride, published)
-    load_pretrained(backbone, "xception", pretrained, "conv1.weight", has_torchvision_weights=False)
-    return backbone

@@ -122,7 +122,7 @@ def infer(
     told: dict[str, Any] = {
         "backbone": backbone_of(weights),
         "in_channels": image_channels(weights),
-        "published": has_published_names(weights, rules) or None,
+        "published": has_published_names(weights, rules) or MODELS[kind].published_entry in weights or None,
         "pretrained": False,
         "use_deconv": "decon1.weight" in weights or None,
         "stem": "unpadded" if "block0.3.weight" in weights else None,

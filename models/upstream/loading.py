@@ -92,9 +92,9 @@ def reasons(model: BaseModel, weights: Mapping[str, Tensor]) -> list[str]:
     channels = image_channels(weights)
     if channels is not None and channels != model.in_channels and not found:
         found.append(f"the weights are for images with {channels} channels, the model for {model.in_channels}")
-    is_published = has_published_names(weights, model.published_names)
+    is_published = has_published_names(weights, model.published_names) or model.published_entry in weights
     if is_published and not model.published and "published" in parameters(type(model)):
-        found.append("this is a published checkpoint: build the model with published: true")
+        found.append("they have the published form: build the model with published: true")
     return found
 
 

@@ -11,22 +11,22 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from models.backbones import Backbone, densenet, resnet, vgg, xception
+from models.backbones import Backbone, DenseNet, ResNet, Xception, vgg
 from models.backbones.common import adapt_first_conv
 from models.backbones.resnet import RESNETS
 from models.deeplab_duc_hdc import hybrid_dilations
 from utils.errors import UserError
 
 FAMILY = [
-    *((resnet, {"name": name, "output_stride": stride}) for name in RESNETS for stride in (32, 16, 8)),
-    (resnet, {"name": "resnet50", "output_stride": 8, "stem": "deep"}),
-    (resnet, {"name": "resnet50", "output_stride": 8, "stem_stride": 1}),
-    (resnet, {"name": "resnet18", "dilations": (1, 1, (2, 3), 4), "output_stride": 16}),
+    *((ResNet, {"name": name, "output_stride": stride}) for name in RESNETS for stride in (32, 16, 8)),
+    (ResNet, {"name": "resnet50", "output_stride": 8, "stem": "deep"}),
+    (ResNet, {"name": "resnet50", "output_stride": 8, "stem_stride": 1}),
+    (ResNet, {"name": "resnet18", "dilations": (1, 1, (2, 3), 4), "output_stride": 16}),
     *((vgg, {"name": name}) for name in ("vgg11", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19_bn")),
-    *((densenet, {"name": name, "output_stride": 8}) for name in ("densenet121", "densenet161")),
-    (densenet, {"name": "densenet169", "output_stride": 32}),
-    (densenet, {"name": "densenet201", "output_stride": 16, "last_norm": False}),
-    *((xception, {"output_stride": stride}) for stride in (16, 8)),
+    *((DenseNet, {"name": name, "output_stride": 8}) for name in ("densenet121", "densenet161")),
+    (DenseNet, {"name": "densenet169", "output_stride": 32}),
+    (DenseNet, {"name": "densenet201", "output_stride": 16, "last_norm": False}),
+    *((Xception, {"output_stride": stride}) for stride in (16, 8)),
 ]
 
 
@@ -67,7 +67,7 @@ def test_resnets_compute_what_torchvision_computes(name: str, output_stride: int
         pytest.skip("torchvision does not dilate basic blocks")
     theirs = randomised(torchvision.models.get_model(name, replace_stride_with_dilation=list(dilate)))
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
-    ours = resnet(name, pretrained=str(tmp_path / "weights.pth"), output_stride=output_stride).eval()
+    ours = ResNet(name, pretrained=str(tmp_path / "weights.pth"), output_stride=output_stride).eval()
     x = torch.randn(1, 3, 65, 97)
     with torch.no_grad():
         y, features = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x)))), ours(x)
@@ -98,7 +98,7 @@ def test_densenets_compute_what_torchvision_computes(tmp_path: Path) -> None:
     old = {k.replace("norm1", "norm.1").replace("conv1", "conv.1"): v for k, v in theirs.state_dict().items()}
     old = {k.replace("norm2", "norm.2").replace("conv2", "conv.2"): v for k, v in old.items()}
     torch.save(old, tmp_path / "weights.pth")
-    ours = densenet("densenet121", pretrained=str(tmp_path / "weights.pth")).eval()
+    ours = DenseNet("densenet121", pretrained=str(tmp_path / "weights.pth")).eval()
     x = torch.randn(1, 3, 65, 97)
     with torch.no_grad():
         torch.testing.assert_close(ours(x)[-1], theirs.features(x).relu())
@@ -111,12 +111,12 @@ def dilations(backbone: nn.Module, stage: str) -> list[int]:
 
 def test_dilations_follow_the_output_stride_or_the_argument() -> None:
     with torch.device("meta"):
-        by_stride = resnet("resnet18", output_stride=8)
+        by_stride = ResNet("resnet18", output_stride=8)
         assert dilations(by_stride, "layer3") == [1, 2, 2, 2]
         assert dilations(by_stride, "layer4") == [2, 4, 4, 4]
-        given = resnet("resnet50", output_stride=16, dilations=(1, 1, 1, 2))
+        given = ResNet("resnet50", output_stride=16, dilations=(1, 1, 1, 2))
         assert dilations(given, "layer4") == [2, 2, 2]
-        hybrid = resnet("resnet101", output_stride=8, dilations=hybrid_dilations("resnet101"))
+        hybrid = ResNet("resnet101", output_stride=8, dilations=hybrid_dilations("resnet101"))
         assert dilations(hybrid, "layer3") == [1, 2, 3] * 7 + [2, 2]
         assert dilations(hybrid, "layer4") == [3, 4, 5]
 
@@ -124,15 +124,15 @@ def test_dilations_follow_the_output_stride_or_the_argument() -> None:
 @pytest.mark.parametrize(
     ("make", "args", "message"),
     [
-        (resnet, {"name": "resnet20"}, "resnet20"),
-        (resnet, {"name": "resnet18", "output_stride": 4}, "output_stride"),
-        (resnet, {"name": "resnet18", "stem": "wide"}, "stem"),
-        (resnet, {"name": "resnet18", "dilations": (1, 1, 1)}, "one per stage"),
-        (resnet, {"name": "resnet18", "dilations": (1, 1, 1, (1, 2, 3))}, r"dilations\[3\]"),
+        (ResNet, {"name": "resnet20"}, "resnet20"),
+        (ResNet, {"name": "resnet18", "output_stride": 4}, "output_stride"),
+        (ResNet, {"name": "resnet18", "stem": "wide"}, "stem"),
+        (ResNet, {"name": "resnet18", "dilations": (1, 1, 1)}, "one per stage"),
+        (ResNet, {"name": "resnet18", "dilations": (1, 1, 1, (1, 2, 3))}, r"dilations\[3\]"),
         (vgg, {"name": "vgg12"}, "vgg12"),
-        (densenet, {"name": "densenet7"}, "densenet7"),
-        (densenet, {"name": "densenet121", "stem": "deep"}, "stem"),
-        (xception, {"output_stride": 32}, "output_stride"),
+        (DenseNet, {"name": "densenet7"}, "densenet7"),
+        (DenseNet, {"name": "densenet121", "stem": "deep"}, "stem"),
+        (Xception, {"output_stride": 32}, "output_stride"),
     ],
 )
 def test_bad_arguments_are_named(make: Any, args: dict, message: str) -> None:
@@ -178,7 +178,7 @@ def fake_download(monkeypatch: pytest.MonkeyPatch, outcome: dict[str, Tensor] | 
 def test_pretrained_true_loads_torchvisions_weights(monkeypatch: pytest.MonkeyPatch, in_channels: int) -> None:
     weights = torchvision.models.resnet18().state_dict()
     asked = fake_download(monkeypatch, weights)
-    backbone = resnet("resnet18", in_channels=in_channels, pretrained=True)
+    backbone = ResNet("resnet18", in_channels=in_channels, pretrained=True)
     assert len(asked) == 1
     assert "resnet18" in asked[0]
     torch.testing.assert_close(backbone.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
@@ -192,7 +192,7 @@ def test_offline_the_cache_folder_and_the_way_out_are_named(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     fake_download(monkeypatch, error)
     with pytest.raises(UserError) as caught:
-        resnet("resnet18", pretrained=True)
+        ResNet("resnet18", pretrained=True)
     message = str(caught.value)
     assert str(tmp_path / "hub" / "checkpoints" / "resnet18") in message
     assert "pretrained: false" in message
@@ -202,9 +202,9 @@ def test_offline_the_cache_folder_and_the_way_out_are_named(
 @pytest.mark.parametrize(
     ("make", "args"),
     [
-        (resnet, {"name": "resnet50", "stem": "deep"}),
-        (xception, {}),
-        (densenet, {"name": "densenet121", "stem": "unpadded"}),
+        (ResNet, {"name": "resnet50", "stem": "deep"}),
+        (Xception, {}),
+        (DenseNet, {"name": "densenet121", "stem": "unpadded"}),
     ],
     ids=_label,
 )
@@ -220,13 +220,13 @@ def test_networks_without_torchvision_weights_say_so_and_take_files(make: Any, a
 
 def test_unusable_weight_files_are_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint file"):
-        resnet("resnet18", pretrained=str(tmp_path / "absent.pth"))
+        ResNet("resnet18", pretrained=str(tmp_path / "absent.pth"))
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(UserError, match="pretrained: .*not a checkpoint"):
-        resnet("resnet18", pretrained=str(tmp_path / "text.pth"))
+        ResNet("resnet18", pretrained=str(tmp_path / "text.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="expected a checkpoint"):
-        resnet("resnet18", pretrained=str(tmp_path / "list.pth"))
-    torch.save(resnet("resnet18").state_dict(), tmp_path / "18.pth")
+        ResNet("resnet18", pretrained=str(tmp_path / "list.pth"))
+    torch.save(ResNet("resnet18").state_dict(), tmp_path / "18.pth")
     with pytest.raises(UserError, match="do not fit resnet34: they lack"):
-        resnet("resnet34", pretrained=str(tmp_path / "18.pth"))
+        ResNet("resnet34", pretrained=str(tmp_path / "18.pth"))

@@ -256,6 +256,8 @@ def build_model(
         elif "facts" in state:
             facts = _stored_facts(state["facts"])
             arch, args, num_classes = config.arch.type, arch_arguments(config, facts), facts.num_classes
+            if models.MODELS[arch].published_entry in weights:
+                args["published"] = True  # written before the default became the paper's form
         else:
             arch, args, num_classes = upstream.infer(weights, config.arch.type, config.arch.args)
             facts = _facts_of_config(config, num_classes)

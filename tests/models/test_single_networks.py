@@ -1,4 +1,4 @@
-"""What is special to UNetResnet, SegNet, SegResNet, ENet and FCN8 (what all networks share is tested elsewhere)."""
+"""What is special to single networks; what all of them share is tested elsewhere."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from models.backbones import vgg
+from models.deeplab import DeepLab
+from models.deeplab_duc_hdc import DeepLab_DUC_HDC
 from models.enet import Bottleneck, DownBottleneck, ENet, UpBottleneck
 from models.fcn import FCN8, IMAGE_OFFSET, POOL3_OFFSET, POOL4_OFFSET, bilinear_enlargement
 from models.pooling import pool_with_indices, unpool
 from models.segnet import SegNet
 from models.segresnet import SegResNet, StemPooling, cut
+from models.unet import UNet
 from models.unet_resnet import UNetResnet
+from models.upernet import UperNet
 
 ODD_SIZES = [(33, 47), (34, 65), (61, 35), (64, 39)]
 
@@ -340,9 +344,9 @@ def test_fcn8_takes_a_single_pixel(fcn: FCN8) -> None:
         assert fcn(torch.randn(1, 3, 1, 1)).shape == (1, 3, 1, 1)
 
 
-def test_fcn8_takes_fc6_and_fc7_from_the_classifier(tmp_path: Path) -> None:
+def test_fcn8_takes_fc6_and_fc7_from_the_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(n: int, length: int) -> Tensor:
-        return torch.arange(length, dtype=torch.float32).expand(n, length)  # small in memory and in the file
+        return torch.arange(length, dtype=torch.float32).expand(n, length)  # small in memory
 
     features = nn.ModuleDict({"features": make_layers(cfgs["D"])}).state_dict()
     weights = features | {
@@ -353,8 +357,8 @@ def test_fcn8_takes_fc6_and_fc7_from_the_classifier(tmp_path: Path) -> None:
         "classifier.6.weight": rows(1000, 4096),
         "classifier.6.bias": torch.ones(1000),
     }
-    torch.save(weights, tmp_path / "vgg16.pth")
-    model = FCN8(2, pretrained=str(tmp_path / "vgg16.pth"))
+    monkeypatch.setattr("models.backbones.common.read", lambda _: {"state_dict": weights})
+    model = FCN8(2, pretrained="vgg16.pth")
     # The classifier read pool5 (512 x 7 x 7) flattened in that order.
     assert torch.equal(model.backbone.fc6.weight[5], rows(1, 512 * 49).view(512, 7, 7))
     assert torch.equal(model.backbone.fc7.weight[7, :, 0, 0], rows(1, 4096)[0])
@@ -365,3 +369,61 @@ def test_fcn8_takes_fc6_and_fc7_from_the_classifier(tmp_path: Path) -> None:
 def test_fcn8_explains_the_backbone_that_published_configs_name() -> None:
     with pytest.raises(ValueError, match="got 'resnet101'.*was always VGG-16"):
         FCN8(2, backbone="resnet101")
+
+
+# -- the papers' forms ----------------------------------------------------------------------------------------
+
+
+def test_unet_is_the_papers_unless_published() -> None:
+    with torch.device("meta"):
+        ours, published = UNet(2), UNet(2, published=True)
+    assert ours.count_parameters() == 31_037_698  # as other implementations with BatchNorm
+    assert not hasattr(ours, "middle_conv")
+    widths = [m.out_channels for m in ours.modules() if isinstance(m, nn.Conv2d)]
+    assert widths == [w for level in (64, 128, 256, 512, 1024, 512, 256, 128, 64) for w in (level, level)] + [2]
+    assert published.count_parameters() < ours.count_parameters()
+
+
+def test_unets_skips_have_the_resolution_of_their_level() -> None:
+    model, seen = UNet(2, width=4).eval(), []
+    for up in (model.up1, model.up2, model.up3, model.up4):
+        up.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0].shape[-1], inputs[1].shape[-1])))
+    with torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert seen == [(4, 8), (8, 16), (16, 32), (32, 64)]
+
+
+def test_upernets_convolutions_have_norms_and_its_classifier_one_pixel() -> None:
+    with torch.device("meta"):
+        model = UperNet(3, backbone="resnet50")
+    convolutions = [m for m in (*model.fpn.modules(), *model.pyramid.modules()) if isinstance(m, nn.Conv2d)]
+    norms_there = [m for m in (*model.fpn.modules(), *model.pyramid.modules()) if isinstance(m, nn.BatchNorm2d)]
+    assert len(convolutions) == len(norms_there) == 12  # 3 laterals, 3 smoothing, 1 fusion; 4 bins, 1 fusion
+    assert model.classifier.kernel_size == (1, 1)
+    assert model.classifier.in_channels == 512
+
+
+def test_deeplabs_xception_is_separable_throughout() -> None:
+    with torch.device("meta"):
+        model, published = DeepLab(3), DeepLab(3, published=True)
+    dense = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.groups == 1
+    ]
+    assert dense == ["backbone.conv1", "backbone.conv2"]
+    assert published.count_parameters() > model.count_parameters()
+
+
+@pytest.mark.parametrize("stride", [8, 4])
+def test_duc_predicts_each_pixel_from_its_coarse_position(stride: int) -> None:
+    model = DeepLab_DUC_HDC(3, backbone="resnet18", output_stride=stride).eval()
+    for conv in model.dense:
+        nn.init.zeros_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    model.dense[2].bias.data[stride**2 + 1] = 1.0  # class 1, first row, second column of a cell
+    with torch.no_grad():
+        y = model(torch.randn(1, 3, 33, 47))
+    expected = torch.zeros(1, 3, 33, 47)
+    expected[:, 1, ::stride, 1::stride] = 1
+    assert torch.equal(y, expected)
