@@ -22,7 +22,7 @@ from .table import Around, Best, Table, best_volumes
 BLOCK = 32
 SORTED_PIXELS = 5000  # rows of at most so many pixels are sorted
 SORT_BYTES = 96  # of a pixel while its row is sorted and solved
-LEAST_SAMPLE = 256
+LEAST_SAMPLE = 512
 DEVIATIONS = 4.0  # standard errors of the sample's estimate between it and each limit
 MOST_PIXELS = 4096  # in a table of a row, or one in 64 of the row's pixels, or what the budget has room for
 TABLE_BYTES = 100  # of a pixel in a table
@@ -126,7 +126,7 @@ def _limits(rows: Tensor, total: Tensor, skipped: Tensor, goal: Goal) -> tuple[T
     part = torch.addcmul((sample - cut).clamp_(min=0), cut, sample, value=-1)
     error = torch.linalg.vector_norm(part, dim=1, keepdim=True).add_(0.5).mul_(DEVIATIONS) / weight.gather(1, at)
     # Some volume scores about square / mean or more: a mask cut at a random height has that mass per mean volume.
-    guess = torch.minimum(square / mean.clamp(min=torch.finfo(torch.float64).tiny), cut * 2) * 0.45
+    guess = torch.minimum(square / mean.clamp(min=torch.finfo(torch.float64).tiny), cut * 2) * 0.3
     low = torch.minimum(torch.maximum(cut - error, guess), (mean + 1) / FAR_RATE)
     high = (cut + error).masked_fill(mean < SURE_MEAN, torch.inf)
     info = torch.finfo(rows.dtype)

@@ -181,20 +181,29 @@ def _candidates(table: Table, ends: Tensor, skipped: Tensor, goal: Goal) -> tupl
         excess = variance.unsqueeze(1) / ((begin + goal.smooth) * least)
         before = goal.smooth / (mean_ + goal.smooth).clamp(min=SLACK)
         lead = torch.maximum(lead, torch.cat([before, lead[:, :-1]], 1))
-    upper = torch.addcmul(lead, lead, excess).amax(1).clamp_(max=1)
-    low, high = goal.cuts(mean, variance, highest, volume.gather(1, at).squeeze(1), lower.squeeze(1), upper)
+    upper = torch.addcmul(lead, lead, excess)
+    able = (upper >= lower) * torch.arange(upper.shape[1], device=upper.device)  # no volume behind the last is best
+    low, high = goal.cuts(
+        mean, variance, highest, volume.gather(1, at).squeeze(1), lower.squeeze(1), upper.amax(1).clamp_(max=1)
+    )
     low = low.clamp_(min=0)
-    # Runs with p > high, and with p > low, but for rounding.
-    borders = torch.searchsorted(-values, torch.stack([-high, low * (SLACK - 1)], 1))
+    # Runs with p > high, and with p > low, but for rounding; and all.
+    edges = torch.stack([-high, low * (SLACK - 1), torch.zeros_like(low)], 1)
+    borders = torch.searchsorted(-values, edges)
     if around is None:
         borders -= 1
         unproven = torch.zeros_like(skipped)
     else:
-        unproven = (around.low > low) | ((around.high < high) & (around.rank > 0))
+        # Behind the table the bound falls, if it holds pixels down to where one more lowers the leading term.
+        end = borders[:, 2:]
+        worth = around.low / (1 - around.low) if goal.metric == "iou" else 2 * around.low
+        done = (upper.gather(1, end) < lower).squeeze(1) & (worth <= lead.gather(1, end).squeeze(1))
+        unproven = ((around.low > low) & ~done) | ((around.high < high) & (around.rank > 0))
         unproven = unproven.masked_fill_(skipped, False)
         borders = borders.masked_fill_(unproven.unsqueeze(1), 0)
+    borders = borders[:, :2]
     borders[:, :1].clamp_(max=at)
-    borders[:, 1:].clamp_(min=at)
+    borders[:, 1:].clamp_(max=able.amax(1, keepdim=True)).clamp_(min=at)
     inside = borders.clamp(min=0) if around is None else borders
     first, last = volume.gather(1, inside).unbind(1)
     slow, fast = rate.gather(1, inside).unbind(1)
