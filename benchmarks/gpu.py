@@ -303,7 +303,8 @@ def page(result: dict[str, Any]) -> str:
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
         f"# Measured on a GPU\n\n`python -m benchmarks.gpu`: {facts}; {result['seconds']:.0f} s in all. "
-        f"Times are medians in milliseconds unless said otherwise.\n\n| part | case | value |\n| --- | --- | ---: |\n{body}\n"
+        "Times are medians in milliseconds unless said otherwise.\n\n| part | case | value |\n| --- | --- | ---: |\n"
+        f"{body}\n"
     )
 
 
