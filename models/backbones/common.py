@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def adapt_first_conv(weight: Tensor, in_channels: int) -> Tensor:
 
 
 def load_pretrained(
-    backbone: nn.Module,
+    backbone: Any,
     name: str,
     pretrained: bool | str,
     first_conv: str,

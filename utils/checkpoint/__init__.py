@@ -171,7 +171,8 @@ def _network_in(state: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, A
 def _refuse_code(arch: Any, path: str | Path, trusted: bool) -> None:
     if trusted or not isinstance(arch, Mapping) or arch.get("type") != EXTERNAL:
         return
-    args = arch.get("args") if isinstance(arch.get("args"), Mapping) else {}
+    given: Any = arch.get("args")
+    args = given if isinstance(given, Mapping) else {}
     raise UserError(
         f"{path}: its network is built by code outside this project ({args.get('factory') or args.get('file')}), and "
         "this file alone must not choose what runs here. If you trust it, add --trust-code, or give the config of its "
