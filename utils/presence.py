@@ -198,9 +198,9 @@ def learn(highest: Tensor, scores: Tensor, measured: Tensor, present: Tensor, pr
     held_out = [_held_out(rows, fold, prune) for fold in torch.arange(images).tensor_split(FOLDS)]
     chosen, product = (torch.cat(parts) for parts in zip(*held_out, strict=True))
     fitted, pruned = rows.mean_score(chosen), rows.mean_score(_pruned(rows, prune))
-    outcome = f"on images that the fit has not seen, mean score {fitted:.4f} with it and {pruned:.4f} with pruning"
+    outcome = f"on images it has not seen, a fit scores {fitted:.4f} and pruning scores {pruned:.4f}"
     if not fitted > pruned:
-        return Learned(None, f"{outcome}: the fit is not kept", pruned=pruned, fitted=fitted)
+        return Learned(None, f"{outcome}, so it is not kept", pruned=pruned, fitted=fitted)
     warning = None
     if images < FEW_IMAGES:
         warning = f"{images} validation images are few to learn from which classes are in an image; use {FEW_IMAGES}"

@@ -346,7 +346,7 @@ def _notes(best: str, trial: _Trial, learned: presence.Learned, threshold: float
         bias = ", and a bias per class" if link.bias is not None else ""
         yield f"Temperature: {link.temperature:.4f}{bias}."
     if learned.fit is None:
-        yield f"Presence: not fitted, since {learned.reason}."
+        yield f"Presence: not fitted. {learned.reason[0].upper()}{learned.reason[1:]}."
     else:
         yield f"Presence: fitted. rankdice scores {trial.pruned:.4f} without it and {trial.learned.fitted:.4f} with it."
     yield f"Threshold of T: {threshold:.2f}. mDice of T {trial.before:.4f} before, {trial.tuned:.4f} with a fitted one."
