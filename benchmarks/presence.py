@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Images]:
     return drives
 
 
-def rows_of(images: Images) -> list[Tensor]:
+def rows_of(images: Images) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return largest probabilities, expected scores, measured scores and presence ``(N, C)``."""
     found = []
     for _, probs, label in images:
@@ -69,7 +69,8 @@ def rows_of(images: Images) -> list[Tensor]:
         assert prediction.scores is not None
         measured = image_scores(counts).dice.nan_to_num(0.0)
         found.append((probs.flatten(1).amax(1), prediction.scores[0], measured[0], counts.target[0] > 0))
-    return [torch.stack(column) for column in zip(*found, strict=True)]
+    highest, scores, measured, present = (torch.stack(column) for column in zip(*found, strict=True))
+    return highest, scores, measured, present
 
 
 def scored(name: str, drives: dict[str, Images]) -> dict[str, Any]:
