@@ -302,7 +302,7 @@ def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel,
 
     config = loaded.config
     if config.val_loader is None:
-        loader = checks.build_loader(dataloaders.build, config, "train").get_val_loader()
+        loader = checks.build_loader(dataloaders.build, config, "train").get_val_loader(whole=True)
     else:
         loader = checks.build_loader(dataloaders.build, config, "val")
     if loader is None:

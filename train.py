@@ -130,7 +130,9 @@ def fit_best(config: Config, data: Data, device: torch.device, folder: Path) -> 
     state = checkpoint.read(path)
     loaded = checkpoint.build_model(state, path, config, device)
     limit = config.trainer.limit_batches
-    found = fitted.fit(loaded, data.val, device, limit and limit * data.val.batches.batch_size)
+    # Held-out images are fitted on as test.py and inference.py see them: whole, not in the crops of validation.
+    val = data.train.get_val_loader(whole=True) if config.val_loader is None else data.val
+    found = fitted.fit(loaded, val, device, limit and limit * val.batches.batch_size)
     if distributed.is_main():
         print(fitted.text(found, config))
         checkpoint.save(fitted.with_fit(state, config, found), path)

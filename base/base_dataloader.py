@@ -116,14 +116,17 @@ class BaseDataLoader(DataLoader[Any]):
         """
         self.batches.set_epoch(epoch, start_batch)
 
-    def get_val_loader(self) -> BaseDataLoader | None:
+    def get_val_loader(self, whole: bool = False) -> BaseDataLoader | None:
         """Return a loader over the samples that were held out, without augmentation; None if none were.
 
         ``val_split`` and ``val_fold`` hold samples out, or the data set itself (``BaseDataSet.held_out``).
+
+        Args:
+            whole: yield whole images, as test.py and inference.py see them, even if there is a ``crop_size``.
         """
         if self._held_out is None and self.dataset.held_out is None:
             return None
-        dataset = self.dataset.for_validation()
+        dataset = self.dataset.for_validation(whole)
         loader = BaseDataLoader.__new__(BaseDataLoader)
         loader._held_out = None
         indices = np.arange(len(dataset)) if self._held_out is None else self._held_out

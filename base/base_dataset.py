@@ -379,14 +379,14 @@ class BaseDataSet(Statistics, Dataset[Any]):
             image, label = aug.apply(image, label, parameters, fill, self.ignore_index)
         return Sample(_planes(image), torch.from_numpy(label.copy()), self.entries[index].name)
 
-    def for_validation(self) -> BaseDataSet:
-        """Return this data set without augmentation (centre-cropped if there is a crop_size).
+    def for_validation(self, whole: bool = False) -> BaseDataSet:
+        """Return this data set without augmentation: centre-cropped if there is a crop_size, unless ``whole``.
 
         It has the samples that were held out, if ``samples()`` held some out, else the same ones; files are shared.
         """
         other = copy.copy(self)
         other.augmentation, other.replace_broken = None, False
-        other.val = self.crop_size is not None
+        other.val = self.crop_size is not None and not whole
         if self.held_out is not None:
             other.entries, other.held_out, other._cache = Entries(distinct(self.held_out, self._data_dir)), None, None
         return other

@@ -200,6 +200,9 @@ def test_held_out_samples_are_not_augmented() -> None:
     first, again = next(iter(held_out)), next(iter(held_out))
     assert torch.equal(first.images, again.images)
     assert first.images.shape[-2:] == (32, 32)
+    whole = next(iter(made.get_val_loader(whole=True)))
+    assert whole.names == first.names
+    assert whole.images.shape[-2:] == (48, 48)  # as test.py and inference.py see them
 
 
 def test_weighted_sampler_shows_rare_classes_more_often() -> None:

@@ -294,5 +294,7 @@ def test_without_val_loader_the_held_out_samples_are_used() -> None:
     args = {"val_fold": [0, 5]}
     given = config(train_loader={"type": "VOC", "args": args}, val_loader=None)
     for stage in ("val", "test"):
-        built = checks.build_loader(lambda kind, **_: SimpleNamespace(get_val_loader=lambda: held_out), given, stage)
+        built = checks.build_loader(
+            lambda kind, **_: SimpleNamespace(get_val_loader=lambda whole: held_out), given, stage
+        )
         assert built is held_out

@@ -127,6 +127,14 @@ def test_masks_and_label_maps_are_judged_apart() -> None:
     assert "data-set" not in said
 
 
+def test_a_procedure_that_changes_nothing_is_not_called_the_best() -> None:
+    same, none = Difference(0.0, 0.0, 0.0, 0, 60, 0, 0.0, 0.0), difference(-0.001, -0.01, 0.008)
+    scores = scored(max=0.5, T=0.5, rankdice=0.499)
+    assert verdict(scores, {"T": same}, 60) == "For masks keep max: T gives the same scores."
+    said = verdict(scores, {"T": same, "rankdice": none}, 60)
+    assert said.startswith("For masks keep max: 60 images show no procedure to be better; the best, rankdice, has")
+
+
 def test_few_or_seen_images_decide_nothing() -> None:
     up = difference(0.02, 0.01, 0.03)
     said = verdict(scored(max=0.5, T=0.52), {"T": up}, 5)

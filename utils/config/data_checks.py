@@ -34,7 +34,7 @@ def built(path: str, builder: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
     """Build the loader of a stage ("train", "val", "test") with ``build`` (:func:`dataloaders.build`).
 
-    Without val_loader (and test_loader), "val" and "test" are the samples that train_loader holds out.
+    Without val_loader (and test_loader), "val" and "test" are the samples that train_loader holds out, as whole images.
 
     Raises:
         UserError: the config has no such loader, or an argument or the data are wrong.
@@ -42,7 +42,7 @@ def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
     component = config.loader(stage)
     if component is None and any(config.train_loader.args.get(name) for name in HOLDS_OUT):
         train: Any = build_loader(build, config, "train")
-        held_out: T | None = train.get_val_loader()
+        held_out: T | None = train.get_val_loader(whole=True)
         if held_out is not None:
             return held_out
     if component is None:

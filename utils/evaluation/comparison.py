@@ -244,6 +244,12 @@ def _best(
         )
     if not undecided:
         return f"For {kind} keep {BASELINE}: every other procedure is worse."
+    different = [name for name in undecided if overall[name].low or overall[name].high]
+    if not different:
+        return (
+            f"For {kind} keep {BASELINE}: {' and '.join(undecided)} give{'s' * (len(undecided) == 1)} the same scores."
+        )
+    undecided = different
     best = max(undecided, key=lambda name: means[name] if math.isfinite(means[name]) else -1.0)
     d = overall[best]
     return (
