@@ -27,6 +27,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +148,15 @@ def rankdice(args: Namespace) -> dict[str, Any]:
     for shape in shapes:
         probs = to_probs(field_logits(shape, args.device))
         candidates: dict[str, Callable[[], object]] = {
-            "RankDice": lambda probs=probs: rank_dice(probs),
-            "RankDice IoU": lambda probs=probs: rank_dice(probs, "iou"),
-            "presence + label map": lambda probs=probs: decisions(probs),
-            "argmax": lambda probs=probs: probs.argmax(1),
-            "sort": lambda probs=probs: probs.flatten(2).sort(dim=2, descending=True),
+            "RankDice": partial(rank_dice, probs),
+            "RankDice IoU": partial(rank_dice, probs, "iou"),
+            "presence + label map": partial(decisions, probs),
+            "argmax": partial(torch.argmax, probs, 1),
+            "sort": partial(torch.sort, probs.flatten(2), dim=2, descending=True),
         }
         for name in ("rankseg RMA dice", "rankseg RMA dice, screened"):
             if name in peers:
-                candidates[name.replace(" dice", "")] = lambda run=peers[name], probs=probs: run(probs)
+                candidates[name.replace(" dice", "")] = partial(peers[name], probs)
         times = race(candidates, 3 if args.short else 9, args.device)
         row: dict[str, Any] = {name: 1e3 * sorted(spent)[len(spent) // 2] for name, spent in times.items()}
         for name in ("RankDice", "presence + label map"):

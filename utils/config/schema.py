@@ -63,7 +63,7 @@ class RankDiceOptions(Section):
 
     solver: Literal["exact", "ba", "trna", "paper", "rma"] = Field("exact", description="how the volume is found")
     metric: Literal["dice", "iou"] = Field("dice", description="the score whose expectation is maximised")
-    smooth: NonNegative = Field(0.0, description="added to numerator and denominator")
+    smooth: NonNegative = Field(0.0, le=100_000, description="added to numerator and denominator; at most 100,000")
     prune: Share | None = Field(
         0.5,
         description="classes whose highest probability in an image is not above this get no mask; null: off",

@@ -144,15 +144,17 @@ def rank_dice(
         none = rows.new_zeros(shape)
         return RankDice(probs.bool(), *_nothing(none, smooth), none)
     highest = rows.amax(1)
-    extremes: Tensor | None = torch.stack([rows.amin(), highest.amax()])  # both hand NaN on
-    if rows.device.type in CPU or solver != "exact":
+    extremes = torch.stack([rows.amin(), highest.amax()])  # both hand NaN on
+    early = rows.device.type in CPU or solver != "exact"
+    if early:
         exact.check_range(*extremes.tolist())
-        extremes = None
     skipped = highest <= (0.0 if prune is None else prune)
     masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
     results: tuple[Tensor, ...] | None = None
     for some in _parts(rows, skipped, smooth, max_bytes):
-        best, drawn = _solve(rows[some], highest[some], skipped[some], masks[some], options, max_bytes, extremes)
+        best, drawn = _solve(
+            rows[some], highest[some], skipped[some], masks[some], options, max_bytes, None if early else extremes
+        )
         values = best.volumes.long(), best.cutoffs.to(rows.dtype), best.scores
         if len(values[0]) == len(rows):
             results = values
@@ -163,7 +165,8 @@ def rank_dice(
         for result, value in zip(results, values, strict=True):
             result[some] = value
     results = results or _nothing(highest, smooth)
-    return RankDice(masks.view(probs.shape), *(result.view(shape) for result in results), highest.view(shape))
+    volumes, cutoffs, scores = (result.view(shape) for result in results)
+    return RankDice(masks.view(probs.shape), volumes, cutoffs, scores, highest.view(shape))
 
 
 def _parts(rows: Tensor, skipped: Tensor, smooth: float, budget: int) -> Iterator[slice | Tensor]:
@@ -222,7 +225,7 @@ def label_map(
     """
     Options(smooth=smooth)
     check_tensor(probs)
-    chosen = check_classes(classes, *probs.shape[:2], probs.device)
+    chosen = check_classes(classes, probs.shape[0], probs.shape[1], probs.device)
     if found is None:
         found = rank_dice(probs, smooth=smooth, prune=None, max_bytes=max_bytes)
     if probs.numel() == 0:
