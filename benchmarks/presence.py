@@ -107,7 +107,7 @@ def scored(name: str, drives: dict[str, Images]) -> dict[str, Any]:
 
 def text(result: dict[str, Any]) -> str:
     """Return the tables of docs/presence.md."""
-    head = ["drive", "images", "fit", *ROWS, "presence known"]
+    head = ["drive", "images", "fit", *ROWS, "true presence"]
     body = [
         [
             name,
