@@ -380,7 +380,7 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
     printed = execute(in_run(given(page, r"test\.py .*-p all"), run), tmp_path)
     assert "## Comparison" in printed
     results = json.loads((run / "results.json").read_text())
-    assert set(results["procedures"]) >= {"T", "max", "max_present", "rankdice"}  # and T_tuned if a threshold was fitted
+    assert set(results["procedures"]) >= {"T", "max", "max_present", "rankdice"}  # T_tuned: if fitted
     assert (run / "per_image.csv").is_file()
 
     shapes = given(page, "dataloaders.shapes")
