@@ -117,6 +117,15 @@ def build(
     return model, loss, Data(train, val, facts)
 
 
+def lacks_fit(folder: Path, config: Config) -> bool:
+    """Return whether a run that is over was stopped before the fit of its best model."""
+    from base import runs
+    from utils import checkpoint
+
+    best = folder / runs.BEST
+    return config.trainer.fit and best.is_file() and "calibration" not in checkpoint.read(best)
+
+
 def fit_best(config: Config, data: Data, device: torch.device, folder: Path) -> None:
     """Fit temperature, presence and threshold on the validation data, into best_model.pth."""
     from base import runs
@@ -156,7 +165,7 @@ def main() -> int:
     from utils.evaluation import fitted
 
     stages = ("train", "val")
-    resume, state = args.resume, None
+    resume, state, over = args.resume, None, False
     if resume in (None, "auto"):
         config = configs.load(args.config, overrides, models=models.MODELS, loaders=dataloaders.LOADERS, stages=stages)
         resume = runs.newest(config) if resume == "auto" else None
@@ -166,7 +175,8 @@ def main() -> int:
         config = checkpoint.config_of(state, resume, args.config, overrides, stages=stages, trust_code=args.trust_code)
         if not args.config and not any(item.startswith(("trainer.log_dir=", "trainer=")) for item in args.set):
             config = runs.with_own_logs(config, resume.parent)
-        if is_over(state, resume, config):
+        over = is_over(state, resume, config)
+        if over and not lacks_fit(resume.parent, config):
             return 0
     if distributed.needs_processes(config.use_synch_bn, config.n_gpu):
         return distributed.launch(__file__, sys.argv[1:], distributed.usable_gpus(config.n_gpu))
@@ -180,7 +190,8 @@ def main() -> int:
             if state is not None:
                 trainer.restore(state)
             try:
-                trainer.train()
+                if not over:
+                    trainer.train()
                 fit_best(config, data, device, folder)
             except Interrupted:
                 if distributed.is_main():

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
+from utils import checkpoint
+from utils.evaluation import fitted
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 TRAINING = {
@@ -123,6 +127,22 @@ def test_a_signal_saves_and_the_run_can_go_on(stopped: Path) -> None:
     after = torch.load(folder / "latest.pth", weights_only=True)
     assert after["epoch"] == epochs
     assert after["iteration"] == 6 * epochs
+
+
+def test_a_run_that_was_stopped_in_its_fit_is_fitted_when_it_is_resumed(config: Path, monkeypatch) -> None:
+    def call(*arguments: str | Path) -> None:
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+        assert train.main() == 0
+
+    call("-c", config, "--set", "trainer.epochs=1")
+    folder = run_folder(config)
+    best = folder / "best_model.pth"
+    state = checkpoint.read(best)
+    checkpoint.save(fitted.without_fit(state), best)
+    before = (folder / "latest.pth").read_bytes()
+    call("-r", folder / "latest.pth")
+    assert checkpoint.read(best)["calibration"] == state["calibration"]
+    assert (folder / "latest.pth").read_bytes() == before
 
 
 def test_two_processes_train_and_test(config: Path) -> None:
