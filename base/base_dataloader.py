@@ -42,16 +42,18 @@ class BaseDataLoader(DataLoader[Any]):
     Args:
         dataset: what to load.
         batch_size: samples per batch (and process).
-        shuffle: another order in each epoch; marks training.
+        shuffle: use a new random order in each epoch; set it for training.
         val_split: share of the samples held out of this loader for :meth:`get_val_loader`.
         val_fold: (k, n): hold out fold k (from 0) of n instead, for cross-validation.
-        group_by: regular expression: samples whose names match it alike are held out together or not at all.
-        num_workers: processes that read ahead; 0 reads in this one; at most one per core. None: cores - 1, at most 8.
-        drop_last: drop the last batch if it is not full. A last batch of one image is always dropped in training:
-            batch norm cannot learn from it.
-        sampler: "weighted" draws (with replacement) samples with rare classes more often; needs ``shuffle``.
-        seed: of the order.
-        pin_memory: page-locked batches, for copies that overlap with computing; None: where there is CUDA.
+        group_by: regular expression; samples with the same match in their names are held out together or not at all.
+        num_workers: number of worker processes; 0: load in the main process; at most one per core. None: cores - 1, at
+            most 8.
+        drop_last: drop the last batch if it is not full. In training a last batch of one image is always dropped,
+            because batch norm cannot use it.
+        sampler: "weighted" samples images with rare classes more often (with replacement); needs ``shuffle``.
+        seed: random seed of the order.
+        pin_memory: load batches into page-locked memory, so that copies to the GPU overlap with computation; None: yes
+            if CUDA is available.
     """
 
     dataset: BaseDataSet

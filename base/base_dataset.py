@@ -45,30 +45,30 @@ class BaseDataSet(Statistics, Dataset[Any]):
         data_dir: the folder of the data, laid out like ``layout``.
         split: one of ``splits``.
         crop_size: side, or (height, width), of the crop.
-        base_size: training images are rescaled to a random length around this (longer side); None: around their own.
-        augment: rescale, rotate, crop, flip, blur, jitter, as the next arguments say.
-        scale: true: 0.5 to 2 times base_size; or (lowest, highest).
-        flip: mirror half of the images.
-        rotate: true: up to 10 degrees either way; or the largest angle in degrees.
-        blur: true: Gaussian of up to 1 pixel; or the largest standard deviation.
-        jitter: true: brightness, contrast and saturation change by up to 0.3 each; or the largest change.
-        val: rescale the shorter side to crop_size and crop the centre. Without it (and without augment) images
+        base_size: length of the longer side around which training images are randomly rescaled; None: the image's own.
+        augment: augment images: rescale, rotate, crop, flip, blur, jitter (see the next arguments).
+        scale: range of the random rescaling, (lowest, highest), as factors of base_size; true: 0.5 to 2.
+        flip: flip half of the images horizontally.
+        rotate: the largest rotation in degrees, in both directions; true: 10.
+        blur: the largest standard deviation of a Gaussian blur in pixels; true: 1.
+        jitter: the largest change of brightness, contrast and saturation; true: 0.3.
+        val: rescale the shorter side to crop_size and crop the center. Without it (and without augment) images
             keep their own size.
-        in_channels: channels that images are converted to.
-        classes: names, or a text file with one a line (as given or below data_dir), or their number; replaces
-            the published ones.
-        palette: one RGB colour per class.
-        mean, std: per channel, for intensities in [0, 1]; "auto" measures them on up to 500 of the images.
-        value_range: the stored values that are black and white (intensities 0 and 1), [low, high]; None: the range of
-            the type of the numbers.
-        nodata: the stored value (or "nan") that means "no data"; such pixels are ignored.
-        cache: "ram" reads all files once, at start, and keeps them.
-        on_error: "raise", or "skip" to skip broken files.
-        ignore_index: the label of pixels that are ignored; None: the data set's own.
-        seed: of everything random.
+        in_channels: number of channels; images are converted to it.
+        classes: the class names, or a text file with one name per line (as given or below data_dir), or the number of
+            classes; replaces the published ones.
+        palette: one RGB color per class.
+        mean, std: per channel, for intensities in [0, 1]; "auto" measures them on up to 500 images.
+        value_range: [low, high], the stored values of black and white (intensities 0 and 1); None: the range of
+            the data type.
+        nodata: the stored value (or "nan") that means "no data"; pixels with it are ignored.
+        cache: "ram" reads all files at the start and keeps them in memory.
+        on_error: what to do with broken files: "raise" an error, or "skip" them.
+        ignore_index: the label of ignored pixels; None: the data set's own.
+        seed: random seed.
 
     Raises:
-        ValueError: an argument's value is not possible; it is named.
+        ValueError: an argument has an invalid value; the message names it.
         UserError: the folder or the files are not as expected.
     """
 

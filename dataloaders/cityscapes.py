@@ -22,7 +22,7 @@ class CityScapes(BaseDataSet):
     """Pairs of ``*_leftImg8bit.png`` and ``*_gtFine_labelIds.png`` (or gtCoarse), folders as in the zip files or bare.
 
     Args:
-        mode: "fine", or "coarse" (splits train, train_extra, val) annotations.
+        mode: which annotations: "fine", or "coarse" (splits train, train_extra, val).
         common: see :class:`base.base_dataset.BaseDataSet`.
     """
 

@@ -56,9 +56,9 @@ class COCO(BaseDataSet):
     """COCO-Stuff with 182 class ids as published, or the 171 of them that occur.
 
     Args:
-        partition: "CocoStuff164k" (PNG: the class id, 255 unlabelled; splits train2017, val2017) or "CocoStuff10k"
-            (.mat: 0 unlabelled, else the class id plus one; splits train, test, all; needs SciPy).
-        compact: leave out the 11 ids that no image has: 171 classes, numbered without gaps.
+        partition: "CocoStuff164k" (PNG with class ids, 255: unlabeled; splits train2017, val2017) or "CocoStuff10k"
+            (.mat with class ids plus one, 0: unlabeled; splits train, test, all; needs SciPy).
+        compact: leave out the 11 unused ids: 171 classes, numbered without gaps.
         common: see :class:`base.base_dataset.BaseDataSet`.
     """
 

@@ -24,7 +24,7 @@ class DeepScene(BaseDataSet):
     and belong to vegetation.
 
     Args:
-        ignore_void: leave void (class 0) out of loss and scores instead of learning it as a class.
+        ignore_void: ignore void (class 0) in loss and scores, instead of training it as a class.
         common: see :class:`base.base_dataset.BaseDataSet`.
     """
 

@@ -39,23 +39,24 @@ class Folder(BaseDataSet):
 
     Args:
         classes: the class names in the order of their ids. One name: one output channel, labels 0 and 1.
-        images, masks: the two folders, below data_dir or absolute. They are read with all their sub-folders.
-        mask_suffix: what mask names have after the image's name: "_mask" for a.jpg and a_mask.png.
-        list_file: a text file (below data_dir or absolute; "{split}" in it becomes the split) with one sample a
-            line: image and mask, separated by a tab, a comma or blanks, below data_dir; or one name that is
-            looked up in ``images`` and ``masks``.
-        val_fraction, test_fraction: shares of all files, chosen by their names; the rest is "train".
-        split_seed: another number gives another split.
-        val_fold: (k, n): cross-validation. "val" is fold k (from 0) of n, "train" the other folds; instead of
-            val_fraction. Of data split by folders, train and val are pooled.
-        group_by: a regular expression; samples whose names match it alike (its first group, or all that it matches)
-            stay on the same side of a split: "^([^_]+)_" keeps the frames of cam1_0001, cam1_0002 together.
-        mask_values: the mask's value of each class: [0, 255] for masks of 0 and 255.
-        ignore_values: mask values of ignored pixels, besides 255.
-        threshold: for two classes: mask values above are class 1.
-        colors: true: masks are painted in ``palette``'s colours, whatever the file holds; false: never; None: where
-            the file is RGB.
-        ignore_colors: colours of ignored pixels.
+        images, masks: the folders of images and of masks, below data_dir or absolute; sub-folders are included.
+        mask_suffix: suffix of mask names: "_mask" for a.jpg and a_mask.png.
+        list_file: a text file (below data_dir or absolute; "{split}" in it is replaced by the split) with one sample
+            per line: image and mask below data_dir, separated by a tab, a comma or spaces; or one name, which is looked
+            up in ``images`` and ``masks``.
+        val_fraction, test_fraction: fractions of all files for "val" and "test", chosen by their names; the rest is
+            "train".
+        split_seed: random seed of the split.
+        val_fold: (k, n): cross-validation. "val" is fold k (from 0) of n, and "train" is the other folds. Replaces
+            val_fraction. If the data is split by folders, train and val are pooled first.
+        group_by: a regular expression; samples with the same match in their names (of the first group, or the whole
+            match) stay on the same side of a split: "^([^_]+)_" keeps cam1_0001 and cam1_0002 together.
+        mask_values: the value of each class in the masks: [0, 255] for masks with the values 0 and 255.
+        ignore_values: mask values of ignored pixels, in addition to 255.
+        threshold: for two classes: mask values above this are class 1.
+        colors: whether masks are images in the colors of ``palette``: true: always; false: never; None: if the file is
+            RGB.
+        ignore_colors: colors of ignored pixels.
         common: see :class:`base.base_dataset.BaseDataSet`.
     """
 

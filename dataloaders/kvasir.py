@@ -24,8 +24,8 @@ class KvasirSEG(BaseDataSet):
     with one name in ``classes`` the network has one output channel (sigmoid).
 
     Args:
-        val_fraction: share of the published folder's images that is split "val" (0.12 of 1000: the customary
-            880 and 120). The files train.txt and val.txt, one name a line, are used instead where present.
+        val_fraction: fraction of the images for "val" (0.12 of 1000 gives the usual 880 and 120). If train.txt and
+            val.txt exist (one name per line), they are used instead.
         common: see :class:`base.base_dataset.BaseDataSet`.
     """
 

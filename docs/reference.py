@@ -1,6 +1,6 @@
-"""Write the reference of the config in Markdown, from the schema and from the constructors that a config can name.
+"""Write the config reference in Markdown, from the schema and from the constructors that a config can name.
 
-``python -m docs.reference`` replaces the text between the two marks of ``docs/configuration.md``.
+``python -m docs.reference`` replaces the text between the two markers in ``docs/configuration.md``.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ END = "<!-- reference: end -->"
 
 _BOUNDS = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}", "exclusiveMaximum": "< {}"}
 _WORDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
-_WORTH_SAYING = 1000  # larger limits only catch slips of the keyboard
+_SHOWN_LIMIT = 1000  # larger limits only catch typing errors, so the tables do not show them
 
 
 def reference() -> str:
-    """Return the fields of a config with their types, defaults and meanings, and the arguments of what it names."""
+    """Return all fields of a config, and the arguments of all classes it can name, with types and defaults."""
     return "\n".join([*_fields(), *_models(), *_loaders(), *_losses(), *_schedules()])
 
 
 def write(path: str | Path, text: str) -> None:
-    """Write ``text`` between the marks of a Markdown file.
+    """Write ``text`` between the markers of a Markdown file.
 
     Raises:
-        UserError: the file is missing, or has no such marks.
+        UserError: the file is missing or has no markers.
     """
     path = Path(path)
     try:
@@ -53,7 +53,7 @@ def write(path: str | Path, text: str) -> None:
     head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"{path}: expected the lines {BEGIN} and {END}; the reference goes between them")
+        raise UserError(f"{path}: the reference goes between the lines {BEGIN} and {END}, which are missing; add them")
     write_text(path, f"{head}{BEGIN}\n\n{text}\n{END}{tail}")
 
 
@@ -61,7 +61,7 @@ def write(path: str | Path, text: str) -> None:
 
 
 def _fields() -> list[str]:
-    """Return one table per section of the schema, outermost first."""
+    """Return one table per section of the schema, the outermost first."""
     return [line for name, section in _sections("", Config) for line in _section(name, section)]
 
 
@@ -74,7 +74,7 @@ def _sections(path: str, section: type[BaseModel]) -> Iterable[tuple[str, type[B
 
 
 def _inner(field: FieldInfo) -> type[BaseModel] | None:
-    """Return the section that a field holds; None for a plain component, which the tables of classes describe."""
+    """Return the section in a field; None for a plain component, which the tables of classes describe."""
     kind = field.annotation
     return kind if inspect.isclass(kind) and issubclass(kind, BaseModel) and kind is not Component else None
 
@@ -94,10 +94,10 @@ def _section(path: str, section: type[BaseModel]) -> list[str]:
         inner = _inner(field)
         if inner is not None:
             anchor = f"{path}{name}".replace(".", "").lower()
-            lines.append(f"| `{name}` | section | | [see there](#{anchor}) |")
+            lines.append(f"| `{name}` | section | | [see below](#{anchor}) |")
             continue
         kind, default = _kind(kinds[name]), _field_default(section, name, field)
-        kind = f"a name, or {kind}" if section is Config and name == "loss" else kind
+        kind = f"name or {kind}" if section is Config and name == "loss" else kind
         lines.append(f"| `{name}` | {kind} | {default} | {_cell(field.description or '')} |")
     return [*lines, ""]
 
@@ -106,7 +106,7 @@ def _field_default(section: type[BaseModel], name: str, field: FieldInfo) -> str
     if field.is_required():
         return "required"
     if section is Optimizer and name == "args":
-        return f"of SGD: `{json.dumps(Optimizer().args)}`"
+        return f"for SGD: `{json.dumps(Optimizer().args)}`"
     value = field.get_default(call_default_factory=True, validated_data={})
     if isinstance(value, Component):
         value = value.type
@@ -117,7 +117,7 @@ def _field_default(section: type[BaseModel], name: str, field: FieldInfo) -> str
 
 
 def _kind(schema: Mapping[str, Any]) -> str:
-    """Return what a JSON Schema allows, in words."""
+    """Return the values that a JSON Schema allows, in words."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return "`{type, args}`" if name == "Component" else name
@@ -137,7 +137,7 @@ def _kind(schema: Mapping[str, Any]) -> str:
     bounds = [
         text.format(f"{schema[key]:g}")
         for key, text in _BOUNDS.items()
-        if key in schema and abs(schema[key]) <= _WORTH_SAYING
+        if key in schema and abs(schema[key]) <= _SHOWN_LIMIT
     ]
     return " ".join([_WORDS.get(str(kind), "any"), " and ".join(bounds)]).strip()
 
@@ -160,7 +160,7 @@ def _models() -> list[str]:
 
 
 def _losses() -> list[str]:
-    lines = ["### Losses: `loss`", "", "A name, or `{type, args}`; [losses.md](losses.md) describes the losses.", ""]
+    lines = ["### Losses: `loss`", "", "A name or `{type, args}`. [losses.md](losses.md) describes the losses.", ""]
     return [*lines, *_summary("`loss.type`", LOSSES)]
 
 
@@ -168,9 +168,10 @@ def _schedules() -> list[str]:
     lines = [
         "### Schedules: `lr_scheduler.args`",
         "",
-        "Besides these two, any class of `torch.optim.lr_scheduler` with its own arguments. A schedule advances once "
-        "per optimizer step, so numbers that torch counts in epochs (`step_size`, `T_max`, `milestones`) count steps "
-        'here. With `"step": "epoch"` it advances once per epoch, and they count epochs.',
+        "`Poly`, `OneCycle`, or any class of `torch.optim.lr_scheduler` with its own arguments. By default a schedule "
+        "advances once per optimizer step. Arguments that torch counts in epochs (`step_size`, `T_max`, `milestones`) "
+        'then count optimizer steps. With `"step": "epoch"`, the schedule advances once per epoch, and they count '
+        "epochs.",
         "",
     ]
     for name in ("Poly", "OneCycle"):
@@ -182,7 +183,7 @@ def _loaders() -> list[str]:
     lines = [
         "### Data: `train_loader`, `val_loader`, `test_loader`",
         "",
-        "[datasets.md](datasets.md) describes the data sets. All of them take these arguments:",
+        "[datasets.md](datasets.md) describes the data sets. All of them accept these arguments:",
         "",
     ]
     every = {name: _rows(LOADERS.arguments(name)) for name in LOADERS}
@@ -191,7 +192,7 @@ def _loaders() -> list[str]:
     for name, rows in every.items():
         own = {argument: row for argument, row in rows.items() if argument not in shared}
         splits = ", ".join(f"`{split}`" for split in LOADERS[name].splits)
-        lines += [f"`{name}`: splits {splits}" + (", and the arguments" if own else ""), ""]
+        lines += [f"`{name}`: splits {splits}" + (". Its own arguments:" if own else ""), ""]
         lines += _table(own) if own else []
     return lines
 
@@ -224,14 +225,14 @@ def _default(field: FieldInfo) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text as a cell of a Markdown table."""
+    """Return text for a cell of a Markdown table."""
     return text.replace("|", "\\|").removesuffix(".")
 
 
 def main() -> None:
     """Write the reference into the page."""
-    parser = argparse.ArgumentParser(prog="python -m docs.reference", description="Write the reference of the config.")
-    parser.add_argument("page", nargs="?", default=PAGE, help="Markdown file with the marks (default: %(default)s)")
+    parser = argparse.ArgumentParser(prog="python -m docs.reference", description="Write the config reference.")
+    parser.add_argument("page", nargs="?", default=PAGE, help="Markdown file with the markers (default: %(default)s)")
     write(parser.parse_args().page, reference())
 
 

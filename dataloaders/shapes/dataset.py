@@ -18,17 +18,17 @@ SceneSide = Annotated[int, Field(ge=scene.SMALLEST, le=8192)]
 
 
 class Shapes(BaseDataSet):
-    """Rendered scenes of eight classes whose labels are uncertain where an annotator's would be.
+    """Rendered scenes of eight classes. Labels are uncertain where those of a human annotator would be.
 
-    Scene ``number`` of a split is a function of (scene_seed, split, number) alone, whatever the machine's
-    number of workers and the run's ``seed`` (which drives augmentation and order). In the training split epoch e
-    shows the numbers from e * length on, so nothing is seen twice, unless ``endless`` is false.
+    Scene ``number`` of a split depends only on (scene_seed, split, number), not on the number of workers or the run's
+    ``seed`` (which controls augmentation and order). In training, epoch e uses the numbers from e * length on, so no
+    scene is repeated, unless ``endless`` is false.
 
     Args:
-        length: scenes per epoch.
+        length: number of scenes per epoch.
         size: side of the scenes, or (height, width).
-        scene_seed: another one is another data set.
-        endless: training epochs show new scenes.
+        scene_seed: random seed of the scenes; each seed gives another data set.
+        endless: use new scenes in every training epoch.
     """
 
     class_names = scene.CLASS_NAMES

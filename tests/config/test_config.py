@@ -196,7 +196,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "fields that disagree": (
         {"predict": {"rankdice": {"metric": "iou", "solver": "ba"}}},
-        ["predict.rankdice: found", "metric 'iou' is solved by 'exact' and 'rma', not by 'ba'"],
+        ["predict.rankdice: found", "solver 'ba' does not support metric 'iou'; use 'exact' or 'rma'"],
     ),
     "a name that is a path": ({"name": "a/b"}, ['name: found "a/b"; the name becomes a folder']),
     "classes of interest as text": (
@@ -350,7 +350,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "text that no file name holds": ({"name": "a\0b"}, ['name: found "a\\u0000b"; text must not contain', "NUL"]),
     "text that is not Unicode": ({"about": "\ud800"}, ['about: found "\\ud800"; text must be valid Unicode']),
     "a key that is not Unicode": ({"\ud800": 1}, ["text must be valid Unicode"]),
-    "a name that is too long": ({"name": "n" * 300}, ["the name becomes a folder: give 1 to 200 bytes"]),
+    "a name that is too long": ({"name": "n" * 300}, ["the name becomes a folder: expected 1 to 200 bytes"]),
     "a folder's name that is too long": ({"trainer": {"save_dir": "s" * 300}}, ["cannot be made (File name too long)"]),
     "no validation data": ({"val_loader": None}, ["val_loader: absent, and train_loader.args.val_split is not given"]),
     "nothing to train on": ({"train_loader": None}, ["train_loader: found null; expected a section"]),

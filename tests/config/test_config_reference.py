@@ -43,12 +43,12 @@ def test_rows_say_type_default_and_meaning(text: str) -> None:
     lines = text.splitlines()
     for line in (
         "| `epochs` | integer >= 1 | `80` | number of training epochs |",
-        '| `amp` | `"off"`, `"bf16"`, `"fp16"` | `"off"` | mixed precision (fp16 scales the loss) |',
+        '| `amp` | `"off"`, `"bf16"`, `"fp16"` | `"off"` | mixed precision; fp16 uses gradient scaling |',
         "| `name` | text | required | name of the run, part of the save path |",
-        "| `flip` | true or false | `true` | mirror half of the images |",
-        "| `mask_values` | list of integers or null | `null` | the mask's value of each class: [0, 255] for masks of "
-        "0 and 255 |",
-        "| `UNet` | `in_channels` `3`, `width` `64`, `freeze_bn` `false` |",
+        "| `flip` | true or false | `true` | flip half of the images horizontally |",
+        "| `mask_values` | list of integers or null | `null` | the value of each class in the masks: [0, 255] for masks "
+        "with the values 0 and 255 |",
+        "| `UNet` | `in_channels` `3`, `width` `64`, `published` `false`, `freeze_bn` `false` |",
     ):
         assert line in lines
     for line in lines:
@@ -105,7 +105,7 @@ def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         config_reference.write(page, "x")
     page.write_text("no marks")
-    with pytest.raises(UserError, match="expected the lines"):
+    with pytest.raises(UserError, match="which are missing; add them"):
         config_reference.write(page, "x")
     assert page.read_text() == "no marks"
 

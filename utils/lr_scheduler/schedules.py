@@ -19,8 +19,8 @@ def poly(step: int, total: int, power: float = 0.9, warmup: int = 0) -> float:
     """Return the factor of the learning rate in step ``step`` of 0 ... ``total - 1``.
 
     ``(1 - step / total) ** power`` (Liu et al., ParseNet, arXiv 1506.04579; Chen et al., DeepLab): 1 in the first
-    step, above 0 in the last. With ``warmup`` steps it rises linearly before, from 1 / (warmup + 1), and the
-    polynomial spans the steps that are left.
+    step, above 0 in the last. With ``warmup`` steps, the factor first rises linearly from 1 / (warmup + 1), and the
+    polynomial spans the remaining steps.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -56,21 +56,21 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 
 def optimizer_steps(epochs: int, batches: int, accumulate: int = 1) -> int:
-    """Return the number of optimizer steps of a run; an epoch's last batches make a step of their own."""
+    """Return the number of optimizer steps of a run; the last batches of an epoch make one step, even if fewer."""
     return epochs * math.ceil(batches / accumulate)
 
 
 class Schedule:
-    """Base of all schedules: counts steps, and resumes bit by bit.
+    """Base class of all schedules. It counts steps, and can resume exactly.
 
     Args:
-        optimizer: its groups' learning rates at construction are the base values of the schedule.
-        total_steps: optimizer steps of the whole run; after the last one, the values stay.
+        optimizer: the learning rates of its groups at construction are the base values of the schedule.
+        total_steps: optimizer steps of the whole run; after the last one, the values do not change.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int) -> None:
         if total_steps < 1:
-            raise ValueError(f"total_steps is {total_steps}; a run has at least one step")
+            raise ValueError(f"total_steps is {total_steps}; expected at least 1")
         self.optimizer = optimizer
         self.total_steps = total_steps
         self.last_step = 0
@@ -88,8 +88,8 @@ class Schedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the saved step.
 
-        ``total_steps`` and the base values do not change: a run that is resumed with more epochs or another learning
-        rate follows the new curve. The same config gives the same bits.
+        ``total_steps`` and the base values are not restored: a run that is resumed with more epochs or another learning
+        rate follows the new curve. With the same config, the values are bit-identical.
         """
         if len(state["base"]) != len(self._base):
             raise ValueError(
@@ -106,7 +106,7 @@ class Schedule:
                 _set_momentum(group, base["momentum"])
 
     def _apply(self) -> None:
-        """Set the values of ``last_step``, having set those of the step before."""
+        """Set the values of ``last_step``, given that those of the previous step are set."""
         raise NotImplementedError
 
     def _restore(self) -> None:
@@ -156,8 +156,8 @@ class Poly(_PureSchedule):
 
     Args:
         optimizer, total_steps: see :class:`Schedule`.
-        power: exponent > 0.
-        warmup: below 1, a fraction of the run; else a number of steps, less than those of the run.
+        power: exponent, > 0.
+        warmup: length of a linear warm-up: below 1 a fraction of the run, otherwise a number of steps.
     """
 
     def __init__(
@@ -181,10 +181,10 @@ class OneCycle(_PureSchedule):
 
     Args:
         optimizer, total_steps: see :class:`Schedule`.
-        momentums: lowest and highest momentum (first beta of Adam-like optimizers); None: unchanged.
-        div_factor: peak rate / first rate.
+        momentums: lowest and highest momentum (the first beta of Adam-like optimizers); None: do not change it.
+        div_factor: peak learning rate / initial learning rate.
         phase1: fraction of the run before the peak.
-        final_div_factor: first rate / last rate.
+        final_div_factor: initial learning rate / final learning rate.
 
     Raises:
         ValueError: a value out of range; ``momentums`` with an optimizer that runs without momentum.
