@@ -46,8 +46,8 @@ def test_rows_say_type_default_and_meaning(text: str) -> None:
         '| `amp` | `"off"`, `"bf16"`, `"fp16"` | `"off"` | mixed precision; fp16 uses gradient scaling |',
         "| `name` | text | required | name of the run, part of the save path |",
         "| `flip` | true or false | `true` | flip half of the images horizontally |",
-        "| `mask_values` | list of integers or null | `null` | the value of each class in the masks: [0, 255] for masks "
-        "with the values 0 and 255 |",
+        "| `mask_values` | list of integers or null | `null` | the value of each class in the masks: [0, 255] for "
+        "masks with the values 0 and 255 |",
         "| `UNet` | `in_channels` `3`, `width` `64`, `published` `false`, `freeze_bn` `false` |",
     ):
         assert line in lines
