@@ -101,7 +101,7 @@ def test_results_have_the_fields_of_the_readme() -> None:
 )
 def test_a_forecast_that_is_far_off_calls_for_a_temperature(expected, measured, said) -> None:
     scores = {} if expected is None else {"Expected_Dice": expected, "Measured_Dice": measured}
-    found = contents.advice(scores)
+    found = contents.advice(scores, 30)
     if said is None:
         assert found is None
     else:
@@ -109,12 +109,13 @@ def test_a_forecast_that_is_far_off_calls_for_a_temperature(expected, measured, 
         assert "--fit" in found
 
 
-def test_advice_is_for_many_images_without_a_temperature(monkeypatch) -> None:
+def test_advice_needs_no_many_images_but_says_if_they_are_few(monkeypatch) -> None:
     monkeypatch.setattr(contents, "FAR_OFF", -1.0)
-    assert "advice" not in content()  # three images
-    monkeypatch.setattr(contents, "FEW_IMAGES", 3)
     found = content()
+    assert "3 images are few, so this may be chance." in found["advice"]
     assert "## Advice" in report.text(found)
+    monkeypatch.setattr(contents, "FEW_IMAGES", 3)
+    assert "few" not in content()["advice"]
     assert "advice" not in content(predict={"temperature": 0.8})
     assert "advice" not in content(("T", "max"))
 

@@ -90,18 +90,19 @@ def results(
     content |= gathered
     if matrices:
         content["confusion"] = {name: worst(matrix, loaded.facts.label_names) for name, matrix in matrices.items()}
-    if fitted is None and config.predict.temperature == 1 and outcome.images >= FEW_IMAGES:
-        said = advice(procedures.get("rankdice", {}))
+    if fitted is None and config.predict.temperature == 1:
+        said = advice(procedures.get("rankdice", {}), outcome.images)
         if said:
             content["advice"] = said
     return _plain(content)
 
 
-def advice(scores: Mapping[str, Any]) -> str | None:
+def advice(scores: Mapping[str, Any], images: int) -> str | None:
     """Return what to do if rankdice expects another Dice than it gets; None if the two agree.
 
     Args:
         scores: of rankdice, without a fitted temperature.
+        images: that were scored.
     """
     expected, measured = scores.get("Expected_Dice", math.nan), scores.get("Measured_Dice", math.nan)
     if not abs(expected - measured) > FAR_OFF:
@@ -110,6 +111,7 @@ def advice(scores: Mapping[str, Any]) -> str | None:
     return (
         f"rankdice expected a Dice of {expected:.3f} for its masks, and they scored {measured:.3f}: the network is "
         f"{how}. Calibrate it on validation data with test.py -r CHECKPOINT --fit, then test the new checkpoint."
+        + (f" {images} images are few, so this may be chance." if images < FEW_IMAGES else "")
     )
 
 
