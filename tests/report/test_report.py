@@ -80,7 +80,7 @@ def content(procedures: tuple[str, ...] = ("T", "max", "rankdice"), **changes: A
 
 def test_results_have_the_fields_of_the_readme() -> None:
     found = content()
-    assert list(found) == ["protocol", "procedures", "comparison"]
+    assert list(found) == ["protocol", "procedures", "comparison", "advice"]
     assert list(found["procedures"]) == ["T", "max", "rankdice"]
     for name, scores in found["procedures"].items():
         for key in ("test_loss", "Pixel_Accuracy", "Mean_IoU", "Mean_Dice", "Dataset_mIoU", "Dataset_mDice"):
