@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
         *("-m", "-r", "--model"),
         nargs="+",
         metavar="CHECKPOINT",
-        help="several: an ensemble. With -c also a network (.pt2, TorchScript, .onnx; default: the config's "
+        help="several form an ensemble. With -c also a network (.pt2, TorchScript, .onnx; default: the config's "
         "arch.args.file)",
     )
     add("-i", "--images", required=True, help="image, folder, video file, or camera:0")
@@ -46,8 +46,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def _add_views(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--scales", type=float, nargs="+", metavar="S", help="of mode multiscale (default: 0.75 to 2 in steps of 0.25)")
-    add("--flip", action="store_true", help="see the mirror image of every view as well")
+    add(
+        "--scales",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help="scales of mode multiscale (default: 0.75 to 2 in steps of 0.25)",
+    )
+    add("--flip", action="store_true", help="also average over the mirror image of every view")
     add(
         "--tile",
         type=int,
@@ -55,7 +61,7 @@ def _add_views(group: argparse._ArgumentGroup) -> None:
         metavar="PIXELS",
         help="side of a tile, or its height and width (default: the crop size of the training, else 512)",
     )
-    add("--overlap", type=float, default=0.25, help="share of a tile that its neighbour covers too (default: 0.25)")
+    add("--overlap", type=float, default=0.25, help="share of a tile that overlaps its neighbour (default: 0.25)")
     add("--batch-size", type=int, default=4, help="images or tiles per forward pass (default: 4)")
     add("--max-pixels", type=int, default=2**23, help="larger views are cut into tiles (default: 2^23)")
     add(
@@ -67,7 +73,7 @@ def _add_views(group: argparse._ArgumentGroup) -> None:
     add(
         "--amp",
         choices=("off", "bf16", "fp16"),
-        help="precision of the network (default: trainer.amp of the config, as test.py)",
+        help="precision of the network (default: trainer.amp of the config, as in test.py)",
     )
 
 
@@ -79,11 +85,17 @@ def _add_outputs(group: argparse._ArgumentGroup) -> None:
         nargs="?",
         const=0.5,
         metavar="OPACITY",
-        help="also the masks drawn over the images (default opacity: 0.5)",
+        help="also write the masks drawn over the images (default opacity: 0.5)",
     )
-    add("--masks", action="store_true", help="also the overlapping masks of T and rankdice, a PNG per class")
-    add("--probs", choices=("npz", "png"), nargs="?", const="npz", help="also the probabilities: npz, or PNG per class")
-    add("--json", action="store_true", help="also classes, pixels and expected scores per image")
+    add("--masks", action="store_true", help="also write the overlapping masks of T and rankdice, one PNG per class")
+    add(
+        "--probs",
+        choices=("npz", "png"),
+        nargs="?",
+        const="npz",
+        help="also write the probabilities: npz, or one PNG per class",
+    )
+    add("--json", action="store_true", help="also write classes, pixels and expected scores per image")
     add("--skip-existing", action="store_true", help="skip images that already have the outputs of this run")
     add("--force", action="store_true", help="replace files that inference.py did not write, or of another checkpoint")
     add("--limit", type=int, metavar="N", help="only the first N images or frames")

@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
         "--resume",
         nargs="+",
         metavar="CHECKPOINT",
-        help="the checkpoint to score; several: an ensemble, the mean of their probabilities. With -c also a network "
+        help="the checkpoint to score; several form an ensemble (mean of their probabilities). With -c also a network "
         "(.pt2, TorchScript, .onnx); default: the config's arch.args.file",
     )
     add("-c", "--config", help="config file; replaces the checkpoint's config, except arch")
@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
         "for several the folder ensemble)",
     )
     add("--limit", type=int, metavar="N", help="only the first N images")
-    add("--tta", nargs="+", choices=VIEWS, default=[], help="average the probabilities over mirror images, over scales")
+    add("--tta", nargs="+", choices=VIEWS, default=[], help="average the probabilities over flips and/or scales")
     add("--boundary", action="store_true", help="also report the boundary IoU (Cheng et al., CVPR 2021)")
     add("--save-masks", action="store_true", help="write masks/PROCEDURE/NAME.png, palette PNGs, beside the results")
     add("--save-probs", metavar="FOLDER", help="keep the probabilities, for python -m utils.predict --probs FOLDER")
@@ -82,7 +82,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--fit: fit the members of an ensemble one by one")
     if args.fit and (args.predict or args.tta or args.save_masks or args.save_probs or args.boundary):
         parser.error(
-            "--fit looks at single views of the validation data: it goes without -p, --tta, --boundary and --save-..."
+            "--fit uses single views of the validation data; it cannot be combined with -p, --tta, --boundary or "
+            "--save-..."
         )
     return args
 
@@ -168,7 +169,7 @@ def results_folder(args: argparse.Namespace, config: Config) -> Path:
             folder = chosen
         else:
             print(
-                f"note: results go beside the checkpoint. Its config names {chosen} (tester.out_dir), outside the "
+                f"note: results go next to the checkpoint. Its config names {chosen} (tester.out_dir), outside the "
                 f"run's folder; to write there: -o {shlex.quote(str(chosen))}",
                 file=sys.stderr,
             )
@@ -282,7 +283,7 @@ def report_on(run: Run, state: Mapping[str, Any], outcome: Evaluation, watcher: 
     if replaced:
         print(f"replaced: {replaced}")
     if stale:
-        print(f"removed: {folder / report.PAGE}, which was of an earlier run; -p all writes it")
+        print(f"removed: {folder / report.PAGE}, from an earlier run; -p all writes a new one")
     if run.everything:
         written += watcher.write_page(folder, results, outcome, sys.argv)
     if config.tester.tensorboard:
@@ -316,7 +317,7 @@ def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel,
         return
     print(fitted.text(found, config))
     if not found.changes(config.predict):
-        print("nothing to write: the checkpoint is best as it is")
+        print("nothing written: no fit improves this checkpoint")
         return
     source = Path(args.resume)
     path = Path(args.output or source.parent) / f"{source.stem.removesuffix('_calibrated')}_calibrated.pth"

@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
         "-r",
         "--resume",
         metavar="CHECKPOINT",
-        help="continue the run of a checkpoint; 'auto': the newest run of the config's name, as -r FILE -c CONFIG",
+        help="checkpoint of the run to continue; 'auto': the newest run of the config, as with -r FILE -c CONFIG",
     )
     parser.add_argument(
         "-w", "--weights", metavar="CHECKPOINT", help="start a new run from the weights of a checkpoint (fine-tuning)"
@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.resume and args.weights:
         parser.error("--resume continues a run with its own weights; give --weights without it")
     if args.resume == "auto" and not args.config:
-        parser.error("--resume auto needs --config, to know whose newest run to continue")
+        parser.error("--resume auto needs --config: it continues the newest run of that config")
     return args
 
 

@@ -323,6 +323,6 @@ def _of_one_size(batch: Batch) -> tuple[Tensor, Tensor]:
         sizes = " and ".join(sorted({f"{i.shape[2]} x {i.shape[1]}" for i in batch.images})[:3])
         raise UserError(
             f"train_loader: the images of a batch differ in size ({sizes}, such as {batch.names[0]}); give "
-            'train_loader.args.crop_size with "augment": true, so that all are cut to one size'
+            'train_loader.args.crop_size with "augment": true, which crops all images to one size'
         )
     return batch.images, batch.labels

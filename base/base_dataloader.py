@@ -196,8 +196,8 @@ class EpochBatches(Sampler[list[Key]]):
         batches = full + (left > 0 and not self.drop_last and not single)
         if batches == 0 and self.shuffle:
             raise UserError(
-                f"{len(self.indices)} training samples over {self.world} process(es) give no batch of "
-                f"{self.batch_size}: lower `batch_size` or `val_split`, or switch `drop_last` off"
+                f"{len(self.indices)} training samples over {self.world} process(es) are too few for a batch of "
+                f"{self.batch_size}: lower `batch_size` or `val_split`, or switch off `drop_last`"
             )
         return batches
 
@@ -318,7 +318,7 @@ def _split(
             raise ValueError("group_by has no effect without val_split or val_fold")
         return np.arange(count), None
     if dataset.held_out is not None or (val_split and val_fold is not None):
-        raise ValueError("val_split, val_fold and val_fraction exclude each other: give one of them")
+        raise ValueError("val_split, val_fold and val_fraction cannot be combined; use one of them")
     if val_split and not 0 < val_split < 1:
         raise ValueError(f"val_split must lie between 0 and 1, got {val_split}")
     if val_fold is not None or group_by is not None:
@@ -333,5 +333,5 @@ def _split(
         order = np.random.default_rng([seed, _HELD_OUT]).permutation(count)
         chosen[order[: round(count * (val_split or 0))]] = True
     if chosen.all() or not chosen.any():
-        raise UserError(f"val_split {val_split} of {count} samples leaves one side empty")
+        raise UserError(f"val_split {val_split} of {count} samples leaves the training or the validation set empty")
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)

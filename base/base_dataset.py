@@ -162,7 +162,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
             self.std = measured[1] if std == "auto" else self.std
             if min(self.std) == 0:
                 raise UserError(
-                    f'"std": "auto": channel {self.std.index(0)} has one value only in the images of split '
+                    f'"std": "auto": channel {self.std.index(0)} has only one value in the images of split '
                     f"{split!r}; give mean and std as numbers"
                 )
         if cache == "ram":

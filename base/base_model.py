@@ -94,7 +94,7 @@ class BaseModel(nn.Module):
                 raise
             raise ValueError(
                 f"{type(self).__name__} cannot be trained on one image of {x.shape[2]} x {x.shape[3]} at a time: at "
-                "its deepest features a single value per channel is left, which BatchNorm cannot normalise. Use "
+                "its deepest features one value per channel is left, which BatchNorm cannot normalize. Use "
                 "larger images (crop_size), more of them (batch_size), or freeze_bn"
             ) from error
         if isinstance(outputs, dict):

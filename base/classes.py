@@ -47,18 +47,18 @@ def read_classes(path: str | Path) -> Classes:
     found = _from_csv(texts, path) or _from_labelmap(texts) or _from_colour_lines(texts) or _from_names(texts, path)
     twice = next((name for i, name in enumerate(found.names) if name in found.names[:i]), None)
     if twice is not None:
-        raise UserError(f"classes: {path} names {twice!r} twice; class names must differ")
+        raise UserError(f"classes: {path} lists {twice!r} twice; class names must be unique")
     return found
 
 
 def _from_names(texts: Sequence[str], path: str | Path) -> Classes:
     if not texts:
-        raise UserError(f"classes: {path} names no class; expected one name a line")
+        raise UserError(f"classes: {path} contains no class name; expected one name per line")
     for separator in ",;\t":
         counts = {text.count(separator) for text in texts}
         if len(texts) > 1 and len(counts) == 1 and counts != {0}:
             raise UserError(
-                f"classes: {path} looks like a table without a known header. Expected one name a line, or a first "
+                f"classes: {path} looks like a table without a known header. Expected one name per line, or a first "
                 "line like name,r,g,b or Pixel Value,Class; or give the names as a list in the config"
             )
     return Classes(tuple(map(without_quotes, texts)))
@@ -128,7 +128,7 @@ def classes_of(classes: Sequence[str] | str | int, data_dir: str | None) -> Clas
         given = expand(classes)
         if not below.is_file() and not given.is_file():
             raise UserError(
-                f"classes: there is no file {given}, nor {below}; give the path of a text file with one name a line, "
+                f"classes: neither {given} nor {below} is a file; give the path of a text file with one name per line, "
                 "or the names themselves as a list"
             )
         return read_classes(below if below.is_file() else given)

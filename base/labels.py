@@ -77,7 +77,7 @@ class LabelTable:
         if self._count == 2 and set(values.tolist()) <= set(range(2, 256)):
             hint = f" (Masks stored as 0 and 255? The Folder loader reads them with `mask_values` or a palette.){hint}"
         return UserError(
-            f"{path} holds label values that are no class: {shown} ({plural(pixels, 'pixel')}). "
+            f"{path} contains label values that are not a class: {shown} ({plural(pixels, 'pixel')}). "
             f"{self._name} expects 0 to {self._count - 1} ({self._num_classes} classes) or "
             f"{self._ignore_index} (ignore_index). Change `classes` in the loader's args if there are more "
             f"classes, `ignore_index` if this value means 'not labelled', or fix the file.{hint}"
@@ -104,7 +104,7 @@ class PaletteReference:
         if other.any():
             value = int(used[other][0])
             raise UserError(
-                f"{path} has another palette than {self._example}: value {value} is {mask.palette[value].tolist()} "
+                f"{path} has a different palette from {self._example}: value {value} is {mask.palette[value].tolist()} "
                 f"here, and {self._colours[value].tolist()} there. A program may have sorted the palette, which "
                 f"changes the values; save the masks again with one palette. {advice}".rstrip()
             )

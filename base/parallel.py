@@ -22,7 +22,8 @@ def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif distributed.is_main():
             print(
-                "warning: use_synch_bn: torch synchronises batch norm on GPUs only; here each process has its own",
+                "warning: use_synch_bn: torch synchronizes batch norm only on GPUs; "
+                "here each process uses its own statistics",
                 file=sys.stderr,
             )
     layout = torch.channels_last if config.trainer.channels_last else torch.preserve_format
@@ -39,7 +40,7 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1 and gpus > 1:
         if config.trainer.compile:  # replicating torch.compile's wrapper takes the original's parameters away
             raise UserError(
-                "trainer.compile: torch cannot spread a compiled network over several GPUs from one process; set "
+                "trainer.compile: torch cannot run a compiled network on several GPUs from one process; set "
                 f"it to false, or start one process per GPU: torchrun --standalone --nproc_per_node {gpus} ..."
             )
         amp = AMP_DTYPES[config.trainer.amp]

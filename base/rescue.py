@@ -14,7 +14,7 @@ def explained(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return text
     if distributed.lost_process(error):
-        return "another process of this run has ended, so this one cannot go on; what it said is the cause"
+        return "another process of this run has ended, so this one cannot continue; its message gives the cause"
     if "DataLoader worker (pid" in text:
         return (
             f"a process that loads the data was killed ({text.splitlines()[0]}); most often the memory is full: "

@@ -33,7 +33,7 @@ def restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def _restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if "scheduler" not in state or "processes" not in state:
         raise UserError(
-            "the checkpoint holds weights but not the state of a run of this framework, so it cannot be resumed; "
+            "the checkpoint contains weights but no training state of this framework, so it cannot be resumed; "
             "to start a new run from its weights: train.py --config CONFIG --weights CHECKPOINT"
         )
     before = state["config"]["optimizer"]["type"]
@@ -66,13 +66,13 @@ def _restore_monitor(run: Any, state: Mapping[str, Any]) -> None:
     run.monitor.load_state_dict(state)
     changes = changes_of_score(state["config"], run.config)
     if state.get("validation", fingerprint(run.data.val)) != fingerprint(run.data.val):
-        changes.append("the validation images are others")
+        changes.append("the validation images have changed")
     if changes and run.monitor.mode != "off" and math.isfinite(run.monitor.best):
         if distributed.is_main():
             why = "; ".join(changes[:4])
             print(
                 f"warning: the best {run.monitor.name} so far, {run.monitor.best:.4f}, cannot be compared with "
-                f"scores from now on ({why}): the best model and early stopping start afresh",
+                f"scores from now on ({why}): the best model and early stopping start over",
                 file=sys.stderr,
             )
         run.monitor.reset()
@@ -85,7 +85,7 @@ def _restore_process(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | 
         return own["rng"]
     if distributed.is_main():
         print(
-            f"warning: the checkpoint holds the random states of {len(state['processes'])} processes, now there "
+            f"warning: the checkpoint contains the random states of {len(state['processes'])} processes, now there "
             f"are {distributed.world_size()}; the run continues, but with other random numbers",
             file=sys.stderr,
         )

@@ -162,7 +162,7 @@ def _lock_file(path: Path) -> Any:
 def newest(config: Config) -> Path:
     """Return the newest resumable checkpoint among the config's runs.
 
-    Runs of another seed, model, optimizer or data are not the config's: in a sweep each run continues its own.
+    Skips runs with another seed, model, optimizer, schedule, loss or data: in a sweep, each run continues its own.
 
     Raises:
         UserError: there is none.

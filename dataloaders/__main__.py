@@ -14,22 +14,22 @@ EXPORTS = ("coco", "labelme", "cvat", "label_studio", "roboflow", "yolo")
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser; nothing heavy is imported for it."""
     top = argparse.ArgumentParser(
-        prog="python -m dataloaders", description="Look at data, get it, and plan a training on it."
+        prog="python -m dataloaders", description="Check data, prepare data, and plan a training run."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="{check,prepare,plan}")
 
     check = commands.add_parser(
         "check",
-        help="look at the data that a config names, before training on it",
-        description="Pairs, files without a partner, sizes, label values, pixel share and suggested weight per "
-        "class, mean and std, and a contact sheet of images as training will see them.",
+        help="check the data of a config before training",
+        description="Prints pairs, unpaired files, sizes, label values, pixel share and suggested weight per "
+        "class, mean and std; draws a contact sheet of images as training will see them.",
     )
     check.add_argument("-c", "--config", default="config.json", help="config file (default: config.json)")
     check.add_argument(
         "--loader",
         choices=("train", "val", "test", "all"),
         default="all",
-        help="which of the config's loaders to look at (default: all)",
+        help="which of the config's loaders to check (default: all)",
     )
     check.add_argument(
         "--samples", type=int, metavar="N", help="read N images and masks, evenly spread; 0: all (default: 500)"
@@ -49,7 +49,7 @@ def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "prepare",
         help="download a public data set, or convert what a labelling tool exports",
         description=f"Public data sets ({', '.join(PREPARED)}): downloads with checksums, continues interrupted "
-        "downloads, unpacks; without a network it says which files to put where. Exports of labelling tools "
+        "downloads, unpacks; without a network connection it says which files to put where. Exports of labelling tools "
         f"({', '.join(EXPORTS)}): writes images, masks and classes.txt for the Folder loader, and says what overlaps.",
     )
     prepare.add_argument("name", choices=(*PREPARED, *EXPORTS), help="the data set, or the format of an export")
@@ -84,7 +84,7 @@ def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="CocoStuff164k",
         help="coco_stuff: which edition (default: CocoStuff164k)",
     )
-    public.add_argument("--mirror", metavar="URL", help="fetch the archives from below this address instead")
+    public.add_argument("--mirror", metavar="URL", help="download the archives from this base address instead")
     public.add_argument(
         "--no-verify", action="store_true", help="do not compare checksums (a mirror with repacked archives)"
     )

@@ -100,7 +100,7 @@ class COCO(BaseDataSet):
             return read_label(path)
         content = load_mat(path)
         if "S" not in content or content["S"].ndim != 2:
-            raise UserError(f"{path}: it holds no label map S, as COCO-Stuff 10k's files do")
+            raise UserError(f"{path}: there is no label map S, which COCO-Stuff 10k's files have")
         return content["S"].astype(np.int32)
 
     def _samples_10k(self) -> list[Entry]:

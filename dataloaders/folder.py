@@ -99,7 +99,7 @@ or, split by folders,
         self._fractions = {"val": val_fraction, "test": test_fraction}
         self._split_seed = split_seed
         if val_fold is not None and val_fraction:
-            raise ValueError("val_fold and val_fraction exclude each other: give one of them")
+            raise ValueError("val_fold and val_fraction cannot be combined; use one of them")
         grouping(group_by)  # refuses what is not a regular expression
         self._val_fold, self.group_by = val_fold, group_by
         own = ("data_dir", "classes", "palette", "in_channels", "ignore_index")
@@ -220,9 +220,9 @@ or, split by folders,
     def _complain(self, pairs: Pairs, images: Path, masks: Path) -> None:
         if not pairs.entries and pairs.images_alone and pairs.masks_alone:
             raise UserError(
-                f"no image in {images} has a mask of its name in {masks}: there are, for instance, "
-                f"{pairs.images_alone[0].name} and {pairs.masks_alone[0].name}. If mask names only have something "
-                "added at the end, set mask_suffix; else give a list_file"
+                f"no image in {images} has a mask with the same name in {masks}; for instance, there are "
+                f"{pairs.images_alone[0].name} and {pairs.masks_alone[0].name}. If the mask names have a "
+                "suffix, set mask_suffix; otherwise give a list_file"
             )
 
     def _from_list(self, path: Path) -> list[Entry]:
@@ -273,7 +273,7 @@ or, split by folders,
         super()._check_first()
         if self.label_count == 2 and not self._reader.says_more and 255 in seen and seen <= {0, 255}:
             raise UserError(
-                f"the masks in {self.data_dir} hold only 0 and 255 (of {count} looked at), and 255 means 'not "
+                f"the masks in {self.data_dir} contain only 0 and 255 ({count} were read), and 255 means 'not "
                 f"labelled' ({self.ignore_index}, ignore_index). If it means {self.class_names[-1]!r}, set "
                 "`mask_values: [0, 255]` in the loader's args; if not, `mask_values: [0, 1]`"
             )

@@ -156,7 +156,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     except Exception as error:
         if not lost_process(error):
             raise
-        raise UserError("another process of this run has ended, so this one cannot go on") from None
+        raise UserError("another process of this run has ended, so this one cannot continue") from None
     finally:
         if is_active():
             dist.destroy_process_group()

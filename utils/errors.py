@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear message, exit code 2, no traceback."""
+"""Errors that the user can fix: one clear message, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ USER_ERROR_EXIT_CODE = 2
 
 
 class UserError(Exception):
-    """Something in the config, the files or the command line that the user can mend.
+    """Something in the config, the files or the command line that the user can fix.
 
-    The message names the field or file, what was found, what was expected and how to mend it.
+    The message names the field or file, what was found, what was expected and how to fix it.
     """
 
 

@@ -46,7 +46,7 @@ def count(
         prediction: masks ``(B, C, H, W)`` or labels ``(B, H, W)``.
         target: integer labels ``(B, H, W)``: class ids, with one class 0 or 1, or ``ignore_index``.
         count_ignored: pixels whose target is ignored stay in the prediction's count, where they can only be wrong
-            (the published script's way); by default they count nowhere.
+            (the published script's way); by default they do not count.
     """
     masks, labels = prediction.masks, prediction.labels
     valid = target != ignore_index
@@ -168,7 +168,7 @@ class Metrics:
 
     Args:
         num_classes: classes counted.
-        ignore_index: label of pixels that count nowhere.
+        ignore_index: label of pixels that do not count.
         classes: the classes of interest, over which means are taken; None: all.
         smooth: added to numerator and denominator of Dice and IoU.
         count_ignored: see :func:`count`.

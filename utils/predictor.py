@@ -120,12 +120,12 @@ class Predictor:
     def _check(self) -> None:
         for name, value, known in (("predict", self.procedure, PROCEDURES), ("mode", self.mode, MODES)):
             if value not in known:
-                raise ValueError(f"{name}: {value!r} is none of {', '.join(known)}{did_you_mean(value, known)}")
+                raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}{did_you_mean(value, known)}")
         for name in ("max_pixels", "memory"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: at least 1 expected, got {getattr(self, name)}")
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"scales: positive numbers expected, got {list(self.scales)}")
+            raise ValueError(f"scales: expected positive numbers, got {list(self.scales)}")
         outside = [c for c in self.options.classes or () if not 0 <= c < self.facts.num_classes]
         if outside:
             raise UserError(
@@ -159,7 +159,7 @@ class Predictor:
             return self._filled(read_pixels(image, channels, self.values))
         if isinstance(image, Tensor):
             if image.ndim != 3:
-                raise ValueError(f"images: a tensor (channels, H, W) expected, got shape {tuple(image.shape)}")
+                raise ValueError(f"images: expected a tensor (channels, H, W), got shape {tuple(image.shape)}")
             image = image.detach().cpu().permute(1, 2, 0).numpy()
         if not isinstance(image, np.ndarray | Image.Image):
             raise TypeError(f"images: a path, PIL image, array or tensor expected, got {type(image).__name__}")
@@ -240,7 +240,7 @@ def _amp(amp: bool | str, device: torch.device) -> torch.dtype | None:
     """Return the dtype of autocast."""
     if isinstance(amp, str):
         if amp not in AMP_DTYPES:
-            raise ValueError(f"amp: {amp!r} is none of {', '.join(AMP_DTYPES)}{did_you_mean(amp, AMP_DTYPES)}")
+            raise ValueError(f"amp: {amp!r} is not one of {', '.join(AMP_DTYPES)}{did_you_mean(amp, AMP_DTYPES)}")
         return AMP_DTYPES[amp]
     return None if not amp else torch.bfloat16 if device.type == "cpu" else torch.float16
 

@@ -85,7 +85,7 @@ def _alone(dataset: BaseDataSet) -> list[str]:
 
 def _sizes(sizes: Counter[tuple[int, int]]) -> str:
     if not sizes:
-        return "of no image: none could be used"
+        return "unknown: no image could be read"
     if len(sizes) <= 3:
         return ", ".join(f"{w}x{h} ({plural(n, 'image')})" for (w, h), n in sizes.most_common())
     every = np.repeat(np.array(list(sizes)), list(sizes.values()), axis=0)
@@ -140,16 +140,16 @@ def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
     names, total = class_labels(dataset), findings.pixels.sum()
     if 0 <= dataset.ignore_index < dataset.label_count:
         found.append(
-            f"ignore_index {dataset.ignore_index} is also the id of {names[dataset.ignore_index]!r}, whose pixels "
-            "are all ignored"
+            f"ignore_index {dataset.ignore_index} is also the id of {names[dataset.ignore_index]!r}: all pixels of "
+            "this class are ignored"
         )
     if findings.good:
         never = [names[i] for i in np.flatnonzero(findings.pixels[:-1] == 0)]
         if never:
             more = f" and {len(never) - _SHOWN} more" if len(never) > _SHOWN else ""
-            found.append(f"no pixel of {', '.join(never[:_SHOWN])}{more} in what was looked at")
+            found.append(f"no pixel of {', '.join(never[:_SHOWN])}{more} in the files that were read")
         if findings.pixels[-1] > 0.5 * total:
-            found.append(f"{findings.pixels[-1] / total:.0%} of all pixels are not labelled")
+            found.append(f"{findings.pixels[-1] / total:.0%} of all pixels are unlabelled")
         if np.isfinite(findings.std).all() and (findings.std < 0.01).any():
             found.append("the images hardly vary in brightness: are they 12 or 16 bit data stored without scaling?")
         found += [*_unfitting_files(dataset, findings), *_unfitting_normalisation(dataset, findings)]

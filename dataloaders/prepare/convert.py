@@ -78,7 +78,7 @@ def run(kind: str, source: Path, out: Path, options: Options) -> None:
     if not export.pictures:
         named = f"; the export names {images.missing[0]!r}" if images.missing else ""
         raise UserError(
-            f"{source}: no annotated image was found in {images.folder}{named}. Give their folder by --images"
+            f"{source}: no annotated image was found in {images.folder}{named}. Give their folder with --images"
         )
     classes = class_ids(export, options)
     tally = write(export, classes, out, options)

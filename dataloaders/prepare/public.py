@@ -81,7 +81,7 @@ def prepare(
         file = folder / DOWNLOADS / archive.filename
         done = file.with_name(file.name + ".unpacked")
         if done.exists():
-            print(f"{archive.filename}: unpacked before")
+            print(f"{archive.filename}: already unpacked")
             continue
         checksum = archive.checksum if check else None
         if file.exists():
@@ -100,7 +100,7 @@ def _get(recipe: Recipe, archive: Archive, file: Path, mirror: str | None, check
     url = f"{mirror.rstrip('/')}/{archive.filename}" if mirror else archive.url
     if url is None:
         raise UserError(
-            f"{archive.filename}: the publisher asks for an account, so this cannot be downloaded for you.\n"
+            f"{archive.filename}: the publisher requires an account, so this program cannot download it.\n"
             + by_hand(recipe, file.parent)
         )
     try:
@@ -135,7 +135,7 @@ def augment_voc(folder: Path) -> None:
     for needed in (voc / "SegmentationClass", contours / "cls"):
         if not needed.is_dir():
             raise UserError(
-                f"{needed}: this folder should have come out of the archives; remove "
+                f"{needed}: this folder is missing after unpacking the archives; remove "
                 f"{folder / DOWNLOADS}/*.unpacked and run the command again"
             )
     target = voc / "SegmentationClassAug"
@@ -159,7 +159,7 @@ def read_contours(path: Path) -> np.ndarray:
     try:
         return np.asarray(content["GTcls"]["Segmentation"][0][0], dtype=np.uint8)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: it holds no GTcls.Segmentation, as SBD's files do ({error})") from error
+        raise UserError(f"{path}: there is no GTcls.Segmentation, which SBD's files have ({error})") from error
 
 
 def _write_lists(voc: Path, masks: Iterable[str]) -> None:

@@ -52,7 +52,7 @@ class ColourTable:
         order = np.argsort(-counts, kind="stable")[:_SHOWN]
         shown = ", ".join(f"{colours[i].tolist()} ({plural(counts[i], 'pixel')})" for i in order)
         more = f" and {len(colours) - _SHOWN} more" if len(colours) > _SHOWN else ""
-        return UserError(f"{path} holds colours that stand for no class: {shown}{more}. {self._hint}".rstrip())
+        return UserError(f"{path} contains colours that are not a class: {shown}{more}. {self._hint}".rstrip())
 
 
 def _packed(mask: np.ndarray) -> np.ndarray:

@@ -117,7 +117,7 @@ class MaskReader:
         known = (shown[:, None] == self._class_colours[None]).all(2)
         if known.any(1).all() and not all(i < self.count and known[row, i] for row, i in enumerate(used.tolist())):
             raise UserError(
-                f"{path} has the colours of `palette` in another order, so its values and its colours say different "
+                f"{path} has the colours of `palette` in another order, so its values and its colours disagree. "
                 'things. Set `"colors": true` in the loader\'s args if the colours are right, `"colors": false` if the '
                 "values are"
             )

@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
                 more = ", ..." if len(files) > _SHOWN else ""
                 shown = ", ".join(str(f) for f in files[:_SHOWN])
                 left_out = f"has no {missing} and is" if len(files) == 1 else f"have no {missing} and are"
-                _warn(f"{plural(len(files), what)} {left_out} left out: {shown}{more}")
+                _warn(f"{plural(len(files), what)} {left_out} skipped: {shown}{more}")
         return [*self.images_alone, *self.masks_alone]
 
 
@@ -59,7 +59,7 @@ def image_files(folder: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> l
         parent = folders.pop() if folders else links.pop(0)
         status = parent.stat()
         if (status.st_dev, status.st_ino) in seen:
-            _warn(f"{parent} leads to a folder that is read already, and is left out")
+            _warn(f"{parent} links to a folder that is already read; skipped")
             continue
         seen.add((status.st_dev, status.st_ino))
         for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--out", required=True, help="folder to write VOCdevkit/VOC2012 and classes.txt below")
     top.add_argument("--n", type=int, required=True, help="how many scenes in train and val together (2 or more)")
     top.add_argument("--size", type=int, default=128, help="side of the scenes in pixels (default: 128)")
-    top.add_argument("--seed", type=int, default=0, help="another one gives other scenes (default: 0)")
+    top.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: 0)")
     return top
 
 

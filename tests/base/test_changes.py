@@ -91,7 +91,7 @@ def test_other_validation_images_are_noticed(tmp_path, capsys) -> None:
     path = tmp_path / "run" / LATEST
     checkpoint.save(checkpoint.read(path) | {"validation": "of other images"}, path)
     assert overridden(tmp_path)[0] == -float("inf")
-    assert "the validation images are others" in capsys.readouterr().err
+    assert "the validation images have changed" in capsys.readouterr().err
 
 
 def test_a_class_that_never_occurs_cannot_be_monitored(tmp_path) -> None:

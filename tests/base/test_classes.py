@@ -44,8 +44,8 @@ def test_class_files(tmp_path: Path, text: str, want: Classes, encoding: str) ->
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\n# nothing\n", "names no class"),
-        (b"road\ntree\nroad\n", "names 'road' twice"),
+        (b"\n# nothing\n", "contains no class name"),
+        (b"road\ntree\nroad\n", "lists 'road' twice"),
         (b"Pixel Value,Class\n0,a\n2,b\n", r"ids .* are \[0, 2\][\s\S]*mask_values"),
         (b"name,r,g,b\na,0,0\n", "not a table"),
         (b"name,r,g,b\na,0,0,300\n", "0 to 255"),

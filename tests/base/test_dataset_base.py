@@ -202,7 +202,7 @@ def test_labels_out_of_range_name_file_values_and_key(folder: Path) -> None:
 def test_wrong_labels_everywhere_are_found_at_start(folder: Path) -> None:
     for i, size in enumerate(SIZES):
         write_png(folder / "labels" / f"s{i}.png", np.full(size, 5, np.uint8))
-    with pytest.raises(UserError, match="no class: 5"):
+    with pytest.raises(UserError, match="not a class: 5"):
         Tiny(str(folder))
 
 
@@ -222,7 +222,7 @@ def test_void_that_is_no_void_is_an_error(folder: Path) -> None:
     class Strict(Tiny):
         void_label = None
 
-    with pytest.raises(UserError, match="no class: 255"):
+    with pytest.raises(UserError, match="not a class: 255"):
         Strict(str(folder), ignore_index=254)
 
 
@@ -234,7 +234,7 @@ def test_label_table(folder: Path) -> None:
         got = Mapped(str(folder)).label_table.translate(np.array([[0, 1], [1, 255]], dtype), "x")
         assert got.tolist() == [[2, 0], [0, 255]]
         assert got.dtype == np.uint8
-    with pytest.raises(UserError, match="x holds.*no class: 77"):
+    with pytest.raises(UserError, match="x contains.*not a class: 77"):
         Mapped(str(folder)).label_table.translate(np.array([[77]], np.int32), "x")
 
 
@@ -380,7 +380,7 @@ def test_mean_and_std_are_measured(folder: Path) -> None:
     assert Tiny(str(folder), mean="auto").std == Tiny.std
     for path in (folder / "images").iterdir():
         write_png(path, np.full((24, 32, 3), 7, np.uint8))
-    with pytest.raises(UserError, match='"std": "auto": channel 0 has one value only'):
+    with pytest.raises(UserError, match='"std": "auto": channel 0 has only one value'):
         Tiny(str(folder), std="auto", on_error="skip")
 
 

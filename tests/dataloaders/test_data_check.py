@@ -121,7 +121,7 @@ def test_every_problem_is_listed_and_the_rest_still_looked_at(data: Path, capsys
     assert check(data) == 1
     text = capsys.readouterr().out
     assert "7 (ILLEGAL)" in text
-    for part in ("im1.png holds label values", "im2.png is 29x20", "im3.png cannot be read"):
+    for part in ("im1.png contains label values", "im2.png is 29x20", "im3.png cannot be read"):
         assert part in text, part
     assert text.count("problem: ") == 3
     assert str(data / "images/lonely.png") in text
@@ -147,7 +147,7 @@ def test_problems_alike_are_one_and_each_loader_is_summed_up(data: Path, capsys:
     assert main(["check", "--config", str(path), "--out", str(data / "sheet.png")]) == 1
     text = capsys.readouterr().out
     assert text.count("\nproblem: ") == 2
-    assert "im1.png holds label values" in text
+    assert "im1.png contains label values" in text
     assert "         5 files have this problem: im1, im2, im3, ...\n" in text
     assert text.endswith("\ntrain_loader: 6 files with a problem, see above\nval_loader: no file with a problem\n")
 
@@ -181,7 +181,7 @@ def test_nothing_readable_at_all(data: Path, capsys: pytest.CaptureFixture[str])
     for path in (data / "images").iterdir():
         path.write_bytes(b"junk")
     assert check(data) == 1
-    assert "of no image: none could be used" in capsys.readouterr().out
+    assert "unknown: no image could be read" in capsys.readouterr().out
     assert not (data / "sheet.png").exists()
 
 
@@ -197,7 +197,7 @@ def test_ignore_index_that_is_a_class_and_labels_mostly_void(data: Path) -> None
     dataset = dataloaders.build("Folder", data_dir=str(data), classes=CLASSES, ignore_index=0).dataset
     text = " ".join(warnings(dataset, inspect(dataset)))
     assert "ignore_index 0 is also the id of 'ground'" in text
-    assert "75% of all pixels are not labelled" in text
+    assert "75% of all pixels are unlabelled" in text
 
 
 def test_legality_is_the_data_set_s_own() -> None:

@@ -161,7 +161,7 @@ def test_files_without_partner_are_left_out_and_told(tmp_path: Path, caplog: pyt
         dataset = dataloaders.build("CityScapes", data_dir=str(tmp_path), split="train").dataset
     assert len(dataset) == 2
     assert dataset.alone == [lonely]
-    assert "1 image has no mask and is left out" in caplog.text
+    assert "1 image has no mask and is skipped" in caplog.text
     assert lonely.name in caplog.text
 
 

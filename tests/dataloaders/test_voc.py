@@ -116,5 +116,5 @@ def test_real_photographs(shared_dir: Path, suffix: str) -> None:
 
 
 def test_too_few_classes_are_found_at_start(shared_dir: Path) -> None:
-    with pytest.raises(UserError, match=r"\.png holds label values that are no class: 10 .*`classes`"):
+    with pytest.raises(UserError, match=r"\.png contains label values that are not a class: 10 .*`classes`"):
         VOC(str(shared_dir / "data" / "camvid"), "val", classes=10)

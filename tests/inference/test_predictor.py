@@ -178,7 +178,7 @@ def test_the_default_tile_is_the_crop_of_the_training(model: Path) -> None:
     assert Predictor(model).cut.sides == (48, 48)
     assert Predictor(model, tile=64).cut.sides == (64, 64)
     assert Predictor(model, tile=(40, 64)).cut.sides == (40, 64)
-    with pytest.raises(ValueError, match="tile: at least 1"):
+    with pytest.raises(ValueError, match="tile: expected at least 1"):
         Predictor(model, tile=0)
 
 

@@ -136,13 +136,13 @@ def test_bad_folders_and_files(folder, tmp_path, monkeypatch) -> None:
     whole = (folder / "one.npz").read_bytes()
     for content in (b"", whole[: len(whole) // 2], b"not a zip"):
         (folder / "one.npz").write_bytes(content)
-        with pytest.raises(UserError, match="one.npz: not the probabilities of an image, or cut short"):
+        with pytest.raises(UserError, match="one.npz: not a file of probabilities, or truncated"):
             probs.read_probs(folder / "one.npz")
     probs.write_probs(folder / "one.npz", maps(0)[0] * 3)
     with pytest.raises(UserError, match="one.npz: .*\\[0, 1\\]"):
         run(monkeypatch, "--probs", folder, "-p", "rankdice")
     (folder / "probs.json").write_text("{}")
-    with pytest.raises(UserError, match="not as test.py --save-probs writes it"):
+    with pytest.raises(UserError, match="not in the format of test.py --save-probs"):
         probs.read_index(folder)
     with pytest.raises(UserError, match="could not be written"):
         probs.ProbsWriter(folder / "one.npz" / "below", probs.Index(FACTS, PredictOptions(), "T", 1.0, "x"))

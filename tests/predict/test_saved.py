@@ -157,7 +157,7 @@ def test_mistakes_are_named(plain: Path, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="im3.npy: .* not finite"):
         run(monkeypatch, "--probs", plain, "-p", "max")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no probabilities"):
+    with pytest.raises(UserError, match="contains no probabilities"):
         SavedProbs(tmp_path / "empty")
 
 

@@ -404,7 +404,7 @@ def test_links_are_counted_and_take_no_image_twice(script: Script) -> None:
     code, out, _ = script("-p", "max")
     assert code == 0
     assert files("masks") == ["b.png", "deep/a.png"]
-    assert "passed over: 3 file(s) of other types (2 .txt, 1 .csv); 2 link(s)" in out
+    assert "skipped: 3 file(s) of other types (2 .txt, 1 .csv); 2 link(s)" in out
 
 
 @pytest.mark.parametrize(
@@ -608,7 +608,7 @@ MISTAKES = {
     "overlap": (["--overlap", "1"], "--overlap 1.0: expected"),
     "opacity": (["--overlay", "50"], "--overlay 50.0: expected"),
     "scales": (["--scales", "1", "-2"], "--scales -2.0: expected"),
-    "the output is a file": (["-o", "texts/notes.txt"], "there is a file of that name"),
+    "the output is a file": (["-o", "texts/notes.txt"], "this is a file; expected a folder"),
     "the output is the images' folder": (["-o", "photos"], "--output photos is the folder of the images"),
     "the output overwrites the image": (["-i", "photos/a.png", "-o", "photos"], "would overwrite the image"),
     "an unknown class": (["--set", "predict.CoI=[9]"], "predict.CoI: found [9]"),
@@ -703,7 +703,7 @@ def test_a_video_that_breaks_off_fails(script: Script) -> None:
     assert 0 < frames < 20
     code, out, err = script("-i", "clip.avi", "--overlay", "-p", "max")
     assert code == 2
-    assert f"clip.avi: breaks off at frame {frames} of 20" in out
+    assert f"clip.avi: ends at frame {frames} of 20" in out
     assert len(files("masks")) == frames + 1
     assert script("-i", "clip.avi", "--limit", "2", "-p", "max")[0] == 0
 

@@ -169,7 +169,7 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
     "no such split": (["--set", "train_loader.args.split=training"], ["split", "training", "train"]),
     "labels out of range": (
         ["--set", "train_loader.args.data_dir=other_data"],
-        ["label values that are no class", "SegmentationClass", "0 to 2"],
+        ["label values that are not a class", "SegmentationClass", "0 to 2"],
     ),
     "data sets with different classes": (
         ["--set", 'train_loader.args.classes=["background", "cat", "dog", "cow"]'],
@@ -189,7 +189,7 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
     "no such checkpoint": (["-r", "nowhere.pth"], ["no such checkpoint file; in that folder: cut.pth"]),
     "nothing to resume": (["-r", "auto"], ["there is no run with a checkpoint below"]),
     "not a checkpoint": (["-r", "text.pth"], ["text.pth: not a checkpoint: it begins with b'not a checkpoint'"]),
-    "weights without the state of a run": (["-r", "weights.pth"], ["the state of a run", "--weights"]),
+    "weights without the state of a run": (["-r", "weights.pth"], ["no training state", "--weights"]),
     "a checkpoint that would run code": (["-r", "evil.pth"], ["refused", "posix.system"]),
     "another arch than the checkpoint's": (["-r", "good.pth", "-c", "other_arch.json"], ["cannot be changed"]),
 }
@@ -222,7 +222,7 @@ TESTING: dict[str, tuple[list[str], list[str]]] = {
         ["--set", 'val_loader.args.classes=["background", "cat", "dog", "cow"]'],
         ["test_loader: its data has 4 classes", "the model 3"],
     ),
-    "labels out of range": (["--set", "val_loader.args.data_dir=other_data"], ["label values that are no class"]),
+    "labels out of range": (["--set", "val_loader.args.data_dir=other_data"], ["label values that are not a class"]),
     "images of another kind": (["--set", "val_loader.args.in_channels=1"], ["channels"]),
     "no such class of interest": (["--set", "predict.CoI=[3]"], ["predict.CoI: found [3]"]),
     "no such procedure": (["--set", "predict.test=argmax"], ["predict.test: found \"argmax\"; should be 'T', 'max'"]),
@@ -343,5 +343,5 @@ def test_an_image_without_a_mask_is_one_warning(place, monkeypatch, capsys) -> N
         errors.run(train_script.main)
     text = capsys.readouterr().err
     assert ended.value.code == 0, text
-    assert text.count("warning: 1 image has no mask and is left out: pairs/images/2.png\n") == 1
+    assert text.count("warning: 1 image has no mask and is skipped: pairs/images/2.png\n") == 1
     assert text.count("has no mask") == 1

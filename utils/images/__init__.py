@@ -93,7 +93,7 @@ def to_pixels(image: np.ndarray | Image.Image, channels: int = 3, values: ValueR
         return _pixels(from_pillow(image, "the image"), channels, values, "the image")
     array = image[:, :, None] if image.ndim == 2 else image
     if array.ndim != 3 or 0 in array.shape:
-        raise ValueError(f"images: an array (H, W) or (H, W, channels) expected, got shape {image.shape}")
+        raise ValueError(f"images: expected an array (H, W) or (H, W, channels), got shape {image.shape}")
     return _pixels(Raster(array, named_colours(array.shape[2])), channels, values, "the image")
 
 
@@ -141,7 +141,7 @@ def voc_colormap(n: int = 256) -> tuple[tuple[int, int, int], ...]:
 def _warn_of_pages(path: Path, pages: int) -> None:
     global _warned
     if not _warned:
-        log.warning("%s holds %d pages or frames: the first is read, as of all such files", path, pages)
+        log.warning("%s holds %d pages or frames; only the first one is read", path, pages)
     _warned = True
 
 

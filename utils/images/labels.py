@@ -134,7 +134,7 @@ def _without_alpha(raster: Raster, path: Path) -> np.ndarray:
     """Return one channel or three; UserError where the file holds anything else of its own."""
     array = raster.array
     if raster.pages > 1:
-        raise UserError(f"{path} holds {raster.pages} pages or frames; a label map must be a file of one")
+        raise UserError(f"{path} holds {raster.pages} pages or frames; a label map must have exactly one")
     if raster.alpha:
         alpha, array = array[:, :, -1], array[:, :, :-1]
         if alpha.size and (alpha != alpha.flat[0]).any():
@@ -164,5 +164,5 @@ def _integers(array: np.ndarray, path: Path) -> np.ndarray:
         raise UserError(f"{path} holds values from {array.min()} to {array.max()}; class ids must fit in 32 bits")
     whole = array.astype(np.int32)
     if array.dtype.kind == "f" and (whole != array).any():
-        raise UserError(f"{path} holds numbers with a fraction; a label map must hold integers (class ids)")
+        raise UserError(f"{path} contains non-integer values; a label map must hold integers (class ids)")
     return whole

@@ -315,7 +315,7 @@ class Outputs:
         """Raise UserError if a file that is not such a table has its name."""
         if self.table_path.exists() and not self.force and not self._is_table():
             raise UserError(
-                f"{self.table_path}: is not a table that this program wrote; choose another folder, or give --force to "
+                f"{self.table_path} was not written by this program; choose another folder, or give --force to "
                 "replace it"
             )
 
@@ -374,7 +374,7 @@ class OverlayVideo:
             size = (picture.shape[1], picture.shape[0])
             self._writer = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
             if not self._writer.isOpened():
-                raise UserError(f"{self.path}: this build of OpenCV cannot write mp4 video; leave --overlay out")
+                raise UserError(f"{self.path}: this build of OpenCV cannot write mp4 video; remove --overlay")
         self._writer.write(picture)
 
 
@@ -403,7 +403,7 @@ def check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--output {folder}: there is a file of that name; a folder is needed") from None
+        raise UserError(f"--output {folder}: this is a file; expected a folder") from None
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {reason(error)}") from None
 

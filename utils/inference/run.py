@@ -123,7 +123,7 @@ def load(args: argparse.Namespace) -> Predictor:
         keep_probs=args.probs is not None,
     )
     if args.masks and predictor.procedure == "max":
-        raise UserError("--masks: procedure max has no overlapping masks; use -p rankdice or -p T, or leave it out")
+        raise UserError("--masks: procedure max has no overlapping masks; use -p rankdice or -p T, or remove --masks")
     return predictor
 
 
@@ -192,12 +192,12 @@ def summarise(reports: Sequence[Report], outputs: Outputs, mode: str, seconds: f
     if skipped:
         print(f"skipped {len(skipped)} image(s) that already have the outputs of this model and these options")
     if outdated := sum(r.outdated for r in reports):
-        print(f"{outdated} image(s) had outputs of another model, other options or another program's; segmented again")
+        print(f"{outdated} image(s) had outputs of another model, other options or another program; segmented again")
     if tiled:
-        print(f"{len(tiled)} image(s) were too large to be seen whole and were predicted in tiles: {some(tiled)}")
+        print(f"{len(tiled)} image(s) were too large for one pass and were cut into tiles: {some(tiled)}")
     if unassigned := sum(r.unassigned for r in reports):
         share = 100 * unassigned / sum(r.pixels for r in reports)
-        print(f"{share:.1f} % of the pixels are unassigned: no class takes them under {run.procedure}")
+        print(f"{share:.1f} % of the pixels are unassigned: no class was chosen for them by {run.procedure}")
     print_table(outputs, [row for report in reports for row in report.rows], skipped)
     if any(r.interrupted for r in reports):
         print("interrupted: --skip-existing continues where this run stopped")

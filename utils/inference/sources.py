@@ -76,7 +76,7 @@ class Found:
         more = ", ..." if len(self.others) > 3 else ""
         parts = [f"{total} file(s) of other types ({types}{more})"] * bool(total)
         parts += [f"{self.links} link(s) to folders, or to images that are listed already"] * bool(self.links)
-        return f"passed over: {'; '.join(parts)}" if parts else ""
+        return f"skipped: {'; '.join(parts)}" if parts else ""
 
 
 def printable(path: str | Path) -> str:
@@ -142,8 +142,8 @@ def _refuse_to_mix(root: Path, output: Path) -> None:
     free = outer.parent / f"{outer.name}_outputs" if default.resolve().is_relative_to(outer) else default
     relation = "is" if inner == outer else "lies inside"
     raise UserError(
-        f"--output {output} {relation} the folder of the images, --images {root}: masks would lie among the images; "
-        f"choose a folder outside, such as --output {free}"
+        f"--output {output} {relation} the folder of the images, --images {root}: the masks would be "
+        f"mixed with the images; choose a folder outside, such as --output {free}"
     )
 
 
@@ -282,10 +282,10 @@ class Video:
         finally:
             self._capture.release()
         if index == 0:
-            raise UserError(f"--images {self.source}: no frame can be read of it")
+            raise UserError(f"--images {self.source}: no frame can be read from it")
         if rank == 0 and self.frames is not None and index < self.frames * (1 - self._slack):
             raise UserError(
-                f"{self.source}: breaks off at frame {index} of {self.frames}: the file is damaged or cut short there; "
+                f"{self.source}: ends at frame {index} of {self.frames}: the file is damaged or truncated; "
                 "the frames before it are segmented"
             )
 

@@ -59,7 +59,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """What the procedures are told: the fields of ``predict`` in the config.
+    """Options of the procedures: the fields of ``predict`` in the config.
 
     Attributes:
         threshold: of procedure T.

@@ -42,25 +42,34 @@ def parse_arguments() -> argparse.Namespace:
     add("--probs", metavar="FOLDER", required=True, help="the saved probabilities")
     add("-p", "--predict", choices=(*PROCEDURES, "all"), help="prediction procedure; all: score every one")
     add("-o", "--output", metavar="FOLDER", help="where masks and scores go (default: masks/PROCEDURE in the folder)")
-    add("--labels", metavar="DIR", help="score against these label files, named as the probabilities; writes no masks")
+    add(
+        "--labels",
+        metavar="DIR",
+        help="score against label files with the same names as the probabilities; writes no masks",
+    )
     add("--fit", metavar="FILE", help="fit temperature, threshold and presence on the labels and write them to a file")
     add("--use", metavar="FILE", help="apply what --fit wrote")
-    add("--class-names", nargs="+", metavar="NAME", help="of plain files, in the order of their channels")
-    add("--ignore-index", type=int, default=255, help="label that is not scored, of plain files (default: 255)")
-    add("--threshold", type=float, help="of procedure T")
-    add("--metric", choices=("dice", "iou"), help="what rankdice maximises the expectation of")
-    add("--solver", choices=("exact", "ba", "trna", "paper", "rma"), help="of rankdice")
-    add("--smooth", type=float, help="of rankdice")
-    add("--prune", type=_prune, metavar="P", help="of rankdice: a probability, or off")
+    add("--class-names", nargs="+", metavar="NAME", help="class names for plain files, in the order of their channels")
+    add("--ignore-index", type=int, default=255, help="label that is ignored, for plain files (default: 255)")
+    add("--threshold", type=float, help="threshold of procedure T")
+    add("--metric", choices=("dice", "iou"), help="the score whose expected value rankdice maximizes")
+    add("--solver", choices=("exact", "ba", "trna", "paper", "rma"), help="solver of rankdice")
+    add("--smooth", type=float, help="smoothing of rankdice's Dice or IoU")
+    add("--prune", type=_prune, metavar="P", help="rankdice skips classes with a lower highest probability; or off")
     add("--presence", choices=get_args(Presence), help="which classes get a mask")
-    add("--masks", action="store_true", help="also the overlapping masks of T and rankdice, a PNG per class")
+    add("--masks", action="store_true", help="also write the overlapping masks of T and rankdice, one PNG per class")
     add("--force", action="store_true", help="replace files in the output folder that this program did not write")
-    add("-d", "--device", default="cpu", help="cpu, or cuda; on the device of the run masks are those of the run")
+    add(
+        "-d",
+        "--device",
+        default="cpu",
+        help="cpu or cuda (default: cpu); on the device of the run, the masks are identical to those of the run",
+    )
     args = parser.parse_args()
     if args.threshold is not None and not 0 <= args.threshold <= 1:
         parser.error(f"--threshold {args.threshold}: expected a number in [0, 1]")
     if args.fit and (not args.labels or args.use):
-        parser.error("--fit needs --labels, and goes without --use")
+        parser.error("--fit needs --labels, and cannot be combined with --use")
     if args.predict == "all" and not args.labels:
         parser.error("-p all scores every procedure: give --labels, or one procedure")
     return args
@@ -195,7 +204,7 @@ def _decode_one(args: argparse.Namespace, job: Job, case: Case, folder: Path) ->
     if not args.force:
         stamps.refuse_foreign([output_path(folder, case, len(shape))], folder)
     if args.masks and len(shape) > 2:
-        raise UserError("--masks: writes PNG files, which do not hold volumes; leave it out")
+        raise UserError("--masks: PNG files cannot hold volumes; remove this option")
     try:
         tall = flat(saved)
         # Where the softmax is 0 for all classes, the image had no data.

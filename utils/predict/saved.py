@@ -93,7 +93,7 @@ class SavedProbs:
         known = (folder / INDEX).is_file()
         self.cases = [Case(name, path, _label_of(labels, name)) for name, path in _files(folder, known)]
         if not self.cases:
-            raise UserError(f"{folder}: holds no probabilities (*.npz or *.npy)")
+            raise UserError(f"{folder}: contains no probabilities (*.npz or *.npy)")
         missing = [case.name for case in self.cases if case.label is None]
         if labels is not None and missing:
             raise UserError(

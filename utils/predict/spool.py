@@ -48,7 +48,7 @@ class Spool:
     ``TMPDIR`` points. It is read and written explicitly, not mapped, so that memory in use stays what it is.
 
     Raises:
-        UserError: the folder has not the space that is needed.
+        UserError: not enough free space in the folder.
     """
 
     def __init__(self, num_classes: int, height: int, width: int, folder: str | Path | None = None) -> None:

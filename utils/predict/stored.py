@@ -84,7 +84,7 @@ def read_probs(path: Path) -> Tensor:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file of probabilities") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not the probabilities of an image, or cut short: {error}") from None
+        raise UserError(f"{path}: not a file of probabilities, or truncated: {error}") from None
     if values.dtype.kind != "f" or values.ndim < 2:
         raise UserError(
             f"{path}: expected floating point probabilities (classes, height, width), found {values.dtype} of shape "
@@ -183,7 +183,7 @@ def read_index(folder: Path) -> Index:
             f"{folder}: holds no {INDEX}; expected a folder that test.py --save-probs or inference.py --probs wrote"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not as test.py --save-probs writes it: {error}") from None
+        raise UserError(f"{path}: not in the format of test.py --save-probs: {error}") from None
 
 
 def stored(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -43,11 +43,11 @@ class Tiles:
 
     def __post_init__(self) -> None:
         if min(self.sides) < 1:
-            raise ValueError(f"tile: at least 1 pixel expected, got {self.size}")
+            raise ValueError(f"tile: expected at least 1 pixel, got {self.size}")
         if not 0 <= self.overlap < 1:
-            raise ValueError(f"overlap: a share in [0, 1) expected, got {self.overlap}")
+            raise ValueError(f"overlap: expected a share in [0, 1), got {self.overlap}")
         if self.batch_size < 1:
-            raise ValueError(f"batch_size: at least 1 expected, got {self.batch_size}")
+            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -110,7 +110,7 @@ def views(
         ``(B, classes, H, W)``. With one scale of 1 and no flip exactly ``link(forward(images))``.
     """
     if not scales or min(scales) <= 0:
-        raise ValueError(f"scales: positive numbers expected, got {list(scales)}")
+        raise ValueError(f"scales: expected positive numbers, got {list(scales)}")
     size = images.shape[-2:]
     total: Tensor | None = None
     for scale in scales:
@@ -145,11 +145,11 @@ def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
     ``tile`` has one tile, starting at 0 (of the axis' length).
     """
     if length < 1:
-        raise ValueError(f"length: at least 1 expected, got {length}")
+        raise ValueError(f"length: expected at least 1, got {length}")
     if tile < 1:
-        raise ValueError(f"tile: at least 1 pixel expected, got {tile}")
+        raise ValueError(f"tile: expected at least 1 pixel, got {tile}")
     if not 0 <= overlap < 1:
-        raise ValueError(f"overlap: a share in [0, 1) expected, got {overlap}")
+        raise ValueError(f"overlap: expected a share in [0, 1), got {overlap}")
     if length <= tile:
         return [0]
     stride = max(1, math.floor(tile * (1 - overlap)))
