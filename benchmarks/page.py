@@ -1,11 +1,11 @@
 """Run the benchmarks one after the other and write docs/benchmarks.md: ``python -m benchmarks.page [--full]``.
 
-Each benchmark is a process of its own, in its short form unless ``--full`` is given. Its numbers go to
-saved/benchmarks/NAME.json; the page is made of these alone. With ``--only NAME ...`` the others keep the numbers of an
-earlier run, if that was in the same form on the same machine with the same versions.
+Each benchmark runs in its own process, in its short form unless ``--full`` is given. It writes its numbers to
+saved/benchmarks/NAME.json, and the page is made from these files. With ``--only NAME ...`` the other benchmarks keep
+the numbers of an earlier run, if it had the same form, machine and versions.
 
-A benchmark that fails is named on the page with its reason, and the exit status is 1. Where matplotlib is missing the
-page has no plots.
+The page shows the error of a benchmark that fails, and the exit status is then 1. Without matplotlib, the page has no
+plots.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 IMAGES = ROOT / "docs" / "images"
 RESULTS = ROOT / "saved" / "benchmarks"
-UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # what a file of other contents may raise
+UNREADABLE = (OSError, ValueError, LookupError, TypeError)  # raised by files with unexpected contents
 LIBRARIES = ("torch", "torchvision", "numpy", "opencv-python-headless")
 
 
 @dataclass
 class Outcome:
-    """What one run gave: numbers, or the reason why there are none."""
+    """The result of one run: numbers, or the reason for their absence."""
 
     command: str
     facts: dict[str, str]
@@ -66,7 +66,7 @@ def version_of(package: str) -> str:
 
 
 def processor() -> str:
-    """Return the processor's name as Linux tells it, else what Python knows."""
+    """Return the processor's name from Linux, otherwise from Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -93,7 +93,7 @@ def system() -> str:
 
 
 def facts() -> dict[str, str]:
-    """Return what the numbers depend on, in the order of the page."""
+    """Return everything that the numbers depend on, in the order of the page."""
     affinity = getattr(os, "sched_getaffinity", None)
     peers = dict.fromkeys(peer for one in BENCHMARKS.values() for peer in one.peers)
     return {
@@ -112,7 +112,7 @@ def facts() -> dict[str, str]:
 
 
 def measure(one: Benchmark, full: bool, device: str, known: dict[str, str], results: Path = RESULTS) -> Outcome:
-    """Run one benchmark, show what it prints, and keep its numbers in ``results``."""
+    """Run one benchmark, show its output, and write its numbers to ``results``."""
     results.mkdir(parents=True, exist_ok=True)
     numbers = results / f"{one.name}.json"
     numbers.unlink(missing_ok=True)
@@ -122,19 +122,19 @@ def measure(one: Benchmark, full: bool, device: str, known: dict[str, str], resu
     status, last = stream([sys.executable, "-u", *one.command(full, device, numbers)])
     outcome.seconds = time.perf_counter() - start
     if status:
-        outcome.error = f"it ended with status {status}: {last or 'without a message'}"
+        outcome.error = f"exit status {status}: {last or 'no message'}"
     else:
         try:
             outcome.result = json.loads(numbers.read_text(encoding="utf-8"))
             one.rows(outcome.result)
         except UNREADABLE as error:
-            outcome.error = f"its numbers cannot be read: {type(error).__name__}: {error}"
+            outcome.error = f"cannot read its results: {type(error).__name__}: {error}"
     write(results / f"{one.name}.run.json", json.dumps(asdict(outcome), indent=1).encode())
     return outcome
 
 
 def stream(words: list[str]) -> tuple[int, str]:
-    """Run a command in the project's folder and print what it prints; return its status and its last line."""
+    """Run a command in the project's folder and show its output; return its status and its last line."""
     last: deque[str] = deque(maxlen=1)
     with subprocess.Popen(
         words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -148,7 +148,7 @@ def stream(words: list[str]) -> tuple[int, str]:
 
 
 def earlier(one: Benchmark, full: bool, device: str, known: dict[str, str], results: Path = RESULTS) -> Outcome | None:
-    """Return what an earlier run gave in the same form under the same circumstances, None if there was none."""
+    """Return the result of an earlier run with the same form, machine and versions, or None."""
     try:
         outcome = Outcome(**json.loads((results / f"{one.name}.run.json").read_text(encoding="utf-8")))
         if not outcome.error:
@@ -193,7 +193,7 @@ def draw(rows: list[Row]) -> bytes | None:
         return None
     ratios = [row.ratio for row in rows]
     figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.27 * len(rows)))
-    # Bars begin at 1: to the right the peer takes longer, to the left ours does.
+    # Bars start at 1: to the right the peer is slower, to the left ours is.
     colours = ["#4c72b0" if ratio >= 1 else "#c44e52" for ratio in ratios]
     axes.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colours)
     axes.set_xscale("log")
@@ -214,16 +214,16 @@ def draw(rows: list[Row]) -> bytes | None:
 
 
 def section(one: Benchmark, outcome: Outcome | None, images: Path) -> list[str]:
-    """Return a benchmark's part of the page, and write its plot."""
+    """Return the section of a benchmark, and write its plot."""
     lines = ["", f"## {one.title}", "", prose(one.about), ""]
     if outcome is None:
-        return [*lines, f"**Not measured** in this form on this machine: `make bench` or `--only {one.name}` does it."]
+        return [*lines, f"**Not measured** in this form on this machine. Run `make bench`, or use `--only {one.name}`."]
     if outcome.error:
         reason = outcome.error.replace(str(ROOT), ".").replace("`", "'")
         return [*lines, f"**Failed:** `{outcome.command}`: {reason}"]
     for peer in one.peers:
         if outcome.facts.get(peer) == "not installed":
-            lines += [f"Package {peer} is not installed here (`pip install {peer}`): its rows are left out.", ""]
+            lines += [f"The rows of {peer} are missing, because it is not installed (`pip install {peer}`).", ""]
     rows = one.rows(outcome.result)
     lines += table(rows, one.note)
     picture = draw(rows)
@@ -235,23 +235,23 @@ def section(one: Benchmark, outcome: Outcome | None, images: Path) -> list[str]:
 
 def page(outcomes: dict[str, Outcome | None], known: dict[str, str], full: bool, images: Path = IMAGES) -> str:
     """Return the page; plots go to ``images``."""
-    plots = "" if version_of("matplotlib") != "not installed" else " Plots are left out: matplotlib is not installed."
+    plots = "" if version_of("matplotlib") != "not installed" else " There are no plots: matplotlib is not installed."
     form = "in full" if full else "in the short form"
     lines = [
         "# Benchmarks",
         "",
-        "<!-- written by benchmarks/page.py: change that, not this -->",
+        "<!-- generated by benchmarks/page.py: edit that file instead -->",
         "",
         prose(
-            f"Every part against its peers, {form}; the date stands below each table. `make bench` measures again and "
-            "writes this page, `python -m benchmarks.page --full` with more cases and rounds, "
-            "`python -m benchmarks.page --only rankdice` a part of it."
+            f"Speed of each part compared with other implementations, measured {form}. The date is below each table. "
+            "`make bench` measures again and writes this page. `python -m benchmarks.page --full` runs more cases and "
+            "rounds, and `python -m benchmarks.page --only rankdice` only one part."
         ),
         "",
         prose(
-            "All times are medians over rounds in which the candidates take turns in one process. **peer / ours** "
-            "above 1: ours is faster; below 1: the peer is. Ratios carry over to other machines better than times "
-            f"do.{plots}"
+            "All times are medians over rounds. In each round, all candidates run one after the other in the same "
+            "process. **peer / ours** above 1 means that ours is faster. On other machines, expect similar ratios "
+            f"rather than similar times.{plots}"
         ),
         "",
         "| | |",

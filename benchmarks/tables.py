@@ -1,4 +1,4 @@
-"""The benchmarks of docs/benchmarks.md: what each compares, how it is started, how its JSON becomes rows of a table."""
+"""The benchmarks of docs/benchmarks.md: their descriptions, commands, and how their JSON becomes table rows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-SCALE = ("one read (sum)", "softmax", "torch.sort")  # no peers: pieces of the work, to know what a millisecond buys
+SCALE = ("one read (sum)", "softmax", "torch.sort")  # not peers: simple operations, for comparison
 PIPELINES = {"separate": "OpenCV step by step on floats", "torchvision": "torchvision transforms.v2"}
 LOOPS = {"bare": "bare loop: model, loss, backward, step", "predecessor": "published procedure: two forward passes"}
 SCORES = {"histograms": "histograms of the batch, as the predecessor", "loop": "loop over images and classes"}
 
 
 class Row(NamedTuple):
-    """One comparison: milliseconds of ours and of a peer on the same case; ``note`` stands in a column of its own."""
+    """One comparison: milliseconds of ours and of a peer on the same case; ``note`` has its own column."""
 
     case: str
     peer: str
@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times as long as ours the peer takes: above 1 ours is faster."""
+        """Time of the peer divided by ours: above 1, ours is faster."""
         return self.theirs / self.ours
 
 
@@ -65,7 +65,7 @@ def ms(seconds: Sequence[float]) -> float:
 
 
 def rankdice_rows(result: dict[str, Any]) -> list[Row]:
-    """Exact Dice or IoU against every candidate, our approximations against rankseg's, last what is there for scale."""
+    """Compare exact Dice or IoU with every candidate, our approximations with rankseg's, and simple operations."""
     rows = []
     for one in result["maps"].values():
         times, case = one["seconds"], "x".join(map(str, one["shape"]))
@@ -84,11 +84,11 @@ def rankdice_rows(result: dict[str, Any]) -> list[Row]:
 
 
 def data_rows(result: dict[str, Any]) -> list[Row]:
-    """Milliseconds per sample; ours ends in bytes as the trainer takes them, or in normalised floats as the peers."""
+    """Milliseconds per sample; ours returns bytes, as the trainer uses them, or normalized floats, as the peers."""
     rates = result["images_per_second"]
     rows = []
     for source, words in (("files", "from files"), ("memory", "from memory")):
-        for ours, end in (("ours", "ours ends in bytes"), ("ours, normalised", "ours normalised, too")):
+        for ours, end in (("ours", "ours returns bytes"), ("ours, normalised", "ours normalized too")):
             for peer in ("separate", "torchvision"):
                 times = [1e3 / median(rates[name][source]) for name in (ours, peer)]
                 rows.append(Row(f"{words}, {end}", PIPELINES[peer], *times))
@@ -122,7 +122,7 @@ def inference_rows(result: dict[str, Any]) -> list[Row]:
     return [
         Row(
             f"{row['network']}, {row['mode']}, {row['image']}",
-            "predecessor's way",
+            "predecessor's method",
             1e3 * row["ours_s"],
             1e3 * row["older_s"],
             number(1e3 * row["network_s"]),
@@ -137,10 +137,10 @@ BENCHMARKS = {
         Benchmark(
             "rankdice",
             "RankDice",
-            "From a map of probabilities (images x classes x height x width) to one mask per class: our exact solution "
-            "against package rankseg, against a plain loop over images and classes as a stand-in for the authors' "
-            "program, and for scale against `argmax`, softmax, a sort and one read of the same map. The last column is "
-            "what the peer's masks lose in expected Dice on average; exact loses nothing. "
+            "From a map of probabilities (images x classes x height x width) to one mask per class. Our exact solution "
+            "is compared with package rankseg, and with a plain loop over images and classes that stands in for the "
+            "authors' program. `argmax`, softmax, a sort and one read of the same map are included for scale. The last "
+            "column is the mean loss of expected Dice of the peer's masks compared with the exact ones. "
             "More: [rankdice.md](rankdice.md).",
             rankdice_rows,
             note="expected Dice lost",
@@ -151,36 +151,37 @@ BENCHMARKS = {
             "data",
             "Data pipeline",
             "One training sample in one thread, as in a loader's worker: scale, rotate, pad, crop to 320 x 320, flip, "
-            "blur. Ours is one warp on bytes, and normalises on the device; the peers do one step after the other and "
-            "normalise. Both ends are shown.",
+            "blur. Ours applies a single warp to bytes, and the device normalizes the batch later. The peers apply one "
+            "step after the other and normalize each sample. The table shows ours with and without normalization.",
             data_rows,
             on_device=False,
         ),
         Benchmark(
             "training",
             "Training",
-            "One iteration on batches made before: our trainer with scores, logs and the check of the loss, against a "
-            "bare loop, which has none of these, and against the published procedure, which runs the network a second "
-            "time for the training scores. More: [scaling.md](scaling.md).",
+            "One iteration on batches prepared in advance. Our trainer includes scores, logs and the check of the "
+            "loss. It is compared with a bare loop without these, and with the published procedure, which runs the "
+            "network a second time for the training scores. More: [scaling.md](scaling.md).",
             training_rows,
         ),
         Benchmark(
             "metrics",
             "Scores",
-            "From label maps or masks of a batch to scores. Ours gives every score of the report; the last column says "
-            "which of them the peer gives. Shared scores were checked to agree first. More: [metrics.md](metrics.md).",
+            "From label maps or masks of a batch to scores. Ours computes every score of the report. The last column "
+            "lists the scores that the peer computes; they were checked to agree. More: [metrics.md](metrics.md).",
             metrics_rows,
-            note="peer gives",
+            note="scores of the peer",
             peers=("torchmetrics",),
         ),
         Benchmark(
             "inference",
             "Inference",
-            "From an image in memory to a label map, over six scales or in tiles with mirror images, against the way "
-            "of the predecessor (resized by SciPy, one tile at a time, sums in NumPy) with the same network. The last "
-            "column is what the network alone takes in the predecessor's way. More: [inference.md](inference.md).",
+            "From an image in memory to a label map, over six scales or in tiles with flips. The peer is the method of "
+            "the predecessor with the same network: it resizes with SciPy, runs one tile at a time, and sums in NumPy. "
+            "The last column is the time of the network alone in the predecessor's method. "
+            "More: [inference.md](inference.md).",
             inference_rows,
-            note="of it network, ms",
+            note="network alone, ms",
             peers=("scipy",),
         ),
     )

@@ -160,7 +160,7 @@ def test_the_page_holds_machine_tables_failures_and_missing_peers(tmp_path: Path
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [one.title for one in BENCHMARKS.values()]
     assert "| UNet width 4 | bare loop: model, loss, backward, step | 105 | 100 | 0.952 |" in text
     assert "**Failed:** `python -m benchmarks.data --quick`: it ended with status 1: ./x.py: no 'cv2'" in text
-    assert "Package torchmetrics is not installed here" in text
+    assert "The rows of torchmetrics are missing" in text
     assert "Package rankseg" not in text
     assert "**Not measured**" in text
     assert text.count("2026-01-02") == 3
@@ -180,7 +180,7 @@ def test_without_matplotlib_the_page_says_so(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(page, "version_of", lambda package: "not installed")
     text = page.page({"metrics": outcome("metrics", result=RECORDED["metrics"])}, KNOWN, full=False, images=tmp_path)
-    assert "Plots are left out" in text
+    assert "There are no plots" in " ".join(text.split())
     assert "![" not in text
     assert list(tmp_path.iterdir()) == []
 
@@ -215,9 +215,9 @@ def test_a_run_is_shown_and_kept_for_a_later_page(tmp_path: Path, capfd: pytest.
     ("text", "reason"),
     [
         ("raise ImportError('no rankseg here')", "status 1: ImportError: no rankseg here"),
-        ("raise SystemExit(3)", "status 3: without a message"),
-        ("pass", "cannot be read: FileNotFoundError"),
-        ("out.write_text('{}')", "cannot be read: KeyError"),
+        ("raise SystemExit(3)", "status 3: no message"),
+        ("pass", "cannot read its results: FileNotFoundError"),
+        ("out.write_text('{}')", "cannot read its results: KeyError"),
     ],
 )
 def test_a_failure_has_its_reason_and_no_old_numbers(tmp_path: Path, text: str, reason: str) -> None:
