@@ -2,7 +2,7 @@
 
     python inference.py -m saved/.../best_model.pth -i photos -o masks
 
-Masks are PNG files in the classes' colours that hold the class ids, at the images' size. See docs/inference.md.
+Masks are palette PNG files with the class ids, in the size of the images. See docs/inference.md.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ def parse_arguments() -> argparse.Namespace:
         *("-m", "-r", "--model"),
         nargs="+",
         metavar="CHECKPOINT",
-        help="several form an ensemble. With -c also a network (.pt2, TorchScript, .onnx; default: the config's "
-        "arch.args.file)",
+        help="the checkpoint; several form an ensemble. With -c also a network (.pt2, TorchScript, .onnx; default: the "
+        "config's arch.args.file)",
     )
     add("-i", "--images", required=True, help="image, folder, video file, or camera:0")
     add("-o", "--output", default="outputs", help="folder for the masks (default: outputs)")
     add("-c", "--config", help="config to use in place of the one in the checkpoint")
     add("-e", "--extension", nargs="+", metavar="EXT", help="only files with these extensions (default: all known)")
-    add("-mo", "--mode", choices=("multiscale", "sliding", "single"), help="default: predict.mode of the config")
+    add(
+        "-mo",
+        "--mode",
+        choices=("multiscale", "sliding", "single"),
+        help="how to view an image (default: predict.mode of the config)",
+    )
     add(
         "-p",
         "--predict",
@@ -68,7 +73,7 @@ def _add_views(group: argparse._ArgumentGroup) -> None:
         "--memory",
         type=float,
         metavar="GIB",
-        help="probabilities larger than this are kept on disk (default: 0.5 on the CPU)",
+        help="probabilities larger than this are kept on disk (default: 0.5 on the CPU, a tenth of a GPU's memory)",
     )
     add(
         "--amp",

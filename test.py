@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         "-p",
         "--predict",
         choices=(*PROCEDURES, "all"),
-        help="prediction procedure; all: every one, from one forward pass, and report.html (default: the config's "
+        help="prediction procedure; all: all of them, and report.html, from one forward pass (default: the config's "
         "predict.test)",
     )
     add(
@@ -63,13 +63,17 @@ def parse_arguments() -> argparse.Namespace:
         "-o",
         "--output",
         metavar="FOLDER",
-        help="folder of the results (default: beside best_model.pth; for another NAME.pth the folder NAME beside it; "
-        "for several the folder ensemble)",
+        help="folder of the results (default: that of best_model.pth; for another NAME.pth, the folder NAME next to "
+        "it; for several, the folder ensemble)",
     )
     add("--limit", type=int, metavar="N", help="only the first N images")
     add("--tta", nargs="+", choices=VIEWS, default=[], help="average the probabilities over flips and/or scales")
     add("--boundary", action="store_true", help="also report the boundary IoU (Cheng et al., CVPR 2021)")
-    add("--save-masks", action="store_true", help="write masks/PROCEDURE/NAME.png, palette PNGs, beside the results")
+    add(
+        "--save-masks",
+        action="store_true",
+        help="write masks/PROCEDURE/NAME.png, palette PNGs, into the results folder",
+    )
     add("--save-probs", metavar="FOLDER", help="keep the probabilities, for python -m utils.predict --probs FOLDER")
     add("--force", action="store_true", help="let --save-probs remove the probabilities of another run in its folder")
     add_device(parser)

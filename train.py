@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "-c",
         "--config",
-        help="config file; with -r it replaces the checkpoint's config; its arch, if it has one, must be the same",
+        help="config file; with -r it replaces the checkpoint's config; it must have the same arch, or none",
     )
     parser.add_argument(
         "-r",

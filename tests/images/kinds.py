@@ -113,7 +113,7 @@ def _usual() -> Iterator[Kind]:
     yield Kind("JPEG 2000", "grey, RGB", ".jp2", pillow(RGB, "JPEG2000"), share(RGB))
     thousand = GREY.astype(np.uint16) * 3
     data = b"P5\n37 23\n1000\n" + thousand.astype(">u2").tobytes()
-    yield Kind("PGM, PPM", "any largest value", ".pgm", data, thousand / 1000)
+    yield Kind("PGM, PPM", "any maximum value", ".pgm", data, thousand / 1000)
     yield Kind("any", "truncated, empty, of another format", ".png", pillow(RGB, "PNG")[:500])
     yield Kind("HDR, EXR, TGA, PSD, AVIF, ...", "all", ".png", pillow(RGB, "TGA"))
 
@@ -162,12 +162,16 @@ def _tiffs() -> Iterator[Kind]:
     level = {"compression": "jpeg2000", "compressionargs": {"level": 50}}
     yield kind("JPEG 2000, JPEG XL, WebP, LERC compression", SMOOTH, share(SMOOTH), 0.2, **level, **rgb)
     pages = MANY.transpose(2, 0, 1)
-    yield kind("pages of equal size: bands if `in_channels` is their number, else the first", pages, share(MANY))
+    yield kind(
+        "pages of equal size: bands if there are `in_channels` pages, otherwise only the first is read",
+        pages,
+        share(MANY),
+    )
     picture = io.BytesIO()
     with tifffile.TiffWriter(picture) as file:
         file.write(RGB[::2, ::2], photometric="rgb", subfiletype=1)
         file.write(RGB, photometric="rgb")
-    yield Kind("TIFF", "previews beside the picture", ".tif", picture.getvalue(), share(RGB))
+    yield Kind("TIFF", "picture with previews", ".tif", picture.getvalue(), share(RGB))
     yield kind("several bands of 1 bit", np.dstack([BITS] * 5), None, photometric="minisblack", planarconfig="contig")
     yield kind("CIE L\\*a\\*b\\*, camera raw", RGB, None, photometric="cielab")
 

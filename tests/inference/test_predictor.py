@@ -339,7 +339,7 @@ def test_streamed_images_get_what_others_get(model: Path, procedure: str, keep_p
 
 def test_streamed_classes_of_interest(model: Path) -> None:
     """They say which masks are made and scored; label maps are of all classes, as for other images."""
-    image, options = photo(150, 170), PredictOptions(classes=(0, 2))
+    image, options = photo(150, 170), PredictOptions(classes=(0, 2), presence="all")
     whole = Predictor(model, mode="sliding", options=options)(image)
     streamed = Predictor(model, mode="sliding", options=options, memory=4 * 4 * 48 * 100)(image)
     assert (streamed.labels == whole.labels).mean() > 0.999

@@ -143,7 +143,7 @@ def config_of(
             raise UserError(
                 f"{given}: its arch is {raw['arch']}, the checkpoint {path} has {own}; "
                 "the model of a checkpoint cannot be changed: give the config of that run, repeat the --set that "
-                "changed its arch, or name the checkpoint and leave -c out"
+                "changed its arch, or give only the checkpoint, without -c"
             )
         if own is not None:
             raw["arch"] = own
@@ -151,7 +151,7 @@ def config_of(
         raw, source = dict(stored), f"the config in {path}" + (" with what --set changes" if overrides else "")
     else:
         what = "a network" if "network" in state else "weights alone"
-        raise UserError(f"{path}: holds {what} and no config; give the config of its run with --config")
+        raise UserError(f"{path} contains {what} and no config; give the config of its run with --config")
     _refuse_code(raw.get("arch"), path, trust_code)
     if "facts" not in state:
         raw["arch"] = _without_ignored(raw.get("arch"), models)
@@ -190,7 +190,7 @@ def network_of(config: str | Path | None) -> str:
     args = arch.get("args") if isinstance(arch, Mapping) else None
     file = args.get("file") if isinstance(args, Mapping) else None
     if not isinstance(file, str):
-        raise UserError("give a checkpoint, or with --config a config whose arch.args.file names a network")
+        raise UserError("give a checkpoint, or a --config with arch.args.file, the file of a network")
     return file
 
 

@@ -1,12 +1,12 @@
-"""The command ``python -m utils.predict``: apply a prediction procedure to saved probabilities, or score them.
+"""Apply a prediction procedure to saved probabilities, or score them: ``python -m utils.predict``.
 
     python -m utils.predict --probs FOLDER -p rankdice -o masks
     python -m utils.predict --probs FOLDER -p all --labels LABELS
     python -m utils.predict --probs FOLDER --labels LABELS --fit fit.json
     python -m utils.predict --probs OTHERS --use fit.json -o masks
 
-FOLDER is what ``test.py --save-probs`` or ``inference.py --probs`` wrote, or holds plain .npz or .npy files (classes,
-height, width) or (classes, depth, height, width) of another program, such as nnU-Net's saved softmax.
+FOLDER was written by ``test.py --save-probs`` or ``inference.py --probs``. It may also contain plain .npz or .npy files
+of another program, such as nnU-Net's saved softmax: (classes, height, width) or (classes, depth, height, width).
 """
 
 from __future__ import annotations
@@ -55,7 +55,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--metric", choices=("dice", "iou"), help="the score whose expected value rankdice maximizes")
     add("--solver", choices=("exact", "ba", "trna", "paper", "rma"), help="solver of rankdice")
     add("--smooth", type=float, help="smoothing of rankdice's Dice or IoU")
-    add("--prune", type=_prune, metavar="P", help="rankdice skips classes with a lower highest probability; or off")
+    add(
+        "--prune",
+        type=_prune,
+        metavar="P",
+        help="no rankdice mask for classes whose highest probability is at most P; or off",
+    )
     add("--presence", choices=get_args(Presence), help="which classes get a mask")
     add("--masks", action="store_true", help="also write the overlapping masks of T and rankdice, one PNG per class")
     add("--force", action="store_true", help="replace files in the output folder that this program did not write")
