@@ -277,8 +277,8 @@ class Trainer(BaseTrainer):
         index = self.data.facts.class_names.index(name)
         if not sum(int(row["counts"].target[index]) for row in metrics.images):
             raise UserError(
-                f"trainer.monitor: no validation image has the class {name!r}, so {self.monitor.name} says nothing "
-                "about it; monitor another score, such as 'max Mean_Dice', or add images with this class to val_loader"
+                f"trainer.monitor: no validation image has the class {name!r}, so {self.monitor.name} cannot be "
+                "computed; monitor another score, such as 'max Mean_Dice', or add images with this class to val_loader"
             )
 
 

@@ -314,7 +314,7 @@ def _compare(deployed: Any, runner: Runner, channels: int, name: str, kind: str)
         difference = float(np.abs(found - expected).max())
         if not difference <= max(TOLERANCE, TOLERANCE_OF_LOGITS * float(logits.abs().max())):
             raise UserError(
-                f"{name} as {kind} computes something else than PyTorch: images {size} differ by {difference:.2g}; "
+                f"{name} as {kind} does not match PyTorch: images {size} differ by {difference:.2g}; "
                 "no file was written"
             )
         worst = max(worst, difference)

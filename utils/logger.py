@@ -178,7 +178,9 @@ class RunLog:
                 self.writer.file_writer.add_summary(self._session_end)
             self.writer.close()
         except OSError as error:
-            print(f"warning: {self.writer.log_dir}: TensorBoard's logs are cut short: {reason(error)}", file=sys.stderr)
+            print(
+                f"warning: {self.writer.log_dir}: TensorBoard's logs are incomplete: {reason(error)}", file=sys.stderr
+            )
 
 
 def _kept(tag: str, step: int, iteration: int, batch: int) -> bool:

@@ -65,7 +65,7 @@ def shared(loaders: dict[str, BaseDataLoader]) -> list[str]:
 
 def _between(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> Iterator[str]:
     left, right = list(_entries(a)), list(_entries(b))
-    advice = "scores on these say nothing about new pictures"
+    advice = "scores on these do not carry over to new pictures"
     if not left or not right:
         return
     if left[0].image is None or right[0].image is None:

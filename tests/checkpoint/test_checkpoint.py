@@ -221,11 +221,11 @@ NO_CHECKPOINTS = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
     "other zip": (zip_of(a="text"), "not a checkpoint"),
     "first byte": (b"P", "not a checkpoint"),
-    "half a zip": (saved_bytes(WEIGHTS)[:2800], "cut short (2,800 bytes)"),
-    "zip without its end": (saved_bytes(WEIGHTS)[:-1], "cut short"),
-    "half a legacy file": (saved_bytes(WEIGHTS, **LEGACY)[:2000], "cut short (2,000 bytes)"),
-    "legacy without its end": (saved_bytes(WEIGHTS, **LEGACY)[:-1], "cut short"),
-    "first byte of legacy": (b"\x80", "cut short (1 bytes)"),
+    "half a zip": (saved_bytes(WEIGHTS)[:2800], "truncated (2,800 bytes)"),
+    "zip without its end": (saved_bytes(WEIGHTS)[:-1], "truncated"),
+    "half a legacy file": (saved_bytes(WEIGHTS, **LEGACY)[:2000], "truncated (2,000 bytes)"),
+    "legacy without its end": (saved_bytes(WEIGHTS, **LEGACY)[:-1], "truncated"),
+    "first byte of legacy": (b"\x80", "truncated (1 bytes)"),
     "a tensor": (saved_bytes(torch.ones(2)), "expected a checkpoint (a dict with 'state_dict'), found Tensor"),
     "a list": (saved_bytes([1, 2]), "found list"),
     "nothing": (saved_bytes({}), "found the keys none"),
@@ -502,7 +502,7 @@ def test_without_any_config_one_must_be_given(tmp_path) -> None:
     with pytest.raises(UserError, match="weights alone and no config; give the config of its run with --config"):
         config_of(bare, "weights.pth")
     assert config_of(bare, "weights.pth", write_config(tmp_path / "given.json")).arch.type == "UNet"
-    with pytest.raises(UserError, match="its config is no section but str"):
+    with pytest.raises(UserError, match="expected its config to be an object, found str"):
         config_of(state(config="config.json"), "model.pth")
 
 

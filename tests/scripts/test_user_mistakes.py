@@ -201,7 +201,7 @@ TESTING: dict[str, tuple[list[str], list[str]]] = {
     "the dots of a command": (["-r", "saved/.../best_model.pth"], ['"..." stands for the folder of a run']),
     "not a checkpoint": (["-r", "text.pth"], ["text.pth: not a checkpoint"]),
     "a picture for a checkpoint": (["-r", "data/VOCdevkit/VOC2012/JPEGImages/image0.jpg"], ["not a checkpoint"]),
-    "half a checkpoint": (["-r", "cut.pth"], ["cut short (5,000 bytes)"]),
+    "half a checkpoint": (["-r", "cut.pth"], ["truncated (5,000 bytes)"]),
     "a checkpoint that would run code": (["-r", "evil.pth"], ["refused", "posix.system"]),
     "a pickle that would run code": (["-r", "evil_pickle.pth"], ["refused"]),
     "weights without a config": (["-r", "weights.pth"], ["no config; give the config of its run with --config"]),

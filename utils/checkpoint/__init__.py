@@ -132,7 +132,9 @@ def config_of(
     models, loaders = import_module("models").MODELS, import_module("dataloaders").LOADERS
     stored = state.get("config")
     if stored is not None and not isinstance(stored, Mapping):
-        raise UserError(f"{path}: its config is no section but {type(stored).__name__}; give one with --config")
+        raise UserError(
+            f"{path}: expected its config to be an object, found {type(stored).__name__}; give a config with --config"
+        )
     if given is not None:
         # A run may have been started with an override of its arch, which then is given again.
         raw = configs.override(configs.read(given), [item for item in overrides if item.startswith(("arch.", "arch="))])
@@ -316,7 +318,7 @@ def _stored_facts(values: Any) -> Facts:
     try:
         return Facts.from_dict(values)
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"its 'facts' (classes, palette, mean, std) are not as they were written: {error}") from None
+        raise UserError(f"its 'facts' (classes, palette, mean, std) are malformed: {error}") from None
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any], source: str | Path = "the weights") -> None:

@@ -90,7 +90,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # bytes gone wrong end in nearly any exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         size = f"{path.stat().st_size:,} bytes"
-        raise UserError(f"{path}: not a checkpoint, or cut short ({size}): {reason}; copy or train it again") from None
+        raise UserError(f"{path}: not a checkpoint, or truncated ({size}): {reason}; copy or train it again") from None
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: expected a checkpoint (a dict with 'state_dict'), found {type(state).__name__}")
     if "state_dict" not in state:
@@ -142,7 +142,7 @@ def _check_sums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # bytes gone wrong end in nearly any exception
-        raise UserError(f"{path}: the file is damaged, or cut short ({error}); copy or train it again") from None
+        raise UserError(f"{path}: the file is damaged or truncated ({error}); copy or train it again") from None
     if damaged is not None:
         raise UserError(f"{path}: the file is damaged: the checksum of {damaged} is wrong; copy or train it again")
 

@@ -44,7 +44,7 @@ def _shape(line: str, names: list[str], where: str) -> Shape:
     except ValueError:
         raise UserError(f"{where}: expected a class and coordinates, found {line[:60]!r}") from None
     if len(values) == 4:
-        raise UserError(f"{where} is a box, not a polygon: boxes say nothing about pixels. Export segmentation labels")
+        raise UserError(f"{where} is a box, not a polygon: boxes do not outline objects. Export segmentation labels")
     if len(values) < 6 or len(values) % 2:
         raise UserError(f"{where}: a polygon needs at least three points, found {len(values)} numbers")
     if number != int(number) or not 0 <= number < len(names):
