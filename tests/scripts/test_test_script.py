@@ -300,6 +300,13 @@ def test_options_that_make_no_sense(arguments, monkeypatch, capsys) -> None:
     assert stop.value.code == 2
 
 
+def near(a: object, b: object) -> bool:
+    """Return whether results agree up to rounding: the sums of rankdice depend on which images share a batch."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(near(a[key], b[key]) for key in a)
+    return a == pytest.approx(b, rel=1e-12) if isinstance(a, float) else a == b
+
+
 def test_two_processes_report_what_one_does(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     arguments = ["-r", str(checkpoint), "-p", "all", "--save-masks", "--limit", "5"]
     run(monkeypatch, capsys, *arguments, "-o", tmp_path / "one")
@@ -314,7 +321,7 @@ def test_two_processes_report_what_one_does(checkpoint, tmp_path, monkeypatch, c
     for name in ALL:
         a, b = one["procedures"][name], two["procedures"][name]
         assert a.pop("test_loss") == pytest.approx(b.pop("test_loss"), rel=1e-5)
-        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+        assert near({k: v for k, v in a.items() if k not in timing}, {k: v for k, v in b.items() if k not in timing})
     assert one["comparison"]["verdict"] == two["comparison"]["verdict"]
     assert one["reliability"]["pixels"] == two["reliability"]["pixels"]
     assert one["reliability"]["ECE"] == pytest.approx(two["reliability"]["ECE"], rel=1e-4)
