@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Limits under which a fit is not trusted.
+# Below these limits, nothing is fitted.
 FEWEST_IMAGES = 10
 FEWEST_ROWS = 20  # (image, class) pairs with the class, and without it
-FEWEST_PER_CLASS = 5  # images with and without a class before it gets an offset of its own
+FEWEST_PER_CLASS = 5  # images with a class, and without it, for an offset of its own
 FEW_IMAGES = 40  # a warning below
 FOLDS = 5
 
@@ -43,13 +43,13 @@ _NOBODY = 1e-9  # an expected number of other classes below this is none
 
 
 class Estimate(NamedTuple):
-    """What is believed of each (image, class) row, float64 ``(N, C)``.
+    """The estimates for each (image, class) row, float64 ``(N, C)``.
 
     Attributes:
         presence: the probability that the class is in the image, ``pi``.
-        scores: the score its mask can expect if the class is in the image, ``d``.
-        expected: the score its mask can expect: ``pi * d``, corrected by what such masks scored in validation. Without
-            a fit it is the score as RankDice expects it.
+        scores: the expected score of its mask if the class is in the image, ``d``.
+        expected: the expected score of its mask: ``pi * d``, corrected by the scores of such masks in validation.
+            Without a fit it is the score that RankDice expects.
     """
 
     presence: Tensor
@@ -58,12 +58,12 @@ class Estimate(NamedTuple):
 
 
 def estimate(highest: Tensor, scores: Tensor, fit: Mapping[str, Any] | None = None) -> Estimate:
-    """Return how likely each class is in the image, and what its mask can expect to score.
+    """Return the probability that each class is in the image, and the expected score of its mask.
 
     Args:
         highest: ``(N, C)``, the largest probability of each class in each image, in [0, 1].
         scores: ``(N, C)``, the expected score of its RankDice mask (``rank_dice`` with ``prune=None``), in [0, 1].
-        fit: what :func:`fit` returned; None: presence is ``highest`` and scores are taken as they are.
+        fit: the result of :func:`fit`; None: presence is ``highest``, and scores are not corrected.
 
     Raises:
         ValueError: shapes differ, values are outside [0, 1] or not finite, or the fit is for other columns.
@@ -88,7 +88,7 @@ def estimate(highest: Tensor, scores: Tensor, fit: Mapping[str, Any] | None = No
 def choose(highest: Tensor, scores: Tensor, fit: Mapping[str, Any] | None = None) -> tuple[Tensor, Tensor]:
     """Choose the classes that get a mask.
 
-    Images are independent: a batch gives what single images give.
+    Images are independent: results do not depend on the batch.
 
     Args:
         highest, scores, fit: see :func:`estimate`.
@@ -118,7 +118,7 @@ def _decide(believed: Estimate, alone: Tensor) -> Tensor:
         mean = torch.where(number > _NOBODY, others / number.clamp_min(_NOBODY), alone)
         before, chosen = chosen, gain > absent * mean
         if turn >= _ROUNDS:
-            chosen = chosen | before  # a rare image goes round in circles; this ends it
+            chosen = chosen | before  # rarely the decisions cycle; this ends the cycle
         if torch.equal(before, chosen):
             break
     return chosen
@@ -142,12 +142,12 @@ def image_scores(chosen: Tensor, measured: Tensor, present: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Learned:
-    """What :func:`learn` found.
+    """The result of :func:`learn`.
 
     Attributes:
         fit: for :func:`choose`, or None.
-        reason: a sentence: why there is no fit, or what it gains.
-        warning: a sentence on what makes the fit doubtful, or None.
+        reason: a sentence that says why there is no fit, or what it gains.
+        warning: a sentence that says why the fit may be unreliable, or None.
         pruned, fitted: the mean score per image without and with a fit, on images that the fit has not seen; None
             where nothing could be fitted.
     """
@@ -203,7 +203,7 @@ def learn(highest: Tensor, scores: Tensor, measured: Tensor, present: Tensor, pr
         return Learned(None, f"{outcome}, so it is not kept", pruned=pruned, fitted=fitted)
     warning = None
     if images < FEW_IMAGES:
-        warning = f"{images} validation images are few to learn from which classes are in an image; use {FEW_IMAGES}"
+        warning = f"{images} validation images are few for learning which classes are in an image; use {FEW_IMAGES}"
     return Learned(_fit(rows) | _mask_correction(rows, chosen, product), outcome, warning, pruned, fitted)
 
 
@@ -233,13 +233,16 @@ class _Rows:
 
 
 def _objection(rows: _Rows, share: float = 1.0) -> str | None:
-    """Return why presence cannot be learned from these rows, which are ``share`` of the images, or None."""
+    """Return why presence cannot be learned from these rows (a ``share`` of all images), or None."""
     images, there = len(rows.highest), int(rows.present.sum())
     absent = rows.present.numel() - there
     if images < share * FEWEST_IMAGES:
-        return f"{images} validation images are too few to learn which classes are in an image; use {FEWEST_IMAGES}"
+        return (
+            f"{images} validation images are too few to learn which classes are in an image; use at least "
+            f"{FEWEST_IMAGES}"
+        )
     if not absent:
-        return "every class is in every validation image: absence cannot be learned from them"
+        return "every class is in every validation image, so absence cannot be learned"
     for count, what in ((absent, "without"), (there, "with")):
         if count < share * FEWEST_ROWS:
             return (
@@ -254,7 +257,7 @@ def _pruned(rows: _Rows, prune: float | None) -> Tensor:
 
 
 def _held_out(rows: _Rows, fold: Tensor, prune: float | None) -> tuple[Tensor, Tensor]:
-    """Return what a fit on all other images chooses in the images of a fold, and the ``pi * d`` that it expects."""
+    """Apply a fit on all other images to the images of a fold; return the chosen classes and ``pi * d``."""
     others = torch.ones(len(rows.highest), dtype=torch.bool).index_fill_(0, fold, False)
     share, own = 1 - 1 / FOLDS, rows[fold]
     if _objection(rows[others], share) is not None:
@@ -265,10 +268,10 @@ def _held_out(rows: _Rows, fold: Tensor, prune: float | None) -> tuple[Tensor, T
 
 
 def _mask_correction(rows: _Rows, chosen: Tensor, product: Tensor) -> dict[str, Any]:
-    """Correct ``pi * d`` by what the masks chosen in held-out images scored, 0 where the class is absent.
+    """Correct ``pi * d`` by the scores of the masks chosen in held-out images, 0 where the class is absent.
 
-    A mask is chosen because it is expected to score high, and classes differ: without this the expectation is off by
-    up to 0.1 for a class.
+    Masks with a high expected score are chosen more often, and classes differ. Without this correction the expected
+    score of a class is wrong by up to 0.1.
     """
     features = torch.cat([_line(product), torch.eye(product.shape[1]).double().expand(len(product), -1, -1)], dim=2)
     shift, slope, *own = _ridge(features[chosen], (rows.measured - product)[chosen])
@@ -303,7 +306,7 @@ def _fit(rows: _Rows, share: float = 1.0) -> dict[str, Any]:
         "mask_slope": 0.0,
         "mask_class": [0.0] * len(own),
     }
-    for _ in range(FOLDS):  # the mean score depends on what is chosen, and with one class the choice on the mean score
+    for _ in range(FOLDS):  # mean score and chosen classes depend on each other if there is a single class
         found["mean_score"] = rows.mean_score(choose(rows.highest, rows.scores, found)[0])
     return found
 

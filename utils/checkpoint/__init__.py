@@ -12,8 +12,8 @@ A checkpoint of ours is one file with plain tensors, numbers, strings, lists and
     config      the resolved config
     facts       what is needed to use the model without its data set: classes, palette, mean, std, ignore index
 
-Files are written to a temporary name, synced and renamed: a checkpoint is there whole or not at all. Everything
-is read with ``weights_only=True``, so a file cannot run code.
+Files are written under a temporary name, synced and renamed, so there are no incomplete checkpoints. All files are
+read with ``weights_only=True``, so they cannot run code.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ EXTERNAL = "External"
 
 @dataclass
 class LoadedModel:
-    """A model ready for use: in evaluation mode, on its device, with what its outputs mean.
+    """A model ready for use: in evaluation mode, on its device, with its class facts.
 
     ``others`` are further members of an ensemble; the first member gives classes, config and options.
     """
@@ -176,9 +176,9 @@ def _refuse_code(arch: Any, path: str | Path, trusted: bool) -> None:
     given: Any = arch.get("args")
     args = given if isinstance(given, Mapping) else {}
     raise UserError(
-        f"{path}: its network is built by code outside this project ({args.get('factory') or args.get('file')}), and "
-        "this file alone must not choose what runs here. If you trust it, add --trust-code, or give the config of its "
-        "run with --config"
+        f"{path}: its network is built by code outside this project ({args.get('factory') or args.get('file')}). "
+        "A checkpoint alone must not run code. If you trust it, add --trust-code, or give the config of its run with "
+        "--config"
     )
 
 
@@ -235,7 +235,7 @@ def load_model(
         trust_code: see :func:`config_of`.
 
     Raises:
-        UserError: an unusable file, or weights that do not fit, saying which and probably why.
+        UserError: an unusable file, or weights that do not fit; the message says which, and the probable reason.
     """
     state = read(path)
     if config is None:
@@ -330,7 +330,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], source: str | Pat
         source: where they come from, for messages.
 
     Raises:
-        UserError: they do not fit; says which and probably why.
+        UserError: the weights do not fit; the message says which, and the probable reason.
     """
     try:
         import_module("models.upstream").load_weights(model, weights)
@@ -339,17 +339,17 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], source: str | Pat
 
 
 def start_from(model: Any, path: str | Path) -> str:
-    """Start a model from what fits of the weights in a file (fine-tuning); return what was taken and what not.
+    """Start a model from the matching weights in a file (fine-tuning); return which weights were loaded and which not.
 
     The file may be a checkpoint of ours, a published one, or the weights of another program; the number of classes and
     of image channels may differ.
 
     Raises:
-        UserError: an unusable file, or hardly anything fits.
+        UserError: an unusable file, or too few weights match.
     """
     state = read(path)
     if "network" in state:
-        raise UserError(f"{path}: holds a whole network; expected a checkpoint or weights")
+        raise UserError(f"{path}: contains a whole network; expected a checkpoint or weights")
     ema = state.get("ema") if "facts" in state else None
     try:
         done = import_module("models.upstream").transfer(model, ema or state["state_dict"])
@@ -361,7 +361,7 @@ def start_from(model: Any, path: str | Path) -> str:
 
 
 def _facts_of_config(config: Config, num_classes: int | None = None) -> Facts:
-    """Return the facts for a checkpoint that carries none: those of the data set its config names."""
+    """Return the facts for a checkpoint without any: those of the data set in its config."""
     dataset = import_module("dataloaders").LOADERS[config.train_loader.type]
     known = signature(dataset.facts_for).parameters
     args = {name: value for name, value in config.train_loader.args.items() if name in known}

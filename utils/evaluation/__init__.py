@@ -25,15 +25,15 @@ from utils.progress import live_scores
 
 Progress = Callable[[Any], Any]
 
-# Solvers of utils.rankdice that can maximise the expected IoU.
+# Solvers of utils.rankdice that can maximize the expected IoU.
 IOU_SOLVERS = ("exact", "rma")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One column of a comparison: a procedure and what it was told.
+    """One column of a comparison: a procedure and its options.
 
-    ``as_labels``: take the label map that inference writes, see :func:`utils.predict.label_map`, not the masks.
+    ``as_labels``: score the label map that inference writes, see :func:`utils.predict.label_map`, not the masks.
     """
 
     procedure: str
@@ -55,7 +55,7 @@ class Decision:
 
 
 def single_decision(procedure: str, options: PredictOptions) -> dict[str, Decision]:
-    """Return one procedure as it is deployed, under its name in :func:`all_decisions`."""
+    """Return one procedure with the options of inference, under its name in :func:`all_decisions`."""
     name = "max_present" if procedure == "max" and options.restricts_max else procedure
     return {name: Decision(procedure, options)}
 
@@ -63,8 +63,8 @@ def single_decision(procedure: str, options: PredictOptions) -> dict[str, Decisi
 def all_decisions(options: PredictOptions) -> dict[str, Decision]:
     """Return every procedure side by side, by the names of the results.
 
-    * ``T``: threshold 0.5; ``T_tuned``: the config's threshold, if it is another;
-    * ``max``: the plain argmax; ``max_present``: among the classes taken to be in the image;
+    * ``T``: threshold 0.5; ``T_tuned``: the config's threshold, if it differs;
+    * ``max``: the plain argmax; ``max_present``: argmax over the classes predicted to be in the image;
     * ``rankdice``: the masks with the highest expected Dice, as the config says;
     * ``rankdice_paper``: the same for all classes with a probability above 0.5;
     * ``rankdice_map``: the label map that ``inference.py`` writes for ``rankdice``;

@@ -1,4 +1,4 @@
-"""Are the probabilities right? Reliability of probabilities, and the score of procedure T at every threshold."""
+"""Calibration: reliability of the probabilities, and the score of procedure T at every threshold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.metrics import Counts, image_scores
 from utils.predict import Activation
 
 BINS = 15
-# Pixels of each image that enter NLL, Brier score and reliability: neighbours say much the same.
+# Pixels per image for NLL, Brier score and reliability; neighboring pixels add little information.
 PIXELS_PER_IMAGE = 2**16
 THRESHOLDS = tuple(k / 100 for k in range(1, 100))
 _TINY = 1e-12
@@ -51,7 +51,7 @@ def pixels(part: Part, maps: Tensor, i: int, ignore_index: int, count: int) -> t
 
 
 class Reliability:
-    """Gathers how often what is given probability p is true.
+    """Accumulates how often predictions with probability p are correct.
 
     Two views: *pixels and classes*, each class's probability at each pixel against whether the pixel is of the class
     (what RankDice uses), and *confidence*, the highest probability of a pixel against whether its class is right.

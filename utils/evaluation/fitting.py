@@ -84,7 +84,7 @@ class Fit:
 
 
 class Row(NamedTuple):
-    """What one image tells under one link: ``(C,)`` over the classes of interest, and mDice of T per threshold."""
+    """Results of one image under one link: ``(C,)`` over the classes of interest, and mDice of T per threshold."""
 
     highest: Tensor
     scores: Tensor
@@ -95,7 +95,7 @@ class Row(NamedTuple):
 
 @dataclass
 class _Seen:
-    """What the pass over the images keeps: a sample of pixels, the logits if they fit, some images to try views on."""
+    """Data kept from the pass over the images: a sample of pixels, the logits if they fit, images to test views on."""
 
     sample: LogitSample
     every: int
@@ -337,8 +337,8 @@ def _notes(best: str, trial: _Trial, learned: presence.Learned, threshold: float
     images, link = len(links.images), links.final[best]
     if SCALED not in links.final:
         yield (
-            "Temperature: not kept, since it ran to the end of its range. The network's outputs are not calibrated "
-            "probabilities (was it trained with a proper loss?), or the validation images are too few."
+            "Temperature: not kept, because it reached the end of its range. The network's outputs are not calibrated "
+            "probabilities (was it trained with a proper loss?), or there are too few validation images."
         )
     elif best == OWN:
         yield "Temperature: not kept. On images held out, the scores are best without it."

@@ -1,4 +1,4 @@
-"""What makes probabilities right: a temperature, or a temperature and a bias per class, fitted on validation data.
+"""Calibrate probabilities: fit a temperature, or a temperature and a bias per class, on validation data.
 
 RankDice sums and ranks probabilities, so an overconfident network costs it score. One temperature fixes most of that
 (Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017). Where a class is predicted too often or too rarely

@@ -6,7 +6,7 @@ highest expected Dice (or IoU) consists of the ``tau`` most probable pixels for 
 :func:`rank_dice` finds ``tau`` for every row of a batch at once. :func:`label_map` gives every pixel one label instead
 of overlapping masks.
 
-This folder needs nothing but torch: copy it into any project. ``docs/rankdice.md`` explains the method and its cost.
+This folder only needs torch: you can copy it into any project. ``docs/rankdice.md`` explains the method and its cost.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _GPU_LARGEST_BUDGET, _GPU_CHUNK_BYTES = 4 << 30, 64  # a GPU works on whole maps
 
 @dataclass(frozen=True)
 class Options:
-    """What :func:`rank_dice` is asked for: ``rank_dice(probs, **vars(options))``.
+    """The options of :func:`rank_dice`: ``rank_dice(probs, **vars(options))``.
 
     Attributes:
         metric: ``"dice"`` or ``"iou"`` (the latter with solvers ``exact`` and ``rma``).
@@ -44,7 +44,7 @@ class Options:
             authors' program) from the paper above, or ``"rma"`` (Wang & Dai, "RankSEG-RMA", NeurIPS 2025).
         smooth: the constant ``g`` in ``(2 |A and Y| + g) / (|A| + |Y| + g)`` and
             ``(|A and Y| + g) / (|A or Y| + g)``, from 0 to 100,000.
-        prune: rows whose largest probability is at most ``prune`` get the empty mask; None switches this off.
+        prune: rows without a probability above ``prune`` get an empty mask; None: no pruning.
 
     Raises:
         ValueError: a value is out of its range; the message names the argument.
@@ -79,7 +79,7 @@ class Options:
 
 
 class RankDice(NamedTuple):
-    """What :func:`rank_dice` found, one entry per (image, class) row.
+    """The result of :func:`rank_dice`, one entry per (image, class) row.
 
     Attributes:
         masks: bool, shape of the probabilities; exactly ``volumes`` pixels are True in each row.
@@ -121,10 +121,10 @@ def rank_dice(
         smooth: see :class:`Options`.
         prune: see :class:`Options`.
         valid: bool, ``(B, *spatial)`` or broadcastable to ``probs``: pixels outside never enter the ranking and are
-            never in a mask (padding, outside the field of view). Their values are not looked at.
-        max_bytes: working memory beside the result, about. None: the size of ``probs`` in float32, at least 16 MiB and
-            at most 256 MiB; on a GPU 64 bytes per value, at most 4 GiB. It changes the speed only. A row that must be
-            sorted as a whole takes about 100 bytes per pixel.
+            never in a mask (padding, outside the field of view). Their values are not read.
+        max_bytes: approximate working memory in addition to the result. None: the size of ``probs`` in float32, at
+            least 16 MiB and at most 256 MiB; on a GPU 64 bytes per value, at most 4 GiB. It only affects the speed. A
+            row that must be sorted as a whole takes about 100 bytes per pixel.
 
     Returns:
         The masks, volumes, cut-off probabilities, expected scores and largest probabilities. An empty mask scores 0
@@ -214,7 +214,7 @@ def label_map(
         smooth: the constant ``g``.
         rounds: at most so many steps.
         max_bytes: working memory, as in :func:`rank_dice`.
-        found: what ``rank_dice(probs, smooth=smooth, prune=None)`` gave for the same probabilities, if it is at hand.
+        found: the result of ``rank_dice(probs, smooth=smooth, prune=None)`` for the same probabilities, if available.
 
     Returns:
         int64 ``(B, *spatial)``, entries from the classes.
@@ -249,12 +249,12 @@ def label_map(
 def rank_counts(values: Tensor, counts: Tensor, options: Options = Options()) -> tuple[Tensor, Tensor, Tensor]:  # noqa: B008
     """Solve rows that are given as tables of how often each probability occurs, by ``exact`` or ``rma``.
 
-    So an image that is larger than the memory is solved as a whole: float16 has 15,361 values in [0, 1].
+    This solves images that do not fit in memory: float16 has only 15,361 values in [0, 1].
 
     Args:
         values: float64 ``(K,)`` probabilities, ascending.
         counts: ``(R, K)`` int64, how many pixels of each row have each value.
-        options: what is asked.
+        options: metric, solver, smoothing and pruning.
 
     Returns:
         Volumes int64, cut-off probabilities float64 (``inf`` for an empty mask) and expected scores float64, ``(R,)``,
@@ -271,7 +271,7 @@ def rank_counts(values: Tensor, counts: Tensor, options: Options = Options()) ->
     elif options.solver == "rma":
         best = approximations.reciprocal_moment(table, skipped, options.goal)
     else:
-        raise ValueError(f"solver: tables are solved by 'exact' and 'rma', not by {options.solver!r}")
+        raise ValueError(f"solver: {options.solver!r} does not support tables; use 'exact' or 'rma'")
     return best.volumes.long(), best.cutoffs, best.scores
 
 

@@ -1,12 +1,12 @@
 """The exact solver for maps: a few passes over the pixels, then a small table per row.
 
 1. One pass sums the powers of all probabilities.
-2. A sample of the pixels says about where the best mask is cut. Its standard error gives the limits ``low``, ``high``.
-3. A second pass sums the powers of the pixels above ``high``. The few pixels between the limits make a
+2. A sample of the pixels estimates the cut of the best mask. Its standard error gives the limits ``low`` and ``high``.
+3. A second pass sums the powers of the pixels above ``high``. The few pixels between the limits form a
    :class:`~.table.Table`, which finds the best volume and proves that it lies between the limits.
-4. Rows without that proof are sorted as a whole. Small maps are sorted at once.
+4. If the proof fails, the row is sorted as a whole. Small maps are always sorted as a whole.
 
-The sample thus decides how long it takes, and never what comes out.
+The sample affects the time, never the result.
 """
 
 from __future__ import annotations

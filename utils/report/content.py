@@ -32,7 +32,7 @@ COLUMNS = (
 )
 FAR_OFF = 0.05  # advise a temperature if expected and measured Dice differ by more
 EXPLAINED = {  # procedures of -p all whose names a config does not know
-    "max_present": "the most probable class of each pixel, among the classes that rankdice takes to be in the image",
+    "max_present": "the most probable class of each pixel, among the classes predicted to be in the image",
     "rankdice_paper": "rankdice with predict.presence prune and predict.rankdice.prune 0.5",
     "rankdice_map": "the label map that inference.py writes for rankdice",
     "rankdice_iou": "rankdice with predict.rankdice.metric iou: masks with the highest expected IoU",
