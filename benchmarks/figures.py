@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.figures --checkpoint saved/UNet_Shapes/.../best_model.pth [--tensorboard saved]``
 
-* ``docs/images/gain.png``: image, target, probability, argmax and RankDice mask of a class in test images;
+* ``docs/images/gain.png``: image, target, and the label maps of argmax and RankDice of test images;
 * ``docs/images/learning-rates.png``: Poly and OneCycle over a run;
 * with ``--tensorboard``: ``tensorboard-scalars.png`` and ``tensorboard-images.png``, photographed in a headless
   Chromium (needs the packages selenium, chromium and chromium-driver).
@@ -26,8 +26,9 @@ import numpy as np
 import dataloaders
 from utils import checkpoint
 from utils.config import data_checks as checks
-from utils.evaluation import Decision, Evaluator, Part, evaluate
+from utils.evaluation import Evaluator, Part, all_decisions, evaluate
 from utils.images.palette import displayable, grid
+from utils.predict import PredictOptions
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 ROWS = 4
@@ -56,52 +57,40 @@ def main() -> None:
 
 
 def gain(path: str) -> None:
-    """Draw one class's mask in images where RankDice gains about what it gains on average over argmax."""
+    """Draw label maps of argmax and RankDice for test images with the median gain: what inference.py writes."""
     loaded = checkpoint.load_model(path)
     loader = checks.build_loader(dataloaders.build, loaded.config, "test")
-    evaluator = Evaluator(loaded.network())
-    images: dict[str, Any] = {}
-    planes: dict[str, Any] = {}  # per image: target, probability, argmax mask, RankDice mask; (4, C, H, W)
+    chosen = all_decisions(PredictOptions.from_config(loaded.config.predict))
+    decisions = {name: chosen[name] for name in ("max", "rankdice_map")}
+    maps: dict[str, list[Any]] = {}  # per image: the image, the target, and the two label maps
 
     def keep(part: Part) -> None:
-        classes = np.arange(loaded.facts.num_classes)[:, None, None]
-        labels, masks = part.predictions["max"].labels, part.predictions["rankdice"].masks
-        assert labels is not None
-        assert masks is not None
         for i, name in enumerate(part.batch.names):
-            images[name] = displayable(part.batch.images[i].permute(1, 2, 0).numpy())
-            target = part.target[i].numpy()[None] == classes
-            argmax = labels[i].numpy()[None] == classes
-            planes[name] = np.stack([target, part.probs[i].numpy(), argmax, masks[i].numpy()])
+            labels = [part.target[i], *(part.predictions[decision].labels[i] for decision in decisions)]
+            image = displayable(part.batch.images[i].permute(1, 2, 0).numpy())
+            maps[name] = [image, *(colours[np.minimum(one.numpy(), len(colours) - 1)] for one in labels)]
 
-    outcome = evaluate(evaluator, loader, {name: Decision(name) for name in ("max", "rankdice")}, on_part=keep)
-    names, ranked, _ = outcome.metrics["rankdice"].rows()
-    base = outcome.metrics["max"].rows()[1]
-    difference = (ranked.dice.nanmean(dim=1) - base.dice.nanmean(dim=1)).numpy()
+    pale = np.array([[235, 235, 235]], np.uint8)  # ignored pixels
+    colours = np.concatenate([np.array(loaded.facts.palette, np.uint8), pale])
+    outcome = evaluate(Evaluator(loaded.network()), loader, decisions, on_part=keep)
+    names, ranked, _ = outcome.metrics["rankdice_map"].rows()
+    means = [scores.dice.nanmean(dim=1).numpy() for scores in (outcome.metrics["max"].rows()[1], ranked)]
+    difference = means[1] - means[0]
     order = np.argsort(difference)
     typical = [i for i in order if difference[i] >= np.median(difference)][:ROWS]
     pictures = []
     for index in typical:
-        per_class = (ranked.dice[index] - base.dice[index]).nan_to_num(-1.0)
-        c = int(per_class.argmax())
-        colour = np.array(loaded.facts.palette[c])
         titles = (
             "image",
-            f"target: {loaded.facts.class_names[c]}",
-            "probability",
-            f"argmax, Dice {base.dice[index, c]:.2f}",
-            f"RankDice, Dice {ranked.dice[index, c]:.2f}",
+            "target",
+            *(f"{n}, Dice {m[index]:.2f}" for n, m in zip(("argmax", "RankDice"), means, strict=True)),
         )
-        cells = [images[names[index]]]
-        cells += [
-            (p[c].astype(float)[..., None] * colour + 24).clip(0, 255).astype(np.uint8) for p in planes[names[index]]
-        ]
-        for title, cell in zip(titles, cells, strict=True):
+        for title, cell in zip(titles, maps[names[index]], strict=True):
             big = cv2.resize(cell, (CELL, CELL), interpolation=cv2.INTER_NEAREST)
             strip = np.full((22, CELL, 3), 255, np.uint8)
             cv2.putText(strip, title, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (30, 30, 30), 1, cv2.LINE_AA)
             pictures.append(np.concatenate([strip, big]))
-    cv2.imwrite(str(IMAGES / "gain.png"), grid(pictures, columns=5)[:, :, ::-1])
+    cv2.imwrite(str(IMAGES / "gain.png"), grid(pictures, columns=4)[:, :, ::-1])
 
 
 def learning_rates() -> None:
