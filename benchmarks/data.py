@@ -56,12 +56,12 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.data",
         description="Images per second of one worker: this project, separate OpenCV steps, torchvision v2.",
     )
-    top.add_argument("--data-dir", help="folder in VOC layout, with classes.txt (default: written scenes)")
+    top.add_argument("--data-dir", help="folder in VOC layout, with classes.txt (default: generated scenes)")
     top.add_argument("--images", type=int, default=100, help="images per round (default: 100)")
     top.add_argument("--rounds", type=int, default=7, help="rounds (default: 7)")
-    top.add_argument("--quick", action="store_true", help="a look: 40 images, 5 rounds")
-    top.add_argument("--memory", action="store_true", help="also: memory of a worker over 20,000 samples")
-    top.add_argument("--json", metavar="FILE", help="write the numbers there")
+    top.add_argument("--quick", action="store_true", help="40 images, 5 rounds")
+    top.add_argument("--memory", action="store_true", help="also measure the memory of a worker over 20,000 samples")
+    top.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     return top
 
 

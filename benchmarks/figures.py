@@ -41,9 +41,9 @@ VIEWS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description="Make the pictures of the docs.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description="Make the figures of the docs.")
     parser.add_argument("--checkpoint", required=True, help="a trained model; its test loader is used")
-    parser.add_argument("--tensorboard", metavar="LOGDIR", help="also photograph TensorBoard on this folder")
+    parser.add_argument("--tensorboard", metavar="LOGDIR", help="also take a screenshot of TensorBoard for this folder")
     return parser.parse_args()
 
 

@@ -57,7 +57,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--short", action="store_true", help="small maps and networks, few rounds")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--peak-tflops", type=float, help="of the device in bf16, for the share of it that is used")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device in bf16, to compute the utilization")
     parser.add_argument("--batch-size", type=int, default=8, help="images per training step")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="every number (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, default=Path("gpu.md"), help="one table (default: %(default)s)")

@@ -91,7 +91,7 @@ def older_sliding(network: nn.Module, image: Tensor, device: torch.device) -> np
 
 
 def in_turns(actions: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Return the median time of each action. They take turns, so that a busy machine slows all of them alike."""
+    """Return the median time of each action. They take turns, so a busy machine slows all of them equally."""
     times: list[list[float]] = [[] for _ in actions]
     for _ in range(rounds):
         for action, spent in zip(actions, times, strict=True):
@@ -152,14 +152,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smaller image")
     parser.add_argument("--json", metavar="FILE", help="write the numbers")
-    parser.add_argument("--amp", action="store_true", help="our way in half precision")
+    parser.add_argument("--amp", action="store_true", help="run ours in half precision")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
     side, rounds = (320, 3) if args.quick else (480, 5)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     print(f"torch {torch.__version__}, {where}, {platform.machine()}; {CLASSES} classes, {len(SCALES)} scales\n")
-    print("| network | mode | image | older way, s | of it network, s | ours, s | times faster |")
+    print("| network | mode | image | predecessor's method, s | network alone, s | ours, s | times faster |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for name in NETWORKS:

@@ -1,11 +1,11 @@
-"""Which loss goes with which prediction procedure? A small network on Shapes, every loss, three seeds.
+"""Compare losses and prediction procedures: a small network on Shapes, every loss, three seeds.
 
-Same network, data, optimizer and schedule for all; only the loss differs. Each trained network is scored on the
-same test scenes under T, max and rankdice, as it is and with a temperature fitted on validation scenes. Shapes' labels
-are uncertain by construction, as real ones are, so that there is something for rankdice to decide.
+All runs use the same network, data, optimizer and schedule; only the loss differs. Each trained network is scored on
+the same test scenes under T, max and rankdice, without and with a temperature fitted on validation scenes. The labels
+of Shapes are uncertain by construction, as real labels are, so the procedures give different masks.
 
-    python -m benchmarks.losses --quick                  # a minute: does it run?
-    python -m benchmarks.losses --json saved/losses.json # the study; an interrupted one goes on where it was
+    python -m benchmarks.losses --quick                  # a test run, one minute
+    python -m benchmarks.losses --json saved/losses.json # the study; repeat the command to continue an interrupted one
     python -m benchmarks.losses --json saved/losses.json --write-docs
 """
 
@@ -228,15 +228,15 @@ def write_docs(text: str, path: Path = DOCS) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.losses", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny data, one seed: to see whether it runs")
-    parser.add_argument("--losses", nargs="+", metavar="NAME", help="rows called so, or whose label begins so")
+    parser.add_argument("--quick", action="store_true", help="tiny data and one seed, for a test run")
+    parser.add_argument("--losses", nargs="+", metavar="NAME", help="only rows with these names or prefixes")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if available)")
     for field, default in asdict(Recipe()).items():
         option = f"--{field.replace('_', '-')}"
         choices = ("fp32", "bf16") if field == "precision" else None
         parser.add_argument(option, type=type(default), choices=choices, help=f"default: {default}")
-    parser.add_argument("--json", type=Path, help="keep results here after each run, and go on from it")
+    parser.add_argument("--json", type=Path, help="write results to this file after each run, and continue from it")
     parser.add_argument("--write-docs", action="store_true", help=f"put the table into {DOCS.relative_to(ROOT)}")
     return parser.parse_args(argv)
 

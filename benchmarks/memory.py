@@ -27,7 +27,9 @@ POLL = 0.02  # seconds; several looks per line of the log
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description="Watch a long run's memory.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description="Measure the memory of a long run."
+    )
     parser.add_argument("--iterations", type=int, default=5000, help=f"rounded up to whole epochs of {BATCHES}")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     return parser.parse_args()

@@ -33,7 +33,7 @@ def main() -> int:
     """Score every drive, print two tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.presence", description="Gains of presence, by drive.")
     parser.add_argument("folder", help="folder with train.npz")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args()
     drives = read(Path(args.folder) / "train.npz")
     result = {name: scored(name, drives) for name in drives}

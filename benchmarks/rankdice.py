@@ -104,7 +104,7 @@ def package() -> dict[str, Callable[[Tensor], Tensor]]:
     try:
         from rankseg import RankSEG
     except ImportError:
-        print("package rankseg is not installed (pip install rankseg): its columns are left out\n")
+        print("package rankseg is not installed (pip install rankseg): its columns are missing\n")
         return {}
 
     def candidate(**options: object) -> Callable[[Tensor], Tensor]:
@@ -265,7 +265,7 @@ def growth(device: str, rounds: int, quick: bool) -> dict:
             f"{per['dice']:8.2f} {per['iou']:8.2f} ns per value"
         )
 
-    print("\ngrowth (4 classes; then 256 x 256 pixels; then 150 classes of 512 x 512, of which so many are active)")
+    print("\ngrowth (4 classes; then 256 x 256 pixels; then the number of active classes among 150 of 512 x 512)")
     for side in sides:
         measure("pixels", side * side, to_probs(field_logits((1, 4, side, side), device)))
     for count in counts:

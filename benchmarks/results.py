@@ -162,7 +162,7 @@ def script(log: Path, *arguments: object) -> None:
 
 
 def run(row: Row, folder: Path, options: Sequence[str]) -> None:
-    """Train and test, as far as that has not been done."""
+    """Train and test, skipping steps that are already done."""
     log = folder / "log.txt"
     timing = folder / "seconds.json"
     if not timing.exists():
@@ -283,7 +283,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--camvid", type=Path, metavar="DIR", help="folder of CamVid in Pascal VOC's layout")
     add("--drive", type=Path, metavar="DIR", help="folder of DRIVE in Kvasir-SEG's layout")
     add("--seeds", type=int, help="runs per row (default: 3; 5 for Shapes)")
-    add("--jobs", type=int, default=1, help="runs side by side")
+    add("--jobs", type=int, default=1, help="number of runs in parallel")
     add("--out", type=Path, default=Path("saved/results"), help="default: saved/results")
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="as for train.py, in all runs")
     add("--write-docs", action="store_true", help=f"put the tables into {DOCS.relative_to(ROOT)}")

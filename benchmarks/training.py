@@ -48,10 +48,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--classes", type=int, default=19)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=9, help="rounds per contestant")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds per candidate")
     parser.add_argument("--iterations", type=int, default=6, help="iterations per round")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, for the share of it that is used")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device, to compute the utilization")
     parser.add_argument("--quick", action="store_true", help="few rounds")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 class FixedLoader:
-    """Batches made once, so that reading data is no part of the comparison (benchmarks/data.py has that)."""
+    """Batches made once, so that the comparison does not include reading data (see benchmarks/data.py)."""
 
     def __init__(self, count: int, batch_size: int, size: int, classes: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -229,7 +229,7 @@ def compare(args: argparse.Namespace, arch_args: dict[str, Any]) -> dict[str, di
 
 
 class _silence:  # noqa: N801
-    """Send progress bars nowhere, as a run under a scheduler would."""
+    """Hide progress bars, as in a run under a scheduler."""
 
     def __enter__(self) -> None:
         self.stack = contextlib.ExitStack()

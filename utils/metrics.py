@@ -45,8 +45,8 @@ def count(
     Args:
         prediction: masks ``(B, C, H, W)`` or labels ``(B, H, W)``.
         target: integer labels ``(B, H, W)``: class ids, with one class 0 or 1, or ``ignore_index``.
-        count_ignored: pixels whose target is ignored stay in the prediction's count, where they can only be wrong
-            (the published script's way); by default they do not count.
+        count_ignored: count predictions on ignored pixels as wrong, as in the published script; by default ignored
+            pixels are not counted.
     """
     masks, labels = prediction.masks, prediction.labels
     valid = target != ignore_index

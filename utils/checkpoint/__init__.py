@@ -246,7 +246,7 @@ def load_model(
 def build_model(
     state: Mapping[str, Any], path: str | Path, config: Config, device: str | torch.device = "cpu"
 ) -> LoadedModel:
-    """Do what :func:`load_model` does for a checkpoint that was read already."""
+    """Build the model of a checkpoint that is already read, see :func:`load_model`."""
     # The one way from utils into the rooms above it: a checkpoint names a model, and models are looked up there.
     models, upstream = import_module("models"), import_module("models.upstream")
     from utils.losses import LOSSES
@@ -290,7 +290,7 @@ def build_model(
 
 
 def _check_size(arch: str, num_classes: int, args: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a config whose network is far larger than the weights, before it takes the memory."""
+    """Raise UserError if the config's network is much larger than the weights, before it allocates memory."""
     try:
         with torch.device("meta"):  # shapes without numbers
             skeleton = import_module("models").build(arch, num_classes, **args)

@@ -9,7 +9,7 @@ import torch
 
 
 def malformed(state: Mapping[str, Any]) -> str | None:
-    """Return what is malformed in a checkpoint: everything that is in it is used without further checks."""
+    """Return what is malformed in a checkpoint, or None; its contents are used without further checks."""
     for name in ("state_dict", "ema"):
         if state.get(name) is None and name == "ema":
             continue
@@ -19,7 +19,7 @@ def malformed(state: Mapping[str, Any]) -> str | None:
         for key, tensor in weights.items():
             odd = _unusable(tensor)
             if odd:
-                return f"'{name}' holds {odd} as {key}, expected dense numbers; it is not a checkpoint of a network"
+                return f"'{name}' contains {odd} as {key}, expected dense numbers; it is not a checkpoint of a network"
     for name in ("epoch", "batch", "iteration"):
         number = state.get(name, 0)
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**53:

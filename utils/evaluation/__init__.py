@@ -121,7 +121,7 @@ class Evaluator:
 
 @dataclass
 class Part:
-    """What is known of some images of equal size after their forward pass, for those who want to look.
+    """Images of equal size after their forward pass, with probabilities and predictions, for observers.
 
     ``logits``, ``probs``: ``(B, C, H, W)``, probabilities float32; ``target``: ``(B, H, W)``; ``predictions`` and
     ``counts``: per decision.

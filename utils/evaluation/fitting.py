@@ -231,7 +231,7 @@ class _Links:
 
 
 class _Look:
-    """Decides images under links, and keeps what presence and threshold are fitted on."""
+    """Predicts images under each link, and keeps the rows for the fits of presence and threshold."""
 
     def __init__(
         self, evaluator: Evaluator, options: PredictOptions, links_of: Callable[[str], Sequence[Link]]
@@ -289,7 +289,7 @@ class _Trial:
         self.tuned = float(tuned.nanmean())
 
     def value(self, procedure: str) -> float:
-        """Return the score that a procedure reaches if what helps it is kept."""
+        """Return the score of a procedure if the fits that help it are kept."""
         if procedure == "T":
             return max(self.before, self.tuned)
         return self.pruned if self.learned.fit is None or self.learned.fitted is None else self.learned.fitted

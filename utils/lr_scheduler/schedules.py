@@ -110,7 +110,7 @@ class Schedule:
         raise NotImplementedError
 
     def _restore(self) -> None:
-        """Set the values of ``last_step``, whatever they were before."""
+        """Set the values of ``last_step`` from any earlier state."""
         raise NotImplementedError
 
 

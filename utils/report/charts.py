@@ -84,7 +84,7 @@ def _square(x_title: str, y_title: str, side: float = 300) -> tuple[list[str], f
 def reliability(diagrams: Mapping[str, Sequence[Sequence[float]]]) -> str:
     """Return reliability diagrams, ``title -> [[mean probability, share true, share of pixels], ...]``."""
     side = 300
-    body, left, bottom = _square("probability given", "share that is true", side)
+    body, left, bottom = _square("predicted probability", "fraction that is correct", side)
     for (title, bins), colour in zip(diagrams.items(), (COLOURS["max"], COLOURS["T"]), strict=False):
         points = [(left + p * side, bottom - true * side) for p, true, _ in bins]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
@@ -136,7 +136,7 @@ def intervals(rows: Sequence[tuple[str, float, float, float]]) -> str:
 
 
 def heat_map(shares: Sequence[Sequence[float | None]], classes: Sequence[str]) -> str:
-    """Return a confusion matrix whose rows add up to 1: targets down, predictions across; None is left empty."""
+    """Return a confusion matrix with rows that sum to 1: targets down, predictions across; None is left empty."""
     cell = 26 if len(classes) <= 24 else max(6, 624 // len(classes))
     label, numbers = 108, cell >= 26
     side = cell * len(classes)

@@ -96,7 +96,7 @@ class Watcher:
             look(part)
 
     def gather(self) -> None:
-        """Bring together, in the main process, what all processes have seen."""
+        """Merge the results of all processes in the main process."""
         shares = distributed.gather(self._gathered)
         if distributed.is_main():
             for name, one in self._gathered.items():
