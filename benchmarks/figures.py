@@ -66,7 +66,8 @@ def gain(path: str) -> None:
 
     def keep(part: Part) -> None:
         for i, name in enumerate(part.batch.names):
-            labels = [part.target[i], *(part.predictions[decision].labels[i] for decision in decisions)]
+            found = [part.predictions[decision].labels for decision in decisions]
+            labels = [part.target[i], *(one[i] for one in found if one is not None)]
             image = displayable(part.batch.images[i].permute(1, 2, 0).numpy())
             maps[name] = [image, *(colours[np.minimum(one.numpy(), len(colours) - 1)] for one in labels)]
 

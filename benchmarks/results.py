@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +217,7 @@ def _heads(name: str, entries: Sequence[Any]) -> list[str]:
 def score_table(runs: Mapping[str, Sequence[Any]], key: str) -> str:
     """Return a table of one score: a line per row, a column per procedure."""
     rows = [
-        [*_heads(name, entries), *(mean(entries, lambda e, p=p: score(e, p, key)) for p in PROCEDURES)]
+        [*_heads(name, entries), *(mean(entries, partial(score, procedure=p, key=key)) for p in PROCEDURES)]
         for name, entries in runs.items()
     ]
     return tables.markdown(["data", "network", "seeds", *PROCEDURES], rows)
@@ -247,11 +249,10 @@ def fit_table(runs: Mapping[str, Sequence[Any]]) -> str:
         cells = _heads(name, entries)
         for part in ("plain", "fitted"):
             cells += [
-                mean(entries, lambda e, part=part: score(e, "rankdice", "Mean_Dice", part)),
-                mean(entries, lambda e, part=part: score(e, "rankdice", "Expected_Dice", part)),
-                mean(entries, lambda e, part=part: score(e, "rankdice", "Measured_Dice", part)),
-                mean(entries, lambda e, part=part: e[part]["reliability"]["ECE"]),
+                mean(entries, partial(score, procedure="rankdice", key=f"{kind}_Dice", part=part))
+                for kind in ("Mean", "Expected", "Measured")
             ]
+            cells.append(mean([entry[part]["reliability"] for entry in entries], itemgetter("ECE")))
         temperatures = [e["fitted"]["protocol"]["temperature"] for e in entries]
         cells.append(f"{statistics.fmean(temperatures):.2f}")
         rows.append(cells)
