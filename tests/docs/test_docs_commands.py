@@ -69,6 +69,9 @@ ELSEWHERE = {
     r"python train\.py .*n_gpu=4 --set use_synch_bn=true": (
         "tests/scripts/test_train_script.py::test_the_launcher_for_synchronised_batch_norm"
     ),
+    r"python test\.py -r net\.pt2": (
+        "tests/models/test_external.py::test_an_exported_network_is_scored_and_used_without_its_code"
+    ),
     r"make demo$": "tests/docs/test_docs_commands.py::test_what_make_demo_runs",
     r"python -m models( PSPNet DeepLab)?$": "tests/docs/test_docs_commands.py::test_the_table_of_costs",
     r"diff /tmp/before": "tests/docs/test_docs_commands.py::test_the_same_twice",
@@ -97,7 +100,11 @@ NOT_RUN = {
 # Named alone in a sentence, without what they need: they say how they are used.
 MENTIONS = {
     ("-m", "dataloaders", "check"),
+    ("-m", "dataloaders", "plan"),
     ("-m", "dataloaders", "prepare"),
+    ("-m", "dataloaders.shapes"),
+    ("-m", "utils.config", "check"),
+    ("-m", "utils.demo"),
     ("-m", "utils.lr_scheduler"),
     ("-m", "utils.predict"),
     ("-m", "utils.export"),
@@ -283,6 +290,8 @@ class Workspace:
     def execute(self, command: Words) -> None:
         """Run a command of ours in the folder, in this process, which has imported torch already."""
         words = self.adapted(command)
+        if "--save-probs" in words:  # those of another checkpoint, trained by the commands before, are not mixed
+            shutil.rmtree(self.folder / words[words.index("--save-probs") + 1], ignore_errors=True)
         argv, cwd = sys.argv, Path.cwd()
         module = words[0] == "-m"
         sys.argv = words[1:] if module else words
