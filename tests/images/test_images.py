@@ -398,7 +398,7 @@ def test_jpeg_2000(tmp_path: Path) -> None:
 
 
 def test_formats_that_nobody_vouches_for_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(RGB).save(tmp_path / "a.png", format="ICO", sizes=[(16, 16)])
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", format="ICO", sizes=[(16, 16)])
     Image.fromarray(RGB).save(tmp_path / "b.png", format="TGA")
     cv2.imwrite(str(tmp_path / "c.hdr"), RGB.astype(np.float32))
     for name in ("a.png", "b.png", "c.hdr"):

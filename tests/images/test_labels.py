@@ -164,7 +164,7 @@ def test_float_masks_of_whole_numbers_are_read_and_others_refused(tmp_path: Path
     whole[0, 0] = np.nan
     with pytest.raises(UserError, match="not finite.*as 255"):
         read_label(save(whole))
-    with pytest.raises(UserError, match="fraction"):
+    with pytest.raises(UserError, match="non-integer"):
         read_label(save(IDS / np.float32(10)))
     with pytest.raises(UserError, match="must fit in 32 bits"):
         read_label(save(IDS.astype(np.float64) * 1e12))
