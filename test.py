@@ -261,7 +261,7 @@ def watching(args: argparse.Namespace, run: Run, folder: Path) -> Watcher:
     if args.save_masks:
         watcher.save_masks(folder / "masks")
     if args.save_probs:
-        watcher.save_probs(Path(args.save_probs), run.options, run.procedure, args.force)
+        watcher.save_probs(expand(args.save_probs), run.options, run.procedure, args.force)
     return watcher
 
 

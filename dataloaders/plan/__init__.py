@@ -16,18 +16,18 @@ from dataloaders.plan.choices import Reasons, choose
 from dataloaders.plan.survey import Survey, survey
 from utils.config import resolve
 from utils.errors import UserError, plural
-from utils.files import write_text
+from utils.files import expand, write_text
 
 _WIDTH = 110
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
-    out = Path(args.out).expanduser()
+    out = expand(args.out)
     if out.exists() and not args.force:
         raise UserError(f"--out: {out} exists already; give another name, or --force to replace it")
-    found = survey(Path(args.data_dir).expanduser(), args.images, args.masks, args.classes)
-    name = re.sub(r"\W+", "_", Path(args.data_dir).resolve().name)
+    found = survey(expand(args.data_dir), args.images, args.masks, args.classes)
+    name = re.sub(r"\W+", "_", expand(args.data_dir).resolve().name)
     config, reasons = choose(found, name)
     text = as_text(config, reasons, _heading(found, out))
     resolve(json5.loads(text), source=str(out), loaders=LOADERS)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from dataloaders.prepare import convert, public
 from dataloaders.prepare.formats import FORMATS
 from utils.errors import UserError
+from utils.files import expand
 
 
 def main(args: argparse.Namespace) -> int:
@@ -23,13 +23,13 @@ def main(args: argparse.Namespace) -> int:
         if args.source is None:
             raise UserError(f"--from is missing: the file or folder that was exported as {args.name}")
         options = convert.Options(
-            images=None if args.images is None else Path(args.images).expanduser(),
+            images=None if args.images is None else expand(args.images),
             void=tuple(args.void) if args.void else convert.VOID_NAMES,
             rest=args.rest or "background",
             order=args.order or "file",
             link=args.link,
         )
-        convert.run(args.name, Path(args.source).expanduser(), Path(args.dir).expanduser(), options)
+        convert.run(args.name, expand(args.source), expand(args.dir), options)
     else:
         public.run(args)
     return 0

@@ -13,7 +13,7 @@ import numpy as np
 from dataloaders.prepare.download import Archive, Unreachable, fetch, unpack, verify
 from dataloaders.reading.matlab import load_mat
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import expand, write_text
 from utils.images import voc_colormap, write_png
 from utils.progress import progress_bar
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     """Fetch the data set that the command line names."""
     recipe = recipes()[recipe_name(args.name, args.aug, args.partition)]
     print(recipe.note)
-    prepare(recipe, Path(args.dir), args.mirror, not args.no_verify, args.delete_archives)
+    prepare(recipe, expand(args.dir), args.mirror, not args.no_verify, args.delete_archives)
     print(
         f"\nready: {args.dir}\nlook at it:  python -m dataloaders check --config {recipe.config} "
         f"--set train_loader.args.data_dir={args.dir} --set val_loader.args.data_dir={args.dir}"

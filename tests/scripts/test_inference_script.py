@@ -80,6 +80,18 @@ def test_a_folder_becomes_masks(script: Script, model: Path, tmp_path: Path) -> 
     assert "segmented 3 image(s) by rankdice" in out
 
 
+def test_paths_may_hold_variables(script: Script, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHOTOS", "photos")
+    monkeypatch.setenv("MODELS", str(model.parent))
+    write("photos/a.png", photo(40, 50))
+    code, _, err = script("-m", "$MODELS/best.pth", "-i", "$PHOTOS", "-o", "${PHOTOS}_out", defaults=False)
+    assert code == 0, err
+    assert files("photos_out") == ["a.png", "expected_dice.csv"]
+    code, _, err = script("-m", model, "-i", "$NOT_SET_ANYWHERE/x", "-o", "out", defaults=False)
+    assert code == 2
+    assert "the environment variable NOT_SET_ANYWHERE is not set" in err
+
+
 def test_the_default_is_what_was_tested(script: Script, model: Path) -> None:
     write("photos/a.png", photo(40, 50))
     assert script("-m", model, "-i", "photos/a.png", defaults=False)[0] == 0

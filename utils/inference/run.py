@@ -84,6 +84,7 @@ def segment_all(args: argparse.Namespace) -> int:
 
 def open_source(args: argparse.Namespace, rank: int, world: int) -> Source:
     """Find the images of this process."""
+    args.images = str(expand(args.images))
     if is_video(args.images):
         video = Video(args.images, (rank, world))
         total = video.frames and -(-(video.frames - rank) // world)
@@ -101,7 +102,7 @@ def load(args: argparse.Namespace) -> Predictor:
     """
     device = choose_device(args.device)
     loaded = []
-    args.model = args.model or [checkpoint.network_of(args.config)]
+    args.model = [str(expand(path)) for path in args.model or [checkpoint.network_of(args.config)]]
     for path in args.model:
         state = checkpoint.read(path)
         config = checkpoint.config_of(state, path, args.config, args.set, trust_code=args.trust_code)
