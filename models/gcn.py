@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from base.base_model import BaseModel, resize_to
-from models.backbones import Needs, encoder
+from models.backbones import Needs, ResNet, encoder
 from models.blocks import init_weights
 from models.upstream import names
 from utils.bounds import Width
 
 #: Levels of a ResNet, for the recorded names.
 LEVELS = 4
+#: Kernel size and width of the global convolutions in the last two stages of ResNet-GCN.
+RESNET_GCN = {"layer3": (5, 85), "layer4": (7, 128)}
 
 
 class GlobalConv(nn.Module):
@@ -55,6 +57,48 @@ class BoundaryRefinement(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Refine scores (B, C, h, w)."""
         return x + self.conv2(F.relu(self.conv1(x)))
+
+
+class GlobalBottleneck(nn.Module):
+    """Figure 5 B of the paper: a residual block of a global convolution, ReLU(shortcut(x) + conv1x1(GlobalConv(x))).
+
+    BatchNorm follows both convolutions, as in a ResNet's bottleneck. The 1x1 convolution has the stride.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.convolve = nn.Sequential(
+            GlobalConv(in_channels, width, kernel_size), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        self.expand = _conv1x1(width, out_channels, stride)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = _conv1x1(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, h, w) to (B, out_channels, ceil(h / stride), ceil(w / stride))."""
+        return F.relu(self.shortcut(x) + self.expand(self.convolve(x)))
+
+
+def _conv1x1(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+
+
+def make_global(resnet: ResNet) -> None:
+    """Replace the blocks of the last two stages of ``resnet`` by :class:`GlobalBottleneck`, with random weights."""
+    before = resnet.channels[1:3]
+    for in_channels, out_channels, (name, (kernel_size, width)) in zip(
+        before, resnet.channels[2:], RESNET_GCN.items(), strict=True
+    ):
+        blocks = len(getattr(resnet, name))
+        stage = nn.Sequential(
+            GlobalBottleneck(in_channels, out_channels, kernel_size, width, stride=2),
+            *(GlobalBottleneck(out_channels, out_channels, kernel_size, width, stride=1) for _ in range(blocks - 1)),
+        )
+        init_weights(stage)
+        setattr(resnet, name, stage)
+    if resnet.weights_from:
+        resnet.weights_from += f" (without {' and '.join(RESNET_GCN)})"
 
 
 class Upsample(nn.Module):
@@ -106,6 +150,8 @@ class GCN(BaseModel):
         pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
         kernel_size: k of the global convolutions, odd.
         use_deconv: enlarge by transposed convolutions instead of bilinearly.
+        use_resnet_gcn: the paper's ResNet-GCN: the blocks of the backbone's last two stages are global convolutions,
+            which start from random weights.
         published: see above.
         freeze_bn: BatchNorm keeps its running statistics.
         freeze_backbone: only the decoder is trained.
@@ -139,6 +185,7 @@ class GCN(BaseModel):
         pretrained: bool | str = False,
         kernel_size: Width = 11,
         use_deconv: bool = False,
+        use_resnet_gcn: bool = False,
         published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
@@ -148,6 +195,11 @@ class GCN(BaseModel):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.use_deconv = use_deconv
         self.backbone = encoder(backbone, in_channels, pretrained, Needs(published=published))
+        if use_resnet_gcn:
+            if published or not isinstance(self.backbone, ResNet):
+                why = "the published code never ran with it" if published else f"{backbone} is not a ResNet of ours"
+                raise ValueError(f"use_resnet_gcn: {why}; leave out one of the two")
+            make_global(self.backbone)
         self.output_stride = self.backbone.strides[-1]
         strides = self.backbone.strides
         if use_deconv and any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:], strict=False)):

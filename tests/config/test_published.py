@@ -38,8 +38,10 @@ NETWORK: dict[str, Any] = {
     "freeze_bn": False,
     "freeze_backbone": False,
     "use_aux": True,
-    "use_resnet_gcn": False,
+    "use_resnet_gcn": True,
+    "num_filters": 7,
 }
+HERE = {"num_filters": "kernel_size"}  # GCN's
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +75,9 @@ def resolve(**changes: Any) -> Config:
 def test_every_network_takes_the_keys_of_all(type: str) -> None:
     config = resolve(arch={"type": type, "args": NETWORK})
     known = MODELS.arguments(type).model_fields
-    assert set(config.arch.args) == set(NETWORK) & set(known)
-    ignored = [name for name in NETWORK if name not in known and name != "use_resnet_gcn"]
+    names = {name: HERE.get(name, name) for name in NETWORK}
+    assert config.arch.args == {here: NETWORK[name] for name, here in names.items() if here in known}
+    ignored = [name for name, here in names.items() if here not in known]
     (note,) = config.notes
     assert note.startswith("ignored, because they have no effect: ")
     assert all(f"arch.args.{name} ({type} has no such choice)" in note for name in ignored)
@@ -87,11 +90,6 @@ def test_every_data_set_takes_the_keys_of_all(type: str) -> None:
     loader = {"type": type, "args": LOADER | {"split": split}}
     config = resolve(train_loader=loader, val_loader=loader)
     assert config.train_loader.args == {name: value for name, value in loader["args"].items() if name != "return_id"}
-
-
-def test_a_network_without_a_parallel_here_is_refused() -> None:
-    with pytest.raises(UserError, match="arch.args.use_resnet_gcn: found true; .* is not available"):
-        resolve(arch={"type": "GCN", "args": {"use_resnet_gcn": True}})
 
 
 def test_unknown_arguments_are_still_refused() -> None:

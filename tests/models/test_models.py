@@ -49,6 +49,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("DeepLab_DUC_HDC", {"backbone": "resnet18", "output_stride": 4, "published": True}),
     ("GCN", {"backbone": "resnet18", "use_deconv": True}),
     ("GCN", {"backbone": "resnet18", "use_deconv": True, "published": True}),
+    ("GCN", {"backbone": "resnet18", "use_resnet_gcn": True}),
     ("UperNet", {"backbone": "resnet50", "output_stride": 8, "fpn_out": 64}),
     ("UperNet", {"backbone": "resnet50", "published": True}),
     ("PSPNet", {"backbone": "resnet50", "use_aux": False}),
@@ -137,6 +138,8 @@ def test_constructors_name_and_annotate_every_argument(name: str) -> None:
         ("UNet", {"in_channels": 0}, "in_channels"),
         ("UperNet", {"backbone": "resnet18", "published": True}, "fpn_out"),
         ("GCN", {"kernel_size": 8}, "kernel_size"),
+        ("GCN", {"use_resnet_gcn": True, "published": True}, "never ran"),
+        ("GCN", {"use_resnet_gcn": True, "backbone": "timm:mobilenetv3_small_050"}, "not a ResNet"),
     ],
 )
 def test_bad_arguments_are_the_users_to_mend(kind: str, args: dict[str, Any], message: str) -> None:

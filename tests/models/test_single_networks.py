@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from models.backbones import vgg
+from models.backbones import ResNet, vgg
 from models.deeplab import DeepLab
 from models.deeplab_duc_hdc import DeepLab_DUC_HDC
 from models.enet import Bottleneck, DownBottleneck, ENet, UpBottleneck
 from models.fcn import FCN8, IMAGE_OFFSET, POOL3_OFFSET, POOL4_OFFSET, bilinear_enlargement
+from models.gcn import GCN
 from models.pooling import pool_with_indices, unpool
 from models.segnet import SegNet
 from models.segresnet import SegResNet, StemPooling, cut
@@ -427,3 +428,27 @@ def test_duc_predicts_each_pixel_from_its_coarse_position(stride: int) -> None:
     expected = torch.zeros(1, 3, 33, 47)
     expected[:, 1, ::stride, 1::stride] = 1
     assert torch.equal(y, expected)
+
+
+def test_resnet_gcn_has_global_convolutions_in_its_last_two_stages_and_weights_for_the_others(tmp_path: Path) -> None:
+    source = ResNet("resnet18")
+    file = tmp_path / "resnet18.pth"
+    torch.save(source.state_dict(), file)
+    model = GCN(3, backbone="resnet18", use_resnet_gcn=True, pretrained=str(file)).eval()
+    backbone = model.backbone
+    assert backbone.weights_from.endswith("resnet18.pth (without layer3 and layer4)")
+    for name, value in source.state_dict().items():
+        if name.startswith(("conv1", "bn1", "layer1", "layer2")):
+            assert torch.equal(backbone.state_dict()[name], value)
+    for stage, (kernel_size, width) in ((backbone.layer3, (5, 85)), (backbone.layer4, (7, 128))):
+        assert len(stage) == 2
+        block = stage[1]
+        assert block.convolve[1].num_features == width
+        x = torch.zeros(1, block.expand[0].out_channels, 15, 15, requires_grad=True)
+        block.convolve[0](x)[0, 0, 7, 7].backward()
+        assert x.grad is not None
+        seen = x.grad.abs().sum(dim=1)[0].nonzero()
+        assert seen.min() == 7 - kernel_size // 2
+        assert seen.max() == 7 + kernel_size // 2
+        assert len(seen) == kernel_size**2
+    assert [tuple(f.shape[1:]) for f in backbone(torch.randn(1, 3, 65, 97))][2:] == [(256, 5, 7), (512, 3, 4)]

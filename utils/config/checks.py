@@ -51,15 +51,15 @@ def check(
 ) -> list[Problem]:
     """Return every problem that the schema alone cannot see.
 
-    Keys that only the predecessors' configs have are taken out first (:mod:`utils.config.published`).
+    Keys that only the predecessors' configs have are renamed or taken out first (:mod:`utils.config.published`).
 
     Args:
         config: a config that the schema accepts.
         models, loaders: the tables behind ``arch`` and the loaders; without them their arguments are not checked.
         stages: the loaders that will be built; what only training needs is checked only with "train" among them.
     """
-    problems = adapt(config, models, stages)
-    problems += _check_optimizer_and_schedule(config)
+    adapt(config, models, stages)
+    problems = _check_optimizer_and_schedule(config)
     loss = LOSSES.problems("loss", config.loss.type, config.loss.args)
     if models is not None:
         problems += models.problems("arch", config.arch.type, config.arch.args)

@@ -1,4 +1,4 @@
-"""Configs written for yassouali/pytorch-segmentation or for the RankSEG paper's fork of it: keys without effect."""
+"""Configs written for yassouali/pytorch-segmentation or its RankSEG fork: other names, and keys without effect."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.config.schema import Config
-from utils.registry import Problem, Registry, found
+from utils.registry import Registry, found
 
 # The predecessors' networks and loaders accepted every one of these, and ignored those they did not know.
 NETWORK_ARGUMENTS = {
     *("backbone", "pretrained", "in_channels", "freeze_bn", "freeze_backbone"),
-    *("use_aux", "use_deconv", "use_resnet_gcn", "kernel_size", "output_stride", "fpn_out"),
+    *("use_aux", "use_deconv", "use_resnet_gcn", "num_filters", "output_stride", "fpn_out"),
 }
 LOADER_ARGUMENTS = {"return_id"}
 SCHEDULE_ARGUMENTS = {"warmup_epochs", "iters_per_epoch", "num_epochs"}
@@ -31,15 +31,11 @@ def dead_arguments(type: str, args: Mapping[str, Any], models: Registry) -> list
     return dead
 
 
-def adapt(config: Config, models: Registry | None, stages: Sequence[str]) -> list[Problem]:
-    """Take keys without effect out of ``config`` and list them in ``config.notes``; return those that had an effect."""
-    problems: list[Problem] = []
+def adapt(config: Config, models: Registry | None, stages: Sequence[str]) -> None:
+    """Rename the keys of ``config`` that have another name here; take out those without effect and note them."""
     ignored: list[str] = []
-    if config.arch.args.pop("use_resnet_gcn", False) is True:
-        text = (
-            "found true; GCN on a ResNet made of global convolutions is not available; remove the key to use backbone"
-        )
-        problems.append(Problem("arch.args.use_resnet_gcn", text))
+    if config.arch.type == "GCN" and "num_filters" in config.arch.args:
+        config.arch.args.setdefault("kernel_size", config.arch.args.pop("num_filters"))
     if models is not None:
         for name in dead_arguments(config.arch.type, config.arch.args, models):
             ignored.append(f"arch.args.{name} ({config.arch.type} has no such choice)")
@@ -57,7 +53,6 @@ def adapt(config: Config, models: Registry | None, stages: Sequence[str]) -> lis
         config.notes.append(f"ignored, because they have no effect: {', '.join(ignored)}")
     if "train" in stages:
         _tell_defaults(config)
-    return problems
 
 
 def _removable(config: Config) -> list[tuple[str, set[str]]]:
