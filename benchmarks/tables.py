@@ -131,6 +131,20 @@ def inference_rows(result: dict[str, Any]) -> list[Row]:
     ]
 
 
+PROCEDURE_CASES = {"label maps": "label map", "scoring": "test.py", "fit": "fit of"}
+
+
+def procedures_rows(result: dict[str, Any]) -> list[Row]:
+    """Milliseconds from probabilities to label maps, from images to scores, and of the fit."""
+    return [
+        Row(f"{PROCEDURE_CASES[part]} {title}", name, ms(seconds["ours"]), ms(spent))
+        for part, cases in result.items()
+        for title, seconds in cases.items()
+        for name, spent in seconds.items()
+        if name != "ours"
+    ]
+
+
 BENCHMARKS = {
     one.name: one
     for one in (
@@ -146,6 +160,19 @@ BENCHMARKS = {
             note="expected Dice lost",
             peers=("rankseg",),
             arguments=("--no-growth",),
+        ),
+        Benchmark(
+            "procedures",
+            "Presence, label maps, scoring and the fit",
+            "*label map*: from probabilities to one label per pixel, with RankDice for all classes and the decision "
+            "which classes are in the image; against argmax and package rankseg's multiclass form, which do not decide "
+            "this. *test.py*: from images to the scores of one procedure, with a U-Net of width 8; against a plain "
+            "loop with the same network, rankseg's screened RMA for rankdice, and torchmetrics' DiceScore. `all` "
+            "gives all rows of `-p all`; its peer runs the loop for T, max and rankdice. *fit*: temperature, bias, "
+            "presence and threshold, each cross-validated on five folds; against temperature scaling alone, which does "
+            "less. More: [presence.md](presence.md), [testing.md](testing.md).",
+            procedures_rows,
+            peers=("rankseg", "torchmetrics"),
         ),
         Benchmark(
             "data",

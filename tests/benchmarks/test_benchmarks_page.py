@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import metrics, page, tables
+from benchmarks import metrics, page, procedures, tables
 from benchmarks.page import Outcome
 from benchmarks.tables import BENCHMARKS, Benchmark, Row
+from utils.evaluation import Evaluator, all_decisions, evaluate
+from utils.predict import PredictOptions
 
 RECORDED: dict[str, dict[str, Any]] = {
     "rankdice": {
@@ -37,6 +39,11 @@ RECORDED: dict[str, dict[str, Any]] = {
                 "lost": {name: {"mean": 2e-8} for name in ("rankseg RMA dice", "rankseg BA dice")},
             }
         }
+    },
+    "procedures": {
+        "label maps": {"1x3x8x8": {"ours": [0.002], "argmax": [0.001]}},
+        "scoring": {"max, 1x3x8x8": {"ours": [0.001, 0.003], "plain loop": [0.004]}},
+        "fit": {"40x3x8x8": {"ours": [0.004], "temperature scaling, L-BFGS": [0.002]}},
     },
     "data": {
         "images_per_second": {
@@ -111,6 +118,26 @@ def test_exact_iou_and_the_approximations_meet_their_own_peers() -> None:
     assert notes["torch.argmax"] == ""
 
 
+def test_procedures_are_compared_from_end_to_end() -> None:
+    assert rows_of("procedures") == [
+        Row("label map 1x3x8x8", "argmax", 2.0, 1.0),
+        Row("test.py max, 1x3x8x8", "plain loop", 2.0, 4.0),
+        Row("fit of 40x3x8x8", "temperature scaling, L-BFGS", 4.0, 2.0),
+    ]
+
+
+def test_the_plain_loop_scores_as_the_evaluation_does() -> None:
+    pytest.importorskip("torchmetrics")
+    network, batches = procedures.guided((3, 4, 32, 40), "cpu")
+    decisions = all_decisions(PredictOptions())
+    found = evaluate(Evaluator(network), batches, {name: decisions[name] for name in ("T", "max")}).metrics
+    for name, decide in (("T", lambda p: p > 0.5), ("max", lambda p: p.argmax(1))):
+        assert procedures.plain(network, batches, decide, 4) == pytest.approx(found[name].compute()["Mean_Dice"])
+    assert all(seconds["ours"] for seconds in procedures.scoring((1, 3, 32, 32), "cpu", 1).values())
+    assert procedures.label_maps((1, 3, 16, 16), "cpu", 1)["argmax"]
+    assert procedures.fitting((10, 3, 8, 8), 1)["ours"]
+
+
 def test_without_rankseg_its_rows_are_left_out() -> None:
     result = json.loads(json.dumps(RECORDED["rankdice"]))
     times = result["maps"]["1x2x8x8"]["seconds"]
@@ -163,7 +190,7 @@ def test_the_page_holds_machine_tables_failures_and_missing_peers(tmp_path: Path
     assert "The rows of torchmetrics are missing" in text
     assert "Package rankseg" not in text
     assert "**Not measured**" in text
-    assert text.count("2026-01-02") == 3
+    assert text.count("2026-01-02") == 4
     for line in text.splitlines():
         if line.startswith("| ") and "---" not in line and line != "| | |":
             assert line.count("|") in (3, 6, 7)
