@@ -127,13 +127,17 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--scales {min(args.scales)}: expected numbers above 0, such as 0.75 1 1.25")
 
 
+if __name__ == "__main__":
+    parse_arguments()  # the import below takes seconds: --help and wrong options do not wait for it
+    share_cores()
+
+from utils.inference.run import segment_all
+
+
 def main() -> int:
     """Segment everything; return 2 if an image failed."""
     args = parse_arguments()
-    share_cores()
     check(args)
-    from utils.inference.run import segment_all  # imports torch, which takes seconds: --help must not wait for it
-
     return segment_all(args)
 
 

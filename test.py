@@ -14,21 +14,10 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from utils.cli import add_device, add_overrides, add_trust, select_devices, share_cores
 from utils.config.schema import PROCEDURES
-from utils.errors import run
-from utils.files import expand
-
-if TYPE_CHECKING:
-    import torch
-
-    from utils.checkpoint import LoadedModel
-    from utils.config.schema import Config
-    from utils.evaluation import Decision, Evaluation, Evaluator
-    from utils.predict import PredictOptions
-    from utils.report.watching import Watcher
 
 VIEWS = ("flip", "multiscale")
 
@@ -92,16 +81,34 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    parse_arguments()  # the imports below take seconds: --help and wrong options do not wait for them
+    share_cores()
+
+import torch
+
+import dataloaders
+from base.rng import seed_everything
+from base.runs import BEST
+from utils import checkpoint, distributed, losses, report
+from utils import config as configs
+from utils.checkpoint import LoadedModel
+from utils.config import data_checks as checks
+from utils.config.schema import Config
+from utils.errors import run
+from utils.evaluation import Decision, Evaluation, Evaluator, all_decisions, evaluate, fitted, single_decision
+from utils.facts import Facts
+from utils.files import expand
+from utils.predict import PredictOptions
+from utils.predict.network import SCALES
+from utils.progress import progress_bar
+from utils.report.watching import Watcher
+
+
 def main() -> int:
     """Load, then score or fit."""
     args = parse_arguments()
-    share_cores()
     overrides = args.set + select_devices(args.device)
-
-    from base.rng import seed_everything
-    from utils import checkpoint, distributed, report
-    from utils.evaluation import fitted
-
     args.resume, *args.members = map(str, map(expand, args.resume or [checkpoint.network_of(args.config)]))
     state = checkpoint.read(args.resume)
     if args.fit:
@@ -124,23 +131,19 @@ def main() -> int:
 
 def member(path: str, args: argparse.Namespace, overrides: list[str], device: torch.device) -> LoadedModel:
     """Load a further member of an ensemble."""
-    from utils import checkpoint
-
     state = checkpoint.read(path)
     config = checkpoint.config_of(state, path, args.config, overrides, trust_code=args.trust_code)
     return checkpoint.build_model(state, path, config, device)
 
 
 def from_val_loader(stored: Any, given: str | None, overrides: list[str]) -> list[str]:
-    """Let ``--set test_loader.args...`` start from the val_loader where there is no test_loader: it is what is scored.
+    """Let ``--set test_loader.args...`` change the val_loader if there is no test_loader, because it is scored then.
 
     Args:
         stored: the config in the checkpoint.
         given: a config file that replaces it.
         overrides: of the command line.
     """
-    from utils import config as configs
-
     raw = configs.read(given) if given else stored
     first = next((i for i, item in enumerate(overrides) if item.startswith("test_loader.args.")), None)
     whole = any(item.startswith(("test_loader=", "test_loader.type=")) for item in overrides)
@@ -153,12 +156,10 @@ def from_val_loader(stored: Any, given: str | None, overrides: list[str]) -> lis
 
 
 def results_folder(args: argparse.Namespace, config: Config) -> Path:
-    """Return where results go; those of two checkpoints of one folder never to the same place unless ``-o`` says so.
+    """Return the folder of the results: without ``-o`` another one for each checkpoint of a folder.
 
-    What ``--fit`` writes goes beside the checkpoint.
+    ``--fit`` writes next to the checkpoint.
     """
-    from base.runs import BEST
-
     path = Path(args.resume)
     if args.members:
         path = path.with_name("ensemble.pth")
@@ -167,7 +168,7 @@ def results_folder(args: argparse.Namespace, config: Config) -> Path:
     folder = path.parent
     if config.tester.out_dir:
         chosen = expand(config.tester.out_dir)
-        # Whoever made a checkpoint does not choose where its user's files are written.
+        # A checkpoint from somebody else must not choose where its user's files are written.
         asked = args.config or any(item.startswith(("tester.out_dir=", "tester=")) for item in args.set)
         if asked or chosen.resolve().is_relative_to(folder.resolve()):
             folder = chosen
@@ -186,27 +187,23 @@ def score(
     args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device, folder: Path
 ) -> None:
     """Score the test data under one procedure, or under all of them."""
-    from utils import distributed
-    from utils.evaluation import evaluate
-    from utils.progress import progress_bar
-
-    run = prepared(args, loaded, device)
-    watcher = watching(args, run, folder)
+    setup = prepare(args, loaded, device)
+    watcher = watch(args, setup, folder)
     outcome = evaluate(
-        run.evaluator,
-        run.loader,
-        run.decisions,
+        setup.evaluator,
+        setup.loader,
+        setup.decisions,
         progress=lambda loader: progress_bar(loader, desc="TEST"),
         on_part=watcher.look if watcher.watches else None,
         limit_images=args.limit,
-        measure_memory=run.everything,
+        measure_memory=setup.everything,
     )
     watcher.gather()
     if distributed.is_main():
-        report_on(run, state, outcome, watcher, folder)
+        write_results(setup, state, outcome, watcher, folder)
 
 
-class Run(NamedTuple):
+class Setup(NamedTuple):
     """What is scored, and how."""
 
     loaded: LoadedModel
@@ -223,17 +220,8 @@ class Run(NamedTuple):
         return self.procedure == "all"
 
 
-def prepared(args: argparse.Namespace, loaded: LoadedModel, device: torch.device) -> Run:
+def prepare(args: argparse.Namespace, loaded: LoadedModel, device: torch.device) -> Setup:
     """Build the loader, the loss and the evaluator, and list the procedures."""
-    import dataloaders
-    from utils import distributed, losses
-    from utils.config import data_checks as checks
-    from utils.evaluation import Evaluator, all_decisions, single_decision
-    from utils.facts import Facts
-    from utils.predict import PredictOptions
-    from utils.predict.network import SCALES
-    from utils.report import ONE_VIEW
-
     config, facts = loaded.config, loaded.facts
     loader = checks.build_loader(dataloaders.build, config, "test")
     checks.check_facts(config, facts, {"test_loader": Facts.of(loader.dataset)})
@@ -248,47 +236,42 @@ def prepared(args: argparse.Namespace, loaded: LoadedModel, device: torch.device
     decisions = all_decisions(options) if procedure == "all" else single_decision(procedure, options)
     if distributed.is_main():
         checks.warn_about_loss(config, list(decisions))
-    views = f"mean probabilities over scales {list(scales)}" if evaluator.network.averages else ONE_VIEW
+    views = f"mean probabilities over scales {list(scales)}" if evaluator.network.averages else report.ONE_VIEW
     views += " and their mirror images" if flip else ""
-    return Run(loaded, loader, evaluator, options, procedure, decisions, views)
+    return Setup(loaded, loader, evaluator, options, procedure, decisions, views)
 
 
-def watching(args: argparse.Namespace, run: Run, folder: Path) -> Watcher:
-    """Return what keeps masks, probabilities and the pictures of the report while images are scored."""
-    from utils.report.watching import Watcher
-
-    watcher = Watcher(run.loaded, run.decisions, run.evaluator, report=run.everything, boundary=args.boundary)
+def watch(args: argparse.Namespace, setup: Setup, folder: Path) -> Watcher:
+    """Return the watcher that keeps masks, probabilities and the pictures of the report while images are scored."""
+    watcher = Watcher(setup.loaded, setup.decisions, setup.evaluator, report=setup.everything, boundary=args.boundary)
     if args.save_masks:
         watcher.save_masks(folder / "masks")
     if args.save_probs:
-        watcher.save_probs(expand(args.save_probs), run.options, run.procedure, args.force)
+        watcher.save_probs(expand(args.save_probs), setup.options, setup.procedure, args.force)
     return watcher
 
 
-def report_on(run: Run, state: Mapping[str, Any], outcome: Evaluation, watcher: Watcher, folder: Path) -> None:
+def write_results(setup: Setup, state: Mapping[str, Any], outcome: Evaluation, watcher: Watcher, folder: Path) -> None:
     """Print the scores and write them."""
-    from utils import report
-    from utils.evaluation import fitted
-
-    config = run.loaded.config
+    loaded, config = setup.loaded, setup.loaded.config
     results = report.results(
         outcome,
         config,
-        run.loaded,
-        run.loader.dataset,
-        views=run.views,
+        loaded,
+        setup.loader.dataset,
+        views=setup.views,
         gathered=watcher.compute(),
         fitted=fitted.note(state, config),
     )
     print(report.text(results))
     replaced = report.to_be_replaced(folder, results["protocol"])
-    stale = not run.everything and (folder / report.PAGE).exists()
-    written = report.write(results, outcome, run.loaded.facts, folder)
+    stale = not setup.everything and (folder / report.PAGE).exists()
+    written = report.write(results, outcome, loaded.facts, folder)
     if replaced:
         print(f"replaced: {replaced}")
     if stale:
         print(f"removed: {folder / report.PAGE}, from an earlier run; -p all writes a new one")
-    if run.everything:
+    if setup.everything:
         written += watcher.write_page(folder, results, outcome, sys.argv)
     if config.tester.tensorboard:
         report.write_scalars(results, folder)
@@ -298,23 +281,8 @@ def report_on(run: Run, state: Mapping[str, Any], outcome: Evaluation, watcher: 
 
 def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device) -> None:
     """Fit temperature, bias, presence and threshold on the validation data; write a checkpoint that uses them."""
-    import dataloaders
-    from utils import checkpoint, distributed
-    from utils.config import data_checks as checks
-    from utils.errors import UserError
-    from utils.evaluation import fitted
-    from utils.facts import Facts
-
     config = loaded.config
-    if config.val_loader is None:
-        loader = checks.build_loader(dataloaders.build, config, "train").get_val_loader(whole=True)
-    else:
-        loader = checks.build_loader(dataloaders.build, config, "val")
-    if loader is None:
-        raise UserError(
-            "val_loader: absent, and train_loader has no val_split: --fit needs validation data (never the test "
-            "data); give one in the config, or with --set val_loader.type=NAME --set val_loader.args.data_dir=FOLDER"
-        )
+    loader = checks.build_loader(dataloaders.build, config, "val")
     checks.check_facts(config, loaded.facts, {"val_loader": Facts.of(loader.dataset)})
     found = fitted.fit(loaded, loader, device, args.limit)
     if not distributed.is_main():

@@ -10,19 +10,9 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from utils.cli import add_device, add_overrides, add_trust, select_devices, share_cores
-from utils.errors import run
-from utils.files import expand
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from base.base_trainer import Data
-    from utils.config.schema import Config
-    from utils.losses.base import SegmentationLoss
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,13 +45,34 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    parse_arguments()  # the imports below take seconds: --help and wrong options do not wait for them
+    share_cores()
+
+import torch
+from torch import nn
+
+import dataloaders
+import models
+from base import runs
+from base.base_trainer import Data, Interrupted
+from base.resume import nothing_left
+from base.rng import seed_everything
+from dataloaders.check.leaks import announce
+from trainer import Trainer
+from utils import checkpoint, distributed, losses
+from utils import config as configs
+from utils.config import data_checks as checks
+from utils.config.schema import Config
+from utils.errors import run
+from utils.evaluation import fitted
+from utils.facts import Facts
+from utils.files import expand
+from utils.losses.base import SegmentationLoss
+
+
 def is_over(state: Mapping[str, Any], path: Path, config: Config) -> bool:
     """Say what a resumed run will do differently from before; return whether it has nothing left to do."""
-    from base import runs
-    from base.resume import nothing_left
-    from utils import config as configs
-    from utils import distributed
-
     if "processes" not in state or "scheduler" not in state:
         return False  # no run of ours: the trainer says so
     done = nothing_left(state, config)
@@ -84,14 +95,6 @@ def build(
     The model of a resumed run (``state``: its checkpoint) gets no pretrained weights: those of the checkpoint will
     replace them.
     """
-    import dataloaders
-    import models
-    from base.base_trainer import Data
-    from dataloaders.check.leaks import announce
-    from utils import checkpoint, distributed, losses
-    from utils.config import data_checks as checks
-    from utils.facts import Facts
-
     train = checks.build_loader(dataloaders.build, config, "train")
     if config.val_loader is None:
         val = train.get_val_loader()
@@ -119,19 +122,12 @@ def build(
 
 def lacks_fit(folder: Path, config: Config) -> bool:
     """Return whether a run that is over was stopped before the fit of its best model."""
-    from base import runs
-    from utils import checkpoint
-
     best = folder / runs.BEST
     return config.trainer.fit and best.is_file() and "calibration" not in checkpoint.read(best)
 
 
 def fit_best(config: Config, data: Data, device: torch.device, folder: Path) -> None:
     """Fit temperature, presence and threshold on the validation data, into best_model.pth."""
-    from base import runs
-    from utils import checkpoint, distributed
-    from utils.evaluation import fitted
-
     path = folder / runs.BEST
     distributed.gather(None)  # the main process has written it
     if not config.trainer.fit or data.val is None or not path.exists():
@@ -151,19 +147,7 @@ def fit_best(config: Config, data: Data, device: torch.device, folder: Path) -> 
 def main() -> int:
     """Train what the config names, from the start or from a checkpoint."""
     args = parse_arguments()
-    share_cores()
     overrides = args.set + select_devices(args.device)
-
-    import dataloaders
-    import models
-    from base import runs
-    from base.base_trainer import Interrupted
-    from base.rng import seed_everything
-    from trainer import Trainer
-    from utils import checkpoint, distributed
-    from utils import config as configs
-    from utils.evaluation import fitted
-
     stages = ("train", "val")
     resume, state, over = args.resume, None, False
     if resume in (None, "auto"):

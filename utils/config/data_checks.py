@@ -46,9 +46,10 @@ def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
         if held_out is not None:
             return held_out
     if component is None:
+        also = "so is val_loader, and " if stage == "test" else ""
         raise UserError(
-            f"{stage}_loader: absent, and so is val_loader, so there is no data; give one in the config, or with "
-            f"--set {stage}_loader.type=NAME --set {stage}_loader.args.data_dir=FOLDER"
+            f"{stage}_loader: absent, and {also}train_loader holds no images out (val_split); give one in the config, "
+            f"or with --set {stage}_loader.type=NAME --set {stage}_loader.args.data_dir=FOLDER"
         )
     field = "val_loader" if stage == "test" and config.test_loader is None else f"{stage}_loader"
     try:
