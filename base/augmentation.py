@@ -62,27 +62,9 @@ class Augmentation:
     blur: float = 0.0
     jitter: float = 0.0
 
-    @classmethod
-    def of(
-        cls,
-        crop_size: int | Sequence[int] | None = None,
-        base_size: int | None = None,
-        scale: bool | Sequence[float] = True,
-        rotate: bool | float = True,
-        flip: bool = True,
-        blur: bool | float = False,
-        jitter: bool | float = False,
-    ) -> Augmentation:
-        """Return the augmentation that a loader's arguments ask for; ValueError names one that is not possible."""
-        return cls(
-            _pair("crop_size", crop_size),
-            _positive("base_size", base_size),
-            _scale_range(scale),
-            _amount("rotate", rotate, MAX_ROTATION),
-            flip,
-            _amount("blur", blur, MAX_BLUR),
-            _amount("jitter", jitter, MAX_JITTER),
-        )
+    def __post_init__(self) -> None:
+        if self.base_size is not None and self.base_size < 1:
+            raise ValueError(f"base_size must be at least 1, got {self.base_size}")
 
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Parameters:
         """Draw parameters for an image of the given size.
@@ -101,7 +83,8 @@ class Augmentation:
         # crop is placed at random inside it.
         top = _whole_offset(u[2], canvas[0] - size[0])
         left = _whole_offset(u[3], canvas[1] - size[1])
-        matrix = crop_to_source((height, width), canvas, scale, angle, (top, left), size, flip=self.flip and u[4] < 0.5)
+        flip = bool(self.flip and u[4] < 0.5)
+        matrix = crop_to_source((height, width), canvas, scale, angle, (top, left, *size), flip)
         factors = 1.0 + self.jitter * (2.0 * u[6:9] - 1.0)
         return Parameters(matrix, size, self.blur * u[5], *(float(f) for f in factors))
 
@@ -117,21 +100,21 @@ def crop_to_source(
     canvas: tuple[int, int],
     scale: float,
     angle: float,
-    offset: tuple[float, float],
-    size: tuple[int, int],
+    window: tuple[int, int, int, int],
     flip: bool = False,
 ) -> np.ndarray:
     """Return the ``(2, 3)`` matrix from crop pixels to source pixels.
 
-    The source (height, width) is scaled by ``scale`` about its centre, which comes to lie on the centre of the
-    ``canvas``, turned there by ``angle`` radians (positive: counter-clockwise as seen), cropped from ``offset``
-    (top, left) at ``size`` and, if asked, mirrored.
+    The source (height, width) is scaled by ``scale`` about its centre, which is placed on the centre of the
+    ``canvas``. There it is rotated by ``angle`` radians (positive: counter-clockwise as seen), cropped to the
+    ``window`` (top, left, height, width) and, if ``flip``, mirrored.
     """
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
-    sign, start = (-1.0, size[1] - 1.0) if flip else (1.0, 0.0)
+    top, left, _, width = window
+    sign, start = (-1.0, width - 1.0) if flip else (1.0, 0.0)
     # Crop pixel (u, v) lies at (start + sign u + left, v + top) on the canvas; relative to its centre:
-    dx0 = start + offset[1] - (canvas[1] - 1) / 2
-    dy0 = offset[0] - (canvas[0] - 1) / 2
+    dx0 = start + left - (canvas[1] - 1) / 2
+    dy0 = top - (canvas[0] - 1) / 2
     x0 = (source[1] - 1) / 2
     y0 = (source[0] - 1) / 2
     return np.array(
@@ -146,8 +129,8 @@ def centre_crop(height: int, width: int, crop_size: tuple[int, int]) -> Paramete
     """Return the parameters that bring the shorter side to the crop's and crop the centre (validation)."""
     scale = max(crop_size[0] / height, crop_size[1] / width)
     canvas = round(height * scale), round(width * scale)
-    offset = (canvas[0] - crop_size[0]) // 2, (canvas[1] - crop_size[1]) // 2
-    return Parameters(crop_to_source((height, width), canvas, scale, 0.0, offset, crop_size), crop_size)
+    window = (canvas[0] - crop_size[0]) // 2, (canvas[1] - crop_size[1]) // 2, *crop_size
+    return Parameters(crop_to_source((height, width), canvas, scale, 0.0, window), crop_size)
 
 
 def warp_image(image: np.ndarray, parameters: Parameters, fill: Sequence[float]) -> np.ndarray:
@@ -223,22 +206,18 @@ def apply(
     return crop, warp_label(label, parameters, ignore_index)
 
 
-def _positive(name: str, value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def _pair(name: str, value: int | Sequence[int] | None) -> tuple[int, int] | None:
-    if value is None:
+def size_of(crop_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Return (height, width) of a loader's ``crop_size``."""
+    if crop_size is None:
         return None
-    height, width = (value, value) if isinstance(value, int) else tuple(value)
+    height, width = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
     if min(height, width) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        raise ValueError(f"crop_size must be at least 1, got {crop_size}")
     return height, width
 
 
-def _scale_range(scale: bool | Sequence[float]) -> tuple[float, float]:
+def scale_range(scale: bool | Sequence[float]) -> tuple[float, float]:
+    """Return (lowest, highest) of a loader's ``scale``."""
     if isinstance(scale, bool):
         return SCALE_RANGE if scale else (1.0, 1.0)
     low, high = scale
@@ -247,8 +226,9 @@ def _scale_range(scale: bool | Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _amount(name: str, value: bool | float, default: float) -> float:
-    amount = default * value if isinstance(value, bool) else float(value)
-    if not 0 <= amount <= 180:
-        raise ValueError(f"{name} must be true, false or a number that is not negative, got {value}")
-    return amount
+def amount(name: str, value: bool | float, default: float) -> float:
+    """Return the number of an argument that may also be true (``default``) or false (0)."""
+    number = default * value if isinstance(value, bool) else float(value)
+    if not 0 <= number <= 180:
+        raise ValueError(f"{name} must be true, false or a number from 0 to 180, got {value}")
+    return number

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from base import augmentation as aug
 from base.classes import Colour, class_colours, classes_of
-from base.entries import BROKEN_FILES_HINT, Cache, Entries, Entry, Key, Sample, Skipped, distinct
+from base.entries import BROKEN_FILES_HINT, Cache, Entries, Entry, Key, Sample, Skipped, distinct, spread
 from base.labels import LabelTable, PaletteReference
 from base.layout import layout_problem, sizes_differ
 from base.statistics import Statistics, per_channel
@@ -125,88 +125,70 @@ class BaseDataSet(Statistics, Dataset[Any]):
         _one_of("split", split, self.splits)
         _one_of("on_error", on_error, ("raise", "skip"))
         _one_of("cache", cache, (None, "ram"))
-        if in_channels < 1:
-            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
-        self.split, self.seed, self.on_error = split, seed, on_error
+        self.split, self.seed, self.on_error, self.val = split, seed, on_error, val
         self._data_dir = expand(data_dir) if data_dir is not None else None
-        facts = self.facts_for(
-            data_dir=data_dir,
-            classes=classes,
-            palette=palette,
-            mean=mean,
-            std=std,
-            in_channels=in_channels,
-            ignore_index=ignore_index,
-            value_range=value_range,
-            nodata=nodata,
-        )
-        for name, value in vars(facts).items():
-            setattr(self, name, value)
+        given = {"data_dir": data_dir, "classes": classes, "palette": palette, "mean": mean, "std": std}
+        given |= {"in_channels": in_channels, "ignore_index": ignore_index, "value_range": value_range}
+        facts = self.facts_for(**given, nodata=nodata)
+        vars(self).update(vars(facts))
         self.value_limits = ValueRange.of(facts.value_range, facts.nodata)
         if 0 <= self.ignore_index < self.label_count:
             log.warning("ignore_index %d is also a class id: all pixels of that class are ignored", self.ignore_index)
-        self.val = val
-        plan = aug.Augmentation.of(crop_size, base_size, scale, rotate, flip, blur, jitter)
-        self.crop_size = plan.crop_size
-        self.augmentation = plan if augment and not val else None
+        plan = aug.Augmentation(
+            aug.size_of(crop_size),
+            base_size,
+            aug.scale_range(scale),
+            aug.amount("rotate", rotate, aug.MAX_ROTATION),
+            flip,
+            aug.amount("blur", blur, aug.MAX_BLUR),
+            aug.amount("jitter", jitter, aug.MAX_JITTER),
+        )
+        self.crop_size, self.augmentation = plan.crop_size, plan if augment and not val else None
         self._check_geometry(augment, base_size)
-        # Broken files are replaced in training and left out in evaluation; the loader decides.
-        self.replace_broken = augment
+        self.replace_broken = augment  # in evaluation they are left out; the loader decides
         self._cache: Cache | None = None
         self.palettes = PaletteReference()
         self.entries: Sequence[Entry] = self._list()
         self._check_first()
         if "auto" in (mean, std):
-            measured = self.measure()
-            self.mean = measured[0] if mean == "auto" else self.mean
-            self.std = measured[1] if std == "auto" else self.std
-            if min(self.std) == 0:
-                raise UserError(
-                    f'"std": "auto": channel {self.std.index(0)} has only one value in the images of split '
-                    f"{split!r}; give mean and std as numbers"
-                )
+            self._normalise_as_measured(mean == "auto", std == "auto")
         if cache == "ram":
-            if self.endless:
-                raise ValueError(f"cache must be None: {type(self).__name__} draws new images each epoch")
-            self._cache = Cache(self.read, len(self), keep_errors=on_error == "skip")
+            self._cache = self._read_all()
 
     # ---- facts
 
     @classmethod
-    def facts_for(
-        cls,
-        *,
-        data_dir: str | None = None,
-        classes: Sequence[str] | str | int | None = None,
-        palette: Sequence[Colour] | None = None,
-        mean: Sequence[float] | str | None = None,
-        std: Sequence[float] | str | None = None,
-        in_channels: int = 3,
-        ignore_index: int | None = None,
-        value_range: Sequence[float] | None = None,
-        nodata: float | str | None = None,
-    ) -> Facts:
-        """Return the facts under the given overrides, without looking at the data (except for a class file).
+    def facts_for(cls, **args: Any) -> Facts:
+        """Return the facts under the arguments of a loader, without reading data (except for a class file).
 
-        For mean and std of "auto" the data set's own are returned.
+        Arguments that do not change facts are ignored. For mean and std of "auto", the data set's own are returned.
         """
-        names, colours = cls.class_names, None
-        if classes is not None:
-            names, colours = classes_of(classes, data_dir)
-        if palette is None:
-            palette = cls.palette if names == cls.class_names else colours
-        values = ValueRange.of(value_range, nodata)
+        given = args.get
+        names, palette = cls.class_names, given("palette")
+        own_colours: Sequence[Colour] | None = cls.palette
+        if given("classes") is not None:
+            names, colours = classes_of(args["classes"], given("data_dir"))
+            own_colours = cls.palette if names == cls.class_names else colours
+        channels, ignore_index, nodata = args.get("in_channels", 3), given("ignore_index"), given("nodata")
         return Facts(
             num_classes=len(names),
             class_names=names,
-            palette=class_colours(palette, len(names)),
-            mean=per_channel("mean", mean, cls.mean, in_channels),
-            std=per_channel("std", std, cls.std, in_channels),
+            palette=class_colours(own_colours if palette is None else palette, len(names)),
+            mean=per_channel("mean", given("mean"), cls.mean, channels),
+            std=per_channel("std", given("std"), cls.std, channels),
             ignore_index=cls.ignore_index if ignore_index is None else ignore_index,
-            in_channels=in_channels,
-            value_range=values.limits,
+            in_channels=channels,
+            value_range=ValueRange.of(given("value_range"), nodata).limits,
             nodata=nodata,
         )
+
+    def _normalise_as_measured(self, mean: bool, std: bool) -> None:
+        measured = self.measure()
+        self.mean = measured[0] if mean else self.mean
+        self.std = measured[1] if std else self.std
+        if min(self.std) == 0:
+            channel = self.std.index(0)
+            raise UserError(f'"std": "auto": channel {channel} has only one value; give mean and std as numbers')
 
     @classmethod
     def constructors(cls) -> tuple[type, ...]:
@@ -263,10 +245,9 @@ class BaseDataSet(Statistics, Dataset[Any]):
         """Read a few label maps, evenly spread, so that a mistake in all of them shows at start."""
         if not self.layout or self.on_error == "skip":
             return
-        count = min(CHECKED_AT_START, len(self.entries))
-        for index in np.linspace(0, len(self.entries) - 1, count).astype(int):
+        for index in spread(len(self), CHECKED_AT_START):
             try:
-                self.load(int(index))
+                self.load(index)
             except UserError as error:
                 raise UserError(f"{error}{BROKEN_FILES_HINT}") from None
 
@@ -285,14 +266,8 @@ class BaseDataSet(Statistics, Dataset[Any]):
     @cached_property
     def label_table(self) -> LabelTable:
         """Translates what ``load_label`` returns to class ids."""
-        return LabelTable(
-            type(self).__name__,
-            self.num_classes,
-            self.ignore_index,
-            void=self.void_label,
-            lut=self.lut,
-            hint=self.label_hint,
-        )
+        name, void, hint = type(self).__name__, self.void_label, self.label_hint
+        return LabelTable(name, self.num_classes, self.ignore_index, void=void, lut=self.lut, hint=hint)
 
     def read(self, index: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return image ``(H, W, C)`` and label ``(H, W)`` from the files, labels translated and checked."""
@@ -309,6 +284,11 @@ class BaseDataSet(Statistics, Dataset[Any]):
         if pixels.missing is not None:
             label = np.where(pixels.missing, label.dtype.type(self.ignore_index), label)
         return image, label
+
+    def _read_all(self) -> Cache:
+        if self.endless:
+            raise ValueError(f"cache must be None: {type(self).__name__} draws new images each epoch")
+        return Cache(self.read, len(self), keep_errors=self.on_error == "skip")
 
     def load(self, index: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return image and label of a sample before augmentation (from memory with ``cache: "ram"``)."""
@@ -336,11 +316,11 @@ class BaseDataSet(Statistics, Dataset[Any]):
         epoch, index, *draw = key if isinstance(key, tuple) else (0, key)
         if index < 0:
             index += len(self)
-        if self.on_error == "raise":
-            return self._sample(epoch, index, *draw)
         try:
             return self._sample(epoch, index, *draw)
         except UserError as error:
+            if self.on_error == "raise":
+                raise
             return self._replace(epoch, index, str(error))
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample | Skipped | UserError]:

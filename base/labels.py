@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.errors import UserError, plural
+from utils.errors import UserError, listed, plural
 from utils.images.labels import Mask
 
 
@@ -72,12 +72,11 @@ class LabelTable:
 
     def _error(self, label: np.ndarray, values: np.ndarray, path: Path | str) -> UserError:
         pixels = int(np.isin(label, values).sum())
-        shown = ", ".join(str(v) for v in values[:10]) + (", ..." if len(values) > 10 else "")
         hint = self._hint
         if self._count == 2 and set(values.tolist()) <= set(range(2, 256)):
             hint = f" (Masks stored as 0 and 255? The Folder loader reads them with `mask_values` or a palette.){hint}"
         return UserError(
-            f"{path} contains label values that are not a class: {shown} ({plural(pixels, 'pixel')}). "
+            f"{path} contains label values that are not a class: {listed(values, 10)} ({plural(pixels, 'pixel')}). "
             f"{self._name} expects 0 to {self._count - 1} ({self._num_classes} classes) or "
             f"{self._ignore_index} (ignore_index). Change `classes` in the loader's args if there are more "
             f"classes, `ignore_index` if this value means 'not labelled', or fix the file.{hint}"

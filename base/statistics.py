@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from base.entries import in_threads
+from base.entries import in_threads, spread
 from utils.errors import UserError
 from utils.images.values import Pixels
 
@@ -97,6 +97,8 @@ def per_channel(
     name: str, given: Sequence[float] | str | None, own: Sequence[float], channels: int
 ) -> tuple[float, ...]:
     """Return ``mean`` or ``std`` for each channel: as given, or the data set's own (also for "auto")."""
+    if channels < 1:
+        raise ValueError(f"in_channels must be at least 1, got {channels}")
     if given is None or given == "auto":
         # The published numbers are for RGB; other channels get their average.
         return tuple(own) if len(own) == channels else (float(np.mean(own)),) * channels
@@ -136,14 +138,9 @@ class Statistics:
         """Return the image of a sample."""
         raise NotImplementedError
 
-    def _spread(self, limit: int | None) -> list[int]:
-        """Return the indices of at most ``limit`` samples, evenly spread."""
-        count = len(self) if limit is None else min(limit, len(self))
-        return np.linspace(0, len(self) - 1, count).astype(int).tolist()
-
     def measure(self, limit: int = MEASURED_IMAGES) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation per channel of at most ``limit`` images, evenly spread."""
-        found = [m for m in in_threads(self._moments, self._spread(limit)) if m is not None]
+        found = [m for m in in_threads(self._moments, spread(len(self), limit)) if m is not None]
         if not found:
             raise UserError(f'"mean": "auto": no image of split {self.split!r} can be read')
         mean, std = mean_and_std(found)
@@ -170,7 +167,7 @@ class Statistics:
         Returns:
             int64 ``(samples, label_count)``; ignored pixels are in no column.
         """
-        chosen = self._spread(limit)
+        chosen = spread(len(self), limit)
         result = np.zeros((len(chosen), self.label_count), np.int64)
         for row, counts in enumerate(in_threads(self._count, chosen)):
             result[row] = counts

@@ -10,7 +10,7 @@ import numpy as np
 
 from base.base_dataset import BaseDataSet
 from base.classes import Colour, classes_of
-from base.entries import Entry, distinct
+from base.entries import Entry, distinct, spread
 from base.splits import grouping, split_by_fold, split_by_fraction
 from dataloaders.reading.lists import native, read_rows
 from dataloaders.reading.masks import MaskOptions, MaskReader
@@ -102,8 +102,7 @@ or, split by folders,
             raise ValueError("val_fold and val_fraction cannot be combined; use one of them")
         grouping(group_by)  # refuses what is not a regular expression
         self._val_fold, self.group_by = val_fold, group_by
-        own = ("data_dir", "classes", "palette", "in_channels", "ignore_index")
-        facts = self.facts_for(**{name: common[name] for name in own if name in common})
+        facts = self.facts_for(**common)
         painted = "palette" in common or classes_of(common["classes"], common.get("data_dir")).palette is not None
         options = MaskOptions(mask_values, ignore_values, threshold, colors, ignore_colors, painted)
         self._reader = MaskReader(options, facts)
@@ -267,13 +266,12 @@ or, split by folders,
         return self._reader.read(path)
 
     def _check_first(self) -> None:
-        count = min(_PROBED, len(self.entries))
-        probed = [self.entries[i].label for i in np.linspace(0, len(self.entries) - 1, count).astype(int).tolist()]
+        probed = [self.entries[i].label for i in spread(len(self), _PROBED)]
         seen = self._reader.probe([path for path in probed if path is not None])
         super()._check_first()
         if self.label_count == 2 and not self._reader.says_more and 255 in seen and seen <= {0, 255}:
             raise UserError(
-                f"the masks in {self.data_dir} contain only 0 and 255 ({count} were read), and 255 means 'not "
+                f"the masks in {self.data_dir} contain only 0 and 255 ({len(probed)} were read), and 255 means 'not "
                 f"labelled' ({self.ignore_index}, ignore_index). If it means {self.class_names[-1]!r}, set "
                 "`mask_values: [0, 255]` in the loader's args; if not, `mask_values: [0, 1]`"
             )

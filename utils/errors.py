@@ -32,6 +32,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {folded[nearest[0]]}?" if nearest else "."
 
 
+def listed(items: Iterable[object], limit: int) -> str:
+    """Return the first ``limit`` items separated by commas, and ", ..." if there are more."""
+    texts = [str(item) for item in items]
+    return ", ".join([*texts[:limit], *(["..."] if len(texts) > limit else [])])
+
+
 def plural(count: int, noun: str) -> str:
     """Return a number with its noun, which gets an s unless there is one."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

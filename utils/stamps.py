@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, listed
 
 _MARK = "segmentation-output:"
 _STAMP = re.compile(rb"segmentation-output:([0-9a-f]{16})")
@@ -78,9 +78,8 @@ def refuse_foreign(paths: Iterable[Path], folder: Path) -> None:
     """
     foreign = [path for path in paths if path.exists() and stamp_of(path) is None]
     if foreign:
-        names = ", ".join(str(path) for path in foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         count = "1 file is" if len(foreign) == 1 else f"{len(foreign)} files are"
         raise UserError(
-            f"{folder}: {count} in the way that this program did not write, or that were changed since: {names}; "
-            "choose another folder, or give --force to replace them"
+            f"{folder}: {count} in the way that this program did not write, or that were changed since: "
+            f"{listed(foreign, 3)}; choose another folder, or give --force to replace them"
         )

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-import numpy as np
-
 import dataloaders
 from base.base_dataloader import BaseDataLoader
 from base.base_dataset import BaseDataSet
-from base.entries import Sample
+from base.entries import Sample, spread
 from dataloaders.check.findings import Findings, inspect
 from dataloaders.check.leaks import setup_problems, shared
 from dataloaders.check.report import count_of_problems, report
@@ -89,6 +87,5 @@ def open_stages(config: Config, stages: tuple[str, ...]) -> Iterator[tuple[str, 
 
 def draw(dataset: BaseDataSet, findings: Findings) -> list[Sample]:
     """Return some samples as the network will see them: augmented, cropped, or whole."""
-    chosen = np.linspace(0, len(findings.good) - 1, min(_SHEET_SAMPLES, len(findings.good))).astype(int)
-    samples = (dataset[findings.good[i]] for i in chosen)
+    samples = (dataset[findings.good[i]] for i in spread(len(findings.good), _SHEET_SAMPLES))
     return [sample for sample in samples if isinstance(sample, Sample)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from base.base_dataset import BaseDataSet
+from base.entries import spread
 from base.statistics import mean_and_std, moments
 from utils.errors import UserError
 from utils.images.formats import decode, read_bytes
@@ -78,8 +79,8 @@ class _Look:
 
 def inspect(dataset: BaseDataSet, samples: int = 0) -> Findings:
     """Read ``samples`` images and label maps, evenly spread over the set (0: all), and gather what is found."""
-    count = min(samples or len(dataset), len(dataset))
-    findings = Findings(np.linspace(0, len(dataset) - 1, count).astype(int).tolist())
+    findings = Findings(spread(len(dataset), samples or None))
+    count = len(findings.looked_at)
     findings.pixels = np.zeros(dataset.label_count + 1, np.int64)
     findings.images = np.zeros(dataset.label_count + 1, np.int64)
     found_moments = []

@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
-
 from base.base_dataloader import BaseDataLoader
 from base.base_dataset import BaseDataSet
-from base.entries import Entry, in_threads
+from base.entries import Entry, in_threads, spread
 from base.splits import grouping
 from utils.distributed import is_first
 from utils.errors import UserError, plural
@@ -129,8 +127,7 @@ def _sizes(entries: Iterable[Entry]) -> Iterator[tuple[int, Entry]]:
 
 def _some(entries: list[Entry]) -> list[Entry]:
     """Return at most ``HASHED_FILES`` entries, evenly spread."""
-    chosen = np.linspace(0, len(entries) - 1, min(len(entries), HASHED_FILES)).astype(int)
-    return [entries[i] for i in chosen.tolist()]
+    return [entries[i] for i in spread(len(entries), HASHED_FILES)]
 
 
 def _hashed(entries: list[Entry]) -> Iterator[tuple[bytes, Entry]]:

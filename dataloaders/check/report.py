@@ -11,7 +11,7 @@ import numpy as np
 from base.base_dataset import BaseDataSet
 from dataloaders.check.findings import Findings, OnDisk
 from utils.config.schema import Component
-from utils.errors import plural
+from utils.errors import listed, plural
 
 _SHOWN = 10
 _NAMED = 3
@@ -59,9 +59,8 @@ def _problems(findings: Findings) -> list[str]:
     for group in groups[:_SHOWN]:
         lines.append(f"problem: {group[0][1]}")
         if len(group) > 1:
-            names = ", ".join(name for name, _ in group[:_NAMED])
-            more = ", ..." if len(group) > _NAMED else ""
-            lines.append(f"         {len(group)} files have this problem: {names}{more}")
+            names = listed((name for name, _ in group), _NAMED)
+            lines.append(f"         {len(group)} files have this problem: {names}")
     left = sum(map(len, groups[_SHOWN:]))
     if left:
         lines.append(f"problem: ... and {plural(left, 'file')} more")

@@ -12,6 +12,7 @@ import torch
 from base.entries import available_cores
 from dataloaders.check.report import class_labels
 from dataloaders.plan.survey import Survey
+from utils.errors import listed
 
 _STRIDE = 32
 _RARE = 0.3  # a class in fewer of the images is shown more often
@@ -158,7 +159,7 @@ def _loss_reason(found: Survey) -> str:
     if small:
         weights = [round(w, 2) for w in findings.weights]
         text += (
-            f". {', '.join(small[:6])}{', ...' if len(small) > 6 else ''} have less than 2% of the pixels; if they are "
+            f". {listed(small, 6)} have less than 2% of the pixels; if they are "
             f'missed, use {{"type": "CrossEntropyLoss2d", "args": {{"weight": {weights}}}}} and fit a temperature '
             "afterwards (test.py --fit), because weights distort the probabilities"
         )

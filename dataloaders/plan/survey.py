@@ -13,6 +13,7 @@ import numpy as np
 import dataloaders
 from base.base_dataset import BaseDataSet
 from base.classes import read_classes
+from base.entries import spread
 from base.layout import found_tree
 from base.splits import grouping
 from base.text import read_lines
@@ -203,8 +204,7 @@ def _files(found: Survey) -> list[tuple[Path, Path]]:
 
 
 def _spread(paths: list[Path]) -> list[Path]:
-    chosen = np.linspace(0, len(paths) - 1, min(len(paths), _PROBED)).astype(int)
-    return [paths[i] for i in chosen.tolist()]
+    return [paths[i] for i in spread(len(paths), _PROBED)]
 
 
 def _take_masks(found: Survey, paths: list[Path]) -> None:

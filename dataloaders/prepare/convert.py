@@ -14,7 +14,7 @@ from PIL import Image
 from base.classes import Colour
 from dataloaders.prepare.export import Export, Images, Picture, Shape
 from dataloaders.prepare.formats import FORMATS
-from utils.errors import UserError, plural
+from utils.errors import UserError, listed, plural
 from utils.files import write_text
 from utils.images import voc_colormap, write_png
 from utils.images.formats import decode, read_bytes
@@ -242,7 +242,7 @@ def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list
         lines.append(f"{plural(tally.vanished, 'shape')} too small to cover the centre of a pixel")
     lines += [f"left out: {count} {what}" for what, count in export.left_out.items()]
     if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        lines.append(f"left out: {plural(len(missing), 'annotated image')} that were not found ({shown})")
+        left_out = plural(len(missing), "annotated image")
+        lines.append(f"left out: {left_out} that were not found ({listed(missing, 3)})")
     lines += ["", f"next: python -m dataloaders plan --data-dir {out} --out config.json"]
     return "\n".join(lines)

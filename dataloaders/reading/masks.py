@@ -11,7 +11,7 @@ import numpy as np
 from base.classes import Colour
 from base.labels import PaletteReference
 from dataloaders.reading.colours import ColourTable
-from utils.errors import UserError, plural
+from utils.errors import UserError, listed, plural
 from utils.facts import Facts
 from utils.images import read_levels, read_mask
 from utils.images.labels import Mask
@@ -175,9 +175,7 @@ class _ValueTable:
 
 
 def _colour_table(colours: Sequence[Colour], ignored: Sequence[Colour], ignore_index: int) -> ColourTable:
-    shown = ", ".join(str(list(c)) for c in colours[:_SHOWN_COLOURS]) + (
-        " ..." if len(colours) > _SHOWN_COLOURS else ""
-    )
+    shown = listed(map(list, colours), _SHOWN_COLOURS)
     hint = (
         f"The palette has {shown}: correct `palette` in the loader's args, or list colours that are not labelled as "
         "`ignore_colors`."

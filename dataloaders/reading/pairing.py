@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base.entries import Entry
-from utils.errors import UserError, plural
+from utils.errors import UserError, listed, plural
 from utils.images import IMAGE_EXTENSIONS
 
 log = logging.getLogger("data")
@@ -27,15 +27,10 @@ class Pairs(NamedTuple):
 
     def warn(self) -> list[Path]:
         """Log how many files have no partner, with a few of them; return them all."""
-        for what, missing, files in (
-            ("image", "mask", self.images_alone),
-            ("mask", "image", self.masks_alone),
-        ):
+        for what, missing, files in (("image", "mask", self.images_alone), ("mask", "image", self.masks_alone)):
             if files:
-                more = ", ..." if len(files) > _SHOWN else ""
-                shown = ", ".join(str(f) for f in files[:_SHOWN])
                 left_out = f"has no {missing} and is" if len(files) == 1 else f"have no {missing} and are"
-                _warn(f"{plural(len(files), what)} {left_out} skipped: {shown}{more}")
+                _warn(f"{plural(len(files), what)} {left_out} skipped: {listed(files, _SHOWN)}")
         return [*self.images_alone, *self.masks_alone]
 
 
@@ -90,10 +85,7 @@ def relative_stem(folder: Path, suffix: str = "") -> Callable[[Path], str]:
 
 
 def pair(
-    images: Iterable[Path],
-    masks: Iterable[Path],
-    image_key: Callable[[Path], str],
-    mask_key: Callable[[Path], str],
+    images: Iterable[Path], masks: Iterable[Path], image_key: Callable[[Path], str], mask_key: Callable[[Path], str]
 ) -> Pairs:
     """Match images and masks whose keys are equal; entries are named by their keys, and sorted by them.
 

@@ -90,7 +90,7 @@ def test_scaling_agrees_with_resize(scale: float) -> None:
     height, width = 60, 80
     image = cv2.GaussianBlur(np.random.default_rng(0).random((height, width, 3), np.float32), (7, 7), 2)
     canvas = round(height * scale), round(width * scale)
-    matrix = aug.crop_to_source((height, width), canvas, scale, 0.0, (0, 0), canvas)
+    matrix = aug.crop_to_source((height, width), canvas, scale, 0.0, (0, 0, *canvas))
     got = aug.warp_image(image, aug.Parameters(matrix, canvas), [0.0] * 3)
     want = cv2.resize(image, canvas[::-1], interpolation=cv2.INTER_LINEAR)
     assert np.abs(got - want)[2:-2, 2:-2].max() < 5e-3
@@ -98,7 +98,7 @@ def test_scaling_agrees_with_resize(scale: float) -> None:
 
 def test_rotation_turns_about_the_centre() -> None:
     image = np.random.default_rng(0).integers(0, 256, (31, 31, 3), np.uint8)
-    matrix = aug.crop_to_source((31, 31), (31, 31), 1.0, math.pi / 2, (0, 0), (31, 31))
+    matrix = aug.crop_to_source((31, 31), (31, 31), 1.0, math.pi / 2, (0, 0, 31, 31))
     got = aug.warp_image(image, aug.Parameters(matrix, (31, 31)), [0.0] * 3)
     assert np.array_equal(got, np.rot90(image))  # a quarter, counter-clockwise
 

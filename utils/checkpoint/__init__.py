@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -363,10 +362,8 @@ def start_from(model: Any, path: str | Path) -> str:
 def _facts_of_config(config: Config, num_classes: int | None = None) -> Facts:
     """Return the facts for a checkpoint without any: those of the data set in its config."""
     dataset = import_module("dataloaders").LOADERS[config.train_loader.type]
-    known = signature(dataset.facts_for).parameters
-    args = {name: value for name, value in config.train_loader.args.items() if name in known}
     try:
-        facts = Facts.of(dataset.facts_for(**args | {"ignore_index": config.ignore_index}))
+        facts = Facts.of(dataset.facts_for(**config.train_loader.args | {"ignore_index": config.ignore_index}))
     except (TypeError, ValueError) as error:
         raise UserError(f"train_loader.args: {error}") from None
     if num_classes not in (None, facts.num_classes):

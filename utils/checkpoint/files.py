@@ -17,7 +17,7 @@ import torch
 
 from utils import files
 from utils.checkpoint.contents import are_weights, malformed
-from utils.errors import UserError
+from utils.errors import UserError, listed
 from utils.files import expand
 
 #: Where other programs keep the weights in their files.
@@ -151,7 +151,7 @@ def _what_is_there(path: Path) -> str:
     """Return why a path is no checkpoint file, with the checkpoints that are near it."""
     folder = path if path.is_dir() else path.parent
     found = sorted(p.name for p in folder.glob("*.pth")) if folder.is_dir() else []
-    there = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+    there = listed(found, 8)
     if path.is_dir():
         return f"is a folder; in it: {there}; give one of them" if found else "is a folder, and no checkpoint is in it"
     if "..." in path.parts:

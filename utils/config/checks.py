@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
 from collections.abc import Sequence
@@ -131,10 +130,8 @@ def not_a_folder(folder: str) -> str | None:
 
 def _facts_of(path: str, component: Component, loaders: Registry) -> tuple[list[Problem], Any | None]:
     """Return the class facts of a data set as its arguments make them, without reading the data."""
-    facts_for = loaders[component.type].facts_for
-    names = inspect.signature(facts_for).parameters
     try:
-        facts = facts_for(**{name: value for name, value in component.args.items() if name in names})
+        facts = loaders[component.type].facts_for(**component.args)
     except (ValueError, TypeError, OSError, UserError) as error:
         return [Problem(f"{path}.args", str(error))], None
     if not facts.num_classes:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from utils import lr_scheduler, optim
 from utils.config.checks import HOLDS_OUT, PER_CLASS_SCORES, unknown_class
 from utils.config.schema import Config
-from utils.errors import DataFolderError, UserError
+from utils.errors import DataFolderError, UserError, listed
 from utils.facts import Facts
 from utils.losses import LOSSES, gives_probabilities, is_proper
 
@@ -87,8 +87,8 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
     for path, other in others.items():
         if other.num_classes != facts.num_classes:
             raise UserError(
-                f"{path}: its data has {other.num_classes} classes ({_some(other.class_names)}), the model "
-                f"{facts.num_classes} ({_some(facts.class_names)}); give both the same args.classes"
+                f"{path}: its data has {other.num_classes} classes ({listed(other.class_names, 4)}), the model "
+                f"{facts.num_classes} ({listed(facts.class_names, 4)}); give both the same args.classes"
             )
         different = _first_difference(facts.class_names, other.class_names)
         if different is not None:
@@ -135,10 +135,6 @@ def _first_difference(names: tuple[str, ...], others: tuple[str, ...]) -> int | 
         return None
     plain, other_plain = ([re.sub(r"[\s_-]", "", name).lower() for name in side] for side in (names, others))
     return next((i for i, pair in enumerate(zip(plain, other_plain, strict=True)) if pair[0] != pair[1]), None)
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def warn_about_loss(config: Config, procedures: list[str]) -> None:

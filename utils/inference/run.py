@@ -16,7 +16,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from utils import checkpoint, distributed, stamps
-from utils.errors import USER_ERROR_EXIT_CODE, UserError
+from utils.errors import USER_ERROR_EXIT_CODE, UserError, listed
 from utils.files import expand
 from utils.inference.outputs import Outputs, OverlayVideo, Run, Wanted, check_folder, worst
 from utils.inference.pipeline import Pipeline, Report, take
@@ -195,7 +195,7 @@ def summarise(reports: Sequence[Report], outputs: Outputs, mode: str, seconds: f
     if outdated := sum(r.outdated for r in reports):
         print(f"{outdated} image(s) had outputs of another model, other options or another program; segmented again")
     if tiled:
-        print(f"{len(tiled)} image(s) were too large for one pass and were cut into tiles: {some(tiled)}")
+        print(f"{len(tiled)} image(s) were too large for one pass and were cut into tiles: {listed(tiled, 3)}")
     if unassigned := sum(r.unassigned for r in reports):
         share = 100 * unassigned / sum(r.pixels for r in reports)
         print(f"{share:.1f} % of the pixels are unassigned: no class was chosen for them by {run.procedure}")
@@ -221,8 +221,3 @@ def print_table(outputs: Outputs, rows: list, skipped: Sequence[str]) -> None:
     name = {"iou": "IoU"}.get(outputs.run.metric, "Dice")
     found = f" (lowest: {lowest.expected:.3f}, {lowest.image})" if lowest else ""
     print(f"expected {name} per image and class, worst first: {printable(outputs.table_path)}{found}")
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first few names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
