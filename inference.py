@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from utils.cli import add_overrides, add_trust, share_cores
-from utils.config.schema import PROCEDURES
+from utils.cli import PROCEDURES, add_overrides, add_trust, share_cores
 from utils.errors import UserError, run
 
 

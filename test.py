@@ -16,8 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.cli import add_device, add_overrides, add_trust, select_devices, share_cores
-from utils.config.schema import PROCEDURES
+from utils.cli import PROCEDURES, add_device, add_overrides, add_trust, select_devices, share_cores
 
 VIEWS = ("flip", "multiscale")
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import torch
+
 from models import MODELS
 from models.cost import Cost, measure
 from utils import errors
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| model | backbone | parameters | GFLOPs | output stride | forward | peak memory |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for name, args in rows(names):
-        # A new process per row, so that the peak memory of one network says nothing of the next.
+        # A new process per row, so that the peak memory of one network does not include that of another.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             job = (name, args, options.size, options.classes, options.device, options.repeats)
             print(line(name, args, pool.submit(measure, *job).result()), flush=True)
@@ -72,8 +74,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _describe(device: str) -> str:
-    import torch
-
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"a CPU with {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import models
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -16,7 +27,7 @@ class Cost:
         gflops: 1e9 floating-point operations of convolutions (two per multiply-add).
         output_stride: of the deepest features.
         seconds: of the fastest evaluation pass.
-        megabytes: peak memory of weights and activations in evaluation; None where the platform does not tell.
+        megabytes: peak memory of weights and activations in evaluation; None where the platform does not report it.
     """
 
     parameters: int
@@ -28,10 +39,6 @@ class Cost:
 
 def measure(name: str, args: dict[str, Any], size: int, classes: int, device: str, repeats: int) -> Cost:
     """Measure one network in this process; the memory is right if nothing ran here before."""
-    import torch
-
-    import models
-
     parameters, gflops = count(name, args, size, classes)
     before = _peak_megabytes(device)
     model = models.build(name, classes, **args).to(device).eval()
@@ -51,11 +58,6 @@ def measure(name: str, args: dict[str, Any], size: int, classes: int, device: st
 
 def count(name: str, args: dict[str, Any], size: int, classes: int) -> tuple[int, float]:
     """Return the parameters and GFLOPs of one forward pass, without computing anything."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    import models
-
     with torch.device("meta"):
         model = models.build(name, classes, **args).eval()
         x = torch.empty(1, model.in_channels, size, size)
@@ -67,13 +69,8 @@ def count(name: str, args: dict[str, Any], size: int, classes: int) -> tuple[int
 
 def _peak_megabytes(device: str) -> float | None:
     if device.startswith("cuda"):
-        import torch
-
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-        import sys
-    except ImportError:  # Windows
+    if resource is None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

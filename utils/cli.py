@@ -1,4 +1,4 @@
-"""What the scripts share on the command line. Imports nothing heavy: ``--help`` answers at once."""
+"""What the scripts share on the command line. It imports nothing heavy, because ``--help`` has to be fast."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 import re
 
 from utils.errors import UserError
+
+PROCEDURES = ("T", "max", "rankdice")
+"""The prediction procedures (:mod:`utils.predict`)."""
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +40,11 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def share_cores() -> None:
-    """Let torch's idle threads sleep soon instead of spinning for long; call it before torch is imported.
+    """Let torch's idle threads sleep after a few microseconds; call it before torch is imported.
 
-    CPU threads wait for each other between two operations by spinning. On cores that others use too (the loader's
-    workers, another run, a colleague) that costs a factor of three to five. Spinning some microseconds only keeps
-    the speed of an idle machine and gives a busy one its cores back. ``GOMP_SPINCOUNT`` in the environment decides
-    where it is set.
+    Between two operations, CPU threads wait for each other in a busy loop. If other processes (the loader's workers,
+    another run) use the same cores, this makes everything three to five times slower. On an idle machine, sleeping
+    early costs nothing. A ``GOMP_SPINCOUNT`` in the environment is kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -149,7 +149,7 @@ def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
 
 def page(predictor: Predictor) -> Any:
     """Return the gradio page."""
-    import gradio as gr
+    import gradio as gr  # an extra
 
     facts, metric = predictor.facts, predictor.options.metric
     classes = "1 class" if facts.num_classes == 1 else f"{facts.num_classes} classes"

@@ -21,7 +21,7 @@ class UserError(Exception):
 
 
 class DataFolderError(UserError):
-    """A data set's folder does not hold what it must; who knows the config names the field, ``...args.data_dir``."""
+    """A data set's folder lacks what it needs; the caller adds the config's field, ``...args.data_dir``."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -44,7 +44,7 @@ def plural(count: int, noun: str) -> str:
 
 
 class _Warnings(logging.Handler):
-    """Prints what the data's loaders warn of as the scripts print their own warnings."""
+    """Prints the warnings of the data loaders in the form of the scripts' own warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"warning: {record.getMessage()}", file=sys.stderr)
@@ -54,24 +54,21 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a script's ``main`` and exit: a :class:`UserError` becomes one message and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     data = logging.getLogger("data")
     if not any(isinstance(handler, _Warnings) for handler in data.handlers):
         data.addHandler(_Warnings(logging.WARNING))
-    with suppress(AttributeError):  # not a text stream
-        # Names of files may hold bytes that no encoding can write.
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = USER_ERROR_EXIT_CODE
     except BrokenPipeError:
-        # The reader of our output went away (``| head``): not an error of ours.
+        # The reader of our output has gone (``| head``): not an error.
         sys.stderr.close()
         code = 0
     except OSError as error:
-        # A path that cannot be used: a name that is too long, no permission, no space. Others are defects of ours.
+        # A path that cannot be used: a name that is too long, no permission, no space. Other errors are our bugs.
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -85,10 +82,10 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _leave_at_once(code: int) -> NoReturn:
-    """End a process that torchrun started, all its work done, without taking the interpreter down piece by piece.
+    """End a process that torchrun started, without Python's usual clean-up.
 
-    A thread of gloo may still hold a tensor then, and aborts the process (SIGABRT, "terminate called without an active
-    exception") when it lets go of it, now and then, after a run that went well.
+    During the clean-up, a thread of gloo sometimes frees a tensor and aborts the process (SIGABRT, "terminate called
+    without an active exception"), although the run went well.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

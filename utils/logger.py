@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from utils.errors import UserError
 from utils.files import csv_text, reason, write_text
@@ -57,11 +61,6 @@ class RunLog:
 
     def _open_tensorboard(self, folder: Path, iteration: int, batch: int) -> None:
         """Open an event file that begins with what earlier ones hold up to the checkpoint; remove those."""
-        # Loading TensorBoard takes a second, and not every run writes to it.
-        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-        from tensorboard.compat.proto.event_pb2 import Event
-        from torch.utils.tensorboard import SummaryWriter
-
         _silence_writer_threads()
         earlier = sorted(folder.glob("events.out.tfevents.*"))
         self.writer = SummaryWriter(str(folder))
@@ -157,8 +156,6 @@ class RunLog:
     def hparams(self, settings: Mapping[str, Any], scores: Iterable[str]) -> None:
         """Write the hyper-parameters to TensorBoard, and the tags of the scalars that runs are compared by."""
         if self.writer is not None:
-            from torch.utils.tensorboard.summary import hparams
-
             experiment, session, self._session_end = hparams(dict(settings), dict.fromkeys(scores, 0.0))
             for summary in (experiment, session):
                 self.writer.file_writer.add_summary(summary)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from utils.errors import UserError
 from utils.registry import Registry
-
-if TYPE_CHECKING:
-    from torch import nn
-    from torch.optim import Optimizer
 
 
 def subclasses_in(module: Any, parent: type) -> dict[str, type]:
@@ -24,15 +24,9 @@ def subclasses_in(module: Any, parent: type) -> dict[str, type]:
     }
 
 
-def _find_optimizers() -> dict[str, type]:
-    import torch
-
-    return subclasses_in(torch.optim, torch.optim.Optimizer)
-
-
 OPTIMIZERS = Registry(
     "optimizer",
-    _find_optimizers,
+    subclasses_in(torch.optim, Optimizer),
     refused={
         "LBFGS": "it evaluates the loss several times per step; use SGD or AdamW",
         "SparseAdam": "it needs sparse gradients, which convolutions do not have; use Adam or AdamW",
@@ -93,8 +87,6 @@ def build(
 
 def stand_in() -> Any:
     """Return an object that :func:`build` takes for a network: one small parameter in each part."""
-    import torch
-
     # Matrices: some optimizers take nothing else.
     decoder, backbone = (torch.nn.Parameter(torch.zeros(1, 1)) for _ in range(2))
     return SimpleNamespace(

@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -38,23 +37,22 @@ class Problem(NamedTuple):
 
 
 class Registry(Mapping[str, Any]):
-    """A read-only table ``name -> class`` whose entries are imported when they are first used.
+    """A read-only table ``name -> class``.
 
     Args:
         kind: what the entries are, for messages ("model", "data set").
-        entries: name -> ``"package.module.Attribute"``; or a function that returns name -> class, called once.
+        entries: name -> class, or ``"package.module.Attribute"``, which is imported when it is first used.
         aliases: other spellings that old configs use -> name.
         refused: names that exist but cannot be used -> why, and what to use instead.
         provided: arguments that the program passes itself; a config may not set them.
 
-    Looking up an unknown or refused name raises :class:`UserError`. Importing late keeps ``--help`` and the check of
-    a config fast, and a broken module fails alone.
+    Looking up an unknown or refused name raises :class:`UserError`.
     """
 
     def __init__(
         self,
         kind: str,
-        entries: Mapping[str, str] | Callable[[], Mapping[str, Any]],
+        entries: Mapping[str, Any],
         *,
         aliases: Mapping[str, str] | None = None,
         refused: Mapping[str, str] | None = None,
@@ -62,15 +60,10 @@ class Registry(Mapping[str, Any]):
     ) -> None:
         self.kind = kind
         self.provided = tuple(provided)
-        self._source = entries
         self.aliases = dict(aliases or {})
         self._refused = dict(refused or {})
+        self._entries = {name: entry for name, entry in entries.items() if name not in self._refused}
         self._models: dict[str, type[Arguments]] = {}
-
-    @cached_property
-    def _entries(self) -> dict[str, Any]:
-        found = self._source() if callable(self._source) else self._source
-        return {name: entry for name, entry in found.items() if name not in self._refused}
 
     def canonical(self, name: str) -> str:
         """Return the entry's own name for ``name`` or an alias of it; raise UserError if there is none."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
 from utils.checkpoint.files import read
 from utils.errors import UserError
@@ -95,8 +96,6 @@ def load_pretrained(
 
 
 def _from_torchvision(name: str) -> Mapping[str, Tensor]:
-    from torchvision.models import get_model_weights
-
     weights = get_model_weights(name)["IMAGENET1K_V1"]
     try:
         return weights.get_state_dict(progress=True, check_hash=True)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils import predict
+from utils import cli, predict
 from utils.config import schema
 from utils.predict import (
     PROCEDURES,
@@ -80,7 +80,7 @@ def test_wrong_arguments_are_named(activation, temperature) -> None:
 
 
 def test_the_tables_name_the_same_procedures() -> None:
-    assert tuple(PROCEDURES) == schema.PROCEDURES == typing.get_args(schema.Procedure)
+    assert tuple(PROCEDURES) == cli.PROCEDURES == typing.get_args(schema.Procedure)
 
 
 def test_max_takes_the_most_probable_class_and_the_lowest_of_equals() -> None:

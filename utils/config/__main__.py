@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+
 import dataloaders
 import models
+from utils import checkpoint
 from utils.cli import add_overrides
 from utils.config import data_checks, dump, editor, load
 from utils.config.schema import Config
@@ -19,10 +22,6 @@ def rehearse(config: Config) -> None:
     Raises:
         UserError: train.py or test.py would refuse the config; one message per part that cannot be built.
     """
-    import torch
-
-    from utils import checkpoint
-
     light = config.model_copy(deep=True)
     for component in (light.train_loader, light.val_loader, light.test_loader):
         if component is not None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from utils import lr_scheduler, optim
 from utils.bounds import LARGEST
 from utils.config.published import adapt
@@ -174,8 +176,6 @@ def names_hint(config: Config, path: str, loaders: Registry | None) -> str:
 
 def _check_loss(config: Config, facts: Any | None) -> list[Problem]:
     """Try the loss on as many channels as the network will have: its values, and the number of class weights."""
-    import torch  # here, because --help reads the tables of this package
-
     channels = facts.num_classes if facts is not None else None
     args = dict(config.loss.args)
     if args.get("weight") == "balanced":

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr,
 
 from utils.bounds import AboveZero, ClassId, Count, Label, NonNegative, Number, Positive, Seed, Share
 
-PROCEDURES = ("T", "max", "rankdice")
 Procedure = Literal["T", "max", "rankdice"]
 Presence = Literal["auto", "fitted", "rule", "prune", "all"]
 

@@ -19,28 +19,27 @@ number of pixels that are not ignored.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from utils.losses import lovasz, pixel, region
+from utils.losses.base import SegmentationLoss
 from utils.registry import Registry
-
-if TYPE_CHECKING:
-    from utils.losses.base import SegmentationLoss
 
 LOSSES = Registry(
     "loss",
     {
-        "CrossEntropyLoss2d": "utils.losses.pixel.CrossEntropyLoss2d",
-        "BCEWithLogitsLoss2d": "utils.losses.pixel.BCEWithLogitsLoss2d",
-        "BCEWithLogitsFocalLoss2d": "utils.losses.pixel.BCEWithLogitsFocalLoss2d",
-        "DiceLoss": "utils.losses.region.DiceLoss",
-        "BDiceLoss": "utils.losses.region.BDiceLoss",
-        "BCEDiceLoss": "utils.losses.region.BCEDiceLoss",
-        "CE_DiceLoss": "utils.losses.region.CE_DiceLoss",
-        "FocalLoss": "utils.losses.pixel.FocalLoss",
-        "LovaszSoftmax": "utils.losses.lovasz.LovaszSoftmax",
-        "LovaszHinge": "utils.losses.lovasz.LovaszHinge",
-        "LogCoshDiceLoss": "utils.losses.region.LogCoshDiceLoss",
-        "TverskyLoss": "utils.losses.region.TverskyLoss",
+        "CrossEntropyLoss2d": pixel.CrossEntropyLoss2d,
+        "BCEWithLogitsLoss2d": pixel.BCEWithLogitsLoss2d,
+        "BCEWithLogitsFocalLoss2d": pixel.BCEWithLogitsFocalLoss2d,
+        "DiceLoss": region.DiceLoss,
+        "BDiceLoss": region.BDiceLoss,
+        "BCEDiceLoss": region.BCEDiceLoss,
+        "CE_DiceLoss": region.CE_DiceLoss,
+        "FocalLoss": pixel.FocalLoss,
+        "LovaszSoftmax": lovasz.LovaszSoftmax,
+        "LovaszHinge": lovasz.LovaszHinge,
+        "LogCoshDiceLoss": region.LogCoshDiceLoss,
+        "TverskyLoss": region.TverskyLoss,
     },
     provided=("ignore_index",),
 )

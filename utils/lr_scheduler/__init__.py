@@ -18,26 +18,21 @@ epochs with ``steps_per_epoch``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
 
 from utils.lr_scheduler.schedules import OneCycle, PerEpoch, Poly, Schedule, one_cycle, optimizer_steps, poly
 from utils.lr_scheduler.torch_schedule import find_schedulers
 from utils.registry import Registry
 
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
 __all__ = ["SCHEDULERS", "Schedule", "build", "needs_momentum", "one_cycle", "optimizer_steps", "poly", "walk"]
-
-
-def _find_schedulers() -> dict[str, Callable[..., Schedule]]:
-    return {"Poly": Poly, "OneCycle": OneCycle, **find_schedulers()}
 
 
 SCHEDULERS = Registry(
     "scheduler",
-    _find_schedulers,
+    {"Poly": Poly, "OneCycle": OneCycle, **find_schedulers()},
     refused={
         "ReduceLROnPlateau": "it waits for a metric to stall, while schedules here are functions of the step, "
         "known before the run; use Poly, OneCycle or CosineAnnealingLR"

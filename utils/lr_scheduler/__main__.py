@@ -6,23 +6,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import dataloaders
+from utils import config as configs
+from utils import lr_scheduler, optim
 from utils.cli import add_overrides
+from utils.config import data_checks
+from utils.config.schema import Config
 from utils.errors import UserError, run
 from utils.files import expand
-
-if TYPE_CHECKING:
-    from utils.config.schema import Config
 
 ASSUMED = 100  # batches per epoch where the data cannot be read
 
 
 def batches_of(config: Config) -> int:
     """Return the batches of an epoch; without the data: limit_batches, or 100 and a warning."""
-    import dataloaders
-    from utils.config import data_checks
-
     limit = config.trainer.limit_batches
     try:
         found = len(data_checks.build_loader(dataloaders.build, config, "train"))
@@ -39,8 +37,6 @@ def batches_of(config: Config) -> int:
 
 def curves(config: Config, epochs: int, batches: int) -> dict[str, dict[str, list[float]]]:
     """Return the learning rate of each parameter group, and the momentum, in each step; no network is built."""
-    from utils import lr_scheduler, optim
-
     chosen, section = config.optimizer, config.lr_scheduler
     per_epoch = lr_scheduler.optimizer_steps(1, batches, config.trainer.accumulate)
     try:
@@ -72,7 +68,7 @@ def curves(config: Config, epochs: int, batches: int) -> dict[str, dict[str, lis
 def draw(panels: dict[str, dict[str, list[float]]], title: str, path: Path) -> None:
     """Write a picture of the curves of each panel over the optimizer step."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # an extra
     except ImportError:
         raise UserError("the picture needs matplotlib, which is not installed: pip install matplotlib") from None
     figure = Figure(figsize=(9.6, 3 * len(panels)), layout="constrained")
@@ -104,8 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--iters-per-epoch", type=int, help="batches per epoch (default: count the training data)")
     add_overrides(parser)
     args = parser.parse_args(argv)
-
-    from utils import config as configs
 
     config = configs.load(args.config, args.set, stages=())
     epochs = config.trainer.epochs if args.epochs is None else args.epochs

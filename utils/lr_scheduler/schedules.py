@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch.optim import Optimizer
 
 from utils.bounds import AboveZero, NonNegative, Share, ShareBelowOne
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-else:
-    # Annotations can be evaluated without torch.
-    Optimizer = Any
 
 
 def poly(step: int, total: int, power: float = 0.9, warmup: int = 0) -> float:

@@ -6,35 +6,25 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch.optim import Optimizer, lr_scheduler
 
 from utils.lr_scheduler.schedules import Schedule
 from utils.optim import subclasses_in
 from utils.registry import signature
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-else:
-    Optimizer = Any
 
 _NOT_A_PART = {"ReduceLROnPlateau"}
 # Given by the schedule itself, or (verbose) without effect.
 _RESERVED = {"optimizer", "total_steps", "epochs", "steps_per_epoch", "last_epoch", "verbose"}
 _FROM_THE_RUN = {"CosineAnnealingLR": {"T_max"}, "OneCycleLR": {"max_lr"}, "PolynomialLR": {"total_iters"}}
 
-
-@cache
-def classes() -> dict[str, type]:
-    """Return torch's schedulers by name."""
-    from torch.optim import lr_scheduler
-
-    return subclasses_in(lr_scheduler, lr_scheduler.LRScheduler)
+CLASSES = subclasses_in(lr_scheduler, lr_scheduler.LRScheduler)
 
 
 def find_schedulers() -> dict[str, Callable[..., Schedule]]:
     """Return a constructor for each of torch's schedulers, called as ``(optimizer, total_steps, **args)``."""
-    return {name: _factory(name, scheduler) for name, scheduler in classes().items()}
+    return {name: _factory(name, scheduler) for name, scheduler in CLASSES.items()}
 
 
 def _factory(name: str, scheduler: type) -> Callable[..., Schedule]:
@@ -126,8 +116,8 @@ def _make(name: str, optimizer: Optimizer, length: int, args: dict[str, Any]) ->
         args["schedulers"] = _make_all(name, args["schedulers"], optimizer, lengths)
     elif name == "ChainedScheduler":
         parts = _make_all(name, args["schedulers"], optimizer, [length] * len(args["schedulers"]))
-        return classes()[name](parts, optimizer=optimizer)
-    return classes()[name](optimizer, **args)
+        return CLASSES[name](parts, optimizer=optimizer)
+    return CLASSES[name](optimizer, **args)
 
 
 def _make_all(name: str, specs: list[dict[str, Any]], optimizer: Optimizer, lengths: list[int]) -> list[Any]:
@@ -137,7 +127,7 @@ def _make_all(name: str, specs: list[dict[str, Any]], optimizer: Optimizer, leng
     for spec in specs:
         if "type" not in spec or not spec.keys() <= {"type", "args"}:
             raise ValueError(f'{name}: a part is {spec}; expected {{"type": NAME, "args": {{...}}}}')
-        if spec["type"] not in classes().keys() - _NOT_A_PART:
+        if spec["type"] not in CLASSES.keys() - _NOT_A_PART:
             raise ValueError(f"{name} combines torch's schedulers; {spec['type']} is not one that it can use")
     return [
         _make(spec["type"], optimizer, length, spec.get("args", {}))

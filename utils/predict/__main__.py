@@ -21,7 +21,8 @@ from torch import nn
 
 from utils import report, stamps
 from utils.checkpoint import LoadedModel
-from utils.config.schema import PROCEDURES, Component, Config, Predict, Presence, RankDiceOptions, Tester
+from utils.cli import PROCEDURES
+from utils.config.schema import Component, Config, Predict, Presence, RankDiceOptions, Tester
 from utils.errors import UserError, run
 from utils.evaluation import Evaluator, all_decisions, evaluate, fitting, single_decision
 from utils.facts import Facts
