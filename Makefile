@@ -42,8 +42,11 @@ demo-show:
 	@echo "comparison         : $(RUN)results.json, per_image.csv, report.html"
 	@echo "TensorBoard        : $(BIN)/tensorboard --logdir saved"
 
-test: $(VENV)/.installed-tests ## run the whole test suite
-	$(BIN)/python -m pytest
+# How many processes run the tests; auto: one per core, fewer where the memory is small.
+WORKERS ?= auto
+
+test: $(VENV)/.installed-tests ## run the whole test suite on all cores
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 $(VENV)/.installed-benchmarks: $(VENV)/.installed benchmarks/requirements.txt
 	$(BIN)/python -m pip install --quiet -r benchmarks/requirements.txt

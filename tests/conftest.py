@@ -10,10 +10,21 @@ import pytest
 from utils.cli import share_cores
 
 share_cores()  # before torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker, and per process that a test starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+MEMORY_PER_WORKER = 3 * 2**30  # two processes that have imported torch's CUDA build, and a large network
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many workers ``-n auto`` starts: one per usable core, fewer where the memory is small."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores, memory // MEMORY_PER_WORKER))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

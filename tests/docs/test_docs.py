@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from PIL import Image
 from dataloaders import LOADERS
 from models import MODELS
 from tests.docs.markdown import ROOT, Block, anchors, blocks, commands, lines_of_shell, links, ours, pages, spans
+from tests.docs.running import run_here
 from utils import config as configs
 from utils import optim
 from utils.config.schema import Config
@@ -185,11 +187,7 @@ def test_overrides_are_accepted(page: str, root: Path, tmp_path: Path, monkeypat
 
 @cache
 def help_of(start: tuple[str, ...]) -> str:
-    done = subprocess.run(
-        [sys.executable, *start, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, f"{' '.join(start)} --help: {done.stderr}"
-    return done.stdout
+    return execute_here([*start, "--help"], ROOT)
 
 
 def parser_of(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -336,13 +334,13 @@ def execute(words: list[str], folder: Path) -> str:
     return done.stdout
 
 
-def execute_here(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do the same as :func:`execute` in this process, which has imported torch already."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-    assert not end.value.code, shlex.join(words)
+def execute_here(words: list[str], folder: Path) -> str:
+    """Do the same as :func:`execute` in this process; return what was printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = run_here(words, folder)
+    assert code == 0, f"{shlex.join(words)}: exit code {code}\n{printed.getvalue()}"
+    return printed.getvalue()
 
 
 def sets(items: str) -> list[str]:
@@ -372,20 +370,20 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
     assert {p.name for p in run.iterdir()} >= {"best_model.pth", "latest.pth", "config.json", "log.csv", "log.jsonl"}
     assert list((tmp_path / "saved" / "runs").rglob("events.out.tfevents.*"))
 
-    execute([*in_run(given(page, r"train\.py -r \S*latest\.pth"), run), *sets("trainer.epochs=2")], tmp_path)
+    execute_here([*in_run(given(page, r"train\.py -r \S*latest\.pth"), run), *sets("trainer.epochs=2")], tmp_path)
     assert (run / "log.csv").read_text().count("\n") == 3
-    execute([*given(page, "-r auto"), *sets(TINY), *sets("trainer.epochs=3")], tmp_path)
+    execute_here([*given(page, "-r auto"), *sets(TINY), *sets("trainer.epochs=3")], tmp_path)
     assert (run / "log.csv").read_text().count("\n") == 4
 
-    printed = execute(in_run(given(page, r"test\.py .*-p all"), run), tmp_path)
+    printed = execute_here(in_run(given(page, r"test\.py .*-p all"), run), tmp_path)
     assert "## Comparison" in printed
     results = json.loads((run / "results.json").read_text())
     assert set(results["procedures"]) >= {"T", "max", "max_present", "rankdice"}  # T_tuned: if fitted
     assert (run / "per_image.csv").is_file()
 
     shapes = given(page, "dataloaders.shapes")
-    execute([*shapes[: shapes.index("--n")], "--n", "4", "--size", "48"], tmp_path)
-    execute(in_run(given(page, r"inference\.py"), run), tmp_path)
+    execute_here([*shapes[: shapes.index("--n")], "--n", "4", "--size", "48"], tmp_path)
+    execute_here(in_run(given(page, r"inference\.py"), run), tmp_path)
     masks = sorted((tmp_path / "masks").glob("*.png"))
     photos = sorted((tmp_path / "data/shapes/VOCdevkit/VOC2012/JPEGImages").glob("*.jpg"))
     assert [m.stem for m in masks] == [p.stem for p in photos]
@@ -394,7 +392,7 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_about_own_data_runs(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_page_about_own_data_runs(tmp_path: Path) -> None:
     page = "docs/own-data.md"
     random = np.random.default_rng(0)
     for i in range(10):
@@ -408,17 +406,16 @@ def test_the_page_about_own_data_runs(tmp_path: Path, monkeypatch, capsys) -> No
             Image.fromarray(pixels).save(path)
     (block,) = (b for b in blocks(page) if b.language == "json" and '"arch"' in b.text and '"trainer"' in b.text)
     (tmp_path / "mine.json").write_text(block.text, encoding="utf-8")
-    printed = execute(given(page, "utils.config check"), tmp_path)
+    printed = execute_here(given(page, "utils.config check"), tmp_path)
     assert json.loads(printed)["name"] == "mine"
-    printed = execute(given(page, "dataloaders check"), tmp_path)
+    printed = execute_here(given(page, "dataloaders check"), tmp_path)
     assert "no file with a problem" in printed
     assert (tmp_path / "data_check.png").is_file()
-    execute_here([*given(page, r"train\.py"), *sets(TINY_FOLDER)], tmp_path, monkeypatch)
+    execute_here([*given(page, r"train\.py"), *sets(TINY_FOLDER)], tmp_path)
     (run,) = (tmp_path / "saved").glob("mine/*/*/*-*")
-    execute_here(in_run(given(page, r"test\.py"), run), tmp_path, monkeypatch)
-    assert "road" in capsys.readouterr().out
+    assert "road" in execute_here(in_run(given(page, r"test\.py"), run), tmp_path)
     (tmp_path / "data" / "mine" / "images").rename(tmp_path / "new_images")
-    execute_here(in_run(given(page, r"inference\.py"), run), tmp_path, monkeypatch)
+    execute_here(in_run(given(page, r"inference\.py"), run), tmp_path)
     assert len(list((tmp_path / "masks").glob("*.png"))) == 10
 
 

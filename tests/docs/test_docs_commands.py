@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import torch
 
 from tests.config.test_configs import TREES
 from tests.docs.markdown import ROOT, Command, commands, commands_of, ours, pages
+from tests.docs.running import run_here
 from utils import config as configs
 
 Words = tuple[str, ...]
@@ -78,7 +77,7 @@ ELSEWHERE = {
 }
 
 _NETWORK = "installs packages from the network; continuous integration does it through make"
-_HOURS = "takes minutes to hours; tests/test_benchmarks_*.py run its parts"
+_HOURS = "takes minutes to hours; tests/benchmarks/ runs its parts"
 _GPUS = "needs several GPUs"
 NOT_RUN = {
     r"python3 -m venv": _NETWORK,
@@ -292,24 +291,7 @@ class Workspace:
         words = self.adapted(command)
         if "--save-probs" in words:  # those of another checkpoint, trained by the commands before, are not mixed
             shutil.rmtree(self.folder / words[words.index("--save-probs") + 1], ignore_errors=True)
-        argv, cwd = sys.argv, Path.cwd()
-        module = words[0] == "-m"
-        sys.argv = words[1:] if module else words
-        code: Any = 0
-        os.chdir(self.folder)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # a module that is also imported by name
-                if module:
-                    runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-                else:
-                    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        finally:
-            sys.argv = argv
-            os.chdir(cwd)
-            torch.use_deterministic_algorithms(False)
+        code = run_here(words, self.folder)
         assert not code, f"{shlex.join(words)}: exit code {code}"
 
     def adapted(self, command: Words) -> list[str]:
