@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import distributed
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from base.base_dataset import BaseDataSet
 from base.entries import BROKEN_FILES_HINT, Key, available_cores, collate
@@ -117,6 +118,16 @@ class BaseDataLoader(DataLoader[Any]):
         ``len`` remains the number of batches of the whole epoch.
         """
         self.batches.set_epoch(epoch, start_batch)
+
+    def close(self) -> None:
+        """Stop the worker processes; the next iteration starts new ones.
+
+        Do not leave it to the garbage collector: it may close the workers' queues before it stops the workers, and
+        then waits five seconds for each of them.
+        """
+        workers, self._iterator = self._iterator, None
+        if isinstance(workers, _MultiProcessingDataLoaderIter):
+            workers._shutdown_workers()
 
     def get_val_loader(self, whole: bool = False) -> BaseDataLoader | None:
         """Return a loader over the samples that were held out, without augmentation; None if none were.

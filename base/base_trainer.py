@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from base import parallel, rng, runs
 from base.banner import banner, hyper_parameters, warn_about_precision
+from base.base_dataloader import BaseDataLoader
 from base.meter import Meter
 from base.monitor import Monitor
 from base.rescue import explained
@@ -46,6 +47,12 @@ class Data:
     train: Any
     val: Any | None
     facts: Facts
+
+    def close(self) -> None:
+        """Stop the loaders' worker processes."""
+        for loader in (self.train, self.val):
+            if isinstance(loader, BaseDataLoader):
+                loader.close()
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,7 @@ class BaseTrainer:
                 self.stop.ignore()
                 self._rescue(error)
             finally:
+                self.data.close()
                 if hasattr(self, "log"):
                     self.log.close()
 

@@ -100,6 +100,11 @@ def test_persistent_workers_see_the_epoch() -> None:
         live.set_epoch(epoch)
         assert all((batch.images[:, :, 0, 0] == epoch).all() for batch in live)
     assert live._iterator is not None  # the same processes all along
+    (process,) = live._iterator._workers
+    live.close()
+    assert not process.is_alive()
+    assert len(list(live)) == len(live)  # in a new one
+    live.close()
 
 
 @pytest.mark.skipif(available_cores() < 2, reason="needs two cores for two workers")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def make(folder: Path, dropout: float, workers: int, resume: bool = False, **tra
 
 def train(folder: Path, kills: list[int], **options: Any) -> dict[str, Any]:
     """Train to the end, dying right after each of the given iterations; return the last checkpoint."""
+    others = set(active_children())
     for kill in [*kills, None]:
         trainer = make(folder, resume=(folder / "run" / LATEST).exists(), **options)
         if kill is not None:
@@ -57,7 +59,7 @@ def train(folder: Path, kills: list[int], **options: Any) -> dict[str, Any]:
             trainer.train()
         except Killed:
             trainer.log.close()
-        del trainer  # and its workers
+        assert set(active_children()) <= others, "the loaders' processes end with the run"
     return checkpoint.read(folder / "run" / LATEST)
 
 
