@@ -87,7 +87,7 @@ def _sizes(sizes: Counter[tuple[int, int]]) -> str:
         return "unknown: no image could be read"
     if len(sizes) <= 3:
         return ", ".join(f"{w}x{h} ({plural(n, 'image')})" for (w, h), n in sizes.most_common())
-    every = np.repeat(np.array(list(sizes)), list(sizes.values()), axis=0)
+    every = np.array(list(sizes.elements()))
     low, middle, high = (np.percentile(every, q, axis=0, method="nearest") for q in (0, 50, 100))
     return (
         f"{len(sizes)} different; width {low[0]} to {high[0]} (median {middle[0]}), "

@@ -29,44 +29,22 @@ Reasons = dict[tuple[str, ...], str]
 def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
     """Return the config and the reasons: path of a field -> text."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    count, findings = len(found.dataset), found.findings
+    count, single = len(found.dataset), found.dataset.num_classes == 1
     crop, crop_reason = _crop(found, device)
     arch, arch_reason = _network(found, device)
-    pretrained = arch["args"].get("pretrained") == _WEIGHTS
     batch, batch_reason = _batch(count, crop, arch["args"].get("width", 32), device)
     iterations = max(1, count // batch)
     epochs = int(np.clip(round(_ITERATIONS[device] / iterations), 20, 400))
-    workers = max(0, min(4, available_cores() - 1))
-    mean = [_MEAN] * 3 if pretrained else [round(float(v), 4) for v in findings.mean]
-    std = [_STD] * 3 if pretrained else [max(round(float(v), 4), 0.0001) for v in findings.std]
-    shared = found.args | {"mean": mean, "std": std, "num_workers": workers}
-    train = shared | found.train | {"batch_size": batch, "shuffle": True, "augment": True, "crop_size": crop}
-    reasons: Reasons = {("train_loader", "args", key): why for key, why in found.why.items()}
-    same = len(findings.sizes) == 1
-    if same:
-        train["scale"] = [0.75, 1.5]
-        reasons["train_loader", "args", "scale"] = "all images have one size, so objects hardly differ in scale"
-    rare = _rare(found)
-    if rare:
-        train["sampler"] = "weighted"
-        reasons["train_loader", "args", "sampler"] = (
-            f"{', '.join(rare)}: in fewer than {_RARE:.0%} of the images, which are therefore shown more often"
-        )
+    loaders, reasons = _loaders(found, arch, crop, batch)
     config: dict[str, Any] = {
         "name": name,
         "n_gpu": 1 if device == "cuda" else 0,
         "arch": arch,
-        "train_loader": {"type": found.loader, "args": train},
-    }
-    if found.val:
-        config["val_loader"] = {"type": found.loader, "args": shared | found.val | {"batch_size": batch if same else 1}}
-    if found.test:
-        config["test_loader"] = {"type": found.loader, "args": shared | found.test | {"batch_size": 1}}
-    config |= {
+        **loaders,
         "optimizer": {"type": "AdamW", "args": {"lr": 0.001, "weight_decay": 0.0001}},
-        "loss": "BCEWithLogitsLoss2d" if found.dataset.num_classes == 1 else "CrossEntropyLoss2d",
+        "loss": "BCEWithLogitsLoss2d" if single else "CrossEntropyLoss2d",
         "lr_scheduler": {"type": "Poly", "args": {"warmup": 0.05}},
-        "predict": {"train": "T" if found.dataset.num_classes == 1 else "max", "val": "rankdice", "test": "rankdice"},
+        "predict": {"train": "T" if single else "max", "val": "rankdice", "test": "rankdice"},
         "trainer": {
             "epochs": epochs,
             "save_dir": "saved/",
@@ -78,7 +56,7 @@ def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
         },
     }
     names = class_labels(found.dataset)
-    if len(names) == 2 and found.dataset.num_classes == 2:
+    if len(names) == 2 and not single:
         config["predict"]["CoI"] = [1]
         reasons["predict", "CoI"] = f"scores are of {names[1]!r}; the background is large and easy"
     return config, reasons | {
@@ -87,14 +65,9 @@ def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
         ("train_loader",): found.why["loader"],
         ("train_loader", "args", "crop_size"): crop_reason,
         ("train_loader", "args", "batch_size"): batch_reason,
-        ("train_loader", "args", "mean"): (
-            "mean and std are those with which the encoder's weights were trained"
-            if pretrained
-            else f"mean and std are measured on {len(findings.good)} of the images"
-        ),
         ("optimizer",): "AdamW needs little tuning",
         ("loss",): _loss_reason(found),
-        ("predict",): "rankdice maximises the expected Dice of each image; test.py -p all compares it with max and T",
+        ("predict",): "rankdice maximizes the expected Dice of each image; test.py -p all compares it with max and T",
         ("trainer", "epochs"): (
             f"{iterations} iterations each, about {epochs * iterations} in all; longer is usually better"
         ),
@@ -102,11 +75,34 @@ def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
     }
 
 
+def _loaders(found: Survey, arch: dict[str, Any], crop: int, batch: int) -> tuple[dict[str, Any], Reasons]:
+    """Return the sections of the loaders, and reasons for their arguments."""
+    findings, why = found.findings, dict(found.why)
+    mean, std = [round(float(v), 4) for v in findings.mean], [max(round(float(v), 4), 0.0001) for v in findings.std]
+    why["mean"] = f"mean and std are measured on {len(findings.good)} of the images"
+    if arch["args"].get("pretrained") == _WEIGHTS:
+        mean, std = [_MEAN] * 3, [_STD] * 3
+        why["mean"] = "mean and std are those with which the encoder's weights were trained"
+    shared = found.args | {"mean": mean, "std": std, "num_workers": max(0, min(4, available_cores() - 1))}
+    train = shared | found.train | {"batch_size": batch, "shuffle": True, "augment": True, "crop_size": crop}
+    one_size = len(findings.sizes) == 1
+    if one_size:
+        train["scale"] = [0.75, 1.5]
+        why["scale"] = "all images have one size, so objects hardly differ in scale"
+    if rare := _rare(found):
+        train["sampler"] = "weighted"
+        why["sampler"] = f"{', '.join(rare)}: in fewer than {_RARE:.0%} of the images, so these are shown more often"
+    splits = {"train_loader": train}
+    if found.val:
+        splits["val_loader"] = shared | found.val | {"batch_size": batch if one_size else 1}
+    if found.test:
+        splits["test_loader"] = shared | found.test | {"batch_size": 1}
+    sections = {field: {"type": found.loader, "args": args} for field, args in splits.items()}
+    return sections, {("train_loader", "args", name): text for name, text in why.items()}
+
+
 def _crop(found: Survey, device: str) -> tuple[int, str]:
-    sizes = np.repeat(
-        np.array(list(found.findings.sizes)), np.array(list(found.findings.sizes.values())), axis=0
-    )  # (width, height)
-    short = int(np.median(sizes.min(axis=1)))
+    short = int(np.median([min(size) for size in found.findings.sizes.elements()]))
     largest = _LARGEST_CROP[device]
     crop = max(_STRIDE, min(largest, short // _STRIDE * _STRIDE))
     text = f"the shorter side of the images is {short} pixels (median)"

@@ -12,7 +12,7 @@ import numpy as np
 
 import dataloaders
 from base.base_dataset import BaseDataSet
-from base.classes import read_classes
+from base.classes import Classes, classes_of, read_classes
 from base.entries import spread
 from base.layout import found_tree
 from base.splits import grouping
@@ -54,6 +54,16 @@ class Survey:
     test: dict[str, Any] | None = None
     dataset: BaseDataSet = field(init=False)
     findings: Findings = field(init=False)
+
+    def take(self, argument: str, value: Any, why: str) -> None:
+        """Give the loader an argument, for a reason."""
+        self.args[argument], self.why[argument] = value, why
+
+    @property
+    def classes(self) -> Classes | None:
+        """Names and colours of the classes, if names or a file of them are known."""
+        classes = self.args.get("classes")
+        return None if classes is None else classes_of(classes, self.args["data_dir"])
 
 
 def survey(root: Path, images: str | None = None, masks: str | None = None, classes: str | None = None) -> Survey:
@@ -138,8 +148,7 @@ def _folder(root: Path, images: str | None, masks: str | None) -> Survey:
     found = Survey("Folder", args, {"loader": f"images in {images}, masks in {masks}"})
     suffix = _mask_suffix(root, images, masks)
     if suffix:
-        args["mask_suffix"] = suffix
-        found.why["mask_suffix"] = "masks are named like their images, with this added"
+        found.take("mask_suffix", suffix, "masks are named like their images, with this added")
     every = {key for level in (*names, _names_in(root / images)) for key in level}
     splits = {SPLIT_OF_FOLDER[key] for key in every if key in SPLIT_OF_FOLDER}
     if "train" in splits:
@@ -179,14 +188,13 @@ def _take_classes(found: Survey, root: Path, given: str | None) -> None:
         return
     if given is not None:
         is_file = (root / given).is_file() or Path(given).is_file()
-        found.args["classes"] = given if is_file else [name.strip() for name in given.split(",")]
-        found.why["classes"] = "given on the command line"
+        names = given if is_file else [name.strip() for name in given.split(",")]
+        found.take("classes", names, "given on the command line")
         return
     for name in _CLASS_FILES:
         if (root / name).is_file():
             count = len(read_classes(root / name).names)
-            found.args["classes"] = name
-            found.why["classes"] = f"{name} lies in the folder and names {count} classes"
+            found.take("classes", name, f"{name} is in the folder and names {count} classes")
             return
 
 
@@ -226,78 +234,63 @@ def _take_masks(found: Survey, paths: list[Path]) -> None:
             plane = mask.values if mask.values.ndim == 2 else mask.values[:, :, 0]
             unique, counts = np.unique(plane, return_counts=True)
             values.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-    names = _names_of(found)
     if lossy:
-        found.args["threshold"] = 127
-        found.why["threshold"] = "masks have lossy compression (JPEG): grey levels above the middle are the object"
+        why = "masks have lossy compression (JPEG): grey levels above the middle are the object"
+        found.take("threshold", 127, why)
         found.args.setdefault("classes", ["background", "object"])
     elif colours:
-        _take_colours(found, colours, names)
+        _take_colours(found, colours)
     elif values:
-        _take_values(found, sorted(values), names)
+        _take_values(found, sorted(values))
     else:
         raise UserError(f"--data-dir: none of the masks can be read, such as {paths[0]}")
 
 
-def _names_of(found: Survey) -> int | None:
-    classes = found.args.get("classes")
-    if classes is None:
-        return None
-    if isinstance(classes, list):
-        return len(classes)
-    below = Path(found.args["data_dir"]) / classes
-    return len(read_classes(below if below.is_file() else classes).names)
-
-
-def _take_colours(found: Survey, colours: Counter[tuple[int, int, int]], names: int | None) -> None:
-    classes = found.args.get("classes")
-    if isinstance(classes, str):
-        below = Path(found.args["data_dir"]) / classes
-        if read_classes(below if below.is_file() else classes).palette is not None:
-            found.why["classes"] += ", with their colours in the masks"
-            return
+def _take_colours(found: Survey, colours: Counter[tuple[int, int, int]]) -> None:
+    classes = found.classes
+    if classes is not None and classes.palette is not None:
+        found.why["classes"] += ", with their colours in the masks"
+        return
     if len(colours) > 60:
         raise UserError(
             f"--data-dir: the masks hold {len(colours)} colours, too many to be classes. Give a file of names and "
             "colours with --classes (lines R G B name)"
         )
-    if names is not None:
+    if classes is not None:
         raise UserError(
             f"--classes: masks are painted in {len(colours)} colours, and the names alone do not say which is which. "
             "Give a file with lines R G B name"
         )
     ordered = [colour for colour, _ in colours.most_common()]
-    found.args["palette"] = [list(colour) for colour in ordered]
+    why = "the colours found in the masks, most frequent first; put names for them into classes"
+    found.take("palette", [list(colour) for colour in ordered], why)
     found.args["classes"] = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in ordered]
-    found.why["palette"] = "the colours found in the masks, most frequent first; put names for them into classes"
 
 
-def _take_values(found: Survey, values: list[int], names: int | None) -> None:
+def _take_values(found: Survey, values: list[int]) -> None:
     ids = [value for value in values if value != 255]
+    names = None if found.classes is None else len(found.classes.names)
     if values == [0, 255] and names in (None, 1, 2):
         found.args.setdefault("classes", ["background", "object"])
-        found.args["mask_values"] = [0, 255]
-        found.why["mask_values"] = "masks hold 0 and 255 only: background and object"
+        found.take("mask_values", [0, 255], "masks hold 0 and 255 only: background and object")
         return
     negative = [value for value in ids if value < 0]
     if negative:
-        found.args["ignore_values"] = negative
-        found.why["ignore_values"] = "negative values are taken as not labelled"
+        found.take("ignore_values", negative, "negative values are taken as not labelled")
         ids = [value for value in ids if value >= 0]
     dense = bool(ids) and ids[-1] < max(names or 0, 2 * len(ids), 8) and ids[-1] < max(names or 256, 2)
     if dense:
         count = names or max(ids[-1] + 1, 2)
         if names is None:
-            found.args["classes"] = ["background", "object"] if count == 2 else count
-            found.why["classes"] = f"masks hold the values 0 to {count - 1}; put your names here, in this order"
+            why = f"masks hold the values 0 to {count - 1}; put your names here, in this order"
+            found.take("classes", ["background", "object"] if count == 2 else count, why)
         if 255 in values:
             found.why["masks_hold"] = "class ids; 255 is not labelled and ignored"
         return
     if names is not None and names != len(ids):
         raise UserError(f"--classes: {names} names, but the masks hold the values {ids[:20]}")
-    found.args["mask_values"] = ids
-    found.why["mask_values"] = "the values found in the masks, one per class"
     found.args.setdefault("classes", [f"value {value}" for value in ids])
+    found.take("mask_values", ids, "the values found in the masks, one per class")
 
 
 def _take_images(found: Survey, paths: list[Path]) -> None:
@@ -316,8 +309,7 @@ def _take_images(found: Survey, paths: list[Path]) -> None:
         finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
         smallest = float(finite.min(initial=0))
         if smallest <= _NO_DATA:
-            found.args["nodata"] = smallest
-            found.why["nodata"] = "this value means that there is no data; such pixels are ignored"
+            found.take("nodata", smallest, "this value means that there is no data; such pixels are ignored")
             finite = finite[finite != smallest]
         elif finite.size < array.size:
             found.args.setdefault("nodata", "nan")
@@ -330,8 +322,8 @@ def _take_images(found: Survey, paths: list[Path]) -> None:
         raise UserError(f"--data-dir: none of the images can be read, such as {paths[0]}")
     count = 3 if set(channels) <= {1, 3} and 3 in channels else channels.most_common(1)[0][0]
     if count != 3:
-        found.args["in_channels"] = count
-        found.why["in_channels"] = "the images are grey" if count == 1 else f"the images have {count} channels"
+        why = "the images are grey" if count == 1 else f"the images have {count} channels"
+        found.take("in_channels", count, why)
     _take_range(found, low, high, top, floating, narrow)
 
 
@@ -343,8 +335,7 @@ def _take_range(found: Survey, low: float, high: float, top: int, floating: bool
         limits = (0, next((2**bits - 1 for bits in (8, 10, 12, 14) if high < 2**bits), round(high)))
     else:
         return
-    found.args["value_range"] = list(limits)
-    found.why["value_range"] = f"the images hold values from {low:.6g} to {high:.6g}"
+    found.take("value_range", list(limits), f"the images hold values from {low:.6g} to {high:.6g}")
 
 
 def _take_fractions(found: Survey, root: Path, count: int, names: list[str]) -> None:
@@ -352,18 +343,19 @@ def _take_fractions(found: Survey, root: Path, count: int, names: list[str]) -> 
     if count < 2:
         raise UserError(f"--data-dir: {root} holds {count} sample; training and validation need at least one each")
     fraction = 0.2 if count < 1000 else 0.1
-    found.args["val_fraction"] = round(max(fraction, 1 / count), 4)
-    found.why["val_fraction"] = f"of {count} samples; the same ones in every run"
+    why = f"of {count} samples; the same ones in every run"
+    found.take("val_fraction", round(max(fraction, 1 / count), 4), why)
     for pattern in _GROUPS:
         try:
             sizes = Counter(map(grouping(pattern), names))
         except UserError:
             continue
         if 5 <= len(sizes) <= count / 3 and max(sizes.values()) <= count / 3:
-            found.args["group_by"] = pattern
-            found.why["group_by"] = (
+            found.take(
+                "group_by",
+                pattern,
                 f"names fall into {len(sizes)} groups by how they begin, such as {min(sizes)!r}: perhaps frames of one "
-                "scene or slices of one patient, so a group is not divided. Remove it if that is not so"
+                "scene or slices of one patient, so a group is not divided. Remove it if that is not so",
             )
             break
     found.train, found.val = {"split": "train"}, {"split": "val"}

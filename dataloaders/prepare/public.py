@@ -42,7 +42,7 @@ class Recipe:
 
 def run(args: argparse.Namespace) -> None:
     """Fetch the data set that the command line names."""
-    recipe = recipes()[recipe_name(args.name, args.aug, args.partition)]
+    recipe = RECIPES[recipe_name(args.name, args.aug, args.partition)]
     print(recipe.note)
     prepare(recipe, expand(args.dir), args.mirror, not args.no_verify, args.delete_archives)
     print(
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def recipe_name(name: str, aug: bool = False, partition: str = "CocoStuff164k") -> str:
-    """Return the key of :func:`recipes` for the command line's words."""
+    """Return the key of :data:`RECIPES` for the command line's words."""
     if aug and name != "voc":
         raise UserError(f"--aug: only voc has augmented lists, not {name}")
     if name == "coco_stuff":
@@ -179,82 +179,67 @@ def _write_lists(voc: Path, masks: Iterable[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Addresses and MD5 sums of VOC and SBD are torchvision's.
 
+_VOC = Archive(
+    "VOCtrainval_11-May-2012.tar",
+    "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+    "md5:6cd6e144f989b92b3379bac3b3de84fd",
+)
+_CONTOURS = Archive(
+    "benchmark.tgz",
+    "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",
+    "md5:82b4d87ceb2ed10f6038a1cba92111cb",
+)
+_ADE20K = Archive(
+    "ADEChallengeData2016.zip",
+    "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+    "sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7",
+)
+_COCO = "http://images.cocodataset.org/zips"
+_COCO_STUFF = "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset"
+_STUFF_MAPS, _STUFF_10K = "stuffthingmaps_trainval2017.zip", "cocostuff-10k-v1.1.zip"
 
-def recipes() -> dict[str, Recipe]:
-    """Return every recipe. Addresses and MD5 sums of VOC and SBD are torchvision's."""
-    voc = Archive(
-        "VOCtrainval_11-May-2012.tar",
-        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
-        "md5:6cd6e144f989b92b3379bac3b3de84fd",
-    )
-    contours = Archive(
-        "benchmark.tgz",
-        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",
-        "md5:82b4d87ceb2ed10f6038a1cba92111cb",
-    )
-    calvin = "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset"
-    return {
-        "voc": Recipe(
-            (voc,),
-            "configs/voc.json",
-            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
-            "Pascal VOC 2012 (2 GB). Images from Flickr: its terms of use apply.",
+RECIPES = {
+    "voc": Recipe(
+        (_VOC,),
+        "configs/voc.json",
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+        "Pascal VOC 2012 (2 GB). Images from Flickr: its terms of use apply.",
+    ),
+    "voc_aug": Recipe(
+        (_VOC, _CONTOURS),
+        "configs/voc_aug.json",
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+        "Pascal VOC 2012 (2 GB) and SBD (1.4 GB). Images from Flickr: its terms of use apply.",
+        augment_voc,
+    ),
+    "ade20k": Recipe(
+        (_ADE20K,),
+        "configs/ade20k.json",
+        "http://sceneparsing.csail.mit.edu/",
+        "ADE20K scene parsing (0.9 GB): for non-commercial research and education only.",
+    ),
+    "coco_stuff164k": Recipe(
+        (
+            Archive("val2017.zip", f"{_COCO}/val2017.zip", "md5:442b8da7639aecaf257c1dceb8ba8c80", "images"),
+            Archive(_STUFF_MAPS, f"{_COCO_STUFF}/{_STUFF_MAPS}", None, "annotations"),
+            Archive("train2017.zip", f"{_COCO}/train2017.zip", "md5:cced6f7f71b7629ddf16f17bbcfab6b2", "images"),
         ),
-        "voc_aug": Recipe(
-            (voc, contours),
-            "configs/voc_aug.json",
-            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
-            "Pascal VOC 2012 (2 GB) and SBD (1.4 GB). Images from Flickr: its terms of use apply.",
-            augment_voc,
-        ),
-        "ade20k": Recipe(
-            (
-                Archive(
-                    "ADEChallengeData2016.zip",
-                    "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-                    "sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7",
-                ),
-            ),
-            "configs/ade20k.json",
-            "http://sceneparsing.csail.mit.edu/",
-            "ADE20K scene parsing (0.9 GB): for non-commercial research and education only.",
-        ),
-        "coco_stuff164k": Recipe(
-            (
-                Archive(
-                    "val2017.zip",
-                    "http://images.cocodataset.org/zips/val2017.zip",
-                    "md5:442b8da7639aecaf257c1dceb8ba8c80",
-                    "images",
-                ),
-                Archive(
-                    "stuffthingmaps_trainval2017.zip",
-                    f"{calvin}/stuffthingmaps_trainval2017.zip",
-                    None,
-                    "annotations",
-                ),
-                Archive(
-                    "train2017.zip",
-                    "http://images.cocodataset.org/zips/train2017.zip",
-                    "md5:cced6f7f71b7629ddf16f17bbcfab6b2",
-                    "images",
-                ),
-            ),
-            "configs/coco_stuff.json",
-            "https://github.com/nightrome/cocostuff",
-            "COCO-Stuff 164k (20 GB). Annotations CC BY 4.0; images from Flickr, its terms of use apply.",
-        ),
-        "coco_stuff10k": Recipe(
-            (Archive("cocostuff-10k-v1.1.zip", f"{calvin}/cocostuff-10k-v1.1.zip"),),
-            "configs/coco_stuff.json",
-            "https://github.com/nightrome/cocostuff10k",
-            "COCO-Stuff 10k (2 GB). Annotations CC BY 4.0; images from Flickr, its terms of use apply.",
-        ),
-        "cityscapes": Recipe(
-            (Archive("gtFine_trainvaltest.zip", None), Archive("leftImg8bit_trainvaltest.zip", None)),
-            "configs/cityscapes.json",
-            "https://www.cityscapes-dataset.com/downloads/",
-            "Cityscapes (12 GB): for non-commercial use, after registration with the publisher.",
-        ),
-    }
+        "configs/coco_stuff.json",
+        "https://github.com/nightrome/cocostuff",
+        "COCO-Stuff 164k (20 GB). Annotations CC BY 4.0; images from Flickr, its terms of use apply.",
+    ),
+    "coco_stuff10k": Recipe(
+        (Archive(_STUFF_10K, f"{_COCO_STUFF}/{_STUFF_10K}"),),
+        "configs/coco_stuff.json",
+        "https://github.com/nightrome/cocostuff10k",
+        "COCO-Stuff 10k (2 GB). Annotations CC BY 4.0; images from Flickr, its terms of use apply.",
+    ),
+    "cityscapes": Recipe(
+        (Archive("gtFine_trainvaltest.zip", None), Archive("leftImg8bit_trainvaltest.zip", None)),
+        "configs/cityscapes.json",
+        "https://www.cityscapes-dataset.com/downloads/",
+        "Cityscapes (12 GB): for non-commercial use, after registration with the publisher.",
+    ),
+}

@@ -22,7 +22,7 @@ from dataloaders.ade20k import ADE20K
 from dataloaders.labels import labels
 from dataloaders.prepare import download
 from dataloaders.prepare.download import Archive, Unreachable, fetch, unpack, verify
-from dataloaders.prepare.public import Recipe, by_hand, prepare, recipes
+from dataloaders.prepare.public import RECIPES, Recipe, by_hand, prepare
 from utils.errors import UserError
 
 
@@ -374,7 +374,7 @@ def test_an_archive_that_changed_behind_our_back_is_found(tmp_path: Path) -> Non
 
 
 def test_every_recipe_names_a_config_and_a_page(root: Path) -> None:
-    for name, recipe in recipes().items():
+    for name, recipe in RECIPES.items():
         assert (root / recipe.config).is_file(), name
         assert recipe.page.startswith("http")
         assert all(a.url is None or a.url.endswith(a.filename) for a in recipe.archives)
