@@ -91,6 +91,8 @@ class BaseDataSet(Statistics, Dataset[Any]):
     label_hint: str = ""
     # The samples for validation that samples() left out of a training split, if it did.
     held_out: Sequence[Entry] | None = None
+    # The files that samples() skipped because they have no partner.
+    alone: Sequence[Path] = ()
     # The groups that samples belong to (base.splits.grouping), for data sets that take it as an argument.
     group_by: str | None = None
     # Generated data sets draw another image per epoch; their pixels cannot be counted or cached.
@@ -217,6 +219,13 @@ class BaseDataSet(Statistics, Dataset[Any]):
     def samples(self) -> list[Entry] | list[tuple[Path, Path | None, str]]:
         """Return the (image path, label path or None, name) of all samples, in a fixed order."""
         raise NotImplementedError
+
+    def root(self, *inner: str, holds: Sequence[str]) -> Path:
+        """Return the folder, one of ``inner`` below data_dir or data_dir, that contains a folder of ``holds``."""
+        for folder in (*(self.data_dir / name for name in inner), self.data_dir):
+            if any((folder / name).is_dir() for name in holds):
+                return folder
+        raise self.layout_error(f"data_dir {self.data_dir} contains no folder {' or '.join(holds)}")
 
     def _list(self) -> Sequence[Entry]:
         if self.layout and not self.data_dir.is_dir():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from base.base_dataset import BaseDataSet
 from base.entries import Entry
 from dataloaders.labels import labels
-from dataloaders.reading.pairing import image_files, pair, relative_stem
+from dataloaders.reading.pairing import image_files, pair_folders
 
 _FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
 
@@ -36,18 +34,8 @@ data_dir/                (or ADEChallengeData2016/ below it)
     def samples(self) -> list[Entry]:
         """Return the pairs of the split, sorted; testing has images only."""
         part = _FOLDERS.get(self.split, self.split)
-        root = self._root()
+        root = self.root("ADEChallengeData2016", holds=["images"])
         images, masks = root / "images" / part, root / "annotations" / part
-        if not images.is_dir():
-            raise self.layout_error(f"there is no folder {images}")
-        if part == "testing" and not masks.is_dir():
+        if part == "testing" and images.is_dir() and not masks.is_dir():
             return [Entry(path, None, path.stem) for path in image_files(images)]
-        pairs = pair(image_files(images), image_files(masks), relative_stem(images), relative_stem(masks))
-        self.alone = pairs.warn()
-        return pairs.entries
-
-    def _root(self) -> Path:
-        for root in (self.data_dir, self.data_dir / "ADEChallengeData2016"):
-            if (root / "images").is_dir():
-                return root
-        raise self.layout_error(f"data_dir {self.data_dir} holds no folder images")
+        return pair_folders(self, images, masks)

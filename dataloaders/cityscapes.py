@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -56,20 +55,15 @@ for train_extra and mode "coarse"
         if self.split == ("train_extra" if self.mode == "fine" else "test"):
             raise self.layout_error(f"split {self.split!r} has no {self.mode} annotations")
         extra = self.split == "train_extra"
-        images = self._folder("leftImg8bit", "leftImg8bit_trainextra" if extra else "leftImg8bit_trainvaltest")
-        masks = self._folder(kind, "gtFine_trainvaltest" if self.mode == "fine" else "gtCoarse")
+        inside, labels_inside = f"leftImg8bit/{self.split}", f"{kind}/{self.split}"
+        archive = "leftImg8bit_trainextra" if extra else "leftImg8bit_trainvaltest"
+        images = self.root(archive, holds=[inside]) / inside
+        masks = self.root("gtFine_trainvaltest" if self.mode == "fine" else "gtCoarse", holds=[labels_inside])
         pairs = pair(
             sorted(images.glob("*/*_leftImg8bit.png")),
-            sorted(masks.glob(f"*/*_{kind}_labelIds.png")),
+            sorted(masks.glob(f"{labels_inside}/*/*_{kind}_labelIds.png")),
             lambda path: path.name.removesuffix("_leftImg8bit.png"),
             lambda path: path.name.removesuffix(f"_{kind}_labelIds.png"),
         )
         self.alone = pairs.warn()
         return pairs.entries
-
-    def _folder(self, name: str, archive: str) -> Path:
-        candidates = [self.data_dir / archive / name / self.split, self.data_dir / name / self.split]
-        for folder in candidates:
-            if folder.is_dir():
-                return folder
-        raise self.layout_error(f"there is no folder {candidates[1]} (nor {candidates[0]})")

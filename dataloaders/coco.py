@@ -12,7 +12,7 @@ from base.entries import Entry
 from dataloaders.labels import labels
 from dataloaders.reading.lists import read_names
 from dataloaders.reading.matlab import load_mat
-from dataloaders.reading.pairing import image_files, pair, relative_stem
+from dataloaders.reading.pairing import pair_folders
 from utils.errors import UserError
 from utils.images import read_label
 
@@ -109,28 +109,11 @@ class COCO(BaseDataSet):
         names = self.data_dir / "imageLists" / f"{self.split}.txt"
         if not names.is_file():
             raise self.layout_error(f"there is no list {names}")
-        return [
-            Entry(
-                self.data_dir / "images" / f"{name}.jpg",
-                self.data_dir / "annotations" / f"{name}.mat",
-                name,
-            )
-            for name in read_names(names)
-        ]
+        images, masks = self.data_dir / "images", self.data_dir / "annotations"
+        return [Entry(images / f"{name}.jpg", masks / f"{name}.mat", name) for name in read_names(names)]
 
     def _samples_164k(self) -> list[Entry]:
         if self.split not in _SPLITS_164K:
             raise ValueError(f"split must be train2017 or val2017 for CocoStuff164k, got {self.split!r}")
         part = _SPLITS_164K[self.split]
-        images, masks = self.data_dir / "images" / part, self.data_dir / "annotations" / part
-        for folder in (images, masks):
-            if not folder.is_dir():
-                raise self.layout_error(f"there is no folder {folder}")
-        pairs = pair(
-            image_files(images, (".jpg",)),
-            image_files(masks, (".png",)),
-            relative_stem(images),
-            relative_stem(masks),
-        )
-        self.alone = pairs.warn()
-        return pairs.entries
+        return pair_folders(self, self.data_dir / "images" / part, self.data_dir / "annotations" / part)

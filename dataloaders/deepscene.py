@@ -11,7 +11,7 @@ from base.base_dataset import BaseDataSet
 from base.entries import Entry
 from dataloaders.labels import labels
 from dataloaders.reading.colours import ColourTable
-from dataloaders.reading.pairing import image_files, pair
+from dataloaders.reading.pairing import pair_folders
 from utils.images import read_label, read_mask
 
 _TREE, _VEGETATION = (0, 60, 0), 3
@@ -56,27 +56,11 @@ data_dir/                (or freiburg_forest_annotated/ below it)
     def samples(self) -> list[Entry]:
         """Return the pairs of the split, sorted; file names agree up to the first underscore."""
         part = "train" if self.split == "train" else "test"
-        root = self._root()
-        images = root / part / "rgb"
-        kinds = [root / part / kind for kind in ("GT_color", "GT_index")]
-        masks = next((folder for folder in kinds if folder.is_dir()), None)
-        if not images.is_dir() or masks is None:
-            raise self.layout_error(f"there is no folder {images if masks else kinds[0]}")
-        self._painted = masks.name == "GT_color"
-        pairs = pair(image_files(images), image_files(masks), _identity, _identity)
-        self.alone = pairs.warn()
-        return pairs.entries
+        folder = self.root("freiburg_forest_annotated", holds=["train", "test"]) / part
+        self._painted = (folder / "GT_color").is_dir() or not (folder / "GT_index").is_dir()
+        masks = folder / ("GT_color" if self._painted else "GT_index")
+        return pair_folders(self, folder / "rgb", masks, lambda path: path.stem.partition("_")[0])
 
     def load_label(self, path: Path) -> np.ndarray:
         """Return the class ids, decoded from the mask's colours if it is painted."""
         return self._colours.decode(read_mask(path).colours(), path) if self._painted else read_label(path)
-
-    def _root(self) -> Path:
-        for root in (self.data_dir, self.data_dir / "freiburg_forest_annotated"):
-            if (root / "train").is_dir() or (root / "test").is_dir():
-                return root
-        raise self.layout_error(f"data_dir {self.data_dir} holds neither train nor test")
-
-
-def _identity(path: Path) -> str:
-    return path.stem.partition("_")[0]

@@ -113,7 +113,7 @@ or, split by folders,
 
     def samples(self) -> list[Entry]:
         """Return the pairs of the split, sorted by name (or in the list's order)."""
-        self.alone: list[Path] = []
+        self.alone = []
         if self._list_file is not None and "{split}" in self._list_file:
             self._refuse_fractions("list_file has a list for each split")
             return self._from_list(self._below(self._list_file.replace("{split}", self.split)))
@@ -213,7 +213,7 @@ or, split by folders,
             relative_stem(masks, self._suffix),
         )
         self._complain(pairs, images, masks)
-        self.alone += pairs.warn()
+        self.alone = [*self.alone, *pairs.warn()]
         return pairs.entries
 
     def _complain(self, pairs: Pairs, images: Path, masks: Path) -> None:

@@ -12,7 +12,7 @@ from base.entries import Entry
 from base.splits import split_by_fraction
 from dataloaders.labels import labels
 from dataloaders.reading.lists import read_names
-from dataloaders.reading.pairing import image_files, pair, relative_stem
+from dataloaders.reading.pairing import pair_folders
 from utils.bounds import ShareBelowOne
 from utils.images import read_levels
 
@@ -58,15 +58,11 @@ or, split beforehand,
             masks = self.data_dir / "masks_split" / self.split / "jpg_masks"
         else:
             images, masks = self.data_dir / "images", self.data_dir / "masks"
-        for folder in (images, masks):
-            if not folder.is_dir():
-                raise self.layout_error(f"there is no folder {folder}")
-        pairs = pair(image_files(images), image_files(masks), relative_stem(images), relative_stem(masks))
-        self.alone = pairs.warn()
+        entries = pair_folders(self, images, masks)
         if presplit or self.split == "all":
-            return pairs.entries
-        chosen = self._chosen([entry.name for entry in pairs.entries])
-        return [entry for entry in pairs.entries if entry.name in chosen]
+            return entries
+        chosen = self._chosen([entry.name for entry in entries])
+        return [entry for entry in entries if entry.name in chosen]
 
     def _chosen(self, names: list[str]) -> set[str]:
         published = self.data_dir / f"{self.split}.txt"

@@ -57,18 +57,11 @@ data_dir/
 
     def samples(self) -> list[Entry]:
         """Return the pairs that the split's list names, in its order."""
-        root = self._root()
+        root = self.root("VOCdevkit/VOC2012", "VOC2012", holds=["ImageSets"])
         path = root / "ImageSets" / "Segmentation" / f"{self.split}.txt"
         if not path.is_file():
             raise self.layout_error(f"there is no list {path} for split {self.split!r}")
         return [self._entry(root, columns_of(line), path) for _, line in read_lines(path, "data_dir")]
-
-    def _root(self) -> Path:
-        # data_dir may also point at the inner folders.
-        for root in (self.data_dir / "VOCdevkit" / "VOC2012", self.data_dir / "VOC2012", self.data_dir):
-            if (root / "ImageSets").is_dir():
-                return root
-        raise self.layout_error(f"data_dir {self.data_dir} holds no VOCdevkit/VOC2012 with ImageSets")
 
     def _entry(self, root: Path, columns: list[str], path: Path) -> Entry:
         if len(columns) == 1:

@@ -14,8 +14,9 @@ from dataloaders.check.leaks import setup_problems, shared
 from dataloaders.check.report import count_of_problems, report
 from dataloaders.check.sheet import contact_sheet
 from utils.config import load
+from utils.config.data_checks import loader_errors
 from utils.config.schema import Component, Config
-from utils.errors import DataFolderError, UserError
+from utils.errors import UserError
 from utils.images import write_png
 
 DEFAULT_SAMPLES = 500
@@ -65,23 +66,10 @@ def open_stages(config: Config, stages: tuple[str, ...]) -> Iterator[tuple[str, 
         component = config.loader(stage)
         if component is None or (stage == "test" and config.test_loader is None and "val" in stages):
             continue
-        path = f"{stage}_loader.args"
         args = {name: value for name, value in component.args.items() if name not in _NOT_TAKEN}
-        try:
-            loader = dataloaders.build(
-                component.type,
-                **args,
-                on_error="skip",
-                num_workers=0,
-                seed=config.seed,
-                ignore_index=config.ignore_index,
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: {error}") from error
-        except DataFolderError as error:
-            raise UserError(f"{path}.data_dir: {error}") from error
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+        args |= {"on_error": "skip", "num_workers": 0, "seed": config.seed, "ignore_index": config.ignore_index}
+        with loader_errors(f"{stage}_loader"):
+            loader = dataloaders.build(component.type, **args)
         yield stage, component, loader
 
 

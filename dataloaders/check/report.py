@@ -74,7 +74,7 @@ def count_of_problems(findings: Findings) -> str:
 
 
 def _alone(dataset: BaseDataSet) -> list[str]:
-    alone = getattr(dataset, "alone", [])
+    alone = dataset.alone
     if not alone:
         return ["no partner      none"]
     more = [f"                ... and {len(alone) - _SHOWN} more"] if len(alone) > _SHOWN else []

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from base.base_dataset import BaseDataSet
 from base.entries import Entry
 from utils.errors import UserError, listed, plural
 from utils.images import IMAGE_EXTENSIONS
@@ -99,6 +100,26 @@ def pair(
         sorted(by_key[key] for key in by_key.keys() - masks_by_key.keys()),
         sorted(masks_by_key[key] for key in masks_by_key.keys() - by_key.keys()),
     )
+
+
+def pair_folders(data: BaseDataSet, images: Path, masks: Path, key: Callable[[Path], str] | None = None) -> list[Entry]:
+    """Return a data set's pairs in two folders, and warn of files without a partner.
+
+    Args:
+        data: the data set; its ``alone`` becomes the files without a partner.
+        images, masks: the folders.
+        key: what the names of an image and its mask have in common; None: the path below the folder.
+
+    Raises:
+        UserError: a folder is missing, or two files have the same key.
+    """
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise data.layout_error(f"there is no folder {folder}")
+    image_key, mask_key = key or relative_stem(images), key or relative_stem(masks)
+    pairs = pair(image_files(images), image_files(masks), image_key, mask_key)
+    data.alone = pairs.warn()
+    return pairs.entries
 
 
 def index_files(files: Iterable[Path], key: Callable[[Path], str]) -> dict[str, Path]:

@@ -83,7 +83,7 @@ def test_missing_list_and_wrong_folder(devkit: Path) -> None:
     (devkit / "VOCdevkit/VOC2012/ImageSets/Segmentation/val_aug.txt").unlink()
     with pytest.raises(UserError, match=r"no list .*val_aug\.txt"):
         VOC(str(devkit), "val_aug")
-    with pytest.raises(UserError, match="holds no VOCdevkit"):
+    with pytest.raises(UserError, match="contains no folder ImageSets"):
         VOC(str(devkit / "VOCdevkit/VOC2012/JPEGImages"), "train")
 
 

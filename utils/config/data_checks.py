@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -52,10 +53,17 @@ def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
             f"or with --set {stage}_loader.type=NAME --set {stage}_loader.args.data_dir=FOLDER"
         )
     field = "val_loader" if stage == "test" and config.test_loader is None else f"{stage}_loader"
+    with loader_errors(field):
+        return build(component.type, seed=config.seed, ignore_index=config.ignore_index, **component.args)
+
+
+@contextmanager
+def loader_errors(field: str) -> Iterator[None]:
+    """Turn the errors of a loader that is built into messages that name its field, such as ``val_loader``."""
     try:
-        return built(
-            f"{field}.args", build, component.type, seed=config.seed, ignore_index=config.ignore_index, **component.args
-        )
+        yield
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"{field}.args: {error}") from error
     except OSError as error:
         raise UserError(f"{field}.args: cannot read {error.filename}: {error.strerror}") from None
     except DataFolderError as error:
