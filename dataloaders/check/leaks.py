@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -22,6 +25,8 @@ _PART = 1 << 16  # bytes at both ends of a file that are compared
 _COPY = re.compile(
     r"(\.rf\.[0-9a-z]{20,}|[_\-. ](aug|augmented|[hv]?flip|flipped|mirror|rot|rotated|copy)[_\-]?\d*| ?\(\d+\))+$", re.I
 )
+
+_Files = list[tuple[Entry, os.stat_result]]
 
 
 def announce(train: BaseDataLoader, val: BaseDataLoader | None) -> None:
@@ -62,7 +67,7 @@ def shared(loaders: dict[str, BaseDataLoader]) -> list[str]:
 
 
 def _between(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> Iterator[str]:
-    left, right = list(_entries(a)), list(_entries(b))
+    left, right = _entries(a), _entries(b)
     advice = "scores on these do not carry over to new pictures"
     if not left or not right:
         return
@@ -72,67 +77,57 @@ def _between(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> Iterator[str]
             if same:
                 yield f"{stages} have {plural(len(same), 'image')} in common, such as {min(same)}: {advice}"
         return
-    files = dict(_identified(left))
-    same_files = [(files[identity], entry) for identity, entry in _identified(right) if identity in files]
+    files, others = _with_status(left), _with_status(right)
+    known = {(status.st_dev, status.st_ino) for _, status in files}  # the same file, also through links
+    same_files = [entry for entry, status in others if (status.st_dev, status.st_ino) in known]
     if same_files:
-        yield f"{stages} have {plural(len(same_files), 'image')} in common, such as {same_files[0][1].image}: {advice}"
+        yield f"{stages} have {plural(len(same_files), 'image')} in common, such as {same_files[0].image}: {advice}"
         return
-    equal = _equal_content(left, right)
+    equal = _equal_content(files, others)
     if equal:
         one, other = equal[0]
         yield (
-            f"{stages} hold files with equal content: {plural(len(equal), 'pair')} found, such as {one.image} and "
+            f"{stages} contain files with equal content: {plural(len(equal), 'pair')} found, such as {one.image} and "
             f"{other.image}: {advice}"
         )
     yield from _common_groups(stages, a.dataset.group_by or b.dataset.group_by, left, right)
 
 
-def _entries(loader: BaseDataLoader) -> Iterator[Entry]:
-    return (loader.dataset.entries[index] for index in loader.batches.indices.tolist())
+def _entries(loader: BaseDataLoader) -> list[Entry]:
+    return [loader.dataset.entries[index] for index in loader.batches.indices.tolist()]
 
 
 def _generates_the_same(a: BaseDataSet, b: BaseDataSet) -> bool:
     return type(a) is type(b) and getattr(a, "scene_seed", None) == getattr(b, "scene_seed", None)
 
 
-def _identified(entries: Sequence[Entry]) -> Iterator[tuple[tuple[int, int], Entry]]:
-    """Yield what identifies each image's file, through links, with its entry; missing files are left out."""
+def _with_status(entries: Iterable[Entry]) -> list[tuple[Entry, os.stat_result]]:
+    """Return the entries with the status of their image files; missing files are left out."""
+    found = []
     for entry in entries:
-        try:
-            status = entry.image.stat()  # type: ignore[union-attr]
-        except OSError:
-            continue
-        yield (status.st_dev, status.st_ino), entry
+        with suppress(OSError):
+            found.append((entry, entry.image.stat()))  # type: ignore[union-attr]
+    return found
 
 
-def _equal_content(left: Sequence[Entry], right: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
+def _equal_content(left: _Files, right: _Files) -> list[tuple[Entry, Entry]]:
     """Return pairs of entries whose image files are equal byte by byte, as far as they are compared."""
-    by_size: dict[int, list[Entry]] = {}
-    for size, entry in _sizes(left):
-        by_size.setdefault(size, []).append(entry)
-    others = _some([entry for size, entry in _sizes(right) if size in by_size])
-    wanted = {entry.image.stat().st_size for entry in others if entry.image}
-    candidates = _some([entry for size in wanted for entry in by_size.get(size, ())])
-    known = dict(_hashed(candidates))
-    return [(known[digest], entry) for digest, entry in _hashed(others) if digest in known]
+    sizes = {status.st_size for _, status in left}
+    right = _some([file for file in right if file[1].st_size in sizes])
+    sizes = {status.st_size for _, status in right}
+    left = _some([file for file in left if file[1].st_size in sizes])
+    known = dict(_hashed(left))
+    return [(known[digest], entry) for digest, entry in _hashed(right) if digest in known]
 
 
-def _sizes(entries: Iterable[Entry]) -> Iterator[tuple[int, Entry]]:
-    for entry in entries:
-        try:
-            yield entry.image.stat().st_size, entry  # type: ignore[union-attr]
-        except OSError:
-            continue
+def _some(files: _Files) -> _Files:
+    """Return at most ``HASHED_FILES`` files, evenly spread."""
+    return [files[i] for i in spread(len(files), HASHED_FILES)]
 
 
-def _some(entries: list[Entry]) -> list[Entry]:
-    """Return at most ``HASHED_FILES`` entries, evenly spread."""
-    return [entries[i] for i in spread(len(entries), HASHED_FILES)]
-
-
-def _hashed(entries: list[Entry]) -> Iterator[tuple[bytes, Entry]]:
-    digests = in_threads(_digest, [entry.image for entry in entries])
-    return ((digest, entry) for digest, entry in zip(digests, entries, strict=True) if digest)
+def _hashed(files: _Files) -> Iterator[tuple[bytes, Entry]]:
+    digests = in_threads(_digest, [entry.image for entry, _ in files])
+    return ((digest, entry) for digest, (entry, _) in zip(digests, files, strict=True) if digest)
 
 
 def _digest(path: Path | None) -> bytes:
@@ -155,10 +150,7 @@ def _common_groups(stages: str, group_by: str | None, left: list[Entry], right: 
     if group_by is None:
         if not any(_COPY.search(entry.name) for entry in (*left, *right)):
             return
-
-        def key(name: str) -> str:
-            return _COPY.sub("", name)
-
+        key = partial(_COPY.sub, "")
         why, fix = "by their names, augmented copies of one picture", 'export without augmentation, or use "group_by"'
     try:
         common = {key(entry.name): entry for entry in left}
