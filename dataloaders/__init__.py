@@ -49,11 +49,10 @@ def build(type: str, **args: Any) -> BaseDataLoader:
         ValueError, TypeError: an argument is unknown or its value impossible; it is named.
         UserError: the data set is unknown, or its files are not as they must be.
     """
-    from base.base_dataloader import BaseDataLoader
-
     LOADERS.check_names(type, args)
-    *special, shared, loader = (inspect.signature(c).parameters for c in LOADERS.constructors(type))
+    constructors = LOADERS.constructors(type)
+    *special, shared, loader = (inspect.signature(c).parameters for c in constructors)
     of_special = {name for parameters in special for name in parameters}
     dataset = LOADERS[type](**{n: v for n, v in args.items() if n in of_special or n in shared})
-    # What a data set takes itself (Folder its val_fold) is not the loader's any more; both need the seed.
-    return BaseDataLoader(dataset, **{n: v for n, v in args.items() if n in loader and n not in of_special})
+    # The loader does not get arguments that the data set itself takes (Folder: val_fold); both get the seed.
+    return constructors[-1](dataset, **{n: v for n, v in args.items() if n in loader and n not in of_special})

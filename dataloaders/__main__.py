@@ -12,7 +12,7 @@ EXPORTS = ("coco", "labelme", "cvat", "label_studio", "roboflow", "yolo")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line's parser; nothing heavy is imported for it."""
+    """Return the command line's parser."""
     top = argparse.ArgumentParser(
         prog="python -m dataloaders", description="Check data, prepare data, and plan a training run."
     )
@@ -106,17 +106,16 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.add_argument("--force", action="store_true", help="replace the config if it exists")
 
 
+if __name__ == "__main__":
+    parser().parse_args()  # the imports below take seconds: --help and wrong options do not wait for them
+
+from dataloaders import check, plan, prepare
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
     args = parser().parse_args(argv)
-    # Only what the command needs: the parser answers --help before torch is loaded.
-    if args.command == "check":
-        from dataloaders.check import main as command
-    elif args.command == "plan":
-        from dataloaders.plan import main as command
-    else:
-        from dataloaders.prepare import main as command
-    return command(args)
+    return {"check": check.main, "plan": plan.main, "prepare": prepare.main}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from utils.errors import UserError
 def load_mat(path: str | Path) -> dict[str, Any]:
     """Return the variables of a .mat file; raise UserError if it is broken or SciPy is not installed."""
     try:
-        from scipy.io import loadmat
+        from scipy.io import loadmat  # an extra
     except ImportError as error:
         raise UserError(f"{path}: reading .mat files needs SciPy, which is not installed: pip install scipy") from error
     try:
