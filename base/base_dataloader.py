@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import cv2
@@ -20,7 +20,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from base.base_dataset import BaseDataSet
 from base.entries import BROKEN_FILES_HINT, Key, available_cores, collate
-from base.splits import split_by_fold, split_by_fraction
+from base.splits import grouping, split_by_fold, split_by_fraction
 from utils.batch import Batch
 from utils.bounds import BatchSize, Count, Positive, Seed, ShareBelowOne, WorkerCount
 from utils.errors import UserError
@@ -89,6 +89,7 @@ class BaseDataLoader(DataLoader[Any]):
             seed=seed,
             weights=dataset.sample_weights()[train] if sampler else None,
         )
+        self._group_by = group_by or dataset.group_by
         self._build(dataset, batches, num_workers, pin_memory)
 
     def _build(
@@ -111,6 +112,11 @@ class BaseDataLoader(DataLoader[Any]):
             # dropout, and a resumed run would not repeat one that was never stopped.
             generator=torch.Generator().manual_seed(batches.seed),
         )
+
+    @property
+    def group_of(self) -> Callable[[str], str] | None:
+        """The function from a sample's name to its group (``group_by``); None if samples have no groups."""
+        return None if self._group_by is None else grouping(self._group_by)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose the epoch that the next iteration goes through, and the batch it begins with.
@@ -141,7 +147,7 @@ class BaseDataLoader(DataLoader[Any]):
             return None
         dataset = self.dataset.for_validation(whole)
         loader = BaseDataLoader.__new__(BaseDataLoader)
-        loader._held_out = None
+        loader._held_out, loader._group_by = None, self._group_by
         indices = np.arange(len(dataset)) if self._held_out is None else self._held_out
         batches = EpochBatches(indices, self.batches.batch_size, seed=self.batches.seed)
         loader._build(dataset, batches, self._workers, self._pin)

@@ -1,100 +1,179 @@
-"""What does presence gain? ``python -m benchmarks.presence FOLDER [--json FILE]``.
+"""What does the fit of presence gain on images it has not seen?
+
+    python -m benchmarks.presence FOLDER                                # by drive
+    python -m benchmarks.presence FOLDER --checkpoints best_model.pth   # and for few validation images
 
 FOLDER holds probabilities of a well-trained network on photographs of several drives: ``train.npz`` with ``names``
-(``DRIVE_...``), ``logits8`` (uint8, ``p = sigmoid(logits8 / 255 * 16 - 8)``) and ``labels`` (255: not labelled).
+(``DRIVE_...``), ``logits8`` (uint8, ``p = sigmoid(logits8 / 255 * 16 - 8)``) and ``labels`` (255: not labelled). The
+checkpoints are networks trained on Shapes.
 
-Each drive is scored with a fit on the other drives, so no image is scored with what it has taught. Neighbours in a
-drive are alike: intervals are over images, and say nothing about other roads.
+No image is scored with what it has taught. Neighbors in a drive are alike: intervals are over images, and say nothing
+about other roads. The gains for few images are those of :func:`utils.evaluation.fitting.fit`, as ``train.py`` calls it,
+over the network as it is with the paper's pruning.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils import presence, tables
+from dataloaders import build
+from utils import tables
+from utils.batch import Batch
+from utils.checkpoint import load_model
 from utils.errors import UserError, run
-from utils.evaluation import Decision, all_decisions
+from utils.evaluation import Decision, Evaluator, all_decisions, evaluate
 from utils.evaluation.comparison import differences, image_means
+from utils.evaluation.fitting import Fit, fit
+from utils.facts import Facts
 from utils.files import write_text
 from utils.metrics import Metrics, count, image_scores
-from utils.predict import PROCEDURES, PredictOptions
+from utils.predict import Activation, Prediction, PredictOptions
+from utils.predict.saved import SavedNetwork
+from utils.rankdice import rank_dice
 
 ROWS = ("max", "max_present", "T", "all", "rule", "rankdice_paper", "rankdice", "rankdice_map")
+SIZES = (10, 20, 40, 100, 200)
+DRAWS = 6  # fits for each number of images
+SCENES = 700  # of Shapes, for each checkpoint
+SCORED = 300  # images that a fit is scored on
+
+
+class Images(NamedTuple):
+    """Images of one network: probabilities ``(N, C, H, W)`` and labels ``(N, H, W)``. It is a loader, too."""
+
+    names: list[str]
+    probs: Tensor
+    labels: Tensor
+    activation: Activation
+
+    @property
+    def dataset(self) -> list[str]:
+        """What counts the images."""
+        return self.names
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield one image at a time."""
+        for name, probs, label in zip(self.names, self.probs, self.labels, strict=True):
+            yield Batch(probs[None].float(), label[None].long(), [name])
+
+    def part(self, chosen: Sequence[int] | np.ndarray) -> Images:
+        """Return some of the images."""
+        index = torch.as_tensor(np.asarray(chosen))
+        return Images([self.names[i] for i in index], self.probs[index], self.labels[index], self.activation)
+
+
+class Loader:
+    """Images as the evaluation wants them."""
+
+    def __init__(self, images: Images) -> None:
+        self.images, self.dataset = images, images.names
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.images.batches()
 
 
 def main() -> int:
-    """Score every drive, print two tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.presence", description="Gains of presence, by drive.")
+    """Score every drive and, with checkpoints, fits on few images; print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.presence", description="Gains of presence.")
     parser.add_argument("folder", help="folder with train.npz")
+    parser.add_argument("--checkpoints", nargs="+", default=[], metavar="FILE", help="networks trained on Shapes")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args()
     drives = read(Path(args.folder) / "train.npz")
-    result = {name: scored(name, drives) for name in drives}
-    print(text(result))
+    result: dict[str, Any] = {"drives": {name: scored(name, drives) for name in drives}}
+    print(text(result["drives"]))
+    if args.checkpoints:
+        result["few"] = few_images(drives, [Path(path) for path in args.checkpoints])
+        print("\n" + tables.markdown(*few_table(result["few"])))
     if args.json:
         write_text(Path(args.json), json.dumps(result, indent=2) + "\n")
     return 0
 
 
-Images = list[tuple[str, Tensor, Tensor]]
+# ------------------------------------------------------------------------------------------------------ images
 
 
 def read(path: Path) -> dict[str, Images]:
-    """Return name, probabilities ``(C, H, W)`` and labels ``(H, W)`` of the images of each drive."""
+    """Return the images of each drive, in the order in which they were taken."""
     try:
         with np.load(path, allow_pickle=False) as data:
             names, logits, labels = data["names"], data["logits8"], data["labels"]
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{path}: expected names, logits8 and labels: {error}") from None
-    drives: dict[str, Images] = {}
-    for name, one, label in sorted(zip(map(str, names), logits, labels, strict=True), key=lambda item: item[0]):
-        probs = torch.sigmoid(torch.from_numpy(one.astype(np.float32)) / 255 * 16 - 8)
-        drives.setdefault(name.split("_")[0], []).append((name, probs, torch.from_numpy(label).long()))
-    return drives
+    order = np.argsort(names)
+    names = [str(names[i]) for i in order]
+    probs = torch.sigmoid(torch.from_numpy(logits[order].astype(np.float32)) / 255 * 16 - 8)
+    every = Images(names, probs, torch.from_numpy(labels[order]), "sigmoid")
+    drive_of = np.array([name.split("_")[0] for name in names])
+    return {drive: every.part(np.flatnonzero(drive_of == drive)) for drive in np.unique(drive_of)}
 
 
-def rows_of(images: Images) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return largest probabilities, expected scores, measured scores and presence ``(N, C)``."""
-    found = []
-    for _, probs, label in images:
-        prediction = PROCEDURES["rankdice"](probs[None], PredictOptions(presence="all"))
-        counts = count(prediction, label[None], len(probs), 255)
-        assert prediction.scores is not None
-        measured = image_scores(counts).dice.nan_to_num(0.0)
-        found.append((probs.flatten(1).amax(1), prediction.scores[0], measured[0], counts.target[0] > 0))
-    highest, scores, measured, present = (torch.stack(column) for column in zip(*found, strict=True))
-    return highest, scores, measured, present
+def scenes(checkpoint: Path) -> Images:
+    """Return validation scenes of Shapes with the probabilities of a network before any fit."""
+    network = replace(load_model(checkpoint).network(torch.device("cpu")), temperature=1.0, bias=None)
+    loader = build("Shapes", split="val", length=SCENES, size=96, batch_size=20, num_workers=0)
+    names: list[str] = []
+    found: list[tuple[Tensor, Tensor]] = []
+    evaluate(
+        Evaluator(network),
+        loader,
+        {},
+        on_part=lambda part: (names.extend(part.batch.names), found.append((part.probs, part.target.byte()))),
+    )
+    probs, labels = (torch.cat(column) for column in zip(*found, strict=True))
+    return Images(names, probs, labels, network.activation)
+
+
+def network_of(images: Images, found: Fit | None = None) -> SavedNetwork:
+    """Return a network that gives these probabilities, with what was fitted."""
+    classes = images.probs.shape[1]
+    facts = Facts(classes, tuple(map(str, range(classes))), ((0, 0, 0),) * classes, (0.0,) * 3, (1.0,) * 3, 255)
+    own = SavedNetwork(facts, images.activation, torch.device("cpu"))
+    return own if found is None else replace(own, temperature=found.link.temperature, bias=found.link.bias)
+
+
+def fitted(images: Images) -> Fit:
+    """Fit as ``train.py`` does."""
+    return fit(Evaluator(network_of(images)), Loader(images), PredictOptions(), lambda title: iter)
+
+
+# ------------------------------------------------------------------------------------------------------ by drive
 
 
 def scored(name: str, drives: dict[str, Images]) -> dict[str, Any]:
     """Score one drive with a fit on the others."""
-    learned = presence.learn(*rows_of([image for other, images in drives.items() if other != name for image in images]))
-    classes = len(drives[name][0][1])
-    fit = learned.fit and learned.fit | {"classes": list(range(classes)), "metric": "dice"}
-    decisions = all_decisions(PredictOptions(fit=fit)) | {
+    images, others = drives[name], [other for drive, other in drives.items() if drive != name]
+    found = fitted(_joined(others))
+    used = PredictOptions(threshold=found.threshold, fit=found.presence)
+    plain, deployed = all_decisions(PredictOptions()), all_decisions(used)
+    before = {row: plain[row] for row in ("max", "rankdice_paper", "T")} | {
         how: Decision("rankdice", PredictOptions(presence=how)) for how in ("all", "rule")
     }
-    metrics = {row: Metrics(classes, keep_images=True) for row in ROWS}
-    for image, probs, label in drives[name]:
-        for row in ROWS:
-            metrics[row].update(decisions[row](probs[None]), label[None], [image])
-    rows = rows_of(drives[name])
-    known = presence.image_scores(rows[3], rows[2], rows[3])
+    after = {row: deployed[row] for row in ("max_present", "rankdice", "rankdice_map")}
+    metrics: dict[str, Metrics] = {}
+    for network, decisions in ((network_of(images), before), (network_of(images, found), after)):
+        metrics |= evaluate(Evaluator(network), Loader(images), decisions).metrics
     means = {row: image_means(m) for row, m in metrics.items()}
     pairs = {"rankdice against max": ("rankdice", "max"), "fit against pruning": ("rankdice", "rankdice_paper")}
     scores = {row: m.compute() for row, m in metrics.items()}
     return {
-        "images": len(drives[name]),
-        "fit": learned.reason,
-        "kept": learned.fit is not None,
-        "true presence": float(known.nanmean()),
+        "images": len(images.names),
+        "fit": found.notes,
+        "kept": found.chosen + (", presence" if found.presence else ""),
+        "true presence": _known(images),
         "differences": {
             title: vars(differences(means[a][:, None], means[b][:, None])[0]) for title, (a, b) in pairs.items()
         },
@@ -105,14 +184,31 @@ def scored(name: str, drives: dict[str, Images]) -> dict[str, Any]:
     }
 
 
+def _joined(parts: Sequence[Images]) -> Images:
+    names = [name for part in parts for name in part.names]
+    return Images(names, torch.cat([p.probs for p in parts]), torch.cat([p.labels for p in parts]), parts[0].activation)
+
+
+def _known(images: Images) -> float:
+    """Return the mDice of RankDice masks for exactly the classes of the target."""
+    means = []
+    for batch in images.batches():
+        probs, label = batch.images, batch.labels
+        assert isinstance(probs, Tensor)
+        assert isinstance(label, Tensor)
+        counts = count(Prediction(masks=rank_dice(probs, prune=None).masks), label, probs.shape[1], 255)
+        means.append(image_scores(counts).dice[counts.target > 0].mean())
+    return float(torch.stack(means).mean())
+
+
 def text(result: dict[str, Any]) -> str:
     """Return the tables of docs/presence.md."""
-    head = ["drive", "images", "fit", *ROWS, "true presence"]
+    head = ["drive", "images", "kept", *ROWS, "true presence"]
     body = [
         [
             name,
             str(one["images"]),
-            "kept" if one["kept"] else "none",
+            one["kept"],
             *(_points(one["scores"][row]["Mean_Dice"]) for row in ROWS),
             _points(one["true presence"]),
         ]
@@ -130,15 +226,89 @@ def text(result: dict[str, Any]) -> str:
         for title, d in one["differences"].items()
     ]
     parts = [
-        tables.plain(head, body),
-        tables.plain(["difference of mDice", "points", "95 % interval"], gains),
-        tables.plain(["label map", "mDice", "data-set mIoU", "accuracy"], maps),
+        tables.markdown(head, body),
+        tables.markdown(["difference of mDice", "points", "95 % interval"], gains),
+        tables.markdown(["label map", "mDice", "data-set mIoU", "accuracy"], maps),
     ]
-    return "\n\n".join([*parts, *(f"{name}: {one['fit']}" for name, one in result.items())])
+    return "\n\n".join([*parts, *(f"{name}: {' '.join(one['fit'])}" for name, one in result.items())])
 
 
 def _points(value: float) -> str:
     return f"{100 * value:.1f}"
+
+
+# ------------------------------------------------------------------------------------------------------ few images
+
+
+class Draw(NamedTuple):
+    """A fit on ``images``, scored on others: the gain in points, and whether anything was kept."""
+
+    images: int
+    gain: float
+    kept: bool
+
+
+def few_images(drives: dict[str, Images], checkpoints: Sequence[Path]) -> dict[str, list[Draw]]:
+    """Fit on few images, score on others: images of other drives, other scenes of Shapes."""
+    found: dict[str, list[Draw]] = {"photographs, scored on other drives": list(_photographs(drives))}
+    shapes: list[Draw] = []
+    for path in checkpoints:
+        images = scenes(path)
+        for size in SIZES:
+            for draw in range(DRAWS if size <= 40 else 2):
+                own = range(draw * size, (draw + 1) * size)
+                others = images.part([i for i in range(SCENES) if i not in own][-SCORED:])
+                shapes.append(gain(images.part(own), others))
+    return {f"Shapes, {len(checkpoints)} networks": shapes, **found}
+
+
+def _photographs(drives: dict[str, Images]) -> Iterator[Draw]:
+    """Yield fits on consecutive images and on random ones, of one drive or two, scored on the rest."""
+    generator = np.random.default_rng(0)
+    names = list(drives)
+    sources = [[name] for name in names] + [[a for a in names if a != name] for name in names]
+    for source in sources:
+        images = _joined([drives[name] for name in source])
+        others = _joined([drives[name] for name in names if name not in source])
+        total = len(images.names)
+        for size in SIZES:
+            if size > total:
+                continue
+            for draw in range(DRAWS // 2):
+                first = int(generator.integers(total - size + 1))
+                random = np.sort(generator.choice(total, size, replace=False))
+                yield gain(images.part(random if draw == 1 else range(first, first + size)), others)
+        yield gain(images, others)
+
+
+def gain(own: Images, others: Images) -> Draw:
+    """Fit on some images; return what rankdice gains on others over the paper's pruning with the network as it is."""
+    found = fitted(own)
+    kept = found.chosen != "as trained" or found.presence is not None
+    means = []
+    for network, options in (
+        (network_of(others), PredictOptions(presence="prune")),
+        (network_of(others, found), PredictOptions(fit=found.presence)),
+    ):
+        if not kept:
+            return Draw(len(own.names), 0.0, False)
+        metrics = evaluate(Evaluator(network), Loader(others), {"rankdice": Decision("rankdice", options)}).metrics
+        means.append(metrics["rankdice"].compute()["Mean_Dice"])
+    return Draw(len(own.names), 100 * (means[1] - means[0]), True)
+
+
+def few_table(found: dict[str, list[Draw]]) -> tuple[list[str], list[list[str]]]:
+    """Return the table "fitted on n images, gain on others": mean (worst; how many were kept)."""
+    body = []
+    for title, draws in found.items():
+        cells = []
+        for low, high in ((10, 19), (20, 39), (40, 99), (100, 199), (200, 999)):
+            some = [draw for draw in draws if low <= draw.images <= high]
+            gains = [draw.gain for draw in some]
+            kept = sum(draw.kept for draw in some)
+            cells.append(f"{statistics.fmean(gains):+.1f} ({min(gains):+.1f}; {kept} of {len(some)})" if some else "-")
+        body.append([title, *cells])
+    return ["images", "n = 10", "20 to 39", "40 to 99", "100 to 199", "200"], body
 
 
 if __name__ == "__main__":

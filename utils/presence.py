@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from utils import evidence
+
 # Below these limits, nothing is fitted.
 FEWEST_IMAGES = 10
 FEWEST_ROWS = 20  # (image, class) pairs with the class, and without it
@@ -145,18 +147,20 @@ class Learned:
     """The result of :func:`learn`.
 
     Attributes:
-        fit: for :func:`choose`, or None.
+        fit: for :func:`choose`, or None if it is not trusted or does not clearly gain.
         reason: a sentence that says why there is no fit, or what it gains.
         warning: a sentence that says why the fit may be unreliable, or None.
-        pruned, fitted: the mean score per image without and with a fit, on images that the fit has not seen; None
+        found: the fit whether or not it gains; None where nothing could be fitted.
+        pruned, fitted: float64 ``(N,)``, the score of each image with pruning, and with a fit on other images; None
             where nothing could be fitted.
     """
 
     fit: dict[str, Any] | None
     reason: str
     warning: str | None = None
-    pruned: float | None = None
-    fitted: float | None = None
+    found: dict[str, Any] | None = None
+    pruned: Tensor | None = None
+    fitted: Tensor | None = None
 
 
 def fit(
@@ -166,26 +170,36 @@ def fit(
     return learn(highest, scores, measured, present, prune).fit
 
 
-def learn(highest: Tensor, scores: Tensor, measured: Tensor, present: Tensor, prune: float | None = 0.5) -> Learned:
-    """Fit presence and expected scores on validation images, and keep the fit only if it helps on other images.
+def learn(
+    highest: Tensor,
+    scores: Tensor,
+    measured: Tensor,
+    present: Tensor,
+    prune: float | None = 0.5,
+    folds: Tensor | None = None,
+) -> Learned:
+    """Fit presence and expected scores on validation images, and keep the fit only if it clearly helps on others.
 
     The model of presence is ``logit pi_c = logit(highest) / 2 + weight * z + bias + class_bias_c``, where ``z`` is the
     standardised logit of the expected score: a logistic regression with a ridge. A linear regression corrects the
-    expected scores of the classes that are present. Five folds of consecutive images compare the fit with pruning.
+    expected scores of the classes that are present. In each fold, a fit on the other folds is compared with pruning.
+    :func:`utils.evidence.clear` decides whether its gain is more than noise.
 
     Args:
-        highest, scores: see :func:`estimate`. Images must be in the order in which they were taken: neighbours in a
-            video are alike and must fall into the same fold.
+        highest, scores: see :func:`estimate`. Images must be in the order in which they were taken: neighbors in a
+            video are alike, must fall into the same fold, and count less.
         measured: ``(N, C)``, the score of each class's mask; only read where the class is present.
         present: bool ``(N, C)``, whether the class is in the target.
         prune: what the fit is compared with: masks for the classes whose largest probability is above it; None: masks
             for all classes.
+        folds: int ``(N,)``, the fold of each image; None: five folds of consecutive images.
 
     Returns:
         The fit, or None with the reason: fewer than 10 images, fewer than 20 rows with or without their class, or no
-        gain. The fit is a plain dictionary: ``images``, ``weight``, ``center`` and ``spread`` (of the logit of the
-        score), ``bias``, ``class_bias``, ``score_shift``, ``score_slope``, ``mean_score`` (per image, for tasks with a
-        single class), and ``mask_shift``, ``mask_slope``, ``mask_class``, which correct the expected scores of masks.
+        clear gain. The fit is a plain dictionary: ``images``, ``weight``, ``center`` and ``spread`` (of the logit of
+        the score), ``bias``, ``class_bias``, ``score_shift``, ``score_slope``, ``mean_score`` (per image, for tasks
+        with a single class), and ``mask_shift``, ``mask_slope``, ``mask_class``, which correct the expected scores of
+        masks.
 
     Raises:
         ValueError: see :func:`estimate`; ``measured`` or ``present`` has another shape.
@@ -195,16 +209,37 @@ def learn(highest: Tensor, scores: Tensor, measured: Tensor, present: Tensor, pr
     if objection is not None:
         return Learned(None, objection)
     images = len(rows.highest)
-    held_out = [_held_out(rows, fold, prune) for fold in torch.arange(images).tensor_split(FOLDS)]
-    chosen, product = (torch.cat(parts) for parts in zip(*held_out, strict=True))
-    fitted, pruned = rows.mean_score(chosen), rows.mean_score(_pruned(rows, prune))
-    outcome = f"on images it has not seen, a fit scores {fitted:.4f} and pruning scores {pruned:.4f}"
-    if not fitted > pruned:
-        return Learned(None, f"{outcome}, so it is not kept", pruned=pruned, fitted=fitted)
+    folds = consecutive(images) if folds is None else folds
+    chosen, product = _pruned(rows, prune), rows.scores.clone()
+    pruned = rows.image_scores(chosen)
+    for fold in folds.unique():
+        own = folds == fold
+        chosen[own], product[own] = _held_out(rows[~own], rows[own], prune)
+    fitted, worth = rows.image_scores(chosen), independent_images(highest, scores, present)
+    gains = fitted - pruned
+    outcome = (
+        f"on images it has not seen, a fit scores {float(fitted.nanmean()):.4f} and pruning scores "
+        f"{float(pruned.nanmean()):.4f} (standard error of the difference "
+        f"{evidence.standard_error(gains, worth):.4f})"
+    )
     warning = None
     if images < FEW_IMAGES:
         warning = f"{images} validation images are few for learning which classes are in an image; use {FEW_IMAGES}"
-    return Learned(_fit(rows) | _mask_correction(rows, chosen, product), outcome, warning, pruned, fitted)
+    found = _fit(rows) | _mask_correction(rows, chosen, product)
+    if not evidence.clear(gains, worth):
+        return Learned(None, f"{outcome}: no clear gain", None, found, pruned, fitted)
+    return Learned(found, outcome, warning, found, pruned, fitted)
+
+
+def consecutive(images: int) -> Tensor:
+    """Return the fold of each image if folds are consecutive, int64 ``(N,)``."""
+    return torch.arange(images) * FOLDS // max(images, 1)
+
+
+def independent_images(highest: Tensor, scores: Tensor, present: Tensor) -> float:
+    """Return how many independent images these rows are worth, see :func:`utils.evidence.independent`."""
+    columns = [_logit(highest.double()), _logit(scores.double()), present.double()]
+    return evidence.independent(torch.cat([column.cpu() for column in columns], dim=1))
 
 
 @dataclass(frozen=True)
@@ -228,8 +263,8 @@ class _Rows:
     def __getitem__(self, images: Tensor) -> _Rows:
         return _Rows(self.highest[images], self.scores[images], self.measured[images], self.present[images])
 
-    def mean_score(self, chosen: Tensor) -> float:
-        return float(image_scores(chosen, self.measured, self.present).nanmean())
+    def image_scores(self, chosen: Tensor) -> Tensor:
+        return image_scores(chosen, self.measured, self.present)
 
 
 def _objection(rows: _Rows, share: float = 1.0) -> str | None:
@@ -256,13 +291,12 @@ def _pruned(rows: _Rows, prune: float | None) -> Tensor:
     return rows.highest > (0.0 if prune is None else prune)
 
 
-def _held_out(rows: _Rows, fold: Tensor, prune: float | None) -> tuple[Tensor, Tensor]:
-    """Apply a fit on all other images to the images of a fold; return the chosen classes and ``pi * d``."""
-    others = torch.ones(len(rows.highest), dtype=torch.bool).index_fill_(0, fold, False)
-    share, own = 1 - 1 / FOLDS, rows[fold]
-    if _objection(rows[others], share) is not None:
+def _held_out(others: _Rows, own: _Rows, prune: float | None) -> tuple[Tensor, Tensor]:
+    """Apply a fit on the other folds to the images of a fold; return the chosen classes and ``pi * d``."""
+    share = len(others.highest) / (len(others.highest) + len(own.highest))
+    if _objection(others, share) is not None:
         return _pruned(own, prune), own.scores
-    found = _fit(rows[others], share)
+    found = _fit(others, share)
     believed = estimate(own.highest, own.scores, found)
     return choose(own.highest, own.scores, found)[0], believed.presence * believed.scores
 
@@ -307,7 +341,7 @@ def _fit(rows: _Rows, share: float = 1.0) -> dict[str, Any]:
         "mask_class": [0.0] * len(own),
     }
     for _ in range(FOLDS):  # mean score and chosen classes depend on each other if there is a single class
-        found["mean_score"] = rows.mean_score(choose(rows.highest, rows.scores, found)[0])
+        found["mean_score"] = float(rows.image_scores(choose(rows.highest, rows.scores, found)[0]).nanmean())
     return found
 
 

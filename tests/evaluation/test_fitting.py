@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from utils import presence
 from utils.batch import Batch
 from utils.config import resolve
-from utils.evaluation import Evaluator, evaluate, fitted, fitting, single_decision
-from utils.evaluation.fitting import OWN, SHIFTED, Fit, fit
+from utils.evaluation import Evaluator, evaluate, fitted, fitting, held_out, single_decision
+from utils.evaluation.fitting import Fit, fit
+from utils.evaluation.held_out import OWN, SHIFTED, Links
 from utils.evaluation.links import Link
 from utils.facts import Facts
 from utils.predict import PredictOptions
@@ -145,7 +146,7 @@ def test_presence_is_kept_where_it_helps_and_scores_what_was_promised() -> None:
 
 def test_logits_that_do_not_fit_into_memory_are_made_again(scenes: Scenes, monkeypatch) -> None:
     once = fitted_on(scenes, sure=2.0)
-    monkeypatch.setattr(fitting, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(held_out, "KEPT_BYTES", 1000)
     again = fitted_on(scenes, sure=2.0)
     assert again.figures == once.figures
     assert again.fields() == once.fields()
@@ -153,22 +154,49 @@ def test_logits_that_do_not_fit_into_memory_are_made_again(scenes: Scenes, monke
 
 def test_a_fold_is_scored_by_what_has_not_seen_it(scenes: Scenes, monkeypatch) -> None:
     seen: list[set[int]] = []
-    fit_temperature = fitting.fit_temperature
+    fit_temperature = held_out.fit_temperature
 
-    def spy(logits: Tensor, target: Tensor, activation: Any) -> Any:
+    def spy(logits: Tensor, target: Tensor, activation: Any, **start: float) -> Any:
         seen.append(set(range(60)) if len(seen) == 0 else {len(target)})
-        return fit_temperature(logits, target, activation)
+        return fit_temperature(logits, target, activation, **start)
 
-    monkeypatch.setattr(fitting, "fit_temperature", spy)
-    links = fitting._Links(_sample(scenes), "softmax", Link())
+    monkeypatch.setattr(held_out, "fit_temperature", spy)
+    links = Links(_sample(scenes), "softmax", Link())
     assert len(seen) == 6  # all images, and five times four fifths of them
     assert all(lengths == {144 * 48} for lengths in seen[1:])
     assert [links.fold[name] for name in links.images] == [i // 12 for i in range(60)]
     assert len({links.held_out(name)[1] for name in links.images}) == 5
 
 
+def test_groups_are_not_divided_among_folds(scenes: Scenes) -> None:
+    links = Links(_sample(scenes), "softmax", Link(), group_of=lambda name: str(int(name[-3:]) % 7))
+    assert links.groups == 7
+    folds = {str(i): {links.fold[f"scene{k:03d}"] for k in range(i, 60, 7)} for i in range(7)}
+    assert all(len(found) == 1 for found in folds.values())
+    assert set().union(*folds.values()) == set(range(5))
+    assert Links(_sample(scenes), "softmax", Link(), group_of=lambda name: "all").folds.tolist() == [
+        i // 12 for i in range(60)
+    ]
+
+
+def test_one_clip_is_told() -> None:
+    class Clip(Scenes):
+        """Every scene is shown eight times, as the frames of a video are."""
+
+        def __init__(self) -> None:
+            super().__init__(5)
+            self.images = [image for image in self.images for _ in range(6)]
+            self.labels = [label for label in self.labels for _ in range(6)]
+            self.dataset = range(30)
+            self.group_of = lambda name: "clip"
+
+    notes = fitted_on(Clip()).notes
+    assert any("These 30 images count as" in note for note in notes)
+    assert any("belong to one group" in note for note in notes)
+
+
 def _sample(scenes: Scenes) -> Any:
-    sample = fitting.LogitSample(FACTS, 60)
+    sample = held_out.LogitSample(FACTS, 60)
     evaluate(evaluator(scenes), scenes, {}, on_part=sample.add)
     return sample
 
@@ -182,7 +210,7 @@ def test_nothing_is_kept_that_does_not_help() -> None:
     assert found.presence is None
     assert found.threshold == 0.5
     assert not found.changes(resolve(CONFIG).predict)
-    assert any("Presence: not fitted" in note for note in found.notes)
+    assert any("Presence: not kept" in note for note in found.notes)
 
 
 def test_few_images_are_said_to_be_few() -> None:
@@ -191,7 +219,9 @@ def test_few_images_are_said_to_be_few() -> None:
 
 
 def test_the_view_that_scores_clearly_higher_is_chosen(scenes: Scenes, monkeypatch) -> None:
-    assert fitted_on(scenes).mode == "single"  # a table does not survive interpolation
+    found = fitted_on(scenes)
+    assert found.mode == "single"  # a table does not survive interpolation
+    assert not any("count as" in note or "group" in note for note in found.notes)  # nor are these one clip
     monkeypatch.setattr(fitting, "SCALES", (1.0,))
     assert fitted_on(scenes).mode == "single"  # nothing gained
 

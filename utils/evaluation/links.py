@@ -20,7 +20,7 @@ from utils.facts import Facts
 from utils.predict import Activation, probabilities
 
 # Bytes of logits that a fit looks at.
-SAMPLE_BYTES = 2**23
+SAMPLE_BYTES = 2**22
 TEMPERATURES = (0.1, 10.0)
 
 
@@ -34,6 +34,9 @@ class Link:
     def __call__(self, logits: Tensor, activation: Activation) -> Tensor:
         """Return float32 probabilities of logits ``(B, C, ...)``."""
         return probabilities(logits, activation, self.temperature, self.bias)
+
+
+_UNCHANGED = Link()
 
 
 @dataclass
@@ -78,7 +81,11 @@ class Temperature:
 
 
 def fit_temperature(
-    logits: Tensor, target: Tensor, activation: Activation, bounds: tuple[float, float] = TEMPERATURES
+    logits: Tensor,
+    target: Tensor,
+    activation: Activation,
+    bounds: tuple[float, float] = TEMPERATURES,
+    start: float = 1.0,
 ) -> Temperature:
     """Return the temperature with the lowest negative log-likelihood of the labels.
 
@@ -91,6 +98,7 @@ def fit_temperature(
         target: ``(N,)``, labels of [0, max(C, 2)).
         activation: "softmax" or "sigmoid"; one channel is always a sigmoid.
         bounds: lowest and highest temperature.
+        start: a guess, which saves steps if it is close.
 
     Raises:
         ValueError: no pixel, or a logit that is not finite.
@@ -104,7 +112,7 @@ def fit_temperature(
         return Temperature(bounds[1], True)
     if _slope(logits, target, activation, high)[0] <= 0:
         return Temperature(bounds[0], True)
-    b = 1.0 if low < 1 < high else (low + high) / 2
+    b = 1 / start if low < 1 / start < high else (low + high) / 2
     for _ in range(60):
         slope, curvature = _slope(logits, target, activation, b)
         low, high = (b, high) if slope < 0 else (low, b)
@@ -135,7 +143,9 @@ def _slope(logits: Tensor, target: Tensor, activation: Activation, b: float) -> 
     return first / len(target), second / len(target)
 
 
-def fit_bias(logits: Tensor, target: Tensor, activation: Activation, own: Tensor) -> Link | None:
+def fit_bias(
+    logits: Tensor, target: Tensor, activation: Activation, own: Tensor, start: Link = _UNCHANGED
+) -> Link | None:
     """Return the temperature and bias with the lowest negative log-likelihood, by Newton steps; None if they diverge.
 
     A small ridge on the bias settles what the labels leave open, as a shift of all classes by one number.
@@ -143,10 +153,13 @@ def fit_bias(logits: Tensor, target: Tensor, activation: Activation, own: Tensor
     Args:
         logits, target, activation: see :func:`fit_temperature`.
         own: bool ``(C,)``, the classes with a bias; the others keep 0.
+        start: a guess, such as the temperature alone.
     """
     own = own.nonzero()[:, 0]
     weights = torch.zeros(1 + len(own), dtype=torch.float64)
-    weights[0] = 1 / fit_temperature(logits, target, activation).value
+    weights[0] = 1 / start.temperature
+    if start.bias is not None:
+        weights[1:] = torch.tensor(start.bias, dtype=torch.float64)[own]
     lowest, gradient, curvature = _bias_terms(logits, target, activation, own, weights)
     for _ in range(50):
         step = torch.linalg.solve(curvature, gradient)

@@ -1,0 +1,200 @@
+"""Held-out scores: every image of the validation data is scored with what was fitted on the other folds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils import presence
+from utils.errors import UserError
+from utils.evaluation import Evaluator, Part
+from utils.evaluation.calibration import THRESHOLDS, Reliability, ThresholdSweep
+from utils.evaluation.links import Link, LogitSample, fit_bias, fit_temperature
+from utils.metrics import count, image_scores
+from utils.predict import PROCEDURES, PredictOptions
+
+KEPT_BYTES = 2**30  # of logits, for the second look at an image
+TRIED_IMAGES = 24  # in single against multiscale
+TRIED_PIXELS = 2**21  # larger images are not tried at twice their size
+
+OWN, SCALED, SHIFTED = "as trained", "temperature", "temperature and bias"
+
+
+@dataclass
+class Seen:
+    """Data kept from the pass over the images: a sample of pixels, the logits if they fit, images to test views on."""
+
+    sample: LogitSample
+    every: int
+    maps: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tried: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    bytes: int = 0
+    images: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the logits of all images are kept."""
+        return self.bytes <= KEPT_BYTES
+
+    def add(self, part: Part) -> None:
+        """Add the images of a part."""
+        self.sample.add(part)
+        for i, name in enumerate(part.batch.names):
+            logits, target = part.logits[i].float(), part.target[i]
+            self.bytes += logits.numel() * 4
+            if self.complete:
+                self.maps[name] = (logits.cpu(), target.cpu())
+            else:
+                self.maps.clear()
+            if self.images % self.every == 0 and target.numel() <= TRIED_PIXELS:
+                self.tried.append((name, part.batch.images[i].cpu(), target.cpu()))
+            self.images += 1
+
+
+class Links:
+    """The links that are tried: fitted on all images, and for each fold on the images of the other folds.
+
+    Args:
+        sample: the pixels of all images.
+        activation: see :class:`utils.evaluation.links.Link`.
+        own: the link that the network has now.
+        group_of: returns the group of an image by its name (a patient, a drive). Groups are not divided among folds;
+            None, or a single group: folds of consecutive images.
+    """
+
+    def __init__(
+        self, sample: LogitSample, activation: Any, own: Link, group_of: Callable[[str], str] | None = None
+    ) -> None:
+        self.activation = activation
+        self.images = sorted(sample.rows)
+        groups = [group_of(name) for name in self.images] if group_of else []
+        self.groups = len(set(groups))
+        self.folds = _grouped(groups) if self.groups > 1 else presence.consecutive(len(self.images))
+        self.fold = dict(zip(self.images, self.folds.tolist(), strict=True))
+        self.sample = sample
+        self.final = self._fitted(self.images, own, {})
+        self.names = list(self.final)
+        self.of_fold = {}
+        for fold in self.folds.unique().tolist():
+            others = [name for name in self.images if self.fold[name] != fold]
+            found = self._fitted(others or self.images, own, self.final)
+            self.of_fold[fold] = [found.get(name, own) for name in self.names]
+
+    def _fitted(self, images: Sequence[str], own: Link, start: dict[str, Link]) -> dict[str, Link]:
+        rows = [self.sample.rows[name] for name in images]
+        logits, target = (torch.cat(parts) for parts in zip(*rows, strict=True)) if rows else (torch.empty(0, 1),) * 2
+        try:
+            near = start.get(SCALED, own).temperature
+            temperature = fit_temperature(logits, target, self.activation, start=near)
+        except ValueError as error:
+            raise UserError(f"the temperature cannot be fitted on the validation data: {error}") from None
+        found = {OWN: own}
+        if not temperature.bound:
+            found[SCALED] = Link(temperature.value)
+            common, guess = _common(rows, logits.shape[1]), start.get(SHIFTED, found[SCALED])
+            shifted = fit_bias(logits, target, self.activation, common, guess)
+            if shifted is not None:
+                found[SHIFTED] = shifted
+        return found
+
+    def held_out(self, name: str) -> list[Link]:
+        """Return the links of an image, none of which has seen it."""
+        return self.of_fold[self.fold[name]]
+
+    def calibration(self, name: str) -> dict[str, float]:
+        """Return how good the probabilities of the held-out images are under one kind of link."""
+        facts, place = self.sample.facts, self.names.index(name)
+        gathered = Reliability(facts.num_classes, facts.ignore_index, self.activation)
+        for image in self.images:
+            logits, target = self.sample.rows[image]
+            link = self.held_out(image)[place]
+            gathered.add_pixels(link(logits[:, :, None, None], self.activation)[:, :, 0, 0], target)
+        found = gathered.compute()
+        return {key: found[key] for key in ("NLL", "Brier", "ECE", "Class_ECE")}
+
+
+def _common(rows: Sequence[tuple[Tensor, Tensor]], classes: int) -> Tensor:
+    """Return the classes that are in enough images to have a bias, bool ``(C,)``."""
+    found = torch.zeros(max(classes, 2))
+    for _, target in rows:
+        found[target.unique()] += 1
+    common = found >= presence.FEWEST_PER_CLASS
+    return common[1:] if classes == 1 else common
+
+
+def _grouped(groups: Sequence[str]) -> Tensor:
+    """Return the fold of each image, int64 ``(N,)``: at most five folds, filled group by group."""
+    names = sorted(set(groups))
+    sizes = torch.zeros(min(presence.FOLDS, len(names)))
+    fold_of = {}
+    for name in sorted(names, key=lambda name: (-groups.count(name), name)):
+        fold_of[name] = int(sizes.argmin())
+        sizes[fold_of[name]] += groups.count(name)
+    return torch.tensor([fold_of[group] for group in groups])
+
+
+class Row(NamedTuple):
+    """Results of one image under one link: ``(C,)`` over the classes of interest, and mDice of T per threshold.
+
+    Stacked for all images: ``(N, C)`` and ``(N, thresholds)``.
+    """
+
+    highest: Tensor
+    scores: Tensor
+    measured: Tensor
+    present: Tensor
+    sweep: Tensor
+
+
+class Look:
+    """Predicts images under each link, and keeps the rows for the fits of presence and threshold."""
+
+    def __init__(
+        self, evaluator: Evaluator, options: PredictOptions, links_of: Callable[[str], Sequence[Link]]
+    ) -> None:
+        self.evaluator, self.links_of = evaluator, links_of
+        self.options = replace(options, presence="all")
+        self.sweep = ThresholdSweep(
+            evaluator.facts, options.classes, evaluator.count_ignored, thresholds(options.threshold)
+        )
+        self.rows: dict[str, list[Row]] = {}
+
+    def add(self, part: Part) -> None:
+        """Add the images of a part."""
+        for i, name in enumerate(part.batch.names):
+            self.at(name, part.logits[i], part.target[i])
+
+    def at(self, name: str, logits: Tensor, target: Tensor) -> None:
+        """Add an image: logits ``(C, H, W)``, target ``(H, W)``."""
+        known: dict[Link, Row] = {}
+        for link in self.links_of(name):
+            if link not in known:
+                known[link] = self._row(link(logits[None], self.evaluator.network.activation), target)
+        self.rows[name] = [known[link] for link in self.links_of(name)]
+
+    def _row(self, probs: Tensor, target: Tensor) -> Row:
+        facts = self.evaluator.facts
+        found = PROCEDURES["rankdice"](probs, self.options)
+        assert found.scores is not None
+        counts = count(found, target[None], facts.num_classes, facts.ignore_index, self.evaluator.count_ignored)
+        scores = image_scores(counts)
+        measured = scores.iou if self.options.metric == "iou" else scores.dice
+        own = list(self.options.classes or range(facts.num_classes))
+        columns = (probs.flatten(2).amax(2), found.scores, measured.nan_to_num(0.0), counts.target > 0)
+        highest, expected, reached, present = (value[0, own].cpu() for value in columns)
+        return Row(highest, expected, reached, present, self.sweep.scores(probs[0], target))
+
+
+def stacked(rows: dict[str, list[Row]], links: int) -> list[Row]:
+    """Return the rows of all images, sorted by name, one below the other: a :class:`Row` per link."""
+    ordered = [rows[name] for name in sorted(rows)]
+    return [Row(*(torch.stack(x) for x in zip(*(one[k] for one in ordered), strict=True))) for k in range(links)]
+
+
+def thresholds(before: float) -> list[float]:
+    """Return the thresholds of T that are tried; the one used so far is among them."""
+    return sorted({*THRESHOLDS, before})
