@@ -181,14 +181,14 @@ class SkipDecoder(nn.Module):
         return self.classifier(self.refine(torch.cat([self.reduce_low(low), x], dim=1)))
 
 
-def init_weights(*modules: nn.Module) -> None:
+def init_weights(*modules: nn.Module, nonlinearity: str = "relu") -> None:
     """Initialise new layers (never a backbone): He et al. 2015 (normal, fan in) for convolutions, bias 0.
 
-    BatchNorm begins as the identity.
+    BatchNorm begins as the identity. ``nonlinearity``: what follows the convolutions, "relu" or "linear".
     """
     for module in chain.from_iterable(m.modules() for m in modules):
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, nonlinearity=nonlinearity)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, _BatchNorm):

@@ -212,7 +212,13 @@ class GCN(BaseModel):
         self.refine_sums = nn.ModuleList(BoundaryRefinement(num_classes, published) for _ in range(levels + 1))
         self.upsamples = nn.ModuleList(Upsample(num_classes, use_deconv, published) for _ in range(levels + 1))
         self.classifier = nn.Conv2d(num_classes, num_classes, kernel_size=1)
-        init_weights(self.global_convs, self.refine_levels, self.refine_sums, self.upsamples, self.classifier)
+        # Nothing is normalized between the backbone and the logits: with the gain of a ReLU everywhere they would start
+        # near 100, and training would diverge. A refinement starts close to the identity.
+        init_weights(self.global_convs, self.upsamples, self.classifier, nonlinearity="linear")
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        for refine in (*self.refine_levels, *self.refine_sums):
+            init_weights(refine)
+            nn.init.normal_(refine.conv2.weight, std=0.01)
         self.freeze(freeze_bn, freeze_backbone)
 
     def logits(self, x: Tensor) -> Tensor:

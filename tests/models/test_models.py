@@ -203,6 +203,13 @@ def test_one_image_of_odd_size_trains(name: str, model: BaseModel) -> None:
         assert all(p.grad is not None for p in model.parameters())
 
 
+def test_logits_start_small_enough_to_train_on(name: str) -> None:
+    """A network without BatchNorm at its end can start with logits of 100: the first steps then diverge."""
+    model = build(name).train()
+    with torch.no_grad():
+        assert output(model(torch.randn(2, 3, 64, 64))).std() < 3
+
+
 @pytest.mark.parametrize(("kind", "args"), VARIANTS, ids=lambda v: v if isinstance(v, str) else str(v))
 def test_variants_give_the_inputs_size(kind: str, args: dict[str, Any]) -> None:
     with torch.device("meta"):
