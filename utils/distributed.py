@@ -175,6 +175,7 @@ def launch(script: str, arguments: Sequence[str], processes: int) -> int:
 
     Returns the exit code: that of the process that failed first, else 0.
     """
+    # Absent from builds of torch without torch.distributed.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun

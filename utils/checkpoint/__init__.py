@@ -34,6 +34,7 @@ from utils.config.published import dead_arguments
 from utils.config.schema import Config
 from utils.errors import UserError
 from utils.facts import Facts
+from utils.losses import LOSSES
 from utils.predict import Activation
 from utils.predict.network import AMP_DTYPES, Ensemble, Network
 from utils.registry import Registry
@@ -248,8 +249,6 @@ def build_model(
     """Build the model of a checkpoint that is already read, see :func:`load_model`."""
     # The one way from utils into the rooms above it: a checkpoint names a model, and models are looked up there.
     models, upstream = import_module("models"), import_module("models.upstream")
-    from utils.losses import LOSSES
-
     weights = state.get("ema") or state["state_dict"]
     try:
         if "network" in state:

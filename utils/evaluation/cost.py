@@ -80,7 +80,7 @@ def cpu_peak(step: Callable[[], _Result]) -> int | None:
     profiler of torch: the new one takes seconds to start.
     """
     try:
-        from torch.autograd import _disable_profiler_legacy
+        from torch.autograd import _disable_profiler_legacy  # may be absent from later versions of torch
         from torch.autograd.profiler_legacy import profile
 
         with warnings.catch_warnings():
