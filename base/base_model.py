@@ -29,11 +29,13 @@ class BaseModel(nn.Module):
     A subclass builds its parts in ``__init__``, calls :meth:`freeze` last, and implements :meth:`logits`.
     Everything that carries pretrained weights lives in ``self.backbone``; all the rest is "decoder".
 
-    Args:
+    Args (subclasses describe only what differs; the last three are arguments of most of them):
         num_classes: output channels; 1 means one sigmoid channel.
         in_channels: channels of the images.
-        published: whether the departures of the published code from the paper are reproduced (see each
-            model).
+        published: whether to reproduce the published code where it departs from the paper (see each model).
+        pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
+        freeze_bn: BatchNorm keeps its running statistics.
+        freeze_backbone: only the decoder is trained.
     """
 
     #: How the logits are resized to the input (``torch.nn.functional.interpolate``).

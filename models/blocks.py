@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import chain
 
@@ -21,16 +22,15 @@ __all__ = [
     "SkipDecoder",
     "init_weights",
     "resize_to",
+    "untie_norms",
 ]
 
 
 class PooledBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm for globally pooled maps: one value per channel and image.
 
-    In training with a single image there is one value per channel and no variance: ``BatchNorm2d`` raises.
-    Other libraries drop the normalisation of such branches altogether (and with it the recorded
-    parameters); here such a batch is normalised by the running statistics, as in evaluation, and leaves
-    them alone. Every other batch is treated as by ``BatchNorm2d``.
+    In training with a single image there is one value per channel and no variance, so ``BatchNorm2d`` raises. Here the
+    running statistics normalise such a batch, as in evaluation, and do not change.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,15 +41,7 @@ class PooledBatchNorm2d(nn.BatchNorm2d):
 
 
 class ConvBNReLU(nn.Sequential):
-    """Convolution without bias, BatchNorm, ReLU; the padding keeps the size (divided by the stride, rounded
-    up).
-
-    Args:
-        in_channels, out_channels: channels.
-        kernel_size: odd.
-        stride, dilation: of the convolution.
-        norm: the normalisation's class.
-    """
+    """Convolution without bias, BatchNorm, ReLU; the padding keeps the size (divided by the stride, rounded up)."""
 
     def __init__(
         self,
@@ -179,6 +171,23 @@ class SkipDecoder(nn.Module):
         """Map (B, low_channels, h, w) and (B, in_channels, h', w') to logits (B, num_classes, h, w)."""
         x = resize_to(x, low, align_corners=True)
         return self.classifier(self.refine(torch.cat([self.reduce_low(low), x], dim=1)))
+
+
+def untie_norms(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before loading: where the model uses one BatchNorm at two places, and the weights contain different values for
+    them, give the second place its own.
+
+    Such checkpoints come from runs with synchronised BatchNorm, which converted each use separately.
+    """
+    first_name: dict[nn.Module, str] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(module, _BatchNorm):
+            continue
+        first = first_name.setdefault(module, name)
+        pairs = [[state_dict.get(f"{prefix}{n}.{key}") for n in (first, name)] for key in module.state_dict()]
+        if any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, copy.deepcopy(module))
 
 
 def init_weights(*modules: nn.Module, nonlinearity: str = "relu") -> None:

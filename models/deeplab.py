@@ -23,8 +23,6 @@ class DeepLab(BaseModel):
                     x4
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images.
         backbone: xception, resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
         pretrained: ImageNet weights for the backbone: true (torchvision's or timm's; there are none for
             xception), false, or a file's path.
@@ -33,19 +31,12 @@ class DeepLab(BaseModel):
         published: the published departures, of xception only: no separable convolutions in ASPP and decoder, no
             ReLU after depthwise convolutions, shortcuts that receive rectified inputs, and no ReLU after the second
             convolution. (There, every ResNet was a resnet101.)
-        freeze_bn: BatchNorm keeps its running statistics.
-        freeze_backbone: only the decoder is trained.
     """
 
     align_corners = True
     published_mark = "ASSP.aspp1.0.weight"
     published_classifier = ("decoder.output.7.weight", 0)
-    published_names = (
-        *names.RESNET_NAMES,
-        *names.XCEPTION_NAMES,
-        *names.ASPP_NAMES,
-        *names.SKIP_DECODER_NAMES,
-    )
+    published_names = (*names.RESNET_NAMES, *names.XCEPTION_NAMES, *names.ASPP_NAMES, *names.SKIP_DECODER_NAMES)
 
     def __init__(
         self,

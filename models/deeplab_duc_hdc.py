@@ -65,14 +65,9 @@ class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
     Its last DUC ends in a ReLU, so that logits are never negative, and has the factor 4 at every output stride.
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images.
         backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
-        pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
         output_stride: of the features: 8, or 4 (the stem keeps the resolution, about four times the work).
         published: see above.
-        freeze_bn: BatchNorm keeps its running statistics.
-        freeze_backbone: only the decoder is trained.
     """
 
     align_corners = True

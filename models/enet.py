@@ -17,30 +17,17 @@ from base.base_model import BaseModel
 from models.blocks import init_weights
 from models.pooling import pool_with_indices, unpool
 
-#: Bottlenecks x.1 to x.8 of stages 2 and 3: (kind, dilation).
-CONTEXT = (
-    ("regular", 1),
-    ("dilated", 2),
-    ("asymmetric", 1),
-    ("dilated", 4),
-    ("regular", 1),
-    ("dilated", 8),
-    ("asymmetric", 1),
-    ("dilated", 16),
-)
+#: Bottlenecks x.1 to x.8 of stages 2 and 3: the dilation of a 3x3 convolution, or "asymmetric" (1x5, then 5x1).
+CONTEXT: tuple[int | str, ...] = (1, 2, "asymmetric", 4, 1, 8, "asymmetric", 16)
 
-#: Name of each bottleneck, its kind, output channels, dilation.
-ARCHITECTURE = (
-    ("bottleneck10", "downsampling", 64, 1),
-    *((f"bottleneck1{i}", "regular", 64, 1) for i in range(1, 5)),
-    ("bottleneck20", "downsampling", 128, 1),
-    *((f"bottleneck2{i}", kind, 128, dilation) for i, (kind, dilation) in enumerate(CONTEXT, start=1)),
-    *((f"bottleneck3{i}", kind, 128, dilation) for i, (kind, dilation) in enumerate(CONTEXT, start=1)),
-    ("bottleneck40", "upsampling", 64, 1),
-    ("bottleneck41", "regular", 64, 1),
-    ("bottleneck42", "regular", 64, 1),
-    ("bottleneck50", "upsampling", 16, 1),
-    ("bottleneck51", "regular", 16, 1),
+#: Name of each bottleneck, its kind ("down", "up", or as in CONTEXT), output channels.
+ARCHITECTURE: tuple[tuple[str, int | str, int], ...] = (
+    ("bottleneck10", "down", 64),
+    *((f"bottleneck1{i}", 1, 64) for i in range(1, 5)),
+    ("bottleneck20", "down", 128),
+    *((f"bottleneck{stage}{i}", kind, 128) for stage in (2, 3) for i, kind in enumerate(CONTEXT, start=1)),
+    *(("bottleneck40", "up", 64), ("bottleneck41", 1, 64), ("bottleneck42", 1, 64)),
+    *(("bottleneck50", "up", 16), ("bottleneck51", 1, 16)),
 )
 
 INITIAL_CHANNELS = 16
@@ -72,8 +59,7 @@ class Bottleneck(nn.Module):
 
     Args:
         in_channels, out_channels: channels; the projection has a quarter of ``in_channels``.
-        kind: "regular", "dilated" (both 3x3) or "asymmetric" (1x5, then 5x1).
-        dilation: of the 3x3 convolution.
+        kind: as in :data:`ARCHITECTURE`.
         dropout: probability of dropping a channel of the expansion.
         published: a single PReLU slope for all feature maps, and a nonlinearity also after the expansion.
         relu: ReLU instead of PReLU.
@@ -83,8 +69,7 @@ class Bottleneck(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kind: str = "regular",
-        dilation: int = 1,
+        kind: int | str = 1,
         dropout: float = 0.1,
         published: bool = False,
         relu: bool = False,
@@ -92,31 +77,31 @@ class Bottleneck(nn.Module):
         super().__init__()
         width = in_channels // 4
         activation = partial(_activation, published=published, relu=relu)
-        self.conv1 = self.projection(in_channels, width)
+        self.conv1 = self._projection(in_channels, width)
         self.bn1 = nn.BatchNorm2d(width)
         self.prelu1 = activation(width)
-        self.conv2 = _asymmetric(width, activation) if kind == "asymmetric" else self.main(width, dilation)
+        dilation = kind if isinstance(kind, int) else 1
+        self.conv2 = _asymmetric(width, activation) if kind == "asymmetric" else self._main(width, dilation)
         self.bn2 = nn.BatchNorm2d(width)
         self.prelu2 = activation(width)
         self.conv3 = nn.Conv2d(width, out_channels, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.prelu3 = activation(out_channels) if published else nn.Identity()
         self.regularizer = nn.Dropout2d(dropout)
-        self.shortcut = self.adapter(in_channels, out_channels)
+        self.shortcut = self._adapter(in_channels, out_channels)
         self.prelu_out = activation(out_channels)
 
     @staticmethod
-    def projection(in_channels: int, width: int) -> nn.Module:
-        """Return the first convolution."""
+    def _projection(in_channels: int, width: int) -> nn.Module:
         return nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
 
     @staticmethod
-    def main(width: int, dilation: int) -> nn.Module:
+    def _main(width: int, dilation: int) -> nn.Module:
         """Return the convolution in the middle."""
         return nn.Conv2d(width, width, kernel_size=3, padding=dilation, dilation=dilation, bias=False)
 
     @staticmethod
-    def adapter(in_channels: int, out_channels: int) -> nn.Module:
+    def _adapter(in_channels: int, out_channels: int) -> nn.Module:
         """Return what the shortcut does to the channels before the sum (or the unpooling)."""
         return nn.Identity()
 
@@ -141,13 +126,12 @@ class DownBottleneck(Bottleneck):
     """
 
     @staticmethod
-    def projection(in_channels: int, width: int) -> nn.Module:
-        """Return the first convolution."""
+    def _projection(in_channels: int, width: int) -> nn.Module:
         return nn.Conv2d(in_channels, width, kernel_size=2, stride=2, bias=False)
 
     @staticmethod
-    def adapter(in_channels: int, out_channels: int) -> nn.Module:
-        """Return what the shortcut does to the channels before the sum: append channels of zeros."""
+    def _adapter(in_channels: int, out_channels: int) -> nn.Module:
+        """Append channels of zeros."""
         return nn.ZeroPad3d((0, 0, 0, 0, 0, out_channels - in_channels))  # the last three axes: C, h, w
 
     def forward(self, x: Tensor) -> tuple[Tensor, Pooled]:  # type: ignore[override]  # blocks are called by kind
@@ -162,13 +146,11 @@ class UpBottleneck(Bottleneck):
     """A bottleneck that undoes a :class:`DownBottleneck`: transposed convolution; the shortcut unpools."""
 
     @staticmethod
-    def main(width: int, dilation: int) -> nn.Module:
-        """Return the convolution in the middle."""
+    def _main(width: int, dilation: int) -> nn.Module:
         return _doubling(width, width)
 
     @staticmethod
-    def adapter(in_channels: int, out_channels: int) -> nn.Module:
-        """Return what the shortcut does to the channels before the unpooling."""
+    def _adapter(in_channels: int, out_channels: int) -> nn.Module:
         conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
         return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
@@ -180,7 +162,7 @@ class UpBottleneck(Bottleneck):
         return self.prelu_out(shortcut + y)
 
 
-BLOCKS = {"downsampling": DownBottleneck, "upsampling": UpBottleneck}
+BLOCKS: dict[int | str, type[Bottleneck]] = {"down": DownBottleneck, "up": UpBottleneck}
 
 
 class ENet(BaseModel):
@@ -190,12 +172,10 @@ class ENet(BaseModel):
     multiples of 8 this is the paper's network. In training a batch of one needs more than 8 x 8 pixels.
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images, 1 to 15 (the initial block holds the pooled image in 16 channels).
+        in_channels: channels of the images, 1 to 15 (the initial block contains the pooled image in 16 channels).
         published: the published departures: PReLU has a single slope per layer instead of one per feature
             map, the decoder has ReLU instead of PReLU, and the expansion is followed by one more PReLU (ReLU)
             before the sum.
-        freeze_bn: BatchNorm keeps its running statistics.
 
     Deviations from the paper, in both forms: the projection has a quarter of the *input's* channels also where
     a bottleneck changes their number, and the last transposed convolution is 3x3 (the paper leaves both open;
@@ -219,18 +199,11 @@ class ENet(BaseModel):
             raise ValueError(f"in_channels must be less than {INITIAL_CHANNELS} for ENet, got {in_channels}")
         self.initial = InitialBlock(in_channels)
         channels, decoder = INITIAL_CHANNELS, False
-        for name, kind, out_channels, dilation in ARCHITECTURE:
-            decoder = decoder or kind == "upsampling"
-            block = BLOCKS.get(kind, Bottleneck)(
-                channels,
-                out_channels,
-                kind=kind,
-                dilation=dilation,
-                dropout=0.01 if name < "bottleneck20" else 0.1,
-                published=published,
-                relu=published and decoder,
-            )
-            self.add_module(name, block)
+        for name, kind, out_channels in ARCHITECTURE:
+            decoder = decoder or kind == "up"
+            dropout = 0.01 if name < "bottleneck20" else 0.1
+            block = BLOCKS.get(kind, Bottleneck)
+            self.add_module(name, block(channels, out_channels, kind, dropout, published, relu=published and decoder))
             channels = out_channels
         self.fullconv = _doubling(channels, num_classes)
         init_weights(self)
@@ -241,12 +214,12 @@ class ENet(BaseModel):
         size = x.shape[-2:]
         x = self.initial(x)
         pools: list[Pooled] = []
-        for name, kind, _, _ in ARCHITECTURE:
+        for name, kind, _ in ARCHITECTURE:
             block = self.get_submodule(name)
-            if kind == "downsampling":
+            if kind == "down":
                 x, pooled = block(x)
                 pools.append(pooled)
-            elif kind == "upsampling":
+            elif kind == "up":
                 x = block(x, pools.pop())
             else:
                 x = block(x)
@@ -256,8 +229,7 @@ class ENet(BaseModel):
 def _doubling(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
     """Return a convolution from (B, in, h, w) to (B, out, 2 h, 2 w); the network crops where the map was odd.
 
-    The last row and column depend on nothing else, so that cropping gives what ``output_size`` would; but a padding
-    that depends on the image's size has no ONNX form.
+    Cropping gives what ``output_size`` would, but ONNX has no padding that depends on the image's size.
     """
     return nn.ConvTranspose2d(
         in_channels, out_channels, kernel_size=3, stride=2, padding=1, output_padding=1, bias=False

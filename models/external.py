@@ -28,8 +28,6 @@ class External(BaseModel):
     run on the command line, or with ``--trust-code``.
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images.
         factory: ``"package.module:function"`` (or a class, or ``Class.method``), which returns an ``nn.Module``.
         args: its arguments. ``"$num_classes"`` and ``"$in_channels"`` stand for the data's numbers. A value
             ``{"factory": ..., "args": ...}`` is built first, for arguments that are objects.
@@ -43,7 +41,6 @@ class External(BaseModel):
         size_divisor: heights and widths must be multiples of this. Validation and inference pad images to it;
             ``crop_size`` must be one.
         resize: of a file that takes one image size only: resize images to it and the logits back.
-        freeze_bn: BatchNorm keeps its running statistics.
         freeze_backbone: only what is outside the backbone is trained.
 
     Raises:

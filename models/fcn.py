@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from base.base_model import BaseModel
-from models.backbones.common import Backbone, load_pretrained
+from models.backbones.common import Backbone, ImageNetWeights, load_pretrained
 from models.backbones.vgg import VGG
 
 VGG_16 = ("vgg16", "vgg16_bn")
@@ -47,8 +47,8 @@ class ConvolutionalVGG16(Backbone):
         self.dropout = nn.Dropout(0.5)
         for fc in (self.fc6, self.fc7):
             _init_classifier(fc)
-        first_conv = "features.0.weight"
-        load_pretrained(self._torchvision_names(), name, pretrained, first_conv, ignore=("classifier.6.",))
+        weights = ImageNetWeights(name, "features.0.weight", ignore=("classifier.6.",))
+        load_pretrained(self._torchvision_names(), pretrained, weights)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return pool3, pool4 and fc7."""
@@ -72,8 +72,6 @@ class FCN8(BaseModel):
                        `-> fc7 -> score -> x2 + -> x2 + -> x8 -> crop to the image
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images.
         backbone: vgg16 (the paper's) or vgg16_bn.
         pretrained: ImageNet weights for VGG-16, fc6 and fc7 included: true (torchvision's), false, or a path.
         published: the published departure: pool3 and pool4 are multiplied by 0.0001 and 0.01 before they are

@@ -11,7 +11,7 @@ def pool_with_indices(x: Tensor, ceil_mode: bool = False) -> tuple[Tensor, Tenso
 
     Args:
         x: feature maps.
-        ceil_mode: an odd last row or column makes windows of its own; otherwise it is dropped.
+        ceil_mode: an odd last row or column forms smaller windows; otherwise it is dropped.
 
     Returns:
         the maxima (B, C, h, w) and the position of each, int64 in [0, H * W), counted in rows of ``x``.

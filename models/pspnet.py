@@ -59,15 +59,10 @@ class PSPNet(PyramidSceneParsing):
     "resnet50s" family of PyTorch-Encoding.
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images.
         backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
-        pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
         stem: "deep" or "torchvision" (7x7), of a ResNet; None: the published one of the backbone.
         use_aux: in training, also return the logits of the auxiliary head on the last stage but one.
         published: the published departure: the logits are resized without aligned corners, the pyramid with them.
-        freeze_bn: BatchNorm keeps its running statistics.
-        freeze_backbone: only the decoder is trained.
     """
 
     published_mark = "initial.1.weight"
@@ -106,16 +101,11 @@ class PSPDenseNet(PyramidSceneParsing):
     also forgot the last block; here it belongs to the backbone always.)
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images.
         backbone: densenet121, densenet161, densenet169 or densenet201.
-        pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
         use_aux: in training, also return the logits of the auxiliary head on the last stage but one.
         stem: "torchvision", or "unpadded": the published code's stem for training from scratch or on images
             without three channels (input sizes from 15 up), for its checkpoints.
         published: see above.
-        freeze_bn: BatchNorm keeps its running statistics.
-        freeze_backbone: only the decoder is trained.
     """
 
     published_mark = "block0.0.weight"

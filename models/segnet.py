@@ -4,16 +4,12 @@ Segmentation", PAMI 2017 (https://arxiv.org/abs/1511.00561).
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from base.base_model import BaseModel
 from models.backbones import vgg
 from models.backbones.vgg import VGG
-from models.blocks import init_weights
+from models.blocks import init_weights, untie_norms
 from models.pooling import pool_with_indices, unpool
 
 
@@ -57,12 +53,8 @@ class SegNet(BaseModel):
     of one needs more than 16 x 16 pixels. In the published form pooling rounds down and takes at least 32 x 32.
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images.
-        pretrained: ImageNet weights for the encoder: true (torchvision's), false, or a file's path.
         published: the published departure: 9 convolutions and 10 BatchNorms of the decoder are the encoder's
             own, which ties their weights and mixes the running statistics of both uses.
-        freeze_bn: BatchNorm keeps its running statistics.
         freeze_backbone: only the decoder is trained (in the published form: what of it is not the encoder's).
 
     Deviation from the paper, in both forms: the first encoder convolution, too, is mirrored by one with
@@ -97,7 +89,7 @@ class SegNet(BaseModel):
         self.classifier = nn.Conv2d(outputs[0], num_classes, kernel_size=3, padding=1)
         init_weights(self.classifier)
         if published:
-            self.register_load_state_dict_pre_hook(_untie_norms)
+            self.register_load_state_dict_pre_hook(untie_norms)
         self.freeze(freeze_bn, freeze_backbone)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -117,21 +109,3 @@ class SegNet(BaseModel):
             indices, size = pooled.pop()
             x = stage(unpool(x, indices, size))
         return self.classifier(x)
-
-
-def _untie_norms(model: SegNet, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Before loading: give the decoder BatchNorms of its own where the weights hold two versions of a shared one.
-
-    Runs with synchronised BatchNorm converted each use of a shared module by itself, so that their checkpoints
-    hold different values under the two names, and both are needed to compute the same function.
-    """
-    encoder = {module: name for name, module in model.backbone.named_modules()}
-    for i, stage in enumerate(model.decoder):
-        assert isinstance(stage, nn.Sequential)
-        for j, norm in enumerate(stage):
-            if not isinstance(norm, nn.BatchNorm2d) or norm not in encoder:
-                continue
-            ours, twins = f"{prefix}decoder.{i}.{j}.", f"{prefix}backbone.{encoder[norm]}."
-            pairs = ((state_dict.get(ours + key), state_dict.get(twins + key)) for key in norm.state_dict())
-            if any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs):
-                stage[j] = copy.deepcopy(norm)

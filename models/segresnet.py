@@ -96,17 +96,12 @@ class SegResNet(BaseModel):
     at its bottom and right, where halving had rounded up. In training a batch of one needs more than 32 x 32 pixels.
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images.
         backbone: resnet18, resnet34, resnet50, resnet101 or resnet152 (the decoder has bottlenecks for all).
-        pretrained: ImageNet weights for the backbone: true (torchvision's), false, or a file's path.
         published: the published departures. Unpooling uses the maxima of the ResNet's overlapping 3x3 windows,
             where indices repeat: which value stays is defined on the CPU only. (By default the positions come from
             a 2x2 pooling of the stem beside the ResNet's own.) The decoder's maps are cut once, in the middle,
             before unpooling; that shifts features by up to 4 pixels of the stem. A stem map of odd width (input
             width 1 or 2 modulo 4) is unpooled to an even width, which shears it.
-        freeze_bn: BatchNorm keeps its running statistics.
-        freeze_backbone: only the decoder is trained.
 
     The published form returns logits at input size for every size, too, where the published code gave one pixel
     more or less, or failed.

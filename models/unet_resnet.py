@@ -48,16 +48,11 @@ class UNetResnet(BaseModel):
     a batch of one needs more than 32 x 32 pixels (published: 8 x 8).
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images.
         backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
-        pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
         published: the published departures: a decoder without any BatchNorm or ReLU (and a classifier without
             bias), on the dilated ResNet with output stride 8 and (50, 101, 152) the deep stem, of which torchvision
-            has no weights. layer2 to layer4 then have one size, so that the first two up-convolutions enlarge
-            what is shrunk again at once.
-        freeze_bn: BatchNorm keeps its running statistics.
-        freeze_backbone: only the decoder is trained.
+            has no weights. layer2 to layer4 then have one size, so that the results of
+            the first two up-convolutions are resized back.
 
     Deviations from U-Net's paper: a ResNet instead of plain convolutions, padded convolutions, one convolution
     per step instead of two, narrower steps (192, 128, 96, 64, 48, 32); on a ResNet no skips at strides 1 and 2.

@@ -68,17 +68,12 @@ class UperNet(BaseModel):
     convolution for classifier. (There, every backbone was a resnet101.)
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images.
         backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
-        pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
         output_stride: of the deepest features: 32 (the paper's and the default), 16 (default if published)
             or 8.
         fpn_out: channels of the FPN: 512 (the paper's and the default), or for instance 256, which takes a third of
             the work (default if published).
         published: see above.
-        freeze_bn: BatchNorm keeps its running statistics.
-        freeze_backbone: only the decoder is trained.
     """
 
     align_corners = False

@@ -1,4 +1,4 @@
-"""Tables from the names a config may use to what they stand for, with models of the arguments that each entry takes."""
+"""Tables of the classes that configs can name, with models of the arguments that each entry takes."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Arguments(BaseModel):
             return f"{cls.__name__} takes no such argument{did_you_mean(name, cls.model_fields)} Allowed: {allowed}"
         if name not in args:
             return f"{cls.__name__} needs this argument and the config does not give it"
-        # JSON cannot hold an instance of a class (a tensor): mention that only where nothing else is expected.
+        # JSON cannot contain an instance of a class (a tensor): mention it only if nothing else is expected.
         details = [d for d in details if d["type"] != "is_instance_of" and "isinstance" not in d["msg"]] or details
         return f"found {found(args[name])}; {' or '.join(dict.fromkeys(expected(d) for d in details))}"
 
@@ -223,10 +223,15 @@ def _annotation(parameter: inspect.Parameter) -> Any:
 def documented(target: Callable[..., Any]) -> dict[str, str]:
     """Return what the ``Args:`` part of a docstring says about each argument (``a, b: text`` is about both).
 
-    The texts are for readers of configs: ``None`` is ``null``, and marks of Sphinx are those of Markdown.
+    A class inherits the texts of its parents. They are for readers of configs: ``None`` is ``null``, and marks of
+    Sphinx are those of Markdown.
     """
-    text = inspect.getdoc(target) or ""
-    match = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", text, re.MULTILINE)
+    owners = reversed(target.__mro__) if isinstance(target, type) else (target,)
+    return {name: text for owner in owners for name, text in _own_arguments(owner.__doc__ or "").items()}
+
+
+def _own_arguments(docstring: str) -> dict[str, str]:
+    match = re.search(r"^Args\b.*:\n((?:[ \t]+.*\n?|\n)*)", inspect.cleandoc(docstring), re.MULTILINE)
     if match is None:
         return {}
     meanings: dict[str, str] = {}

@@ -1,7 +1,7 @@
-"""Backbones behind one contract: ``forward(images) -> [features, ...]``, fine to coarse.
+"""Backbones with one interface: ``forward(images) -> [features, ...]``, fine to coarse.
 
-Every backbone announces ``channels`` and ``strides``, one entry per feature map, so that decoders are derived
-from them. Dilation, stem and output stride are arguments.
+Every backbone has ``channels`` and ``strides``, one entry per feature map, from which decoders are built. Dilation,
+stem and output stride are arguments.
 """
 
 from __future__ import annotations
@@ -15,17 +15,7 @@ from models.backbones.resnet import WHOLE_STAGES, ResNet
 from models.backbones.vgg import VGG, vgg
 from models.backbones.xception import Xception
 
-__all__ = [
-    "VGG",
-    "Backbone",
-    "DenseNet",
-    "Needs",
-    "ResNet",
-    "TimmEncoder",
-    "Xception",
-    "encoder",
-    "vgg",
-]
+__all__ = ["VGG", "Backbone", "DenseNet", "Needs", "ResNet", "TimmEncoder", "Xception", "encoder", "vgg"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,7 @@ def encoder(name: str, in_channels: int, pretrained: bool | str, needs: Needs) -
 
     Raises:
         ValueError: there is no such encoder, or it does not have what the decoder needs.
-        UserError: timm is not installed, or the weights cannot be had.
+        UserError: timm is not installed, or the weights cannot be loaded.
     """
     if not name.startswith(PREFIX):
         dilations = WHOLE_STAGES.get(needs.stride) if needs.whole_stages else None

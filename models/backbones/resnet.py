@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1, conv3x3
 
-from models.backbones.common import Backbone, load_pretrained
+from models.backbones.common import Backbone, ImageNetWeights, load_pretrained
 
 #: Blocks per stage, and whether they are bottlenecks.
 RESNETS: dict[str, tuple[tuple[int, int, int, int], bool]] = {
@@ -94,19 +94,15 @@ class ResNet(Backbone):
             width, stride = self.channels[i], stride * strides[i]
             stage_strides.append(stride)
         self.strides = tuple(stage_strides)
-        self._initialise()
+        for module in self.modules():  # as torchvision: He et al. 2015, fan out
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         deep = stem == "deep"
-        load_pretrained(
-            self,
-            name + (" with the deep stem" if deep else ""),
-            pretrained,
-            first_conv="conv1.0.weight" if deep else "conv1.weight",
-            ignore=("fc.",),
-            has_torchvision_weights=not deep,
-        )
+        kind, first_conv = (f"{name} with the deep stem", "conv1.0.weight") if deep else (name, "conv1.weight")
+        load_pretrained(self, pretrained, ImageNetWeights(kind, first_conv, ("fc.",), in_torchvision=not deep))
 
     def _stage(self, inplanes: int, planes: int, stride: int, schedule: list[tuple[int, int]]) -> nn.Sequential:
-        """Build one stage; ``schedule`` holds (dilation of the first 3x3, of the others) per block."""
+        """Build one stage; ``schedule`` contains (dilation of the first 3x3, of the others) per block."""
         outplanes = planes * (Bottleneck.expansion if self.bottleneck else BasicBlock.expansion)
         blocks: list[nn.Module] = []
         for first, dilation in schedule:
@@ -119,12 +115,6 @@ class ResNet(Backbone):
                 blocks.append(DilatedBasicBlock(inplanes, planes, stride, downsample, first, dilation))
             inplanes, stride = outplanes, 1
         return nn.Sequential(*blocks)
-
-    def _initialise(self) -> None:
-        """Initialise as torchvision does: He et al. 2015, fan out."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def stem(self, x: Tensor) -> Tensor:
         """Return the features (B, stem_channels, H / 2, W / 2) that the max-pooling would take."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from models.backbones.common import Backbone, load_pretrained
+from models.backbones.common import Backbone, ImageNetWeights, load_pretrained
 
 #: torchvision's letter for each network's list of widths.
 VGGS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
@@ -40,11 +40,7 @@ class VGG(Backbone):
                 stage = nn.Sequential()
             else:
                 stage.append(layer)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Initialise as torchvision does: He et al. 2015, fan out, bias 0."""
-        for module in self.modules():
+        for module in self.modules():  # as torchvision: He et al. 2015, fan out, bias 0
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 assert module.bias is not None
@@ -83,5 +79,6 @@ def vgg(
         first_padding: padding of the first convolution (100 in FCN).
     """
     backbone = VGG(name, in_channels, ceil_mode, first_padding)
-    load_pretrained(backbone.torchvision_names(), name, pretrained, "features.0.weight", ignore=("classifier.",))
+    weights = ImageNetWeights(name, "features.0.weight", ignore=("classifier.",))
+    load_pretrained(backbone.torchvision_names(), pretrained, weights)
     return backbone

@@ -7,7 +7,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbones.common import Backbone, load_pretrained
+from models.backbones.common import Backbone, ImageNetWeights, load_pretrained
 
 MIDDLE_BLOCKS = range(4, 20)
 
@@ -141,7 +141,7 @@ class Xception(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        load_pretrained(self, "xception", pretrained, "conv1.weight", has_torchvision_weights=False)
+        load_pretrained(self, pretrained, ImageNetWeights("xception", "conv1.weight", in_torchvision=False))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return [low-level features (B, 128, H / 4, W / 4), features (B, 2048, H / os, W / os)]."""

@@ -1,7 +1,7 @@
 """Weights of other programs: published checkpoints of the predecessors, and what fits of others.
 
 ``names`` turns recorded names into ours, ``identify`` finds out what a checkpoint is, ``loading`` loads it. What
-belongs to one model (its names, the marks of its checkpoints) stands in the model's class.
+belongs to one model (its names, the marks of its checkpoints) is in the model's class.
 """
 
 from models.upstream.identify import identify, infer, known_args

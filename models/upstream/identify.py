@@ -12,7 +12,7 @@ from torch import Tensor
 from base.base_model import BaseModel
 from models import MODELS
 from models.upstream.names import Rules, candidates, strip_wrappers
-from utils.errors import UserError
+from utils.errors import UserError, listed
 
 #: (blocks of stage 1, blocks of stage 3, bottlenecks?) -> name.
 _RESNETS = {
@@ -81,11 +81,6 @@ def parameters(model: type[BaseModel]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(model.__init__).parameters
 
 
-def some(names: list[str]) -> str:
-    """Return the first few names."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
 def known_args(type: str, args: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return those of ``arch.args`` that the model takes: the published constructors ignored all others."""
     known = parameters(MODELS[type])
@@ -102,8 +97,8 @@ def infer(
         state_dict: its weights.
         type: ``arch.type`` of its config.
         args: ``arch.args`` of its config. What the model here does not take is left out (the published
-            constructors ignored unknown arguments), and where the weights tell another backbone, stem or
-            up-sampling than the config, the weights are believed.
+            constructors ignored unknown arguments), and where the weights show another backbone, stem or
+            up-sampling than the config, the weights decide.
 
     Returns:
         the model's name, the constructor's arguments, the number of classes. For published weights,
@@ -117,7 +112,7 @@ def infer(
     classes = number_of_classes(kind, weights, rules)
     other = identify(weights)
     if classes is None or (other is not None and other != kind):
-        found = f"they look like a published {other}" if other else f"they begin with {some(list(weights))}"
+        found = f"they look like a published {other}" if other else f"they begin with {listed(weights, 3)}"
         raise UserError(f"the weights are not those of {kind} (arch.type): {found}")
     told: dict[str, Any] = {
         "backbone": backbone_of(weights),

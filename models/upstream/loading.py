@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from base.base_model import BaseModel
 from models.backbones.common import adapt_first_conv
@@ -19,10 +16,9 @@ from models.upstream.identify import (
     image_channels,
     number_of_classes,
     parameters,
-    some,
 )
 from models.upstream.names import strip_wrappers, translate
-from utils.errors import UserError
+from utils.errors import UserError, listed
 
 #: Prefixes under which other programs keep a network or its encoder, and where ours has them.
 THEIR_PREFIXES = ("", "model.", "net.", "network.", "encoder.", "encoder.model.", "backbone.")
@@ -33,10 +29,6 @@ LEAST_SHARE = 0.2
 
 def load_weights(model: BaseModel, state_dict: Mapping[str, Tensor]) -> None:
     """Load weights under our names or the published ones, with or without ``module.``, into ``model``.
-
-    Where the model uses one BatchNorm at two places and the weights hold different values for them
-    (checkpoints of synchronised BatchNorm, which converted each use by itself), the second place gets a
-    BatchNorm of its own.
 
     Raises:
         UserError: entries are missing, unknown or of another shape; says which, and what probably went wrong.
@@ -53,25 +45,12 @@ def load_weights(model: BaseModel, state_dict: Mapping[str, Tensor]) -> None:
             (unexpected, "unexpected", unexpected),
             (reshaped, "of another shape", shapes),
         )
-        facts = "; ".join(f"{len(keys)} {what} ({some(shown)})" for keys, what, shown in parts if keys)
+        facts = "; ".join(f"{len(keys)} {what} ({listed(shown, 3)})" for keys, what, shown in parts if keys)
         why = "; ".join(reasons(model, strip_wrappers(state_dict)))
         raise UserError(
             f"the weights do not fit {type(model).__name__}: {facts}" + (f". Probably: {why}" if why else "")
         )
-    _untie_norms(model, weights)
     model.load_state_dict(weights, strict=False)  # strict but for num_batches_tracked, see above
-
-
-def _untie_norms(model: BaseModel, weights: Mapping[str, Tensor]) -> None:
-    first_name: dict[nn.Module, str] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, _BatchNorm):
-            continue
-        first = first_name.setdefault(module, name)
-        pairs = ((weights.get(f"{first}.{k}"), weights.get(f"{name}.{k}")) for k in module.state_dict())
-        if any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, copy.deepcopy(module))
 
 
 def reasons(model: BaseModel, weights: Mapping[str, Tensor]) -> list[str]:
@@ -153,7 +132,7 @@ def transfer(model: BaseModel, state_dict: Mapping[str, Tensor]) -> Transfer:
         why = "; ".join(reasons(model, weights))
         raise UserError(
             f"only {len(taken)} of {len(weights)} tensors fit {type(model).__name__}; the file begins with "
-            f"{some(list(weights))}" + (f". Probably: {why}" if why else "")
+            f"{listed(weights, 3)}" + (f". Probably: {why}" if why else "")
         )
     state = {key: weights[names[key]] for key in taken}
     adapted = []

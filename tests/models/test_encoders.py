@@ -186,7 +186,7 @@ def test_without_timm_one_line_names_the_command(monkeypatch: pytest.MonkeyPatch
         ("DeepLab", {"backbone": "timm:densenet121", "output_stride": 8}, "Leave output_stride out"),
         ("UperNet", {"backbone": f"timm:{LIGHT}", "published": True}, "published"),
         ("PSPNet", {"backbone": f"timm:{LIGHT}", "stem": "deep"}, "its own stem"),
-        ("PSPNet", {"backbone": f"timm:{LIGHT}", "pretrained": PACKAGE}, "holds the weights of"),
+        ("PSPNet", {"backbone": f"timm:{LIGHT}", "pretrained": PACKAGE}, "contains the weights of"),
     ],
 )
 def test_what_cannot_be_is_refused(decoder: str, args: dict[str, Any], message: str) -> None:

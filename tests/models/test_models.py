@@ -22,6 +22,7 @@ from base.base_model import BaseModel
 from models import MODELS
 from models.cost import count
 from utils.errors import UserError
+from utils.registry import documented
 
 #: The cheapest arguments for each network that has a choice.
 SMALL: dict[str, dict[str, Any]] = {
@@ -120,7 +121,7 @@ def test_constructors_name_and_annotate_every_argument(name: str) -> None:
         assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD, parameter
         assert parameter.annotation is not inspect.Parameter.empty, parameter
         assert parameter.name == "num_classes" or parameter.default is not inspect.Parameter.empty, parameter
-        assert f"{parameter.name}" in (MODELS[name].__doc__ or ""), f"{parameter} is not in the docstring"
+        assert parameter.name in documented(MODELS[name]), f"{parameter} is not in the docstring"
 
 
 @pytest.mark.parametrize(

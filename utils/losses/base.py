@@ -40,7 +40,7 @@ class SegmentationLoss(nn.Module):
             target: integers ``(B, H, W)`` in [0, max(C, 2)) or ``ignore_index``.
 
         Raises:
-            ValueError: the shapes do not match, or ``target`` does not hold integers.
+            ValueError: the shapes do not match, or ``target`` does not contain integers.
         """
         expected = (logits.shape[0], *logits.shape[2:])
         if target.shape != expected:
@@ -48,7 +48,7 @@ class SegmentationLoss(nn.Module):
                 f"target has the shape {tuple(target.shape)}; logits {tuple(logits.shape)} need {expected}"
             )
         if target.is_floating_point():
-            raise ValueError(f"target holds {target.dtype}; expected integer class ids")
+            raise ValueError(f"target has the type {target.dtype}; expected integer class ids")
         target = target.flatten(1)
         valid = target != self.ignore_index  # (B, N)
         # Replace ignored logits instead of masking the result: 0 * nan would be nan in the backward pass.

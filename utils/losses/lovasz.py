@@ -52,7 +52,13 @@ def lovasz_extension(errors: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
 
 
 class _LovaszLoss(RegionLoss):
-    """Mean over classes (and images) of the Lovász extension of the Jaccard loss of :meth:`errors`."""
+    """Mean over classes (and images) of the Lovász extension of the Jaccard loss of :meth:`errors`.
+
+    Args:
+        classes: mean over "all" classes or those "present" in the labels of the region (C > 1).
+        per_image: one term per image, then their mean; else all pixels of the batch together.
+        weight: per class, in the mean (C > 1).
+    """
 
     def __init__(
         self,
@@ -85,12 +91,6 @@ class LovaszSoftmax(_LovaszLoss):
     """Lovász-Softmax: the Lovász extension of the Jaccard loss of the errors |t - p|, mean over classes.
 
     Source: Berman et al., CVPR 2018, equation 11. Not proper: it optimizes IoU, and its minimum is a hard mask.
-
-    Args:
-        ignore_index: pixels with this label are ignored.
-        classes: mean over "all" classes or those "present" in the labels of the region.
-        per_image: one term per image, then their mean; else all pixels of the batch together.
-        weight: per class, in the mean (C > 1).
     """
 
     def errors(self, logits: Tensor, truth: Tensor) -> Tensor:
@@ -102,13 +102,8 @@ class LovaszHinge(_LovaszLoss):
     """Lovász hinge: the Lovász extension of the Jaccard loss of the hinge errors max(0, 1 - (2 t - 1) z).
 
     Source: Yu & Blaschko, ICML 2015; Berman et al., CVPR 2018, Section 3.1. Made for one channel; several channels are
-    treated one-vs-rest. Not proper: the logits are margins, and their sigmoid is not a probability.
-
-    Args:
-        ignore_index: pixels with this label are ignored.
-        classes: mean over "all" classes or those "present" in the labels of the region (C > 1).
-        per_image: one term per image, then their mean (the authors' default); else the batch together.
-        weight: per class, in the mean (C > 1).
+    treated one-vs-rest. Not proper: the logits are margins; their sigmoid is not a probability. ``per_image`` is the
+    authors' default.
     """
 
     activation = "sigmoid"

@@ -44,7 +44,6 @@ class CrossEntropyLoss2d(SegmentationLoss):
     One channel: the binary cross-entropy, i.e. this formula with the logits (0, z).
 
     Args:
-        ignore_index: pixels with this label are ignored.
         weight: per class; the mean becomes ``sum w[y] loss / sum w[y]`` as in torch. The minimum is then
             proportional to w p, so the loss is not proper. One channel takes two entries: background, class.
         label_smoothing: e in [0, 1); the target becomes ``(1 - e) t + e / C`` (Szegedy et al., CVPR 2016),
@@ -93,7 +92,6 @@ class FocalLoss(SegmentationLoss):
     ignored; the published loss divides by all pixels.
 
     Args:
-        ignore_index: pixels with this label are ignored.
         gamma: focusing parameter >= 0.
         weight: per class, as in :class:`CrossEntropyLoss2d` (the paper's alpha).
     """
@@ -124,7 +122,6 @@ class BCEWithLogitsLoss2d(SegmentationLoss):
     Strictly proper: each channel is a logarithmic score of the probability of its class.
 
     Args:
-        ignore_index: pixels with this label are ignored.
         weight: per class; weights the channels in the mean. That is proper for C > 1, but reported as not proper,
             because one channel takes two entries, background and class, which move the minimum.
         pos_weight: per channel; multiplies the ``t log p`` term as in torch, for rare classes. Not proper.
@@ -162,7 +159,6 @@ class BCEWithLogitsFocalLoss2d(SegmentationLoss):
     factor from the batch's mean loss, which is a bug.
 
     Args:
-        ignore_index: pixels with this label are ignored.
         gamma: focusing parameter >= 0.
         alpha: a_t is alpha where t = 1 and 1 - alpha elsewhere; None: 1 everywhere.
         weight: per class, as in :class:`BCEWithLogitsLoss2d`.

@@ -54,7 +54,6 @@ class TverskyLoss(RegionLoss):
     Not proper: it pushes probabilities to 0 and 1, like Dice.
 
     Args:
-        ignore_index: pixels with this label are ignored.
         alpha, beta: cost of false positives and of false negatives; beta > alpha favors recall.
         smooth: s >= 0. If the fraction is 0 / 0, the loss is 0.
         per_class: one fraction per class, then their mean; else one over all classes, for which alpha and beta are
@@ -110,11 +109,6 @@ class DiceLoss(TverskyLoss):
     By default the sums run over batch, pixels and classes, as published. For a softmax over C > 1 channels ``sum p =
     sum t = N``, so this default is the mean of 1 - p[y], which ignores class sizes. ``per_class`` gives the Dice loss
     of the literature.
-
-    Args:
-        ignore_index: pixels with this label are ignored.
-        smooth: s >= 0. If the fraction is 0 / 0, the loss is 0.
-        per_class, per_image, classes, weight: as in :class:`TverskyLoss`.
     """
 
     def __init__(
@@ -131,13 +125,13 @@ class DiceLoss(TverskyLoss):
 
 
 class BDiceLoss(DiceLoss):
-    """Soft Dice loss on sigmoids, one-vs-rest; arguments as :class:`DiceLoss`. Not proper."""
+    """Soft Dice loss on sigmoids, one-vs-rest. Not proper."""
 
     activation = "sigmoid"
 
 
 class LogCoshDiceLoss(DiceLoss):
-    """``log(cosh(Dice loss))``; arguments as :class:`DiceLoss`. Not proper.
+    """``log(cosh(Dice loss))``. Not proper.
 
     Source: Jadon, *A survey of loss functions for semantic segmentation*, CIBCB 2020.
     """
@@ -147,15 +141,28 @@ class LogCoshDiceLoss(DiceLoss):
         return super().compute(logits, target, valid).cosh().log()
 
 
-class CE_DiceLoss(SegmentationLoss):  # noqa: N801 (the published name)
-    """Cross-entropy plus soft Dice on the softmax. Not proper, because of the Dice part.
+class _SumWithDice(SegmentationLoss):
+    """A cross-entropy plus soft Dice. Not proper, because of the Dice part.
 
     Args:
-        ignore_index: pixels with this label are ignored.
         smooth, per_class, per_image, classes: of the Dice part, see :class:`DiceLoss`.
-        weight: per class, of the cross-entropy part, see :class:`CrossEntropyLoss2d`.
+        weight, pos_weight: of the cross-entropy part, see its class.
         dice_weight: factor of the Dice part.
     """
+
+    def _add(self, cross_entropy: SegmentationLoss, dice: DiceLoss, dice_weight: float) -> None:
+        self.cross_entropy, self.dice = cross_entropy, dice
+        self.dice_weight = non_negative("dice_weight", dice_weight)
+        self.nearly_proper = cross_entropy.proper
+
+    def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """See :meth:`SegmentationLoss.compute`."""
+        dice = self.dice.compute(logits, target, valid)
+        return self.cross_entropy.compute(logits, target, valid) + self.dice_weight * dice
+
+
+class CE_DiceLoss(_SumWithDice):  # noqa: N801 (the published name)
+    """Cross-entropy plus soft Dice on the softmax. Not proper, because of the Dice part."""
 
     def __init__(
         self,
@@ -168,26 +175,12 @@ class CE_DiceLoss(SegmentationLoss):  # noqa: N801 (the published name)
         dice_weight: NonNegative = 1.0,
     ) -> None:
         super().__init__(ignore_index)
-        self.cross_entropy = CrossEntropyLoss2d(ignore_index, weight)
-        self.dice = DiceLoss(ignore_index, smooth, per_class, per_image, classes)
-        self.dice_weight = non_negative("dice_weight", dice_weight)
-        self.nearly_proper = self.cross_entropy.proper
-
-    def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """See :meth:`SegmentationLoss.compute`."""
-        dice = self.dice.compute(logits, target, valid)
-        return self.cross_entropy.compute(logits, target, valid) + self.dice_weight * dice
+        dice = DiceLoss(ignore_index, smooth, per_class, per_image, classes)
+        self._add(CrossEntropyLoss2d(ignore_index, weight), dice, dice_weight)
 
 
-class BCEDiceLoss(SegmentationLoss):
-    """One-vs-rest cross-entropy plus soft Dice, both on sigmoids. Not proper, because of the Dice part.
-
-    Args:
-        ignore_index: pixels with this label are ignored.
-        smooth, per_class, per_image, classes: of the Dice part, see :class:`DiceLoss`.
-        weight, pos_weight: of the cross-entropy part, see :class:`BCEWithLogitsLoss2d`.
-        dice_weight: factor of the Dice part.
-    """
+class BCEDiceLoss(_SumWithDice):
+    """One-vs-rest cross-entropy plus soft Dice, both on sigmoids. Not proper, because of the Dice part."""
 
     activation = "sigmoid"
 
@@ -203,12 +196,5 @@ class BCEDiceLoss(SegmentationLoss):
         dice_weight: NonNegative = 1.0,
     ) -> None:
         super().__init__(ignore_index)
-        self.cross_entropy = BCEWithLogitsLoss2d(ignore_index, weight, pos_weight)
-        self.dice = BDiceLoss(ignore_index, smooth, per_class, per_image, classes)
-        self.dice_weight = non_negative("dice_weight", dice_weight)
-        self.nearly_proper = self.cross_entropy.proper
-
-    def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        """See :meth:`SegmentationLoss.compute`."""
-        dice = self.dice.compute(logits, target, valid)
-        return self.cross_entropy.compute(logits, target, valid) + self.dice_weight * dice
+        dice = BDiceLoss(ignore_index, smooth, per_class, per_image, classes)
+        self._add(BCEWithLogitsLoss2d(ignore_index, weight, pos_weight), dice, dice_weight)
