@@ -255,7 +255,6 @@ def write_results(setup: Setup, state: Mapping[str, Any], outcome: Evaluation, w
     loaded, config = setup.loaded, setup.loaded.config
     results = report.results(
         outcome,
-        config,
         loaded,
         setup.loader.dataset,
         views=setup.views,

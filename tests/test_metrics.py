@@ -40,7 +40,7 @@ def masks_of(labels: torch.Tensor, classes: int) -> torch.Tensor:
 
 
 def reference(
-    masks: np.ndarray, target: np.ndarray, classes: list[int], smooth: float = 0.0, count_ignored: bool = False
+    masks: np.ndarray, target: np.ndarray, classes: list[int], count_ignored: bool = False
 ) -> dict[str, object]:
     """Score masks ``(N, C, H, W)`` pixel by pixel as the formulas say, image by image and class by class."""
     images, total = masks.shape[:2]
@@ -55,8 +55,8 @@ def reference(
             both, either = (predicted & truth).sum(), (predicted | truth).sum()
             sums[:, c] += both, predicted.sum(), truth.sum()
             if either:
-                dice[i, c] = (2 * both + smooth) / (predicted.sum() + truth.sum() + smooth)
-                iou[i, c] = (both + smooth) / (either + smooth)
+                dice[i, c] = 2 * both / (predicted.sum() + truth.sum())
+                iou[i, c] = both / either
             counted = np.ones_like(valid) if count_ignored else valid
             if counted.any():
                 accuracy[i, c] = (predicted == truth)[counted].mean()
@@ -68,8 +68,8 @@ def reference(
         "Class_Dice": [mean(column) for column in dice.T],
         "Class_IoU": [mean(column) for column in iou.T],
         "Class_Images": [int(np.isfinite(column).sum()) for column in dice.T],
-        "Dataset_mDice": mean((2 * b + smooth) / (p + y + smooth) for b, p, y in dataset),
-        "Dataset_mIoU": mean((b + smooth) / (p + y - b + smooth) for b, p, y in dataset),
+        "Dataset_mDice": mean(2 * b / (p + y) for b, p, y in dataset),
+        "Dataset_mIoU": mean(b / (p + y - b) for b, p, y in dataset),
         "images": images,
     }
 
@@ -97,16 +97,16 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(cases(), st.booleans(), st.sampled_from([0.0, 1.0]), st.booleans(), st.data())
-def test_masks_score_as_the_formulas_say(case, count_ignored, smooth, keep_images, data) -> None:
+@given(cases(), st.booleans(), st.booleans(), st.data())
+def test_masks_score_as_the_formulas_say(case, count_ignored, keep_images, data) -> None:
     masks, target = case
     total = masks.shape[1]
     classes = sorted(data.draw(st.sets(st.integers(0, total - 1), min_size=1)))
-    metrics = Metrics(total, IGNORE, classes, smooth, count_ignored, keep_images)
+    metrics = Metrics(total, IGNORE, classes, count_ignored, keep_images)
     for start in range(0, len(masks), 2):
         batch = slice(start, start + 2)
         metrics.update(Prediction(masks=torch.from_numpy(masks[batch])), torch.from_numpy(target[batch]))
-    assert_same(metrics.compute(), reference(masks, target, classes, smooth, count_ignored))
+    assert_same(metrics.compute(), reference(masks, target, classes, count_ignored))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -239,13 +239,6 @@ def test_one_channel_is_the_class_itself() -> None:
         assert found["Class_Dice"] == pytest.approx([2 / 4])
         assert found["Class_IoU"] == pytest.approx([1 / 3])
         assert found["Pixel_Accuracy"] == pytest.approx(1 / 3)
-
-
-def test_smooth_adds_to_numerator_and_denominator_only_where_there_is_something() -> None:
-    target, labels = one([[0, 0, 1, 1]]), one([[0, 0, 0, 1]])
-    found = score(Prediction(labels=labels), target, 3, smooth=1.0)
-    assert found["Class_Dice"] == pytest.approx([5 / 6, 3 / 4, NAN], nan_ok=True)
-    assert found["Class_IoU"] == pytest.approx([3 / 4, 2 / 3, NAN], nan_ok=True)
 
 
 @pytest.mark.parametrize("keep_images", [False, True])

@@ -120,7 +120,7 @@ def test_groups_that_forget_or_repeat_a_parameter_are_refused():
 
     with pytest.raises(ValueError, match=r"Forgetful's parameter groups leave out encoder\.0\.weight$"):
         build("SGD", Forgetful(), differential_lr=True)
-    with pytest.raises(ValueError, match="hold a parameter twice"):
+    with pytest.raises(ValueError, match="contain a parameter twice"):
         build("SGD", Repeating(), differential_lr=True)
 
 

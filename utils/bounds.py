@@ -1,7 +1,7 @@
 """Types of numbers that a config may give, with their limits: for sections of the config and for constructors.
 
-A constructor that annotates an argument with one of these types tells the config's checks which values it accepts.
-Limits from above are far from useful values. They keep a slip of the keyboard from exhausting the memory.
+Constructors annotate their arguments with these types, and configs are checked against them. Upper limits are far above
+useful values; they only keep typing errors from exhausting the memory.
 """
 
 from __future__ import annotations

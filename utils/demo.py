@@ -104,7 +104,7 @@ def _pixels(found: Segmentation, classes: int) -> list[int]:
     """Return the pixels of each class's mask, or of its label."""
     if isinstance(found.masks, np.ndarray):
         return found.masks.sum((1, 2)).tolist()
-    counts = np.bincount(found.labels.ravel(), minlength=max(2, classes)).tolist()  # unassigned pixels lie behind
+    counts = np.bincount(found.labels.ravel(), minlength=max(2, classes)).tolist()  # and unassigned
     return counts[1:2] if classes == 1 else counts[:classes]
 
 

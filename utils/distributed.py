@@ -1,7 +1,6 @@
 """One process or many: ranks, devices and gathering, over torch.distributed.
 
-Processes are started by ``torchrun`` (which sets ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``); without it there
-is one process, and every function here does the obvious thing.
+``torchrun`` starts the processes and sets ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``. Without it there is one process.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def is_main() -> bool:
 
 
 def is_first() -> bool:
-    """Return :func:`is_main` also before the group is set up, by what the launcher told this process."""
+    """Return :func:`is_main`; before the group is set up, from the launcher's environment variables."""
     return is_main() and os.environ.get("RANK", "0") == "0"
 
 
@@ -92,10 +91,10 @@ def share_buffers(module: nn.Module) -> None:
 
 
 class Autocast(nn.Module):
-    """Runs a network under autocast to a dtype, in whatever thread it is called.
+    """Runs a network under autocast to a dtype, in any thread.
 
-    The threads of ``torch.nn.DataParallel`` take over whether autocast is on, but not to which dtype: without this,
-    bfloat16 would become float16 there, whose gradients nothing scales.
+    The threads of ``torch.nn.DataParallel`` inherit whether autocast is on, but not its dtype: without this class,
+    they would use float16 instead of bfloat16, without gradient scaling.
 
     Args:
         network: takes images.
@@ -118,7 +117,7 @@ def choose_device(n_gpu: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        # One GPU is what configs ask for by default, "if there is one"; more, or certain ones, somebody has chosen.
+        # Configs ask for one GPU by default, without a need for it. Warn only if more, or certain ones, were chosen.
         asked = f"CUDA_VISIBLE_DEVICES or -d {visible}" if visible else f"n_gpu is {n_gpu}" if n_gpu > 1 else ""
         if asked and is_first():
             print(f"warning: no GPU found ({asked}): using the CPU", file=sys.stderr)
@@ -133,25 +132,30 @@ def choose_device(n_gpu: int) -> torch.device:
 
 
 def usable_gpus(n_gpu: int) -> int:
-    """Return how many of the GPUs that were asked for there are; say so where there are fewer."""
+    """Return how many of the requested GPUs there are; warn if there are fewer."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if n_gpu > there > 0:  # without any, choose_device speaks
+    if n_gpu > there > 0:  # if there is none, choose_device warns
         print(f"warning: n_gpu is {n_gpu}, and this machine has {there}; using {there}", file=sys.stderr)
     return min(n_gpu, there)
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join the group that torchrun set up, and leave it at the end; nothing to do for a single process."""
+def process_group(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:  # noqa: B008
+    """Join the group that torchrun set up, and leave it at the end; do nothing for a single process.
+
+    Args:
+        device: of this process.
+        timeout: how long a process waits for the others.
+    """
     if not under_torchrun():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # gloo beside nccl: objects and flags of the host travel without touching the GPU.
+    # gloo in addition to nccl: objects and flags of the host do not go through the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timeout)
         yield
     except Exception as error:
         if not lost_process(error):
@@ -184,7 +188,7 @@ def launch(script: str, arguments: Sequence[str], processes: int) -> int:
     try:
         torchrun(["--standalone", "--nproc_per_node", str(processes), script, *arguments])
     except ChildFailedError as failure:
-        # The process has said what went wrong; the launcher's own report would only bury it.
+        # The process has printed its error; the launcher's report would only hide it.
         _, first = failure.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 1
     except SignalException as asked:  # the processes have been asked to stop, and have saved

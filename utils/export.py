@@ -4,8 +4,8 @@
 
 The exported program takes ``images``, float32 ``(B, channels, H, W)``, RGB in [0, 1], of any batch size, height and
 width, and returns ``probabilities``, float32 ``(B, classes, H, W)``: normalisation, temperature and softmax (or
-sigmoid) are inside, so :func:`utils.rankdice.rank_dice` can be applied to its output as it is. Before a file gets its
-name, its output has been compared with PyTorch's on three sizes.
+sigmoid) are inside, so :func:`utils.rankdice.rank_dice` takes its output. Before the file is written, the output is
+compared with PyTorch's on three sizes.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def export(loaded: LoadedModel, path: str | Path, kind: str = "onnx", logits: bo
             return _compare(deployed, runner, loaded.facts.in_channels, name, kind)
     except UserError:
         raise
-    except Exception as error:  # the exporters raise whatever they stumble over
+    except Exception as error:  # the exporters raise all kinds
         raise UserError(
             f"{name} cannot be exported as {kind} with free height, width and batch by torch {torch.__version__}: "
             f"{_reason(error)}"

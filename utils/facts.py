@@ -1,4 +1,4 @@
-"""What is known about a data set without its files, and all that using a trained model needs of it."""
+"""What is known about a data set without its files: all that a trained model needs of it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Facts:
         """Return the facts that :meth:`to_dict` wrote.
 
         Raises:
-            ValueError: they are not as it writes them; the field is named.
+            ValueError: a field is missing or wrong; the message names it.
         """
         try:
             facts = TypeAdapter(cls).validate_python(dict(values))

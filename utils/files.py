@@ -24,7 +24,7 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 def atomic(path: str | Path, suffix: str = "") -> Iterator[Path]:
     """Give the path of an empty temporary file beside ``path``; once written, it replaces ``path``.
 
-    ``path`` holds the old content or the whole new one, whatever happens: an error, a kill, a power cut, or another
+    ``path`` contains the old content or the whole new one, whatever happens: an error, a kill, a power cut, or another
     process that writes the same file. New files get the permissions that the umask grants.
 
     Args:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def bad_weights(model: nn.Module) -> str | None:
-    """Return the name of the first parameter or buffer that holds NaN or infinity; None if all are finite."""
+    """Return the name of the first parameter or buffer that contains NaN or infinity; None if all are finite."""
     named = [(name, value) for name, value in model.state_dict().items() if value.is_floating_point()]
     if not named:
         return None

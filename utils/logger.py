@@ -1,8 +1,8 @@
 """The logs of a run: TensorBoard, ``log.csv`` (one line per epoch) and ``log.jsonl``.
 
-``log.csv`` holds only what the run computed, so two equal runs write equal files; times and speeds are in
-``log.jsonl`` under ``"timing"`` and in TensorBoard. A resumed run continues the same files: what they hold beyond the
-checkpoint is dropped, because it will be computed again.
+``log.csv`` contains only what the run computed, so two equal runs write equal files; times and speeds are in
+``log.jsonl`` under ``"timing"`` and in TensorBoard. A resumed run continues the same files: records after the
+checkpoint are dropped, because they will be computed again.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class RunLog:
                 self._open_tensorboard(tensorboard_dir, iteration, batch)
 
     def _open_tensorboard(self, folder: Path, iteration: int, batch: int) -> None:
-        """Open an event file that begins with what earlier ones hold up to the checkpoint; remove those."""
+        """Open an event file that begins with what earlier ones contain up to the checkpoint; remove those."""
         _silence_writer_threads()
         earlier = sorted(folder.glob("events.out.tfevents.*"))
         self.writer = SummaryWriter(str(folder))
@@ -98,14 +98,11 @@ class RunLog:
         return records
 
     def _write_csv(self, records: list[dict[str, Any]]) -> None:
-        epochs: dict[int, dict[str, Any]] = {}
-        for record in records:
-            if record["kind"] == "epoch":
-                epochs[record["epoch"]] = {
-                    "epoch": record["epoch"],
-                    "iteration": record["iteration"],
-                    **record["values"],
-                }
+        epochs = {
+            r["epoch"]: {"epoch": r["epoch"], "iteration": r["iteration"], **r["values"]}
+            for r in records
+            if r["kind"] == "epoch"
+        }
         path = self.folder / "log.csv"
         if not epochs:
             path.unlink(missing_ok=True)
@@ -206,7 +203,7 @@ def _silence_writer_threads() -> None:
 
 
 def _precedes(record: Mapping[str, Any], epoch: int, iteration: int) -> bool:
-    """Return whether a record was written before a checkpoint with so many finished epochs and iterations."""
+    """Return whether a record was written before a checkpoint with these finished epochs and iterations."""
     if record["iteration"] != iteration:
         return record["iteration"] < iteration
     # Saved in the middle of an epoch, after the iteration's own record; an epoch's record comes with its end.

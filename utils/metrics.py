@@ -2,7 +2,7 @@
 
 For image i and class c with prediction ``P_ic`` and target ``Y_ic`` over the pixels that count::
 
-    Dice_ic = (2 |P & Y| + g) / (|P| + |Y| + g)        IoU_ic = (|P & Y| + g) / (|P or Y| + g)
+    Dice_ic = 2 |P & Y| / (|P| + |Y|)        IoU_ic = |P & Y| / |P or Y|
 
 both undefined if P and Y are both empty. ``Mean_Dice`` is the mean over the classes of interest where it is defined,
 first in each image, then over images. ``Dataset_mDice`` and ``Dataset_mIoU`` are the other convention (Wang et al.,
@@ -51,7 +51,7 @@ def count(
     masks, labels = prediction.masks, prediction.labels
     valid = target != ignore_index
     if num_classes == 1:
-        # One channel: the class is label 1; background has no mask of its own.
+        # One channel: the class is label 1; the background has no mask.
         if labels is not None:
             masks, labels = (labels == 1)[:, None], None
         target = torch.where(target == 1, 0, 1)
@@ -93,7 +93,7 @@ def _count_masks(
     known = valid & (target >= 0) & (target < num_classes)
     size = batch * num_classes
     inside = torch.where(known, target, 0)
-    # Pixels that do not count go to a bin of their own, the last.
+    # Pixels that do not count go to the last bin.
     rows = torch.where(known, image * num_classes + inside, size)
     targets = _histogram(rows, size + 1)[:size].view(batch, num_classes)
     own = masks.gather(1, inside[:, None])[:, 0]
@@ -125,7 +125,7 @@ def _histogram(index: Tensor, bins: int) -> Tensor:
 
 
 def _ignored(masks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many ignored pixels each mask ``(B, C)`` holds, and how many each image ``(B,)`` has."""
+    """Return how many ignored pixels each mask ``(B, C)`` contains, and how many each image ``(B,)`` has."""
     if masks.device.type != "cpu":
         # One more pass over the masks, which waits for nothing.
         return torch.count_nonzero(masks & ~valid[:, None], dim=(2, 3)), torch.count_nonzero(~valid, dim=(1, 2))
@@ -145,7 +145,7 @@ class ImageScores(NamedTuple):
     accuracy: Tensor
 
 
-def image_scores(counts: Counts, smooth: float = 0.0) -> ImageScores:
+def image_scores(counts: Counts) -> ImageScores:
     """Return the scores of each image and class from counts; see the module's formulas.
 
     ``pixel_accuracy`` ``(B, C)`` is the binary accuracy of each class; ``accuracy`` ``(B,)`` the share of pixels with
@@ -154,13 +154,12 @@ def image_scores(counts: Counts, smooth: float = 0.0) -> ImageScores:
     intersection, predicted, target = (c.double() for c in counts[:3])
     predicted = predicted.masked_fill(predicted < 0, torch.nan)
     total = predicted + target
-    nothing = torch.full_like(total, torch.nan)
-    dice = torch.where(total > 0, (2 * intersection + smooth) / (total + smooth), nothing)
-    iou = torch.where(total > 0, (intersection + smooth) / (total - intersection + smooth), nothing)
     pixels = counts.pixels.double()
     wrong = total - 2 * intersection
     accuracy = torch.where(counts.correct < 0, torch.nan, counts.correct / pixels)
-    return ImageScores(dice, iou, 1 - wrong / pixels[:, None], accuracy)
+    # 0 / 0 is nan, as it should be
+    iou = intersection / (total - intersection)
+    return ImageScores(2 * intersection / total, iou, 1 - wrong / pixels[:, None], accuracy)
 
 
 class Metrics:
@@ -170,7 +169,6 @@ class Metrics:
         num_classes: classes counted.
         ignore_index: label of pixels that do not count.
         classes: the classes of interest, over which means are taken; None: all.
-        smooth: added to numerator and denominator of Dice and IoU.
         count_ignored: see :func:`count`.
         keep_images: keep the counts of each image (a few numbers per class), so that :meth:`compute` gives the same
             bits for any batch size, order and number of processes, and :meth:`rows` can list the images. Without it
@@ -183,7 +181,6 @@ class Metrics:
         num_classes: int,
         ignore_index: int = 255,
         classes: Sequence[int] | None = None,
-        smooth: float = 0.0,
         count_ignored: bool = False,
         keep_images: bool = False,
         expects: str = "dice",
@@ -191,7 +188,6 @@ class Metrics:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.classes = list(range(num_classes)) if classes is None else list(classes)
-        self.smooth = smooth
         self.count_ignored = count_ignored
         self.keep_images = keep_images
         self.expects = expects
@@ -214,7 +210,7 @@ class Metrics:
 
     def add(self, counts: Counts) -> None:
         """Add a batch that was counted already to the running sums."""
-        self._add(_reduce(image_scores(counts, self.smooth), counts, self.classes))
+        self._add(_reduce(counts, self.classes))
 
     def _keep(self, counts: Counts, prediction: Prediction, names: Sequence[str]) -> None:
         expected = unfitted = None
@@ -263,7 +259,7 @@ class Metrics:
         expected = None
         if images and images[0]["expected"] is not None:
             expected = torch.stack([row["expected"] for row in images])
-        return [row["name"] for row in images], image_scores(counts, self.smooth), expected
+        return [row["name"] for row in images], image_scores(counts), expected
 
     def _stacked(self, images: list[dict[str, Any]]) -> Counts:
         if not images:
@@ -282,9 +278,7 @@ class Metrics:
         """
         sums = self._sums
         if self.keep_images:
-            images = self.images
-            counts = self._stacked(images)
-            sums = _reduce(image_scores(counts, self.smooth), counts, self.classes)
+            sums = _reduce(self._stacked(self.images), self.classes)
         if sums is None or not sums["images"]:
             return self._finish(None)
         result = self._finish(sums)
@@ -295,21 +289,14 @@ class Metrics:
     def _finish(self, sums: dict[str, Tensor] | None) -> dict[str, Any]:
         if sums is None:
             nothing = [float("nan")] * self.num_classes
-            names = (
-                "Mean_Dice",
-                "Mean_IoU",
-                "Pixel_Accuracy",
-                "Multiclass_Accuracy",
-                "Dataset_mDice",
-                "Dataset_mIoU",
-            )
+            names = ("Mean_Dice", "Mean_IoU", "Pixel_Accuracy", "Multiclass_Accuracy", "Dataset_mDice", "Dataset_mIoU")
             per_class = {"Class_Dice": nothing, "Class_IoU": nothing, "Class_Images": [0] * self.num_classes}
             return {name: float("nan") for name in names} | per_class | {"images": 0}
         sums = {key: value.double().cpu() for key, value in sums.items()}
         intersection, total = sums["intersection"], sums["predicted"] + sums["target"]
         means = sums["means"] / sums["mean_images"]
-        dataset_dice = ((2 * intersection + self.smooth) / (total + self.smooth))[self.classes]
-        dataset_iou = ((intersection + self.smooth) / (total - intersection + self.smooth))[self.classes]
+        dataset_dice = (2 * intersection / total)[self.classes]
+        dataset_iou = (intersection / (total - intersection))[self.classes]
         defined = (total > 0)[self.classes]
         return {
             "Mean_Dice": means[0].item(),
@@ -341,8 +328,9 @@ class Metrics:
         return result
 
 
-def _reduce(scores: ImageScores, counts: Counts, classes: Sequence[int]) -> dict[str, Tensor]:
+def _reduce(counts: Counts, classes: Sequence[int]) -> dict[str, Tensor]:
     """Sum the scores of images; sums of images can be added, and every mean follows from them."""
+    scores = image_scores(counts)
     dice, iou = scores.dice[:, classes], scores.iou[:, classes]
     per_image = torch.stack(
         [

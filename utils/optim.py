@@ -53,8 +53,8 @@ def build(
             backbone at ``backbone_lr_factor`` times the learning rate. Else one group, "all".
         backbone_lr_factor: >= 0.
         no_decay_on_norm_and_bias: parameters with at most one axis (biases, the scales and shifts of
-            normalisation layers, slopes of PReLU) form groups of their own, "<name>_no_decay", each behind its
-            own, with weight decay 0.
+            normalisation layers, slopes of PReLU) form separate groups, "<name>_no_decay", with weight
+            decay 0, each after its own group.
         args: of the optimizer's constructor; lists become tuples.
 
     Every group has a ``"name"``. Parameters with ``requires_grad`` False and empty groups are left out.
@@ -128,7 +128,7 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
 
 
 def _groups(model: Any, differential_lr: bool) -> list[dict[str, Any]]:
-    """Return the parameter groups; raise ValueError unless they hold each trainable parameter exactly once."""
+    """Return the parameter groups; raise ValueError unless they contain each trainable parameter exactly once."""
     everything = [p for p in model.parameters() if p.requires_grad]
     if not differential_lr:
         return [{"params": everything, "name": "all"}]
@@ -138,7 +138,7 @@ def _groups(model: Any, differential_lr: bool) -> list[dict[str, Any]]:
     ]
     covered = [id(p) for group in groups for p in group["params"]]
     if len(set(covered)) < len(covered):
-        raise ValueError(f"{model.__class__.__name__}'s parameter groups hold a parameter twice")
+        raise ValueError(f"{model.__class__.__name__}'s parameter groups contain a parameter twice")
     left_out = {id(p) for p in everything} - set(covered)
     if left_out:
         names = [name for name, p in model.named_parameters() if id(p) in left_out]

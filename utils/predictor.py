@@ -198,7 +198,7 @@ class Predictor:
     # ------------------------------------------------------------------------------------------ probabilities
 
     def views(self) -> dict[str, Any]:
-        """Return what probabilities depend on beside the network: how files are read, and how images are cut."""
+        """Return what else probabilities depend on, besides the network: how files are read and images are cut."""
         cut = (self.mode == "sliding", self.cut.sides, self.cut.overlap, self.max_pixels)
         return {"values": str(self.values), "cut": cut}
 

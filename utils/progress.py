@@ -14,7 +14,7 @@ TERMINAL_SECONDS, FILE_SECONDS = 0.5, 30.0
 
 
 class _Lines:
-    """A stream in which every redrawing of a bar becomes a line of its own."""
+    """A stream that writes each update of a bar as a separate line."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

@@ -1,4 +1,4 @@
-"""Which run wrote a file: outputs carry a stamp, so a run replaces its own files and nobody else's.
+"""Which run wrote a file: outputs have a stamp, so a run replaces only files of this program.
 
 A stamp is a short text inside the file: a text chunk of a PNG, a comment of a JPEG or zip file, a field of JSON, a box
 at the end of an MP4. It names the model and the options by their digest. Programs that edit a mask and save it again
@@ -19,18 +19,18 @@ from utils.errors import UserError, listed
 
 _MARK = "segmentation-output:"
 _STAMP = re.compile(rb"segmentation-output:([0-9a-f]{16})")
-_NEAR = 4096  # stamps lie this close to the start or the end of a file
+_NEAR = 4096  # stamps are this close to the start or the end of a file
 _CHUNK = 2**20
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """Return 16 hexadecimal digits that stand for these settings."""
+    """Return a digest of these settings, 16 hexadecimal digits."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def file_digest(path: str | Path) -> str:
-    """Return 16 hexadecimal digits that stand for a file's content."""
+    """Return a digest of a file's content, 16 hexadecimal digits."""
     found = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -70,7 +70,7 @@ def stamp_of(path: Path) -> str | None:
 
 
 def refuse_foreign(paths: Iterable[Path], folder: Path) -> None:
-    """Raise UserError if a path holds a file without a stamp.
+    """Raise UserError if a path contains a file without a stamp.
 
     Args:
         paths: files that are about to be written.

@@ -368,7 +368,7 @@ def test_the_first_frame_of_an_animation_is_read_and_said_once(tmp_path: Path, c
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
         assert np.array_equal(read_image(tmp_path / name), RGB)
     assert len(caplog.records) == 1
-    assert "holds 2 pages or frames; only the first one is read" in caplog.text
+    assert "contains 2 pages or frames; only the first one is read" in caplog.text
 
 
 def test_arrays_of_pillow_can_be_written_to(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_colour_labels_only_where_allowed(tmp_path: Path) -> None:
         read_label(path)
     assert np.array_equal(read_label(path, allow_colour=True), RGB)
     np.save(tmp_path / "f.npy", np.full((3, 3), 0.5))
-    with pytest.raises(UserError, match="must hold integers"):
+    with pytest.raises(UserError, match="must contain integers"):
         read_label(tmp_path / "f.npy")
 
 
@@ -131,7 +131,7 @@ def test_several_frames_are_refused(tmp_path: Path, name: str) -> None:
     frames[0].save(
         tmp_path / name, save_all=True, append_images=frames[1:], **({"lossless": True} if "webp" in name else {})
     )
-    with pytest.raises(UserError, match="holds 2 pages or frames"):
+    with pytest.raises(UserError, match="contains 2 pages or frames"):
         read_label(tmp_path / name, allow_colour=True)
 
 

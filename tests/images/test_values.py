@@ -67,7 +67,7 @@ def test_rounding_errors_are_clipped() -> None:
     ],
 )
 def test_values_that_do_not_fit_name_the_setting(stored: np.ndarray, advice: str) -> None:
-    with pytest.raises(UserError, match=f"x.npy holds.*{advice}"):
+    with pytest.raises(UserError, match=f"x.npy contains.*{advice}"):
         BY_TYPE.apply(stored, "x.npy")
 
 

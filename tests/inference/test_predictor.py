@@ -23,7 +23,7 @@ from utils.predict import PredictOptions, label_map
 from utils.predict import spool as streaming
 from utils.predict.tiling import Block
 from utils.predictor import Predictor, Segmentation, choose_device
-from utils.rankdice import rank_dice
+from utils.rankdice import Options, rank_dice
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_rank_dice_of_a_table_is_rank_dice_of_the_pixels(
     row = np.round(row * levels) / levels if levels else row
     row = torch.from_numpy(row).half().double()
     expected = rank_dice(row[None, None], metric, solver, smooth, prune)
-    found = streaming.rank_dice_counts(streaming.HALF_VALUES, table(row), metric, solver, smooth, prune)
+    found = streaming.rank_dice_counts(table(row), Options(metric, solver, smooth, prune))
     assert found.score == pytest.approx(float(expected.scores), rel=1e-7, abs=1e-9)
     if found.pixels != int(expected.volumes):
         assert found.score == pytest.approx(float(expected.scores), rel=1e-12)  # a tie

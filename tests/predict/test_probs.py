@@ -131,7 +131,7 @@ def test_names_stay_inside_the_folder(name, inside) -> None:
 
 
 def test_bad_folders_and_files(folder, tmp_path, monkeypatch) -> None:
-    with pytest.raises(UserError, match="holds no probs.json"):
+    with pytest.raises(UserError, match="contains no probs.json"):
         probs.read_index(tmp_path)
     whole = (folder / "one.npz").read_bytes()
     for content in (b"", whole[: len(whole) // 2], b"not a zip"):

@@ -200,15 +200,13 @@ def test_small_images_are_padded_for_the_network(height: int, width: int) -> Non
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
-    [((10, 0, 0.1), "tile"), ((10, 4, 1.0), "overlap"), ((10, 4, -0.1), "overlap"), ((0, 4, 0.1), "length")],
+    [((0, 0.1), "tile"), ((4, 1.0), "overlap"), ((4, -0.1), "overlap"), ((4, 0.1, 0), "batch_size")],
 )
 def test_bad_arguments_are_named(arguments: tuple, name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        tiling.tile_starts(*arguments)
+        tiling.Tiles(*arguments)
     with pytest.raises(ValueError, match="scales"):
         tiling.views(lambda x: x, picture(4, 4), ())
-    with pytest.raises(ValueError, match="batch_size"):
-        tiling.Tiles(batch_size=0)
 
 
 @torch.inference_mode()

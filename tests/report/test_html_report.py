@@ -74,7 +74,6 @@ def made() -> tuple[str, Gallery, dict]:
     loaded = LoadedModel(net, FACTS, settings, "softmax", Path("best.pth"), 7)
     content = report.results(
         outcome,
-        settings,
         loaded,
         None,
         gathered={"reliability": reliability.compute(), "confusion": confusion.compute()},

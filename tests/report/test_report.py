@@ -75,7 +75,7 @@ def content(procedures: tuple[str, ...] = ("T", "max", "rankdice"), **changes: A
     used = config(**changes)
     loaded = LoadedModel(torch.nn.Conv2d(3, 3, 1), FACTS, used, "softmax", Path("saved/best_model.pth"), 7)
     interest = None if used.predict.CoI == "all" else tuple(used.predict.CoI)
-    return report.results(outcome(procedures, interest), used, loaded, DATASET)
+    return report.results(outcome(procedures, interest), loaded, DATASET)
 
 
 def test_results_have_the_fields_of_the_readme() -> None:
@@ -131,7 +131,7 @@ def test_the_protocol_says_what_was_measured_and_how() -> None:
     assert protocol["temperature"] == 2.0
     cropped = SimpleNamespace(crop_size=(380, 400), val=True)
     loaded = LoadedModel(torch.nn.Conv2d(3, 3, 1), FACTS, config(), "softmax", Path("x"), 7)
-    found = report.results(outcome(), config(), loaded, cropped)["protocol"]
+    found = report.results(outcome(), loaded, cropped)["protocol"]
     assert found["resolution"] == "shorter side to 380, centre crop 380 x 400"
 
 
@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_test(tmp_path) -> No
 def test_no_image_at_all_is_reported_without_an_error(tmp_path) -> None:
     empty = Evaluation({"max": Metrics(3, 255, keep_images=True)}, math.nan, {"max": 0.0}, {"max": 0}, 0.0, 0)
     loaded = LoadedModel(torch.nn.Conv2d(3, 3, 1), FACTS, config(), "softmax", Path("x"), 7)
-    found = report.results(empty, config(), loaded, DATASET)
+    found = report.results(empty, loaded, DATASET)
     assert found["procedures"]["max"]["Mean_Dice"] is None
     assert "Mean_Dice" in report.text(found)
     report.write(found, empty, FACTS, tmp_path)

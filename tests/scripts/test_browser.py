@@ -73,7 +73,7 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = config(name="a_run_with_a_name_that_goes_on_and_on", about="about " * 40)
     loaded = LoadedModel(net, facts, settings, "softmax", Path("best.pth"), 7)
     gathered = {"reliability": reliability.compute(), "confusion": confusion.compute()}
-    content = report.results(outcome, settings, loaded, None, gathered=gathered)
+    content = report.results(outcome, loaded, None, gathered=gathered)
     command = ["test.py", "-r", "saved/" + "folder/" * 12 + "best_model.pth", "-p", "all"]
     path = tmp_path_factory.mktemp("report") / "report.html"
     evidence = Evidence(outcome.metrics, gallery, confusion.compute())

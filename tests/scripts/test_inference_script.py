@@ -357,7 +357,7 @@ def test_probabilities_are_not_mixed(script: Script, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other.pth", num_classes=5)
     code, _, err = script("--probs", "-m", other)
     assert code == 2
-    assert "holds the probabilities of another run" in err
+    assert "contains the probabilities of another run" in err
     assert script("--probs", "-m", other, "--force")[0] == 0
     assert np.load("masks/a.npz")["probs"].shape == (5, 40, 50)
 

@@ -161,7 +161,7 @@ def config_of(
 
 
 def _network_in(state: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the ``arch`` of a file that holds a whole network, with the arguments that the config gives for it."""
+    """Return the ``arch`` of a file that contains a whole network, with the arguments that the config gives for it."""
     if "network" not in state:
         return None
     given: Any = raw.get("arch")

@@ -50,7 +50,7 @@ def _unusable(tensor: torch.Tensor) -> str | None:
 
 
 def _not_plain(value: Any, where: str, depth: int = 0) -> str | None:
-    """Return where something is no plain data (numbers, text, lists and dicts), or nested without an end."""
+    """Return where something is not plain data (numbers, text, lists and dicts), or is nested too deeply."""
     if depth > 40:
         return f"'{where[:60]}...' is nested too deeply"
     if value is None or isinstance(value, bool | int | float | str):
@@ -60,14 +60,9 @@ def _not_plain(value: Any, where: str, depth: int = 0) -> str | None:
     elif isinstance(value, list | tuple):
         inner = [(f"{where}[{index}]", item) for index, item in enumerate(value)]
     else:
-        return (
-            f"expected numbers, text, lists and dicts in '{where.partition('.')[0]}', found {_kind(value)} as {where}"
-        )
+        kind = "a tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+        return f"expected numbers, text, lists and dicts in '{where.partition('.')[0]}', found {kind} as {where}"
     return next((odd for name, item in inner if (odd := _not_plain(item, name, depth + 1))), None)
-
-
-def _kind(value: Any) -> str:
-    return "a tensor" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def are_weights(value: Any) -> bool:

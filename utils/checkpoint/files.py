@@ -25,7 +25,7 @@ WEIGHT_KEYS = ("model_state_dict", "model", "weights", "params")
 
 
 def save(state: Mapping[str, Any], path: str | Path) -> None:
-    """Write a checkpoint so that ``path`` holds either the old file or the whole new one, whatever happens.
+    """Write a checkpoint so that ``path`` contains either the old file or the whole new one, whatever happens.
 
     Raises:
         UserError: the disk is full or the folder cannot be written to; an earlier file at ``path`` is untouched.
@@ -38,7 +38,7 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
 
 
 def _write_failure(error: BaseException) -> OSError:
-    """Return why writing failed; torch's zip writer raises an error of its own on top of the system's."""
+    """Return why writing failed; torch's zip writer hides the system's error behind its own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
@@ -63,11 +63,11 @@ def link(source: Path, path: Path) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint file holds, tensors on the CPU, without running any code of the file.
+    """Return what a checkpoint file contains, tensors on the CPU, without running any code of the file.
 
     Weights alone, under a key that other programs use, or in a ``.safetensors`` file are returned as
-    ``{"state_dict": ...}``. A file that holds a whole network (see :func:`network_kind`) is not read yet: the result is
-    ``{"network": path, "state_dict": {}}``.
+    ``{"state_dict": ...}``. A file that contains a whole network (:func:`network_kind`) is not read yet: the result
+    is ``{"network": path, "state_dict": {}}``.
 
     Raises:
         UserError: no such file, not a checkpoint, cut short, or one that would need to run code.
@@ -87,7 +87,7 @@ def read(path: str | Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(_refusal(path, error)) from None
-    except Exception as error:  # bytes gone wrong end in nearly any exception
+    except Exception as error:  # damaged bytes can raise nearly any exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         size = f"{path.stat().st_size:,} bytes"
         raise UserError(f"{path}: not a checkpoint, or truncated ({size}): {reason}; copy or train it again") from None
@@ -112,12 +112,12 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: needs safetensors, which is not installed: pip install safetensors") from error
     try:
         return load_file(path)
-    except Exception as error:  # bytes gone wrong
+    except Exception as error:  # damaged bytes
         raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
 
 
 def network_kind(path: str | Path) -> str | None:
-    """Return what holds a network with its structure: "pt2" (torch.export), "torchscript" or "onnx"; else None."""
+    """Return the kind of a file with a whole network: "pt2" (torch.export), "torchscript" or "onnx"; else None."""
     if str(path).endswith(".onnx"):
         return "onnx"
     try:
@@ -131,7 +131,7 @@ def network_kind(path: str | Path) -> str | None:
 
 
 def _check_sums(path: Path) -> None:
-    """Compare the checksums that torch writes beside each tensor: torch itself reads changed bits without a word.
+    """Compare the checksums that torch writes beside each tensor: torch itself reads damaged files without an error.
 
     Raises:
         UserError: the file is damaged.
@@ -141,7 +141,7 @@ def _check_sums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:  # bytes gone wrong end in nearly any exception
+    except Exception as error:  # damaged bytes can raise nearly any exception
         raise UserError(f"{path}: the file is damaged or truncated ({error}); copy or train it again") from None
     if damaged is not None:
         raise UserError(f"{path}: the file is damaged: the checksum of {damaged} is wrong; copy or train it again")
@@ -185,14 +185,14 @@ def _refusal(path: Path, error: Exception) -> str:
         )
     named = text.split("GLOBAL ")[1].split(" ")[0]
     return (
-        f"{path}: refused: reading it would run code ({named}). A checkpoint may hold tensors, numbers, text, "
+        f"{path}: refused: reading it would run code ({named}). A checkpoint may contain tensors, numbers, text, "
         "lists and dicts only. If you trust where it comes from, load it once with "
         "torch.load(..., weights_only=False) and save its 'state_dict' alone"
     )
 
 
 def _numpy_scalars() -> list[Any]:
-    """Return what published checkpoints need beside tensors: a numpy scalar (the best score), as numpy 1 named it."""
+    """Return what published checkpoints contain besides tensors: a numpy scalar (the best score), as in numpy 1."""
     scalar = np.float64(0).__reduce__()[0]
     return [
         (scalar, "numpy.core.multiarray.scalar"),

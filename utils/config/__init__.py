@@ -106,7 +106,7 @@ def override(raw: Mapping[str, Any], overrides: Sequence[str], source: str = "co
     """Return a copy of ``raw`` with each ``path=value`` set; missing sections on the way are added.
 
     Raises:
-        UserError: an override is not ``path=value``, or a value is not one that JSON files hold.
+        UserError: an override is not ``path=value``, or JSON cannot express a value.
     """
     _check_json(raw, source)
     result = json.loads(json.dumps(raw))

@@ -206,7 +206,7 @@ def _try_optimizer_and_schedule(config: Config) -> list[Problem]:
         schedule = lr_scheduler.build(name, optimizer, LARGEST, **section.args)
         next(lr_scheduler.walk(schedule, 2))
         schedule.step()
-    except Exception as error:  # whatever torch raises, these arguments are the cause
+    except Exception as error:  # torch raises all kinds; these arguments are the cause
         return [Problem(path, f"{name}: {error or type(error).__name__}")]
     return []
 

@@ -20,7 +20,7 @@ OPEN = ("optimizer", "lr_scheduler")
 def schema(models: Registry, loaders: Registry) -> dict[str, Any]:
     """Return the JSON Schema of a config; the same for every version of pydantic.
 
-    ``$defs`` holds one entry per registered class, named ``field.Class``, with its arguments. Those of optimizers and
+    ``$defs`` has one entry per registered class, named ``field.Class``, with its arguments. Those of optimizers and
     schedules depend on the version of torch, which ``$comment`` names.
     """
     result = json_schema(Config)
@@ -46,7 +46,7 @@ def schema(models: Registry, loaders: Registry) -> dict[str, Any]:
 
 
 def _choice(field: str, kind: str, tables: Mapping[str, Registry]) -> dict[str, Any]:
-    """Return what a field may hold: a section, or also null, or also a name alone."""
+    """Return what a field may contain: a section, or also null, or also a name alone."""
     section = {"$ref": f"#/$defs/{kind}"}
     if field in ("val_loader", "test_loader"):
         return {"anyOf": [section, {"type": "null"}], "default": None}

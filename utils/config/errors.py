@@ -31,7 +31,7 @@ def report(source: str, problems: Sequence[Problem]) -> str:
 
 
 def not_json(raw: Mapping[str, Any]) -> list[Problem]:
-    """Return the values that no JSON file holds, and texts that cannot be printed or name a file."""
+    """Return the values that JSON cannot express, and texts that cannot be printed or name a file."""
     return [Problem(path, text) for path, value in _values(raw) if (text := _foreign(value)) is not None]
 
 
@@ -52,7 +52,7 @@ def _values(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _foreign(value: Any) -> str | None:
-    """Return why a value cannot stand in a config, None if it can."""
+    """Return why a value is not allowed in a config, None if it can."""
     if value is RecursionError:
         return f"more than {_DEEPEST} levels of brackets; a config needs a few"
     if isinstance(value, int) and abs(value) >= 10**_DIGITS:
@@ -60,7 +60,7 @@ def _foreign(value: Any) -> str | None:
     if value is None or isinstance(value, bool | int | float):
         return None
     if not isinstance(value, str):
-        return f"found a value of type {type(value).__name__}; expected what a JSON file can hold"
+        return f"found a value of type {type(value).__name__}; expected what a JSON file can contain"
     if "\0" in value:
         return f"found {found(value)}; text must not contain the character NUL"
     if any("\ud800" <= character <= "\udfff" for character in value):
@@ -89,9 +89,10 @@ def _keys(detail: Any) -> list[str]:
 def _text(path: str, details: Sequence[Any]) -> str:
     first = details[0]
     if first["type"] == "extra_forbidden":
-        keys = path.split(".")
-        known = _fields_at(keys[:-1])
-        return f"unknown key{did_you_mean(keys[-1], known)} Allowed: {', '.join(known)}"
+        *above, key = path.split(".")
+        section = _section_at(above)
+        known = [] if section is None else list(section.model_fields)
+        return f"unknown key{did_you_mean(key, known)} Allowed: {', '.join(known)}"
     if first["type"] == "missing":
         return "required, and the config does not give it"
     # Several, where a value may be of several kinds.
@@ -123,11 +124,6 @@ def _section_at(keys: Iterable[str]) -> type[BaseModel] | None:
         options = [annotation, *getattr(annotation, "__args__", ())]
         section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
     return section
-
-
-def _fields_at(keys: Sequence[str]) -> list[str]:
-    section = _section_at(keys)
-    return [] if section is None else list(section.model_fields)
 
 
 def usable_part(raw: Mapping[str, Any], error: ValidationError) -> Config | None:

@@ -40,8 +40,10 @@ def adapt(config: Config, models: Registry | None, stages: Sequence[str]) -> Non
         for name in dead_arguments(config.arch.type, config.arch.args, models):
             ignored.append(f"arch.args.{name} ({config.arch.type} has no such choice)")
             del config.arch.args[name]
-    for path, names in _removable(config):
-        args = getattr(config, path).args
+    for path in ("train_loader", "val_loader", "test_loader", "lr_scheduler"):
+        section = getattr(config, path)
+        args = {} if section is None else section.args
+        names = SCHEDULE_ARGUMENTS if path == "lr_scheduler" else LOADER_ARGUMENTS
         for name in [name for name in args if name in names]:
             ignored.append(f"{path}.args.{name}")
             del args[name]
@@ -53,11 +55,6 @@ def adapt(config: Config, models: Registry | None, stages: Sequence[str]) -> Non
         config.notes.append(f"ignored, because they have no effect: {', '.join(ignored)}")
     if "train" in stages:
         _tell_defaults(config)
-
-
-def _removable(config: Config) -> list[tuple[str, set[str]]]:
-    loaders = [name for name in ("train_loader", "val_loader", "test_loader") if getattr(config, name) is not None]
-    return [*((name, LOADER_ARGUMENTS) for name in loaders), ("lr_scheduler", SCHEDULE_ARGUMENTS)]
 
 
 def _tell_defaults(config: Config) -> None:

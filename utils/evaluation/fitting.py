@@ -24,8 +24,7 @@ from utils.evaluation.held_out import OWN, SCALED, SHIFTED, TRIED_IMAGES, Links,
 from utils.evaluation.links import Link, LogitSample
 from utils.metrics import count, image_scores
 from utils.predict import PROCEDURES, PredictOptions
-from utils.predict.network import SCALES, Network
-from utils.predict.saved import SavedNetwork
+from utils.predict.network import SCALES, Network, SavedNetwork
 
 # Averaging over scales takes twelve times as long, so its gain must be larger and more certain than that of a fit.
 MULTISCALE = {"errors": 2.0, "smallest": 0.005}

@@ -41,7 +41,7 @@ _warned = False  # of pages that are not read: once, not file by file
 
 
 def read_image(path: str | Path, channels: int = 3, values: ValueRange = BY_TYPE) -> np.ndarray:
-    """Read an image with the wanted number of channels, whatever it is on disk.
+    """Read an image of any supported format, with the wanted number of channels.
 
     Grey, RGB, RGBA, palette, CMYK, 1, 8 and 16 bit files of any format that OpenCV or Pillow know, TIFF with
     many channels, and ``.npy`` arrays ``(H, W)`` or ``(H, W, C)``. EXIF orientation is applied, transparency is
@@ -141,12 +141,12 @@ def voc_colormap(n: int = 256) -> tuple[tuple[int, int, int], ...]:
 def _warn_of_pages(path: Path, pages: int) -> None:
     global _warned
     if not _warned:
-        log.warning("%s holds %d pages or frames; only the first one is read", path, pages)
+        log.warning("%s contains %d pages or frames; only the first one is read", path, pages)
     _warned = True
 
 
 def _select(raster: Raster, channels: int, source: str) -> np.ndarray:
-    """Return the channels that are meant: as many as wanted, else grey or RGB."""
+    """Return as many channels as wanted, or grey or RGB, which can be converted."""
     array, colours = raster.array, raster.colours
     if raster.palette is not None:
         colours = 3

@@ -116,7 +116,7 @@ def _pillow(data: bytes, path: Path) -> Raster:
     try:
         pages = getattr(image, "n_frames", 1)
         image.load()
-    except Exception as error:  # Pillow's plugins raise whatever their parsers meet in broken files
+    except Exception as error:  # Pillow's parsers raise all kinds on broken files
         raise UserError(f"{path} {DAMAGED}: {error}") from None
     raster = from_pillow(image, path)
     raster.pages = pages

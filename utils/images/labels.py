@@ -1,4 +1,4 @@
-"""Label maps on disk. A file whose stored form holds more than class ids is refused, never read in part."""
+"""Label maps on disk. A file that contains more than class ids is refused, never read in part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.images.formats import decode, fast_label, read_bytes
 from utils.images.raster import Raster
 
-# Lossy compression makes greys slightly coloured; whatever differs more is painted in colours.
+# Lossy compression makes greys slightly coloured; a larger difference means a mask painted in colours.
 _CHROMA_NOISE = 24
 
 
@@ -49,7 +49,7 @@ def read_label(path: str | Path, *, allow_colour: bool = False) -> np.ndarray:
     values = read_mask(path).values
     if values.ndim == 3 and not allow_colour:
         raise UserError(
-            f"{path} is a colour image, but a label map must hold one class id per pixel. For masks painted in "
+            f"{path} is a colour image, but a label map must contain one class id per pixel. For masks painted in "
             "colours use the Folder loader with a `palette` (one RGB colour per class)."
         )
     return values
@@ -93,7 +93,7 @@ def read_levels(path: str | Path) -> np.ndarray:
     compression is fine.
 
     Raises:
-        UserError: the file cannot be read, is painted in colours, holds transparency that varies, or holds only the
+        UserError: the file cannot be read, is painted in colours, has transparency that varies, or contains only the
             values 0 and 1, which look alike to any threshold.
     """
     path = Path(path)
@@ -115,26 +115,26 @@ def read_levels(path: str | Path) -> np.ndarray:
 def _levels(array: np.ndarray, raster: Raster, path: Path) -> np.ndarray:
     if array.dtype.kind == "f":
         if not (array.min(initial=0) >= 0 and array.max(initial=0) <= 1):
-            raise UserError(f"{path} holds floating point values; expected them in [0, 1] where `threshold` is set")
+            raise UserError(f"{path} contains floating point values; expected them in [0, 1] where `threshold` is set")
         return np.rint(array * 255).astype(np.uint8)
     if array.dtype == np.bool_:
         top = 1
     elif array.max(initial=0) == 1 and not raster.lossy:
-        raise UserError(f"{path} holds only the values 0 and 1: leave `threshold` out, they are class ids already")
+        raise UserError(f"{path} contains only the values 0 and 1: leave `threshold` out, they are class ids already")
     else:
         top = raster.largest or np.iinfo(array.dtype).max
         if array.min(initial=0) < 0 or (array.max(initial=0) <= 255 < top and array.any()):
-            raise UserError(f"{path} holds {array.dtype} values of 0 to 255 at most; save the mask with 8 bits")
+            raise UserError(f"{path} contains {array.dtype} values of 0 to 255 at most; save the mask with 8 bits")
     if top != 255:
         array = np.rint(array.astype(np.float64) * (255 / top)).astype(np.uint8)
     return 255 - array if raster.inverted else array
 
 
 def _without_alpha(raster: Raster, path: Path) -> np.ndarray:
-    """Return one channel or three; UserError where the file holds anything else of its own."""
+    """Return one channel or three; raise UserError if the file contains anything else."""
     array = raster.array
     if raster.pages > 1:
-        raise UserError(f"{path} holds {raster.pages} pages or frames; a label map must have exactly one")
+        raise UserError(f"{path} contains {raster.pages} pages or frames; a label map must have exactly one")
     if raster.alpha:
         alpha, array = array[:, :, -1], array[:, :, :-1]
         if alpha.size and (alpha != alpha.flat[0]).any():
@@ -153,16 +153,16 @@ def _integers(array: np.ndarray, path: Path) -> np.ndarray:
     if array.dtype == np.bool_:
         return array.astype(np.uint8)
     if array.dtype.kind not in "uif":
-        raise UserError(f"{path} holds {array.dtype} values; a label map must hold integers (class ids)")
+        raise UserError(f"{path} contains {array.dtype} values; a label map must contain integers (class ids)")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise UserError(
-            f"{path} holds values that are not finite (NaN or infinity); a label map must hold integers. Save pixels "
-            "without a label as 255"
+            f"{path} contains values that are not finite (NaN or infinity); a label map must contain integers. Save "
+            "pixels without a label as 255"
         )
     limits = np.iinfo(np.int32)
     if array.size and (array.min() < limits.min or array.max() > limits.max):
-        raise UserError(f"{path} holds values from {array.min()} to {array.max()}; class ids must fit in 32 bits")
+        raise UserError(f"{path} contains values from {array.min()} to {array.max()}; class ids must fit in 32 bits")
     whole = array.astype(np.int32)
     if array.dtype.kind == "f" and (whole != array).any():
-        raise UserError(f"{path} contains non-integer values; a label map must hold integers (class ids)")
+        raise UserError(f"{path} contains non-integer values; a label map must contain integers (class ids)")
     return whole

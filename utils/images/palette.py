@@ -45,7 +45,7 @@ def colourise(labels: np.ndarray, palette: Palette | None = None) -> np.ndarray:
 
 
 def write_mask(path: str | Path, labels: np.ndarray, palette: Palette | None = None, software: str = "") -> None:
-    """Write a label map as a PNG that shows the palette's colours and holds the exact class indices.
+    """Write a label map as a PNG that shows the palette's colours and contains the exact class indices.
 
     uint8 labels become a palette PNG, larger ones (more than 256 classes) a 16-bit grey PNG without colours. The
     file is complete or not there at all.
@@ -92,7 +92,7 @@ def overlay(
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int, gap: int = 4, background: int = 255) -> np.ndarray:
-    """Return uint8 RGB pictures put together row by row on one canvas; each stands in its cell's top left corner.
+    """Return uint8 RGB pictures put together row by row on one canvas; each in the top left corner of its cell.
 
     Pictures may differ in size: cells have the largest height and width.
     """

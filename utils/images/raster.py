@@ -1,4 +1,4 @@
-"""What an image file holds: its numbers as they are stored, and what it says about them."""
+"""The content of an image file: the numbers as stored, and what the file says about them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Raster:
     """The content of one image file.
 
     Attributes:
-        array: ``(H, W, C)`` as stored, upright (the orientation that the file tells is applied).
+        array: ``(H, W, C)`` as stored, upright (the file's orientation is applied).
         colours: how many of the first channels are grey (1) or red, green and blue (3); 0: not known.
         alpha: whether the channel after the colours (the last one, if they are not known) is transparency.
         largest: the largest value of integers, where it is below that of their type.
         palette: uint8 ``(256, 3)``, the colours that the numbers stand for.
         inverted: whether 0 is white.
         lossy: whether the compression has changed the numbers.
-        pages: how many images the file holds, previews not counted.
+        pages: how many images the file contains, previews not counted.
     """
 
     array: np.ndarray
@@ -64,7 +64,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def from_pillow(image: Image.Image, path: Path | str) -> Raster:
-    """Return what a Pillow image holds."""
+    """Return the content of a Pillow image."""
     orientation = orientation_of(image)
     mode, palette = image.mode, None
     if mode in ("P", "PA"):
@@ -74,7 +74,7 @@ def from_pillow(image: Image.Image, path: Path | str) -> Raster:
     elif mode in ("CMYK", "YCbCr"):
         image = image.convert("RGB")
     elif mode not in ("1", "L", "LA", "RGB", "RGBA", "RGBX", "F") and not mode.startswith("I"):
-        raise UserError(f"{path} holds colours of a kind that is not supported ({mode}); convert it to RGB")
+        raise UserError(f"{path} contains colours of a kind that is not supported ({mode}); convert it to RGB")
     array = np.array(image)  # a copy: Pillow's own arrays cannot be written to
     array = upright(array if array.ndim == 3 else array[:, :, None], orientation)
     return Raster(

@@ -54,7 +54,7 @@ _LOSSY = (6, _JPEG, 22610, 33003, 33004, 33005, 33007, 34712, 34887, 34892, 3492
 def decode(data: bytes, path: Path, channels: int) -> Raster:
     """Decode a TIFF file.
 
-    Of several pages the picture is read: previews and masks are passed over. Pages are bands where the file says so,
+    Of several pages, it reads the picture, and skips previews and masks. Pages are bands where the file says so,
     or where as many channels are wanted as there are pages of equal size (and not 1 or 3, which a stack could be).
 
     Raises:
@@ -66,7 +66,7 @@ def decode(data: bytes, path: Path, channels: int) -> Raster:
         lossy = image.tag_v2.get(_COMPRESSION, 1) in _LOSSY
         try:
             image.load()
-        except Exception as error:  # Pillow raises whatever its parsers meet in broken files
+        except Exception as error:  # Pillow's parsers raise all kinds on broken files
             raise UserError(f"{path} {DAMAGED}: {error}") from None
         raster = from_pillow(image, path)
         raster.lossy = lossy
@@ -78,7 +78,7 @@ def decode(data: bytes, path: Path, channels: int) -> Raster:
             return _by_tifffile(file, path, channels, len(data))
     except UserError:
         raise
-    except Exception as error:  # whatever its parsers meet in broken files
+    except Exception as error:  # its parsers raise all kinds on broken files
         if "imagecodecs" in str(error):
             raise needs_extra(path, str(error)) from None
         raise UserError(f"{path} {DAMAGED}, or of a kind that is not supported: {error}") from None
@@ -106,7 +106,7 @@ def _open_pillow(data: bytes) -> Any:
 
 
 def _segments(image: Any) -> tuple[Sequence[int], Sequence[int]]:
-    """Return where the strips or tiles lie, and how many bytes they have."""
+    """Return the offsets of the strips or tiles, and their sizes in bytes."""
     tag = image.tag_v2.get
     return tag(_TILE_OFFSETS, tag(_STRIP_OFFSETS, ())), tag(_TILE_BYTES, tag(_STRIP_BYTES, ()))
 
@@ -125,7 +125,7 @@ def _by_tifffile(file: Any, path: Path, channels: int, size: int) -> Raster:
     pages = [page for page in file.pages if _is_picture(page)]
     if not pages:
         raise UserError(
-            f"{path} holds previews and masks only; expected a picture (camera raw files must be converted)"
+            f"{path} contains previews and masks only; expected a picture (camera raw files must be converted)"
         )
     page = _largest_page(pages, path)
     alike = [p for p in pages if (p.shape, p.dtype) == (page.shape, page.dtype)]
@@ -151,7 +151,7 @@ def _largest_page(pages: Sequence[Any], path: Path) -> Any:
     if abs(largest.imagewidth * first.imagelength / (largest.imagelength * first.imagewidth) - 1) < 0.03:
         return largest
     raise UserError(
-        f"{path} holds pages of different sizes, and the first ({first.imagewidth}x{first.imagelength}) is not the "
+        f"{path} contains pages of different sizes, and the first ({first.imagewidth}x{first.imagelength}) is not the "
         f"largest ({largest.imagewidth}x{largest.imagelength}, width x height); save the picture as a file of one page"
     )
 
@@ -175,20 +175,20 @@ def _page(page: Any, path: Path, size: int) -> Raster:
     if not known or (bits < 8 and samples > 1) or (meaning == _PALETTE and bits > 8):
         name = getattr(page.photometric, "name", meaning)
         raise UserError(
-            f"{path} holds a kind of picture that is not supported ({name}, {bits} bits); convert it to RGB"
+            f"{path} contains a kind of picture that is not supported ({name}, {bits} bits); convert it to RGB"
         )
     compressed = int(page.compression)
-    # tifffile turns luminance and chroma into RGB only where JPEG's pixels hold them side by side.
+    # tifffile turns luminance and chroma into RGB only where JPEG stores them side by side.
     chroma = compressed == _APERIO or (meaning == _YCBCR and (compressed != _JPEG or page.planarconfig != 1))
     if chroma or (meaning == _CMYK and (compressed in _LOSSY or samples != 4)):
-        raise UserError(f"{path} holds {page.photometric.name} colours in a form that is not supported; convert to RGB")
+        raise UserError(f"{path} has {page.photometric.name} colours in a form that is not supported; convert to RGB")
     _refuse_truncated(page.dataoffsets, page.databytecounts, size, path)
     array = np.asarray(page.asarray())
     if "S" in page.axes and page.axes.index("S") == 0:
         array = np.moveaxis(array, 0, 2)
     array = array if array.ndim == 3 else array[:, :, None]
     if array.ndim != 3 or array.shape != (page.imagelength, page.imagewidth, samples):
-        raise UserError(f"{path} holds an array of shape {array.shape}; expected (height, width, {samples})")
+        raise UserError(f"{path} contains an array of shape {array.shape}; expected (height, width, {samples})")
     white_is_zero = meaning == _WHITE_IS_ZERO
     if white_is_zero and array.dtype == np.bool_:  # as Pillow reads them
         white_is_zero, array = False, ~array

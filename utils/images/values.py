@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 # Rounding errors of floating point images; larger excursions are another range of values.
 _TOLERANCE = 1e-3
-# Integers of 16 bits and more whose largest value is not above these hold narrower data. Some writers scale by 256.
+# Integers of 16 bits and more whose largest value is not above these contain narrower data. Some writers scale by 256.
 _BYTE, _WORD = 256, 65536
 _SENTINEL = -99  # negative numbers from here on usually mean "no data": -99, -999, -9999, -32768, -3.4e38
 _USUAL_RANGES = ((0, 1), (0, 255), (-1, 1), (0, 10000), (0, 65535))
@@ -46,7 +46,7 @@ class ValueRange:
 
     Without ``limits``, the type of the numbers decides: integers run from 0 to the largest value of their type (or of
     the bits that the file declares), floating point numbers lie in [0, 1] already. Data that do not fit are refused:
-    negative numbers, floating point outside of [0, 1], wide integers that hold only 0 to 255.
+    negative numbers, floating point outside of [0, 1], wide integers that contain only 0 to 255.
 
     Attributes:
         limits: the stored values that become 0 and 1. Values beyond them are clipped.
@@ -92,7 +92,7 @@ class ValueRange:
         if stored.dtype == np.bool_:
             return Pixels(stored.astype(np.uint8) * 255)
         if stored.dtype.kind not in "uif":
-            raise UserError(f"{source} holds {stored.dtype} values; expected integers or floating point")
+            raise UserError(f"{source} contains {stored.dtype} values; expected integers or floating point")
         missing = self._missing(stored)
         if missing is not None:
             stored = np.where(missing[:, :, None], stored.dtype.type(self._low(stored.dtype)), stored)
@@ -114,7 +114,7 @@ class ValueRange:
     def _scale(self, stored: np.ndarray, source: str, largest: int | None) -> np.ndarray:
         if stored.dtype.kind == "f" and not np.isfinite(stored).all():
             raise UserError(
-                f'{source} holds values that are not finite (NaN or infinity). If they mean "no data", set '
+                f'{source} contains values that are not finite (NaN or infinity). If they mean "no data", set '
                 '`nodata: "nan"` (in the loader\'s args; Predictor takes `values`); these pixels are ignored then'
             )
         if stored.dtype == np.uint8 and self.limits in (None, (0, largest or 255)):
@@ -139,7 +139,7 @@ def _type_limits(dtype: np.dtype) -> tuple[float, float]:
 
 
 def _default_limits(stored: np.ndarray, source: str, largest: int | None) -> tuple[float, float]:
-    """Return the range of the type; refuse numbers that cannot be meant in it."""
+    """Return the range of the type; refuse numbers that do not fit."""
     low, high = _type_limits(stored.dtype)
     high = largest or high
     smallest_found, largest_found = stored.min(initial=0).item(), stored.max(initial=0).item()
@@ -161,7 +161,7 @@ def _does_not_fit(source: str, stored: np.ndarray, low: float, high: float, expe
     fitting = [limits for limits in _USUAL_RANGES if limits[0] <= rest[0] and rest[1] <= limits[1] + 1]
     example = list(fitting[0]) if fitting else [math.floor(rest[0]), math.ceil(rest[1])]
     return UserError(
-        f"{source} holds {stored.dtype} values from {low:.6g} to {high:.6g}, expected {expected}. Set `value_range` "
+        f"{source} contains {stored.dtype} values from {low:.6g} to {high:.6g}, expected {expected}. Set `value_range` "
         "(in the loader's args; Predictor takes `values`) to the stored values of black and white, for instance "
         f"{example}.{advice}"
     )

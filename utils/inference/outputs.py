@@ -1,15 +1,14 @@
-"""What is written for a segmented image: mask, overlay, probabilities, JSON; and the table over all images.
+"""What is written for a segmented image: mask, overlay, probabilities, JSON.
 
-Every file is written whole or not at all, and carries a stamp that says which run wrote it (:mod:`utils.stamps`). The
-mask comes last, so an image whose mask is there has all of its outputs.
+Every file is written whole or not at all, and has a stamp that says which run wrote it (:mod:`utils.stamps`). The mask
+is written last, so an image with a mask has all of its outputs.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ from torch import Tensor
 from utils import stamps
 from utils.errors import UserError
 from utils.facts import Facts
-from utils.files import atomic, csv_text, reason, unescape, write_bytes, write_text
+from utils.files import atomic, reason, write_bytes, write_text
 from utils.images import write_png
 from utils.images.palette import overlay, write_mask
+from utils.inference.table import Row, Table
 from utils.predict.segmentation import Segmentation
 from utils.predict.spool import Spool
 from utils.predict.stored import class_file, write_class_masks, write_probs
@@ -33,25 +33,8 @@ _JPEG_LARGEST_SIDE = 65500
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table of expected scores.
-
-    Attributes:
-        image: its file.
-        expected: the mean over the classes that have a mask; None if none has.
-        per_class: the score of each class's mask; None without a mask.
-        presence: the probability that each class is in the image; None for classes of no interest.
-    """
-
-    image: str
-    expected: float | None
-    per_class: tuple[float | None, ...]
-    presence: tuple[float | None, ...]
-
-
-@dataclass(frozen=True)
 class Wanted:
-    """What is written beside the masks.
+    """What is written in addition to the masks.
 
     Attributes:
         opacity: of overlays; None: no overlays.
@@ -73,8 +56,8 @@ class Run:
     Attributes:
         procedure: its name.
         metric: what expected scores are of, "dice" or "iou".
-        digest: stands for the model and all options that masks depend on.
-        probs_digest: stands for those that probabilities depend on.
+        digest: of the model and all options that masks depend on.
+        probs_digest: of those that probabilities depend on.
     """
 
     procedure: str
@@ -91,7 +74,7 @@ class Outputs:
         folder: is created as needed.
         facts: the classes' names and colours.
         run: what the files say about the run.
-        wanted: what is written beside the masks.
+        wanted: what is written in addition to the masks.
         force: replace files that this program did not write.
         video: takes the overlays of frames, instead of a picture each.
     """
@@ -102,6 +85,11 @@ class Outputs:
     wanted: Wanted = Wanted()
     force: bool = False
     video: OverlayVideo | None = None
+
+    @property
+    def table(self) -> Table:
+        """The table of expected scores."""
+        return Table(self.folder, self.facts, self.run.metric)
 
     def mask_path(self, name: str) -> Path:
         """Return where the mask of an image goes."""
@@ -229,7 +217,7 @@ class Outputs:
 
     def _write_class_masks(self, name: str, result: Segmentation, written: list[Path]) -> None:
         folder = self.folder / f"{name}_masks"
-        folder.mkdir(parents=True, exist_ok=True)  # even without any mask: an empty folder says so
+        folder.mkdir(parents=True, exist_ok=True)  # also without any mask: an empty folder shows that
         assert result.masks is not None
         every = range(self.facts.num_classes)
         found = [c for c in every if (result.masks[c].any() if result.volumes is None else result.volumes[c])]
@@ -238,13 +226,9 @@ class Outputs:
 
     def _label_name(self, label: int) -> str:
         """Return a label's name: with one channel, label 1 is the class and 0 its background."""
-        if self.facts.num_classes > 1:
-            return self.facts.class_name(label)
-        return (
-            self.facts.class_name(label)
-            if len(self.facts.class_names) > 1
-            else ["background", self.facts.class_name(0)][label]
-        )
+        if self.facts.num_classes == 1 and len(self.facts.class_names) < 2:
+            return ["background", self.facts.class_name(0)][label]
+        return self.facts.class_name(label)
 
     def _row(self, source: str, result: Segmentation) -> Row | None:
         if result.scores is None or result.volumes is None:
@@ -271,75 +255,17 @@ class Outputs:
             if pixels or entry.get("mask_pixels"):
                 classes.append(entry)
         height, width = result.labels.shape
+        size = {"width": width, "height": height}
         described = {
             "written_by": stamps.text(self.run.digest),
             "image": source,
-            "width": width,
-            "height": height,
+            **size,
             "procedure": self.run.procedure,
         }
         if row is not None:
             described[f"expected_{self.run.metric}"] = row.expected
-        return described | {"classes": classes, "unassigned_pixels": int(labels[self._known :].sum())}
-
-    @property
-    def _known(self) -> int:
-        return max(2, self.facts.num_classes)
-
-    # ------------------------------------------------------------------------------------------ the table
-
-    @property
-    def table_path(self) -> Path:
-        """Return where the table of expected scores goes."""
-        return self.folder / f"expected_{self.run.metric}.csv"
-
-    def write_table(self, rows: Iterable[Row], keep: Iterable[str] = ()) -> list[Row]:
-        """Write the table of expected scores, worst image first, and return its rows.
-
-        Lines of an earlier table are kept for the images ``keep`` (those skipped now because they are done).
-        """
-        rows = list(rows)
-        known = {row.image for row in rows}
-        wanted = set(keep) - known
-        rows += [row for row in self._read_table() if row.image in wanted]
-        rows.sort(key=lambda row: (row.expected is None, row.expected or 0.0, row.image))
-        names = [self.facts.class_name(c) for c in range(self.facts.num_classes)]
-        table = [["image", f"expected_{self.run.metric}", *names, *(f"presence of {name}" for name in names)]]
-        for row in rows:
-            numbers = (row.expected, *row.per_class, *row.presence)
-            table.append([row.image, *("" if number is None else f"{number:.6f}" for number in numbers)])
-        write_text(self.table_path, csv_text(table))
-        return rows
-
-    def check_table(self) -> None:
-        """Raise UserError if a file that is not such a table has its name."""
-        if self.table_path.exists() and not self.force and not self._is_table():
-            raise UserError(
-                f"{self.table_path} was not written by this program; choose another folder, or give --force to "
-                "replace it"
-            )
-
-    def remove_table(self) -> None:
-        """Remove the table of an earlier run, whose masks have been replaced."""
-        if self.table_path.exists() and self._is_table():
-            self.table_path.unlink()
-
-    def _is_table(self) -> bool:
-        with self.table_path.open(encoding="utf-8", errors="replace", newline="") as file:
-            return file.read(100).startswith(f"image,{self.table_path.stem}")
-
-    def _read_table(self) -> Iterator[Row]:
-        if not self.table_path.is_file():
-            return
-        with self.table_path.open(encoding="utf-8", newline="") as file:
-            lines = csv.reader(file)
-            header = next(lines, [])
-            classes = self.facts.num_classes
-            if len(header) != 2 + 2 * classes:
-                return  # of another model
-            for image, *cells in lines:
-                expected, *numbers = (float(cell) if cell else None for cell in cells)
-                yield Row(unescape(image), expected, tuple(numbers[:classes]), tuple(numbers[classes:]))
+        unassigned = int(labels[max(2, self.facts.num_classes) :].sum())
+        return described | {"classes": classes, "unassigned_pixels": unassigned}
 
 
 class OverlayVideo:
@@ -393,11 +319,7 @@ def _count_labels(labels: np.ndarray, rows: int = 256) -> np.ndarray:
 
 
 def check_folder(folder: Path) -> None:
-    """Make the output folder and see that files can be written into it.
-
-    Raises:
-        UserError: they cannot.
-    """
+    """Make the output folder; raise UserError if files cannot be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -406,8 +328,3 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"--output {folder}: this is a file; expected a folder") from None
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written to: {reason(error)}") from None
-
-
-def worst(rows: Sequence[Row]) -> Row | None:
-    """Return the image with the lowest expected score of a sorted table."""
-    return next((row for row in rows if row.expected is not None), None)

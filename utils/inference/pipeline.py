@@ -1,4 +1,4 @@
-"""Many images through a predictor: read ahead, predict in batches, write behind; a bad file stops only itself."""
+"""Many images through a predictor: read ahead, predict in batches, write in the background; skip bad files."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import torch
 
 from utils.errors import UserError
 from utils.images import Pixels
-from utils.inference.outputs import Outputs, Row
+from utils.inference.outputs import Outputs
 from utils.inference.sources import Item
+from utils.inference.table import Row
 from utils.predict.segmentation import Segmentation
 from utils.predictor import Predictor
 
-# Images between reading and writing hold at most so many pixels, but for a single larger one.
+# The most pixels of all images between reading and writing; a single larger image is also processed.
 PIXELS_IN_FLIGHT = 2**25
 READERS = 2
 
@@ -103,7 +103,7 @@ class Pipeline:
                     continue
                 self.report.outdated += self.skip_existing and self.outputs.mask_path(item.name).exists()
                 yield item
-        except UserError as error:  # a video breaks off: what was read before is still finished
+        except UserError as error:  # a truncated video: the frames before the end are still segmented
             self.report.failures.append(str(error))
 
     # ------------------------------------------------------------------------------------------- reading
@@ -132,7 +132,7 @@ class Pipeline:
             elif upcoming is None and not self._reading:
                 return
             elif not self._reading and self._writing:
-                self._finish_oldest()  # what is being written holds the place of the next image
+                self._finish_oldest()  # there is no room for the next image until this one is written
 
     def _next_loaded(self) -> tuple[_Job, Pixels] | None:
         """Return the next image that could be read; None when nothing is being read."""
@@ -157,7 +157,7 @@ class Pipeline:
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0][0], error)
-            else:  # which of them is it?
+            else:  # find out which of them fails
                 for one in batch:
                     self._segment([one])
             return
@@ -212,8 +212,3 @@ def explain(source: str, error: Exception) -> str:
     if not isinstance(error, UserError | ValueError):
         text = f"{type(error).__name__}: {text}"
     return text if source in text else f"{source}: {text}"
-
-
-def take(items: Iterable[Item], limit: int | None) -> Iterator[Item]:
-    """Return at most ``limit`` items; None: all."""
-    return islice(items, limit)

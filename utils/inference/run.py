@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
-import torch.distributed as dist
+import torch
 from PIL import Image
 
 from utils import checkpoint, distributed, stamps
 from utils.errors import USER_ERROR_EXIT_CODE, UserError, listed
 from utils.files import expand
-from utils.inference.outputs import Outputs, OverlayVideo, Run, Wanted, check_folder, worst
-from utils.inference.pipeline import Pipeline, Report, take
+from utils.inference.outputs import Outputs, OverlayVideo, Run, Wanted, check_folder
+from utils.inference.pipeline import Pipeline, Report
 from utils.inference.sources import Found, Item, Video, find_images, is_video, printable
 from utils.predict.network import choose_device
 from utils.predict.stored import Index, ProbsWriter, run_of
@@ -69,9 +70,9 @@ def segment_all(args: argparse.Namespace) -> int:
         for problem in problems:
             say(problem)
         pipeline = Pipeline(predictor, outputs, advance, args.skip_existing)
-        report = pipeline.run(take(source.items, args.limit))
+        report = pipeline.run(islice(source.items, args.limit))
     report.failures[:0] = problems
-    with process_group(world):
+    with distributed.process_group(torch.device("cpu"), timeout=timedelta(days=7)):  # the slowest may take long
         reports = distributed.gather(report)
     if rank == 0:
         summarise(reports, outputs, predictor.mode, time.monotonic() - started)
@@ -132,7 +133,7 @@ def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Source)
     """Prepare the output folder.
 
     Raises:
-        UserError: it cannot be written to, or holds files of somebody else or of another checkpoint.
+        UserError: it cannot be written to, or contains files of another program or another checkpoint.
     """
     folder = expand(args.output)
     probs_digest = run_of(map(Path, args.model), predictor.network, **predictor.views())
@@ -141,7 +142,8 @@ def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Source)
     run = Run(predictor.procedure, predictor.options.metric, digest, probs_digest)
     wanted = Wanted(args.overlay, args.probs, args.json, args.masks)
     outputs = Outputs(folder, predictor.facts, run, wanted, args.force)
-    outputs.check_table()
+    if not args.force:
+        outputs.table.refuse_foreign()
     if source.video is None:
         outputs.refuse_foreign(item.name for item in source.items)
     check_folder(folder)
@@ -168,19 +170,6 @@ def image_bar(total: int | None) -> Iterator[tuple[Callable, Callable]]:
             bar.update()
 
         yield advance, say
-
-
-@contextmanager
-def process_group(world: int) -> Iterator[None]:
-    """Join the processes of torchrun to gather their reports, however long the slowest takes."""
-    if world == 1:
-        yield
-        return
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def summarise(reports: Sequence[Report], outputs: Outputs, mode: str, seconds: float) -> None:
@@ -215,9 +204,10 @@ def print_table(outputs: Outputs, rows: list, skipped: Sequence[str]) -> None:
     """Write the table of expected scores and say where it is; without scores, remove that of an earlier run."""
     if not rows:
         if not skipped:
-            outputs.remove_table()
+            outputs.table.remove()
         return
-    lowest = worst(outputs.write_table(rows, keep=skipped))
+    written = outputs.table.write(rows, keep=skipped)
+    lowest = next((row for row in written if row.expected is not None), None)
     name = {"iou": "IoU"}.get(outputs.run.metric, "Dice")
     found = f" (lowest: {lowest.expected:.3f}, {lowest.image})" if lowest else ""
-    print(f"expected {name} per image and class, worst first: {printable(outputs.table_path)}{found}")
+    print(f"expected {name} per image and class, worst first: {printable(outputs.table.path)}{found}")

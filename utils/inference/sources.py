@@ -27,7 +27,7 @@ class Item:
     """One image to segment.
 
     Attributes:
-        source: what messages call it; printable, whatever bytes the file's name holds.
+        source: its name in messages, always printable.
         name: where its outputs go below the output folder, without extension.
         image: the image file, or a frame ``(H, W, 3)``.
     """

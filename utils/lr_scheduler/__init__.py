@@ -58,7 +58,7 @@ def build(
         type: a name in :data:`SCHEDULERS`.
         optimizer: its learning rates are the base values.
         total_steps: optimizer steps of the run.
-        steps_per_epoch: advance once per epoch of so many steps, and count epochs; None: advance in every step.
+        steps_per_epoch: advance once per epoch (this number of steps), and count epochs; None: advance in every step.
         args: of the schedule.
 
     Raises:

@@ -216,14 +216,9 @@ class OneCycle(_PureSchedule):
         self._apply()
 
     def _value(self, step: int) -> tuple[float, float | None]:
-        factor, momentum = one_cycle(
-            step,
-            self.total_steps,
-            self.phase1,
-            self.div_factor,
-            self.final_div_factor,
-            self.momentums or (0.0, 0.0),
-        )
+        momentums = self.momentums or (0.0, 0.0)
+        curve = (self.phase1, self.div_factor, self.final_div_factor)
+        factor, momentum = one_cycle(step, self.total_steps, *curve, momentums)
         return factor, momentum if self.momentums else None
 
 

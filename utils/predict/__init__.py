@@ -7,7 +7,7 @@ Everything that turns probabilities ``(B, C, H, W)`` into masks or labels goes t
     labels = label_map(procedure, probs, options, found)  # one label per pixel, for files and pictures
 
 ``T`` and ``rankdice`` give one boolean mask per class; masks of different classes may overlap, and a pixel may be in
-none. ``max`` gives one label per pixel. Where an image is too large to hold its probabilities in memory, call
+none. ``max`` gives one label per pixel. Where an image is too large to keep its probabilities in memory, call
 :func:`choose_classes` with the largest probability and the expected score of each class: it makes the same decision.
 
 With one output channel (a binary task) the channel is the probability of the class itself: labels are 0
@@ -66,7 +66,7 @@ class PredictOptions:
         solver, metric, smooth, prune: of RankDice, see :func:`utils.rankdice.rank_dice`.
         classes: the classes of interest; the others get no mask from rankdice, which saves their cost. None: all.
         presence: which classes get a mask: "auto", "fitted", "rule", "prune" or "all".
-        fit: the fit behind "fitted", as the config's ``presence_fit`` holds it.
+        fit: the fit behind "fitted", as the config's ``presence_fit`` contains it.
     """
 
     threshold: float = 0.5
@@ -103,6 +103,11 @@ class PredictOptions:
         if self.presence != "auto":
             return self.presence
         return "prune" if self.fit is None else "fitted"
+
+    @property
+    def ranking(self) -> rd.Options:
+        """The options of RankDice itself, which only prunes if that is how classes are chosen."""
+        return rd.Options(self.metric, self.solver, self.smooth, self.prune if self.decides == "prune" else None)
 
     @property
     def restricts_max(self) -> bool:
@@ -197,7 +202,7 @@ def choose_classes(highest: Tensor, scores: Tensor, options: PredictOptions) -> 
 
 
 def _columns_of(fit: Mapping[str, Any], columns: list[int]) -> dict[str, Any]:
-    """Return a fit for these classes; those that it has not seen get no offset of their own."""
+    """Return a fit for these classes; the offset of a class that it has not seen is 0."""
     place = {c: i for i, c in enumerate(fit["classes"])}
     lists = {
         name: [fit[name][place[c]] if c in place else 0.0 for c in columns] for name in ("class_bias", "mask_class")
@@ -254,9 +259,8 @@ def predict_rankdice(probs: Tensor, options: PredictOptions = PredictOptions()) 
 
 def _rank(probs: Tensor, options: PredictOptions) -> rd.RankDice:
     """Return the RankDice masks of the classes of interest, and zeros for the others."""
-    prune = options.prune if options.decides == "prune" else None
     own = probs if options.classes is None else probs[:, list(options.classes)]
-    found = rd.rank_dice(own, metric=options.metric, solver=options.solver, smooth=options.smooth, prune=prune)
+    found = rd.rank_dice(own, **vars(options.ranking))
     if options.classes is None:
         return found
     where = torch.tensor(options.classes, device=probs.device)

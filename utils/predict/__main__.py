@@ -28,8 +28,8 @@ from utils.evaluation import Evaluator, all_decisions, evaluate, fitting, single
 from utils.facts import Facts
 from utils.files import expand, write_text
 from utils.predict import PredictOptions, stored
-from utils.predict.network import choose_device
-from utils.predict.saved import Case, SavedNetwork, SavedProbs, flat, output_path, write_labels
+from utils.predict.network import SavedNetwork, choose_device
+from utils.predict.saved import Case, SavedProbs, flat, output_path, write_labels
 from utils.predict.segmentation import Decider
 from utils.progress import progress_bar
 
@@ -210,7 +210,7 @@ def _decode_one(args: argparse.Namespace, job: Job, case: Case, folder: Path) ->
     if not args.force:
         stamps.refuse_foreign([output_path(folder, case, len(shape))], folder)
     if args.masks and len(shape) > 2:
-        raise UserError("--masks: PNG files cannot hold volumes; remove this option")
+        raise UserError("--masks: PNG files cannot contain volumes; remove this option")
     try:
         tall = flat(saved)
         # Where the softmax is 0 for all classes, the image had no data.
@@ -241,7 +241,7 @@ def score(args: argparse.Namespace, job: Job) -> None:
     )
     config = _described(args, job)
     model = LoadedModel(nn.Identity(), job.facts, config, job.network.activation, job.probs.folder, 0)
-    results = report.results(outcome, config, model, job.probs, views="as saved")
+    results = report.results(outcome, model, job.probs, views="as saved")
     print(report.text(results))
     if args.output:
         for path in report.write(results, outcome, job.facts, report.prepare_folder(args.output)):

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,39 +28,6 @@ SMALLEST_SIDE = 32
 # Of mode multiscale.
 SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 _CPU = torch.device("cpu")
-
-
-class AnyNetwork(Protocol):
-    """What an evaluation needs: :class:`Network`, :class:`Ensemble`, or saved probabilities in their place."""
-
-    @property
-    def facts(self) -> Facts:
-        """Of the data that was trained on."""
-
-    @property
-    def activation(self) -> Activation:
-        """How probabilities are made from logits."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the probabilities are."""
-
-    @property
-    def temperature(self) -> float:
-        """What logits are divided by."""
-
-    @property
-    def averages(self) -> bool:
-        """Whether probabilities are the mean over several views of an image."""
-
-    def settings(self) -> Any:
-        """Return all that the probabilities depend on beside the weights and the image."""
-
-    def eval(self) -> Any:
-        """Put the model into evaluation mode."""
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and probabilities ``(B, C, H, W)``."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +69,7 @@ class Network:
         return self.flip or tuple(self.scales) != (1.0,)
 
     def settings(self) -> dict[str, Any]:
-        """Return all that the probabilities depend on beside the weights and the image."""
+        """Return all that the probabilities depend on, except the weights and the image."""
         names = ("activation", "temperature", "bias", "amp", "channels_last", "scales", "flip")
         return {name: getattr(self, name) for name in names} | {"mean": self.facts.mean, "std": self.facts.std}
 
@@ -200,7 +167,7 @@ class Ensemble:
         return any(member.averages for member in self.members)
 
     def settings(self) -> list[dict[str, Any]]:
-        """Return all that the probabilities depend on beside the weights and the image."""
+        """Return all that the probabilities depend on, except the weights and the image."""
         return [member.settings() for member in self.members]
 
     def eval(self) -> None:
@@ -221,6 +188,45 @@ class Ensemble:
         return unlink(probs, self.activation), probs
 
 
+@dataclass(frozen=True)
+class SavedNetwork:
+    """Has the interface of :class:`Network`; its "images" are saved probabilities.
+
+    Attributes:
+        facts: the classes.
+        activation: how logits are made from the probabilities.
+        device: where they are moved to.
+        temperature, bias: applied to those logits (:func:`utils.predict.probabilities`).
+    """
+
+    facts: Facts
+    activation: Activation
+    device: torch.device
+    temperature: float = 1.0
+    bias: Sequence[float] | None = None
+
+    averages = False
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the probabilities depend on, except the files."""
+        return {"temperature": self.temperature, "bias": self.bias}
+
+    def eval(self) -> None:
+        """Do nothing: there is no model."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and probabilities ``(B, C, H, W)``."""
+        images = images.to(self.device)
+        logits = unlink(images, self.activation)
+        if self.temperature == 1 and self.bias is None:
+            return logits, images  # the very numbers that were saved
+        return logits, probabilities(logits, self.activation, self.temperature, self.bias)
+
+
+#: What an evaluation needs.
+AnyNetwork = Network | Ensemble | SavedNetwork
+
+
 def unlink(probs: Tensor, activation: Activation) -> Tensor:
     """Return logits ``(B, C, H, W)`` whose softmax or sigmoid is ``probs``."""
     tiny = torch.finfo(probs.dtype).tiny
@@ -231,7 +237,7 @@ def unlink(probs: Tensor, activation: Activation) -> Tensor:
 
 
 def check_finite(probs: Tensor, names: Sequence[str] = ()) -> None:
-    """Refuse probabilities ``(B, C, H, W)`` that hold NaN or infinity.
+    """Refuse probabilities ``(B, C, H, W)`` that contain NaN or infinity.
 
     Raises:
         UserError: names the first such image, if names are given, and the usual causes.
@@ -240,9 +246,9 @@ def check_finite(probs: Tensor, names: Sequence[str] = ()) -> None:
     if bad.any():
         name = f"{names[int(bad.nonzero()[0])]}: " if names else ""
         raise UserError(
-            f"{name}the network's probabilities are not finite (NaN or infinity). Either the image holds such "
-            "values, or the weights do (the training diverged), or half precision overflows (try trainer.amp bf16 "
-            "or off)"
+            f"{name}the network's probabilities are not finite (NaN or infinity). Either the image contains "
+            "such values, or the weights do (the training diverged), or half precision overflows (try trainer.amp "
+            "bf16 or off)"
         )
 
 

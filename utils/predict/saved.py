@@ -1,4 +1,4 @@
-"""Saved probabilities in the place of a network and its images, so that whatever scores images scores them too.
+"""Saved probabilities in place of a network and its images, so that they are scored like images.
 
 Reads folders that ``test.py --save-probs`` and ``inference.py --probs`` wrote, and folders of plain ``.npz`` or
 ``.npy`` files ``(classes, height, width)`` or ``(classes, depth, height, width)`` of other programs, such as nnU-Net.
@@ -8,7 +8,7 @@ Volumes become one tall image: RankDice and all other procedures treat an image 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,48 +23,13 @@ from utils.errors import UserError
 from utils.facts import Facts
 from utils.images import read_label
 from utils.images.palette import default_palette
-from utils.predict import Activation, PredictOptions, probabilities
-from utils.predict.network import check_finite, unlink
+from utils.predict import Activation, PredictOptions
+from utils.predict.network import check_finite
 from utils.predict.stored import INDEX, Index, read_index, read_probs, write_masks
 
 VOLUMES = (".nii.gz", ".nii")
 LABELS = (".png", ".tif", ".tiff", ".bmp", ".npy", *VOLUMES)
 _OUTSIDE = 1e-3  # float16 and the sums of other programs leave [0, 1] by less
-
-
-@dataclass(frozen=True)
-class SavedNetwork:
-    """Has the interface of :class:`utils.predict.network.Network`; its "images" are saved probabilities.
-
-    Attributes:
-        facts: the classes.
-        activation: how logits are made from the probabilities.
-        device: where they are moved to.
-        temperature, bias: applied to those logits (:func:`utils.predict.probabilities`).
-    """
-
-    facts: Facts
-    activation: Activation
-    device: torch.device
-    temperature: float = 1.0
-    bias: Sequence[float] | None = None
-
-    averages = False
-
-    def settings(self) -> dict[str, Any]:
-        """Return what the probabilities depend on beside the files."""
-        return {"temperature": self.temperature, "bias": self.bias}
-
-    def eval(self) -> None:
-        """Do nothing: there is no model."""
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and probabilities ``(B, C, H, W)``."""
-        images = images.to(self.device)
-        logits = unlink(images, self.activation)
-        if self.temperature == 1 and self.bias is None:
-            return logits, images  # the very numbers that were saved
-        return logits, probabilities(logits, self.activation, self.temperature, self.bias)
 
 
 @dataclass(frozen=True)
@@ -182,7 +147,7 @@ def _label_of(labels: Path | None, name: str) -> Path | None:
 
 
 def _plain_index(folder: Path, classes: int, ignore_index: int) -> Index:
-    """Return what is known of a folder that says nothing about itself."""
+    """Return an index for a folder without one."""
     names = tuple(f"class {c}" for c in range(classes))
     palette = default_palette(max(2, classes))[-classes:] if classes == 1 else default_palette(classes)
     facts = Facts(classes, names, palette, (0.0,) * 3, (1.0,) * 3, ignore_index)

@@ -16,15 +16,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.predict import (
-    PROCEDURES,
-    Choice,
-    PredictOptions,
-    choose_classes,
-    label_map,
-    spool,
-    taking_part_in_labels,
-)
+from utils.predict import PROCEDURES, Choice, PredictOptions, choose_classes, label_map, spool, taking_part_in_labels
 from utils.predict.spool import HALF_VALUES, Spool, Volume
 from utils.predict.stored import label_type, pictures
 from utils.predict.tiling import Block
@@ -116,7 +108,7 @@ class Decider:
         procedure: "T", "max" or "rankdice".
         options: of the procedures.
         keep_masks, keep_probs: whether results carry ``masks`` and ``probs``.
-        stream_masks: whether those of streamed images carry ``masks``, too, which keeps their probabilities on disk.
+        stream_masks: whether streamed images also carry ``masks``, which keeps their probabilities on disk.
     """
 
     procedure: str
@@ -222,7 +214,7 @@ class Decider:
         counts = disk.counts()
         classes = disk.shape[0]
         wanted = range(classes) if self.options.classes is None else sorted(self.options.classes)
-        found = {c: self._volume(counts[c]) for c in wanted}
+        found = {c: spool.rank_dice_counts(counts[c], self.options.ranking) for c in wanted}
         volumes, scores = torch.zeros(1, classes, dtype=torch.int64), torch.zeros(1, classes, dtype=torch.float64)
         for c, volume in found.items():
             volumes[0, c], scores[0, c] = volume.pixels, volume.score
@@ -239,11 +231,6 @@ class Decider:
             presence=presence,
             masks=StreamedMasks(disk, {c: volume for c, volume in found.items() if choice.chosen[0, c]}),
         )
-
-    def _volume(self, counts: np.ndarray) -> Volume:
-        chosen = self.options
-        prune = chosen.prune if chosen.decides == "prune" else None
-        return spool.rank_dice_counts(HALF_VALUES, counts, chosen.metric, chosen.solver, chosen.smooth, prune)
 
     def _label_map(self, disk: Spool, counts: np.ndarray, choice: Choice, found: Mapping[int, Volume]) -> np.ndarray:
         """Return the label map of a procedure that looks at the whole image."""

@@ -26,7 +26,7 @@ from utils.predict.tiling import Block
 from utils.rankdice import Options, rank_counts
 from utils.rankdice.label_map import Classes, ascend, check_classes
 
-# What a pass over a spool holds of it at a time, as float16.
+# The part of a spool that is in memory at a time, as float16.
 CHUNK_BYTES = 32 * 2**20
 _PASS_BYTES = 2 * 2**20
 # float16 bit patterns of the numbers in [0, 1] are 0 .. 0x3C00, in the same order as the numbers.
@@ -44,8 +44,8 @@ class Volume(NamedTuple):
 class Spool:
     """The probabilities ``(classes, H, W)`` of one image in a temporary file, float16.
 
-    The file has no name (nothing stays behind, whatever happens) and lies in ``folder``, by default where
-    ``TMPDIR`` points. It is read and written explicitly, not mapped, so that memory in use stays what it is.
+    The file has no name, so it never stays behind. It is in ``folder``, by default where ``TMPDIR`` points. It is read
+    and written explicitly, not mapped, so that the memory in use does not grow.
 
     Raises:
         UserError: not enough free space in the folder.
@@ -95,11 +95,10 @@ class Spool:
             for top in range(0, tall, step):
                 rows = min(step, tall - top)
                 band = np.empty((classes, rows, width), np.float16)
-                for _, x, _, wide, offset in row:
+                for block in row:
+                    x, wide = block[1], block[3]
                     for c in range(classes):
-                        start = offset + 2 * wide * (c * tall + top)
-                        data = os.pread(self._file.fileno(), 2 * wide * rows, start)
-                        band[c, :, x : x + wide] = np.frombuffer(data, np.float16).reshape(rows, wide)
+                        band[c, :, x : x + wide] = self._read(block, c, top, rows)
                 yield y + top, band
 
     def planes(self, c: int) -> Iterator[np.ndarray]:
@@ -109,10 +108,15 @@ class Spool:
         for y in sorted({block[0] for block in self._blocks}):
             row = [block for block in self._blocks if block[0] == y]
             band = np.empty((row[0][2], width), np.float16)
-            for _, x, tall, wide, offset in row:
-                data = os.pread(self._file.fileno(), 2 * wide * tall, offset + 2 * wide * c * tall)
-                band[:, x : x + wide] = np.frombuffer(data, np.float16).reshape(tall, wide)
+            for block in row:
+                band[:, block[1] : block[1] + block[3]] = self._read(block, c, 0, block[2])
             yield band
+
+    def _read(self, block: tuple[int, int, int, int, int], c: int, top: int, rows: int) -> np.ndarray:
+        """Return some rows of class ``c`` in a block."""
+        _, _, tall, wide, offset = block
+        data = os.pread(self._file.fileno(), 2 * wide * rows, offset + 2 * wide * (c * tall + top))
+        return np.frombuffer(data, np.float16).reshape(rows, wide)
 
     def counts(self) -> np.ndarray:
         """Return how often each float16 value occurs: int64 ``(classes, 15361)``, ascending (``HALF_VALUES``)."""
@@ -126,29 +130,9 @@ class Spool:
 # ------------------------------------------------------------------------------------- RankDice of a table
 
 
-def rank_dice_counts(
-    values: np.ndarray,
-    counts: np.ndarray,
-    metric: str = "dice",
-    solver: str = "exact",
-    smooth: float = 0.0,
-    prune: float | None = 0.5,
-) -> Volume:
-    """Solve RankDice for one row of pixels given as a table of its probabilities: :func:`utils.rankdice.rank_counts`.
-
-    Args:
-        values: float64 ``(K,)`` ascending, in [0, 1].
-        counts: int64 ``(K,)``, how many pixels have each value.
-        metric: "dice" or "iou".
-        solver: "exact" or "rma".
-        smooth: ``g``.
-        prune: the mask is empty where no pixel has a higher probability than this; None: never.
-
-    Returns:
-        What :func:`utils.rankdice.rank_dice` finds for the pixels one by one.
-    """
-    options = Options(metric, solver, smooth, prune)
-    found = rank_counts(torch.from_numpy(values), torch.from_numpy(counts)[None], options)
+def rank_dice_counts(counts: np.ndarray, options: Options) -> Volume:
+    """Solve RankDice for one class from its counts ``(15361,)``; as :func:`utils.rankdice.rank_dice` of the pixels."""
+    found = rank_counts(torch.from_numpy(HALF_VALUES), torch.from_numpy(counts)[None], options)
     return Volume(int(found[0]), float(found[1]), float(found[2]))
 
 

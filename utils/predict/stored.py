@@ -1,6 +1,6 @@
 """Probabilities and masks on disk: apply another procedure later, without the network.
 
-A folder of probabilities holds ``probs.json`` (the classes, the palette, the checkpoint and the options of the run) and
+A folder of probabilities contains ``probs.json`` (classes, palette, checkpoint and options of the run) and
 one ``NAME.npz`` per image: array ``probs``, ``(C, H, W)``, float32 (float16 for images too large for the memory). A
 procedure then sees exactly the numbers that it saw in the run, so its masks are the same. ``test.py --save-probs`` and
 ``inference.py --probs`` write such folders; ``python -m utils.predict`` reads them.
@@ -43,15 +43,9 @@ def write_probs(path: Path, probs: Tensor | Spool, run: str = "0" * 16) -> None:
         path: the file; it is complete or not there.
         probs: float32 ``(C, H, W)``, or the spool of a large image, which is written in small pieces.
         run: for the file's stamp, see :mod:`utils.stamps`.
-
-    Raises:
-        UserError: it could not be written.
     """
-    header = {
-        "descr": "<f2" if isinstance(probs, Spool) else "<f4",
-        "fortran_order": False,
-        "shape": tuple(probs.shape),
-    }
+    kind = "<f2" if isinstance(probs, Spool) else "<f4"
+    header = {"descr": kind, "fortran_order": False, "shape": tuple(probs.shape)}
     with (
         atomic(path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
@@ -68,7 +62,7 @@ def write_probs(path: Path, probs: Tensor | Spool, run: str = "0" * 16) -> None:
 def read_probs(path: Path) -> Tensor:
     """Return the probabilities in a ``.npz`` or ``.npy`` file, float32 ``(C, ...)``.
 
-    A ``.npz`` file holds one array, or one with a name of ``KEYS``.
+    A ``.npz`` file contains one array, or one with a name of ``KEYS``.
 
     Raises:
         UserError: the file is something else, or cut short.
@@ -79,7 +73,7 @@ def read_probs(path: Path) -> Tensor:
             with values as archive:
                 key = next((k for k in KEYS if k in archive), archive.files[0] if len(archive.files) == 1 else None)
                 if key is None:
-                    raise ValueError(f"it holds {', '.join(archive.files)}, expected one array or {' or '.join(KEYS)}")
+                    raise ValueError(f"it has {', '.join(archive.files)}, expected one array or {' or '.join(KEYS)}")
                 values = archive[key]
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file of probabilities") from None
@@ -109,8 +103,8 @@ class Index:
     Attributes:
         facts, options, procedure, temperature: of the run.
         checkpoint: its file.
-        run: stands for the weights and for how the images were viewed, see :func:`run_of`.
-        data: the data that was predicted, if a folder must not hold several.
+        run: a digest of the weights and of the views of the images, see :func:`run_of`.
+        data: the data that was predicted, if a folder must not contain several.
     """
 
     facts: Facts
@@ -123,7 +117,7 @@ class Index:
 
 
 def run_of(weights: Iterable[Path], network: AnyNetwork, **views: Any) -> str:
-    """Return a digest of all that probabilities depend on beside the image."""
+    """Return a digest of all that probabilities depend on, except the image."""
     digests = [stamps.file_digest(path) for path in weights]
     return stamps.digest({"weights": digests, "network": network.settings(), **views})
 
@@ -137,7 +131,7 @@ class ProbsWriter:
         force: remove the probabilities of an earlier run instead of refusing to mix.
 
     Raises:
-        UserError: the folder holds probabilities of another run, or cannot be written.
+        UserError: the folder contains probabilities of another run, or cannot be written.
     """
 
     def __init__(self, folder: Path, index: Index, force: bool = False) -> None:
@@ -147,7 +141,7 @@ class ProbsWriter:
             if (earlier.run, earlier.data) != (index.run, index.data):
                 other = f"{earlier.checkpoint} {earlier.data}".strip()
                 raise UserError(
-                    f"{folder}: holds the probabilities of another run ({other}); choose another folder, or give "
+                    f"{folder}: contains the probabilities of another run ({other}); choose another folder, or give "
                     "--force to remove them"
                 )
         others = [path for _, path in stored(folder) if stamps.stamp_of(path) != index.run]
@@ -180,7 +174,7 @@ def read_index(folder: Path) -> Index:
         return Index(**content | {"facts": Facts.from_dict(content["facts"]), "options": PredictOptions(**options)})
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: holds no {INDEX}; expected a folder that test.py --save-probs or inference.py --probs wrote"
+            f"{folder}: contains no {INDEX}; expected a folder that test.py --save-probs or inference.py --probs wrote"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not in the format of test.py --save-probs: {error}") from None
@@ -207,16 +201,12 @@ def pictures(procedure: str, probs: Tensor, prediction: Prediction, options: Pre
 
 
 def label_type(classes: int) -> type[np.uint8 | np.uint16]:
-    """Return the type of label maps: it holds every class id, and its largest value marks unassigned pixels."""
+    """Return the type of label maps: it contains every class id, and its largest value marks unassigned pixels."""
     return np.uint8 if classes <= 255 else np.uint16
 
 
 def write_masks(folder: Path, facts: Facts, names: Sequence[str], labels: NDArray[Any], run: str = "0" * 16) -> None:
-    """Write label maps ``(H, W)`` as palette PNGs, ``folder/NAME.png``, with a stamp (:mod:`utils.stamps`).
-
-    Raises:
-        UserError: one could not be written.
-    """
+    """Write label maps ``(H, W)`` as palette PNGs, ``folder/NAME.png``, with a stamp (:mod:`utils.stamps`)."""
     for name, one in zip(names, labels, strict=True):
         write_mask(folder / f"{file_name(name)}.png", one, facts.palette, stamps.text(run))
 
@@ -232,9 +222,6 @@ def write_class_masks(folder: Path, facts: Facts, masks: Any, classes: Iterable[
         masks: bool ``(H, W)`` by class id.
         classes: those whose masks are written.
         run: for the stamp.
-
-    Raises:
-        UserError: one could not be written.
     """
     wanted = {folder / class_file(facts, c): c for c in classes}
     for path in folder.glob("*.png"):

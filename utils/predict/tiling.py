@@ -101,7 +101,7 @@ def views(
         forward: from images to scores of the same size.
         images: floating point ``(B, channels, H, W)``.
         scales: the image is seen at ``round(scale * H) x round(scale * W)`` (at least 1 x 1), resized bilinearly
-            (``align_corners=False``); its scores are resized back likewise.
+            (``align_corners=False``); its scores are resized back in the same way.
         flip: at every scale see the mirror image as well, in the same forward pass.
         link: what turns resized scores into what is averaged, for example logits into probabilities. The mean of
             probabilities is again a forecast; the mean of logits is sharper than any of its parts deserve.
@@ -139,17 +139,11 @@ def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Return where tiles begin along an axis so that they cover it, none reaching over its end.
+    """Return where tiles begin along an axis, so that they cover it and none extends over its end.
 
     Neighbours share at least ``overlap`` of a tile; the last tile ends at the axis' end. An axis shorter than
     ``tile`` has one tile, starting at 0 (of the axis' length).
     """
-    if length < 1:
-        raise ValueError(f"length: expected at least 1, got {length}")
-    if tile < 1:
-        raise ValueError(f"tile: expected at least 1 pixel, got {tile}")
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap: expected a share in [0, 1), got {overlap}")
     if length <= tile:
         return [0]
     stride = max(1, math.floor(tile * (1 - overlap)))
@@ -180,9 +174,9 @@ def blend_weights(length: int, tile: int, overlap: float, device: torch.device |
 def sliding_blocks(forward: Forward, image: Tensor, num_classes: int, tiles: Tiles = Tiles()) -> Iterator[Block]:  # noqa: B008
     """Predict one image of any size in overlapping tiles and yield its blended scores as they are finished.
 
-    Memory beside the image: one band of scores, ``num_classes * tile height * width * 4`` bytes, and one batch of tiles
-    in the network. If the band would take more than ``tiles.max_bytes``, the image is processed in vertical strips.
-    Tiles that two strips share are then computed twice; the result is the same.
+    Memory without the image: one band of scores, ``num_classes * tile height * width * 4`` bytes, and one batch of
+    tiles in the network. If the band would take more than ``tiles.max_bytes``, the image is processed in vertical
+    strips. Tiles that two strips share are then computed twice; the result is the same.
 
     Args:
         forward: from tiles ``(B, channels, h, w)``, of the image's dtype and on its device, to scores

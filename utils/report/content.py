@@ -45,7 +45,6 @@ ABSENT_CLASSES = "skipped in images where a class is in neither the prediction n
 
 def results(
     outcome: Evaluation,
-    config: Config,
     loaded: LoadedModel,
     dataset: Any,
     *,
@@ -62,12 +61,12 @@ def results(
 
     Args:
         outcome: of the evaluation.
-        config, loaded, dataset: what was evaluated.
+        loaded, dataset: what was evaluated.
         views: of each image, in words.
         gathered: :meth:`utils.report.watching.Watcher.compute`.
         fitted: where temperature and threshold come from, in words.
     """
-    names = loaded.facts.class_names
+    names, config = loaded.facts.class_names, loaded.config
     procedures = {name: _scores(name, outcome, names) for name in outcome.metrics}
     protocol = _protocol(outcome, config, loaded, dataset) | {
         "views": views,
@@ -138,7 +137,7 @@ def _by_class(values: Sequence[Any], class_names: Sequence[str], classes: Sequen
 
 
 def _images_per_class(procedures: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Return the fewest and most images behind each class's mean; procedures differ where they see false alarms."""
+    """Return the fewest and most images in each class's mean; procedures differ, because false alarms count."""
     images = [scores["Class_Images"] for scores in procedures.values()]
     found = {c: [of_one[c] or 0 for of_one in images] for c in (images[0] if images else {})}
     return {c: [min(counts), max(counts)] for c, counts in found.items()}
@@ -194,11 +193,11 @@ def optimism(config: Config) -> str | None:
 
     if data(test) == data(val):
         return "the test data are the validation data that chose the checkpoint: scores are optimistic"
-    # Without a split the folder alone tells test from validation data.
+    # Without a split, only the folders differ between test and validation data.
     if test.args.get("split") and data(test, "data_dir") == data(val, "data_dir"):
         return (
             "the test data are those that chose the checkpoint, in another folder (data_dir); "
-            "unless that holds other images, scores are optimistic"
+            "unless that contains other images, scores are optimistic"
         )
     return None
 

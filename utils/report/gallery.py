@@ -145,7 +145,7 @@ class Gallery:
 
 
 def _mask_labels(probs: Tensor, masks: Tensor) -> Tensor:
-    """Return one label per pixel ``(H, W)``: the most probable class among those whose mask holds it, or none."""
+    """Return one label per pixel ``(H, W)``: the most probable class among those whose mask contains it, or none."""
     if len(probs) == 1:
         return masks[0].long()
     best, labels = probs.masked_fill(~masks, -1.0).max(dim=0)
