@@ -144,17 +144,12 @@ class GCN(BaseModel):
     :class:`BoundaryRefinement`.
 
     Args:
-        num_classes: output channels.
-        in_channels: channels of the images.
         backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
-        pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
         kernel_size: k of the global convolutions, odd.
         use_deconv: enlarge by transposed convolutions instead of bilinearly.
         use_resnet_gcn: the paper's ResNet-GCN: the blocks of the backbone's last two stages are global convolutions,
             which start from random weights.
         published: see above.
-        freeze_bn: BatchNorm keeps its running statistics.
-        freeze_backbone: only the decoder is trained.
     """
 
     align_corners = True

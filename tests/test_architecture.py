@@ -261,12 +261,9 @@ NAMED_IN_CONFIGS = ("models/", "dataloaders/", "utils/losses/", "base/base_datas
 # Calls of the documented Python interface, and functions still to be shortened; the list may only become shorter.
 MANY_ARGUMENTS = {
     "utils/predictor.py: Predictor.__init__",
-    "utils/metrics.py: Metrics.__init__",
     "utils/rankdice/__init__.py: rank_dice",
     "utils/rankdice/__init__.py: _solve",
     "utils/evaluation/__init__.py: evaluate",
-    "utils/report/content.py: results",
-    "models/backbones/common.py: load_pretrained",
 }
 
 
