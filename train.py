@@ -72,12 +72,12 @@ from utils.losses.base import SegmentationLoss
 
 
 def is_over(state: Mapping[str, Any], path: Path, config: Config) -> bool:
-    """Say what a resumed run will do differently from before; return whether it has nothing left to do."""
+    """Print what has changed since a run was stopped; return whether it has nothing left to do."""
     if "processes" not in state or "scheduler" not in state:
-        return False  # no run of ours: the trainer says so
+        return False  # not a run of this framework; the trainer says so
     done = nothing_left(state, config)
     if distributed.is_first():
-        # A config may have changed by mistake, or an override been forgotten.
+        # The config may have changed by mistake, or an override may have been forgotten.
         changes = configs.differences(state["config"], config)
         if changes:
             print("changed since the checkpoint was written:", *changes, sep="\n    ", file=sys.stderr)
@@ -92,8 +92,8 @@ def build(
 ) -> tuple[nn.Module, SegmentationLoss, Data]:
     """Build the data, the model and the loss that the config names; start from ``weights`` if they are given.
 
-    The model of a resumed run (``state``: its checkpoint) gets no pretrained weights: those of the checkpoint will
-    replace them.
+    The model of a resumed run (``state``: its checkpoint) is built without pretrained weights, because the weights of
+    the checkpoint replace them.
     """
     train = checks.build_loader(dataloaders.build, config, "train")
     if config.val_loader is None:
@@ -129,13 +129,13 @@ def lacks_fit(folder: Path, config: Config) -> bool:
 def fit_best(config: Config, data: Data, device: torch.device, folder: Path) -> None:
     """Fit temperature, presence and threshold on the validation data, into best_model.pth."""
     path = folder / runs.BEST
-    distributed.gather(None)  # the main process has written it
+    distributed.gather(None)  # wait until the main process has written it
     if not config.trainer.fit or data.val is None or not path.exists():
         return
     state = checkpoint.read(path)
     loaded = checkpoint.build_model(state, path, config, device)
     limit = config.trainer.limit_batches
-    # Held-out images are fitted on as test.py and inference.py see them: whole, not in the crops of validation.
+    # The fit uses whole images, as test.py and inference.py do, not the crops of validation.
     val = data.train.get_val_loader(whole=True) if config.val_loader is None else data.val
     found = fitted.fit(loaded, val, device, limit and limit * val.batches.batch_size)
     if distributed.is_main():
@@ -145,7 +145,7 @@ def fit_best(config: Config, data: Data, device: torch.device, folder: Path) -> 
 
 
 def main() -> int:
-    """Train what the config names, from the start or from a checkpoint."""
+    """Train the model that the config describes, from the start or from a checkpoint."""
     args = parse_arguments()
     overrides = args.set + select_devices(args.device)
     stages = ("train", "val")

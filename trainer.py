@@ -34,8 +34,8 @@ class Trainer(BaseTrainer):
         super().__init__(*args, **kwargs)
         self.normalize = Normalize(self.data.facts.mean, self.data.facts.std).to(self.device)
         self.rates = learning_rates(self.optimizer)  # those that the last batch was trained with
-        self._asked = False  # whether any process was asked to stop
-        self._images = 0  # images since the last report
+        self._asked = False  # whether a process was asked to stop
+        self._images = 0  # since the last report
 
     # -- one step ----------------------------------------------------------------------------------------------
 
@@ -90,9 +90,9 @@ class Trainer(BaseTrainer):
             self.ema.update_parameters(self.model)
 
     def _check_loss(self, loss: _Later, batch: Batch, images: Tensor, steps: bool) -> None:
-        """Stop the run at a loss that is not finite, before it reaches the weights.
+        """Stop the run if the loss is not finite, before the loss changes the weights.
 
-        Where the processes exchange gradients, all of them stop; they also learn here whether one was asked to.
+        All processes stop together when they exchange gradients. They also learn here if one was asked to stop.
         """
         value = loss.value()
         bad = not math.isfinite(value)
@@ -154,7 +154,7 @@ class Trainer(BaseTrainer):
         return batch
 
     def _after_batch(self) -> None:
-        """Save and leave where that is due, but never within an optimizer step: a checkpoint holds no gradients."""
+        """Save or stop if it is time to, but never within an optimizer step: checkpoints do not contain gradients."""
         accumulate, every = self.plan.accumulate, self.settings.save_every_iters
         taken = (self.batch - 1) % accumulate + 1  # batches of the present step
         if taken < accumulate and self.batch < self.plan.batches:
@@ -172,7 +172,7 @@ class Trainer(BaseTrainer):
         bar.set_postfix_str(live_scores({key.removeprefix("train_"): value for key, value in scores.items()}), False)
         recent = self.meter.take_recent_loss()
         if self._point.iteration == self.iteration:
-            self._mark()  # what is reported now is not reported again
+            self._mark()  # so that a resumed run does not report these losses again
         timing = self._timing(watch)
         rates = {f"lr/{name}": rate for name, rate in self.rates.items()}
         self.log.record("train", epoch, self.iteration, {"loss": recent, **rates}, timing)
@@ -193,7 +193,7 @@ class Trainer(BaseTrainer):
         return timing
 
     def _profiler(self) -> Any:
-        """Return a profiler for the first iterations of the run, or a context of None."""
+        """Return a profiler for the first iterations of a run, else a context manager that yields None."""
         if not self.settings.profile or self.iteration or not distributed.is_main():
             return nullcontext()
         folder = tensorboard_folder(self.config, self.folder) or self.folder
@@ -207,7 +207,7 @@ class Trainer(BaseTrainer):
     # -- validation --------------------------------------------------------------------------------------------
 
     def evaluator(self) -> Evaluator:
-        """Return what scores the deployed weights."""
+        """Return the evaluator of the deployed weights."""
         network = Network(
             self.deployed_model,
             self.data.facts,
@@ -224,8 +224,8 @@ class Trainer(BaseTrainer):
         name = self.config.predict.val
         pictures = Pictures(self.data.facts, name, self.options)
         self._check_weights()
-        distributed.share_buffers(self.deployed_model)  # all score the network that the main process saves
-        # A stop or an error in the middle finds each process at another batch, where they cannot ask each other.
+        distributed.share_buffers(self.deployed_model)  # all processes score the network that the main process saves
+        # After a stop or an error the processes are at different batches and cannot gather anything from each other.
         self._processes = distributed.gather(self._process())
 
         def look(part: Part) -> None:
@@ -270,7 +270,7 @@ class Trainer(BaseTrainer):
             )
 
     def _check_monitored(self, metrics: Any) -> None:
-        """Refuse to wait for the score of a class that no validation image has."""
+        """Raise an error if the monitored score is of a class that no validation image has."""
         section, _, name = self.monitor.name.partition("/")
         if not name or not section.startswith("Class_") or self.monitor.mode == "off":
             return
@@ -283,7 +283,7 @@ class Trainer(BaseTrainer):
 
 
 class _Later:
-    """A number on its way from the device, copied while the device goes on."""
+    """A number that is copied from the device while the device continues to compute."""
 
     def __init__(self, number: Tensor) -> None:
         self._number = number.detach()
@@ -294,7 +294,7 @@ class _Later:
             self._arrived.record()
 
     def value(self) -> float:
-        """Return the number once it is there."""
+        """Wait for the number and return it."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return float(self._number)
@@ -314,7 +314,7 @@ class Stopwatch:
         self._last = now
 
     def restart(self) -> None:
-        """Forget all laps, and begin one now."""
+        """Set all totals to zero and start the next lap."""
         self.__init__()  # type: ignore[misc]
 
 

@@ -1,8 +1,8 @@
 """Paired augmentation: parameters drawn from a generator, geometry applied as one affine warp.
 
-Scale, rotation, crop and flip are composed into one matrix that maps each pixel of the crop to its place in the
-source image. So image and label are interpolated once, only pixels that are kept are computed, and both follow the
-same matrix. Pixel (x, y) covers [x, x + 1) x [y, y + 1) before scaling, as in ``cv2.resize``.
+Scale, rotation, crop and flip are combined into one matrix that maps each pixel of the crop to its place in the source
+image. Image and label use the same matrix and are interpolated once, and only pixels of the crop are computed. Pixel
+(x, y) covers [x, x + 1) x [y, y + 1) before scaling, as in ``cv2.resize``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114])
 
 
 class Parameters(NamedTuple):
-    """What was drawn for one sample.
+    """The random parameters of one sample.
 
     ``matrix``: float64 ``(2, 3)``, maps homogeneous crop coordinates (x, y, 1) to source coordinates.
     ``size``: (height, width) of the crop. ``blur``: standard deviation in pixels, 0 for none.
@@ -41,14 +41,13 @@ class Parameters(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may be drawn for a training sample.
+    """The ranges of the random parameters of a training sample.
 
     Args:
         crop_size: (height, width) of the result; None keeps the (rescaled) image whole.
-        base_size: the image's longer side is brought to a random length in ``scale`` times this; None: the image's
-            own longer side.
+        base_size: the longer side of the image is rescaled to this times a random factor; None: its own length.
         scale: (lowest, highest) factor; (1, 1) for none.
-        rotate: largest angle in degrees, either way.
+        rotate: largest angle in degrees, in both directions.
         flip: mirror left-right with probability 1/2.
         blur: largest standard deviation of the Gaussian blur in pixels.
         jitter: largest relative change of brightness, contrast and saturation.
@@ -69,8 +68,7 @@ class Augmentation:
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Parameters:
         """Draw parameters for an image of the given size.
 
-        A fixed number of random numbers is used, so that switching one kind of change on or off leaves the
-        others as they were.
+        The number of random numbers is fixed, so switching one kind of change on or off does not alter the others.
         """
         u = rng.random(9)
         long_side = max(height, width)
@@ -79,8 +77,8 @@ class Augmentation:
         angle = math.radians(self.rotate * (2.0 * u[1] - 1.0))
         canvas = max(1, round(height * scale)), max(1, round(width * scale))
         size = self.crop_size or canvas
-        # Whole pixels, so that without scaling and rotation a crop is a plain slice. A canvas smaller than the
-        # crop is placed at random inside it.
+        # Whole pixels, so that without scaling and rotation a crop is a slice. A canvas smaller than the crop is
+        # placed at random inside it.
         top = _whole_offset(u[2], canvas[0] - size[0])
         left = _whole_offset(u[3], canvas[1] - size[1])
         flip = bool(self.flip and u[4] < 0.5)
@@ -126,7 +124,7 @@ def crop_to_source(
 
 
 def centre_crop(height: int, width: int, crop_size: tuple[int, int]) -> Parameters:
-    """Return the parameters that bring the shorter side to the crop's and crop the centre (validation)."""
+    """Return the parameters that rescale the shorter side to that of the crop and crop the center (validation)."""
     scale = max(crop_size[0] / height, crop_size[1] / width)
     canvas = round(height * scale), round(width * scale)
     window = (canvas[0] - crop_size[0]) // 2, (canvas[1] - crop_size[1]) // 2, *crop_size
@@ -134,22 +132,22 @@ def centre_crop(height: int, width: int, crop_size: tuple[int, int]) -> Paramete
 
 
 def warp_image(image: np.ndarray, parameters: Parameters, fill: Sequence[float]) -> np.ndarray:
-    """Return the crop of an image ``(H, W, C)``, bilinear, ``fill`` per channel outside of it."""
+    """Return the crop of an image ``(H, W, C)``, bilinear, with ``fill`` per channel outside the image."""
     return _warp(image, parameters, cv2.INTER_LINEAR, fill)
 
 
 def warp_label(label: np.ndarray, parameters: Parameters, ignore_index: int) -> np.ndarray:
-    """Return the crop of a label map ``(H, W)`` (uint8 or int32), nearest, ``ignore_index`` outside of it."""
+    """Return the crop of a label map ``(H, W)`` (uint8 or int32), nearest, with ``ignore_index`` outside it."""
     if label.dtype == np.uint8:
         return _warp(label, parameters, cv2.INTER_NEAREST, [ignore_index])
-    # float64 holds every int32 exactly and every version of OpenCV warps it.
+    # float64 represents every int32 exactly, and every version of OpenCV can warp it.
     warped = _warp(label.astype(np.float64), parameters, cv2.INTER_NEAREST, [ignore_index])
     return warped.astype(label.dtype)
 
 
 def _warp(array: np.ndarray, parameters: Parameters, interpolation: int, fill: Sequence[float]) -> np.ndarray:
     height, width = parameters.size
-    # OpenCV takes border values for four channels at most.
+    # OpenCV accepts border values for at most four channels.
     groups = [array] if array.ndim == 2 else np.array_split(array, math.ceil(array.shape[2] / 4), axis=2)
     warped, start = [], 0
     for group in groups:
@@ -168,7 +166,7 @@ def _warp(array: np.ndarray, parameters: Parameters, interpolation: int, fill: S
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Return the image under a Gaussian of ``sigma`` pixels (cut at about three of them)."""
+    """Return the image after a Gaussian blur of ``sigma`` pixels."""
     if sigma < _MIN_BLUR:
         return image
     side = 2 * max(1, math.ceil(2.5 * sigma)) + 1
@@ -176,9 +174,9 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def jitter(image: np.ndarray, parameters: Parameters) -> np.ndarray:
-    """Return the image with other brightness, contrast and, for RGB, saturation: one linear map per pixel.
+    """Return the image with changed brightness, contrast and, for RGB, saturation: one linear map per pixel.
 
-    Contrast turns about the middle of the range, saturation about the pixel's luminance.
+    Contrast scales the distance to the middle of the range, saturation that to the luminance of the pixel.
     """
     brightness, contrast, saturation = parameters[3:]
     if brightness == contrast == saturation == 1.0:

@@ -1,4 +1,4 @@
-"""What a run is about to do, in words, and as hyper-parameters for TensorBoard."""
+"""A summary of a run, as text and as hyperparameters for TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from base import parallel
 
 
 def banner(run: Any) -> str:
-    """Return what a :class:`base.base_trainer.BaseTrainer` is about to run, in a few lines."""
+    """Return a summary of a :class:`base.base_trainer.BaseTrainer` in a few lines."""
     config, settings, plan = run.config, run.settings, run.plan
     gpus = len(parallel.gpus_of(run.network, run.device))
     spread = f"{plan.processes} processes" if plan.processes > 1 else "1 process"
@@ -38,10 +38,10 @@ def banner(run: Any) -> str:
 
 
 def warn_about_precision(run: Any) -> None:
-    """Say that fp16 is slow on a CPU."""
+    """Warn that fp16 is slow on a CPU."""
     if run.settings.amp == "fp16" and run.device.type == "cpu":
         print(
-            "warning: trainer.amp 'fp16' is made for GPUs; on the CPU it computes many times slower than 'off'",
+            "warning: trainer.amp 'fp16' is made for GPUs; on a CPU it is many times slower than 'off'",
             file=sys.stderr,
         )
 

@@ -36,9 +36,9 @@ _ORDER, _HELD_OUT = 1, 2  # tags that keep different uses of one seed apart
 class BaseDataLoader(DataLoader[Any]):
     """Batches of a data set in an order that depends on (seed, epoch) alone.
 
-    Iterating yields :class:`utils.batch.Batch`. Under ``torch.distributed`` each process gets its share: in training
-    (``shuffle``) shares of equal length, the few samples left over are dropped; in evaluation every
-    sample goes to exactly one process, so shares may differ by one and nothing is counted twice.
+    Iterating yields :class:`utils.batch.Batch`. Under ``torch.distributed`` each process gets its share. In training
+    (``shuffle``), shares have equal length, and the few samples left over are dropped. In evaluation, each sample goes
+    to exactly one process, so shares may differ by one sample.
 
     Args:
         dataset: what to load.
@@ -108,8 +108,8 @@ class BaseDataLoader(DataLoader[Any]):
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCHED_BATCHES if workers else None,
             worker_init_fn=_start_worker if workers else None,
-            # The workers' seeds come from here: drawn from torch's own generator, they would shift the numbers of
-            # dropout, and a resumed run would not repeat one that was never stopped.
+            # For the seeds of the workers. If they were drawn from torch's default generator, dropout would get other
+            # numbers, and a resumed run would differ from one that was never stopped.
             generator=torch.Generator().manual_seed(batches.seed),
         )
 
@@ -119,10 +119,7 @@ class BaseDataLoader(DataLoader[Any]):
         return None if self._group_by is None else grouping(self._group_by)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch that the next iteration goes through, and the batch it begins with.
-
-        ``len`` remains the number of batches of the whole epoch.
-        """
+        """Choose the epoch of the next iteration and the batch it starts with; ``len`` stays that of a whole epoch."""
         self.batches.set_epoch(epoch, start_batch)
 
     def close(self) -> None:
@@ -136,12 +133,12 @@ class BaseDataLoader(DataLoader[Any]):
             workers._shutdown_workers()
 
     def get_val_loader(self, whole: bool = False) -> BaseDataLoader | None:
-        """Return a loader over the samples that were held out, without augmentation; None if none were.
+        """Return a loader of the samples that were held out, without augmentation; None if there are none.
 
-        ``val_split`` and ``val_fold`` hold samples out, or the data set itself (``BaseDataSet.held_out``).
+        Samples are held out by ``val_split``, by ``val_fold``, or by the data set (``BaseDataSet.held_out``).
 
         Args:
-            whole: yield whole images, as test.py and inference.py see them, even if there is a ``crop_size``.
+            whole: yield whole images, as test.py and inference.py do, even if there is a ``crop_size``.
         """
         if self._held_out is None and self.dataset.held_out is None:
             return None
@@ -177,8 +174,10 @@ class BaseDataLoader(DataLoader[Any]):
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """Batches of keys (:data:`base.entries.Key`): the epoch travels with the index, because workers live through all
-    epochs. An index that a weighted epoch draws again also carries which draw it is, and is augmented differently.
+    """Batches of keys (:data:`base.entries.Key`).
+
+    A key contains the epoch, because workers run through all epochs. If a weighted epoch draws an index again, the key
+    also contains the number of the draw, so that the sample is augmented differently.
     """
 
     def __init__(
@@ -223,7 +222,7 @@ class EpochBatches(Sampler[list[Key]]):
         self.epoch, self.start_batch = epoch, start_batch
 
     def keys(self, epoch: int) -> list[Key]:
-        """Return this process's keys of an epoch, in order."""
+        """Return the keys of this process in an epoch, in order."""
         order, draws = self.indices, None
         if self.shuffle:
             rng = np.random.default_rng([self.seed, epoch, _ORDER])
@@ -265,9 +264,9 @@ _waiting = threading.Event()
 
 
 def _waited_for(iterator: Iterator[Any]) -> Iterator[Any]:
-    """Yield what an iterator yields; the death of a worker process is raised only while its data are waited for.
+    """Yield what an iterator yields; if a worker process dies, raise the error only while waiting for its data.
 
-    torch's signal handler would raise wherever the program is, also in the middle of an optimizer step.
+    torch's signal handler would raise it anywhere, even in the middle of an optimizer step.
     """
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     main = threading.current_thread() is threading.main_thread()
@@ -284,7 +283,7 @@ def _waited_for(iterator: Iterator[Any]) -> Iterator[Any]:
         _waiting.set()
         try:
             item = next(iterator, None)
-        except (EOFError, ConnectionError) as error:  # in the middle of handing over a batch
+        except (EOFError, ConnectionError) as error:  # it died while it sent a batch
             raise RuntimeError("DataLoader worker (pid unknown) has ended unexpectedly") from error
         finally:
             _waiting.clear()
@@ -294,10 +293,10 @@ def _waited_for(iterator: Iterator[Any]) -> Iterator[Any]:
 
 
 def _start_worker(worker: int) -> None:
-    # Processes are the parallelism; threads of OpenCV inside each would fight over the cores.
+    # The workers are the parallelism; OpenCV's threads in each of them would compete for the cores.
     cv2.setNumThreads(0)
-    # Ctrl-C and a terminating launcher signal the whole process group. Outside of it, workers live on while the
-    # main process saves, which ends them itself.
+    # Ctrl-C and a launcher that stops a run signal the whole process group. Workers leave the group, so that they go on
+    # while the main process saves; it ends them afterwards.
     with contextlib.suppress(OSError, AttributeError):
         os.setpgid(0, 0)
 

@@ -36,10 +36,9 @@ CHECKED_AT_START = 4  # label maps that are read when the data set is opened
 class BaseDataSet(Statistics, Dataset[Any]):
     """A list of (image, label) pairs with class facts and augmentation.
 
-    A data set is a subclass with its facts as class attributes and ``samples()``; one with special label files
-    overrides ``load_label`` too (or sets ``self.lut`` before ``super().__init__``). Own arguments come as
-    keyword-only parameters with type annotations in front of ``**common``, which goes to this constructor; this one
-    takes no unknown names, so misspelt ones are found.
+    A subclass sets its facts as class attributes and implements ``samples()``. If its label files do not hold class
+    ids, it also overrides ``load_label``, or sets ``self.lut`` before it calls ``super().__init__``. Its constructor
+    takes its own arguments as annotated keyword-only parameters and passes the others (``**common``) on to this one.
 
     Args:
         data_dir: the folder of the data, laid out like ``layout``.
@@ -81,21 +80,21 @@ class BaseDataSet(Statistics, Dataset[Any]):
     ignore_index: int = 255
     in_channels: int = 3
     splits: ClassVar[tuple[str, ...]] = ("train", "val")
-    # The value that means "not labelled" in the files as load_label returns them; it becomes ignore_index.
+    # The value that means "not labelled" in what load_label returns; it becomes ignore_index.
     void_label: int | None = 255
-    # The tree below data_dir, for messages.
+    # The expected folders and files below data_dir, for messages.
     layout: str = ""
-    # Stored label -> class id or ignore index, applied to what the files hold (uint8 files: 256 entries).
+    # Table from stored label to class id or ignore index.
     lut: np.ndarray | None = None
-    # Appended to the message about label values that are no class.
+    # Added to the message about label values that are not a class.
     label_hint: str = ""
-    # The samples for validation that samples() left out of a training split, if it did.
+    # Samples that samples() left out of the training split for validation.
     held_out: Sequence[Entry] | None = None
     # The files that samples() skipped because they have no partner.
     alone: Sequence[Path] = ()
-    # The groups that samples belong to (base.splits.grouping), for data sets that take it as an argument.
+    # The regular expression of base.splits.grouping, for data sets that take it as an argument.
     group_by: str | None = None
-    # Generated data sets draw another image per epoch; their pixels cannot be counted or cached.
+    # Whether each epoch has new images, which then cannot be counted or cached.
     endless: bool = False
 
     def __init__(
@@ -199,19 +198,19 @@ class BaseDataSet(Statistics, Dataset[Any]):
 
     @property
     def facts(self) -> Facts:
-        """The facts as they hold for this instance: plain Python values."""
+        """The facts of this instance, as plain Python values."""
         return Facts.of(self)
 
     @property
     def label_count(self) -> int:
-        """How many class ids labels may have: num_classes, or 2 for one class against background."""
+        """Number of class ids in the labels: num_classes, or 2 for one class and its background."""
         return max(2, self.num_classes)
 
     # ---- listing
 
     @property
     def data_dir(self) -> Path:
-        """The folder of the data; ValueError where none was given."""
+        """The folder of the data; raises ValueError if none was given."""
         if self._data_dir is None:
             raise ValueError(f"data_dir is missing: {type(self).__name__} reads files")
         return self._data_dir
@@ -239,7 +238,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
         return Entries(entries)
 
     def layout_error(self, problem: str) -> DataFolderError:
-        """Return the error that shows ``problem`` and the expected tree beside what is there."""
+        """Return an error with ``problem``, the expected folders and files, and those that were found."""
         return DataFolderError(layout_problem(problem, self.layout, self._data_dir))
 
     def _check_geometry(self, augment: bool, base_size: int | None) -> None:
@@ -251,7 +250,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
                     log.warning("%s has no effect without `augment: true` or `val: true`: images stay whole", name)
 
     def _check_first(self) -> None:
-        """Read a few label maps, evenly spread, so that a mistake in all of them shows at start."""
+        """Read a few label maps, so that a mistake that is in all of them is found at the start."""
         if not self.layout or self.on_error == "skip":
             return
         for index in spread(len(self), CHECKED_AT_START):
@@ -270,7 +269,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
         """Return a label map ``(H, W)`` as stored, before ``lut`` and ``void_label`` are applied."""
         mask = read_mask(path)
         self.palettes.check(mask, path)
-        return mask.values if mask.values.ndim == 2 else read_label(path)  # which refuses colours
+        return mask.values if mask.values.ndim == 2 else read_label(path)  # read_label refuses colours
 
     @cached_property
     def label_table(self) -> LabelTable:
@@ -283,7 +282,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
         entry = self.entries[index]
         assert entry.image is not None  # data sets without files have a read() of their own
         pixels = self.load_image(entry.image)
-        # Pixels without data become the mean colour, which is 0 after normalisation.
+        # Pixels without data become the mean colour, which is 0 after normalization.
         image = pixels.filled(self.mean)
         if entry.label is None:
             return image, np.full(image.shape[:2], self.ignore_index, self.label_table.dtype)
@@ -300,18 +299,18 @@ class BaseDataSet(Statistics, Dataset[Any]):
         return Cache(self.read, len(self), keep_errors=self.on_error == "skip")
 
     def load(self, index: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return image and label of a sample before augmentation (from memory with ``cache: "ram"``)."""
+        """Return image and label of a sample before augmentation, from the cache if there is one."""
         return self._cache[index] if self._cache is not None else self.read(index, epoch)
 
     def label_at(self, index: int) -> np.ndarray:
-        """Return the label map of a sample alone, class ids and ignore index."""
+        """Return only the label map of a sample, with class ids and ignore index."""
         entry = self.entries[index]
         if self._cache is not None or entry.label is None:
             return self.load(index)[1]
         return self.label_table.translate(self.load_label(entry.label), entry.label)
 
     def image_at(self, index: int) -> Pixels:
-        """Return the image of a sample alone, and where it has no data."""
+        """Return only the image of a sample, and where it has no data."""
         path = self.entries[index].image
         return Pixels(self.read(index)[0]) if path is None else self.load_image(path)
 
@@ -321,7 +320,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
         return len(self.entries)
 
     def __getitem__(self, key: Key) -> Sample | Skipped:
-        """Return the sample of a :data:`base.entries.Key`: the same key, the same sample."""
+        """Return the sample of a :data:`base.entries.Key`; the same key always gives the same sample."""
         epoch, index, *draw = key if isinstance(key, tuple) else (0, key)
         if index < 0:
             index += len(self)
@@ -333,9 +332,9 @@ class BaseDataSet(Statistics, Dataset[Any]):
             return self._replace(epoch, index, str(error))
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Sample | Skipped | UserError]:
-        """Return the samples for a batch of keys, with errors as items: the loader raises them.
+        """Return the samples for a batch of keys. Errors are returned as items, and the loader raises them.
 
-        An error raised in a worker process would reach the user inside the worker's traceback.
+        If a worker process raised them, the user would see the worker's traceback.
         """
         return [self._item_or_error(key) for key in keys]
 
@@ -363,15 +362,15 @@ class BaseDataSet(Statistics, Dataset[Any]):
         elif self.val and self.crop_size:
             parameters = aug.centre_crop(label.shape[0], label.shape[1], self.crop_size)
         if parameters is not None:
-            # Outside of the image is the mean colour: 0 after normalisation.
+            # Outside the image is the mean colour, which is 0 after normalization.
             fill = [round(255 * m) for m in self.mean] if image.dtype == np.uint8 else list(self.mean)
             image, label = aug.apply(image, label, parameters, fill, self.ignore_index)
         return Sample(_planes(image), torch.from_numpy(label.copy()), self.entries[index].name)
 
     def for_validation(self, whole: bool = False) -> BaseDataSet:
-        """Return this data set without augmentation: centre-cropped if there is a crop_size, unless ``whole``.
+        """Return this data set without augmentation; center-cropped if there is a crop_size, unless ``whole``.
 
-        It has the samples that were held out, if ``samples()`` held some out, else the same ones; files are shared.
+        If ``samples()`` held samples out, the returned data set has these, else the same samples.
         """
         other = copy.copy(self)
         other.augmentation, other.replace_broken = None, False
@@ -387,9 +386,9 @@ def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 def _planes(image: np.ndarray) -> Tensor:
-    """Return ``(C, H, W)`` of an image ``(H, W, C)``: always a copy, the image may be a view of the cache."""
+    """Return ``(C, H, W)`` of an image ``(H, W, C)``; always a copy, because the image may be a view of the cache."""
     planes = np.empty((image.shape[2], *image.shape[:2]), image.dtype)
     for channel, plane in enumerate(planes):
-        # Several times faster than NumPy's transposed copy.
+        # Several times faster than a transposed copy in NumPy.
         cv2.extractChannel(image, channel, plane)
     return torch.from_numpy(planes)

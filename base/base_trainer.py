@@ -1,4 +1,4 @@
-"""The run: epochs, the best model, checkpoints, logs. What one epoch does is the subclass's."""
+"""The training run: epochs, the best model, checkpoints, logs. A subclass implements what one epoch does."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from: loaders that yield :class:`utils.batch.Batch` (``val`` may be None), and the facts."""
+    """Loaders that yield :class:`utils.batch.Batch` (``val`` may be None), and the facts about their data."""
 
     train: Any
     val: Any | None
@@ -57,7 +57,7 @@ class Data:
 
 @dataclass(frozen=True)
 class _Point:
-    """What a batch moves besides the weights, as it was between two optimizer steps."""
+    """The state that a batch changes besides the weights, as it was between two optimizer steps."""
 
     batch: int
     iteration: int
@@ -65,17 +65,17 @@ class _Point:
 
 
 class BaseTrainer:
-    """Owns a training run from its first iteration, or from a checkpoint, to its end.
+    """A training run, from its first iteration or from a checkpoint to its end.
+
+    A subclass implements :meth:`_train_epoch` and :meth:`_validate`; both return scores by name.
 
     Args:
-        config: the run.
-        model: on the CPU or the device; moved and wrapped here.
+        config: the config of the run.
+        model: the model; it is moved to the device and wrapped here.
         loss: called with logits ``(B, C, H, W)`` and labels ``(B, H, W)``.
-        data: the loaders and what is known of their images.
-        device: where this process computes.
-        folder: the run's folder, see :mod:`base.runs`.
-
-    A subclass implements :meth:`_train_epoch` and :meth:`_validate`, both returning scores by name.
+        data: the loaders and the facts about their data.
+        device: the device of this process.
+        folder: the folder of the run, see :mod:`base.runs`.
     """
 
     log: RunLog
@@ -145,7 +145,7 @@ class BaseTrainer:
 
     @property
     def deployed_model(self) -> nn.Module:
-        """The weights that are validated, tested and deployed: the averaged ones where the run keeps them."""
+        """The model that is validated, tested and deployed: the averaged one if the run averages weights."""
         return self.model if self.ema is None else self.ema.module
 
     # -- the run -----------------------------------------------------------------------------------------------
@@ -154,8 +154,8 @@ class BaseTrainer:
         """Run to the last epoch, an early stop or an interruption; return the last scores.
 
         Raises:
-            Interrupted: after a signal, when the state is saved.
-            UserError: a loss that is not finite, a full disk, data that cannot be used; the state is saved.
+            Interrupted: after a signal; the state is saved.
+            UserError: the loss is not finite, the disk is full, or the data cannot be used; the state is saved.
         """
         with self.stop:
             try:
@@ -175,12 +175,12 @@ class BaseTrainer:
                     self.log.close()
 
     def _begin(self) -> None:
-        """Write the resolved config into the run's folder, open the logs, and print what is about to run."""
+        """Write the resolved config into the folder of the run, open the logs, and print a summary of the run."""
         self._mark()
         tensorboard = runs.tensorboard_folder(self.config, self.folder)
         main = distributed.is_main()
         self.log = RunLog(self.folder, tensorboard, main, self.epoch, self.iteration, self.batch)
-        if not distributed.is_main():
+        if not main:
             return
         text = configs.dump(self.config)
         checkpoint.remove_leftovers(self.folder)
@@ -208,7 +208,7 @@ class BaseTrainer:
         return self.data.val is not None and self.settings.val and due
 
     def _finish_epoch(self, epoch: int, scores: dict[str, float]) -> bool:
-        """Log, choose the best, save; return whether to stop early."""
+        """Log the scores, keep the best model, save; return whether to stop early."""
         self.epoch, self.batch = epoch, 0
         self.meter.reset()
         self._mark()
@@ -239,7 +239,7 @@ class BaseTrainer:
     # -- errors ------------------------------------------------------------------------------------------------
 
     def _mark(self) -> None:
-        """Remember this moment between two optimizer steps: after an error the run is saved as it was here."""
+        """Keep the state between two optimizer steps; after an error, this state is saved."""
         self._point = _Point(self.batch, self.iteration, self._process())
         buffers = list(self.model.buffers())
         if len(self._buffers) != len(buffers):
@@ -248,7 +248,7 @@ class BaseTrainer:
             torch._foreach_copy_(self._buffers, buffers)  # a few kernels for all of them
 
     def _rewind(self) -> None:
-        """Go back to the last moment between two optimizer steps; the weights have not changed since."""
+        """Go back to the state that :meth:`_mark` kept; the weights have not changed since."""
         point = self._point
         self.batch, self.iteration = point.batch, point.iteration
         for buffer, kept in zip(self.model.buffers(), self._buffers, strict=True):
@@ -257,7 +257,7 @@ class BaseTrainer:
         self.meter.load_state_dict(point.process["train_scores"])
 
     def _rescue(self, error: Exception) -> NoReturn:
-        """Save the run after an error, say so, and raise the error again."""
+        """Save the run after an error, print how to continue, and raise the error again."""
         where = ""
         if hasattr(self, "_point") and distributed.is_main():
             self._rewind()
@@ -269,7 +269,7 @@ class BaseTrainer:
         raise UserError(f"{said}\n{where}" if where else said) from None
 
     def _save_after_error(self) -> str:
-        """Save without the other processes, which may be gone; return what to do now."""
+        """Save without the other processes, which may have ended; return how to continue."""
         latest = self.folder / LATEST
         if self.iteration > self.started and finite.bad_weights(self.model) is None:
             try:
@@ -283,16 +283,16 @@ class BaseTrainer:
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def _process(self) -> dict[str, Any]:
-        """Return what each process has of its own: random states, scores of the epoch so far."""
+        """Return the state of this process: random number generators, and scores of the epoch so far."""
         return {"rng": rng.state(self.gpus), "train_scores": self.meter.state_dict() if self.batch else {}}
 
     def state(self, names: list[str] | None = None, alone: bool = False) -> dict[str, Any]:
-        """Return everything that continuing needs, as plain data.
+        """Return everything that a resumed run needs, as plain data.
 
         Args:
-            names: the files it is written to.
-            alone: do not wait for the other processes; their random states are left out. Else all take part, except
-                during validation, before which they have been asked.
+            names: the files that the state is written to.
+            alone: do not wait for the other processes, and leave out their random states. Otherwise, all processes
+                take part (during validation, their states from before it are used).
         """
         processes = self._processes or ([self._process()] if alone else distributed.gather(self._process()))
         return {
@@ -341,14 +341,14 @@ class BaseTrainer:
         self._rng = restore(self, state)
 
     def _restore_rng(self) -> None:
-        """Set the random number generators as they were; once, right before the first step after a resume."""
+        """Restore the random number generators, once, right before the first step after a resume."""
         if self._rng is not None:
             rng.set_state(self._rng, self.gpus)
             self._rng = None
             self._mark()
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
-        """Train one epoch, from ``self.batch`` on; return its scores."""
+        """Train one epoch from batch ``self.batch`` on; return its scores."""
         raise NotImplementedError
 
     def _validate(self, epoch: int) -> dict[str, float]:

@@ -38,7 +38,7 @@ def read_classes(path: str | Path) -> Classes:
     ``Pixel Value, Class``); CVAT's ``labelmap.txt`` (``name:R,G,B:parts:actions``).
 
     Raises:
-        UserError: the file is missing, holds no class or the same class twice, or its ids have gaps.
+        UserError: the file is missing, has no class or the same class twice, or its ids have gaps.
     """
     lines = read_lines(path, "classes")
     if any(not character.isprintable() and character != "\t" for _, line in lines for character in line):
@@ -92,7 +92,7 @@ def _from_csv(texts: Sequence[str], path: str | Path) -> Classes | None:
 
 
 def _from_labelmap(texts: Sequence[str]) -> Classes | None:
-    """Read CVAT's ``labelmap.txt``; None if the lines look otherwise."""
+    """Read CVAT's ``labelmap.txt``; None if the lines have another form."""
     rows = [text.split(":") for text in texts]
     if not all(len(row) == 4 and re.fullmatch(r"\s*\d+\s*,\s*\d+\s*,\s*\d+\s*", row[1]) for row in rows):
         return None
@@ -101,7 +101,7 @@ def _from_labelmap(texts: Sequence[str]) -> Classes | None:
 
 
 def _from_colour_lines(texts: Sequence[str]) -> Classes | None:
-    """Read lines ``R G B name`` or ``name R G B``; None if a line looks otherwise."""
+    """Read lines ``R G B name`` or ``name R G B``; None if a line has another form."""
     for pattern in _WITH_COLOUR:
         rows = [match for text in texts if (match := pattern.fullmatch(text))]
         if rows and len(rows) == len(texts):
@@ -111,11 +111,11 @@ def _from_colour_lines(texts: Sequence[str]) -> Classes | None:
 
 
 def classes_of(classes: Sequence[str] | str | int, data_dir: str | None) -> Classes:
-    """Return what the argument ``classes`` says: a list of names, a number, or a file (below data_dir or as given).
+    """Return the classes for the argument ``classes``: names, their number, or a file (below data_dir or as given).
 
     Raises:
         ValueError: no names, equal names, or a number below 1.
-        UserError: the file is missing or cannot be understood.
+        UserError: the file is missing or its format is not known.
     """
     if isinstance(classes, bool):
         raise ValueError("classes must be names, a text file or a number")
@@ -145,7 +145,7 @@ def class_colours(palette: Sequence[Sequence[int]] | None, count: int) -> tuple[
         ValueError: another number of colours than classes, or something that is not an RGB colour.
     """
     if palette is None:
-        # Colour 0 of the VOC map is black: right for a background, wrong for a single class.
+        # Color 0 of the VOC map is black, which fits a background but not a single class.
         return voc_colormap(count) if count > 1 else voc_colormap(2)[1:]
     colours = tuple(_colour(c) for c in palette)
     if len(colours) != count:

@@ -1,4 +1,4 @@
-"""What travels between a data set, its loader and the worker processes: entries, samples, batches and the cache."""
+"""What a data set, its loader and the worker processes exchange: entries, samples, batches and the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from utils.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 
-# An index, (epoch, index), or (epoch, index, draw) for the second, third, ... time that an epoch draws the index.
+# An index, (epoch, index), or (epoch, index, draw) if an epoch draws the index for the second, third, ... time.
 Key = int | tuple[int, int] | tuple[int, int, int]
 
 BROKEN_FILES_HINT = (
@@ -40,7 +40,7 @@ class Sample(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """An item that could not be read under ``on_error: "skip"``: the reasons, and the sample that replaces it."""
+    """An item that was skipped because it could not be read, and the sample that replaces it."""
 
     reasons: list[str]
     replacement: Sample | None
@@ -55,10 +55,9 @@ class Entry(NamedTuple):
 
 
 class Entries(Sequence[Entry]):
-    """A list of entries in three flat buffers.
+    """A list of entries in three flat buffers, which worker processes share.
 
-    Counting references writes to Python objects, so each worker process would end up with its own copy of a list of
-    them. Buffers stay shared.
+    A list of Python objects would be copied into each worker, because counting references writes to the objects.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -85,10 +84,10 @@ class Entries(Sequence[Entry]):
 
 
 def distinct(entries: Iterable[Entry], root: Path | None) -> list[Entry]:
-    """Return entries with names that differ and can be written; entries that are listed twice are kept once.
+    """Return the entries without repetitions and with unique, printable names.
 
-    Results are stored under the names, so two samples must not share one. Those that do are named by their path below
-    ``root``, or numbered.
+    Results are stored under these names. Samples with the same name are named by their path below ``root``, or
+    numbered.
     """
     once = [e if e.image is None else e._replace(name=printable(e.name)) for e in dict.fromkeys(entries)]
     shared = {name for name, count in Counter(e.name for e in once).items() if count > 1}
@@ -122,7 +121,7 @@ class Collated(NamedTuple):
 
 
 def collate(items: Sequence[Sample | Skipped | UserError]) -> Collated:
-    """Stack samples to a batch; lists where their sizes differ."""
+    """Stack samples to a batch; if their sizes differ, the batch has lists instead of tensors."""
     problems: list[str] = []
     samples: list[Sample] = []
     for item in items:
@@ -179,17 +178,17 @@ class Cache:
 
 
 class _Buffer:
-    """Arrays of different shapes and types one after the other in one array of bytes."""
+    """Arrays of different shapes and types in one array of bytes."""
 
     def __init__(self, arrays: list[np.ndarray]) -> None:
         self._shapes = [a.shape for a in arrays]
         self._types = [a.dtype.str for a in arrays]
-        # Starts are aligned to 8 bytes so that every type can be viewed in place.
+        # Starts are aligned to 8 bytes, so that arrays of any type can be views.
         sizes = [-(-a.nbytes // 8) * 8 for a in arrays]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self._bytes = np.empty(int(self._starts[-1]), np.uint8)
         for i, start in enumerate(self._starts[:-1].tolist()):
-            array, arrays[i] = arrays[i], np.empty(0)  # released one by one: never everything twice
+            array, arrays[i] = arrays[i], np.empty(0)  # released one by one, so memory never holds everything twice
             self._bytes[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
 
     def __getitem__(self, row: int) -> np.ndarray:
@@ -212,6 +211,6 @@ def available_cores() -> int:
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterable[R]:
-    """Yield the function's results in the order of ``items``, computed by a few threads (decoders release the GIL)."""
+    """Yield the results for ``items`` in order, computed by a few threads (image decoders release the GIL)."""
     with ThreadPoolExecutor(max_workers=min(8, 2 * available_cores())) as pool:
         yield from pool.map(function, items)

@@ -1,4 +1,4 @@
-"""Stored label values to class ids, and palettes that must agree."""
+"""Translate stored label values to class ids, and check that the palettes of masks agree."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class LabelTable:
 
     Args:
         name: of the data set, for messages.
-        num_classes: classes; for 1 the ids are 0 (background) and 1.
-        ignore_index: what unlabelled pixels become.
-        void: the stored value (after ``lut``) that means "not labelled"; None: no value does.
-        lut: stored value -> class id or ignore index; other values stay as they are.
-        hint: appended to the message about values that are no class.
+        num_classes: number of classes; for 1 the ids are 0 (background) and 1.
+        ignore_index: the label of ignored pixels.
+        void: the stored value (after ``lut``) that means "not labelled"; None: there is no such value.
+        lut: table from stored value to class id or ignore index; values beyond its end stay as they are.
+        hint: added to the message about values that are not a class.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class LabelTable:
         self._illegal = np.uint8(255) * ~legal
 
     def translate(self, label: np.ndarray, path: Path | str) -> np.ndarray:
-        """Return a stored label map as class ids and ignore index; UserError if it holds anything else."""
+        """Return a stored label map as class ids and ignore index; raise UserError if it has other values."""
         if label.dtype == np.uint8:
-            # OpenCV's table look-up is several times faster than NumPy's indexing.
+            # OpenCV's lookup is several times faster than indexing in NumPy.
             if cv2.countNonZero(cv2.LUT(label, self._illegal)):
                 values = np.unique(label)
                 raise self._error(label, values[self._illegal[values] > 0], path)
@@ -84,9 +84,9 @@ class LabelTable:
 
 
 class PaletteReference:
-    """Compares the palettes of masks: the same value must have the same colour in all files.
+    """Checks that the same value has the same color in the palettes of all masks.
 
-    Programs that make files smaller sort palettes anew, which permutes the values.
+    Programs that make PNG files smaller may sort their palettes, which permutes the values.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class PaletteReference:
         self._example: Path | str = ""
 
     def check(self, mask: Mask, path: Path | str, advice: str = "") -> None:
-        """Raise UserError if a mask with a palette contradicts those that were seen before."""
+        """Raise UserError if the palette of a mask contradicts those of earlier masks."""
         if mask.palette is None or mask.values.dtype != np.uint8:
             return
         used = np.flatnonzero(cv2.calcHist([mask.values], [0], None, [256], [0, 256]).ravel())

@@ -1,4 +1,4 @@
-"""Messages about files: the tree that was expected beside what is there, sizes that differ."""
+"""Messages about files: expected and found folders side by side, and sizes that differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXIF_ORIENTATION = 0x0112
 
 
 def layout_problem(problem: str, expected: str, folder: Path | None) -> str:
-    """Return ``problem`` followed by two columns: the ``expected`` tree, and the tree of ``folder``."""
+    """Return ``problem``, and below it in two columns the ``expected`` tree and that of ``folder``."""
     left = ["expected:", *expected.strip("\n").splitlines()] if expected else []
     right = [f"found in {folder}:", *found_tree(folder)] if folder is not None else []
     if not left or not right:
@@ -32,13 +32,13 @@ def found_tree(folder: Path) -> list[str]:
         parent = next((p for p in folder.absolute().parents if p.is_dir()), None)
         return ["(does not exist)"] + ([f"nearest existing folder: {parent}", *_tree(parent, 1)] if parent else [])
     if not folder.is_dir():
-        return ["(a file, no folder)"]
+        return ["(a file, not a folder)"]
     return _tree(folder, _DEPTH) or ["(empty)"]
 
 
 def _tree(folder: Path, depth: int, indent: str = "") -> list[str]:
     try:
-        # Folders first; a huge folder is not listed to its end.
+        # Folders first; huge folders are not listed completely.
         names = sorted(islice(folder.iterdir(), 10_000), key=lambda p: (not p.is_dir(), p.name))
     except OSError as error:
         return [f"{indent}({error.strerror})"]
@@ -73,5 +73,5 @@ def _is_turned(path: Path) -> bool:
     try:
         with Image.open(path) as file:
             return file.getexif().get(_EXIF_ORIENTATION, 1) >= 5
-    except Exception:  # Pillow's plugins raise whatever their parsers meet; a file of another kind is not turned
+    except Exception:  # Pillow's plugins raise many kinds of errors; other files have no orientation
         return False

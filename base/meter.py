@@ -15,11 +15,11 @@ from utils.predict import Prediction
 
 
 class Meter:
-    """Mean loss and scores over the batches of an epoch, kept on the device until somebody asks for them.
+    """Mean loss and scores over the batches of an epoch, kept on the device until they are read.
 
     Args:
-        metrics: counts the predictions; keeps sums only.
-        device: where losses and predictions are.
+        metrics: counts the predictions; only sums are kept.
+        device: the device of losses and predictions.
     """
 
     def __init__(self, metrics: Metrics, device: torch.device) -> None:
@@ -27,16 +27,16 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Begin an epoch."""
+        """Start an epoch."""
         self.metrics.reset()
         self._loss = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum, batches
         self._recent: list[Tensor] = []
 
     def update(self, loss: Tensor, prediction: Prediction, target: Tensor) -> None:
-        """Add one batch, without waiting for the device."""
+        """Add a batch, without waiting for the device."""
         self.metrics.update(prediction, target)
         self._recent.append(loss)
-        # In place: a new tensor per iteration would be one more kernel for nothing.
+        # In place: a new tensor per iteration would cost one more kernel.
         self._loss[0] += loss
         # A batch without a labelled pixel has a loss of 0, which would lower the mean.
         self._loss[1] += (target != self.metrics.ignore_index).any()
@@ -54,7 +54,7 @@ class Meter:
         return torch.stack(recent).mean().item() if recent else math.nan
 
     def gather(self) -> None:
-        """Add up the epochs of all processes."""
+        """Add up the scores of all processes."""
         own = {key: value.cpu() for key, value in self.metrics.state_dict().items()}, self._loss.cpu()
         shares = distributed.gather(own)
         if len(shares) == 1:
@@ -67,11 +67,11 @@ class Meter:
         self._loss = torch.stack([loss for _, loss in shares]).sum(dim=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch so far, for a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"metrics": self.metrics.state_dict(), "loss": self._loss.clone(), "recent": list(self._recent)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state_dict`; an empty one begins an epoch."""
+        """Continue from :meth:`state_dict`; an empty state starts an epoch."""
         self.reset()
         if state:
             self.metrics.load_state_dict({key: value.to(self.device) for key, value in state["metrics"].items()})

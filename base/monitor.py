@@ -1,4 +1,4 @@
-"""Which epoch is the best, and when to stop: the score named in ``trainer.monitor``."""
+"""The score named in ``trainer.monitor``: which epoch is the best, and when to stop early."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from utils.config.schema import Trainer as Settings
 
 
 class Monitor:
-    """Compares a score over validations.
+    """Compares the monitored score of validations.
 
     Attributes:
         name: the score; empty if ``trainer.monitor`` is "off".
@@ -29,7 +29,7 @@ class Monitor:
         self.not_improved = 0
 
     def update(self, scores: Mapping[str, float]) -> bool:
-        """Look at an epoch's scores; return whether they are the best so far."""
+        """Add the scores of an epoch; return whether they are the best so far."""
         if self.mode == "off" or self.name not in scores:
             return False
         value = scores[self.name]

@@ -1,4 +1,4 @@
-"""A network as training calls it: compiled, and spread over processes or GPUs."""
+"""The network as training calls it: compiled, and distributed over processes or GPUs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.predict.network import AMP_DTYPES
 
 
 def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """Return the bare model on its device, in the memory format and with the batch norm that the config asks for."""
+    """Return the model on its device, with the memory format and the batch norm of the config."""
     if config.use_synch_bn and distributed.world_size() > 1:
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -31,14 +31,14 @@ def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
 
 
 def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """Return the model compiled and spread as the config asks for; it keeps sharing its parameters.
+    """Return the model compiled and distributed as the config says; both share their parameters.
 
     Raises:
-        UserError: a compiled network over several GPUs from one process.
+        UserError: the config asks for a compiled network on several GPUs from one process.
     """
     gpus = distributed.usable_gpus(config.n_gpu) if device.type == "cuda" else 0
     if distributed.world_size() == 1 and gpus > 1:
-        if config.trainer.compile:  # replicating torch.compile's wrapper takes the original's parameters away
+        if config.trainer.compile:  # replicas of a compiled network lose their parameters
             raise UserError(
                 "trainer.compile: torch cannot run a compiled network on several GPUs from one process; set "
                 f"it to false, or start one process per GPU: torchrun --standalone --nproc_per_node {gpus} ..."
@@ -48,7 +48,7 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     network = cast("nn.Module", torch.compile(model)) if config.trainer.compile else model
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
-        # An auxiliary head whose loss has no weight gets no gradients; the processes must not wait for them.
+        # If the auxiliary loss has weight 0, the auxiliary head gets no gradients to wait for.
         unused = not config.aux_weight
         network = nn.parallel.DistributedDataParallel(network, device_ids=ids, find_unused_parameters=unused)
     return network
@@ -62,7 +62,7 @@ def gpus_of(network: nn.Module, device: torch.device) -> list[int]:
 
 
 def without_sync(network: nn.Module, steps: bool) -> AbstractContextManager[object]:
-    """Let the processes exchange gradients only for the batch that completes an optimizer step."""
+    """Return a context in which processes exchange gradients only if the batch completes an optimizer step."""
     if isinstance(network, nn.parallel.DistributedDataParallel) and not steps:
         return network.no_sync()
     return nullcontext()

@@ -17,7 +17,7 @@ _UNLABELLED = 255
 
 
 class Pictures:
-    """Gathers images from an evaluation until there are enough.
+    """Collects the first images of an evaluation.
 
     Args:
         facts: classes and palette.
@@ -29,7 +29,7 @@ class Pictures:
         self.rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, part: Part) -> None:
-        """Keep what is still missing."""
+        """Add images until there are enough."""
         wanted = COUNT - len(self.rows)
         if wanted <= 0:
             return
@@ -42,7 +42,7 @@ class Pictures:
             self.rows.append((picture[::step, ::step], wished[::step, ::step], predicted[::step, ::step]))
 
     def draw(self) -> np.ndarray:
-        """Return one row per image, the columns' titles above, and below the names of the classes that occur."""
+        """Return a picture with one row per image, titles above the columns, and a legend of the classes below."""
         palette = self.facts.palette
         cells = [
             cell

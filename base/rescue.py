@@ -1,4 +1,4 @@
-"""What an error in the middle of a run means to the user."""
+"""Messages for errors in the middle of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from utils.errors import UserError
 
 
 def explained(error: Exception) -> str | None:
-    """Return what an error in the middle of a run means to the user; None if it is a program error."""
+    """Return a message that tells the user the cause of an error and its fix; None if the error is a bug."""
     text = str(error).strip()
     if isinstance(error, UserError):
         return text

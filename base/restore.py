@@ -1,4 +1,4 @@
-"""Bring the state of a checkpoint into a run, also under a config that has changed."""
+"""Load the state of a checkpoint into a run, whose config may have changed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Let a :class:`base.base_trainer.BaseTrainer` continue from a checkpoint.
 
     Returns:
-        the states of this process's random number generators; None if the number of processes has changed.
+        The states of the random number generators of this process; None if the number of processes has changed.
 
     Raises:
-        UserError: the checkpoint holds no run of ours, a malformed one, or one that this config cannot continue.
+        UserError: the checkpoint has no training state, is malformed, or cannot be continued with this config.
     """
     try:
         return _restore(run, state)
@@ -39,9 +39,9 @@ def _restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
     before = state["config"]["optimizer"]["type"]
     if before != run.config.optimizer.type:
         raise UserError(
-            f"optimizer.type: the checkpoint's is {before}, the config's {run.config.optimizer.type}; a run "
-            "keeps its optimizer. To train on with another, start a new run from its weights (train.py --config "
-            "CONFIG --weights CHECKPOINT)"
+            f"optimizer.type: the checkpoint has {before}, the config {run.config.optimizer.type}; a resumed run "
+            "keeps its optimizer. To use another one, start a new run from its weights: train.py --config CONFIG "
+            "--weights CHECKPOINT"
         )
     checkpoint.load_weights(run.model, state["state_dict"], "the checkpoint to resume")
     if run.ema is not None and state["ema"] is not None:

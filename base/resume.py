@@ -1,4 +1,4 @@
-"""What a resumed run does with a changed config: what is the same run, the same score, the same progress."""
+"""Resuming under a changed config: whether it is the same run, whether scores compare, where the run continues."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from utils import distributed
 from utils.config.schema import Config
 from utils.errors import plural
 
-# Arguments of loaders that change neither what is read nor what comes out.
+# Arguments of loaders that do not change the data.
 _LOADING = ("num_workers", "pin_memory", "cache")
-# Fields that a run of the same identity may change: how long it is, what it writes, what it runs on.
+# Fields that may change in the same run: how long it is, what it writes, what it runs on.
 _FREE = (
     *("about", "n_gpu", "use_synch_bn", "deterministic", "tester", "test_loader", "predict.train", "predict.test"),
     *(f"trainer.{name}" for name in ("epochs", "save_dir", "save_period", "keep_last", "save_every_iters", "monitor")),
     *(f"trainer.{name}" for name in ("early_stop", "tensorboard", "log_dir", "log_per_iter", "val", "val_per_epochs")),
     *(f"trainer.{name}" for name in ("amp", "channels_last", "compile", "profile", "limit_batches")),
 )
-# Fields behind the monitored score; of predict.* all but the two of other scores.
+# Fields that change the monitored score, and fields below them that do not.
 _SCORED = ("trainer.monitor", "trainer.limit_batches", "predict", "loss", "ignore_index", "val_loader")
 _NOT_SCORED = ("predict.train", "predict.test")
 
@@ -36,7 +36,7 @@ def _below(path: str, sections: tuple[str, ...]) -> bool:
 
 
 def _changes(before: Mapping[str, Any], config: Config) -> list[tuple[str, str]]:
-    """Return the changed fields as (path, ``path: before -> now``), how data are loaded left out."""
+    """Return the changed fields as (path, ``path: before -> now``), without those of how data is loaded."""
     with suppress(ValidationError):
         before = Config.model_validate(before).model_dump(mode="json")  # with the defaults of fields that are new
     changes = [(line.partition(":")[0], line) for line in configs.differences(before, config)]
@@ -44,12 +44,12 @@ def _changes(before: Mapping[str, Any], config: Config) -> list[tuple[str, str]]
 
 
 def changes_of_identity(before: Mapping[str, Any], config: Config) -> list[str]:
-    """Return the changes that make another run: of seed, model, optimizer, schedule, loss or data."""
+    """Return the changes that make it another run: of seed, model, optimizer, schedule, loss or data."""
     return [line for path, line in _changes(before, config) if not _below(path, _FREE)]
 
 
 def changes_of_score(before: Mapping[str, Any], config: Config) -> list[str]:
-    """Return the changes after which the monitored score cannot be compared with what it was."""
+    """Return the changes after which the monitored score cannot be compared with earlier ones."""
     sections = _SCORED if config.val_loader is not None else (*_SCORED, "train_loader", "seed")
     return [
         line
@@ -59,7 +59,7 @@ def changes_of_score(before: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def fingerprint(loader: Any) -> str:
-    """Return what identifies the images of a loader: a digest of their names."""
+    """Return a digest of the names of a loader's images, which identifies them."""
     if loader is None:
         return ""
     dataset = loader.dataset
@@ -70,7 +70,7 @@ def fingerprint(loader: Any) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """How an epoch is cut: batches (of each process), batches per optimizer step, images, and who reads them."""
+    """How an epoch is divided: batches (per process), batches per optimizer step, images, batch size, processes."""
 
     batches: int
     accumulate: int
@@ -80,15 +80,15 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps per epoch; the last may be made of fewer batches."""
+        """Optimizer steps per epoch; the last one may use fewer batches."""
         return math.ceil(self.batches / self.accumulate)
 
     def steps_until(self, epoch: int, batch: int) -> int:
-        """Return the optimizer steps before a batch of the epoch after ``epoch``."""
+        """Return the number of optimizer steps before a batch of the epoch after ``epoch``."""
         return epoch * self.steps + math.ceil(batch / self.accumulate)
 
     def batch_at(self, state: Mapping[str, Any]) -> int:
-        """Return the batch to go on with: that of the checkpoint, or under another plan that of the same progress."""
+        """Return the batch to continue with: that of the checkpoint, or the one at the same progress in this plan."""
         batch = int(state["batch"])
         before = state.get("plan") or {}
         total = before.get("batches") or _batches_of(state) or self.batches
@@ -100,14 +100,14 @@ class Plan:
         return reached - reached % self.accumulate  # at the start of an optimizer step
 
     def describe(self) -> str:
-        """Return the plan in words."""
+        """Return the plan as text."""
         return (
             f"{self.batches} batches per epoch ({plural(self.images, 'image')}, batch size {self.batch_size}, "
             f"{self.processes} process(es), accumulate {self.accumulate})"
         )
 
     def tell_change(self, state: Mapping[str, Any], epoch: int, batch: int, total: int) -> None:
-        """Say that the run goes on under another plan than before."""
+        """Warn that the plan differs from that of the checkpoint."""
         before = state.get("plan")
         if before is None or before == asdict(self) or not distributed.is_main():
             return
@@ -120,13 +120,13 @@ class Plan:
 
 
 def _batches_of(state: Mapping[str, Any]) -> int | None:
-    """Return the batches per epoch of a checkpoint that does not say so."""
+    """Return the number of batches per epoch of a checkpoint that does not contain it."""
     epoch, batch, iteration = state["epoch"], state["batch"], state["iteration"]
     return (iteration - batch) // epoch if epoch and (iteration - batch) % epoch == 0 else None
 
 
 def nothing_left(state: Mapping[str, Any], config: Config) -> str | None:
-    """Return why a checkpoint's run is over, and how to go on all the same; None if it is not."""
+    """Return why the run of a checkpoint is over and how to continue it anyway; None if it is not over."""
     if state["epoch"] >= config.trainer.epochs:
         done = f"{state['epoch']} of {config.trainer.epochs} epochs are done"
         return f"{done}; train longer with --set trainer.epochs=N"

@@ -1,4 +1,4 @@
-"""The folders of runs: claim a new one, lock it while the run is on, find the newest one to resume."""
+"""The folders of runs: create a new one, lock it while the run is active, find the newest one to resume."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def tensorboard_folder(config: Config, folder: Path) -> Path | None:
 
 
 def with_own_logs(config: Config, folder: Path) -> Config:
-    """Return the config of a checkpoint with its TensorBoard logs inside the run's folder.
+    """Return the config of a checkpoint, with its TensorBoard logs in the folder of the run.
 
-    Unless they are where it says: a run goes on with its logs, but a checkpoint from elsewhere does not choose where
-    its user's files are written.
+    If the logs are already at the place that the config names, the run continues them there. But a checkpoint from
+    somebody else must not choose where its user's files are written.
     """
     logs = tensorboard_folder(config, folder)
     if logs is None or any(logs.glob("events*")) or logs.resolve().is_relative_to(folder.resolve()):
@@ -59,10 +59,10 @@ def with_own_logs(config: Config, folder: Path) -> Config:
 
 @contextmanager
 def new(config: Config) -> Iterator[Path]:
-    """Create and lock the folder of a new run, the same for all processes: ``.../MM-DD_HH-MM``.
+    """Create and lock the folder of a new run, ``.../MM-DD_HH-MM``, the same for all its processes.
 
-    It belongs to this run alone, and so does its folder of TensorBoard logs. If the run ends before it has saved
-    anything, the folders are removed again.
+    No other run uses this folder or its folder of TensorBoard logs. If the run ends before it has saved anything, the
+    folders are removed.
     """
     made = _claim(config) if distributed.is_main() else []
     folder = Path(distributed.broadcast(str(made[0]) if made else ""))
@@ -75,7 +75,7 @@ def new(config: Config) -> Iterator[Path]:
 
 
 def _claim(config: Config) -> list[Path]:
-    """Create the run's folder and that of its TensorBoard logs; return it, and after it all others that were made."""
+    """Create the folder of a run and that of its TensorBoard logs; return all folders that were made, its own first."""
     stamp, number = datetime.now().strftime("%m-%d_%H-%M"), 1
     while True:
         folder = parent_folder(config) / (stamp if number == 1 else f"{stamp}-{number}")
@@ -86,7 +86,7 @@ def _claim(config: Config) -> list[Path]:
                 above = [p for p in path.parents if not p.exists()]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 made += above
-                path.mkdir()  # fails if another run has it: only one of several starts gets the name
+                path.mkdir()  # fails if another run has created it, so each run gets a folder for itself
                 made.append(path)
         except FileExistsError:
             _remove(made, wanted)
@@ -100,12 +100,12 @@ def _claim(config: Config) -> list[Path]:
 
 
 def _remove(made: list[Path], own: Any) -> None:
-    """Remove the folders of a run that saved nothing, and those above them that were made for it and are empty."""
+    """Remove the folders of a run that saved nothing, and the folders above them that were made and are empty."""
     for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
         if path in own:
             shutil.rmtree(path, ignore_errors=True)
         else:
-            with suppress(OSError):  # another run is in it by now
+            with suppress(OSError):  # another run uses it by now
                 path.rmdir()
 
 
@@ -118,7 +118,7 @@ def resumed(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from resuming a run while this one trains it; the system frees the lock of a dead process.
+    """Stop other processes from resuming a run while this one trains it; the lock of a killed process is released.
 
     Raises:
         UserError: another process trains the run.
@@ -137,9 +137,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _lock_file(path: Path) -> Any:
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by the caller: the lock lives as long)
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (the caller closes it, which releases the lock)
         try:
-            # Not flock: workers inherit that one, and would hold it for a while after a kill of the main process.
+            # Not flock: workers inherit it, and would hold it for a while after the main process was killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
@@ -156,16 +156,17 @@ def _lock_file(path: Path) -> Any:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
                 return file
-        file.close()  # its owner removed it in the meantime
+        file.close()  # its owner has just removed it
 
 
 def newest(config: Config) -> Path:
-    """Return the newest resumable checkpoint among the config's runs.
+    """Return the newest checkpoint of the config's runs.
 
-    Skips runs with another seed, model, optimizer, schedule, loss or data: in a sweep, each run continues its own.
+    Runs with another seed, model, optimizer, schedule, loss or data are skipped, so that each run of a sweep continues
+    itself.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such checkpoint.
     """
     parent = parent_folder(config)
     found = [p for name in (LATEST, BEST, EPOCH.format("*")) for p in parent.glob(f"*/{name}")]
@@ -194,7 +195,7 @@ def _config_of_run(path: Path) -> Mapping[str, Any]:
 
 
 def restore_links(state: Mapping[str, Any], path: Path) -> None:
-    """Give a checkpoint the names it was written for, where a kill came between writing it and linking them."""
+    """Give a checkpoint all its names, in case the run was killed after it wrote the first one."""
     for name in state.get("names", ()):
         other = path.parent / name
         if name not in (LATEST, BEST) or other.exists() and other.samefile(path):
@@ -204,7 +205,7 @@ def restore_links(state: Mapping[str, Any], path: Path) -> None:
 
 
 def prune(folder: Path, keep: int | None) -> None:
-    """Remove all numbered checkpoints but the last ``keep``; None: remove none."""
+    """Remove all numbered checkpoints except the last ``keep``; None: keep all."""
     if keep is not None:
         prefix = EPOCH.partition("{")[0]
         numbered = {int(p.stem.removeprefix(prefix)): p for p in folder.glob(EPOCH.format("*"))}

@@ -11,9 +11,9 @@ from utils import distributed
 
 
 class StopSignals:
-    """A context manager in which a signal is only noted, in ``received``; a second one interrupts at once.
+    """A context manager that keeps the first signal in ``received``; a second signal interrupts at once.
 
-    A launcher repeats a Ctrl-C to its processes as SIGTERM: under one, only the same signal counts as a second one.
+    torchrun repeats a Ctrl-C to its processes as SIGTERM, so there only the same signal counts as a second one.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def ignore(self) -> None:
-        """Ignore a launcher's signals from now on: it ends the processes when one fails, and they end by themselves."""
+        """Ignore the signals of torchrun from now on: after an error the processes end by themselves."""
         if distributed.under_torchrun():
             for number in self._previous:
                 signal.signal(number, signal.SIG_IGN)

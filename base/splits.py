@@ -1,4 +1,4 @@
-"""Splits that depend on names alone: the same on every machine, and hardly changed when files are added."""
+"""Splits by the names of samples: the same on every machine, and nearly the same after files are added."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from utils.errors import UserError
 
 
 def grouping(group_by: str | None) -> Callable[[str], str]:
-    """Return the function from a sample's name to its group; samples of one group are never separated.
+    """Return the function from the name of a sample to its group; samples of one group stay together.
 
     Args:
-        group_by: a regular expression that is searched in the name. Its first group (or, without one, what it matches)
-            is the group's name: ``"^([^_]+)_"`` for patient7 in patient7_slice3. None: each sample is a group.
+        group_by: a regular expression that is searched in the name. The group is the text of its first parentheses, or
+            of the whole match: ``"^([^_]+)_"`` finds patient7 in patient7_slice3. None: each sample is a group.
 
     Raises:
-        ValueError: not a regular expression. The function raises UserError for a name without a match.
+        ValueError: it is not a regular expression. The function raises UserError for a name without a match.
     """
     if group_by is None:
         return str
@@ -40,10 +40,10 @@ def grouping(group_by: str | None) -> Callable[[str], str]:
 def split_by_fraction(
     names: Iterable[str], fractions: Mapping[str, float], rest: str, seed: int = 0, group_by: str | None = None
 ) -> dict[str, set[str]]:
-    """Share names out: ``fractions`` of them (rounded) to its keys, what remains to ``rest``.
+    """Split names: each key of ``fractions`` gets its fraction (rounded), and ``rest`` gets the others.
 
-    Groups are ordered by a hash of seed and name, and cut into parts. So nearly all names stay in their parts when
-    files are added.
+    Groups are sorted by a hash of seed and name and then cut into parts. If files are added, nearly all names stay in
+    their parts.
     """
     names = list(names)
     ends, end = [], 0
@@ -65,7 +65,7 @@ def split_by_fold(
         group_by: see :func:`grouping`.
 
     Raises:
-        ValueError: ``val_fold`` is not possible.
+        ValueError: ``val_fold`` is invalid.
         UserError: a fold would be empty.
     """
     if len(val_fold) != 2 or val_fold[1] < 2 or not 0 <= val_fold[0] < val_fold[1]:
@@ -80,7 +80,7 @@ def split_by_fold(
 
 
 def _cut(names: Sequence[str], ends: Sequence[int], seed: int, group_by: str | None) -> list[set[str]]:
-    """Return the names whose groups' middles lie before each of ``ends``, and the rest, groups in order of a hash."""
+    """Sort the groups by a hash and cut them at ``ends`` (numbers of names); return the names of each part."""
     group = grouping(group_by)
     sizes = Counter(map(group, names))
     # Names may hold bytes that are not UTF-8.

@@ -1,4 +1,4 @@
-"""What counts over a data set say: weights of classes and samples, mean and standard deviation of images."""
+"""Statistics of a data set: weights of classes and samples, mean and standard deviation of images."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from utils.images.values import Pixels
 
 log = logging.getLogger("data")
 
-COUNTED_LABELS = 5000  # label maps that are counted, at most, for class weights
-MEASURED_IMAGES = 500  # images that are read, at most, for mean and std
+COUNTED_LABELS = 5000  # at most so many label maps are read for class weights
+MEASURED_IMAGES = 500  # at most so many images are read for mean and std
 
 
 def median_frequency_weights(counts: np.ndarray) -> np.ndarray:
@@ -115,7 +115,7 @@ def per_channel(
 
 
 class Statistics:
-    """The part of a data set that counts its labels and measures its images."""
+    """The methods of a data set that count its labels and measure its images."""
 
     split: str
     on_error: str

@@ -1,4 +1,4 @@
-"""Text files of users: class names and lists of files, from any editor."""
+"""Text files from users, such as class names and lists of files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _BYTE_ORDER_MARKS = ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"\xef\x
 
 
 def read_lines(path: str | Path, field: str) -> list[tuple[int, str]]:
-    """Return (line number, text) of the lines of a text file that are neither empty nor comments (``#``).
+    """Return (line number, text) of the lines of a text file that are not empty and not comments (``#``).
 
-    Blanks around a line and a byte order mark are removed. Bytes that are not UTF-8 become surrogates, so that names
-    of files keep their bytes.
+    Spaces around a line and a byte order mark are removed. Bytes that are not UTF-8 become surrogates, so file names
+    keep their bytes.
 
     Args:
         path: the file.
@@ -38,11 +38,11 @@ def read_lines(path: str | Path, field: str) -> list[tuple[int, str]]:
 
 
 def without_quotes(text: str) -> str:
-    """Return the text without blanks around it and without the quotes that enclose it."""
+    """Return the text without spaces and quotes around it."""
     text = text.strip()
     return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] in "\"'" else text
 
 
 def printable(text: str) -> str:
-    """Return text that can be written as UTF-8: bytes of a file name that are not UTF-8 become %XX."""
+    """Return the text with bytes of file names that are not UTF-8 as %XX, so that it can be written as UTF-8."""
     return "".join(f"%{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in text)
