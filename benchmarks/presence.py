@@ -31,14 +31,14 @@ from utils import tables
 from utils.batch import Batch
 from utils.checkpoint import load_model
 from utils.errors import UserError, run
-from utils.evaluation import Decision, Evaluator, all_decisions, evaluate
+from utils.evaluation import Decision, Evaluator, Part, all_decisions, evaluate
 from utils.evaluation.comparison import differences, image_means
 from utils.evaluation.fitting import Fit, fit
 from utils.facts import Facts
 from utils.files import write_text
 from utils.metrics import Metrics, count, image_scores
 from utils.predict import Activation, Prediction, PredictOptions
-from utils.predict.saved import SavedNetwork
+from utils.predict.network import SavedNetwork
 from utils.rankdice import rank_dice
 
 ROWS = ("max", "max_present", "T", "all", "rule", "rankdice_paper", "rankdice", "rankdice_map")
@@ -123,16 +123,16 @@ def read(path: Path) -> dict[str, Images]:
 
 def scenes(checkpoint: Path) -> Images:
     """Return validation scenes of Shapes with the probabilities of a network before any fit."""
-    network = replace(load_model(checkpoint).network(torch.device("cpu")), temperature=1.0, bias=None)
+    network = load_model(checkpoint).single("cpu", temperature=1.0, bias=None)
     loader = build("Shapes", split="val", length=SCENES, size=96, batch_size=20, num_workers=0)
     names: list[str] = []
     found: list[tuple[Tensor, Tensor]] = []
-    evaluate(
-        Evaluator(network),
-        loader,
-        {},
-        on_part=lambda part: (names.extend(part.batch.names), found.append((part.probs, part.target.byte()))),
-    )
+
+    def keep(part: Part) -> None:
+        names.extend(part.batch.names)
+        found.append((part.probs, part.target.byte()))
+
+    evaluate(Evaluator(network), loader, {}, on_part=keep)
     probs, labels = (torch.cat(column) for column in zip(*found, strict=True))
     return Images(names, probs, labels, network.activation)
 
