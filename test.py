@@ -120,19 +120,14 @@ def main() -> int:
     with distributed.process_group(device):
         seed_everything(config.seed, config.deterministic)
         loaded = checkpoint.build_model(state, args.resume, config, device)
-        loaded.others = [member(path, args, overrides, device) for path in args.members]
+        loaded.others = [
+            checkpoint.load_model(path, device, args.config, args.trust_code, overrides) for path in args.members
+        ]
         if args.fit:
             fit(args, state, loaded, device)
         else:
             score(args, state, loaded, device, folder)
     return 0
-
-
-def member(path: str, args: argparse.Namespace, overrides: list[str], device: torch.device) -> LoadedModel:
-    """Load a further member of an ensemble."""
-    state = checkpoint.read(path)
-    config = checkpoint.config_of(state, path, args.config, overrides, trust_code=args.trust_code)
-    return checkpoint.build_model(state, path, config, device)
 
 
 def from_val_loader(stored: Any, given: str | None, overrides: list[str]) -> list[str]:

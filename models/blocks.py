@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import chain
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -144,10 +145,10 @@ class ASPP(nn.Module):
 class FCNHead(nn.Sequential):
     """A small classifier on one feature map: 3x3 convolution, BatchNorm, ReLU, dropout, 1x1 convolution."""
 
-    def __init__(self, in_channels: int, hidden_channels: int, num_classes: int, dropout: float = 0.1) -> None:
+    def __init__(self, in_channels: int, hidden_channels: int, num_classes: int) -> None:
         super().__init__(
             ConvBNReLU(in_channels, hidden_channels),
-            nn.Dropout2d(dropout),
+            nn.Dropout2d(0.1),
             nn.Conv2d(hidden_channels, num_classes, kernel_size=1),
         )
 
@@ -190,7 +191,7 @@ def untie_norms(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_
             setattr(model.get_submodule(parent), child, copy.deepcopy(module))
 
 
-def init_weights(*modules: nn.Module, nonlinearity: str = "relu") -> None:
+def init_weights(*modules: nn.Module, nonlinearity: Literal["relu", "linear"] = "relu") -> None:
     """Initialise new layers (never a backbone): He et al. 2015 (normal, fan in) for convolutions, bias 0.
 
     BatchNorm begins as the identity. ``nonlinearity``: what follows the convolutions, "relu" or "linear".

@@ -32,7 +32,7 @@ POOL4_OFFSET, POOL3_OFFSET, IMAGE_OFFSET = 5, 9, 31
 class ConvolutionalVGG16(Backbone):
     """VGG-16 made convolutional: images padded by 100 -> [pool3, pool4, fc7].
 
-    Args: see :class:`FCN8`. ImageNet weights include fc6 and fc7, whose matrices are the 7x7 and 1x1 kernels.
+    ImageNet weights include fc6 and fc7, whose matrices are the 7x7 and 1x1 kernels.
     """
 
     channels = (256, 512, 4096)

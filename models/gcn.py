@@ -107,9 +107,8 @@ class Upsample(nn.Module):
     Args:
         channels: of the scores.
         use_deconv: whether to learn it.
-        crop_top_left: the published code takes surplus rows and columns of the transposed convolution off
-            at the top and left; by default they go at the bottom and right, where the backbone's rounding
-            up put them.
+        crop_top_left: the published code crops the transposed convolution's result at the top and left; by default
+            it is cropped at the bottom and right, where the backbone rounded up.
     """
 
     def __init__(self, channels: int, use_deconv: bool, crop_top_left: bool) -> None:

@@ -7,31 +7,19 @@ from torch import Tensor
 
 
 def pool_with_indices(x: Tensor, ceil_mode: bool = False) -> tuple[Tensor, Tensor]:
-    """Pool 2x2 windows of ``x`` (B, C, H, W) to their maxima.
+    """Return the maxima (B, C, h, w) of the 2x2 windows of ``x`` (B, C, H, W), and the position of each.
 
-    Args:
-        x: feature maps.
-        ceil_mode: an odd last row or column forms smaller windows; otherwise it is dropped.
-
-    Returns:
-        the maxima (B, C, h, w) and the position of each, int64 in [0, H * W), counted in rows of ``x``.
+    Positions are int64 in [0, H * W), row by row. An odd last row or column is dropped, or with ``ceil_mode`` forms
+    smaller windows.
     """
     return F.max_pool2d(x, kernel_size=2, stride=2, ceil_mode=ceil_mode, return_indices=True)
 
 
 def unpool(x: Tensor, indices: Tensor, size: tuple[int, int]) -> Tensor:
-    """Put the values of ``x`` (B, C, h, w) where ``indices`` (B, C, h, w) say; zero elsewhere.
+    """Return (B, C, *size) with the values of ``x`` (B, C, h, w) at the positions ``indices``, and zero elsewhere.
 
-    A scatter rather than ``max_unpool2d``: it also has an ONNX form, and where no index repeats (windows that
-    do not overlap) it is deterministic on every device.
-
-    Args:
-        x: values.
-        indices: positions in rows of the result, in [0, H * W), as :func:`pool_with_indices` gives them.
-        size: (H, W) of the map that was pooled.
-
-    Returns:
-        the sparse map (B, C, H, W).
+    Unlike ``max_unpool2d``, a scatter has an ONNX form, and is deterministic on every device if no index repeats
+    (windows that do not overlap).
     """
     batch, channels = x.shape[:2]
     flat = x.new_zeros(batch, channels, size[0] * size[1])

@@ -16,14 +16,8 @@ from models.pooling import pool_with_indices, unpool
 def mirror(stage: nn.Module, out_channels: int, share: bool = False) -> nn.Sequential:
     """Build the decoder stage of an encoder stage: as many convolutions, each with BatchNorm and ReLU.
 
-    Args:
-        stage: the encoder stage: convolutions, each followed by BatchNorm and ReLU.
-        out_channels: channels after the last convolution, which leads back to the stage before.
-        share: the published departure: a layer of the decoder whose shape agrees with that of its mirror
-            image in the encoder *is* that layer.
-
-    Returns:
-        a stage from the encoder stage's output channels to ``out_channels``.
+    It leads back to the ``out_channels`` of the stage before. With ``share``, the published departure, a layer of the
+    decoder whose shape agrees with that of its mirror image in the encoder *is* that layer.
     """
     convs = [layer for layer in stage.children() if isinstance(layer, nn.Conv2d)]
     norms = [layer for layer in stage.children() if isinstance(layer, nn.BatchNorm2d)]

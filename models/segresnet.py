@@ -71,11 +71,7 @@ class StemPooling(nn.Module):
         self.overlapping = overlapping
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Pool (B, C, H, W).
-
-        Returns:
-            maxima (B, C, ceil(H / 2), ceil(W / 2)), as many positions, and the size (h, w) to unpool to.
-        """
+        """Return maxima (B, C, ceil(H / 2), ceil(W / 2)), as many positions, and the size (h, w) to unpool to."""
         pooled, indices = F.max_pool2d(x, kernel_size=3, stride=2, padding=1, return_indices=True)
         if self.overlapping:
             return pooled, indices, (2 * pooled.shape[-2], 2 * pooled.shape[-1])
@@ -162,13 +158,9 @@ class SegResNet(BaseModel):
 
 
 def cut(x: Tensor, like: Tensor, centred: bool = False, round_up: bool = False) -> Tensor:
-    """Cut ``x`` to the height and width of ``like``: at its end, or at both sides.
+    """Cut ``x`` to the height and width of ``like``: at its end or, ``centred``, at both sides.
 
-    Args:
-        x: a map at least as large.
-        like: a map of the size wanted.
-        centred: cut half of the surplus before the window; otherwise all of it after.
-        round_up: of an odd surplus cut the larger part before.
+    With ``round_up``, the larger part of an odd surplus is cut at the beginning.
     """
     height, width = like.shape[-2:]
     top = (x.shape[-2] - height + round_up) // 2 if centred else 0

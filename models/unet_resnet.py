@@ -21,8 +21,7 @@ WIDTHS = (192, 128, 96, 64, 48, 32)
 
 def conv(in_channels: int, out_channels: int, linear: bool = False) -> nn.Sequential:
     """Return a 3x3 convolution with BatchNorm and ReLU, or with neither (``linear``, the published form)."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=linear)
-    return _activated(layer, linear)
+    return _activated(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=linear), linear)
 
 
 def up_conv(in_channels: int, out_channels: int, linear: bool = False) -> nn.Sequential:
@@ -101,7 +100,7 @@ class UNetResnet(BaseModel):
         for i, skip in enumerate(self.skips, start=1):
             y = getattr(self, f"upconv{i}")(getattr(self, f"conv{i}")(y))
             if skip is not None:
-                y = _join(y, features[skip])
+                y = torch.cat([resize_to(y, features[skip], align_corners=True), features[skip]], dim=1)
         y = resize_to(y, x, align_corners=True)
         return self.conv7(self.conv6(y))
 
@@ -114,10 +113,6 @@ def _skips(strides: tuple[int, ...], published: bool) -> tuple[int | None, ...]:
     steps = math.ceil(math.log2(deepest))
     index = {stride: i for i, stride in enumerate(finer)}  # the last one of each stride
     return tuple(index.get(deepest / 2**step) for step in range(1, steps + 1))
-
-
-def _join(x: Tensor, skip: Tensor) -> Tensor:
-    return torch.cat([resize_to(x, skip, align_corners=True), skip], dim=1)
 
 
 def _activated(layer: nn.Conv2d | nn.ConvTranspose2d, linear: bool) -> nn.Sequential:

@@ -29,8 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
-from utils import checkpoint
-from utils.checkpoint import LoadedModel
+from utils.checkpoint import LoadedModel, load_model
 from utils.cli import add_overrides, add_trust
 from utils.errors import UserError, run
 from utils.files import atomic, expand
@@ -69,9 +68,7 @@ def main() -> int:
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
 
-    state = checkpoint.read(args.model)
-    config = checkpoint.config_of(state, args.model, args.config, args.set, trust_code=args.trust_code)
-    loaded = checkpoint.build_model(state, args.model, config)
+    loaded = load_model(args.model, config=args.config, trust_code=args.trust_code, overrides=args.set)
     worst = export(loaded, output, args.format, logits=args.logits)
     sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB; largest difference to PyTorch {worst:.1e} (on {sizes})")

@@ -15,8 +15,8 @@ from pathlib import Path
 from utils.errors import UserError
 
 LEFTOVERS = ".*.tmp*"  # the temporary files of a process that was killed while it wrote
-# A spreadsheet runs a cell that begins with one of these as a formula. Leading quotes are counted in, so that
-# unescape can undo what escape did.
+# A spreadsheet runs a cell that begins with one of these as a formula. The pattern includes leading quotes, so
+# that unescape can undo escape.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 
 

@@ -19,7 +19,7 @@ def bad_weights(model: nn.Module) -> str | None:
 def bad_layer(model: nn.Module, images: Tensor) -> str | None:
     """Return the name of the first layer whose output for ``images`` is not finite; None if all are finite.
 
-    The model runs once more in its present mode: batch norm's statistics and the random state move on.
+    The model runs once more in its present mode: batch norm's statistics and the random state change.
     """
     found: list[str] = []
 

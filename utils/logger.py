@@ -78,7 +78,7 @@ class RunLog:
             path.unlink()
 
     def _forget_after(self, epoch: int, iteration: int) -> None:
-        """Drop what the run will compute again, and what a kill left of a line."""
+        """Drop what the run will compute again, and an incomplete last line."""
         kept = [r for r in self._records() if _precedes(r, epoch, iteration)]
         path, text = self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept)
         if path.exists() and path.read_text(encoding="utf-8") != text:
@@ -94,7 +94,7 @@ class RunLog:
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
-                break  # a line cut short when the run was killed: it comes after every checkpoint
+                break  # an incomplete line of a run that was killed; it is later than every checkpoint
         return records
 
     def _write_csv(self, records: list[dict[str, Any]]) -> None:
@@ -158,7 +158,7 @@ class RunLog:
                 self.writer.file_writer.add_summary(summary)
 
     def flush(self) -> None:
-        """Bring everything to the disk: a checkpoint counts on it."""
+        """Write everything to the disk, before a checkpoint refers to it."""
         if self.writer is not None:
             with _explained(Path(self.writer.log_dir)):
                 self.writer.flush()

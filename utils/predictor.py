@@ -35,7 +35,7 @@ from utils.predict.segmentation import Decider, Segmentation
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 MODES = ("multiscale", "sliding", "single")
-# The network's activations for one view; above it an image is predicted in tiles. 1024 x 2048 at scale 2 fits.
+# The largest view of an image that is predicted at once, not in tiles: 1024 x 2048 pixels at scale 2.
 MAX_PIXELS = 2**23
 
 
@@ -111,7 +111,10 @@ class Predictor:
         self.scales = tuple(scales)
         self.cut = tiling.Tiles(_training_crop(loaded) if tile is None else tile, overlap, batch_size)
         self.batch_size, self.max_pixels = batch_size, max_pixels
-        self.memory = _default_memory(self.device) if memory is None else memory
+        if memory is None:
+            on_gpu = self.device.type == "cuda"
+            memory = torch.cuda.get_device_properties(self.device).total_memory // 10 if on_gpu else 512 * 2**20
+        self.memory = memory
         self._check()
         self.decide = Decider(
             self.procedure, self.options, keep_masks is not False, keep_probs, stream_masks=keep_masks is True
@@ -243,12 +246,6 @@ def _amp(amp: bool | str, device: torch.device) -> torch.dtype | None:
             raise ValueError(f"amp: {amp!r} is not one of {', '.join(AMP_DTYPES)}{did_you_mean(amp, AMP_DTYPES)}")
         return AMP_DTYPES[amp]
     return None if not amp else torch.bfloat16 if device.type == "cpu" else torch.float16
-
-
-def _default_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 10
-    return 512 * 2**20
 
 
 def _training_crop(loaded: LoadedModel) -> int | tuple[int, int]:

@@ -243,12 +243,10 @@ def _own_arguments(docstring: str) -> dict[str, str]:
             line = line[start.end() :]
         for name in names:
             meanings[name] = f"{meanings.get(name, '')} {line.strip()}".strip()
-    return {name: _for_configs(meaning) for name, meaning in meanings.items()}
-
-
-def _for_configs(text: str) -> str:
-    text = re.sub(r":[a-z]+:`~?([^`]*)`", r"`\1`", text.replace("``", "`"))
-    return re.sub(r"\bNone\b", "null", text).removesuffix(".")
+    for name, text in meanings.items():
+        text = re.sub(r":[a-z]+:`~?([^`]*)`", r"`\1`", text.replace("``", "`"))
+        meanings[name] = re.sub(r"\bNone\b", "null", text).removesuffix(".")
+    return meanings
 
 
 class LenientSchema(GenerateJsonSchema):

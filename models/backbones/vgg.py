@@ -16,8 +16,14 @@ class VGG(Backbone):
 
     Paper: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition",
     ICLR 2015. ``stages[i]`` are the convolutions before pooling i (so that SegNet can pool with indices by
-    itself); ``forward`` pools after each. Arguments: see :func:`vgg`. The height of feature map i is
-    ``floor(H / 2^(i+1))`` as in torchvision, or rounded up with ``ceil_mode``.
+    itself); ``forward`` pools after each. The height of feature map i is ``floor(H / 2^(i+1))`` as in torchvision, or
+    rounded up with ``ceil_mode``.
+
+    Args:
+        name: vgg11, vgg13, vgg16 or vgg19, each also with "_bn".
+        in_channels: channels of the images.
+        ceil_mode: pooling keeps a last odd row and column.
+        first_padding: padding of the first convolution (100 in FCN).
     """
 
     channels = (64, 128, 256, 512, 512)
@@ -62,23 +68,9 @@ class VGG(Backbone):
         return nn.ModuleDict({"features": nn.Sequential(*layers)})
 
 
-def vgg(
-    name: str,
-    in_channels: int = 3,
-    pretrained: bool | str = False,
-    ceil_mode: bool = False,
-    first_padding: int = 1,
-) -> VGG:
-    """Build a VGG backbone.
-
-    Args:
-        name: vgg11, vgg13, vgg16 or vgg19, each also with "_bn".
-        in_channels: channels of the images.
-        pretrained: see :func:`models.backbones.common.load_pretrained`.
-        ceil_mode: pooling keeps a last odd row and column (sizes are rounded up).
-        first_padding: padding of the first convolution (100 in FCN).
-    """
-    backbone = VGG(name, in_channels, ceil_mode, first_padding)
+def vgg(name: str, in_channels: int = 3, pretrained: bool | str = False) -> VGG:
+    """Build a VGG backbone; ``pretrained`` as in :func:`models.backbones.common.load_pretrained`."""
+    backbone = VGG(name, in_channels)
     weights = ImageNetWeights(name, "features.0.weight", ignore=("classifier.",))
     load_pretrained(backbone.torchvision_names(), pretrained, weights)
     return backbone

@@ -345,7 +345,7 @@ def test_malformed_facts_are_refused(facts, told, tmp_path) -> None:
 def test_a_network_larger_than_its_weights_is_not_built(tmp_path) -> None:
     content = state()
     content["config"]["arch"]["args"]["width"] = 8192
-    with pytest.raises(UserError, match="its config describes a network of"):
+    with pytest.raises(UserError, match="its config describes a network with"):
         load_model(written(content, tmp_path / "model.pth"))
 
 

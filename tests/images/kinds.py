@@ -21,7 +21,7 @@ import tifffile
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images import read_image, read_label, tif
+from utils.images import read_image, read_mask, tif
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/datasets.md"
 BEGIN, END = "<!-- files: begin (python -m tests.images.kinds) -->", "<!-- files: end -->"
@@ -193,7 +193,7 @@ def as_image(path: Path, kind: Kind) -> bool:
 def as_mask(path: Path) -> str:
     """Return what the file is as a mask: "class ids", "colours" or "refused"."""
     try:
-        return "class ids" if read_label(path, allow_colour=True).ndim == 2 else "colours"
+        return "class ids" if read_mask(path).values.ndim == 2 else "colours"
     except UserError:
         return "refused"
 

@@ -69,7 +69,7 @@ def test_colour_labels_only_where_allowed(tmp_path: Path) -> None:
     Image.fromarray(RGB).save(path)
     with pytest.raises(UserError, match="a.png is a colour image.*Folder loader"):
         read_label(path)
-    assert np.array_equal(read_label(path, allow_colour=True), RGB)
+    assert np.array_equal(read_mask(path).values, RGB)
     np.save(tmp_path / "f.npy", np.full((3, 3), 0.5))
     with pytest.raises(UserError, match="must contain integers"):
         read_label(tmp_path / "f.npy")
@@ -93,7 +93,7 @@ def test_palettes_come_with_the_mask(tmp_path: Path) -> None:
 def test_transparency_in_masks(tmp_path: Path, mode: str) -> None:
     picture = Image.fromarray(IDS).convert(mode)
     picture.save(tmp_path / "opaque.png")
-    label = read_label(tmp_path / "opaque.png", allow_colour=True)
+    label = read_mask(tmp_path / "opaque.png").values
     assert np.array_equal(label if label.ndim == 2 else label[:, :, 0], IDS)
     picture.putalpha(Image.fromarray(IDS * 20))
     picture.save(tmp_path / "varied.png")
@@ -115,14 +115,14 @@ def test_transparency_in_masks(tmp_path: Path, mode: str) -> None:
 def test_lossy_masks_are_recognised_by_content(tmp_path: Path, name: str, options: dict) -> None:
     Image.fromarray(np.dstack([IDS] * 3)).save(tmp_path / name, **options)
     with pytest.raises(UserError, match=r"lossy compression.*`threshold: 127`"):
-        read_label(tmp_path / name, allow_colour=True)
+        read_mask(tmp_path / name)
 
 
 def test_lossless_webp_is_a_mask(tmp_path: Path) -> None:
     Image.fromarray(np.dstack([IDS] * 3)).save(tmp_path / "a.webp", lossless=True)
-    assert np.array_equal(read_label(tmp_path / "a.webp", allow_colour=True)[:, :, 0], IDS)
+    assert np.array_equal(read_mask(tmp_path / "a.webp").values[:, :, 0], IDS)
     Image.fromarray(np.dstack([IDS] * 3)).save(tmp_path / "b.webp", lossless=True, exif=Image.Exif().tobytes())
-    assert np.array_equal(read_label(tmp_path / "b.webp", allow_colour=True)[:, :, 0], IDS)
+    assert np.array_equal(read_mask(tmp_path / "b.webp").values[:, :, 0], IDS)
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
@@ -132,7 +132,7 @@ def test_several_frames_are_refused(tmp_path: Path, name: str) -> None:
         tmp_path / name, save_all=True, append_images=frames[1:], **({"lossless": True} if "webp" in name else {})
     )
     with pytest.raises(UserError, match="contains 2 pages or frames"):
-        read_label(tmp_path / name, allow_colour=True)
+        read_mask(tmp_path / name)
 
 
 def test_more_channels_are_refused(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_more_channels_are_refused(tmp_path: Path) -> None:
                 read_label(tmp_path / name)
     tifffile.imwrite(tmp_path / "a.tif", np.dstack([IDS] * 4), photometric="rgb", extrasamples="unspecified")
     with pytest.raises(UserError, match="has 4 channels"):
-        read_label(tmp_path / "a.tif", allow_colour=True)
+        read_mask(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("suffix", ["tif", "npy"])

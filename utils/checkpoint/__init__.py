@@ -223,23 +223,25 @@ def _same_arch(a: Any, b: Any, models: Registry) -> bool:
 def load_model(
     path: str | Path,
     device: str | torch.device = "cpu",
-    config: Config | None = None,
+    config: Config | str | Path | None = None,
     trust_code: bool = False,
+    overrides: Sequence[str] = (),
 ) -> LoadedModel:
     """Build the model of a checkpoint, ours or a published one, and load its weights.
 
     Args:
         path: the checkpoint.
         device: where the model goes.
-        config: used in place of the checkpoint's own (see :func:`config_of`); needed for a file of bare weights.
-        trust_code: see :func:`config_of`.
+        config: used in place of the checkpoint's own; needed for a file of bare weights. Of a config file, ``arch`` is
+            not used (see :func:`config_of`).
+        trust_code, overrides: see :func:`config_of`.
 
     Raises:
         UserError: an unusable file, or weights that do not fit; the message says which, and the probable reason.
     """
     state = read(path)
-    if config is None:
-        config = config_of(state, path, trust_code=trust_code)
+    if not isinstance(config, Config):
+        config = config_of(state, path, config, overrides, trust_code=trust_code)
     return build_model(state, path, config, device)
 
 
@@ -258,13 +260,13 @@ def build_model(
             facts = _stored_facts(state["facts"])
             arch, args, num_classes = config.arch.type, arch_arguments(config, facts), facts.num_classes
             if models.MODELS[arch].published_entry in weights:
-                args["published"] = True  # written before the default became the paper's form
+                args["published"] = True  # written when this form was the default
         else:
             arch, args, num_classes = upstream.infer(weights, config.arch.type, config.arch.args)
             facts = _facts_of_config(config, num_classes)
         if "pretrained" in args:
             args["pretrained"] = False  # the checkpoint's weights replace them anyway
-        if "network" not in state and arch != "External":  # code from elsewhere may not run without numbers
+        if "network" not in state and arch != "External":  # code from elsewhere may not run on the meta device
             _check_size(arch, num_classes, args, weights)
         model = models.build(arch, num_classes, **args)
         if "network" not in state:
@@ -290,14 +292,14 @@ def build_model(
 def _check_size(arch: str, num_classes: int, args: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
     """Raise UserError if the config's network is much larger than the weights, before it allocates memory."""
     try:
-        with torch.device("meta"):  # shapes without numbers
+        with torch.device("meta"):  # shapes only
             skeleton = import_module("models").build(arch, num_classes, **args)
         wanted = sum(tensor.numel() for tensor in skeleton.state_dict().values())
     except (MemoryError, OverflowError, RuntimeError) as error:
         raise UserError(f"its network cannot be built: {str(error).strip().splitlines()[0][:200]}") from None
     held = sum(tensor.numel() for tensor in weights.values())
     if wanted > 4 * held + 10**6:
-        raise UserError(f"its config describes a network of {wanted:,} numbers, its weights are {held:,} numbers")
+        raise UserError(f"its config describes a network with {wanted:,} parameters, but its weights have {held:,}")
 
 
 def arch_arguments(config: Config, facts: Facts) -> dict[str, Any]:

@@ -86,20 +86,16 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         raw = json5.loads(text, allow_duplicate_keys=False)
     except ValueError as error:
-        raise UserError(_invalid(path, str(error))) from None
+        told = re.fullmatch(r"<string>:(\d+) (.*) at column (\d+)", str(error), re.DOTALL)
+        where, reason = (f", line {told[1]}, column {told[3]}", told[2]) if told else ("", str(error))
+        message = f"{path}{where}: not valid JSON (comments and trailing commas are fine): {reason}"
+        raise UserError(message) from None
     except RecursionError:
         raise UserError(f"{path}: not a config: brackets are nested too deeply") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected one JSON object, found {type(raw).__name__}")
     raw.pop(EDITORS_KEY, None)
     return raw
-
-
-def _invalid(path: Path, reason: str) -> str:
-    """Return what is wrong with a file's JSON, and where."""
-    told = re.fullmatch(r"<string>:(\d+) (.*) at column (\d+)", reason, re.DOTALL)
-    where = f", line {told[1]}, column {told[3]}" if told else ""
-    return f"{path}{where}: not valid JSON (comments and trailing commas are fine): {told[2] if told else reason}"
 
 
 def override(raw: Mapping[str, Any], overrides: Sequence[str], source: str = "config") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from utils.facts import Facts
 
 
 def rehearse(config: Config) -> None:
-    """Build everything that a run of a config builds, but count no labels, keep no images and fill no weights.
+    """Build everything that a run builds, without counting labels, caching images or initializing weights.
 
     Raises:
         UserError: train.py or test.py would refuse the config; one message per part that cannot be built.

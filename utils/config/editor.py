@@ -28,7 +28,10 @@ def schema(models: Registry, loaders: Registry) -> dict[str, Any]:
     fields, definitions = result["properties"], result["$defs"]
     for kind, table in tables.items():
         section = {"optimizer": "Optimizer", "lr_scheduler": "Schedule"}.get(kind, "Component")
-        definitions |= {f"{kind}.{name}": _arguments(table, name, kind in OPEN) for name in table}
+        for name in table:
+            definitions[f"{kind}.{name}"] = arguments = json_schema(table.arguments(name))
+            if kind in OPEN:
+                del arguments["additionalProperties"]
         definitions[kind] = {
             "allOf": [
                 {"$ref": f"#/$defs/{section}"},
@@ -61,13 +64,6 @@ def _when(name: str, definition: str) -> dict[str, Any]:
         "if": {"properties": {"type": {"const": name}}, "required": ["type"]},
         "then": {"properties": {"args": {"$ref": f"#/$defs/{definition}"}}},
     }
-
-
-def _arguments(table: Registry, name: str, is_open: bool) -> dict[str, Any]:
-    arguments = json_schema(table.arguments(name))
-    if is_open:
-        del arguments["additionalProperties"]
-    return arguments
 
 
 def text(models: Registry, loaders: Registry) -> str:

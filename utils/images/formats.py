@@ -16,9 +16,9 @@ from utils.errors import UserError
 from utils.images import tif
 from utils.images.raster import DAMAGED, Raster, from_pillow, named_colours, orientation_of, upright
 
-# The limit of OpenCV. Pillow's own stops at satellite images, and warns of every larger one.
+# OpenCV's limit. Pillow's own is lower than the size of satellite images.
 Image.MAX_IMAGE_PIXELS = 2**30
-# Pillow warns of odd metadata, file by file.
+# Pillow warns about unusual metadata in every file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM", "JPEG2000")
@@ -162,7 +162,7 @@ def _pnm(data: bytes, image: Any, path: Path) -> Raster | None:
 
 
 def _is_whole_jpeg(data: bytes) -> bool:
-    # libjpeg fills what is missing of a truncated file with grey and says so only on stderr. Files without the end
+    # libjpeg fills the missing part of a truncated file with grey and only prints a warning. Files without the end
     # marker in their last bytes go to Pillow, which refuses the truncated ones.
     return data.startswith(_JPEG) and _JPEG_END in data[-64:]
 

@@ -36,18 +36,17 @@ class Mask:
         return np.repeat(np.clip(self.values, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def read_label(path: str | Path, *, allow_colour: bool = False) -> np.ndarray:
+def read_label(path: str | Path) -> np.ndarray:
     """Read a label map: the numbers as stored (a palette's indices, not its colours).
 
     Returns:
-        ``(H, W)`` uint8, or int32 where values above 255 or below 0 can occur. With ``allow_colour`` an RGB file
-        comes back as ``(H, W, 3)`` uint8.
+        ``(H, W)`` uint8, or int32 where values above 255 or below 0 can occur.
 
     Raises:
-        UserError: as :func:`read_mask`, and for a file in colour without ``allow_colour``.
+        UserError: as :func:`read_mask`, and for a file in colour.
     """
     values = read_mask(path).values
-    if values.ndim == 3 and not allow_colour:
+    if values.ndim == 3:
         raise UserError(
             f"{path} is a colour image, but a label map must contain one class id per pixel. For masks painted in "
             "colours use the Folder loader with a `palette` (one RGB colour per class)."

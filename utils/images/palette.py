@@ -91,17 +91,14 @@ def overlay(
     return canvas
 
 
-def grid(pictures: Sequence[np.ndarray], columns: int, gap: int = 4, background: int = 255) -> np.ndarray:
-    """Return uint8 RGB pictures put together row by row on one canvas; each in the top left corner of its cell.
-
-    Pictures may differ in size: cells have the largest height and width.
-    """
+def grid(pictures: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray:
+    """Return uint8 RGB pictures, which may differ in size, row by row on a white canvas with cells of equal size."""
     if not pictures or columns < 1:
         raise ValueError("grid: expected at least one picture and one column")
     tall = max(p.shape[0] for p in pictures) + gap
     wide = max(p.shape[1] for p in pictures) + gap
     rows = -(-len(pictures) // columns)
-    canvas = np.full((rows * tall + gap, min(columns, len(pictures)) * wide + gap, 3), background, np.uint8)
+    canvas = np.full((rows * tall + gap, min(columns, len(pictures)) * wide + gap, 3), 255, np.uint8)
     for index, picture in enumerate(pictures):
         y, x = gap + index // columns * tall, gap + index % columns * wide
         canvas[y : y + picture.shape[0], x : x + picture.shape[1]] = picture

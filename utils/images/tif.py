@@ -19,8 +19,8 @@ try:
 except ImportError:
     tifffile = None  # type: ignore[assignment]  # how a module is said to be absent
 else:
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it remarks on odd metadata, file by file
-logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # on every layout that it does not know
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it warns about unusual metadata in every file
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # the same, about unknown layouts
 
 _SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _PLANAR = 254, 258, 259, 262, 266, 284
 _STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES = 273, 279, 324, 325
@@ -116,13 +116,13 @@ def _only(values: Sequence[int]) -> int | None:
 
 
 def _refuse_truncated(offsets: Sequence[int], counts: Sequence[int], size: int, path: Path) -> None:
-    """Decoders fill what is missing with black, or complain on stderr."""
+    """Raise UserError if parts of the file are missing: decoders would fill them with black."""
     if any(offset + count > size for offset, count in zip(offsets, counts, strict=False)):
         raise UserError(f"{path} {DAMAGED}: its last bytes are missing")
 
 
 def _by_tifffile(file: Any, path: Path, channels: int, size: int) -> Raster:
-    pages = [page for page in file.pages if _is_picture(page)]
+    pages = [page for page in file.pages if not int(page.subfiletype or 0) & (_REDUCED | _MASK)]
     if not pages:
         raise UserError(
             f"{path} contains previews and masks only; expected a picture (camera raw files must be converted)"
@@ -136,10 +136,6 @@ def _by_tifffile(file: Any, path: Path, channels: int, size: int) -> Raster:
         raster.array = np.concatenate(arrays, axis=2)
         raster.colours, raster.pages = named_colours(len(alike)), 1
     return raster
-
-
-def _is_picture(page: Any) -> bool:
-    return not int(page.subfiletype or 0) & (_REDUCED | _MASK)
 
 
 def _largest_page(pages: Sequence[Any], path: Path) -> Any:

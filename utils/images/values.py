@@ -1,7 +1,6 @@
 """What stored numbers mean: from the values in a file or an array to intensities in [0, 1].
 
-This is the only place that decides it. Data sets, :class:`utils.predictor.Predictor`, ``.npy``, TIFF and the demo page
-all read through it, so the same file always gives the same picture.
+Data sets, :class:`utils.predictor.Predictor` and the demo page all use it, so a file always gives the same picture.
 """
 
 from __future__ import annotations
@@ -95,7 +94,8 @@ class ValueRange:
             raise UserError(f"{source} contains {stored.dtype} values; expected integers or floating point")
         missing = self._missing(stored)
         if missing is not None:
-            stored = np.where(missing[:, :, None], stored.dtype.type(self._low(stored.dtype)), stored)
+            low = (self.limits or _type_limits(stored.dtype))[0]
+            stored = np.where(missing[:, :, None], stored.dtype.type(low), stored)
         return Pixels(self._scale(stored, source, largest), missing)
 
     def _missing(self, stored: np.ndarray) -> np.ndarray | None:
@@ -107,9 +107,6 @@ class ValueRange:
         if stored.dtype.kind == "f":
             missing |= ~np.isfinite(stored).all(axis=2)
         return missing if missing.any() else None
-
-    def _low(self, dtype: np.dtype) -> float:
-        return (self.limits or _type_limits(dtype))[0]
 
     def _scale(self, stored: np.ndarray, source: str, largest: int | None) -> np.ndarray:
         if stored.dtype.kind == "f" and not np.isfinite(stored).all():

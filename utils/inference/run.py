@@ -102,12 +102,10 @@ def load(args: argparse.Namespace) -> Predictor:
         UserError: a checkpoint or the device cannot be used.
     """
     device = choose_device(args.device)
-    loaded = []
     args.model = [str(expand(path)) for path in args.model or [checkpoint.network_of(args.config)]]
-    for path in args.model:
-        state = checkpoint.read(path)
-        config = checkpoint.config_of(state, path, args.config, args.set, trust_code=args.trust_code)
-        loaded.append(checkpoint.build_model(state, path, config, device))
+    loaded = [
+        checkpoint.load_model(path, device, args.config, args.trust_code, overrides=args.set) for path in args.model
+    ]
     predictor = Predictor(
         loaded,
         predict=args.predict,

@@ -112,7 +112,7 @@ def find_images(images: str | Path, output: str | Path, extensions: Sequence[str
             overwrite an image.
     """
     root = Path(images)
-    wanted = tuple(_extension(e) for e in extensions) if extensions else IMAGE_EXTENSIONS
+    wanted = tuple(f".{e.lower().lstrip('*.')}" for e in extensions) if extensions else IMAGE_EXTENSIONS
     found = Found([], [], Counter())
     if root.is_file():
         files, root = [root], root.parent
@@ -129,12 +129,8 @@ def find_images(images: str | Path, output: str | Path, extensions: Sequence[str
     return found
 
 
-def _extension(text: str) -> str:
-    return f".{text.lower().lstrip('*').lstrip('.')}"
-
-
 def _refuse_to_mix(root: Path, output: Path) -> None:
-    """Masks among images are images to whoever reads the folder next: a training, or this program."""
+    """Raise UserError if masks would be written among the images, where the next program would read them as images."""
     inner, outer = output.resolve(), root.resolve()
     if not inner.is_relative_to(outer):
         return
@@ -283,13 +279,10 @@ class Video:
             self._capture.release()
         if index == 0:
             raise UserError(f"--images {self.source}: no frame can be read from it")
-        if rank == 0 and self.frames is not None and index < self.frames * (1 - self._slack):
+        # Some formats announce a duration only, so their number of frames may be slightly off.
+        slack = 0.0 if Path(self.source).suffix.lower() in _COUNTED else 0.05
+        if rank == 0 and self.frames is not None and index < self.frames * (1 - slack):
             raise UserError(
                 f"{self.source}: ends at frame {index} of {self.frames}: the file is damaged or truncated; "
                 "the frames before it are segmented"
             )
-
-    @property
-    def _slack(self) -> float:
-        """The share by which the announced number of frames may be off: some formats announce a duration only."""
-        return 0.0 if Path(self.source).suffix.lower() in _COUNTED else 0.05

@@ -68,7 +68,7 @@ class TorchSchedule(Schedule):
         super().__init__(optimizer, total_steps)
         self._name = name
         self._args = args
-        # Steps in which torch warns without a reason: the first one (AMP may have skipped the optimizer's first step,
+        # Steps in which torch warns for no reason: the first one (AMP may have skipped the optimizer's first step,
         # and a replay has none), and those at which SequentialLR switches. Other steps are not silenced, because
         # leaving a catch_warnings block makes Python repeat every warning that it has shown already.
         self._noisy = {1}.union(*({end, end + 1} for end in args.get("milestones", ())))

@@ -10,7 +10,7 @@ Everything that turns probabilities ``(B, C, H, W)`` into masks or labels goes t
 none. ``max`` gives one label per pixel. Where an image is too large to keep its probabilities in memory, call
 :func:`choose_classes` with the largest probability and the expected score of each class: it makes the same decision.
 
-With one output channel (a binary task) the channel is the probability of the class itself: labels are 0
+With one output channel (a binary task), the channel is the probability of the class: labels are 0
 (background) and 1, and ``max`` is the threshold 0.5.
 
 ``python -m utils.predict --probs FOLDER -p rankdice`` applies a procedure to probabilities that were saved.
@@ -270,8 +270,8 @@ def _rank(probs: Tensor, options: PredictOptions) -> rd.RankDice:
 def taking_part_in_labels(chosen: Tensor, options: PredictOptions) -> Tensor:
     """Return the classes that may appear in a label map, bool ``(B, C)``.
 
-    Classes of no interest always take part: classes of interest say what is scored, and a label map in which the
-    background may not win would be painted over with them. An image without a chosen class allows all.
+    Classes of no interest always take part: classes of interest say what is scored, and without the
+    background, they would cover the whole label map. An image without a chosen class allows all.
     """
     taking_part = chosen
     if options.classes is not None:

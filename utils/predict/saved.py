@@ -67,19 +67,15 @@ class SavedProbs:
             )
         first = read_probs(self.cases[0].path)
         self.index = read_index(folder) if known else _plain_index(folder, len(first), ignore_index)
-        if known:
-            self._check_stamps()
+        for case in self.cases if known else ():
+            if stamps.stamp_of(case.path) != self.index.run:
+                raise UserError(
+                    f"{case.path}: was not written by the run that {folder / INDEX} describes; move it elsewhere"
+                )
         sums = first.flatten(1).sum(0)
         whole = ((sums - 1).abs() < 0.01) | (sums == 0)  # 0: pixels without data
         self.activation: Activation = "softmax" if bool(whole.all()) else "sigmoid"
         self.dataset = self  # what reads the loader asks its data set for
-
-    def _check_stamps(self) -> None:
-        for case in self.cases:
-            if stamps.stamp_of(case.path) != self.index.run:
-                raise UserError(
-                    f"{case.path}: was not written by the run that {self.folder / INDEX} describes; move it elsewhere"
-                )
 
     def __len__(self) -> int:
         return len(self.cases)

@@ -209,7 +209,8 @@ class Decider:
 
     def _spooled(self, disk: Spool) -> Segmentation:
         if self.by_pixel:
-            labels = self._by_pixel(_bands(disk), disk.shape)
+            bands = ((y, 0, torch.from_numpy(band).float()) for y, band in disk.bands())
+            labels = self._by_pixel(bands, disk.shape)
             return Segmentation(labels, masks=StreamedMasks(disk, {}, self.options.threshold))
         counts = disk.counts()
         classes = disk.shape[0]
@@ -257,9 +258,3 @@ def _erased(blocks: Iterable[Block], missing: np.ndarray) -> Iterator[Block]:
         height, width = block.scores.shape[1:]
         erase(block.scores, missing[block.y : block.y + height, block.x : block.x + width])
         yield block
-
-
-def _bands(disk: Spool) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the rows of a spool in order, float32 ``(C, rows, W)``, with their row and column."""
-    for y, band in disk.bands():
-        yield y, 0, torch.from_numpy(band).float()

@@ -205,10 +205,10 @@ def label_type(classes: int) -> type[np.uint8 | np.uint16]:
     return np.uint8 if classes <= 255 else np.uint16
 
 
-def write_masks(folder: Path, facts: Facts, names: Sequence[str], labels: NDArray[Any], run: str = "0" * 16) -> None:
+def write_masks(folder: Path, facts: Facts, names: Sequence[str], labels: NDArray[Any]) -> None:
     """Write label maps ``(H, W)`` as palette PNGs, ``folder/NAME.png``, with a stamp (:mod:`utils.stamps`)."""
     for name, one in zip(names, labels, strict=True):
-        write_mask(folder / f"{file_name(name)}.png", one, facts.palette, stamps.text(run))
+        write_mask(folder / f"{file_name(name)}.png", one, facts.palette, stamps.text("0" * 16))
 
 
 def write_class_masks(folder: Path, facts: Facts, masks: Any, classes: Iterable[int], run: str = "0" * 16) -> None:

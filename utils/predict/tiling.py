@@ -150,7 +150,7 @@ def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
     return [*range(0, length - tile, stride), length - tile]
 
 
-def blend_weights(length: int, tile: int, overlap: float, device: torch.device | str = "cpu") -> Tensor:
+def blend_weights(length: int, tile: int, overlap: float) -> Tensor:
     """Return how much each tile counts at each of its pixels along one axis.
 
     A raised-cosine window (positive everywhere, highest in a tile's middle, where the network has seen most of a
@@ -168,7 +168,7 @@ def blend_weights(length: int, tile: int, overlap: float, device: torch.device |
     for start in starts:
         total[start : start + tile] += window
     weights = torch.stack([window / total[start : start + tile] for start in starts])
-    return weights.float().to(device)
+    return weights.float()
 
 
 def sliding_blocks(forward: Forward, image: Tensor, num_classes: int, tiles: Tiles = Tiles()) -> Iterator[Block]:  # noqa: B008

@@ -153,7 +153,7 @@ def _mask_labels(probs: Tensor, masks: Tensor) -> Tensor:
 
 
 def _smaller(labels: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.int64]:
-    """Return a label map at ``size`` (width, height), nearest pixels: labels are not to be mixed."""
+    """Return a label map at ``size`` (width, height), nearest pixels: labels cannot be averaged."""
     width, height = size
     rows = ((np.arange(height) + 0.5) * labels.shape[0] / height).astype(int)
     columns = ((np.arange(width) + 0.5) * labels.shape[1] / width).astype(int)
