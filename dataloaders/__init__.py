@@ -1,4 +1,4 @@
-"""Data sets by the names a config uses; nothing is imported until one is asked for."""
+"""Data sets by the names that configs use; each is imported when it is first used."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class Loaders(Registry):
-    """The table of data sets; it also knows which constructors share the arguments of a loader."""
+    """The table of data sets, and of the constructors that share the arguments of a loader."""
 
     def constructors(self, name: str) -> tuple[type, ...]:
         """Return the classes that share a loader's arguments: the data set, its bases, the loader."""
-        from base.base_dataloader import BaseDataLoader  # imports torch; the table must not, for --help
+        from base.base_dataloader import BaseDataLoader  # imports torch, which --help does not need
 
         return (*self[name].constructors(), BaseDataLoader)
 
@@ -46,8 +46,8 @@ def build(type: str, **args: Any) -> BaseDataLoader:
         args: the data set's own, those of `BaseDataSet` and those of `BaseDataLoader` (batch_size, shuffle, ...).
 
     Raises:
-        ValueError, TypeError: an argument is unknown or its value impossible; it is named.
-        UserError: the data set is unknown, or its files are not as they must be.
+        ValueError, TypeError: an argument is unknown or has an invalid value; the message names it.
+        UserError: the data set is unknown, or its files are not as expected.
     """
     LOADERS.check_names(type, args)
     constructors = LOADERS.constructors(type)

@@ -1,4 +1,4 @@
-"""Your own data: folders of images and masks, or a list of files."""
+"""Your own data: folders of images and masks, or lists of files."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SPLIT_OF_FOLDER = {
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-_PROBED = 16  # masks that are looked at when the data set is opened
+_PROBED = 16  # masks that are read when the data set is opened
 
 
 class Folder(BaseDataSet):
-    """Images and masks that belong together by their names; see docs/datasets.md for examples.
+    """Images and masks with matching names; docs/datasets.md has examples.
 
-    Images are whatever :func:`utils.images.read_image` reads: grey, RGB, 16 bit, TIFF and ``.npy`` with any number
-    of channels (``in_channels``). Masks hold class ids (grey or palette PNG, TIFF, ``.npy``), other values
-    (``mask_values``), colours (``palette``) or, for two classes, grey levels (``threshold``).
+    Images are all that :func:`utils.images.read_image` reads: grey, RGB, 16 bit, TIFF and ``.npy`` with any number of
+    channels (``in_channels``). Masks contain class ids (grey or palette PNG, TIFF, ``.npy``), other values
+    (``mask_values``), colors (``palette``) or, for two classes, grey levels (``threshold``).
 
-    The split is taken from the first of these that is there: ``list_file``; sub-folders ``images/train`` or
-    ``train/images`` (val, test alike); ``val_fraction`` and ``test_fraction``. Without any, all files are "train".
+    The splits come from the first of these that exists: ``list_file``; sub-folders ``images/train`` or
+    ``train/images`` (and val, test); ``val_fraction`` and ``test_fraction``. Without any, all files are "train".
 
     Args:
         classes: the class names in the order of their ids. One name: one output channel, labels 0 and 1.
@@ -100,7 +100,7 @@ or, split by folders,
         self._split_seed = split_seed
         if val_fold is not None and val_fraction:
             raise ValueError("val_fold and val_fraction cannot be combined; use one of them")
-        grouping(group_by)  # refuses what is not a regular expression
+        grouping(group_by)  # raises an error if it is not a regular expression
         self._val_fold, self.group_by = val_fold, group_by
         facts = self.facts_for(**common)
         painted = "palette" in common or classes_of(common["classes"], common.get("data_dir")).palette is not None
@@ -123,7 +123,7 @@ or, split by folders,
         if self._list_file is not None:
             entries = self._from_list(self._below(self._list_file))
             if self._val_fold is None and not any(self._fractions.values()):
-                return entries  # a list for this loader alone
+                return entries  # the list of this split
         else:
             entries = self._from_folders(find_folder(self._below(self._images)), find_folder(self._below(self._masks)))
         if self.split == "all":
@@ -144,7 +144,7 @@ or, split by folders,
         return chosen
 
     def _of_fold(self, entries: list[Entry]) -> list[Entry]:
-        """Return the entries of the split under ``val_fold``, and keep those of the fold for ``held_out``."""
+        """Return the entries of the split under ``val_fold``; for "train", set ``held_out`` to those of the fold."""
         assert self._val_fold is not None
         train, val = split_by_fold((e.name for e in entries), self._val_fold, self.group_by)
         if self.split == "train":
@@ -156,7 +156,7 @@ or, split by folders,
             raise ValueError(f"val_fraction, test_fraction, val_fold: remove them, {why}")
 
     def _below(self, path: str) -> Path:
-        return self.data_dir / expand(path)  # an absolute path stays what it is
+        return self.data_dir / expand(path)  # absolute paths stay as they are
 
     def _split_folders(self) -> dict[str, tuple[Path, Path]] | None:
         """Return the (images, masks) folders of each split; None if the data is not split by folders."""
@@ -262,7 +262,7 @@ or, split by folders,
     # ---- reading
 
     def load_label(self, path: Path) -> np.ndarray:
-        """Return class ids (or values that are no class, which the caller refuses)."""
+        """Return class ids, or values that are not a class, which the caller rejects."""
         return self._reader.read(path)
 
     def _check_first(self) -> None:

@@ -26,7 +26,7 @@ _NOT_TAKEN = ("cache", "on_error", "sampler", "num_workers", "drop_last")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the subcommand; return 0, or 1 when something is wrong with the data."""
+    """Run the subcommand; return 0, or 1 if the data has problems."""
     if args.samples is not None and args.samples < 0:
         raise UserError(f"--samples: found {args.samples}; give a number of images, or 0 for all")
     config = load(args.config, args.set)
@@ -58,9 +58,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def open_stages(config: Config, stages: tuple[str, ...]) -> Iterator[tuple[str, Component, BaseDataLoader]]:
-    """Yield (stage, what the config says, loader) of each stage that has a loader of its own.
+    """Yield (stage, section of the config, loader) of each stage that has its own loader.
 
-    Broken files must not stop the look at the others, so ``on_error`` is "skip" whatever the config says.
+    ``on_error`` is always "skip", so that broken files do not stop the check of the others.
     """
     for stage in stages:
         component = config.loader(stage)
@@ -74,6 +74,6 @@ def open_stages(config: Config, stages: tuple[str, ...]) -> Iterator[tuple[str, 
 
 
 def draw(dataset: BaseDataSet, findings: Findings) -> list[Sample]:
-    """Return some samples as the network will see them: augmented, cropped, or whole."""
+    """Return some samples as training will use them: augmented, cropped, or whole."""
     samples = (dataset[findings.good[i]] for i in spread(len(findings.good), _SHEET_SAMPLES))
     return [sample for sample in samples if isinstance(sample, Sample)]

@@ -1,4 +1,4 @@
-"""What a look at the files of a data set shows."""
+"""Read the files of a data set and collect facts and problems."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from utils.errors import UserError
 from utils.images.formats import decode, read_bytes
 from utils.progress import progress_bar
 
-DECODED = 100  # images that are decoded once more, as stored
+DECODED = 100  # at most so many images are also examined as stored
 
 
 @dataclass
 class OnDisk:
-    """What image files of one kind (channels without transparency, whether there is transparency, type) hold."""
+    """The values in the image files of one kind."""
 
     files: int = 0
     low: float = np.inf
@@ -32,21 +32,22 @@ class OnDisk:
 
 @dataclass
 class Findings:
-    """What a look at some samples of a data set showed.
+    """Facts and problems of some samples of a data set.
 
     Attributes:
         looked_at: indices of the samples.
-        good: those of them that could be read.
-        sizes: (width, height) -> images.
-        stored: value in the label files -> pixels, as they are before translation.
-        illegal: stored value that is no class -> the first file with it.
+        good: indices of the samples that could be read.
+        sizes: (width, height) -> number of images.
+        stored: value in the label files, before translation -> number of pixels.
+        illegal: stored value that is not a class -> the first file with it.
         problems: one message per file that cannot be used.
-        alike: what such messages say beside their files and counts -> (name of the sample, message) of each.
-        pixels: per class id, and last for ignored ones.
-        images: in how many images each of these occurs.
-        mean, std: of the images per channel, intensities in [0, 1].
-        on_disk: kind of image file -> what such files hold; of up to ``DECODED`` of the samples.
-        weights: what the loss's ``"weight": "balanced"`` comes to on these samples; empty without labelled pixels.
+        alike: message without files and counts -> (name of the sample, message) of each such problem.
+        pixels: number of pixels per class id; the last entry counts ignored pixels.
+        images: number of images with such pixels.
+        mean, std: of the images per channel, for intensities in [0, 1].
+        on_disk: (channels without transparency, whether there is transparency, type) of image files -> their values;
+            for up to ``DECODED`` samples.
+        weights: the class weights of ``"weight": "balanced"`` on these samples; empty without labelled pixels.
     """
 
     looked_at: list[int]
@@ -66,7 +67,7 @@ class Findings:
 
 @dataclass
 class _Look:
-    """One sample's share of the findings."""
+    """The findings of one sample."""
 
     index: int
     size: tuple[int, int] | None = None
@@ -78,7 +79,7 @@ class _Look:
 
 
 def inspect(dataset: BaseDataSet, samples: int = 0) -> Findings:
-    """Read ``samples`` images and label maps, evenly spread over the set (0: all), and gather what is found."""
+    """Read ``samples`` images and label maps, evenly spread (0: all); return what was found."""
     findings = Findings(spread(len(dataset), samples or None))
     count = len(findings.looked_at)
     findings.pixels = np.zeros(dataset.label_count + 1, np.int64)
@@ -131,7 +132,7 @@ def _stored_image(path: Path, channels: int) -> tuple[tuple[int, bool, str], flo
 
 
 def _histogram(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values that occur and how often."""
+    """Return the values that occur, and how often each occurs."""
     if stored.dtype != np.uint8:
         return np.unique(stored, return_counts=True)
     counts = np.bincount(stored.reshape(-1), minlength=256)
@@ -166,7 +167,7 @@ def _add(findings: Findings, look: _Look, dataset: BaseDataSet) -> None:
 
 
 def is_legal(dataset: BaseDataSet, value: int) -> bool:
-    """Say whether a stored label value stands for a class or for "not labelled"."""
+    """Return whether a stored label value means a class or "not labelled"."""
     probe = np.full((1, 1), value, np.uint8 if 0 <= value <= 255 else np.int32)
     try:
         dataset.label_table.translate(probe, "")

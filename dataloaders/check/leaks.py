@@ -1,4 +1,4 @@
-"""Train and validation data that share pictures, and loaders that are set up the wrong way round."""
+"""Find images that train and validation data share, and arguments that belong to the other loader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.errors import UserError, plural
 
 HASHED_FILES = 512  # per side, at most
 _PART = 1 << 16  # bytes at both ends of a file that are compared
-# What exports with augmentation append to the name of a picture: Roboflow's key, or a word.
+# What exports with augmentation add to the name of an image: Roboflow's key, or a word.
 _COPY = re.compile(
     r"(\.rf\.[0-9a-z]{20,}|[_\-. ](aug|augmented|[hv]?flip|flipped|mirror|rot|rotated|copy)[_\-]?\d*| ?\(\d+\))+$", re.I
 )
@@ -30,7 +30,7 @@ _Files = list[tuple[Entry, os.stat_result]]
 
 
 def announce(train: BaseDataLoader, val: BaseDataLoader | None) -> None:
-    """Print a warning for everything about the loaders that makes training or its scores worthless."""
+    """Print a warning for each mistake in the loaders that makes training or its scores worthless."""
     if not is_first():
         return
     for message in (*setup_problems(train, val), *(shared({"train": train, "val": val}) if val is not None else ())):
@@ -38,7 +38,7 @@ def announce(train: BaseDataLoader, val: BaseDataLoader | None) -> None:
 
 
 def setup_problems(train: BaseDataLoader, val: BaseDataLoader | None) -> list[str]:
-    """Return a message for each argument that belongs into the other loader."""
+    """Return a message for each argument that belongs to the other loader."""
     found = []
     if not train.batches.shuffle:
         found.append('train_loader: every epoch shows the images in the same order; set "shuffle": true in its args')
@@ -53,10 +53,10 @@ def setup_problems(train: BaseDataLoader, val: BaseDataLoader | None) -> list[st
 
 
 def shared(loaders: dict[str, BaseDataLoader]) -> list[str]:
-    """Return messages about pictures that "train" has in common with one of the other loaders.
+    """Return messages about images that "train" has in common with another loader.
 
-    Three kinds are found: the same file (links included), files with equal content among up to ``HASHED_FILES`` on
-    each side, and samples of one group (``group_by``, or names that augmented copies get).
+    It finds the same file (also through links), files with equal content (among up to ``HASHED_FILES`` of each loader),
+    and samples of one group (by ``group_by``, or by the names that augmented copies usually have).
     """
     return [
         message
@@ -68,7 +68,7 @@ def shared(loaders: dict[str, BaseDataLoader]) -> list[str]:
 
 def _between(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> Iterator[str]:
     left, right = _entries(a), _entries(b)
-    advice = "scores on these do not carry over to new pictures"
+    advice = "scores on these images do not carry over to new ones"
     if not left or not right:
         return
     if left[0].image is None or right[0].image is None:
@@ -111,7 +111,7 @@ def _with_status(entries: Iterable[Entry]) -> list[tuple[Entry, os.stat_result]]
 
 
 def _equal_content(left: _Files, right: _Files) -> list[tuple[Entry, Entry]]:
-    """Return pairs of entries whose image files are equal byte by byte, as far as they are compared."""
+    """Return pairs of entries whose image files have the same size, start and end."""
     sizes = {status.st_size for _, status in left}
     right = _some([file for file in right if file[1].st_size in sizes])
     sizes = {status.st_size for _, status in right}
@@ -131,7 +131,7 @@ def _hashed(files: _Files) -> Iterator[tuple[bytes, Entry]]:
 
 
 def _digest(path: Path | None) -> bytes:
-    """Return a hash of both ends of a file and its size; nothing if it cannot be read."""
+    """Return a hash of both ends of a file and its size; empty if it cannot be read."""
     assert path is not None
     try:
         with open(path, "rb") as file:
@@ -151,12 +151,12 @@ def _common_groups(stages: str, group_by: str | None, left: list[Entry], right: 
         if not any(_COPY.search(entry.name) for entry in (*left, *right)):
             return
         key = partial(_COPY.sub, "")
-        why, fix = "by their names, augmented copies of one picture", 'export without augmentation, or use "group_by"'
+        why, fix = "by their names, augmented copies of one image", 'export without augmentation, or use "group_by"'
     try:
         common = {key(entry.name): entry for entry in left}
         both = [entry for entry in right if key(entry.name) in common]
     except UserError:
-        return  # the splits that use group_by say so
+        return  # the data set reports names that group_by does not match
     if both:
         one = common[key(both[0].name)]
         yield (

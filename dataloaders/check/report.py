@@ -15,7 +15,7 @@ from utils.errors import listed, plural
 
 _SHOWN = 10
 _NAMED = 3
-_STRIDE = 32  # of the networks: crops are best multiples of it
+_STRIDE = 32  # of the networks; crops should be multiples of it
 
 
 def report(stage: str, component: Component, dataset: BaseDataSet, findings: Findings) -> str:
@@ -51,7 +51,7 @@ def _kind(kind: tuple[int, bool, str], seen: OnDisk) -> str:
 
 
 def _problems(findings: Findings) -> list[str]:
-    """Return each kind of problem once: its first message, and how many samples have it, with a few of them."""
+    """Return each kind of problem once: its first message, how many files have it, and a few of their names."""
     if not findings.problems:
         return ["no file with a problem"]
     lines = []
@@ -113,13 +113,13 @@ def _class_table(dataset: BaseDataSet, findings: Findings) -> list[str]:
 
 
 def class_labels(dataset: BaseDataSet) -> list[str]:
-    """Return a name per label id; a single class has an unnamed background before it."""
+    """Return a name per label id; before a single class comes the unnamed background."""
     names = list(dataset.class_names)
     return names if len(names) == dataset.label_count else ["(background)", *names]
 
 
 def _suggestions(stage: str, dataset: BaseDataSet, findings: Findings) -> list[str]:
-    """Return arguments to paste into a config; weights only from data that is trained on."""
+    """Return arguments to copy into a config; class weights only for the training data."""
     weights = json.dumps([round(w, 3) for w in findings.weights])
     of_loss = [f'weights         loss args {{"weight": {weights}}}, or "balanced"'] if stage == "train" else []
     return [
@@ -134,7 +134,7 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
-    """Return what is suspicious though not wrong."""
+    """Return messages about things that are suspicious, but not errors."""
     found = []
     names, total = class_labels(dataset), findings.pixels.sum()
     if 0 <= dataset.ignore_index < dataset.label_count:
@@ -157,7 +157,7 @@ def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
 
 
 def _unfitting_files(dataset: BaseDataSet, findings: Findings) -> list[str]:
-    """Return messages where channels or values on disk are not what the loader's arguments say."""
+    """Return messages if channels or values of the files do not fit the loader's arguments."""
     messages = []
     types = sorted({dtype for _, _, dtype in findings.on_disk})
     if dataset.value_limits.limits is not None and len(types) > 1:
@@ -183,7 +183,7 @@ def _unfitting_files(dataset: BaseDataSet, findings: Findings) -> list[str]:
 
 
 def _unfitting_normalisation(dataset: BaseDataSet, findings: Findings) -> list[str]:
-    """Return a message where the mean and std in use leave images far from mean 0 and std 1."""
+    """Return a message if the mean and std in use leave images far from mean 0 and std 1."""
     std = np.array(dataset.std)
     shift, spread = (findings.mean - dataset.mean) / std, findings.std / std
     if (findings.std >= 0.01).all() and ((abs(shift) > 1).any() or (spread < 0.4).any() or (spread > 2.5).any()):
@@ -195,12 +195,12 @@ def _unfitting_normalisation(dataset: BaseDataSet, findings: Findings) -> list[s
 
 
 def _too_large_a_crop(dataset: BaseDataSet, findings: Findings) -> list[str]:
-    """Return a message where training crops are larger, both ways, than every image seen."""
+    """Return a message if training crops are wider and higher than every image."""
     plan = dataset.augmentation
     if plan is None or plan.crop_size is None:
         return []
     height, width = plan.crop_size
-    # As base_size brings the images; (width, height) like the sizes.
+    # (width, height, count) after base_size has rescaled the images.
     sizes = [
         (w * scale, h * scale, count)
         for (w, h), count in findings.sizes.items()

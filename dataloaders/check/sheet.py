@@ -1,4 +1,4 @@
-"""A contact sheet: samples as the network sees them, beside their masks laid over, and the classes' colours."""
+"""A contact sheet: samples as training uses them, with their masks drawn over them, and the colors of the classes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _cell(sample: Sample, dataset: BaseDataSet) -> np.ndarray:
 
 
 def _overlay(image: np.ndarray, label: np.ndarray, dataset: BaseDataSet) -> np.ndarray:
-    """Return the image with the classes' colours over it; ignored pixels are hatched in grey."""
+    """Return the image with the colors of the classes over it; ignored pixels are hatched in grey."""
     ignored = label == dataset.ignore_index
     tinted = overlay(image, np.where(ignored, 0, label), dataset.palette)
     rows, columns = np.indices(label.shape)

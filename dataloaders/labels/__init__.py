@@ -1,4 +1,4 @@
-"""Class names and palettes of the data sets, kept as data: one text file each, one class a line."""
+"""Class names and palettes of the data sets: one text file each, with one class per line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from base.classes import Colour, read_classes
 
 
 class Labels(NamedTuple):
-    """Names and colours of a data set's classes; position is class id."""
+    """Names and colors of the classes of a data set, in the order of their ids."""
 
     names: tuple[str, ...]
     palette: tuple[Colour, ...]
@@ -18,7 +18,7 @@ class Labels(NamedTuple):
 
 @cache
 def labels(name: str) -> Labels:
-    """Return the classes of ``<name>.txt`` beside this file: lines ``R G B name``."""
+    """Return the classes in the file ``<name>.txt`` of this folder, which has lines ``R G B name``."""
     names, palette = read_classes(Path(__file__).parent / f"{name}.txt")
     assert palette is not None
     return Labels(names, palette)

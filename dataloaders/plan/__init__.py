@@ -1,4 +1,4 @@
-"""``python -m dataloaders plan``: a first config from the data, with a comment for each choice."""
+"""``python -m dataloaders plan``: write a first config for a folder of data, with a comment for each choice."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _heading(found: Survey, out: Path) -> str:
     return (
         f"A first config for {found.args['data_dir']}: {plural(len(found.dataset), 'training image')} ({size}), "
         f"{plural(found.dataset.num_classes, 'class')}. Written by python -m dataloaders plan; change what you know "
-        f"better. Look at the data with python -m dataloaders check --config {out}, then train with python train.py "
+        f"better. Check the data with python -m dataloaders check --config {out}, then train with python train.py "
         f"--config {out}."
     ).replace("classs", "classes")
 

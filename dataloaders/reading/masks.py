@@ -1,4 +1,4 @@
-"""Masks as people store them: class ids, other values, colours, or grey levels of two classes."""
+"""Read masks with class ids, other values, colors, or grey levels of two classes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SHOWN_COLOURS = 30
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """How masks are stored; see :class:`dataloaders.folder.Folder` for the arguments.
+    """How masks are stored: arguments of :class:`dataloaders.folder.Folder`.
 
-    ``painted``: whether the palette says what the masks' colours mean, or is only for showing results.
+    ``painted``: whether the palette gives the colors in the masks; else it is only for showing results.
     """
 
     mask_values: Sequence[int] | None = None
@@ -35,7 +35,7 @@ class MaskOptions:
 
 
 class MaskReader:
-    """Reads masks as the options say, and refuses what could mean two things.
+    """Reads masks according to the options, and raises errors for ambiguous masks.
 
     Raises:
         ValueError: the options contradict each other.
@@ -62,14 +62,14 @@ class MaskReader:
 
     @property
     def says_more(self) -> bool:
-        """Whether the options say what values or grey levels mean."""
+        """Whether the options give the meaning of values or grey levels."""
         return self.options.threshold is not None or self.values.given or self._by_colour
 
     def probe(self, paths: Iterable[Path]) -> set[int]:
-        """Look at a few masks: if one is painted in RGB, and the options leave it open, all are read by colour.
+        """Read a few masks. If one is RGB and the options do not say otherwise, all masks are read by color.
 
         Returns:
-            The values that the masks without RGB hold; unreadable files are skipped.
+            The values in the masks that are not RGB; unreadable files are skipped.
         """
         seen: set[int] = set()
         for path in paths:
@@ -84,7 +84,7 @@ class MaskReader:
         return seen
 
     def read(self, path: Path) -> np.ndarray:
-        """Return class ids ``(H, W)``, or values that are no class, which the caller refuses."""
+        """Return class ids ``(H, W)``, or values that are not a class, which the caller rejects."""
         if self.options.threshold is not None:
             return (read_levels(path) > self.options.threshold).astype(np.uint8)
         mask = read_mask(path)
@@ -109,7 +109,7 @@ class MaskReader:
         return ids
 
     def _refuse_permuted(self, mask: Mask, path: Path) -> None:
-        """Refuse a palette file whose colours are those of the config's palette, in another order."""
+        """Raise an error if a file's palette has the colors of the config's palette in another order."""
         assert mask.palette is not None
         used = np.flatnonzero(np.bincount(mask.values.reshape(-1), minlength=256))
         used = used[used < 255]
@@ -118,7 +118,7 @@ class MaskReader:
         if known.any(1).all() and not all(i < self.count and known[row, i] for row, i in enumerate(used.tolist())):
             raise UserError(
                 f"{path} has the colours of `palette` in another order, so its values and its colours disagree. "
-                'things. Set `"colors": true` in the loader\'s args if the colours are right, `"colors": false` if the '
+                'Set `"colors": true` in the loader\'s args if the colours are right, `"colors": false` if the '
                 "values are"
             )
 
@@ -133,7 +133,7 @@ def _grey(values: np.ndarray, path: Path) -> np.ndarray:
 
 
 class _ValueTable:
-    """What mask values mean: position in ``mask_values`` is the class id."""
+    """A table from mask value to class id, which is the position in ``mask_values``."""
 
     def __init__(
         self, count: int, mask_values: Sequence[int] | None, ignored: Sequence[int] | None, ignore_index: int
@@ -157,7 +157,7 @@ class _ValueTable:
         self._place_of_byte = np.minimum(np.searchsorted(self._stored, np.arange(256)), len(ids) - 1)
 
     def apply(self, mask: np.ndarray, path: Path) -> np.ndarray:
-        """Return ids, ``(H, W)``; UserError on a value without a meaning. Unchanged when no values were given."""
+        """Return ids ``(H, W)``, the mask itself if no values were given; raise UserError for unknown values."""
         if not self.given:
             return mask
         if mask.dtype == np.uint8:
@@ -168,8 +168,8 @@ class _ValueTable:
         if not known.all():
             unknown = mask[~known]
             raise UserError(
-                f"{path} holds values {np.unique(unknown)[:10].tolist()} ({plural(unknown.size, 'pixel')}), which are "
-                f"neither in mask_values {self._shown} nor in ignore_values"
+                f"{path} contains values {np.unique(unknown)[:10].tolist()} ({plural(unknown.size, 'pixel')}), which "
+                f"are neither in mask_values {self._shown} nor in ignore_values"
             )
         return self._ids[places]
 

@@ -1,4 +1,4 @@
-"""Reading MATLAB's .mat files, in which SBD and COCO-Stuff 10k keep their annotations."""
+"""Read MATLAB's .mat files, which contain the annotations of SBD and COCO-Stuff 10k."""
 
 from __future__ import annotations
 

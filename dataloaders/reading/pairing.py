@@ -1,4 +1,4 @@
-"""Which mask belongs to which image, and which files have no partner."""
+"""Match images and masks, and find files without a partner."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SHOWN = 5
 
 
 class Pairs(NamedTuple):
-    """What matching found: pairs, and the files without a partner, each sorted."""
+    """Pairs of images and masks, and the files without a partner, each sorted."""
 
     entries: list[Entry]
     images_alone: list[Path]
     masks_alone: list[Path]
 
     def warn(self) -> list[Path]:
-        """Log how many files have no partner, with a few of them; return them all."""
+        """Warn about files without a partner; return them."""
         for what, missing, files in (("image", "mask", self.images_alone), ("mask", "image", self.masks_alone)):
             if files:
                 left_out = f"has no {missing} and is" if len(files) == 1 else f"have no {missing} and are"
@@ -37,20 +37,19 @@ class Pairs(NamedTuple):
 
 @functools.cache
 def _warn(message: str) -> None:
-    # Once, though the loaders of several splits may list the same folder.
+    # Cached, because the loaders of several splits may list the same folder.
     log.warning(message)
 
 
 def image_files(folder: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> list[Path]:
-    """Return the files with one of the extensions (any case) in ``folder`` and below, sorted; not hidden ones.
+    """Return the files with one of the extensions (any case) in ``folder`` and below, sorted; without hidden files.
 
-    Links to folders are followed. A folder that can be reached in several ways is read once, under its own name if it
-    has one here.
+    Links to folders are followed. A folder that is found several times is read once, if possible under its own name.
     """
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
     folders: list[Path] = [folder]
-    links: list[Path] = []  # read last, so that a folder's own name comes first
+    links: list[Path] = []  # read last, so that folders are first found under their own names
     while folders or links:
         parent = folders.pop() if folders else links.pop(0)
         status = parent.stat()
@@ -69,7 +68,7 @@ def image_files(folder: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> l
 
 
 def find_folder(path: Path) -> Path:
-    """Return the folder, or the one beside it whose name differs in upper and lower case only, if it is missing."""
+    """Return the folder; if it does not exist, the one whose name differs only in upper and lower case."""
     if path.exists() or not path.parent.is_dir():
         return path
     alike = [other for other in path.parent.iterdir() if other.name.lower() == path.name.lower() and other.is_dir()]
@@ -77,7 +76,7 @@ def find_folder(path: Path) -> Path:
 
 
 def relative_stem(folder: Path, suffix: str = "") -> Callable[[Path], str]:
-    """Return the key of files below ``folder``: the path from there without extension and without ``suffix``."""
+    """Return a key function for files below ``folder``: their path from there, without extension and ``suffix``."""
 
     def key(path: Path) -> str:
         return path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
@@ -88,7 +87,7 @@ def relative_stem(folder: Path, suffix: str = "") -> Callable[[Path], str]:
 def pair(
     images: Iterable[Path], masks: Iterable[Path], image_key: Callable[[Path], str], mask_key: Callable[[Path], str]
 ) -> Pairs:
-    """Match images and masks whose keys are equal; entries are named by their keys, and sorted by them.
+    """Match images and masks with equal keys; entries are named by their keys and sorted.
 
     Raises:
         UserError: two images, or two masks, have the same key.
@@ -103,12 +102,12 @@ def pair(
 
 
 def pair_folders(data: BaseDataSet, images: Path, masks: Path, key: Callable[[Path], str] | None = None) -> list[Entry]:
-    """Return a data set's pairs in two folders, and warn of files without a partner.
+    """Return the pairs of a data set that are in two folders, and warn about files without a partner.
 
     Args:
-        data: the data set; its ``alone`` becomes the files without a partner.
+        data: the data set; its ``alone`` is set to the files without a partner.
         images, masks: the folders.
-        key: what the names of an image and its mask have in common; None: the path below the folder.
+        key: returns what an image and its mask have in common; None: their path below the folder.
 
     Raises:
         UserError: a folder is missing, or two files have the same key.
@@ -123,13 +122,13 @@ def pair_folders(data: BaseDataSet, images: Path, masks: Path, key: Callable[[Pa
 
 
 def index_files(files: Iterable[Path], key: Callable[[Path], str]) -> dict[str, Path]:
-    """Return the files by their keys; UserError where two have the same."""
+    """Return the files by their keys; raise UserError if two have the same key."""
     result: dict[str, Path] = {}
     for file in files:
         other = result.setdefault(key(file), file)
         if other is not file:
             raise UserError(
-                f"{other} and {file} stand for the same sample ({key(file)!r}); files are matched by their names "
-                "without extension, so keep one of them"
+                f"{other} and {file} have the same name apart from the extension ({key(file)!r}), by which files are "
+                "matched; keep one of them"
             )
     return result

@@ -87,7 +87,7 @@ def test_files_without_partner_are_told(plain: Path, caplog: pytest.LogCaptureFi
 
 def test_two_images_of_one_name_are_refused(plain: Path) -> None:
     photo(plain / "images/im3.png")
-    with pytest.raises(UserError, match=r"im3.* stand for the same sample"):
+    with pytest.raises(UserError, match=r"im3.* have the same name"):
         folder(plain)
 
 
@@ -562,7 +562,7 @@ def test_mask_values_map_by_position_and_refuse_the_rest(tmp_path: Path) -> None
     args = {"mask_values": [5, 300, 1000]}
     assert np.array_equal(label(folder(tmp_path, ignore_values=[7], **args)), IDS)
     assert (label(folder(tmp_path, ignore_values=[7], ignore_index=-1, **args)) == -1).sum() == 1
-    with pytest.raises(UserError, match=r"holds values \[7\] \(1 pixel\)"):
+    with pytest.raises(UserError, match=r"contains values \[7\] \(1 pixel\)"):
         folder(tmp_path, **args)
 
 
