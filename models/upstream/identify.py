@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from base.base_model import BaseModel
 from models import MODELS
 from models.upstream.names import Rules, candidates, strip_wrappers
 from utils.errors import UserError, listed
@@ -76,14 +74,9 @@ def image_channels(weights: Mapping[str, Tensor]) -> int | None:
     return next((w.shape[1] for w in weights.values() if w.dim() == 4), None)
 
 
-def parameters(model: type[BaseModel]) -> Mapping[str, inspect.Parameter]:
-    """Return the constructor's parameters by name."""
-    return inspect.signature(model.__init__).parameters
-
-
 def known_args(type: str, args: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return those of ``arch.args`` that the model takes: the published constructors ignored all others."""
-    known = parameters(MODELS[type])
+    known = MODELS.arguments(type).model_fields
     return {key: value for key, value in (args or {}).items() if key in known}
 
 
@@ -108,7 +101,7 @@ def infer(
         UserError: the weights are not those of ``type``.
     """
     kind = MODELS.canonical(type)
-    weights, rules, known = strip_wrappers(state_dict), MODELS[kind].published_names, parameters(MODELS[kind])
+    weights, rules = strip_wrappers(state_dict), MODELS[kind].published_names
     classes = number_of_classes(kind, weights, rules)
     other = identify(weights)
     if classes is None or (other is not None and other != kind):
@@ -122,5 +115,5 @@ def infer(
         "use_deconv": "decon1.weight" in weights or None,
         "stem": "unpadded" if "block0.3.weight" in weights else None,
     }
-    told = {key: value for key, value in told.items() if value is not None and key in known}
-    return kind, known_args(kind, args) | told, classes
+    told = {key: value for key, value in told.items() if value is not None}
+    return kind, known_args(kind, dict(args or {}) | told), classes

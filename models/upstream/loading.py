@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from base.base_model import BaseModel
+from models import MODELS
 from models.backbones.common import adapt_first_conv
 from models.upstream.identify import (
     backbone_of,
@@ -15,7 +16,6 @@ from models.upstream.identify import (
     identify,
     image_channels,
     number_of_classes,
-    parameters,
 )
 from models.upstream.names import strip_wrappers, translate
 from utils.errors import UserError, listed
@@ -72,7 +72,7 @@ def reasons(model: BaseModel, weights: Mapping[str, Tensor]) -> list[str]:
     if channels is not None and channels != model.in_channels and not found:
         found.append(f"the weights are for images with {channels} channels, the model for {model.in_channels}")
     is_published = has_published_names(weights, model.published_names) or model.published_entry in weights
-    if is_published and not model.published and "published" in parameters(type(model)):
+    if is_published and not model.published and "published" in MODELS.arguments(kind).model_fields:
         found.append("they have the published form: build the model with published: true")
     return found
 

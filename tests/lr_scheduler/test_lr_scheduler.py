@@ -442,7 +442,7 @@ def test_the_curves_follow_the_config(config_file):
 def test_mistakes_are_one_message(config_file, tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "a.png")]
     warmup = ["--set", "lr_scheduler.type=Poly", "--set", "lr_scheduler.args.warmup=1000", "--iters-per-epoch", "5"]
-    with pytest.raises(UserError, match=r"lr_scheduler: warmup is 1000; expected .* less than the run's 12 steps"):
+    with pytest.raises(UserError, match=r"lr_scheduler.args: warmup is 1000; expected .* less than the run's 12 steps"):
         command.main(["--config", str(config_file), *warmup, *out])
     with pytest.raises(UserError, match="SGD has none"):
         command.main(["--config", str(config_file), "--set", 'optimizer.args={"lr":0.1}', *out])

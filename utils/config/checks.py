@@ -69,7 +69,7 @@ def check(
         wrong, facts = _check_loaders(config, loaders, stages)
         problems += wrong
     problems += loss or _check_loss(config, facts)
-    problems += _check_classes_of_interest(config, facts) + _check_bias(config, facts)
+    problems += check_classes_of_interest(config, facts) + _check_bias(config, facts)
     if "train" in stages:
         problems += _check_monitor(config, facts) + _check_val(config) + _check_folders(config)
     return problems
@@ -82,24 +82,16 @@ def _check_loaders(config: Config, loaders: Registry, stages: Sequence[str]) -> 
     """Return the problems of the loaders behind the stages, and the facts of the first one that is right."""
     problems: list[Problem] = []
     facts = None
-    for path, component in _loaders_of(config, stages).items():
+    for path in dict.fromkeys(map(config.loader_field, stages)):
+        component = getattr(config, path)
+        if component is None:
+            continue
         wrong = _check_loader(path, component, loaders)
         if not wrong:
             wrong, known = _facts_of(path, component, loaders)
             facts = facts or known
         problems += wrong
     return problems, facts
-
-
-def _loaders_of(config: Config, stages: Sequence[str]) -> dict[str, Component]:
-    """Return the loaders behind the stages by the name of their field; test falls back on val."""
-    chosen = {}
-    for stage in stages:
-        component = config.loader(stage)
-        if component is not None:
-            name = "val_loader" if stage == "test" and config.test_loader is None else f"{stage}_loader"
-            chosen[name] = component
-    return chosen
 
 
 def _check_loader(path: str, component: Component, loaders: Registry) -> list[Problem]:
@@ -142,15 +134,14 @@ def _facts_of(path: str, component: Component, loaders: Registry) -> tuple[list[
     return [], facts
 
 
-def _check_classes_of_interest(config: Config, facts: Any | None) -> list[Problem]:
+def check_classes_of_interest(config: Config, facts: Any | None) -> list[Problem]:
+    """Return the classes of interest that the data does not have."""
     if facts is None or config.predict.CoI == "all":
         return []
     outside = [c for c in config.predict.CoI if c >= facts.num_classes]
-    if not outside:
-        return []
     one = " (with one channel, the class itself is number 0)" if facts.num_classes == 1 else ""
     text = f"found {outside}; the data has the classes 0 to {facts.num_classes - 1}{one}"
-    return [Problem("predict.CoI", text)]
+    return [Problem("predict.CoI", text)] if outside else []
 
 
 def _check_bias(config: Config, facts: Any | None) -> list[Problem]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from utils import lr_scheduler, optim
-from utils.config.checks import HOLDS_OUT, PER_CLASS_SCORES, unknown_class
+from utils.config.checks import HOLDS_OUT, PER_CLASS_SCORES, check_classes_of_interest, unknown_class
 from utils.config.schema import Config
 from utils.errors import DataFolderError, UserError, listed
 from utils.facts import Facts
@@ -52,8 +52,7 @@ def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
             f"{stage}_loader: absent, and {also}train_loader holds no images out (val_split); give one in the config, "
             f"or with --set {stage}_loader.type=NAME --set {stage}_loader.args.data_dir=FOLDER"
         )
-    field = "val_loader" if stage == "test" and config.test_loader is None else f"{stage}_loader"
-    with loader_errors(field):
+    with loader_errors(config.loader_field(stage)):
         return build(component.type, seed=config.seed, ignore_index=config.ignore_index, **component.args)
 
 
@@ -114,10 +113,8 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
                 f"{path}: its data ignores the label {other.ignore_index}, the model ignores "
                 f"{facts.ignore_index}; give the config one ignore_index for both"
             )
-    if config.predict.CoI != "all":
-        outside = [c for c in config.predict.CoI if c >= facts.num_classes]
-        if outside:
-            raise UserError(f"predict.CoI: found {outside}; the data has the classes 0 to {facts.num_classes - 1}")
+    for problem in check_classes_of_interest(config, facts):
+        raise UserError(str(problem))
     name = config.trainer.monitor.partition(" ")[2]
     if name.startswith(PER_CLASS_SCORES):
         wrong = unknown_class(name.partition("/")[2], facts.class_names)
@@ -172,20 +169,9 @@ _SIMULATED = 20_000  # steps of a schedule that are looked at
 
 def warn_about_schedule(config: Config, batches: int) -> None:
     """Warn if the learning rate is next to nothing in more than half of a run with ``batches`` batches per epoch."""
-    batches = min(batches, config.trainer.limit_batches or batches)
-    section, chosen = config.lr_scheduler, config.optimizer
-    steps = lr_scheduler.optimizer_steps(config.trainer.epochs, batches, config.trainer.accumulate)
-    per_epoch = lr_scheduler.optimizer_steps(1, batches, config.trainer.accumulate)
-    optimizer = built("optimizer.args", optim.build, chosen.type, optim.stand_in(), **chosen.args)
-    schedule = built(
-        "lr_scheduler.args",
-        lr_scheduler.build,
-        section.type,
-        optimizer,
-        steps,
-        steps_per_epoch=per_epoch if section.step == "epoch" else None,
-        **section.args,
-    )
+    section, epochs = config.lr_scheduler, config.trainer.epochs
+    schedule = schedule_alone(config, epochs, min(batches, config.trainer.limit_batches or batches))
+    steps = schedule.total_steps
     rates = built("lr_scheduler.args", _rates, schedule, min(steps, _SIMULATED))
     limit = 1.001 * FADED * max(rates)
     low = [rate <= limit for rate in rates]
@@ -193,13 +179,28 @@ def warn_about_schedule(config: Config, batches: int) -> None:
     if steps - first <= steps / 2:
         return
     advice = (
-        f'. Its numbers count iterations, {per_epoch} per epoch; with "lr_scheduler": {{"step": "epoch", ...}} they '
-        "count epochs"
+        f". Its numbers count iterations, {steps // epochs} per epoch; with "
+        '"lr_scheduler": {"step": "epoch", ...} they count epochs'
     )
     _warn(
         f"lr_scheduler: {section.type} brings the learning rate below {FADED:g} of its highest value after {first} of "
         f"{steps} iterations{advice if section.step == 'iteration' else ''}"
     )
+
+
+def schedule_alone(config: Config, epochs: int, batches: int) -> lr_scheduler.Schedule:
+    """Build the schedule of a run with ``batches`` batches per epoch, on two parameters in place of a network.
+
+    Raises:
+        UserError: the optimizer or the schedule does not accept its arguments.
+    """
+    section, chosen = config.lr_scheduler, config.optimizer
+    per_epoch = lr_scheduler.optimizer_steps(1, batches, config.trainer.accumulate)
+    rates = (chosen.differential_lr, chosen.backbone_lr_factor)
+    optimizer = built("optimizer.args", optim.build, chosen.type, optim.stand_in(), *rates, **chosen.args)
+    unit = {"steps_per_epoch": per_epoch if section.step == "epoch" else None}
+    args = (section.type, optimizer, epochs * per_epoch)
+    return built("lr_scheduler.args", lr_scheduler.build, *args, **unit, **section.args)
 
 
 def _rates(schedule: lr_scheduler.Schedule, steps: int) -> list[float]:

@@ -261,8 +261,10 @@ class Config(Section):
         """Notes for the user that are not errors, such as keys that have no effect."""
         return self._notes
 
+    def loader_field(self, stage: str) -> str:
+        """Return the field with the loader of a stage ("train", "val" or "test"): test falls back on val."""
+        return "val_loader" if stage == "test" and self.test_loader is None else f"{stage}_loader"
+
     def loader(self, stage: str) -> Component | None:
-        """Return the loader of a stage ("train", "val" or "test"): test falls back on val."""
-        if stage == "train":
-            return self.train_loader
-        return self.val_loader if stage == "val" or self.test_loader is None else self.test_loader
+        """Return the loader of a stage; None if there is none."""
+        return getattr(self, self.loader_field(stage))

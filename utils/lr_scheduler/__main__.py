@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dataloaders
 from utils import config as configs
-from utils import lr_scheduler, optim
+from utils import lr_scheduler
 from utils.cli import add_overrides
 from utils.config import data_checks
 from utils.config.schema import Config
@@ -37,31 +37,16 @@ def batches_of(config: Config) -> int:
 
 def curves(config: Config, epochs: int, batches: int) -> dict[str, dict[str, list[float]]]:
     """Return the learning rate of each parameter group, and the momentum, in each step; no network is built."""
-    chosen, section = config.optimizer, config.lr_scheduler
-    per_epoch = lr_scheduler.optimizer_steps(1, batches, config.trainer.accumulate)
-    try:
-        optimizer = optim.build(
-            chosen.type, optim.stand_in(), chosen.differential_lr, chosen.backbone_lr_factor, **chosen.args
-        )
-        schedule = lr_scheduler.build(
-            section.type,
-            optimizer,
-            epochs * per_epoch,
-            steps_per_epoch=per_epoch if section.step == "epoch" else None,
-            **section.args,
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer or lr_scheduler: {error}") from None
-    first = optimizer.param_groups[0]
+    schedule = data_checks.schedule_alone(config, epochs, batches)
+    first = schedule.optimizer.param_groups[0]
     momentum = "beta 1" if "betas" in first else "momentum" if "momentum" in first else None
     found: dict[str, dict[str, list[float]]] = {"learning rate": {}, **({momentum: {}} if momentum else {})}
-    for groups in lr_scheduler.walk(schedule, epochs * per_epoch):
+    for groups in lr_scheduler.walk(schedule, schedule.total_steps):
         for group in groups:
             found["learning rate"].setdefault(group["name"], []).append(float(group["lr"]))
         if momentum:
-            found[momentum].setdefault(momentum, []).append(
-                first["betas"][0] if "betas" in first else first["momentum"]
-            )
+            value = first["betas"][0] if "betas" in first else first["momentum"]
+            found[momentum].setdefault(momentum, []).append(value)
     return found
 
 
