@@ -55,7 +55,13 @@ def parse_arguments() -> argparse.Namespace:
         "it; for several, the folder ensemble)",
     )
     add("--limit", type=int, metavar="N", help="only the first N images")
-    add("--tta", nargs="+", choices=VIEWS, default=[], help="average the probabilities over flips and/or scales")
+    add(
+        "--tta",
+        nargs="+",
+        choices=VIEWS,
+        help="average the probabilities over flips and/or scales (default: over scales if predict.mode is multiscale, "
+        "as inference.py does)",
+    )
     add("--boundary", action="store_true", help="also report the boundary IoU (Cheng et al., CVPR 2021)")
     add(
         "--save-masks",
@@ -221,7 +227,10 @@ def prepare(args: argparse.Namespace, loaded: LoadedModel, device: torch.device)
     checks.check_facts(config, facts, {"test_loader": Facts.of(loader.dataset)})
     arguments = checks.loss_arguments(config, loader.dataset)
     loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments).to(device)
-    scales, flip = SCALES if "multiscale" in args.tta else (1.0,), "flip" in args.tta
+    # What is written is what is scored: inference.py takes the views of predict.mode, too.
+    mode = config.predict.mode
+    views = args.tta or (["multiscale"] if mode == "multiscale" else [])
+    scales, flip = SCALES if "multiscale" in views else (1.0,), "flip" in views
     options = PredictOptions.from_config(config.predict)
     evaluator = Evaluator(
         loaded.network(device, scales=scales, flip=flip), options.classes, config.predict.count_ignored, loss
@@ -230,9 +239,11 @@ def prepare(args: argparse.Namespace, loaded: LoadedModel, device: torch.device)
     decisions = all_decisions(options) if procedure == "all" else single_decision(procedure, options)
     if distributed.is_main():
         checks.warn_about_loss(config, list(decisions))
-    views = f"mean probabilities over scales {list(scales)}" if evaluator.network.averages else report.ONE_VIEW
-    views += " and their mirror images" if flip else ""
-    return Setup(loaded, loader, evaluator, options, procedure, decisions, views)
+    words = f"mean probabilities over scales {list(scales)}" if evaluator.network.averages else report.ONE_VIEW
+    words += " and their mirror images" if flip else ""
+    if mode != ("multiscale" if "multiscale" in views else "single"):
+        words += f" (inference.py: predict.mode {mode})"
+    return Setup(loaded, loader, evaluator, options, procedure, decisions, words)
 
 
 def watch(args: argparse.Namespace, setup: Setup, folder: Path) -> Watcher:

@@ -68,13 +68,14 @@ def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 
 @pytest.mark.parametrize(("procedure", "presence"), DECISIONS)
-@pytest.mark.parametrize(("views", "mode"), [((), "single"), (("--tta", "multiscale"), "multiscale")])
+@pytest.mark.parametrize("mode", ["single", "multiscale"])
 def test_masks_are_those_of_test_py(
-    run: Run, model: Path, tmp_path: Path, procedure: str, presence: str, views: tuple, mode: str
+    run: Run, model: Path, tmp_path: Path, procedure: str, presence: str, mode: str
 ) -> None:
-    options = ("-p", procedure, "--set", f"predict.presence={presence}")
-    run(test_script, "-r", model, "-o", tmp_path / "scores", "--save-masks", *views, *options)
-    written = infer(run, model, tmp_path / "masks", "-mo", mode, "--batch-size", 3, *options)
+    """Both follow ``predict.mode``, which the fit may have set."""
+    options = ("-p", procedure, "--set", f"predict.presence={presence}", "--set", f"predict.mode={mode}")
+    run(test_script, "-r", model, "-o", tmp_path / "scores", "--save-masks", *options)
+    written = infer(run, model, tmp_path / "masks", "--batch-size", 3, *options)
     (scored,) = (tmp_path / "scores/masks").iterdir()
     assert_equal(written, maps(scored))
 

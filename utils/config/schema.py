@@ -121,7 +121,9 @@ class Predict(Section):
         None, description="one number per class, added to the logits after the division by the temperature"
     )
     mode: Literal["single", "multiscale", "sliding"] = Field(
-        "single", description="default --mode of inference.py: the whole image, several scales, or tiles"
+        "single",
+        description="default --mode of inference.py: the whole image, several scales, or tiles; with 'multiscale', "
+        "test.py scores the mean over scales, too",
     )
     presence: Presence = Field(
         "auto",

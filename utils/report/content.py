@@ -72,7 +72,7 @@ def results(
         "views": views,
         "fitted": fitted or "nothing: temperature, threshold and presence are those of the config",
         "images_per_class_mean": _images_per_class(procedures),
-        "test_loss": UNTEMPERED if config.predict.temperature != 1 and views == ONE_VIEW else None,
+        "test_loss": UNTEMPERED if config.predict.temperature != 1 and views.startswith(ONE_VIEW) else None,
     }
     if fitted and protocol["note"]:
         protocol["note"] += ", also those of what was fitted on them"
