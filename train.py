@@ -112,7 +112,7 @@ def build(
         arguments["pretrained"] = False
     model = checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
     if weights:
-        done = checkpoint.start_from(model, weights)
+        done = checkpoint.start_from(model, weights, facts.class_names)
         if distributed.is_main():
             print(done)
     arguments = checks.loss_arguments(config, train.dataset)

@@ -94,6 +94,8 @@ class BaseDataSet(Statistics, Dataset[Any]):
     alone: Sequence[Path] = ()
     # The regular expression of base.splits.grouping, for data sets that take it as an argument.
     group_by: str | None = None
+    # Which part of the samples on disk this split is, for reports; None: all of them.
+    part: str | None = None
     # Whether each epoch has new images, which then cannot be counted or cached.
     endless: bool = False
 

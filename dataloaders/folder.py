@@ -139,6 +139,8 @@ or, split by folders,
                 f"list_file or folders {self._images}/{self.split} and {self._masks}/{self.split} (or drop this loader "
                 "and hold out a part of the training data with train_loader.args.val_split)"
             )
+        if len(chosen) < len(entries):
+            self.part = f"{len(chosen)} of the {len(entries)} samples in {self.data_dir}"
         if self.split == "train" and self._fractions["val"]:
             self.held_out = [entry for entry in entries if entry.name in parts["val"]]
         return chosen

@@ -155,8 +155,9 @@ def _loss_reason(found: Survey) -> str:
     if small:
         weights = [round(w, 2) for w in findings.weights]
         text += (
-            f". {listed(small, 6)} have less than 2% of the pixels; if they are "
-            f'missed, use {{"type": "CrossEntropyLoss2d", "args": {{"weight": {weights}}}}} and fit a temperature '
-            "afterwards (test.py --fit), because weights distort the probabilities"
+            f". Less than 2% of the pixels: {listed(small, 6)}. If the network misses "
+            f'{"it" if len(small) == 1 else "them"}, use {{"type": "CrossEntropyLoss2d", "args": '
+            f'{{"weight": {weights}}}}}; weights distort the probabilities, which the fit at the end of train.py '
+            "corrects in part"
         )
     return text

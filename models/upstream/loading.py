@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -87,6 +87,7 @@ class Transfer:
     Attributes:
         taken: loaded as they are.
         adapted: first convolutions, fitted to another number of image channels.
+        by_class: heads for other classes, of which those with the same name are loaded.
         reshaped: of another shape in the file; they start afresh.
         missing: not in the file; they start afresh.
         unused: in the file only.
@@ -94,6 +95,7 @@ class Transfer:
 
     taken: tuple[str, ...]
     adapted: tuple[str, ...]
+    by_class: tuple[str, ...]
     reshaped: tuple[str, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
@@ -103,6 +105,7 @@ class Transfer:
         kinds = {
             "taken": self.taken,
             "first layer adapted to the image channels": self.adapted,
+            "classes of the same name taken": self.by_class,
             "start afresh, of another shape in the file": self.reshaped,
             "start afresh, not in the file": self.missing,
             "in the file, not used": self.unused,
@@ -110,12 +113,20 @@ class Transfer:
         return "\n".join(f"    {what}: {_grouped(names)}" for what, names in kinds.items() if names)
 
 
-def transfer(model: BaseModel, state_dict: Mapping[str, Tensor]) -> Transfer:
+def transfer(
+    model: BaseModel, state_dict: Mapping[str, Tensor], classes: Sequence[str] = (), theirs: Sequence[str] = ()
+) -> Transfer:
     """Load what fits of other weights into ``model``: other classes or channels, another program's names.
 
     Tries our names, the published ones, and the usual prefixes (``model.``, ``encoder.``, ``backbone.``), so that
     encoders of torchvision, timm and segmentation_models_pytorch match ours. A first convolution for another number
-    of channels is adapted (:func:`models.backbones.common.adapt_first_conv`). Whatever does not fit keeps its values.
+    of channels is adapted (:func:`models.backbones.common.adapt_first_conv`). Of a head for another number of classes,
+    the classes that both know by name are loaded. Whatever does not fit keeps its values.
+
+    Args:
+        model: gets the weights.
+        state_dict: the weights.
+        classes, theirs: the names of the model's classes, and of those that the weights were trained on.
 
     Raises:
         UserError: hardly anything fits; says what the weights may be.
@@ -135,18 +146,24 @@ def transfer(model: BaseModel, state_dict: Mapping[str, Tensor]) -> Transfer:
             f"{listed(weights, 3)}" + (f". Probably: {why}" if why else "")
         )
     state = {key: weights[names[key]] for key in taken}
-    adapted = []
+    adapted, by_class = [], []
     for key in own.keys() & names.keys() - state.keys():
         new = _adapted(weights[names[key]], own[key], model.in_channels)
         if new is not None:
             state[key] = new
             adapted.append(key)
+            continue
+        new = _by_class(weights[names[key]], own[key], classes, theirs)
+        if new is not None:
+            state[key] = new
+            by_class.append(key)
     model.load_state_dict(state, strict=False)
     used = {names[key] for key in state}
     other = [key for key in own if key in names and key not in state]
     return Transfer(
         taken=tuple(taken),
         adapted=tuple(adapted),
+        by_class=tuple(f"{key} ({len(set(classes) & set(theirs))} of {len(classes)})" for key in by_class),
         reshaped=tuple(f"{key} ({_size(weights[names[key]])} in the file, {_size(own[key])} here)" for key in other),
         missing=tuple(key for key in own if key not in names),
         unused=tuple(
@@ -180,6 +197,18 @@ def _adapted(weight: Tensor, like: Tensor, in_channels: int) -> Tensor | None:
     if weight.shape[0] != like.shape[0] or weight.shape[2:] != like.shape[2:]:
         return None
     return adapt_first_conv(weight, in_channels)
+
+
+def _by_class(weight: Tensor, like: Tensor, classes: Sequence[str], theirs: Sequence[str]) -> Tensor | None:
+    """Return ``like`` with the rows of the classes that both know, if it has one row per class and they have, too."""
+    shared = [name for name in classes if name in theirs]
+    if not shared or weight.dim() == 0 or weight.shape[1:] != like.shape[1:]:
+        return None
+    if len(like) != len(classes) or len(weight) != len(theirs):
+        return None
+    new = like.clone()
+    new[[classes.index(name) for name in shared]] = weight[[theirs.index(name) for name in shared]].to(new)
+    return new
 
 
 def _size(tensor: Tensor) -> str:

@@ -41,6 +41,18 @@ def test_another_number_of_classes_starts_the_head() -> None:
     assert "classifier.bias (5 in the file, 3 here)" in done.text()
 
 
+def test_classes_of_the_same_name_keep_their_part_of_the_head() -> None:
+    source, model, before = (build("UNet", n, seed, width=4) for n, seed in ((4, 1), (3, 2), (3, 2)))
+    done = transfer(model, source.state_dict(), ("sky", "car", "cow"), ("road", "car", "sky", "tree"))
+    assert done.by_class == ("final_conv.weight (2 of 3)", "final_conv.bias (2 of 3)")
+    assert not done.reshaped
+    new, old, first = (m.state_dict() for m in (model, source, before))
+    for key in ("final_conv.weight", "final_conv.bias"):
+        assert torch.equal(new[key][:2], old[key][[2, 1]])
+        assert torch.equal(new[key][2], first[key][2])
+    assert transfer(before, source.state_dict(), ("a", "b", "c"), ("road", "car", "sky", "tree")).by_class == ()
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [(3, 1), (3, 4), (4, 3)])
 def test_another_number_of_channels_adapts_the_first_layer(theirs: int, ours: int) -> None:
     source, model = (build("UNet", 4, seed, width=4, in_channels=n) for seed, n in ((1, theirs), (2, ours)))
@@ -130,4 +142,4 @@ def test_train_says_what_was_taken_and_where_the_weights_came_from(
         assert train.main() == 0
         shown = capsys.readouterr().out
         assert words in shown
-    assert "start afresh, of another shape in the file: 2: final_conv.weight (4 x 4 x 1 x 1 in the file" in shown
+    assert "classes of the same name taken: 2: final_conv.weight (" in shown

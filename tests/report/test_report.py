@@ -107,6 +107,7 @@ def test_a_forecast_that_is_far_off_calls_for_a_temperature(expected, measured, 
     else:
         assert f"the network is {said}." in found
         assert "--fit" in found
+        assert "differ from the validation images" in contents.advice(scores, 30, fitted=True)
 
 
 def test_advice_needs_no_many_images_but_says_if_they_are_few(monkeypatch) -> None:

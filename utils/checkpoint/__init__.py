@@ -338,11 +338,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], source: str | Pat
         raise UserError(f"{source}: {error}") from None
 
 
-def start_from(model: Any, path: str | Path) -> str:
+def start_from(model: Any, path: str | Path, class_names: Sequence[str] = ()) -> str:
     """Start a model from the matching weights in a file (fine-tuning); return which weights were loaded and which not.
 
     The file may be a checkpoint of ours, a published one, or the weights of another program; the number of classes and
-    of image channels may differ.
+    of image channels may differ. ``class_names``: of the model's classes; a head keeps those that the checkpoint knows.
 
     Raises:
         UserError: an unusable file, or too few weights match.
@@ -351,11 +351,12 @@ def start_from(model: Any, path: str | Path) -> str:
     if "network" in state:
         raise UserError(f"{path}: contains a whole network; expected a checkpoint or weights")
     ema = state.get("ema") if "facts" in state else None
+    theirs = dict(state.get("facts") or {}).get("class_names", ())
     try:
-        done = import_module("models.upstream").transfer(model, ema or state["state_dict"])
+        done = import_module("models.upstream").transfer(model, ema or state["state_dict"], class_names, theirs)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    tensors = len(done.taken) + len(done.adapted)
+    tensors = len(done.taken) + len(done.adapted) + len(done.by_class)
     model.weights_from = f"{path} ({tensors} of {tensors + len(done.reshaped) + len(done.missing)} tensors)"
     return f"weights of {path}\n{done.text()}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 
 import torch
 
@@ -38,7 +39,8 @@ def rehearse(config: Config) -> None:
     arguments = checkpoint.arch_arguments(config, facts)
     if arguments.get("pretrained") is True:
         arguments["pretrained"] = False  # nothing is downloaded
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*meta parameter")  # pretrained weights have no effect there
         data_checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
     data_checks.warn_about_loss(config, [config.predict.train, config.predict.val])
     data_checks.warn_about_schedule(config, len(train))

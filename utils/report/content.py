@@ -89,28 +89,35 @@ def results(
     content |= gathered
     if matrices:
         content["confusion"] = {name: worst(matrix, loaded.facts.label_names) for name, matrix in matrices.items()}
-    if fitted is None and config.predict.temperature == 1:
-        said = advice(procedures.get("rankdice", {}), outcome.images)
+    if fitted is not None or config.predict.temperature == 1:
+        said = advice(procedures.get("rankdice", {}), outcome.images, fitted is not None)
         if said:
             content["advice"] = said
     return _plain(content)
 
 
-def advice(scores: Mapping[str, Any], images: int) -> str | None:
+def advice(scores: Mapping[str, Any], images: int, fitted: bool = False) -> str | None:
     """Return what to do if rankdice expects another Dice than it gets; None if the two agree.
 
     Args:
-        scores: of rankdice, without a fitted temperature.
+        scores: of rankdice.
         images: that were scored.
+        fitted: whether the checkpoint was fitted on validation data.
     """
     expected, measured = scores.get("Expected_Dice", math.nan), scores.get("Measured_Dice", math.nan)
     if not abs(expected - measured) > FAR_OFF:
         return None
     how = "overconfident" if expected > measured else "underconfident"
+    remedy = (
+        "These images differ from the validation images that it was fitted on, or those were too few. Add images like "
+        "these to the validation data and repeat the fit: test.py -r CHECKPOINT --fit."
+        if fitted
+        else "Calibrate it on validation data with test.py -r CHECKPOINT --fit, then test the new checkpoint."
+    )
+    few = f" {images} images are few, so this may be chance." if images < FEW_IMAGES else ""
     return (
         f"rankdice expected a Dice of {expected:.3f} for its masks, and they scored {measured:.3f}: the network is "
-        f"{how}. Calibrate it on validation data with test.py -r CHECKPOINT --fit, then test the new checkpoint."
-        + (f" {images} images are few, so this may be chance." if images < FEW_IMAGES else "")
+        f"{how}. {remedy}{few}"
     )
 
 
@@ -148,6 +155,7 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
     split = loader.args.get("split") if loader else f"held out of {config.train_loader.args.get('split') or 'training'}"
     loader = loader or config.train_loader
     crop = getattr(dataset, "crop_size", None) if getattr(dataset, "val", False) else None
+    part = getattr(dataset, "part", None)
     names = loaded.facts.class_names
     interest = config.predict.CoI
     return {
@@ -157,6 +165,7 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
         "loss": config.loss.type,
         "data": loader.type,
         "split": split,
+        "part": f"{part}; for all of them: --set test_loader.args.split=all" if part else None,
         "note": optimism(config),
         "images": outcome.images,
         "resolution": f"shorter side to {min(crop)}, centre crop {crop[0]} x {crop[1]}" if crop else "whole images",

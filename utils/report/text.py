@@ -13,7 +13,20 @@ INDENT = "    "
 WIDTH = 100
 # Lines of the protocol that the screen shows; results.json has all of them.
 PROTOCOL = (
-    *("checkpoint", "model", "loss", "data", "split", "note", "images", "resolution", "image_sizes", "views", "scores"),
+    *(
+        "checkpoint",
+        "model",
+        "loss",
+        "data",
+        "split",
+        "part",
+        "note",
+        "images",
+        "resolution",
+        "image_sizes",
+        "views",
+        "scores",
+    ),
     *("absent_classes", "ignored_pixels", "classes_of_interest", "temperature", "threshold", "fitted", "test_loss"),
 )
 
