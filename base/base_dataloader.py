@@ -14,13 +14,13 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import torch
-from torch import distributed
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from base.base_dataset import BaseDataSet
 from base.entries import BROKEN_FILES_HINT, Key, available_cores, collate
 from base.splits import grouping, split_by_fold, split_by_fraction
+from utils import distributed
 from utils.batch import Batch
 from utils.bounds import BatchSize, Count, Positive, Seed, ShareBelowOne, WorkerCount
 from utils.errors import UserError
@@ -196,7 +196,7 @@ class EpochBatches(Sampler[list[Key]]):
         self.shuffle, self.drop_last = shuffle, drop_last
         self.weights = None if weights is None else weights / weights.sum()
         self.epoch = self.start_batch = 0
-        self.rank, self.world = _rank_and_world()
+        self.rank, self.world = distributed.rank(), distributed.world_size()
         share = len(range(self.rank, len(indices), self.world))
         self.share = len(indices) // self.world if shuffle else share
         self._length = self._count_batches()
@@ -312,15 +312,7 @@ def _worker_count(num_workers: int | None) -> int:
     return min(num_workers, cores)
 
 
-@functools.cache
-def _notice(message: str) -> None:
-    log.info(message)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+_notice = functools.cache(log.info)  # once per message
 
 
 def _split(

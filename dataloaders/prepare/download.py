@@ -1,4 +1,4 @@
-"""Fetch archives that may be large over lines that may break, check them, and unpack them safely."""
+"""Download large archives, continue interrupted downloads, verify checksums, and unpack safely."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -27,14 +27,13 @@ TIMEOUT = 30.0  # seconds without a byte before a connection counts as broken
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that a publisher offers.
+    """An archive that a publisher offers.
 
     Args:
         filename: its name on disk.
-        url: where it is; None where the publisher asks for an account, so that only the user can fetch it.
-        checksum: ``"md5:..."``, ``"sha1:..."``, or None where the publisher names none (the archive's own
-            checks, which unpacking runs, must then do).
-        into: folder below the data set's folder that it is unpacked into.
+        url: its address; None if the publisher requires an account, so that only the user can download it.
+        checksum: ``"md5:..."`` or ``"sha1:..."``; None if the publisher gives none.
+        into: the folder, below that of the data set, to unpack it into.
     """
 
     filename: str
@@ -44,22 +43,22 @@ class Archive:
 
 
 class Unreachable(UserError):
-    """The server did not answer, or broke off more often than we are willing to try again."""
+    """The server did not answer, or the connection was lost too often."""
 
 
 def fetch(url: str, path: Path, checksum: str | None = None, attempts: int = 5, pause: float = 2.0) -> None:
-    """Download ``url`` to ``path`` with a progress bar; go on where an earlier attempt stopped.
+    """Download ``url`` to ``path`` with a progress bar; continue an earlier download.
 
-    An unfinished download lies beside ``path`` with the suffix ``.part``; ``path`` exists only when it is
-    complete and its checksum is right.
+    An unfinished download has the suffix ``.part``; ``path`` exists only after the checksum was verified.
 
     Args:
-        checksum: ``"algorithm:hexdigest"`` as hashlib names them, or None.
-        attempts: connections without a single new byte before giving up; ``pause`` seconds between them.
+        checksum: ``"algorithm:hexdigest"`` with an algorithm of hashlib, or None.
+        attempts: give up after so many connections without a new byte; they are ``pause`` seconds apart.
 
     Raises:
-        Unreachable: no connection, a refusal, or it broke off too often. What came so far is kept.
-        UserError: the disk is full, or the checksum is wrong (the download is removed).
+        Unreachable: there is no connection, the server refuses, or the connection was lost too often. The unfinished
+            download is kept.
+        UserError: the disk is full, or the checksum is wrong (then the download is removed).
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,27 +90,27 @@ def _size(path: Path) -> int:
 
 
 def _validator_file(part: Path) -> Path:
-    """Return the file that remembers which version of the remote file ``part`` is the beginning of."""
+    """Return the file with the version (ETag or date) of the remote file that ``part`` comes from."""
     return part.with_name(part.name + ".version")
 
 
 def _continue(url: str, part: Path) -> None:
-    """Bring ``part`` to its full length, with one connection."""
+    """Download the rest of ``part`` with one connection."""
     have, version = _size(part), _validator_file(part)
     headers = {"User-Agent": "python-dataloaders-prepare"}
     if have:
         headers["Range"] = f"bytes={have}-"
         if version.exists():
-            # A file that changed since is sent from its start, never glued to the old beginning.
+            # If the remote file has changed, the server sends it from its start.
             headers["If-Range"] = version.read_text(encoding="utf-8")
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
         if error.code == 416 and have and have == _total(error.headers.get("Content-Range")):
-            return  # everything had come before the last stop
+            return  # it was already complete
         if error.code == 416 and have:
             part.unlink()
-            raise ConnectionError("the remote file is shorter than what was there; starting over") from error
+            raise ConnectionError("the remote file is shorter than the unfinished download; starting over") from error
         raise
     with response:
         resumed = response.status == 206
@@ -121,7 +120,8 @@ def _continue(url: str, part: Path) -> None:
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         _demand_space(part, total, have)
-        with open(part, "ab" if resumed else "wb") as out, _bar(part, total, have) as bar:
+        bar = progress_bar(total=total, initial=have, unit="B", desc=part.stem)
+        with open(part, "ab" if resumed else "wb") as out, bar:
             while chunk := response.read(CHUNK):
                 _save(out, chunk)
                 bar.update(len(chunk))
@@ -133,12 +133,12 @@ def _save(out: IO[bytes], chunk: bytes) -> None:
     try:
         out.write(chunk)
         out.flush()
-    except OSError as error:  # not the network's fault: trying again would not help
+    except OSError as error:  # not a network error, so another attempt would not help
         raise UserError(f"{out.name}: cannot be written: {error}") from error
 
 
 def _remember_version(version: Path, validator: str | None) -> None:
-    # A weak ETag promises nothing about bytes; If-Range must not be used with it (RFC 9110, 13.1.5).
+    # If-Range must not be used with a weak ETag (RFC 9110, 13.1.5).
     if validator and not validator.startswith("W/"):
         version.write_text(validator, encoding="utf-8")
     else:
@@ -160,12 +160,8 @@ def _demand_space(part: Path, total: int | None, have: int) -> None:
         )
 
 
-def _bar(part: Path, total: int | None, have: int) -> Any:
-    return progress_bar(total=total, initial=have, unit="B", desc=part.stem)
-
-
 def verify(path: Path, checksum: str | None) -> None:
-    """Raise UserError when the file's digest is not ``checksum``: ``"algorithm:hexdigest"``, or None."""
+    """Raise UserError if the digest of a file is not ``checksum``: ``"algorithm:hexdigest"``, or None."""
     if checksum is None:
         return
     algorithm, _, expected = checksum.partition(":")
@@ -181,10 +177,10 @@ def verify(path: Path, checksum: str | None) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a .zip or .tar[.gz/.bz2/.xz] into ``folder``; members that would land elsewhere are refused.
+    """Unpack a .zip or .tar[.gz/.bz2/.xz] into ``folder``; raise UserError if a file would be written elsewhere.
 
-    Everything is unpacked beside first and moved when complete, so that an interrupted run leaves no half
-    folder that looks whole. The archive's own checks (CRC, gzip) are run on the way.
+    Files are unpacked into a temporary folder and moved when all are there, so an interrupted run leaves no incomplete
+    folder. The checksums in the archive (CRC, gzip) are verified.
     """
     folder.mkdir(parents=True, exist_ok=True)
     work = folder / f".unpacking-{archive.name}"
@@ -200,12 +196,15 @@ def unpack(archive: Path, folder: Path) -> None:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    _merge(work, folder)
+    if work.exists():
+        shutil.copytree(
+            work, folder, dirs_exist_ok=True, copy_function=os.replace
+        )  # moves files, into existing folders
     shutil.rmtree(work, ignore_errors=True)
 
 
 def _inside(name: str, archive: Path) -> PurePosixPath:
-    """Return the member's path; raise UserError if it leaves the folder."""
+    """Return the path of a member; raise UserError if it is outside the folder."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
         raise UserError(
@@ -241,10 +240,10 @@ def _untar(archive: Path, work: Path) -> None:
 
 
 def _members(file: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield members while reading on, without a first pass over the (compressed) archive."""
+    """Yield the members of an archive in one pass, which also verifies its checksum."""
     while (member := file.next()) is not None:
         yield member
-    # tarfile stops at its end mark; the compressor's checksum stands behind it and is compared on reading.
+    # The checksum of the compression comes after the end mark, at which tarfile stops.
     while file.fileobj.read(CHUNK):  # type: ignore[union-attr]
         pass
 
@@ -253,15 +252,3 @@ def _write(source: IO[bytes], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "wb") as out:
         shutil.copyfileobj(source, out, CHUNK)
-
-
-def _merge(source: Path, folder: Path) -> None:
-    """Move what is in ``source`` into ``folder``: folders that are there are filled, files replaced."""
-    if not source.exists():
-        return
-    for entry in sorted(source.iterdir()):
-        target = folder / entry.name
-        if entry.is_dir() and target.is_dir():
-            _merge(entry, target)
-        else:
-            os.replace(entry, target)

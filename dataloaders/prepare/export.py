@@ -1,11 +1,13 @@
-"""What an export of a labelling tool says, whatever its format: classes, and shapes or masks of images."""
+"""The contents of an export of a labelling tool, independent of its format: classes, and shapes or masks of images."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,9 +37,9 @@ class Picture:
     Attributes:
         image: the image's file.
         shapes: what is annotated, in the order in which it is drawn.
-        size: (width, height) that the annotations are for, if the export says so.
+        size: (width, height) of the image that was annotated, if the export contains it.
         split: train, val or test, if the export is split.
-        ids: returns indices into ``Export.classes``, ``(H, W)``, for exports that hold masks instead of shapes.
+        ids: returns indices into ``Export.classes``, ``(H, W)``, if the export has masks instead of shapes.
     """
 
     image: Path
@@ -49,7 +51,7 @@ class Picture:
 
 @dataclass
 class Export:
-    """An export: class names in order, their colours if it gives any, the images, and what could not be used."""
+    """An export: class names in order, images, colors of classes (if any), and how much of what was left out."""
 
     classes: list[str]
     pictures: list[Picture]
@@ -75,24 +77,24 @@ class Images:
             self._by_name.setdefault(path.name, []).append(path)
 
     def find(self, name: str, near: Path | None = None) -> Path | None:
-        """Return the file of a name, path or address in an export; remember it as missing if there is none.
+        """Return the file of a name, path or URL in an export; add it to ``missing`` if there is none.
 
-        It may be a path below ``near`` or the folder. Else, of several files with this name, the one is taken whose
-        path ends like ``name``, and the one below ``near`` of those.
+        It may be a path below ``near`` or the folder. Otherwise the file with this name is used; if there are several,
+        the one whose path shares most with the end of ``name``, preferably below ``near``.
 
         Raises:
-            UserError: several files fit equally well.
+            UserError: several files match equally well.
         """
         plain = PurePosixPath(unquote(name.partition("?d=")[2] or name.partition("?")[0]).replace("\\", "/"))
         for parent in (near, self.folder):
             if parent is not None and (parent / plain).is_file():
                 return parent / plain
-        # Label Studio puts eight characters and a hyphen in front of uploaded files.
+        # Label Studio adds eight characters and a hyphen to the start of the names of uploaded files.
         candidates = self._by_name.get(plain.name) or self._by_name.get(re.sub(r"^[0-9a-f]{8}-", "", plain.name), [])
         if not candidates:
             self.missing.append(name)
             return None
-        fits = [_common_end(path, plain) for path in candidates]
+        fits = [len(os.path.commonprefix([path.parts[::-1], plain.parts[::-1]])) for path in candidates]
         best = [path for path, fit in zip(candidates, fits, strict=True) if fit == max(fits)]
         if len(best) > 1 and near is not None:
             inside = [path for path in best if path.is_relative_to(near)]
@@ -102,18 +104,8 @@ class Images:
         return best[0]
 
 
-def _common_end(path: Path, name: PurePosixPath) -> int:
-    pairs = zip(reversed(path.parts), reversed(name.parts), strict=False)
-    count = 0
-    for a, b in pairs:
-        if a != b:
-            break
-        count += 1
-    return count
-
-
 def split_of(path: Path, root: Path) -> str | None:
-    """Return train, val or test if the path below ``root`` has it in the name of a folder or of the file."""
+    """Return train, val or test if a folder or the file in the path below ``root`` has it in its name."""
     inside = path.relative_to(root) if path.is_relative_to(root) and path != root else Path(path.name)
     for part in inside.parts:
         match = _SPLIT.search(part)
@@ -131,6 +123,20 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
 
 
-def malformed(path: Path, what: str, error: Exception) -> UserError:
-    """Return the error for a file that does not hold what its format asks for."""
-    return UserError(f"{path}: this is not {what}: {type(error).__name__} {error}")
+def json_with(source: Path, keys: Sequence[str], what: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the JSON files, ``source`` or all below it, that are objects with these keys, with their contents."""
+    files = [source] if source.is_file() else sorted(source.rglob("*.json"))
+    contents = [(file, read_json(file)) for file in files]
+    found = [(file, content) for file, content in contents if isinstance(content, dict) and set(keys) <= set(content)]
+    if not found:
+        raise UserError(f"{source}: there is no {what} file (JSON with {', '.join(keys)})")
+    return found
+
+
+@contextmanager
+def format_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn errors about missing or wrong contents into a message that ``path`` is not ``what``."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
+        raise UserError(f"{path}: this is not {what}: {type(error).__name__} {error}") from None

@@ -35,10 +35,7 @@ class Pairs(NamedTuple):
         return [*self.images_alone, *self.masks_alone]
 
 
-@functools.cache
-def _warn(message: str) -> None:
-    # Cached, because the loaders of several splits may list the same folder.
-    log.warning(message)
+_warn = functools.cache(log.warning)  # once per message, because several splits may list the same folder
 
 
 def image_files(folder: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> list[Path]:

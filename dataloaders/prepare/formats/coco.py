@@ -9,25 +9,16 @@ from typing import Any
 import numpy as np
 
 from dataloaders.prepare import shapes
-from dataloaders.prepare.export import Export, Images, Picture, Shape, malformed, read_json, split_of
+from dataloaders.prepare.export import Export, Images, Picture, Shape, format_errors, json_with, split_of
 from utils.errors import UserError
-
-_PARTS = ("images", "annotations", "categories")
 
 
 def read(source: Path, images: Images) -> Export:
     """Read a file, or all COCO files below a folder: the split is in the name of the file or of a folder."""
-    files = [source] if source.is_file() else sorted(source.rglob("*.json"))
-    contents = [(file, read_json(file)) for file in files]
-    contents = [(f, c) for f, c in contents if isinstance(c, dict) and all(part in c for part in _PARTS)]
-    if not contents:
-        raise UserError(f"{source}: there is no COCO file (JSON with {', '.join(_PARTS)})")
     export = Export([], [])
-    for file, content in contents:
-        try:
+    for file, content in json_with(source, ("images", "annotations", "categories"), "COCO"):
+        with format_errors(file, "a COCO file"):
             _add(export, file, content, images, split_of(file, source) if source.is_dir() else None)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise malformed(file, "a COCO file", error) from None
     return export
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from base.classes import Classes, read_classes
 from dataloaders.prepare import shapes
-from dataloaders.prepare.export import Export, Images, Picture, Shape, malformed, split_of
+from dataloaders.prepare.export import Export, Images, Picture, Shape, format_errors, split_of
 from dataloaders.reading.colours import ColourTable
 from dataloaders.reading.pairing import image_files
 from utils.errors import UserError
@@ -27,17 +27,15 @@ def read(source: Path, images: Images) -> Export:
         raise UserError(f"{source}: there is neither annotations.xml nor labelmap.txt, as CVAT exports them")
     export = Export([], [])
     for file in files:
-        try:
+        with format_errors(file, "an XML file as CVAT writes it"):
             _add(export, file, images)
-        except (ElementTree.ParseError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise malformed(file, "an XML file as CVAT writes it", error) from None
     return export
 
 
 def _add(export: Export, file: Path, images: Images) -> None:
     root = ElementTree.parse(file).getroot()
     if root.find("track") is not None:
-        raise UserError(f"{file} holds tracks of a video; export as 'CVAT for images'")
+        raise UserError(f"{file} contains tracks of a video; export as 'CVAT for images'")
     for label in root.iterfind("meta//labels/label"):
         name, colour = label.findtext("name") or "", label.findtext("color") or ""
         if name not in export.classes:

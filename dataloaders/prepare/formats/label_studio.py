@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dataloaders.prepare import shapes
-from dataloaders.prepare.export import Export, Images, Picture, Shape, malformed, read_json
+from dataloaders.prepare.export import Export, Images, Picture, Shape, format_errors, read_json
 from utils.errors import UserError
 
 
@@ -22,10 +22,8 @@ def read(source: Path, images: Images) -> Export:
         if not isinstance(tasks, list) or not all(isinstance(task, dict) and "annotations" in task for task in tasks):
             raise UserError(f"{file}: expected a list of tasks with annotations; export as JSON, not as JSON-MIN")
         for task in tasks:
-            try:
+            with format_errors(file, "a JSON export of Label Studio"):
                 _add(export, task, images)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                raise malformed(file, "a JSON export of Label Studio", error) from None
     if not files:
         raise UserError(f"{source}: there is no JSON file")
     export.classes = sorted({shape.label for picture in export.pictures for shape in picture.shapes})

@@ -14,20 +14,14 @@ from PIL import Image
 
 from base.text import read_lines
 from dataloaders.prepare import shapes
-from dataloaders.prepare.export import Export, Images, Picture, Shape, malformed, read_json, split_of
-from utils.errors import UserError
+from dataloaders.prepare.export import Export, Images, Picture, Shape, format_errors, json_with, split_of
 
 
 def read(source: Path, images: Images) -> Export:
     """Read a JSON file, or all below a folder. Classes are in the order of ``labels.txt`` if there is one."""
-    files = [source] if source.is_file() else sorted(source.rglob("*.json"))
-    contents = [(file, read_json(file)) for file in files]
-    contents = [(file, content) for file, content in contents if isinstance(content, dict) and "shapes" in content]
-    if not contents:
-        raise UserError(f"{source}: there is no labelme file (JSON with shapes)")
     export = Export([], [])
-    for file, content in contents:
-        try:
+    for file, content in json_with(source, ("shapes",), "labelme"):
+        with format_errors(file, "a labelme file"):
             path = images.find(content["imagePath"], file.parent)
             if path is None:
                 continue
@@ -39,9 +33,7 @@ def read(source: Path, images: Images) -> Export:
                 render = _render(shape, export.left_out)
                 if render is not None:
                     picture.shapes.append(Shape(shape["label"], render))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise malformed(file, "a labelme file", error) from None
-        export.pictures.append(picture)
+            export.pictures.append(picture)
     used = sorted({shape.label for picture in export.pictures for shape in picture.shapes})
     listed = _listed(source)
     export.classes = [*listed, *(name for name in used if name not in listed)]
