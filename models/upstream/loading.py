@@ -147,7 +147,7 @@ def transfer(
         )
     state = {key: weights[names[key]] for key in taken}
     adapted, by_class = [], []
-    for key in own.keys() & names.keys() - state.keys():
+    for key in [key for key in own if key in names and key not in state]:
         new = _adapted(weights[names[key]], own[key], model.in_channels)
         if new is not None:
             state[key] = new
