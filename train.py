@@ -64,7 +64,7 @@ from utils import checkpoint, distributed, losses
 from utils import config as configs
 from utils.config import data_checks as checks
 from utils.config.schema import Config
-from utils.errors import run
+from utils.errors import UserError, run
 from utils.evaluation import fitted
 from utils.facts import Facts
 from utils.files import expand
@@ -75,6 +75,11 @@ def is_over(state: Mapping[str, Any], path: Path, config: Config) -> bool:
     """Print what has changed since a run was stopped; return whether it has nothing left to do."""
     if "processes" not in state or "scheduler" not in state:
         return False  # not a run of this framework; the trainer says so
+    if state.get("arch", config.arch.type) != config.arch.type:
+        raise UserError(
+            f"{path}: this run trains {state['arch']}, the config asks for {config.arch.type}. Start a new run: "
+            "train.py --config CONFIG (with --weights CHECKPOINT, it starts from the weights that fit)"
+        )
     done = nothing_left(state, config)
     if distributed.is_first():
         # The config may have changed by mistake, or an override may have been forgotten.

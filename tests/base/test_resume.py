@@ -107,6 +107,7 @@ def test_another_learning_rate_and_weight_decay_count(train: Train) -> None:
     ("change", "said"),
     [
         ('optimizer={"type":"AdamW","args":{"lr":0.1}}', "optimizer.type: the checkpoint has SGD, the config AdamW"),
+        ('arch={"type":"ENet"}', "this run trains UNet, the config asks for ENet. Start a new run"),
         ("optimizer.no_decay_on_norm_and_bias=true", "optimizer: the parameter groups are all ("),
         (
             "train_loader.args.in_channels=1 val_loader.args.in_channels=1",

@@ -117,13 +117,14 @@ def test_val_without_crop_size_and_arguments_of_schedules_that_had_no_effect() -
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        ({}, "flip is on, rotate is on, images are rescaled around their own size by default"),
+        ({}, "flip, rotate, scale (around each image's own size)"),
         ({"flip": True, "rotate": False, "base_size": 400}, None),
-        ({"flip": True, "rotate": True, "scale": True}, "images are rescaled around their own size by default"),
+        ({"flip": True, "rotate": True, "scale": True}, "scale (around each image's own size)"),
         ({"flip": True, "rotate": True, "scale": False}, None),
     ],
 )
 def test_augmentations_that_were_off_are_told(args: dict[str, Any], told: str | None) -> None:
     loader = {"type": "VOC", "args": {"data_dir": "data", "augment": True, "crop_size": 380, **args}}
     notes = resolve(train_loader=loader, val_loader=loader | {"args": {"data_dir": "data"}}).notes
-    assert notes == ([] if told is None else [f"train_loader: {told}, which pytorch-segmentation did not do"])
+    end = "; in pytorch-segmentation, only what the config names is on"
+    assert notes == ([] if told is None else [f"train_loader: augment turns on {told}{end}"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.config.schema import Config
+from utils.errors import listed
 from utils.registry import Registry, found
 
 # The predecessors' networks and loaders accepted every one of these, and ignored those they did not know.
@@ -62,8 +63,10 @@ def _tell_defaults(config: Config) -> None:
     args = config.train_loader.args
     if args.get("augment") is not True or args.get("val") is True:
         return
-    on = [f"{name} is on" for name in ("flip", "rotate") if name not in args]
+    on = [name for name in ("flip", "rotate") if name not in args]
     if "base_size" not in args and args.get("scale", True) is not False:
-        on.append("images are rescaled around their own size")
+        on.append("scale (around each image's own size)")
     if on:
-        config.notes.append(f"train_loader: {', '.join(on)} by default, which pytorch-segmentation did not do")
+        config.notes.append(
+            f"train_loader: augment turns on {listed(on, 3)}; in pytorch-segmentation, only what the config names is on"
+        )
