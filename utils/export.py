@@ -69,6 +69,7 @@ def main() -> int:
         raise UserError(f"--output {output}: there is no folder {output.parent}")
 
     loaded = load_model(args.model, config=args.config, trust_code=args.trust_code, overrides=args.set)
+    print(f"exporting {loaded.config.arch.type}; large networks take minutes", flush=True)
     worst = export(loaded, output, args.format, logits=args.logits)
     sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB; largest difference to PyTorch {worst:.1e} (on {sizes})")
