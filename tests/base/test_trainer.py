@@ -340,13 +340,13 @@ def test_compiled_training_gives_plain_checkpoints(tmp_path: Path, monkeypatch: 
 
 
 def test_memory_stays_flat(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, epochs=1, val=False, monitor="off", log_per_iter=50, loader=ToyLoader(2000))
+    trainer = make_trainer(tmp_path, epochs=1, val=False, monitor="off", log_per_iter=20, loader=ToyLoader(500))
     alive = {}
     after_batch = trainer._after_batch
 
     def watch() -> None:
         after_batch()
-        if trainer.iteration in (200, 1000):
+        if trainer.iteration in (40, 240):
             gc.collect()
             tensors = [o for o in gc.get_objects() if type(o) in (Tensor, nn.Parameter)]
             alive[trainer.iteration] = (len(tensors), sum(t.untyped_storage().nbytes() for t in tensors))
@@ -355,7 +355,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     trainer.train()
     # Not one tensor is kept, however small. The process's memory, which here is also that of the tests before, is
     # watched by benchmarks/memory.py.
-    assert alive[1000] == alive[200]
+    assert alive[240] == alive[40]
 
 
 def test_the_averaged_weights_are_deployed(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from dataloaders.__main__ import EXPORTS, main
 from dataloaders.plan import choices
 from dataloaders.prepare import shapes
 from dataloaders.prepare.formats import FORMATS
+from tests.running import run_here
 from utils.errors import UserError
 
 SIZE = (40, 30)  # width, height
@@ -394,9 +393,7 @@ def test_an_export_becomes_a_training_in_three_commands(
         f"trainer.save_dir={tmp_path / 'saved'}",
         "trainer.tensorboard=false",
     )
-    command = [sys.executable, "train.py", "-c", str(out), "-d", "cpu", *(w for s in small for w in ("--set", s))]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert run_here(["train.py", "-c", str(out), "-d", "cpu", *(w for s in small for w in ("--set", s))], root) == 0
     assert list((tmp_path / "saved").rglob("best_model.pth"))
 
 

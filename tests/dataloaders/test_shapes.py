@@ -14,6 +14,7 @@ from PIL import Image
 import dataloaders
 from dataloaders.shapes import scene
 from dataloaders.shapes.dataset import Shapes
+from tests.running import run_here
 
 SCENES = 250
 
@@ -153,14 +154,12 @@ def test_a_small_set_can_be_kept_in_memory() -> None:
 # ---- the command
 
 
-def command(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    run = [sys.executable, "-m", "dataloaders.shapes", *args]
-    return subprocess.run(run, cwd=root, capture_output=True, text=True, check=False)
+def command(*args: str) -> int:
+    return run_here(["-m", "dataloaders.shapes", *args], Path.cwd())
 
 
-def test_written_files_are_read_by_the_voc_loader(root: Path, tmp_path: Path) -> None:
-    done = command(root, "--out", str(tmp_path), "--n", "8", "--size", "48", "--seed", "3")
-    assert done.returncode == 0, done.stderr
+def test_written_files_are_read_by_the_voc_loader(tmp_path: Path) -> None:
+    assert command("--out", str(tmp_path), "--n", "8", "--size", "48", "--seed", "3") == 0
     for split, count in (("train", 6), ("val", 2), ("trainval", 8), ("test", 1), ("train_aug", 6), ("val_aug", 2)):
         data = dataloaders.LOADERS["VOC"](str(tmp_path), split, classes="classes.txt")
         assert len(data) == count
@@ -183,19 +182,18 @@ def test_written_files_are_read_by_the_voc_loader(root: Path, tmp_path: Path) ->
         (["--n", "4", "--seed", "-1"], "--seed must be at least 0"),
     ],
 )
-def test_mistakes_get_one_message(root: Path, tmp_path: Path, args: list[str], message: str) -> None:
-    done = command(root, "--out", str(tmp_path / "x"), *args)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_mistakes_get_one_message(tmp_path: Path, args: list[str], message: str, capsys) -> None:
+    assert command("--out", str(tmp_path / "x"), *args) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
     assert not (tmp_path / "x").exists()
 
 
-def test_a_file_in_the_way_is_told(root: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_way_is_told(tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")
-    done = command(root, "--out", str(tmp_path / "file"), "--n", "4")
-    assert done.returncode == 2
-    assert "could not be written" in done.stderr
+    assert command("--out", str(tmp_path / "file"), "--n", "4") == 2
+    assert "could not be written" in capsys.readouterr().err
 
 
 def test_help_needs_no_torch(root: Path) -> None:

@@ -28,7 +28,7 @@ from PIL import Image
 from dataloaders import LOADERS
 from models import MODELS
 from tests.docs.markdown import ROOT, Block, anchors, blocks, commands, lines_of_shell, links, ours, pages, spans
-from tests.docs.running import run_here
+from tests.running import run_here
 from utils import config as configs
 from utils import optim
 from utils.config.schema import Config

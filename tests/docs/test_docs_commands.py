@@ -22,7 +22,7 @@ import torch
 
 from tests.config.test_configs import TREES
 from tests.docs.markdown import ROOT, Command, commands, commands_of, ours, pages
-from tests.docs.running import run_here
+from tests.running import run_here
 from utils import config as configs
 
 Words = tuple[str, ...]
@@ -57,7 +57,7 @@ ELSEWHERE = {
     r"python -m utils\.predict .*--use": "tests/predict/test_saved.py::test_a_fit_is_applied_to_other_probabilities",
     r"python -m utils\.demo --model": "tests/scripts/test_demo.py::test_the_page_is_built_and_answers",
     r"torchrun --standalone --nproc_per_node 4 train\.py": (
-        "tests/scripts/test_train_script.py::test_two_processes_train_and_test"
+        "tests/scripts/test_train_script.py::test_two_processes_train"
     ),
     r"torchrun --nproc_per_node 4 test\.py": (
         "tests/scripts/test_test_script.py::test_two_processes_report_what_one_does"
@@ -72,7 +72,7 @@ ELSEWHERE = {
         "tests/models/test_external.py::test_an_exported_network_is_scored_and_used_without_its_code"
     ),
     r"make demo$": "tests/docs/test_docs_commands.py::test_what_make_demo_runs",
-    r"python -m models( PSPNet DeepLab)?$": "tests/docs/test_docs_commands.py::test_the_table_of_costs",
+    r"python -m models( PSPNet DeepLab)?$": "tests/models/test_models.py::test_the_table_is_printed",
     r"diff /tmp/before": "tests/docs/test_docs_commands.py::test_the_same_twice",
 }
 
@@ -361,9 +361,3 @@ def test_what_make_demo_runs(workspace: Workspace) -> None:
     demo = workspace.folder / "saved/demo"
     photos = {path.stem for path in (demo / "VOCdevkit/VOC2012/JPEGImages").iterdir()}
     assert {path.stem for path in (demo / "masks").glob("*.png")} == photos
-
-
-def test_the_table_of_costs(workspace: Workspace, capsys) -> None:
-    """For one small network: each has a process of its own, and all of them at full size take minutes."""
-    workspace.call("python -m models ENet --size 64 --repeats 1")
-    assert re.search(r"^\| ENet \| - \| 0\.4 M \|", capsys.readouterr().out, re.MULTILINE)

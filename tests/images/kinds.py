@@ -60,6 +60,23 @@ def tiff(array: np.ndarray, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+def rewritten(data: bytes, tag: int, value: int) -> bytes:
+    """Return a TIFF file with another value in a tag that is there."""
+    buffer = io.BytesIO(data)
+    with tifffile.TiffFile(buffer, mode="r+b") as file:
+        file.pages[0].tags[tag].overwrite(value)
+        buffer.seek(0)
+        return buffer.read()
+
+
+def packed(array: np.ndarray, bits: int, **options: Any) -> bytes:
+    """Return a grey TIFF file with other bits per pixel than 8, 16 or 32, which not every imagecodecs can write."""
+    digits = array.astype(int)[:, :, None] >> np.arange(bits)[::-1] & 1
+    rows = np.packbits(digits.reshape(len(array), -1), axis=1)
+    data = tiff(rows, photometric="minisblack", **options)
+    return rewritten(rewritten(data, 256, array.shape[1]), 258, bits)
+
+
 def npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
@@ -153,7 +170,7 @@ def _tiffs() -> Iterator[Kind]:
     yield kind("RGB, 16 bits", RGB.astype(np.uint16) * 257, share(RGB), **rgb)
     yield kind("several bands, 8 to 64 bits", MANY, share(MANY), photometric="minisblack", planarconfig="contig")
     yield kind("one plane per colour", RGB.transpose(2, 0, 1), share(RGB), **planes)
-    yield kind("2 to 15 bits", GREY >> 4, (GREY >> 4) / 15, 0.01, bitspersample=4)
+    yield Kind("TIFF", "2 to 15 bits", ".tif", packed(GREY >> 4, 4), (GREY >> 4) / 15, 0.01)
     yield kind("signed integers, 0 and above", (GREY // 2).astype(np.int8), GREY // 2 / 127)
     yield kind("32 and 64 bit integers, 64 bit floating point", GREY / 255, share(GREY))
     yield kind("0 is white, 8 bits and more", GREY, 1 - share(GREY), photometric="miniswhite")

@@ -11,6 +11,8 @@ import pytest
 import tifffile
 from PIL import Image
 
+from tests.images.kinds import packed, rewritten
+from tests.images.kinds import tiff as written
 from utils.errors import UserError
 from utils.images import read_image, read_label, tif
 from utils.images.tif import decode
@@ -30,21 +32,6 @@ def numbers(dtype: str, channels: int = 1) -> np.ndarray:
         return rng.integers(0, 2, shape).astype(bool)
     info = np.iinfo(dtype)
     return rng.integers(info.min, info.max, shape, dtype, endpoint=True)
-
-
-def written(array: np.ndarray, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, array, **{"metadata": None, **options})
-    return buffer.getvalue()
-
-
-def rewritten(data: bytes, tag: int, value: int) -> bytes:
-    """Return a file with another value in a tag that is there."""
-    buffer = io.BytesIO(data)
-    with tifffile.TiffFile(buffer, mode="r+b") as file:
-        file.pages[0].tags[tag].overwrite(value)
-        buffer.seek(0)
-        return buffer.read()
 
 
 @pytest.fixture
@@ -222,7 +209,7 @@ def test_orientations_that_do_not_exist_mean_nothing(tmp_path: Path, value: int)
 @pytest.mark.parametrize("bits", [2, 4, 9, 10, 12, 14])
 def test_bits_between_the_types_are_scaled_by_their_own_largest_value(tmp_path: Path, bits: int) -> None:
     array = np.random.default_rng(0).integers(0, 2**bits, (H, W)).astype("u1" if bits <= 8 else "u2")
-    tifffile.imwrite(tmp_path / "a.tif", array, bitspersample=bits, photometric="minisblack")
+    (tmp_path / "a.tif").write_bytes(packed(array, bits))
     image = read_image(tmp_path / "a.tif", 1)[:, :, 0]
     if bits <= 8:
         assert image.dtype == np.uint8
@@ -286,7 +273,7 @@ def test_palettes_of_other_bits(tmp_path: Path, bits: int) -> None:
     colours = np.random.default_rng(0).integers(0, 65536, (3, 2**bits)).astype(np.uint16)
     indices = np.random.default_rng(0).integers(0, 2**bits, (H, W)).astype({1: "?", 4: "u1", 16: "u2"}[bits])
     extra = [(320, "H", colours.size, colours.ravel().tolist(), True)]
-    data = written(indices, photometric="minisblack", bitspersample=bits, extratags=extra)
+    data = packed(indices, bits, extratags=extra) if bits < 8 else written(indices, extratags=extra)
     (tmp_path / "a.tif").write_bytes(rewritten(data, 262, 3))
     if bits > 8:
         with pytest.raises(UserError, match="PALETTE, 16 bits.*convert it to RGB"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 import inference
 from dataloaders.shapes.dataset import Shapes
+from tests.running import run_here
 from tests.shapes_checkpoint import loader, raw_config
 from utils import checkpoint
 from utils.batch import Normalize
@@ -30,12 +30,6 @@ pytestmark = pytest.mark.slow  # a network is trained first
 Masks = Callable[..., dict[str, np.ndarray]]
 
 
-def script(root: Path, name: str, *arguments: object) -> None:
-    command = [sys.executable, name, *map(str, arguments)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     """Return a folder with a trained network that is too sure, what ``test.py --fit`` made of it, and two images."""
@@ -45,12 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     train_loader = loader("train", 200, shuffle=True, batch_size=4)
     config = raw_config(trainer=trainer, optimizer=rate, train_loader=train_loader, val_loader=loader("val", 20))
     (folder / "config.json").write_text(json.dumps(config))
-    script(root, "train.py", "--config", folder / "config.json")
+    run_here(["train.py", "--config", str(folder / "config.json")], root)
     state = checkpoint.read(next(folder.glob("small/*/*/*/latest.pth")))
     for name in list(state["state_dict"])[-2:]:  # the last convolution
         state["state_dict"][name] *= 3
     checkpoint.save(state, folder / "best_model.pth")
-    script(root, "test.py", "-r", folder / "best_model.pth", "--fit", "-o", folder)
+    run_here(["test.py", "-r", str(folder / "best_model.pth"), "--fit", "-o", str(folder)], root)
     (folder / "photos").mkdir()
     for i, name in enumerate(("a", "b")):
         image = Shapes(split="test", length=2, size=64)[i].image
@@ -97,14 +91,12 @@ def above(probs: torch.Tensor, threshold: float) -> np.ndarray:
     return torch.where(best > threshold, labels, NO_CLASS).numpy()
 
 
-def test_t_uses_the_fitted_temperature_and_threshold(root: Path, folder: Path, masks: Masks, tmp_path: Path) -> None:
+def test_t_uses_the_fitted_temperature_and_threshold(folder: Path, masks: Masks) -> None:
     found = fitted(folder)
     temperature, threshold = found.temperature, found.threshold
     assert temperature > 1.5
     assert abs(threshold - 0.5) > 0.05
-    script(root, "inference.py", *command(folder, CALIBRATED, "T", tmp_path / "masks"))
-    tuned = {name: np.asarray(Image.open(tmp_path / f"masks/{name}.png")) for name in ("a", "b")}
-    plain = masks(ORIGINAL, "T")
+    tuned, plain = masks(CALIBRATED, "T"), masks(ORIGINAL, "T")
     for name in ("a", "b"):
         np.testing.assert_array_equal(plain[name], above(probabilities(folder, name, Predict()), 0.5))
         np.testing.assert_array_equal(tuned[name], above(probabilities(folder, name, found), threshold))

@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs: ``distributed_worker.py MODE FOLDER [BATCH ACCUMULATE]``."""
+"""What each process of test_distributed.py runs: ``distributed_worker.py compare FOLDER``, or ``die FOLDER``."""
 
 from __future__ import annotations
 
@@ -53,64 +53,62 @@ def frozen_net() -> ToyNet:
 
 def train(folder: Path, batch_size: int, accumulate: int) -> None:
     config = make_config(folder, epochs=STEPS, accumulate=accumulate, val=False, monitor="off", save_period=100)
-    device = distributed.choose_device(0)
-    with distributed.process_group(device):
-        seed_everything(0, True)
-        torch.manual_seed(0)
-        net = frozen_net()
-        # Four images per epoch: one optimizer step, whatever the batches are.
-        data = Data(ShardedLoader(4, batch_size, False), None, FACTS)
-        trainer = Trainer(config, net, losses.build("CrossEntropyLoss2d", 255), data, device, folder / "run")
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            scores = trainer.train()
-        outcome = evaluate(trainer.evaluator(), ShardedLoader(7, 3, False), {"max": Decision("max")})
-        banners = sum(distributed.gather(int("schedule" in printed.getvalue())))
-        if distributed.is_main():
-            evaluated = {k: v for k, v in outcome.metrics["max"].compute().items() if k != "Multiclass_Accuracy"}
-            result = {
-                "weights": trainer.model.state_dict(),
-                "train_scores": scores,
-                "evaluated": evaluated | {"loss": round(outcome.loss, 6)},
-                "images": outcome.images,
-                "banners": banners,
-                "log_lines": len((folder / "run/log.csv").read_text().splitlines()),
-            }
-            torch.save(result, folder / "result.pth")
+    seed_everything(0, True)
+    net = frozen_net()
+    # Four images per epoch: one optimizer step, whatever the batches are.
+    data = Data(ShardedLoader(4, batch_size, False), None, FACTS)
+    loss = losses.build("CrossEntropyLoss2d", 255)
+    trainer = Trainer(config, net, loss, data, distributed.choose_device(0), folder / "run")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        scores = trainer.train()
+    outcome = evaluate(trainer.evaluator(), ShardedLoader(7, 3, False), {"max": Decision("max")})
+    banners = sum(distributed.gather(int("schedule" in printed.getvalue())))
+    if distributed.is_main():
+        evaluated = {k: v for k, v in outcome.metrics["max"].compute().items() if k != "Multiclass_Accuracy"}
+        result = {
+            "weights": trainer.model.state_dict(),
+            "train_scores": scores,
+            "evaluated": evaluated | {"loss": round(outcome.loss, 6)},
+            "images": outcome.images,
+            "banners": banners,
+            "log_lines": len((folder / "run/log.csv").read_text().splitlines()),
+        }
+        torch.save(result, folder / "result.pth")
 
 
 def validate(folder: Path) -> None:
     """Train with batch norm and an auxiliary head whose loss has no weight; validate, and score what was saved."""
     config = make_config(folder, epochs=3, save_period=100, ema=0.5).model_copy(update={"aux_weight": 0.0})
-    device = distributed.choose_device(0)
-    with distributed.process_group(device):
-        seed_everything(0, True)
-        loader = ShardedLoader(8, 2, True)
-        loader.images[1::2] //= 8  # the images of the other process are dark
-        loss = losses.build("CrossEntropyLoss2d", 255)
-        data = Data(loader, ShardedLoader(7, 3, False), FACTS)
-        trainer = Trainer(config, ToyNet(aux=True), loss, data, device, folder / "run")
-        scores = trainer.train()
-        distributed.gather(None)  # until the main process has written it
-        saved = checkpoint.read(folder / "run/latest.pth")["ema"]
-        trainer.ema.module.load_state_dict(saved)
-        again = evaluate(trainer.evaluator(), ShardedLoader(7, 3, False), {"max": Decision("max")})
-        if distributed.is_main():
-            torch.save({"val_loss": scores["val_loss"], "again": again.loss}, folder / "result.pth")
+    seed_everything(0, True)
+    loader = ShardedLoader(8, 2, True)
+    loader.images[1::2] //= 8  # the images of the other process are dark
+    loss = losses.build("CrossEntropyLoss2d", 255)
+    data = Data(loader, ShardedLoader(7, 3, False), FACTS)
+    trainer = Trainer(config, ToyNet(aux=True), loss, data, distributed.choose_device(0), folder / "run")
+    scores = trainer.train()
+    distributed.gather(None)  # until the main process has written it
+    saved = checkpoint.read(folder / "run/latest.pth")["ema"]
+    trainer.ema.module.load_state_dict(saved)
+    again = evaluate(trainer.evaluator(), ShardedLoader(7, 3, False), {"max": Decision("max")})
+    if distributed.is_main():
+        torch.save({"val_loss": scores["val_loss"], "again": again.loss}, folder / "result.pth")
 
 
-def die(folder: Path) -> None:
-    device = distributed.choose_device(0)
-    with distributed.process_group(device):
-        if distributed.rank() == 1:
-            raise RuntimeError("the cause of it all")
-        distributed.gather("never answered")
+def die() -> None:
+    if distributed.rank() == 1:
+        raise RuntimeError("the cause of it all")
+    distributed.gather("never answered")
+
+
+def main(mode: str, folder: Path) -> None:
+    with distributed.process_group(distributed.choose_device(0)):
+        if mode == "die":
+            die()
+        else:
+            train(folder / "trained", 2, 1)
+            validate(folder / "validated")
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "train":
-        train(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
-    elif sys.argv[1] == "validate":
-        validate(Path(sys.argv[2]))
-    else:
-        die(Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -11,37 +11,46 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.scripts.distributed_worker import train
+
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-def torchrun(processes: int, *arguments: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
-    """Run the worker in several processes (one without a launcher), each on one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    launcher = (
-        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the worker in two processes, each on one thread."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.run(
         [sys.executable, *launcher, str(WORKER), *arguments],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=120,
         check=False,
     )
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """Return what the same ten steps left behind: in one process, in two, and accumulated."""
-    results = {}
-    for name, processes, batch, accumulate in (("one", 1, 4, 1), ("two", 2, 2, 1), ("accumulated", 1, 2, 2)):
-        folder = tmp_path_factory.mktemp(name)
-        done = torchrun(processes, "train", str(folder), str(batch), str(accumulate))
-        assert done.returncode == 0, done.stderr[-3000:]
-        results[name] = torch.load(folder / "result.pth", weights_only=True)
-    return results
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of what two processes have trained and validated."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("trained", "validated"):
+        (folder / name).mkdir()
+    done = torchrun("compare", str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(two: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """Return what the same ten steps left behind: in one process (this), in two, and accumulated."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "accumulated")}
+    train(folders["one"], 4, 1)
+    train(folders["accumulated"], 2, 2)
+    torch.use_deterministic_algorithms(False)
+    folders["two"] = two / "trained"
+    return {name: torch.load(folder / "result.pth", weights_only=True) for name, folder in folders.items()}
 
 
 @pytest.mark.parametrize("other", ["two", "accumulated"])
@@ -70,15 +79,13 @@ def test_only_the_main_process_writes(trained: dict[str, dict]) -> None:
     assert trained["two"]["log_lines"] == trained["one"]["log_lines"]
 
 
-def test_what_is_validated_is_what_is_saved(tmp_path: Path) -> None:
+def test_what_is_validated_is_what_is_saved(two: Path) -> None:
     """Each process has moved batch norm's statistics by its own batches, and one of them is saved."""
-    done = torchrun(2, "validate", str(tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(tmp_path / "result.pth", weights_only=True)
+    found = torch.load(two / "validated/result.pth", weights_only=True)
     assert found["val_loss"] == pytest.approx(found["again"], rel=1e-9)
 
 
 def test_a_process_that_dies_ends_the_run_with_the_cause(tmp_path: Path) -> None:
-    done = torchrun(2, "die", str(tmp_path), timeout=100)
+    done = torchrun("die", str(tmp_path))
     assert done.returncode != 0
     assert re.search("the cause of it all", done.stderr)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import torch
 import train
 from utils import checkpoint
 from utils.evaluation import fitted
+
+Call = Callable[..., None]
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -89,6 +92,18 @@ def run(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProce
     return done
 
 
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
+    """Return a function that runs train.py in this process, which has imported torch already."""
+
+    def call(*arguments: str | Path) -> None:
+        monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
+        assert train.main() == 0
+
+    yield call
+    torch.use_deterministic_algorithms(False)
+
+
 def run_folder(config: Path) -> Path:
     (folder,) = (config.parent / "saved/tiny/CrossEntropyLoss2d/rankdice").iterdir()
     return folder
@@ -118,22 +133,18 @@ def stopped(config: Path, request: pytest.FixtureRequest) -> Path:
     return config
 
 
-def test_a_signal_saves_and_the_run_can_go_on(stopped: Path) -> None:
+def test_a_signal_saves_and_the_run_can_go_on(stopped: Path, call: Call) -> None:
     folder = run_folder(stopped)
     state = torch.load(folder / "latest.pth", weights_only=True)
     epochs = state["epoch"] + 1
     assert state["iteration"] >= 6
-    run("train.py", "-r", "auto", "-c", stopped, "--set", f"trainer.epochs={epochs}")
+    call("-r", "auto", "-c", stopped, "--set", f"trainer.epochs={epochs}")
     after = torch.load(folder / "latest.pth", weights_only=True)
     assert after["epoch"] == epochs
     assert after["iteration"] == 6 * epochs
 
 
-def test_a_run_that_was_stopped_in_its_fit_is_fitted_when_it_is_resumed(config: Path, monkeypatch) -> None:
-    def call(*arguments: str | Path) -> None:
-        monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
-        assert train.main() == 0
-
+def test_a_run_that_was_stopped_in_its_fit_is_fitted_when_it_is_resumed(config: Path, call: Call) -> None:
     call("-c", config, "--set", "trainer.epochs=1")
     folder = run_folder(config)
     best = folder / "best_model.pth"
@@ -145,16 +156,10 @@ def test_a_run_that_was_stopped_in_its_fit_is_fitted_when_it_is_resumed(config: 
     assert (folder / "latest.pth").read_bytes() == before
 
 
-def test_two_processes_train_and_test(config: Path) -> None:
+def test_two_processes_train(config: Path) -> None:
     done = run("train.py", "-c", config, "--set", "trainer.epochs=1", processes=2)
     assert done.stdout.count("2 processes") == 1
-    best = run_folder(config) / "best_model.pth"
-    scores = []
-    for processes in (1, 2):
-        output = config.parent / f"results{processes}"
-        run("test.py", "-r", best, "-p", "max", "-o", output, processes=processes)
-        scores.append((output / "per_image.csv").read_text())
-    assert scores[0] == scores[1]
+    assert "calibration" in checkpoint.read(run_folder(config) / "best_model.pth")
 
 
 @pytest.mark.parametrize("kind", ["a process is killed", "the launcher is stopped"])
@@ -205,7 +210,7 @@ def test_the_launcher_passes_a_failure_on(tmp_path: Path) -> None:
     assert "error: the cause" in done.stderr
 
 
-def test_a_profile_can_be_opened(config: Path) -> None:
-    run("train.py", "-c", config, "--set", "trainer.profile=true", "--set", "trainer.epochs=2")
+def test_a_profile_can_be_opened(config: Path, call: Call) -> None:
+    call("-c", config, "--set", "trainer.profile=true", "--set", "trainer.epochs=2")
     (trace,) = (config.parent / "saved/runs/tiny").glob("*/*.pt.trace.json")
     assert '"traceEvents"' in trace.read_text()

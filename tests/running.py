@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.docs.markdown import ROOT
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_here(words: Sequence[str], folder: Path) -> Any:
