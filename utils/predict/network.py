@@ -123,16 +123,24 @@ class Network:
 class Ensemble:
     """Several networks for the same classes; the probabilities are the mean of theirs.
 
-    Has the interface of :class:`Network`. Each member keeps its own normalisation, temperature and precision.
+    Has the interface of :class:`Network`, with facts, link function and device of the first. Each member keeps its own
+    normalisation, temperature and precision.
 
     Raises:
         UserError: the members differ in their classes, channels or link function.
     """
 
     members: tuple[Network, ...]
+    facts: Facts = field(init=False, repr=False)
+    activation: Activation = field(init=False)
+    device: torch.device = field(init=False)
+
+    temperature = 1.0  # the members have applied their own
 
     def __post_init__(self) -> None:
         first, *others = self.members
+        for name in ("facts", "activation", "device"):
+            object.__setattr__(self, name, getattr(first, name))
         for other in others:
             for name in ("num_classes", "class_names", "in_channels", "ignore_index"):
                 expected, found = getattr(first.facts, name), getattr(other.facts, name)
@@ -140,26 +148,6 @@ class Ensemble:
                     raise UserError(
                         f"the models of an ensemble must agree in {name}: the first has {expected}, another {found}"
                     )
-
-    @property
-    def facts(self) -> Facts:
-        """The facts of the first member."""
-        return self.members[0].facts
-
-    @property
-    def activation(self) -> Activation:
-        """The link function of the first member, which logits are computed with."""
-        return self.members[0].activation
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first member."""
-        return self.members[0].device
-
-    @property
-    def temperature(self) -> float:
-        """1: the members have applied their own temperatures."""
-        return 1.0
 
     @property
     def averages(self) -> bool:
