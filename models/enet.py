@@ -168,7 +168,7 @@ BLOCKS: dict[int | str, type[Bottleneck]] = {"down": DownBottleneck, "up": UpBot
 class ENet(BaseModel):
     """ENet; output stride 8 (encoder); any input size; logits (B, num_classes, H, W).
 
-    Every halving rounds up, every doubling goes back to the recorded size, so that any size is taken; for
+    Every halving rounds up, and every doubling restores the recorded size, so images may have any size; for
     multiples of 8 this is the paper's network. In training a batch of one needs more than 8 x 8 pixels.
 
     Args:

@@ -43,7 +43,7 @@ class SegNet(BaseModel):
                           |  indices              |
     logits <- classifier <- mirror 1 <- unpool <- ... <- mirror 5 <- unpool
 
-    Takes images of any size: pooling rounds up, unpooling goes back to the recorded size. In training a batch
+    Takes images of any size: pooling rounds up, unpooling restores the recorded size. In training a batch
     of one needs more than 16 x 16 pixels. In the published form pooling rounds down and takes at least 32 x 32.
 
     Args:

@@ -34,7 +34,7 @@ class RunLog:
         tensorboard_dir: for TensorBoard; None: none.
         active: whether this process writes.
         epoch, iteration: where the run continues; later records are dropped.
-        batch: batches done in the epoch that goes on; 0: it has not begun.
+        batch: batches done in the current epoch; 0: it has not begun.
     """
 
     def __init__(

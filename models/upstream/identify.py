@@ -107,7 +107,7 @@ def infer(
     if classes is None or (other is not None and other != kind):
         found = f"they look like a published {other}" if other else f"they begin with {listed(weights, 3)}"
         raise UserError(f"the weights are not those of {kind} (arch.type): {found}")
-    told: dict[str, Any] = {
+    in_weights: dict[str, Any] = {
         "backbone": backbone_of(weights),
         "in_channels": image_channels(weights),
         "published": has_published_names(weights, rules) or MODELS[kind].published_entry in weights or None,
@@ -115,5 +115,5 @@ def infer(
         "use_deconv": "decon1.weight" in weights or None,
         "stem": "unpadded" if "block0.3.weight" in weights else None,
     }
-    told = {key: value for key, value in told.items() if value is not None}
-    return kind, known_args(kind, dict(args or {}) | told), classes
+    in_weights = {key: value for key, value in in_weights.items() if value is not None}
+    return kind, known_args(kind, dict(args or {}) | in_weights), classes

@@ -86,8 +86,8 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         raw = json5.loads(text, allow_duplicate_keys=False)
     except ValueError as error:
-        told = re.fullmatch(r"<string>:(\d+) (.*) at column (\d+)", str(error), re.DOTALL)
-        where, reason = (f", line {told[1]}, column {told[3]}", told[2]) if told else ("", str(error))
+        match = re.fullmatch(r"<string>:(\d+) (.*) at column (\d+)", str(error), re.DOTALL)
+        where, reason = (f", line {match[1]}, column {match[3]}", match[2]) if match else ("", str(error))
         message = f"{path}{where}: not valid JSON (comments and trailing commas are fine): {reason}"
         raise UserError(message) from None
     except RecursionError:

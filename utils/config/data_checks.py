@@ -68,8 +68,8 @@ def loader_errors(field: str) -> Iterator[None]:
     except DataFolderError as error:
         raise UserError(f"{field}.args.data_dir: {error}") from None
     except UserError as error:
-        said = str(error)
-        raise UserError(said if said.startswith(field) else f"{field}: {said}") from None
+        text = str(error)
+        raise UserError(text if text.startswith(field) else f"{field}: {text}") from None
 
 
 def loss_arguments(config: Config, dataset: Any) -> dict[str, Any]:

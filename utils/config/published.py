@@ -55,10 +55,10 @@ def adapt(config: Config, models: Registry | None, stages: Sequence[str]) -> Non
     if ignored:
         config.notes.append(f"ignored, because they have no effect: {', '.join(ignored)}")
     if "train" in stages:
-        _tell_defaults(config)
+        _note_defaults(config)
 
 
-def _tell_defaults(config: Config) -> None:
+def _note_defaults(config: Config) -> None:
     """Note which augmentations are on although the config does not name them: the predecessors had them off."""
     args = config.train_loader.args
     if args.get("augment") is not True or args.get("val") is True:

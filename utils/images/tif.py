@@ -17,7 +17,7 @@ from utils.images.raster import DAMAGED, ORIENTATION, Raster, from_pillow, named
 try:
     import tifffile
 except ImportError:
-    tifffile = None  # type: ignore[assignment]  # how a module is said to be absent
+    tifffile = None  # type: ignore[assignment]  # the package is not installed
 else:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it warns about unusual metadata in every file
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # the same, about unknown layouts

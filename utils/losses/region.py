@@ -88,9 +88,9 @@ class TverskyLoss(RegionLoss):
         channels = logits.shape[1]
         p = self.probabilities(logits) * valid.unsqueeze(1)
         t = one_hot(logits, target, valid)
-        hit, said, true = (self._sum(x) for x in ((p * t).sum(2), p.sum(2), t.sum(2)))  # (R, K) each
+        hit, predicted, true = (self._sum(x) for x in ((p * t).sum(2), p.sum(2), t.sum(2)))  # (R, K) each
         # TP + alpha FP + beta FN
-        below = (1 - self.alpha - self.beta) * hit + self.alpha * said + self.beta * true + self.smooth
+        below = (1 - self.alpha - self.beta) * hit + self.alpha * predicted + self.beta * true + self.smooth
         index = torch.where(below > 0, (hit + self.smooth) / below.clamp_min(1e-12), 1.0)
         counted = valid.any(1, keepdim=True) if self.per_image else valid.any().view(1, 1)
         return self.mean_of_regions(1 - index, true > 0, counted, channels if self.per_class else 1)

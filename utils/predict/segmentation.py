@@ -1,4 +1,4 @@
-"""From probabilities to everything that is said about an image: one decision for images of any size.
+"""From probabilities to labels, masks and scores: one decision for images of any size.
 
 :class:`Decider` turns the probabilities of a batch, or the stream of blocks of an image that is too large for the
 memory, into a :class:`Segmentation` each. Predictor, ``inference.py``, the demo page and ``python -m utils.predict``

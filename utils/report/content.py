@@ -90,9 +90,9 @@ def results(
     if matrices:
         content["confusion"] = {name: worst(matrix, loaded.facts.label_names) for name, matrix in matrices.items()}
     if fitted is not None or config.predict.temperature == 1:
-        said = advice(procedures.get("rankdice", {}), outcome.images, fitted is not None)
-        if said:
-            content["advice"] = said
+        what = advice(procedures.get("rankdice", {}), outcome.images, fitted is not None)
+        if what:
+            content["advice"] = what
     return _plain(content)
 
 
