@@ -174,7 +174,7 @@ def main() -> int:
     with distributed.process_group(device):
         seed_everything(config.seed, config.deterministic)
         model, loss, data = build(config, args.weights, state)
-        with runs.resumed(resume) if resume else runs.new(config) as folder:
+        with runs.locked(resume.parent) if resume else runs.new(config) as folder:
             trainer = Trainer(config, model, loss, data, device, folder)
             if state is not None:
                 trainer.restore(state)

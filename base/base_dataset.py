@@ -203,11 +203,6 @@ class BaseDataSet(Statistics, Dataset[Any]):
         """The facts of this instance, as plain Python values."""
         return Facts.of(self)
 
-    @property
-    def label_count(self) -> int:
-        """Number of class ids in the labels: num_classes, or 2 for one class and its background."""
-        return max(2, self.num_classes)
-
     # ---- listing
 
     @property

@@ -110,25 +110,18 @@ def _remove(made: list[Path], own: Any) -> None:
 
 
 @contextmanager
-def resumed(path: Path) -> Iterator[Path]:
-    """Lock and return the folder of a checkpoint's run."""
-    with locked(path.parent):
-        yield path.parent
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Path]:
     """Stop other processes from resuming a run while this one trains it; the lock of a killed process is released.
 
     Raises:
         UserError: another process trains the run.
     """
     if fcntl is None or not distributed.is_main():
-        yield
+        yield folder
         return
     with _lock_file(folder / LOCK) as file:
         try:
-            yield
+            yield folder
         finally:
             with suppress(OSError):
                 if file is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from base.entries import in_threads, spread
+from base.entries import Entry, in_threads, spread
 from utils.errors import UserError
 from utils.images.values import Pixels
 
@@ -117,30 +117,24 @@ def per_channel(
 class Statistics:
     """The methods of a data set that count its labels and measure its images."""
 
+    # What the data set provides.
     split: str
     on_error: str
+    num_classes: int
     ignore_index: int
     endless: bool
-
-    def __len__(self) -> int:
-        raise NotImplementedError
+    entries: Sequence[Entry]
+    label_at: Callable[[int], np.ndarray]
+    image_at: Callable[[int], Pixels]
 
     @property
     def label_count(self) -> int:
-        """How many class ids labels may have."""
-        raise NotImplementedError
-
-    def label_at(self, index: int) -> np.ndarray:
-        """Return the label map of a sample."""
-        raise NotImplementedError
-
-    def image_at(self, index: int) -> Pixels:
-        """Return the image of a sample."""
-        raise NotImplementedError
+        """Number of class ids in the labels: num_classes, or 2 for one class and its background."""
+        return max(2, self.num_classes)
 
     def measure(self, limit: int = MEASURED_IMAGES) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation per channel of at most ``limit`` images, evenly spread."""
-        found = [m for m in in_threads(self._moments, spread(len(self), limit)) if m is not None]
+        found = [m for m in in_threads(self._moments, spread(len(self.entries), limit)) if m is not None]
         if not found:
             raise UserError(f'"mean": "auto": no image of split {self.split!r} can be read')
         mean, std = mean_and_std(found)
@@ -167,7 +161,7 @@ class Statistics:
         Returns:
             int64 ``(samples, label_count)``; ignored pixels are in no column.
         """
-        chosen = spread(len(self), limit)
+        chosen = spread(len(self.entries), limit)
         result = np.zeros((len(chosen), self.label_count), np.int64)
         for row, counts in enumerate(in_threads(self._count, chosen)):
             result[row] = counts

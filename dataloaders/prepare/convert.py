@@ -1,4 +1,4 @@
-"""Exports of labelling tools to images, masks and ``classes.txt`` for the Folder loader."""
+"""Convert exports of labelling tools to images, masks and ``classes.txt`` for the Folder loader."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about a conversion; see ``python -m dataloaders prepare --help``."""
+    """Options of a conversion; see ``python -m dataloaders prepare --help``."""
 
     images: Path | None = None
     void: tuple[str, ...] = VOID_NAMES
@@ -40,14 +40,14 @@ class Options:
 
 @dataclass
 class Tally:
-    """What happened to the shapes.
+    """Counts for the summary of a conversion.
 
     Attributes:
-        over: (upper class, lower class) -> pixels that the upper one took.
-        over_images: the same, in images.
-        pixels: class id (or 255) -> pixels.
-        empty: images without any annotation.
-        vanished: shapes that cover no pixel.
+        over: (upper class, lower class) -> number of pixels where the upper one covers the lower one.
+        over_images: (upper class, lower class) -> number of images.
+        pixels: class id (or 255) -> number of pixels.
+        empty: number of images without any annotation.
+        vanished: number of shapes that cover no pixel.
     """
 
     over: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -66,13 +66,13 @@ def run(kind: str, source: Path, out: Path, options: Options) -> None:
         out: the folder to write to; it must not hold images or masks yet.
 
     Raises:
-        UserError: the export cannot be read, its images are missing, or there is something at ``out`` already.
+        UserError: the export cannot be read, its images are missing, or ``out`` already contains images or masks.
     """
     if not source.exists():
         raise UserError(f"--from: there is no file or folder {source}")
     for name in ("images", "masks"):
         if (out / name).exists() and any((out / name).iterdir()):
-            raise UserError(f"--dir: {out / name} holds files already; give an empty folder")
+            raise UserError(f"--dir: {out / name} already contains files; give an empty folder")
     images = Images(options.images or (source if source.is_dir() else source.parent))
     export = FORMATS[kind](source, images)
     if not export.pictures:
@@ -86,7 +86,7 @@ def run(kind: str, source: Path, out: Path, options: Options) -> None:
 
 
 def class_ids(export: Export, options: Options) -> dict[str, int]:
-    """Return label -> id: void labels are 255, the background (if there is one) is 0, the others follow in order."""
+    """Return label -> id: void labels get 255, the background (if there is one) 0, the others follow in order."""
     void = {_plain(name) for name in options.void}
     ids = {name: VOID for name in export.classes if _plain(name) in void}
     kept = [name for name in export.classes if name not in ids]
@@ -126,7 +126,7 @@ def write(export: Export, classes: dict[str, int], out: Path, options: Options) 
 
 
 def _targets(export: Export) -> list[Path]:
-    """Return the path of each image below ``images``: its split and its name; equal names get their folder's."""
+    """Return the path of each image below ``images``: split and name; equal names also get the name of the folder."""
     is_split = any(picture.split for picture in export.pictures)
     stems = Counter((picture.split, picture.image.stem) for picture in export.pictures)
     targets = []
@@ -198,13 +198,13 @@ def _drawn(
 
 
 def _size(path: Path) -> tuple[int, int, int]:
-    """Return width and height of an image as it is seen, and its EXIF orientation."""
+    """Return width and height of an image after EXIF rotation, and the EXIF orientation."""
     try:
         with Image.open(path) as image:
             orientation = image.getexif().get(ORIENTATION, 1)
             width, height = image.size
             return (height, width, orientation) if orientation >= 5 else (width, height, orientation)
-    except Exception:  # Pillow's plugins raise whatever they meet; other formats are decoded
+    except Exception:  # Pillow's plugins raise many kinds of errors; decode() reads other formats
         array = decode(read_bytes(path), path).array
         return array.shape[1], array.shape[0], 1
 
@@ -218,7 +218,7 @@ def _copy(source: Path, target: Path, link: bool) -> None:
 
 
 def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list[str], out: Path, rest: str) -> str:
-    """Return what was written, what was drawn over what, what was left out, and what to do next."""
+    """Return a text about the files written, overlapping classes, what was left out, and what to do next."""
     splits = Counter(picture.split for picture in export.pictures)
     parts = ", ".join(f"{n} {split}" for split, n in splits.items() if split)
     lines = [f"{plural(len(export.pictures), 'image')} written to {out}" + (f" ({parts})" if parts else "")]
@@ -239,7 +239,7 @@ def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list
     if tally.empty:
         lines.append(f"{plural(tally.empty, 'image')} without any annotation: all their pixels are {rest}")
     if tally.vanished:
-        lines.append(f"{plural(tally.vanished, 'shape')} too small to cover the centre of a pixel")
+        lines.append(f"{plural(tally.vanished, 'shape')} too small to contain the centre of a pixel")
     lines += [f"left out: {count} {what}" for what, count in export.left_out.items()]
     if missing:
         left_out = plural(len(missing), "annotated image")

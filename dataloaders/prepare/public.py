@@ -1,4 +1,4 @@
-"""Fetch public data sets and lay them out as their loaders read them."""
+"""Download public data sets and unpack them into the layout that their loaders read."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ VOC_ROOT = Path("VOCdevkit/VOC2012")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a data set is fetched.
+    """How a data set is downloaded.
 
     Args:
         archives: what to download and where to unpack it.
-        config: the config in ``configs/`` to go on with.
-        page: the publisher's page: terms of use, and the files by hand.
-        note: what the user should know before (licence, size).
-        finish: called with the data set's folder after unpacking.
+        config: a config in ``configs/`` for the data set.
+        page: the page of the publisher, with the terms of use and the files.
+        note: printed first (size, license).
+        finish: called with the folder of the data set after unpacking.
     """
 
     archives: tuple[Archive, ...]
@@ -41,7 +41,7 @@ class Recipe:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Fetch the data set that the command line names."""
+    """Download the data set that the command line names."""
     recipe = RECIPES[recipe_name(args.name, args.aug, args.partition)]
     print(recipe.note)
     prepare(recipe, expand(args.dir), args.mirror, not args.no_verify, args.delete_archives)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def recipe_name(name: str, aug: bool = False, partition: str = "CocoStuff164k") -> str:
-    """Return the key of :data:`RECIPES` for the command line's words."""
+    """Return the key in :data:`RECIPES` for the arguments of the command line."""
     if aug and name != "voc":
         raise UserError(f"--aug: only voc has augmented lists, not {name}")
     if name == "coco_stuff":
@@ -67,13 +67,12 @@ def prepare(
     check: bool = True,
     delete_archives: bool = False,
 ) -> None:
-    """Download what is missing, verify and unpack it into ``folder``, then run the recipe's last step.
+    """Download missing archives, verify and unpack them into ``folder``, then call ``finish`` of the recipe.
 
-    Archives live in ``folder/downloads``; those that are there already (put there by hand, or by an earlier
-    run) are used. Running again does only what is not done yet.
+    Archives that are already in ``folder/downloads`` are used. A second call does only what is still missing.
 
     Args:
-        mirror: a URL below which the archives lie under their own names, instead of the publisher's.
+        mirror: a base URL to download the archives from, instead of the publisher's.
         check: compare checksums.
         delete_archives: remove each archive after unpacking.
     """
@@ -110,7 +109,7 @@ def _get(recipe: Recipe, archive: Archive, file: Path, mirror: str | None, check
 
 
 def by_hand(recipe: Recipe, downloads: Path) -> str:
-    """Return what to do without a connection: which files to get where, and where to put them."""
+    """Return instructions for users without a connection: which files to get, and where to put them."""
     lines = [f"By hand: get these files (terms and addresses: {recipe.page})"]
     for archive in recipe.archives:
         state = "there" if (downloads / archive.filename).exists() else "missing"
@@ -127,8 +126,8 @@ def by_hand(recipe: Recipe, downloads: Path) -> str:
 def augment_voc(folder: Path) -> None:
     """Write ``SegmentationClassAug`` and the ``*_aug`` lists from SBD's .mat files.
 
-    As published: VOC's own masks where there are any, SBD's for the other images; train_aug is everything
-    with a mask but VOC's val images (10582 of them in the full data), val_aug is VOC's val.
+    As published: images with a mask of VOC keep it, the others get SBD's. train_aug has all images with a mask except
+    VOC's val images (10582 in the full data), and val_aug is VOC's val.
     """
     voc = folder / VOC_ROOT
     contours = folder / "benchmark_RELEASE" / "dataset"

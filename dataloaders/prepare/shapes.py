@@ -1,4 +1,4 @@
-"""Areas of annotations as pixels: polygons, boxes, ellipses, and the run-length codes of COCO, CVAT, Label Studio.
+"""Render annotated areas: polygons, boxes, ellipses, and the run-length codes of COCO, CVAT and Label Studio.
 
 A pixel belongs to an area if its centre lies inside. Coordinates count from the image's upper left corner.
 """
@@ -15,7 +15,7 @@ _ELLIPSE_POINTS = 64
 
 
 def polygons(rings: Sequence[np.ndarray]) -> Render:
-    """Return what renders the union of polygons, each ``(N, 2)`` of x, y."""
+    """Return a function that renders the union of polygons, each ``(N, 2)`` of x, y."""
 
     def render(height: int, width: int) -> np.ndarray:
         area = np.zeros((height, width), bool)
@@ -27,7 +27,7 @@ def polygons(rings: Sequence[np.ndarray]) -> Render:
 
 
 def _fill(area: np.ndarray, ring: np.ndarray) -> None:
-    """Set the pixels whose centres lie inside of a polygon, by the even-odd rule."""
+    """Set the pixels whose centres lie inside a polygon, by the even-odd rule."""
     height, width = area.shape
     if len(ring) < 3:
         return
@@ -45,14 +45,14 @@ def _fill(area: np.ndarray, ring: np.ndarray) -> None:
 
 
 def box(x: float, y: float, width: float, height: float, degrees: float = 0, centred: bool = False) -> Render:
-    """Return what renders a box, turned clockwise about its upper left corner, or about its centre if ``centred``."""
+    """Return a function that renders a box, rotated clockwise about its upper left corner (``centred``: its centre)."""
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], np.float64)
     pivot = np.array((width / 2, height / 2)) if centred else np.zeros(2)
     return polygons([_turned(corners - pivot, degrees) + pivot + (x, y)])
 
 
 def ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0) -> Render:
-    """Return what renders an ellipse about (x, y), turned clockwise."""
+    """Return a function that renders an ellipse with centre (x, y), rotated clockwise."""
     angles = np.linspace(0, 2 * np.pi, _ELLIPSE_POINTS, endpoint=False)
     outline = np.stack([radius_x * np.cos(angles), radius_y * np.sin(angles)], axis=1)
     return polygons([_turned(outline, degrees) + (x, y)])
@@ -64,7 +64,7 @@ def _turned(points: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def window(mask: np.ndarray, left: int, top: int) -> Render:
-    """Return what renders a mask that lies at (left, top) of the image."""
+    """Return a function that renders a mask whose upper left corner is at (left, top) of the image."""
 
     def render(height: int, width: int) -> np.ndarray:
         area = np.zeros((height, width), bool)
@@ -78,7 +78,7 @@ def window(mask: np.ndarray, left: int, top: int) -> Render:
 
 
 def runs(counts: Sequence[int], height: int, width: int, order: str = "C") -> np.ndarray:
-    """Return the mask of alternating runs of 0 and 1, which begin with 0: bool ``(height, width)``.
+    """Return the mask of alternating runs of 0 and 1, starting with 0: bool ``(height, width)``.
 
     Args:
         counts: the lengths of the runs.
@@ -89,16 +89,17 @@ def runs(counts: Sequence[int], height: int, width: int, order: str = "C") -> np
         ValueError: the runs do not fill the mask.
     """
     if any(count < 0 for count in counts) or sum(counts) != height * width:
-        raise ValueError(f"the runs hold {sum(counts)} pixels, expected {width} x {height}")
+        raise ValueError(f"the runs have {sum(counts)} pixels, expected {width} x {height}")
     flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
     return flat.reshape((height, width), order=order)  # type: ignore[call-overload]
 
 
 def coco_counts(text: str | bytes) -> list[int]:
-    """Return the runs that COCO's compressed code holds.
+    """Return the runs in COCO's compressed code.
 
-    Each number is written in groups of 5 bits, lowest first, as characters from 48 on; bit 5 says that more follow,
-    the last group's bit 4 is the sign. From the fourth number on, differences to the last but one are stored.
+    Each number is stored in groups of 5 bits, lowest first, as characters from 48 on. Bit 5 is set if more groups
+    follow; bit 4 of the last group is the sign. From the fourth number on, the difference to the number two places
+    before is stored.
     """
     counts: list[int] = []
     value = shift = 0
@@ -116,12 +117,12 @@ def coco_counts(text: str | bytes) -> list[int]:
 
 
 def label_studio_mask(code: Sequence[int], height: int, width: int) -> np.ndarray:
-    """Return the area that Label Studio's brush drew, bool ``(height, width)``.
+    """Return the area drawn with Label Studio's brush, bool ``(height, width)``.
 
-    The code is a stream of bits: 32 for the number of values, 5 for the size of a value (less one), four times 4 for
-    the sizes of run lengths (less one); then runs: a bit that says whether one value is repeated, 2 bits that choose
-    the size of the length (less one), the length, and the value or the values. The values are RGBA, and the area is
-    where A is above 0.
+    The code is a stream of bits: 32 for the number of values, 5 for the size of a value minus one, four times 4 for
+    sizes of run lengths minus one, then the runs. A run has a bit (whether one value is repeated), 2 bits that choose
+    the size of the length, the length minus one, and the value or values. The values are RGBA; the area is where A is
+    above 0.
 
     Raises:
         ValueError: the code does not fill the image.
@@ -137,7 +138,7 @@ def label_studio_mask(code: Sequence[int], height: int, width: int) -> np.ndarra
 
     count = read(32)
     if count != 4 * height * width:
-        raise ValueError(f"the code holds {count} values, expected 4 x {width} x {height}")
+        raise ValueError(f"the code has {count} values, expected 4 x {width} x {height}")
     size, lengths = read(5) + 1, [0] * 4
     for i in range(4):
         lengths[i] = read(4) + 1

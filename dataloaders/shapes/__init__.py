@@ -1,1 +1,1 @@
-"""Shapes, the built-in data: how scenes are rendered (``scene``) and the data set of them (``dataset``)."""
+"""The built-in data set Shapes: ``scene`` renders scenes, ``dataset`` is the data set."""

@@ -1,4 +1,4 @@
-"""The built-in data set: scenes rendered on the fly, without files, in any number."""
+"""The built-in data set: any number of scenes, rendered on the fly without files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SceneSide = Annotated[int, Field(ge=scene.SMALLEST, le=8192)]
 
 
 class Shapes(BaseDataSet):
-    """Rendered scenes of eight classes. Labels are uncertain where those of a human annotator would be.
+    """Rendered scenes with eight classes. Labels are as uncertain as those of a human annotator.
 
     Scene ``number`` of a split depends only on (scene_seed, split, number), not on the number of workers or the run's
     ``seed`` (which controls augmentation and order). In training, epoch e uses the numbers from e * length on, so no

@@ -1,13 +1,13 @@
-"""Rendering of one scene: an image, and labels that are uncertain given the image the way real ones are.
+"""Render one scene: an image, and labels that are uncertain given the image, as real labels are.
 
-What an annotator does is drawn at random, with probabilities that depend on what can be seen:
+The labels are drawn at random, with probabilities that depend on what can be seen:
 
-* where the border of a soft object lies, place by place (clouds, and a narrow seam of all coins and buttons);
-* whether a faint object is labelled at all (sparks, boxes and triangles of low contrast);
-* which of two classes an object between them belongs to (coins are yellow, buttons are blue; some are neither).
+* where the border of a soft object is (clouds, and a narrow seam around coins and buttons);
+* whether a faint object is labelled (sparks, boxes and triangles of low contrast);
+* which of two classes an object belongs to (coins are yellow, buttons are blue, and some are in between).
 
-So the best possible network leaves doubt, and knows how much. :func:`render` returns that exact probability
-too, if asked: the referee of every calibration.
+So even the best possible network is uncertain. :func:`render` can also return the exact probabilities of the labels,
+with which calibration can be tested.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ _COLOURS = {  # RGB of the object's body
 
 
 class Scene(NamedTuple):
-    """``image`` uint8 ``(H, W, 3)``, ``label`` uint8 ``(H, W)``, ``probability`` float32 ``(classes, H, W)`` of the
-    labels given what can be seen and that the pixel counts (0 where it never does), or None.
+    """``image`` uint8 ``(H, W, 3)``, ``label`` uint8 ``(H, W)``, and ``probability`` float32 ``(classes, H, W)``: of
+    the labels given the image, for pixels that are not ignored (0 where they always are); or None.
     """
 
     image: np.ndarray
@@ -69,7 +69,7 @@ def numbered(seed: int, split: str, number: int, height: int, width: int, with_p
 
 
 class Thing(NamedTuple):
-    """One object: ``kind`` is the class whose form it has, ``contrast`` in (0, 1], ``hue`` in [-1, 1]."""
+    """One object; ``kind`` is the class of its shape, ``contrast`` is in (0, 1], ``hue`` in [-1, 1]."""
 
     kind: int
     x: float
@@ -91,7 +91,7 @@ def render(rng: np.random.Generator, height: int, width: int, with_probability: 
 
 
 def _things(rng: np.random.Generator, height: int, width: int) -> list[Thing]:
-    """Draw what is in the scene, from back to front."""
+    """Draw the objects of the scene at random, from back to front."""
     unit = min(height, width) / _UNIT
     area = height * width / min(height, width) ** 2
     large = rng.choice(
@@ -113,7 +113,7 @@ def _thing(kind: int, u: np.ndarray, height: int, width: int, unit: float) -> Th
     elif kind == CLOUD:
         radius, contrast = 12 + 14 * u[0], 0.8 + 0.2 * u[1]
     else:
-        # Mostly middle-sized, now and then very small; a quarter of boxes and triangles can hardly be seen.
+        # Mostly of medium size, sometimes very small; a quarter of boxes and triangles can hardly be seen.
         radius = 6 + 18 * u[0] ** 1.5
         faint = kind in (BOX, TRIANGLE) and u[1] < 0.25
         contrast = 0.25 + 0.3 * u[2] if faint else 0.75 + 0.25 * u[2]
@@ -154,9 +154,9 @@ class _Canvas:
         self.errors = _border_errors(rng, height, width)
 
     def add(self, thing: Thing) -> None:
-        """Paint an object with its shadow over what is there, and label it as an annotator might."""
+        """Paint an object and its shadow over the scene, and label it as an annotator might."""
         rng = self.rng
-        # The same count of numbers for every object, whatever becomes of it.
+        # Each object uses the same number of random numbers.
         u = rng.random(5)
         reach = int(1.5 * thing.radius + 6)
         rows, columns = self._window(thing.x, thing.y, reach)
@@ -212,7 +212,7 @@ class _Canvas:
         window = self.label[rows, columns]
         if u[2] < p_labelled:
             window[inside] = kind
-        # The band is there whether the object is labelled or not: it must not tell.
+        # The band is drawn also if the object is not labelled, so it does not reveal that.
         band = np.abs(depth) < _BAND if thing.kind in (BOX, TRIANGLE, STAR) else None
         if band is not None:
             window[band] = IGNORED
@@ -234,7 +234,7 @@ class _Canvas:
         noise *= 4.0
         image = cv2.scaleAdd(image, 255.0, noise)
         if self.probability is not None:
-            # What a band left over belongs to "ignored": given that a pixel counts, the rest is everything.
+            # Normalize: the probability of "ignored" is left out.
             total = self.probability.sum(0)
             self.probability /= np.where(total > 0, total, 1)
         return Scene(_to_bytes(image), self.label, self.probability)
@@ -261,7 +261,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 def _border_errors(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Return a standard normal field that varies over a few pixels."""
     kernel = cv2.getGaussianKernel(9, _STRAY, cv2.CV_32F)
-    # The border of the blurred field is mirrored, so less varied: cut off.
+    # The blur mirrors the field at its border, which varies less there, so the border is cut off.
     white = rng.standard_normal((height + 8, width + 8), dtype=np.float32)
     field = cv2.sepFilter2D(white, cv2.CV_32F, kernel, kernel)[4:-4, 4:-4]
     return field / np.float32((kernel**2).sum())
@@ -304,7 +304,7 @@ def _depth(thing: Thing, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _mix(probability: np.ndarray, here: np.ndarray, thing: Thing, band: np.ndarray | None) -> None:
-    """Bring probabilities ``(classes, h, w)`` up to date: this object where labelled, else what was there before."""
+    """Update probabilities ``(classes, h, w)``: this object where it is labelled, else what was there before."""
     probability *= 1 - here
     if thing.kind == COIN:
         button = button_probability(thing.hue)

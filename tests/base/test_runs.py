@@ -129,13 +129,13 @@ def test_a_running_run_cannot_be_resumed_a_second_time(end, tmp_path) -> None:
     try:
         with (
             pytest.raises(UserError, match=rf"another process trains this run \(process {process.pid} on "),
-            runs.resumed(tmp_path / LATEST),
+            runs.locked(tmp_path),
         ):
             pass
     finally:
         process.send_signal(end)
         process.wait()
-    with runs.resumed(tmp_path / LATEST) as folder:  # however the other one ended
+    with runs.locked(tmp_path) as folder:  # however the other one ended
         assert folder == tmp_path
     assert not list(tmp_path.iterdir())
 

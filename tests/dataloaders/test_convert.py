@@ -460,7 +460,7 @@ def test_mistakes_get_one_message(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UserError, match="export"):
         prepare(kind, tmp_path / "export", tmp_path / "out")
     photo(tmp_path / "full/images/a.jpg")
-    with pytest.raises(UserError, match="holds files already"):
+    with pytest.raises(UserError, match="already contains files"):
         prepare(kind, tmp_path / "export", tmp_path / "full")
     with pytest.raises(UserError, match="--aug is for public data sets"):
         prepare(kind, tmp_path / "export", tmp_path / "out", "--aug")
@@ -474,7 +474,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             prepare("coco", write(tmp_path / "a.json", text), tmp_path / "out")
     wrong = [{"image_id": 7, "category_id": 3, "segmentation": {"counts": [1, 2], "size": [30, 40]}}]
     write(tmp_path / "a.json", coco(annotations=wrong))
-    with pytest.raises(UserError, match="runs hold 3 pixels, expected 40 x 30"):
+    with pytest.raises(UserError, match="runs have 3 pixels, expected 40 x 30"):
         prepare("coco", tmp_path / "a.json", tmp_path / "out")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from dataloaders.prepare.export import Export, Images
 from dataloaders.prepare.formats import coco, cvat, label_studio, labelme, roboflow, yolo
 
-# Each reads an exported file or folder; the images are looked up with the second argument.
+# Each function reads an exported file or folder, and finds the images with its second argument.
 FORMATS: dict[str, Callable[[Path, Images], Export]] = {
     "coco": coco.read,
     "labelme": labelme.read,

@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 
 def read(source: Path, images: Images) -> Export:
-    """Read the exported JSON file, or all in a folder. Classes are sorted by name; the export has no order."""
+    """Read the exported JSON file, or all in a folder. Classes are sorted by name, because the export has no order."""
     files = [source] if source.is_file() else sorted(source.glob("*.json"))
     export = Export([], [])
     for file in files:

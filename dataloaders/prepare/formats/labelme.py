@@ -1,4 +1,4 @@
-"""labelme: a JSON file beside each image."""
+"""labelme: one JSON file per image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YOLO segmentation: a text file per image, a polygon a line (class, then x y in parts of the image's size)."""
+"""YOLO segmentation: one text file per image, one polygon per line (class, then x y as fractions of the image size)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read(source: Path, images: Images) -> Export:
 
 
 def _key(path: Path) -> str:
-    """Return what an image and its label file share: the path with ``images`` and ``labels`` taken as one."""
+    """Return what an image and its label file have in common: the path with ``images`` and ``labels`` replaced."""
     return "/".join("*" if part in ("images", "labels") else part for part in path.with_suffix("").parts)
 
 
