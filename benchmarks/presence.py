@@ -8,8 +8,8 @@ FOLDER holds probabilities of a well-trained network on photographs of several d
 checkpoints are networks trained on Shapes.
 
 No image is scored with what it has taught. Neighbors in a drive are alike: intervals are over images, and say nothing
-about other roads. The gains for few images are those of :func:`utils.evaluation.fitting.fit`, as ``train.py`` calls it,
-over the network as it is with the paper's pruning.
+about other roads. The table for few images shows presence alone (:func:`utils.presence.learn`), the one by drive all
+that ``train.py`` fits.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +28,14 @@ import torch
 from torch import Tensor
 
 from dataloaders import build
-from utils import tables
+from utils import presence, tables
 from utils.batch import Batch
 from utils.checkpoint import load_model
 from utils.errors import UserError, run
 from utils.evaluation import Decision, Evaluator, Part, all_decisions, evaluate
 from utils.evaluation.comparison import differences, image_means
 from utils.evaluation.fitting import Fit, fit
+from utils.evaluation.links import LogitSample, fit_temperature
 from utils.facts import Facts
 from utils.files import write_text
 from utils.metrics import Metrics, count, image_scores
@@ -43,9 +45,9 @@ from utils.rankdice import rank_dice
 
 ROWS = ("max", "max_present", "T", "all", "rule", "rankdice_paper", "rankdice", "rankdice_map")
 SIZES = (10, 20, 40, 100, 200)
-DRAWS = 6  # fits for each number of images
+DRAWS = 10  # fits on photographs for each number of images
 SCENES = 700  # of Shapes, for each checkpoint
-SCORED = 300  # images that a fit is scored on
+CALIBRATED = 100  # of them, for the temperature
 
 
 class Images(NamedTuple):
@@ -240,75 +242,116 @@ def _points(value: float) -> str:
 # ------------------------------------------------------------------------------------------------------ few images
 
 
+class Rows(NamedTuple):
+    """What presence is learned from, ``(N, C)``; see :func:`utils.presence.learn`."""
+
+    highest: Tensor
+    scores: Tensor
+    measured: Tensor
+    present: Tensor
+
+    def part(self, chosen: Sequence[int] | np.ndarray) -> Rows:
+        """Return the rows of some images."""
+        return Rows(*(column[torch.as_tensor(np.asarray(chosen))] for column in self))
+
+
 class Draw(NamedTuple):
-    """A fit on ``images``, scored on others: the gain in points, and whether anything was kept."""
+    """A fit on ``images``, scored on others: gains in points.
+
+    ``gain`` is 0 if the fit is not kept; ``always`` is the gain of every fit, kept or not.
+    """
 
     images: int
     gain: float
+    always: float
     kept: bool
 
 
+def rows_of(images: Images, network: SavedNetwork) -> Rows:
+    """Return the rows of all images."""
+    found = []
+    for batch in images.batches():
+        probs, label = network.forward(batch.images)[1], batch.labels
+        assert isinstance(label, Tensor)
+        masks = rank_dice(probs, prune=None)
+        counts = count(Prediction(masks=masks.masks), label, probs.shape[1], 255)
+        measured = image_scores(counts).dice.nan_to_num(0.0)
+        found.append((masks.highest[0], masks.scores[0].clamp(0, 1), measured[0], counts.target[0] > 0))
+    return Rows(*(torch.stack(column) for column in zip(*found, strict=True)))
+
+
 def few_images(drives: dict[str, Images], checkpoints: Sequence[Path]) -> dict[str, list[Draw]]:
-    """Fit on few images, score on others: images of other drives, other scenes of Shapes."""
-    found: dict[str, list[Draw]] = {"photographs, scored on other drives": list(_photographs(drives))}
-    shapes: list[Draw] = []
+    """Learn presence from few images, score on others: images of other drives, other scenes of Shapes."""
+    found = {"photographs, scored on other drives": list(_photographs(drives))}
     for path in checkpoints:
-        images = scenes(path)
-        for size in SIZES:
-            for draw in range(DRAWS if size <= 40 else 2):
-                own = range(draw * size, (draw + 1) * size)
-                others = images.part([i for i in range(SCENES) if i not in own][-SCORED:])
-                shapes.append(gain(images.part(own), others))
-    return {f"Shapes, {len(checkpoints)} networks": shapes, **found}
+        found.setdefault(f"Shapes, {len(checkpoints)} networks", []).extend(_shapes(scenes(path)))
+    return found
+
+
+def _shapes(images: Images) -> Iterator[Draw]:
+    """Yield fits on scenes of Shapes, scored on all others, with the temperature that some of the scenes give."""
+    network = network_of(images)
+    sample = LogitSample(network.facts, CALIBRATED)
+    evaluate(Evaluator(network), Loader(images.part(range(CALIBRATED))), {}, on_part=sample.add)
+    temperature = fit_temperature(*sample.stacked(), images.activation).value
+    rows, total = rows_of(images, replace(network, temperature=temperature)), len(images.names)
+    for size in SIZES:
+        for first in range(0, total - size + 1, max(size, 70)):
+            own = range(first, first + size)
+            yield gain(rows.part(own), rows.part([i for i in range(total) if i not in own]))
 
 
 def _photographs(drives: dict[str, Images]) -> Iterator[Draw]:
-    """Yield fits on consecutive images and on random ones, of one drive or two, scored on the rest."""
+    """Yield fits on consecutive images and on random ones, of one drive or two, scored on the other drives."""
     generator = np.random.default_rng(0)
+    every = {name: rows_of(images, network_of(images)) for name, images in drives.items()}
     names = list(drives)
-    sources = [[name] for name in names] + [[a for a in names if a != name] for name in names]
-    for source in sources:
-        images = _joined([drives[name] for name in source])
-        others = _joined([drives[name] for name in names if name not in source])
-        total = len(images.names)
+
+    def joined(chosen: Sequence[str]) -> Rows:
+        return Rows(*(torch.cat(parts) for parts in zip(*(every[name] for name in chosen), strict=True)))
+
+    for source in [[name] for name in names] + [[a for a in names if a != name] for name in names]:
+        rows, others = joined(source), joined([name for name in names if name not in source])
+        total = len(rows.highest)
         for size in SIZES:
-            if size > total:
-                continue
-            for draw in range(DRAWS // 2):
+            for draw in range(DRAWS if size < total else 0):
                 first = int(generator.integers(total - size + 1))
                 random = np.sort(generator.choice(total, size, replace=False))
-                yield gain(images.part(random if draw == 1 else range(first, first + size)), others)
-        yield gain(images, others)
+                yield gain(rows.part(random if draw % 2 else range(first, first + size)), others)
+        yield gain(rows, others)
 
 
-def gain(own: Images, others: Images) -> Draw:
-    """Fit on some images; return what rankdice gains on others over the paper's pruning with the network as it is."""
-    found = fitted(own)
-    kept = found.chosen != "as trained" or found.presence is not None
-    means = []
-    for network, options in (
-        (network_of(others), PredictOptions(presence="prune")),
-        (network_of(others, found), PredictOptions(fit=found.presence)),
-    ):
-        if not kept:
-            return Draw(len(own.names), 0.0, False)
-        metrics = evaluate(Evaluator(network), Loader(others), {"rankdice": Decision("rankdice", options)}).metrics
-        means.append(metrics["rankdice"].compute()["Mean_Dice"])
-    return Draw(len(own.names), 100 * (means[1] - means[0]), True)
+def gain(own: Rows, others: Rows) -> Draw:
+    """Learn presence from some images; return what it gains on others over the paper's pruning."""
+    learned = presence.learn(*own)
+    if learned.found is None:
+        return Draw(len(own.highest), 0.0, 0.0, False)
+    pruned, fitted = (
+        presence.image_scores(chosen, others.measured, others.present).nanmean()
+        for chosen in (others.highest > 0.5, presence.choose(others.highest, others.scores, learned.found)[0])
+    )
+    points, kept = 100 * float(fitted - pruned), learned.fit is not None
+    return Draw(len(own.highest), points if kept else 0.0, points, kept)
 
 
 def few_table(found: dict[str, list[Draw]]) -> tuple[list[str], list[list[str]]]:
-    """Return the table "fitted on n images, gain on others": mean (worst; how many were kept)."""
+    """Return the table "fitted on n images, gain on others": mean (worst draw), and how many fits were kept."""
+    limits = [*SIZES, 1000]
     body = []
     for title, draws in found.items():
-        cells = []
-        for low, high in ((10, 19), (20, 39), (40, 99), (100, 199), (200, 999)):
-            some = [draw for draw in draws if low <= draw.images <= high]
-            gains = [draw.gain for draw in some]
-            kept = sum(draw.kept for draw in some)
-            cells.append(f"{statistics.fmean(gains):+.1f} ({min(gains):+.1f}; {kept} of {len(some)})" if some else "-")
-        body.append([title, *cells])
-    return ["images", "n = 10", "20 to 39", "40 to 99", "100 to 199", "200"], body
+        sets = [[d for d in draws if low <= d.images < high] for low, high in pairwise(limits)]
+        kept = [f"{sum(d.kept for d in some)} of {len(some)}" if some else "-" for some in sets]
+        body.append([f"{title}: fit if kept", *(_mean_and_worst([d.gain for d in some]) for some in sets)])
+        body.append([f"{title}: fit always", *(_mean_and_worst([d.always for d in some]) for some in sets)])
+        body.append([f"{title}: kept", *kept])
+    return [
+        "images",
+        *(f"n = {low}" if low == SIZES[-1] else f"{low} to {high - 1}" for low, high in pairwise(limits)),
+    ], body
+
+
+def _mean_and_worst(gains: Sequence[float]) -> str:
+    return f"{statistics.fmean(gains):+.1f} ({min(gains):+.1f})" if gains else "-"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from utils.predict.network import check_finite
 from utils.predict.segmentation import Decider, Segmentation
 from utils.predictor import Predictor
 
-PROCEDURES = {"T": "T: above the threshold", "max": "max: most probable class", "rankdice": "rankdice: highest Dice"}
+PROCEDURES = {"T": "T: above the threshold", "max": "max: most probable class", "rankdice": "rankdice: highest score"}
 # Narrow enough for six columns on a telephone: the last one is what the page is for.
 _CELL = 'style="padding:.4em .2em;font-size:.8rem"'
 SMALLEST_SHOWN, LARGEST_SHOWN = 480, 1600  # pixels of the longer side of pictures sent to the browser
@@ -147,6 +147,22 @@ def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
     return f'<div style="overflow-x:auto"><table id="found" style="width:100%">{body}</table></div>'
 
 
+def settings(predictor: Predictor) -> str:
+    """Return what the masks depend on beside the image and the weights."""
+    options, predict = predictor.options, predictor.config.predict
+    how = {
+        "fitted": "fitted presence",
+        "rule": "the rule of presence",
+        "all": "all",
+        "prune": "all" if options.prune is None else f"probability above {options.prune:g} at some pixel",
+    }
+    bias = "" if predict.bias is None else " and a bias per class"
+    return (
+        f"Temperature {predict.temperature:.4g}{bias}. T: probability above {options.threshold:g}. rankdice: highest "
+        f"{'IoU' if options.metric == 'iou' else 'Dice'}. Classes with a mask: {how[options.decides]}."
+    )
+
+
 def page(predictor: Predictor) -> Any:
     """Return the gradio page."""
     import gradio as gr  # an extra
@@ -167,7 +183,7 @@ def page(predictor: Predictor) -> Any:
         return [None] * len(PROCEDURES) if comparison is None else pictures(comparison, facts, opacity)
 
     with gr.Blocks(title="Segmentation: T, max, rankdice", analytics_enabled=False) as blocks:
-        gr.Markdown(f"## {html.escape(predictor.config.arch.type)}, {classes}, mode {predictor.mode}")
+        gr.Markdown(f"## {html.escape(predictor.config.arch.type)}, {classes}, mode {predictor.mode}\n\n{settings(predictor)}")
         state = gr.State(None)
         with gr.Row():
             upload = gr.Image(
