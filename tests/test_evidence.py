@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils.evidence import CLEAR, SMALLEST, clear, independent, standard_error
+from utils.evidence import CLEAR, CLEAR_IF_FEW, SMALLEST, clear, independent, standard_error
 
 
 def chain(length: int, features: int, memory: float, seed: int = 0) -> Tensor:
@@ -44,8 +44,9 @@ def test_the_limit_is_so_many_standard_errors() -> None:
     assert standard_error(gains, 100) == pytest.approx(error)
     assert standard_error(gains, 25) == pytest.approx(2 * error)
     for factor, expected in ((0.99, False), (1.01, True)):
-        shifted = gains - gains.mean() + factor * CLEAR * error
-        assert clear(shifted, 100) is expected
+        assert clear(gains - gains.mean() + factor * CLEAR * error, 100) is expected
+        few = CLEAR_IF_FEW * standard_error(gains, 10)
+        assert clear(gains - gains.mean() + factor * few, 10) is expected
     assert not clear(-gains, 100)
 
 

@@ -183,7 +183,9 @@ def page(predictor: Predictor) -> Any:
         return [None] * len(PROCEDURES) if comparison is None else pictures(comparison, facts, opacity)
 
     with gr.Blocks(title="Segmentation: T, max, rankdice", analytics_enabled=False) as blocks:
-        gr.Markdown(f"## {html.escape(predictor.config.arch.type)}, {classes}, mode {predictor.mode}\n\n{settings(predictor)}")
+        gr.Markdown(
+            f"## {html.escape(predictor.config.arch.type)}, {classes}, mode {predictor.mode}\n\n{settings(predictor)}"
+        )
         state = gr.State(None)
         with gr.Row():
             upload = gr.Image(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-# A gain counts if it is above this many standard errors. The value was chosen in docs/presence.md: it keeps most of
-# what a fit gains on new images, and almost never keeps one that loses there.
-CLEAR = 1.25
+# A gain counts if it is above this many standard errors. With the first value, a fit that helps on new images is mostly
+# kept, and one that hurts is mostly not (docs/presence.md). With few images the standard error itself is uncertain.
+CLEAR, CLEAR_IF_FEW = 1.25, 2.0
+FEW = 15
 SMALLEST = 0.001  # gains of less than a tenth of a point are not worth an option
 
 _CONSTANT = 1e-9  # a variance below this is none
@@ -52,13 +53,15 @@ def standard_error(gains: Tensor, images: float) -> float:
     return float(found.std()) / (images * len(found) / len(gains)) ** 0.5
 
 
-def clear(gains: Tensor, images: float, errors: float = CLEAR, smallest: float = SMALLEST) -> bool:
+def clear(gains: Tensor, images: float, errors: float | None = None, smallest: float = SMALLEST) -> bool:
     """Return whether the mean of ``gains`` is above ``smallest`` and above so many standard errors.
 
     Args:
         gains: ``(N,)``, the difference of the scores of each image; NaN where an image has none.
         images: how many independent images they are worth, see :func:`independent`.
-        errors, smallest: the limits.
+        errors, smallest: the limits; None: 1.25 standard errors, or 2 if there are fewer than 15 independent images.
     """
+    if errors is None:
+        errors = CLEAR_IF_FEW if images < FEW else CLEAR
     mean = float(gains.nanmean())
     return mean > max(smallest, errors * standard_error(gains, images))

@@ -73,7 +73,7 @@ def main() -> int:
     worst = export(loaded, output, args.format, logits=args.logits)
     sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB; largest difference to PyTorch {worst:.1e} (on {sizes})")
-    if config.predict.mode not in (None, "single"):
+    if config.predict.mode != "single":
         print(f"note: the program sees an image in one view; inference.py uses mode {config.predict.mode}")
     return 0
 
@@ -166,7 +166,7 @@ def _facts(loaded: LoadedModel, logits: bool) -> dict[str, str]:
         "bias": json.dumps(predict.bias),
         # how to decide on the probabilities: the fields of utils.predict.PredictOptions
         "procedure": predict.test,
-        "mode": predict.mode or "single",
+        "mode": predict.mode,
         "threshold": str(options.threshold),
         "metric": options.metric,
         "prune": json.dumps(options.prune),

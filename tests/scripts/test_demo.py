@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.small_checkpoint import photo, write_checkpoint
+from tests.small_checkpoint import everything_fitted, photo, write_checkpoint
 from utils import demo, errors
 from utils.checkpoint import LoadedModel
 from utils.predictor import Predictor
 
 
-@pytest.fixture(scope="module")
-def predictor(tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    return Predictor(write_checkpoint(tmp_path_factory.mktemp("model") / "best.pth"), mode="single")
+@pytest.fixture(scope="module", params=["plain", "fitted"])
+def predictor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    fields = everything_fitted() if request.param == "fitted" else {}
+    return Predictor(write_checkpoint(tmp_path_factory.mktemp("model") / "best.pth", **fields), mode="single")
 
 
 @pytest.fixture
@@ -33,9 +34,24 @@ def test_one_pass_serves_three_procedures(predictor: Predictor, image: str) -> N
         alone = Predictor(predictor_model(predictor), predict=name, mode="single")(image)
         np.testing.assert_array_equal(labels, alone.labels)
     np.testing.assert_allclose(seen.scores, alone.scores, atol=1e-6)
+    np.testing.assert_allclose(seen.presence, alone.presence, atol=1e-6)
     assert seen.pixels["rankdice"] == alone.volumes.tolist()
     assert sum(seen.pixels["max"]) == 60 * 80
     assert [p.shape for p in demo.pictures(seen, predictor.facts, 0.5)] == [(360, 480, 3)] * 3
+
+
+def test_the_page_says_how_it_decides(predictor: Predictor) -> None:
+    said = demo.settings(predictor)
+    if predictor.options.fit is None:
+        assert said == (
+            "Temperature 1. T: probability above 0.5. rankdice: highest Dice. Classes with a mask: probability above "
+            "0.5 at some pixel."
+        )
+    else:
+        assert said == (
+            "Temperature 1.4 and a bias per class. T: probability above 0.42. rankdice: highest Dice. Classes with a "
+            "mask: fitted presence."
+        )
 
 
 def predictor_model(predictor: Predictor) -> LoadedModel:

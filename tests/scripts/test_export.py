@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 import models
 from tests.models.test_models import calibrate
-from tests.small_checkpoint import NAMES, photo, write_checkpoint
+from tests.small_checkpoint import NAMES, everything_fitted, photo, write_checkpoint
 from utils import errors, export
 from utils.checkpoint import LoadedModel
 from utils.config.schema import Predict
 from utils.facts import Facts
-from utils.predict import PredictOptions
+from utils.predict import PROCEDURES, PredictOptions, label_map
 from utils.predictor import Predictor
-from utils.rankdice import rank_dice
 
 
 class Toy(nn.Module):
@@ -180,21 +179,32 @@ def test_models_that_cannot_be_exported(model: nn.Module, message: str, kind: st
     assert not list(tmp_path.iterdir())
 
 
-def test_rank_dice_on_the_output_of_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """The whole way of the documentation: export a checkpoint by command, run it, decide; as the predictor does."""
+def test_the_program_and_its_metadata_decide_as_the_predictor_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way of the documentation: export a checkpoint by command, run it, decide as the metadata say."""
     import onnxruntime
 
-    model = write_checkpoint(tmp_path / "best.pth", temperature=1.5)
+    model = write_checkpoint(tmp_path / "best.pth", **everything_fitted(), mode="multiscale")
     monkeypatch.setattr(sys, "argv", ["export", "--model", str(model), "--format", "onnx"])
     assert export.main() == 0
-    assert "largest difference to PyTorch" in capsys.readouterr().out
-    image = photo(75, 90)
+    said = capsys.readouterr().out
+    assert "largest difference to PyTorch" in said
+    assert "the program sees an image in one view; inference.py uses mode multiscale" in said
     session = onnxruntime.InferenceSession(str(tmp_path / "best.onnx"))
+    facts = session.get_modelmeta().custom_metadata_map
+    options = PredictOptions(**json.loads(facts["options"]))
+    image = photo(75, 90)
     pixels = (image[None].transpose(0, 3, 1, 2) / 255).astype(np.float32)
-    found = rank_dice(torch.from_numpy(session.run(None, {"images": pixels})[0]))
-    expected = Predictor(model, mode="single")(image)
+    probs = torch.from_numpy(session.run(None, {"images": pixels})[0])
+    for name in PROCEDURES:
+        expected = Predictor(model, predict=name, mode="single")(image)
+        assert (label_map(name, probs, options)[0].numpy() == expected.labels).mean() > 0.999
+    assert facts["procedure"] == name == "rankdice"
+    found = PROCEDURES[name](probs, options)
     np.testing.assert_allclose(found.scores[0], expected.scores, atol=1e-4)
     assert (found.masks[0].numpy() == expected.masks).mean() > 0.999
+    assert not found.chosen.all()  # presence has decided
 
 
 MISTAKES = {
