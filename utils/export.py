@@ -73,8 +73,8 @@ def main() -> int:
     worst = export(loaded, output, args.format, logits=args.logits)
     sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB; largest difference to PyTorch {worst:.1e} (on {sizes})")
-    if config.predict.mode != "single":
-        print(f"note: the program sees an image in one view; inference.py uses mode {config.predict.mode}")
+    if loaded.config.predict.mode != "single":
+        print(f"note: the program sees an image in one view; inference.py uses mode {loaded.config.predict.mode}")
     return 0
 
 
