@@ -33,6 +33,13 @@ def parse_arguments() -> argparse.Namespace:
         help="the checkpoint to score; several form an ensemble (mean of their probabilities). With -c also a network "
         "(.pt2, TorchScript, .onnx); default: the config's arch.args.file",
     )
+    add(
+        "--folds",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="cross-validation: score the checkpoint of each fold (val_fold) on the images that it held out; also "
+        "reports mean and standard deviation over the folds",
+    )
     add("-c", "--config", help="config file; replaces the checkpoint's config, except arch")
     add(
         "-p",
@@ -52,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output",
         metavar="FOLDER",
         help="folder of the results (default: that of best_model.pth; for another NAME.pth, the folder NAME next to "
-        "it; for several, the folder ensemble)",
+        "it; for several, the folder ensemble; with --folds, the folder folds above the checkpoints)",
     )
     add("--limit", type=int, metavar="N", help="only the first N images")
     add(
@@ -74,6 +81,12 @@ def parse_arguments() -> argparse.Namespace:
     add_overrides(parser)
     add_trust(parser)
     args = parser.parse_args()
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit}: expected at least 1")
     if args.fit and len(args.resume or []) > 1:
@@ -83,7 +96,10 @@ def parse_arguments() -> argparse.Namespace:
             "--fit uses single views of the validation data; it cannot be combined with -p, --tta, --boundary or "
             "--save-..."
         )
-    return args
+    if args.folds and (args.resume or args.fit or args.limit or args.save_masks or args.save_probs or args.boundary):
+        parser.error("--folds cannot be combined with -r, --fit, --limit, --boundary or --save-...")
+    if args.folds and len(args.folds) < 2:
+        parser.error("--folds: give the checkpoints of all folds")
 
 
 if __name__ == "__main__":
@@ -107,6 +123,7 @@ from utils.files import expand
 from utils.predict import PredictOptions
 from utils.predict.network import SCALES
 from utils.progress import progress_bar
+from utils.report import folds
 from utils.report.watching import Watcher
 
 
@@ -114,6 +131,9 @@ def main() -> int:
     """Load, then score or fit."""
     args = parse_arguments()
     overrides = args.set + select_devices(args.device)
+    if args.folds:
+        score_folds(args, [*overrides, "test_loader=null"])  # so that what test.py scores is what was held out
+        return 0
     args.resume, *args.members = map(str, map(expand, args.resume or [checkpoint.network_of(args.config)]))
     state = checkpoint.read(args.resume)
     if args.fit:
@@ -281,6 +301,48 @@ def write_results(setup: Setup, state: Mapping[str, Any], outcome: Evaluation, w
         report.write_scalars(results, folder)
     for path in [*written, *watcher.folders]:
         print(f"written: {path}")
+
+
+def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Score the checkpoint of each fold on the images that it held out; see :mod:`utils.report.folds`."""
+    paths = [str(expand(path)) for path in args.folds]
+    folder = report.prepare_folder(expand(args.output) if args.output else folds.folder_of(paths))
+    states = [checkpoint.read(path) for path in paths]
+    of_folds = [
+        checkpoint.config_of(state, path, args.config, overrides, stages=("test",), trust_code=args.trust_code)
+        for state, path in zip(states, paths, strict=True)
+    ]
+    folds.check([fold(path, config) for path, config in zip(paths, of_folds, strict=True)])
+    first = of_folds[0]
+    args.predict = args.predict or first.predict.test
+    device = distributed.choose_device(first.n_gpu)
+    with distributed.process_group(device):
+        seed_everything(first.seed, first.deterministic)
+        models = [checkpoint.build_model(*one, device) for one in zip(states, paths, of_folds, strict=True)]
+        folds.check_models(models)
+        setups = [prepare(args, loaded, device) for loaded in models]
+        decisions = folds.aligned([s.decisions for s in setups], [s.options for s in setups], args.predict)
+        outcomes = [
+            evaluate(s.evaluator, s.loader, d, progress=lambda loader: progress_bar(loader, desc="TEST"))
+            for s, d in zip(setups, decisions, strict=True)
+        ]
+    if distributed.is_main():
+        pooled = folds.merged(outcomes)
+        notes = [fitted.note(state, config) for state, config in zip(states, of_folds, strict=True)]
+        whole, *each = [
+            report.results(o, s.loaded.config, s.loaded, s.loader.dataset, views=s.views, fitted=note)
+            for o, s, note in zip([pooled, *outcomes], [setups[0], *setups], [notes[0], *notes], strict=True)
+        ]
+        results = folds.combined(whole, each)
+        print(report.text(results), folds.text(results), sep="\n")
+        for path in report.write(results, pooled, models[0].facts, folder):
+            print(f"written: {path}")
+
+
+def fold(path: str, config: Config) -> folds.Fold:
+    """Return which images a checkpoint was trained on and which it is scored on."""
+    train, held_out = (checks.build_loader(dataloaders.build, config, stage) for stage in ("train", "test"))
+    return folds.Fold(path, frozenset(train.names), frozenset(held_out.names))
 
 
 def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device) -> None:

@@ -114,6 +114,11 @@ class BaseDataLoader(DataLoader[Any]):
         )
 
     @property
+    def names(self) -> list[str]:
+        """The names of all samples of an epoch, of all processes together."""
+        return [self.dataset.entries[index].name for index in self.batches.indices.tolist()]
+
+    @property
     def group_of(self) -> Callable[[str], str] | None:
         """The function from a sample's name to its group (``group_by``); None if samples have no groups."""
         return None if self._group_by is None else grouping(self._group_by)

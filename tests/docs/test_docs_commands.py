@@ -52,6 +52,9 @@ ELSEWHERE = {
     r"python test\.py -r \S+ \S+\.pth": (
         "tests/scripts/test_test_script.py::test_an_ensemble_scores_the_mean_of_the_probabilities"
     ),
+    r"python test\.py --folds": (
+        "tests/scripts/test_folds.py::test_each_image_is_scored_once_by_the_checkpoint_that_held_it_out"
+    ),
     r"python inference\.py -m \S+ \S+\.pth": "tests/scripts/test_inference_script.py::test_an_ensemble",
     r"python -m utils\.predict .*--labels": "tests/predict/test_saved.py::test_scores_are_those_of_the_metrics",
     r"python -m utils\.predict .*--use": "tests/predict/test_saved.py::test_a_fit_is_applied_to_other_probabilities",
