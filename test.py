@@ -326,17 +326,17 @@ def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
             evaluate(s.evaluator, s.loader, d, progress=lambda loader: progress_bar(loader, desc="TEST"))
             for s, d in zip(setups, decisions, strict=True)
         ]
-    if distributed.is_main():
-        pooled = folds.merged(outcomes)
-        notes = [fitted.note(state, config) for state, config in zip(states, of_folds, strict=True)]
-        whole, *each = [
-            report.results(o, s.loaded.config, s.loaded, s.loader.dataset, views=s.views, fitted=note)
-            for o, s, note in zip([pooled, *outcomes], [setups[0], *setups], [notes[0], *notes], strict=True)
-        ]
-        results = folds.combined(whole, each)
-        print(report.text(results), folds.text(results), sep="\n")
-        for path in report.write(results, pooled, models[0].facts, folder):
-            print(f"written: {path}")
+        if distributed.is_main():
+            pooled = folds.merged(outcomes)
+            notes = [fitted.note(state, config) for state, config in zip(states, of_folds, strict=True)]
+            whole, *each = [
+                report.results(o, s.loaded.config, s.loaded, s.loader.dataset, views=s.views, fitted=note)
+                for o, s, note in zip([pooled, *outcomes], [setups[0], *setups], [notes[0], *notes], strict=True)
+            ]
+            results = folds.combined(whole, each)
+            print(report.text(results), folds.text(results), sep="\n")
+            for path in report.write(results, pooled, models[0].facts, folder):
+                print(f"written: {path}")
 
 
 def fold(path: str, config: Config) -> folds.Fold:

@@ -20,7 +20,7 @@ from utils.report.text import INDENT, WIDTH
 # Scores with a table of all folds on the screen; results.json has all scores.
 PER_FOLD = {"Mean_Dice": "mDice", "Mean_IoU": "mIoU"}
 # Lines of the protocol that folds may differ in.
-OF_EACH = ("epoch", "temperature", "threshold", "fitted")
+OF_EACH = ("epoch", "views", "temperature", "threshold", "fitted")
 
 
 class Fold(NamedTuple):
