@@ -10,6 +10,7 @@ import pytest
 
 from dataloaders import LOADERS
 from models import MODELS
+from tests.predecessors import PUBLISHED
 from utils import config as configs
 from utils.config.schema import Config
 from utils.errors import UserError
@@ -51,20 +52,11 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def old(**changes: Any) -> dict[str, Any]:
-    raw = {
-        "name": "old",
-        "n_gpu": 1,
-        "use_synch_bn": True,
-        "arch": {"type": "PSPNet", "args": {"backbone": "resnet50", "freeze_bn": False, "freeze_backbone": False}},
+    loaders = {
         "train_loader": {"type": "VOC", "args": LOADER},
         "val_loader": {"type": "VOC", "args": LOADER | {"split": "val", "val": True, "augment": False}},
-        "optimizer": {"type": "SGD", "differential_lr": True, "args": {"lr": 0.01, "momentum": 0.9}},
-        "loss": "CrossEntropyLoss2d",
-        "ignore_index": 255,
-        "lr_scheduler": {"type": "Poly", "args": {}},
-        "trainer": {"epochs": 80, "save_dir": "saved/", "save_period": 10, "monitor": "max Mean_IoU", "early_stop": 10},
     }
-    return json.loads(json.dumps(raw | changes))
+    return json.loads(json.dumps(PUBLISHED | loaders | changes))
 
 
 def resolve(**changes: Any) -> Config:

@@ -22,6 +22,7 @@ import torch
 
 from tests.config.test_configs import TREES
 from tests.docs.markdown import ROOT, Command, commands, commands_of, ours, pages
+from tests.predecessors import PUBLISHED
 from tests.running import run_here
 from utils import config as configs
 
@@ -181,43 +182,16 @@ def small(file: str, overrides: str) -> dict[str, Any]:
 
 
 def predecessors(**loaders: str) -> dict[str, Any]:
-    """Return a config as the predecessors' checkpoints hold it; ``loaders``: the folder of each one's data."""
-    return {
-        "name": "old",
-        "n_gpu": 1,
-        "use_synch_bn": False,
+    """Return a small config as the predecessors' checkpoints hold it; ``loaders``: the folder of each one's data."""
+    small = PUBLISHED | {
         "arch": {"type": "UNet", "args": {"width": 4, "backbone": "resnet50", "freeze_bn": False}},
-        **{
-            f"{stage}_loader": {
-                "type": "VOC",
-                "args": {
-                    "data_dir": folder,
-                    "split": "train" if stage == "train" else "val",
-                    "batch_size": 2,
-                    "crop_size": 32,
-                    **({"augment": True, "shuffle": True} if stage == "train" else {"val": True}),
-                    "num_workers": 0,
-                },
-            }
-            for stage, folder in loaders.items()
-        },
-        "optimizer": {"type": "SGD", "differential_lr": True, "args": {"lr": 0.01, "momentum": 0.9}},
-        "loss": "CrossEntropyLoss2d",
-        "ignore_index": 255,
-        "lr_scheduler": {"type": "Poly", "args": {}},
-        "trainer": {
-            "epochs": 1,
-            "save_dir": "saved/",
-            "save_period": 10,
-            "monitor": "max Mean_IoU",
-            "early_stop": 10,
-            "tensorboard": True,
-            "log_dir": "saved/runs",
-            "log_per_iter": 20,
-            "val": True,
-            "val_per_epochs": 1,
-        },
+        "trainer": PUBLISHED["trainer"] | {"epochs": 1, "val_per_epochs": 1},
     }
+    for stage, folder in loaders.items():
+        args = {"data_dir": folder, "split": "val", "batch_size": 2, "crop_size": 32, "num_workers": 0}
+        args |= {"split": "train", "augment": True, "shuffle": True} if stage == "train" else {"val": True}
+        small[f"{stage}_loader"] = {"type": "VOC", "args": args}
+    return small
 
 
 def write_predecessors_checkpoint(path: Path, words: list[str]) -> None:

@@ -23,6 +23,7 @@ import models
 from base.base_model import BaseModel
 from models import MODELS, upstream
 from models.cost import count
+from tests.predecessors import PUBLISHED
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -332,39 +333,6 @@ def test_another_networks_weights_are_refused(recorded: dict[str, Tensor]) -> No
         upstream.infer(recorded, "UNet", {})
 
 
-def published_config(kind: str, args: dict[str, Any]) -> dict[str, Any]:
-    """Return a config as the published trainer stored it."""
-    loader = {"data_dir": "data", "batch_size": 8, "split": "train_aug", "num_workers": 8, "crop_size": 380}
-    return {
-        "name": kind,
-        "n_gpu": 1,
-        "use_synch_bn": True,
-        "arch": {"type": kind, "args": args},
-        "train_loader": {"type": "VOC", "args": loader | {"augment": True, "shuffle": True, "base_size": 400}},
-        "val_loader": {"type": "VOC", "args": loader | {"split": "val", "val": True}},
-        "optimizer": {
-            "type": "SGD",
-            "differential_lr": True,
-            "args": {"lr": 0.01, "weight_decay": 1e-4, "momentum": 0.9},
-        },
-        "loss": "CrossEntropyLoss2d",
-        "ignore_index": 255,
-        "lr_scheduler": {"type": "Poly", "args": {}},
-        "trainer": {
-            "epochs": 80,
-            "save_dir": "saved/",
-            "save_period": 10,
-            "monitor": "max Mean_IoU",
-            "early_stop": 10,
-            "tensorboard": True,
-            "log_dir": "saved/runs",
-            "log_per_iter": 20,
-            "val": True,
-            "val_per_epochs": 5,
-        },
-    }
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("best", [0, float("-inf"), np.float64(0.71), np.float32(0.71)])
 def test_published_checkpoint_files_load(recorded: dict[str, Tensor], tmp_path: Path, best: Any, legacy: bool) -> None:
@@ -378,7 +346,7 @@ def test_published_checkpoint_files_load(recorded: dict[str, Tensor], tmp_path: 
         "state_dict": weights,
         "optimizer": {"state": momentum, "param_groups": [{"lr": 0.01, "initial_lr": 0.01, "params": [0]}]},
         "monitor_best": best,
-        "config": published_config("GCN", {"backbone": "resnet18", "freeze_bn": False}),
+        "config": PUBLISHED | {"arch": {"type": "GCN", "args": {"backbone": "resnet18", "freeze_bn": False}}},
     }
     torch.save(checkpoint, tmp_path / "best_model.pth", _use_new_zipfile_serialization=not legacy)
     loaded = load_model(tmp_path / "best_model.pth")

@@ -37,8 +37,8 @@ def test_replicas_use_nothing_of_the_original(name: str, monkeypatch: pytest.Mon
     model = build(name).eval()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
-        found = replica(distributed.Autocast(model, None), monkeypatch)(x)
-        assert torch.equal(found, copy.deepcopy(model).double()(x))
+        found = replica(distributed.Autocast(model, None), monkeypatch)(x[:1])
+        assert torch.equal(found, copy.deepcopy(model).double()(x[:1]))
         if name in WITH_AUX:
             trained = replica(model.train(), monkeypatch)(x)
             assert [y.dtype for y in trained.values()] == [torch.float64] * 2
