@@ -10,7 +10,7 @@ from torch import Tensor
 
 # A gain counts if it is above this many standard errors. With the first value, a fit that helps on new images is mostly
 # kept, and one that hurts is mostly not (docs/presence.md). With few images the standard error itself is uncertain.
-CLEAR, CLEAR_IF_FEW = 1.25, 2.0
+CLEAR, CLEAR_IF_FEW = 1.0, 2.0
 FEW = 15
 SMALLEST = 0.001  # gains of less than a tenth of a point are not worth an option
 
@@ -59,7 +59,7 @@ def clear(gains: Tensor, images: float, errors: float | None = None, smallest: f
     Args:
         gains: ``(N,)``, the difference of the scores of each image; NaN where an image has none.
         images: how many independent images they are worth, see :func:`independent`.
-        errors, smallest: the limits; None: 1.25 standard errors, or 2 if there are fewer than 15 independent images.
+        errors, smallest: the limits; None: one standard error, or two if there are fewer than 15 independent images.
     """
     if errors is None:
         errors = CLEAR_IF_FEW if images < FEW else CLEAR

@@ -20,7 +20,7 @@ from torch import Tensor
 from utils import distributed, evidence, presence, tables
 from utils.config.schema import Predict
 from utils.evaluation import Evaluator, Progress, evaluate
-from utils.evaluation.held_out import OWN, SCALED, SHIFTED, TRIED_IMAGES, Links, Look, Row, Seen, stacked, thresholds
+from utils.evaluation.held_out import OWN, SCALED, TRIED_IMAGES, Links, Look, Row, Seen, stacked, thresholds
 from utils.evaluation.links import Link, LogitSample
 from utils.metrics import count, image_scores
 from utils.predict import PROCEDURES, PredictOptions
@@ -122,10 +122,10 @@ def fit(
     own = Link(network.temperature, None if network.bias is None else tuple(network.bias))
     links = Links(seen.sample, network.activation, own, getattr(loader, "group_of", None))
     held_out = rows(links.held_out, "FIT, held out", len(links.names))
-    trials = {name: Trial(found, options, links) for name, found in zip(links.names, held_out, strict=True)}
-    best, tuned = _winner(trials, procedure)
+    trials = {name: Trial(name, found, options, links) for name, found in zip(links.names, held_out, strict=True)}
+    best = _best_link(trials, procedure)
     everything = held_out[0] if best == OWN else rows(lambda _: [links.final[best]], "FIT, all", 1)[0]
-    found = _decided(trials, links, (best, tuned), everything, options, procedure)
+    found = _decided(best, trials, links, everything, options, procedure)
     return replace(found, **_mode(seen, evaluator, found, options, procedure))
 
 
@@ -139,10 +139,12 @@ class Trial:
         learned: the fit of presence, with the scores of ``rankdice`` with and without it.
         pruned: scores of ``rankdice`` without a fit.
         before, tuned: scores of ``T`` with the threshold used so far, and with a fitted one.
+        keeps_threshold: whether the fitted threshold clearly gains.
+        calibration, nll: see :meth:`Links.calibration`.
         worth: how many independent images these are.
     """
 
-    def __init__(self, rows: Row, options: PredictOptions, links: Links) -> None:
+    def __init__(self, name: str, rows: Row, options: PredictOptions, links: Links) -> None:
         self.learned = presence.learn(*rows[:4], prune=options.prune, folds=links.folds)
         chosen = rows.highest > (0.0 if options.prune is None else options.prune)
         self.pruned = presence.image_scores(chosen, rows.measured, rows.present)
@@ -154,19 +156,22 @@ class Trial:
             own = links.folds == fold
             best = _best_threshold(rows.sweep[~own], steps, options.threshold)
             self.tuned[own] = rows.sweep[own, steps.index(best)]
+        self.keeps_threshold = evidence.clear(self.tuned - self.before, self.worth)
+        self.calibration, self.nll = links.calibration(name)
 
-    def scores(self, procedure: str) -> dict[bool, Tensor]:
-        """Return the scores of a procedure without (False) and with what is fitted for it alone (True)."""
+    def scores(self, procedure: str) -> Tensor:
+        """Return the scores of a procedure with what clearly helps it."""
         if procedure == "T":
-            return {False: self.before, True: self.tuned}
+            return self.tuned if self.keeps_threshold else self.before
         fitted = self.learned.fitted
-        return {False: self.pruned} if fitted is None else {False: self.pruned, True: fitted}
+        return self.pruned if self.learned.fit is None or fitted is None else fitted
 
     def figures(self) -> dict[str, float]:
-        """Return the mean scores."""
+        """Return the scores of all images: calibration, and means of mDice."""
         fitted = self.learned.fitted
         shown = {"T": self.before, "T_tuned": self.tuned, "rankdice": self.pruned, "presence": fitted}
-        return {name: nan if scores is None else float(scores.nanmean()) for name, scores in shown.items()}
+        means = {name: nan if scores is None else float(scores.nanmean()) for name, scores in shown.items()}
+        return self.calibration | means
 
 
 def _best_threshold(sweep: Tensor, steps: Sequence[float], before: float) -> float:
@@ -175,54 +180,43 @@ def _best_threshold(sweep: Tensor, steps: Sequence[float], before: float) -> flo
     return max(zip(means, steps, strict=True), key=lambda pair: (pair[0], -abs(pair[1] - before)))[1]
 
 
-def _winner(trials: dict[str, Trial], procedure: str) -> tuple[str, bool]:
-    """Return the link that is kept, and whether to keep presence (for T: the threshold).
+def _best_link(trials: dict[str, Trial], procedure: str) -> str:
+    """Return the link that is kept.
 
-    Of the combinations that clearly gain over the network as it is, and over the same without the bias or without
-    presence, the one with the highest mean score wins; of equal ones the simplest.
+    Links are judged by the likelihood of the labels, which few images tell more precisely than mDice. A link replaces a
+    simpler one if its NLL is clearly lower and its mDice is not clearly lower.
     """
-    scores = {(name, tuned): s for name, trial in trials.items() for tuned, s in trial.scores(procedure).items()}
-    winner, highest = (OWN, False), -1.0
-    for (name, tuned), found in scores.items():
-        simpler = {(OWN, False), (name, False), (SCALED if name == SHIFTED else name, tuned)} - {(name, tuned)}
-        mean = float(found.nanmean())
-        if mean > highest + 1e-9 and all(evidence.clear(found - scores[s], trials[name].worth) for s in simpler):
-            winner, highest = (name, tuned), mean
-    return winner
+    best = OWN
+    for name, trial in trials.items():
+        lower, lost = trials[best].nll - trial.nll, trials[best].scores(procedure) - trial.scores(procedure)
+        if evidence.clear(lower, trial.worth, smallest=0.0) and not evidence.clear(lost, trial.worth):
+            best = name
+    return best
 
 
 def _decided(
-    trials: dict[str, Trial],
-    links: Links,
-    winner: tuple[str, bool],
-    rows: Row,
-    options: PredictOptions,
-    procedure: str,
+    best: str, trials: dict[str, Trial], links: Links, rows: Row, options: PredictOptions, procedure: str
 ) -> Fit:
     """Return what is kept, fitted on ``rows``: all images under the link that is kept."""
-    best, tuned = winner
     trial, facts = trials[best], links.sample.facts
-    keep_presence, keep_threshold = tuned, evidence.clear(trial.tuned - trial.before, trial.worth)
-    if procedure == "T":
-        keep_presence, keep_threshold = trial.learned.fit is not None, tuned
     kept, threshold = None, options.threshold
-    learned = presence.learn(*rows[:4], prune=options.prune, folds=links.folds)
-    if keep_presence and learned.found is not None:
+    if trial.learned.fit is not None:
         classes = range(facts.num_classes) if options.classes is None else options.classes
-        kept = learned.found | {"classes": list(classes), "metric": options.metric}
-    if keep_threshold:
+        found = presence.learn(*rows[:4], prune=options.prune, folds=links.folds).found
+        kept = None if found is None else found | {"classes": list(classes), "metric": options.metric}
+    if trial.keeps_threshold:
         threshold = _best_threshold(rows.sweep, thresholds(threshold), threshold)
-    found = Fit(
+    fit = Fit(
         link=links.final[best],
         threshold=threshold,
         presence=kept,
         mode=None,
         images=len(rows.highest),
-        figures={name: links.calibration(name) | one.figures() for name, one in trials.items()},
+        figures={name: one.figures() for name, one in trials.items()},
         chosen=best,
         notes=(),
     )
-    return replace(found, notes=tuple(_notes(found, winner, trials, links, procedure)))
+    return replace(fit, notes=tuple(_notes(fit, trials, links, procedure)))
 
 
 @torch.no_grad()
@@ -264,27 +258,21 @@ def _mean_dice(
 # ---------------------------------------------------------------------------------------------------- words
 
 
-def _notes(
-    found: Fit, winner: tuple[str, bool], trials: dict[str, Trial], links: Links, procedure: str
-) -> Iterable[str]:
+def _notes(found: Fit, trials: dict[str, Trial], links: Links, procedure: str) -> Iterable[str]:
     """Yield sentences on what is kept and why."""
     trial, own = trials[found.chosen], trials[OWN]
-    yield _gain(winner, trials, procedure)
-    if SCALED not in links.final:
-        yield (
-            "Temperature: not kept, because it reached the end of its range. The network's outputs are not calibrated "
-            "probabilities (was it trained with a proper loss?), or there are too few validation images."
-        )
-    elif found.chosen == OWN:
-        yield "Temperature: not kept."
-    else:
-        bias = ", and a bias per class" if found.link.bias is not None else ""
-        yield f"Temperature: {found.link.temperature:.4f}{bias}."
+    yield _about_the_link(found, trials, procedure)
     kept = "kept" if found.presence is not None else "not kept" if trial.learned.found else "not fitted"
     yield f"Presence: {kept}. {trial.learned.reason[0].upper()}{trial.learned.reason[1:]}."
     yield (
         f"Threshold of T: {found.threshold:.2f}. mDice of T {float(trial.before.nanmean()):.4f} before, "
         f"{float(trial.tuned.nanmean()):.4f} with a fitted one."
+    )
+    name = "T" if procedure == "T" else "rankdice"
+    before = float((own.before if procedure == "T" else own.pruned).nanmean())
+    yield (
+        f"mDice of {name} on held-out images: {before:.4f} as trained, {float(trial.scores(procedure).nanmean()):.4f} "
+        "with what is kept."
     )
     if own.worth < found.images / 2:
         yield (
@@ -300,24 +288,25 @@ def _notes(
         yield f"Warning: {found.images} validation images are few. Fit on at least {presence.FEW_IMAGES}."
 
 
-def _gain(winner: tuple[str, bool], trials: dict[str, Trial], procedure: str) -> str:
-    """Say what the combination that is kept gains, or why none is kept."""
-    base, worth = trials[OWN].scores(procedure)[False], trials[OWN].worth
-    every = {(name, tuned): s for name, trial in trials.items() for tuned, s in trial.scores(procedure).items()}
-    kept = winner != (OWN, False)
-    others = [key for key in every if key != (OWN, False)]
-    if not others:
-        return "Nothing could be fitted."
-    key = winner if kept else max(others, key=lambda key: float(every[key].nanmean()))
-    extra = "threshold" if procedure == "T" else "presence"
-    what = ", ".join([key[0]] * (key[0] != OWN) + [extra] * key[1])
-    name, gains = ("T" if procedure == "T" else "rankdice"), every[key] - base
-    sentence = (
-        f"mDice of {name} on held-out images: {float(base.nanmean()):.4f} as trained, "
-        f"{float(every[key].nanmean()):.4f} with {what} (difference {float(gains.nanmean()):+.4f}, standard error "
-        f"{evidence.standard_error(gains, worth):.4f})."
-    )
-    return f"Kept: {what}. {sentence}" if kept else f"Nothing is kept, because no gain is clear. {sentence}"
+def _about_the_link(found: Fit, trials: dict[str, Trial], procedure: str) -> str:
+    """Say which link is kept, or why none is."""
+    if SCALED not in trials:
+        return (
+            "Temperature: not kept, because it reached the end of its range. The network's outputs are not calibrated "
+            "probabilities (was it trained with a proper loss?), or there are too few validation images."
+        )
+    own, trial = trials[OWN], trials[found.chosen]
+    if found.chosen != OWN:
+        bias = ", and a bias per class" if found.link.bias is not None else ""
+        return (
+            f"Temperature: {found.link.temperature:.4f}{bias}. NLL of held-out images {float(own.nll.nanmean()):.4f} "
+            f"before, {float(trial.nll.nanmean()):.4f} with it."
+        )
+    scaled = trials[SCALED]
+    if evidence.clear(own.nll - scaled.nll, scaled.worth, smallest=0.0):
+        before, after = (float(one.scores(procedure).nanmean()) for one in (own, scaled))
+        return f"Temperature: not kept. It lowers mDice from {before:.4f} to {after:.4f}."
+    return "Temperature: not kept. It does not clearly lower the NLL of held-out images."
 
 
 def text(found: Fit, data: str) -> str:

@@ -105,16 +105,22 @@ class Links:
         """Return the links of an image, none of which has seen it."""
         return self.of_fold[self.fold[name]]
 
-    def calibration(self, name: str) -> dict[str, float]:
-        """Return how good the probabilities of the held-out images are under one kind of link."""
+    def calibration(self, name: str) -> tuple[dict[str, float], Tensor]:
+        """Return how good the probabilities of the held-out images are under one kind of link.
+
+        Returns:
+            NLL, Brier score and calibration errors of all; the NLL of each image ``(N,)``.
+        """
         facts, place = self.sample.facts, self.names.index(name)
         gathered = Reliability(facts.num_classes, facts.ignore_index, self.activation)
+        totals = [gathered.totals.clone()]
         for image in self.images:
             logits, target = self.sample.rows[image]
             link = self.held_out(image)[place]
             gathered.add_pixels(link(logits[:, :, None, None], self.activation)[:, :, 0, 0], target)
-        found = gathered.compute()
-        return {key: found[key] for key in ("NLL", "Brier", "ECE", "Class_ECE")}
+            totals.append(gathered.totals.clone())
+        found, each = gathered.compute(), torch.stack(totals).diff(dim=0)
+        return {key: found[key] for key in ("NLL", "Brier", "ECE", "Class_ECE")}, each[:, 0] / each[:, 2]
 
 
 def _common(rows: Sequence[tuple[Tensor, Tensor]], classes: int) -> Tensor:
