@@ -330,7 +330,7 @@ def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
             pooled = folds.merged(outcomes)
             notes = [fitted.note(state, config) for state, config in zip(states, of_folds, strict=True)]
             whole, *each = [
-                report.results(o, s.loaded.config, s.loaded, s.loader.dataset, views=s.views, fitted=note)
+                report.results(o, s.loaded, s.loader.dataset, views=s.views, fitted=note)
                 for o, s, note in zip([pooled, *outcomes], [setups[0], *setups], [notes[0], *notes], strict=True)
             ]
             results = folds.combined(whole, each)

@@ -23,7 +23,7 @@ def fold(folder: Path, k: int, count: int = 3, **changes) -> Path:
     changes = {"train_loader": train, "val_loader": None, "test_loader": None} | changes
     path = write_checkpoint(folder / f"fold{k}" / "best_model.pth", **changes)
     state = torch.load(path, weights_only=True)
-    state["state_dict"] = {n: v * (1 + 0.3 * k) if "weight" in n else v for n, v in state["state_dict"].items()}
+    state["state_dict"] = {n: v * (1 + 0.01 * k) if "weight" in n else v for n, v in state["state_dict"].items()}
     torch.save(state, path)
     return path
 
