@@ -45,15 +45,9 @@ def parse_arguments() -> argparse.Namespace:
         "-p",
         "--predict",
         choices=(*PROCEDURES, "all"),
-        help="prediction procedure; all: all of them, and report.html, from one forward pass (default: the config's "
-        "predict.test)",
+        help="prediction procedure (default: predict.test of the config); all: all of them, and report.html",
     )
-    add(
-        "--fit",
-        action="store_true",
-        help="instead of scoring, fit temperature, presence and threshold on the validation data and write "
-        "NAME_calibrated.pth",
-    )
+    add("--fit", action="store_true", help="do not score; fit on the validation data and write NAME_calibrated.pth")
     add(
         "-o",
         "--output",
@@ -70,11 +64,7 @@ def parse_arguments() -> argparse.Namespace:
         "as inference.py does)",
     )
     add("--boundary", action="store_true", help="also report the boundary IoU (Cheng et al., CVPR 2021)")
-    add(
-        "--save-masks",
-        action="store_true",
-        help="write masks/PROCEDURE/NAME.png, palette PNGs, into the results folder",
-    )
+    add("--save-masks", action="store_true", help="write masks/PROCEDURE/NAME.png, palette PNGs, next to the results")
     add("--save-probs", metavar="FOLDER", help="keep the probabilities, for python -m utils.predict --probs FOLDER")
     add("--force", action="store_true", help="let --save-probs remove the probabilities of another run in its folder")
     add_device(parser)
