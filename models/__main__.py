@@ -12,7 +12,7 @@ import torch
 
 from models import MODELS
 from models.cost import Cost, measure
-from utils import errors
+from utils.errors import plural, run
 
 #: The rows: each model with its arguments. A model without a row here gets one with its defaults.
 ROWS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _describe(device: str) -> str:
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"a CPU with {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"a CPU with {plural(torch.get_num_threads(), 'thread')}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)
