@@ -271,8 +271,9 @@ def rows_of(images: Images, network: SavedNetwork) -> Rows:
     """Return the rows of all images."""
     found = []
     for batch in images.batches():
+        assert isinstance(batch.images, Tensor)
+        assert isinstance(batch.labels, Tensor)
         probs, label = network.forward(batch.images)[1], batch.labels
-        assert isinstance(label, Tensor)
         masks = rank_dice(probs, prune=None)
         counts = count(Prediction(masks=masks.masks), label, probs.shape[1], 255)
         measured = image_scores(counts).dice.nan_to_num(0.0)

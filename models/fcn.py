@@ -41,9 +41,9 @@ class ConvolutionalVGG16(Backbone):
     def __init__(self, name: str, in_channels: int = 3, pretrained: bool | str = False) -> None:
         super().__init__()
         self.vgg = VGG(name, in_channels, ceil_mode=True, first_padding=PADDING)
-        _, pool5, fc = self.channels
-        self.fc6 = nn.Conv2d(pool5, fc, kernel_size=7)
-        self.fc7 = nn.Conv2d(fc, fc, kernel_size=1)
+        _, pool5, width = self.channels
+        self.fc6 = nn.Conv2d(pool5, width, kernel_size=7)
+        self.fc7 = nn.Conv2d(width, width, kernel_size=1)
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(0.5)
         for fc in (self.fc6, self.fc7):
