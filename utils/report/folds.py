@@ -97,9 +97,9 @@ def aligned(
     """
     if procedure != "all":
         return [{procedure: decision} for of_fold in decisions for decision in of_fold.values()]
-    names = list(max(decisions, key=lambda of_fold: len(of_fold)))
+    longest = max(decisions, key=len)
     return [
-        {name: of_fold.get(name, Decision("T", own)) for name in names}
+        {name: of_fold.get(name, Decision("T", own)) for name in longest}
         for of_fold, own in zip(decisions, options, strict=True)
     ]
 
