@@ -18,17 +18,8 @@ from utils.images import read_label
 
 # Things that COCO names but never annotated (the publisher's README lists them).
 UNANNOTATED = (
-    "street sign",
-    "hat",
-    "shoe",
-    "eye glasses",
-    "plate",
-    "mirror",
-    "window",
-    "desk",
-    "door",
-    "blender",
-    "hair brush",
+    *("street sign", "hat", "shoe", "eye glasses", "plate", "mirror"),
+    *("window", "desk", "door", "blender", "hair brush"),
 )
 _NAMES, _PALETTE = labels("coco_stuff")
 _KEPT = [i for i, name in enumerate(_NAMES) if name not in UNANNOTATED]

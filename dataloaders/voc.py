@@ -7,39 +7,16 @@ from pathlib import Path
 from base.base_dataset import BaseDataSet
 from base.entries import Entry
 from base.text import read_lines
+from dataloaders.labels import labels
 from dataloaders.reading.lists import columns_of
 from utils.errors import UserError
-from utils.images import voc_colormap
 
 
 class VOC(BaseDataSet):
     """``VOCdevkit/VOC2012`` below data_dir; the ``_aug`` splits are lists of two columns, image and label."""
 
-    class_names = (
-        "background",
-        "aeroplane",
-        "bicycle",
-        "bird",
-        "boat",
-        "bottle",
-        "bus",
-        "car",
-        "cat",
-        "chair",
-        "cow",
-        "diningtable",
-        "dog",
-        "horse",
-        "motorbike",
-        "person",
-        "pottedplant",
-        "sheep",
-        "sofa",
-        "train",
-        "tvmonitor",
-    )
+    class_names, palette = labels("voc")
     num_classes = len(class_names)
-    palette = voc_colormap(num_classes)
     mean = (0.45734706, 0.43338275, 0.40058118)
     std = (0.23965294, 0.23532275, 0.2398498)
     splits = ("train", "val", "trainval", "test", "train_aug", "val_aug", "trainval_aug", "test_aug")
