@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from dataloaders import LOADERS
 from models import MODELS
+from tests.config.test_configs import our_configs
 from tests.predecessors import PUBLISHED, RANKSEG
 from utils import config as configs
 from utils.config import __main__ as command
@@ -558,12 +559,6 @@ def test_published_names_of_loaders(type) -> None:
 
 
 # -- configs of ours -------------------------------------------------------------------------------------------
-
-
-def our_configs() -> list[str]:
-    root = Path(__file__).resolve().parents[2]
-    files = [*root.glob("config.json"), *(p for p in root.glob("configs/*.json") if p.name != "schema.json")]
-    return sorted(str(p.relative_to(root)) for p in files)
 
 
 def folders_of(raw: dict[str, Any]) -> Iterator[Path]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 import cv2
@@ -12,6 +10,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from tests.images.png import png
 from utils.errors import UserError
 from utils.images import read_label, read_levels, read_mask, voc_colormap, write_png
 
@@ -37,23 +36,8 @@ def test_labels_are_the_stored_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_labels_of_few_bits_are_not_stretched(tmp_path: Path, bits: int) -> None:
     small = IDS % 2**bits
-    _write_grey_png(tmp_path / "a.png", small, bits)
+    (tmp_path / "a.png").write_bytes(png(small, bits, 0))
     assert np.array_equal(read_label(tmp_path / "a.png"), small)
-
-
-def _write_grey_png(path: Path, array: np.ndarray, bits: int) -> None:
-    """Write a grey PNG of 1, 2 or 4 bits by hand: Pillow writes no 2 and 4."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width = array.shape
-    digits = ((array[:, :, None] >> np.arange(bits - 1, -1, -1)) & 1).astype(np.uint8)
-    packed = np.packbits(digits.reshape(height, -1), axis=1)
-    rows = b"".join(b"\0" + row.tobytes() for row in packed)
-    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
 def test_labels_above_255(tmp_path: Path) -> None:
