@@ -156,10 +156,9 @@ def exact_score(row: Tensor, volume: int, metric: str) -> float:
     values = row.double().sort(descending=True).values.unsqueeze(0)
     values = torch.cat([torch.zeros_like(values[:, :1]), values], 1)
     steps, none = torch.arange(values.shape[1], device=row.device).double().unsqueeze(0), values.new_zeros(1, 4)
-    goal, mass = Goal(metric, 0.0), values.cumsum(1)
-    rate = steps + mass[:, -1:] - (mass if metric == "iou" else 0)
-    rate = rate[:, volume : volume + 1]
-    window = Window(steps, values, values > 0, none, none, rate, rate)
+    goal = Goal(metric, 0.0)
+    _, rate = goal.lead(values.sum(1, keepdim=True), steps, values.cumsum(1))
+    window = Window(steps, values, none, none, rate[:, volume, None], rate[:, volume, None])
     return float(integrate(goal, window, 1.0, 1)[0, volume])
 
 

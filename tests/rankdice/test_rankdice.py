@@ -190,37 +190,44 @@ def test_bounds_hold_at_every_volume(row: list[float], smooth: float, metric: st
     scores = torch.from_numpy(expected_scores(probs.numpy(), metric, smooth))[1:]
     volume, mass = torch.arange(1, len(row) + 1).double(), probs.cumsum(0)
     goal, mean, variance = Goal(metric, smooth), mass[-1:], (probs * (1 - probs)).sum().view(1)
-    _, lower, lead, excess = goal.bounds(mean, variance, volume, mass)
-    positive = probs > 0
-    assert (lower <= scores * (1 + 1e-12))[positive].all()
-    assert (lead * (1 + excess) >= scores * (1 - 1e-12))[positive].all()
-    assert (excess.diff() <= 1e-12).all()
-    if not positive.any():
+    total = (mean + smooth).clamp(min=1e-100)
+    lead, rate = goal.lead(total, volume, mass)
+    least = goal.least(lead, rate, volume, mass)
+    assert (least <= scores * (1 + 1e-12) + 1e-300).all()
+    assert (lead + variance / rate / rate >= scores * (1 - 1e-12)).all()
+    assert (rate.diff() >= -1e-12).all()
+    best = scores.max()
+    if best <= 0:
         return
-    best = scores[positive].max()
-    tied = volume[scores >= best * (1 - 1e-12)]
-    for n in range(1, len(row) + 1):  # some volume that is known to reach some score
-        known = volume[n - 1 : n], scores[n - 1 : n], best.view(1)
-        low, high = goal.cuts(mean, variance, probs[:1], *known)
-        assert tied.min() <= max(n, int((probs > low * (1 - 1e-12)).sum()))
-        assert tied.max() >= min(n, int((probs >= high * (1 + 1e-12)).sum()))
+    # If only the volumes from `first` to `last` are looked at, is the best one proven to be among them?
+    for first, last in itertools.combinations_with_replacement(range(1, len(row) + 1), 2):
+        inside = slice(first - 1, last)
+        at = lead[inside].argmax() + first - 1
+        low, high = goal.cuts(total, variance, volume[at : at + 1], least[at : at + 1], lead[at : at + 1])
+        before, behind = probs[:first], probs[last:]  # a smaller volume leaves out the last of `before`
+        if (before >= high * (1 + 1e-12)).all() and (behind <= low * (1 - 1e-12)).all():
+            assert scores[inside].max() >= best * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("shape", [(30, 900), (12, 20_000)])
 def test_cuts_hold_for_larger_rows(metric: str, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(shape[0])
+    goal = Goal(metric, 0.0)
     for k in range(shape[0]):
         probs = torch.rand(shape[1], generator=generator, dtype=torch.float64) ** (1 + k) * (0.2 if k % 3 == 0 else 1)
         probs = probs.sort(descending=True).values
-        mean, variance = probs.sum().view(1), (probs * (1 - probs)).sum().view(1)
+        mean, variance = probs.sum(), (probs * (1 - probs)).sum()
         step = max(1, shape[1] // 500)
+        volume = torch.arange(1, shape[1] + 1).double()
         scores = torch.from_numpy(integral_scores(probs.numpy(), metric, 0.0, np.arange(1, shape[1], step)))
-        best, volume = scores.max().view(1), scores.argmax() * step + 1
-        low, high = Goal(metric, 0.0).cuts(mean, variance, probs[:1], volume.double().view(1), best, best * (1 + 1e-9))
-        # The best volume may lie a step from the best of the grid.
-        assert volume - step <= (probs > low).sum()
-        assert volume + step >= (probs >= high).sum()
+        best = scores.argmax() * step + 1  # the best of the grid, which may lie a step from the best volume
+        lead, rate = goal.lead(mean, volume, probs.cumsum(0))
+        least = goal.least(lead, rate, volume, probs.cumsum(0))
+        for at in (int(best), max(1, int(best) // 2), min(shape[1], 2 * int(best))):
+            low, high = goal.cuts(mean, variance, volume[at - 1], least[at - 1], lead.max())
+            assert best - step <= max(at, int((probs > low).sum()))
+            assert best + step >= min(at, int((probs >= high).sum()))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import approximations, exact
 from .integral import CPU, Goal
 from .label_map import ROUNDS, Classes, ascend, check_classes
-from .table import Best, Table, best_volumes
+from .table import Table, best_volumes
 
 __all__ = ["METRICS", "SOLVERS", "Options", "RankDice", "label_map", "rank_counts", "rank_dice"]
 
@@ -145,42 +145,40 @@ def rank_dice(
         return RankDice(probs.bool(), *_nothing(none, smooth), none)
     highest = rows.amax(1)
     extremes = torch.stack([rows.amin(), highest.amax()])  # both hand NaN on
-    early = rows.device.type in CPU or solver != "exact"
-    if early:
+    if rows.device.type in CPU or solver != "exact":
         exact.check_range(*extremes.tolist())
     skipped = highest <= (0.0 if prune is None else prune)
     masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
-    results: tuple[Tensor, ...] | None = None
-    for some in _parts(rows, skipped, smooth, max_bytes):
-        best, drawn = _solve(
-            rows[some], highest[some], skipped[some], masks[some], options, max_bytes, None if early else extremes
-        )
-        values = best.volumes.long(), best.cutoffs.to(rows.dtype), best.scores
-        if len(values[0]) == len(rows):
-            results = values
-            break
-        results = results or _nothing(highest, smooth)
-        if not isinstance(some, slice):
-            masks[some] = drawn
-        for result, value in zip(results, values, strict=True):
-            result[some] = value
-    results = results or _nothing(highest, smooth)
+    step = max(1, max_bytes // ((_CHUNK_BYTES if rows.device.type in CPU else _GPU_CHUNK_BYTES) * rows.shape[1]))
+    found = []
+    for first in range(0, rows.shape[0], step):
+        some = slice(first, first + step)
+        found.append(_solve(rows[some], skipped[some], masks[some], options, max_bytes, extremes))
+    results = found[0] if len(found) == 1 else tuple(torch.cat(parts) for parts in zip(*found, strict=True))
     volumes, cutoffs, scores = (result.view(shape) for result in results)
-    return RankDice(masks.view(probs.shape), volumes, cutoffs, scores, highest.view(shape))
+    return RankDice(masks.view(probs.shape), volumes.long(), cutoffs.to(probs.dtype), scores, highest.view(shape))
 
 
-def _parts(rows: Tensor, skipped: Tensor, smooth: float, budget: int) -> Iterator[slice | Tensor]:
-    """Yield the rows that must be solved in chunks: slices, or indices where they are not neighbours."""
-    cpu, count = rows.device.type in CPU, rows.shape[0]
-    step = max(1, budget // ((_CHUNK_BYTES if cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
+def _solve(
+    rows: Tensor, skipped: Tensor, masks: Tensor, options: Options, budget: int, extremes: Tensor
+) -> tuple[Tensor, ...]:
+    """Fill in the masks of some rows; return volumes, cut-offs and scores."""
     # An empty mask scores 0 without smoothing. On a GPU, asking which rows are active costs more than doing all.
-    if not cpu or smooth or not bool(skipped.any()):
-        yield from (slice(first, min(first + step, count)) for first in range(0, count, step))
-        return
-    for names in (~skipped).nonzero().view(-1).split(step):
-        if names.numel():
-            first, last = int(names[0]), int(names[-1]) + 1
-            yield slice(first, last) if last - first == names.numel() else names
+    if rows.device.type in CPU and not options.smooth:
+        names = skipped.logical_not().nonzero().view(-1)
+        if 2 * names.numel() < rows.shape[0]:
+            results = _nothing(skipped.double(), 0)
+            if names.numel():
+                own = masks.new_zeros(names.numel(), rows.shape[1])
+                some = _solve(rows[names], skipped[names], own, options, budget, extremes)
+                masks[names] = own
+                for result, value in zip(results, some, strict=True):
+                    result[names] = value.to(result.dtype)
+            return results
+    if options.solver != "exact":
+        return approximations.solve(rows, skipped, masks, options.solver, options.goal, budget)[:3]
+    checked = rows.device.type in CPU
+    return exact.solve(rows, skipped, masks, options.goal, budget, None if checked else extremes)[:3]
 
 
 def _nothing(highest: Tensor, smooth: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,7 +261,7 @@ def rank_counts(values: Tensor, counts: Tensor, options: Options = Options()) ->
     Raises:
         ValueError: a solver other than ``exact`` and ``rma``.
     """
-    table = Table(values.flip(0).expand(counts.shape).contiguous(), counts.flip(1).double())
+    table = Table.whole(values.flip(0).expand(counts.shape).contiguous(), counts.flip(1).double())
     highest = torch.where(counts > 0, values, -torch.inf).amax(1)
     skipped = highest <= (options.prune or 0.0)
     if options.solver == "exact":
@@ -280,38 +278,6 @@ def _budget(probs: Tensor) -> int:
     if probs.device.type in CPU:
         return max(_SMALLEST_BUDGET, min(probs.numel() * max(4, probs.element_size()), _LARGEST_BUDGET))
     return max(_LARGEST_BUDGET, min(probs.numel() * _GPU_CHUNK_BYTES, _GPU_LARGEST_BUDGET))
-
-
-def _solve(
-    rows: Tensor,
-    highest: Tensor,
-    skipped: Tensor,
-    masks: Tensor,
-    options: Options,
-    budget: int,
-    extremes: Tensor | None,
-) -> tuple[Best, Tensor]:
-    """Solve rows and draw their masks into ``masks``."""
-    if options.solver == "exact":
-        best = exact.solve(rows, highest, skipped, options.goal, budget, extremes)
-    else:
-        best = approximations.solve(rows, skipped, options.solver, options.goal, budget)
-    cut = best.cutoffs.to(rows.dtype).unsqueeze(1)
-    if rows.device.type not in CPU:
-        first_ones = torch.arange(rows.shape[1], device=rows.device) <= best.columns.unsqueeze(1)
-        torch.logical_or(rows > cut, (rows == cut) & first_ones, out=masks)
-        least = torch.where(masks, rows, torch.inf).amin(1)
-        return best._replace(cutoffs=least), masks
-    only_above = best.columns < 0  # the mask is p > cut, and its smallest probability is not known yet
-    if bool(only_above.any()):
-        names = only_above.nonzero().view(-1)
-        least = torch.cat([torch.where(rows[n] > cut[n], rows[n], torch.inf).amin().view(1) for n in names])
-        cut = cut.index_copy(0, names, least.unsqueeze(1))
-    torch.ge(rows, cut, out=masks)
-    for row in best.torn.nonzero().view(-1).tolist():  # the cut runs through pixels of equal probability
-        last = int(best.columns[row])
-        masks[row, last + 1 :] &= rows[row, last + 1 :] > cut[row]
-    return best._replace(cutoffs=cut.squeeze(1)), masks
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ import math
 import torch
 from torch import Tensor
 
+from .exact import draw
 from .integral import Goal
-from .table import Best, Table, describe
+from .table import Best, Table, cutoffs
 
 SOLVERS = ("ba", "trna", "paper", "rma")
 EPSILON = 1e-4
@@ -31,36 +32,41 @@ PIXEL_BYTES = 96
 TRNA_TERMS = 1 << 16  # (pixel, volume) pairs of a row at a time
 
 
-def solve(rows: Tensor, skipped: Tensor, solver: str, goal: Goal, budget: int) -> Best:
-    """Find each row's volume by an approximation; the score is the approximation's own.
+def solve(rows: Tensor, skipped: Tensor, masks: Tensor, solver: str, goal: Goal, budget: int) -> Best:
+    """Find each row's volume by an approximation, and draw its mask; the score is the approximation's own.
 
     Args:
         rows: ``(R, N)`` probabilities.
         skipped: bool ``(R,)``: these rows get the empty mask.
+        masks: bool ``(R, N)``, is filled.
         solver: one of ``SOLVERS``.
         goal: what is maximized: "iou" with rma only.
         budget: bytes of working memory, about; a row needs about 100 bytes per pixel.
     """
     found = []
-    for part in torch.arange(rows.shape[0], device=rows.device).split(max(1, budget // (PIXEL_BYTES * rows.shape[1]))):
-        values, columns = rows[part].sort(dim=1, descending=True, stable=True)
-        table = Table(values.double(), columns=columns)
+    for part in torch.arange(rows.shape[0]).split(max(1, budget // (PIXEL_BYTES * rows.shape[1]))):
+        some = slice(int(part[0]), int(part[-1]) + 1)
+        values, columns = rows[some].sort(dim=1, descending=True, stable=True)
+        table = Table.whole(values.double())
         if solver == "rma":
-            found.append(reciprocal_moment(table, skipped[part], goal))
+            best = reciprocal_moment(table, skipped[some], goal)
         else:
             scores, empty = _scores(table.values, solver, goal.smooth, budget)
-            found.append(_choose(table, skipped[part], scores, empty))
-    parts = [torch.cat(values) for values in list(zip(*found, strict=True))[:-1]]
-    return Best(*parts, unproven=0)  # type: ignore[misc,arg-type] # mypy counts no star
+            best = _choose(table, skipped[some], scores, empty.unsqueeze(1))
+        draw(masks[some], columns, best.volumes.unsqueeze(1))
+        found.append(best)
+    volumes, cuts, scores, unproven = (torch.cat(parts) for parts in list(zip(*found, strict=True))[:4])
+    return Best(volumes, cuts, scores, unproven, 0)
 
 
 def _choose(table: Table, skipped: Tensor, scores: Tensor, empty: Tensor) -> Best:
-    """Return the best of the volumes at the ends of the table's runs."""
-    score, best = scores.masked_fill(table.values <= 0, -torch.inf).max(1)
-    ends = table.ends()
-    none = skipped | (empty >= score)
-    volume = torch.where(none, 0.0, ends.gather(1, best.unsqueeze(1)).squeeze(1))
-    return describe(table, ends, volume, torch.where(none, empty, score), torch.ones_like(none), 0)
+    """Return the best of the volumes at the ends of the table's runs, by their scores ``(R, W)``."""
+    volumes, _, values = table.sums()
+    score, best = scores.masked_fill(table.values <= 0, -torch.inf).max(1, keepdim=True)
+    none = skipped.unsqueeze(1) | (empty >= score)
+    volume = volumes.gather(1, best + 1).masked_fill_(none, 0)
+    score = torch.where(none, empty, score).squeeze(1)
+    return Best(volume.squeeze(1), cutoffs(table, volumes, values, volume), score, skipped, 0)
 
 
 def reciprocal_moment(table: Table, skipped: Tensor, goal: Goal) -> Best:
@@ -68,9 +74,9 @@ def reciprocal_moment(table: Table, skipped: Tensor, goal: Goal) -> Best:
 
     Inside a run of equal values the score rises or falls throughout, so that the ends of the runs are enough.
     """
-    g, volume, mass = goal.smooth, table.ends(), table.weighted(table.values).cumsum(1)
-    mean = mass[:, -1:]
-    empty = (g / (mean + g) if g else torch.zeros_like(mean)).squeeze(1)
+    volumes, mass, _ = table.sums()
+    g, mean, volume, mass = goal.smooth, table.mean, volumes[:, 1:], mass[:, 1:]
+    empty = g / (mean + g) if g else torch.zeros_like(mean)
     if goal.metric == "iou":
         scores = (mass + g) / (volume + mean - mass + g)
     else:

@@ -1,4 +1,4 @@
-"""The exact solver for maps: a few passes over the pixels, then a small table per row.
+"""The exact solver for maps: two passes over the pixels, then a small table per row.
 
 1. One pass sums the powers of all probabilities.
 2. A sample of the pixels estimates the cut of the best mask. Its standard error gives the limits ``low`` and ``high``.
@@ -11,34 +11,40 @@ The sample affects the time, never the result.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .integral import CPU, FAR_ORDERS, FAR_RATE, SURE_MEAN, Goal
-from .table import Around, Best, Table, best_volumes
+from .integral import CPU, FAR_ORDERS, FAR_RATE, ORDERS, Goal
+from .table import Best, Table, best_volumes
 
 BLOCK = 32
 SORTED_PIXELS = 5000  # rows of at most so many pixels are sorted
-SORT_BYTES = 96  # of a pixel while its row is sorted and solved
-LEAST_SAMPLE = 512
-DEVIATIONS = 4.0  # standard errors of the sample's estimate between it and each limit
+SORT_BYTES = 130  # of a pixel while its row is sorted and solved
+LEAST_SAMPLE = 1024
+STEPS = 5  # to the best cut of a sample
+DEVIATIONS = 3.5  # standard errors of the sample's estimate between it and each limit
 MOST_PIXELS = 4096  # in a table of a row, or one in 64 of the row's pixels, or what the budget has room for
 TABLE_BYTES = 100  # of a pixel in a table
-CACHE_PIXELS = 1 << 17
+SMALL_TABLE, MOST_PADDED = 64, 1 << 14  # pixels: rows with many more than others get tables of their own
+CACHE_PIXELS = 1 << 18
+MOST_BLOCKS = 0.6  # with more blocks in question, all are looked at
 LEAST_CUT = 1e-30  # smaller probabilities never enter a table
 
 
 def solve(
-    rows: Tensor, highest: Tensor, skipped: Tensor, goal: Goal, budget: int, extremes: Tensor | None = None
+    rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal, budget: int, extremes: Tensor | None = None
 ) -> Best:
-    """Find the best volume of each row.
+    """Find the best volume of each row, and draw its mask.
 
     Args:
         rows: ``(R, N)`` probabilities, contiguous.
-        highest: ``(R,)`` largest value of each row.
         skipped: bool ``(R,)``: these rows get the empty mask.
+        masks: bool ``(R, N)``, contiguous, False: is filled.
         goal: what is maximized.
         budget: bytes of working memory, about.
         extremes: smallest and largest value of the map, if they are still to be checked.
@@ -46,17 +52,57 @@ def solve(
     if rows.shape[1] <= SORTED_PIXELS:
         if extremes is not None:
             check_range(*extremes.tolist())
-        return _solve_sorted(rows, skipped, goal, budget)
-    table = _around_the_cut(rows, highest.double(), skipped, goal, budget, extremes)
-    best = best_volumes(table, skipped, goal, budget)
-    if not best.unproven:
-        return best
-    names = best.proven.sort().indices[: best.unproven]  # not nonzero(), which a GPU would wait for
-    for part in names.split(max(1, budget // (SORT_BYTES * rows.shape[1]))):
-        again = _solve_sorted(rows[part], skipped[part], goal, budget)
-        for mine, theirs in zip(best[:-1], again[:-1], strict=True):
-            mine[part] = theirs
+        return _solve_sorted(rows, skipped, masks, goal, budget)
+    pixels = _around_the_cut(rows, skipped.unsqueeze(1), masks, goal)
+    if extremes is not None:
+        check_range(*extremes.tolist())
+    best = _around(rows, skipped, masks, pixels, goal, budget)
+    if best.left:
+        names = best.unproven.byte().argsort(descending=True)[: best.left]  # not nonzero(), which a GPU would wait for
+        for part in names.split(max(1, budget // (SORT_BYTES * rows.shape[1]))):
+            own = masks.new_zeros(part.numel(), rows.shape[1])
+            again = _solve_sorted(rows[part], skipped[part], own, goal, budget)
+            masks[part] = own
+            for mine, theirs in zip(best[:3], again[:3], strict=True):
+                mine[part] = theirs
+    if rows.device.type not in CPU:
+        return best._replace(cutoffs=torch.where(masks, rows, torch.inf).amin(1))
+    for row in best.cutoffs.isnan().nonzero().view(-1).tolist():  # the mask is just the pixels above the table
+        best.cutoffs[row] = rows[row][masks[row]].amin()
     return best
+
+
+def _around(rows: Tensor, skipped: Tensor, masks: Tensor, pixels: _Pixels, goal: Goal, budget: int) -> Best:
+    """Find the best volume of each row among those that are cut around the pixels found, and draw its mask."""
+    groups, found = _groups(pixels.sizes), []
+    for names in groups:
+        table, columns = _table(rows, pixels, names, budget)
+        best = best_volumes(table, skipped if names is None else skipped[names], goal, budget)
+        _draw_some(masks, columns, best.volumes.unsqueeze(1) - table.rank, pixels.sizes, names)
+        found.append(best)
+    if len(found) == 1:
+        return found[0]
+    order = torch.cat(groups).argsort()  # type: ignore[arg-type] # several groups are never None
+    volumes, cuts, scores, unproven = (torch.cat(parts)[order] for parts in list(zip(*found, strict=True))[:4])
+    return Best(volumes, cuts, scores, unproven, sum(best.left for best in found))
+
+
+def draw(masks: Tensor, columns: Tensor, volumes: Tensor) -> None:
+    """Fill masks ``(R, N)`` with the first ``volumes`` ``(R, 1)`` of the sorted pixels ``columns`` ``(R, N)``."""
+    masks.scatter_(1, columns, torch.arange(columns.shape[1], device=masks.device) < volumes)
+
+
+def _draw_some(masks: Tensor, columns: Tensor, counts: Tensor, sizes: Tensor, names: Tensor | None) -> None:
+    """Add the first ``counts`` of ``sizes`` pixels to the masks of the rows ``names``."""
+    which = torch.arange(columns.shape[1], device=masks.device)
+    taken = which < counts
+    if masks.device.type in CPU:
+        first = torch.arange(len(masks)) if names is None else names
+        masks.view(-1).index_fill_(0, (columns + (first * masks.shape[1]).unsqueeze(1))[taken], True)
+    else:  # without a wait for the number of pixels: those beyond `sizes` repeat the last one
+        which = which.minimum((sizes - 1).clamp(min=0))
+        columns = columns.gather(1, which)
+        masks.scatter_(1, columns, torch.where(sizes > 0, taken.gather(1, which), masks.gather(1, columns)))
 
 
 def check_range(low: float, high: float) -> None:
@@ -67,166 +113,202 @@ def check_range(low: float, high: float) -> None:
         raise ValueError(f"probs: expected values in [0, 1], found values from {low:.6g} to {high:.6g}")
 
 
-def _solve_sorted(rows: Tensor, skipped: Tensor, goal: Goal, budget: int) -> Best:
+def _solve_sorted(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal, budget: int) -> Best:
     values, columns = rows.sort(dim=1, descending=True, stable=True)
-    return best_volumes(Table(values.double(), columns=columns), skipped, goal, budget)
+    best = best_volumes(Table.whole(values.double()), skipped, goal, budget)
+    draw(masks, columns, best.volumes.unsqueeze(1))
+    return best
 
 
-def _powers(values: Tensor) -> Tensor:
-    """Return the power sums ``(R, FAR_ORDERS)`` of float64 values ``(R, n)``."""
-    square = values * values
-    cubes = [(square * other).sum(1) for other in (values, square)]
-    return torch.stack([values.sum(1), square.sum(1), *cubes], 1)
+class Room:
+    """Memory for pieces of a map, used again and again: on a CPU, getting new memory takes longer than the sums."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.size = min(CACHE_PIXELS, rows.numel()) if rows.device.type in CPU else 0
+        dtype = rows.dtype if rows.element_size() > 2 else torch.float32
+        self.parts = [rows.new_empty(self.size, dtype=kind) for kind in (torch.float64, dtype, dtype, dtype)]
+
+    def like(self, values: Tensor, which: int) -> Tensor | None:
+        """Return one of the parts (0 is float64, 1 to 3 are like the map) in that shape; None if it is too small."""
+        return self.parts[which][: values.numel()].view(values.shape) if values.numel() <= self.size else None
 
 
-def _scan(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest value of each block ``(R, B)`` and the power sums of the rows, in pieces that fit a cache."""
-    count, width = rows.shape
-    top = rows.new_zeros(count, -(-width // BLOCK))
-    total = torch.zeros(count, FAR_ORDERS, dtype=torch.float64)
-    pixels = CACHE_PIXELS * torch.get_num_threads()
+def _powers(values: Tensor, room: Room | None) -> Tensor:
+    """Return the power sums ``(R, FAR_ORDERS)``, float64. Orders above 2 matter little: float32 is enough for them."""
+    place = room.like(values, 0) if room else None
+    wide = values.double() if place is None else place.copy_(values)
+    square = torch.mul(values, values, out=room.like(values, 1) if room else None)
+    sums = [wide.sum(1, keepdim=True), (wide.mul_(wide) if wide is not values else wide * wide).sum(1, keepdim=True)]
+    fourth = torch.linalg.vector_norm(square, dim=1, keepdim=True).double().square_()
+    return torch.cat([*sums, square.mul_(values).sum(1, keepdim=True), fourth], 1)
+
+
+def pieces(rows: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
+    """Yield rows, first column, and the pixels ``(r, n)`` there: on a CPU as many as fit a cache, on a GPU all."""
+    (count, width), pixels = rows.shape, CACHE_PIXELS if rows.device.type in CPU else rows.numel()
     together = max(1, pixels // width)
-    step = max(BLOCK, pixels // BLOCK * BLOCK)
     for row in range(0, count, together):
         some = slice(row, row + together)
-        for first in range(0, width, step):
-            part = rows[some, first : first + step]
-            total[some] += _powers(part.double())
-            whole, done = part.shape[1] // BLOCK, first // BLOCK
-            torch.amax(part[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)), 2, out=top[some, done : done + whole])
-            if whole * BLOCK < part.shape[1]:
-                top[some, -1] = part[:, whole * BLOCK :].amax(1)
-    return top, total
+        for first in range(0, width, pixels):
+            part = rows[some, first : first + pixels]
+            yield some, first, part if part.element_size() > 2 else part.float()
 
 
 @lru_cache(maxsize=16)
-def _sample(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the places of a row's pixels that make up its sample, and the numbers from 1 on."""
-    size = max(LEAST_SAMPLE, int((0.4 * width) ** (2 / 3)))  # then sample and table take about the same time
+def _sample(width: int, device: torch.device) -> Tensor:
+    """Return the places of a row's pixels that make up its sample."""
+    size = min(
+        width, max(LEAST_SAMPLE, int((0.4 * width) ** (2 / 3)))
+    )  # then sample and table take about the same time
     steps = torch.arange(size, device=device)
     stretch = width // size
     # One pixel of each stretch, at places that no regular pattern of the image can follow.
-    return steps * stretch + steps * 40503 % 65536 * stretch // 65536, steps + 1
+    return steps * stretch + steps * 40503 % 65536 * stretch // 65536
 
 
 def _limits(rows: Tensor, total: Tensor, skipped: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
-    """Guess probabilities ``(low, high)``, ``(R, 1)`` in the dtype of the rows, between which the best mask is cut.
+    """Guess probabilities ``(low, high)``, ``(R, 1)`` in float32 or float64, between which the best mask is cut.
 
-    The best cut is half the best score, about; a sample gives the best score, and how much it may be wrong.
+    The best cut is where one more pixel lowers the leading term of the score; a sample gives it, and its error.
     """
-    places, steps = _sample(rows.shape[1], rows.device)
-    scale = places.numel() / rows.shape[1]
+    sample = rows.index_select(1, _sample(rows.shape[1], rows.device)).float()
+    scale = sample.shape[1] / rows.shape[1]
     mean, square = total[:, :1], total[:, 1:2]
     g = (goal.smooth / 2 if goal.metric == "dice" else goal.smooth) * scale
-    sample = rows.index_select(1, places).float().sort(1, descending=True).values
-    mass = sample.cumsum(1)
-    weight = mass[:, -1:] + steps + (2 * g + scale)
-    cut, at = ((mass + g if g else mass) / weight).max(1, keepdim=True)
+    base = sample.sum(1, keepdim=True) + (2 * g + scale)
+    if rows.device.type in CPU:
+        cut = torch.full_like(base, 0.3)
+        for _ in range(STEPS):  # to the maximum of (mass + g) / (volume + base) (Dinkelbach 1967)
+            over = torch.sub(sample, cut).mul_(2.0**100).clamp_(0, 1)
+            weight = over.sum(1, keepdim=True) + base
+            cut = (over.mul_(sample).sum(1, keepdim=True) + g) / weight
+    else:  # fewer operations
+        weight = base + torch.arange(1, sample.shape[1] + 1, device=rows.device)
+        cut, at = ((sample.sort(1, descending=True).values.cumsum(1) + g) / weight).max(1, keepdim=True)
+        weight = weight.gather(1, at)
     # Errors of the sum that is zero at the best cut, per pixel of the sample.
     part = torch.addcmul((sample - cut).clamp_(min=0), cut, sample, value=-1)
-    error = torch.linalg.vector_norm(part, dim=1, keepdim=True).add_(0.5).mul_(DEVIATIONS) / weight.gather(1, at)
+    error = torch.linalg.vector_norm(part, dim=1, keepdim=True).add_(0.5).mul_(DEVIATIONS) / weight
     # Some volume scores about square / mean or more: a mask cut at a random height has that mass per mean volume.
     guess = torch.minimum(square / mean.clamp(min=torch.finfo(torch.float64).tiny), cut * 2) * 0.3
-    low = torch.minimum(torch.maximum(cut - error, guess), (mean + 1) / FAR_RATE)
-    high = (cut + error).masked_fill(mean < SURE_MEAN, torch.inf)
+    low = torch.minimum(torch.maximum(cut - error, guess), mean / FAR_RATE)
+    high = (cut + error).masked_fill(skipped | (mean < FAR_RATE), torch.inf)
     info = torch.finfo(rows.dtype)
-    low = low.clamp_(min=max(LEAST_CUT, info.tiny * info.eps)).masked_fill_(skipped.unsqueeze(1), 2)
-    return low.to(rows.dtype), high.to(rows.dtype)
+    dtype = rows.dtype if rows.element_size() > 2 else torch.float32
+    low = low.clamp_(min=max(LEAST_CUT, info.tiny * info.eps)).masked_fill_(skipped, 2)
+    return low.to(dtype), high.to(dtype)
 
 
-def _around_the_cut(
-    rows: Tensor, highest: Tensor, skipped: Tensor, goal: Goal, budget: int, extremes: Tensor | None
-) -> Table:
-    """Return tables of the pixels around the cut."""
-    if rows.device.type in CPU:
-        top, total = _scan(rows)
-        low, high = _limits(rows, total, skipped, goal)
-        above, value, place = _search_blocks(rows, top, low, high)
-    else:
-        total = _powers(rows.double())
-        low, high = _limits(rows, total, skipped, goal)
-        above, value, place = _search_map(rows, low, high)
-    values, columns, lost = _dense(value, place, rows, budget)
-    inside = _powers(values)
-    below = (total - above[:, 1:] - inside).clamp_(min=0)
-    limit = low.squeeze(1).double().masked_fill(lost, torch.inf)
-    around = Around(
-        above[:, 0], above[:, 1:], below, total[:, 0], total[:, 1], limit, high.squeeze(1).double(), highest
-    )
-    if extremes is not None:
-        check_range(*extremes.tolist())
-    return Table(values, None, columns, around)
+class _Pixels(NamedTuple):
+    """What the passes over the map found: one row each, ``(R, 1)`` unless stated otherwise.
 
-
-def _search_map(rows: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Look at all pixels at once: for a GPU.
-
-    Returns:
-        Number and power sums of the pixels above ``high`` ``(R, 1 + FAR_ORDERS)``; values and places (in the flat map)
-        of those from ``low`` to ``high``.
+    Attributes:
+        total: power sums of all pixels ``(R, FAR_ORDERS)``.
+        above: number and power sums of the pixels above ``high``, ``(R, 1 + FAR_ORDERS)``.
+        low, high: the limits.
+        place: places in the flat map of the pixels from ``low`` to ``high`` ``(M,)``.
+        ends, sizes: where each row's part of ``place`` ends, and how many there are.
     """
-    over = rows > high
-    place = ((rows >= low) & ~over).view(-1).nonzero().view(-1)
-    above = torch.cat([over.sum(1, keepdim=True), _powers((rows * over).double())], 1)
-    return above, rows.view(-1)[place], place
+
+    total: Tensor
+    above: Tensor
+    low: Tensor
+    high: Tensor
+    place: Tensor
+    ends: Tensor
+    sizes: Tensor
 
 
-def _search_blocks(rows: Tensor, top: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Do what :func:`_search_map` does, but look only at blocks whose largest value ``top`` is above ``low``."""
-    (count, width), blocks = rows.shape, top.shape[1]
-    whole = width // BLOCK
-    steep = 1e38 if rows.dtype != torch.float64 else 1e300
-    above = torch.zeros(count, 1 + FAR_ORDERS, dtype=torch.float64)
-    found = [(rows.new_zeros(0), torch.zeros(0, dtype=torch.int64))]
-    for names in (top >= low).view(-1).nonzero().view(-1).split(CACHE_PIXELS // BLOCK * torch.get_num_threads()):
-        row = names // blocks
-        first = names * BLOCK - row * (blocks * BLOCK - width)  # in the flat map
-        if whole * BLOCK == width:
-            pixels = rows.view(-1, BLOCK).index_select(0, names)
-        else:  # the last block of a row overlaps the one before, whose pixels are taken out
-            last = names - row * blocks == whole
-            begin = torch.where(last, first - (blocks * BLOCK - width), first)
-            pixels = rows.view(-1).unfold(0, BLOCK, 1)[begin]
-            pixels[last, : blocks * BLOCK - width] = 0
-            first = begin
-        edges = low[row], high[row]
-        pixels = pixels if pixels.element_size() > 2 else pixels.float()
-        # Comparisons by arithmetic are several times faster than with bool tensors.
-        over = (pixels - edges[1].to(pixels.dtype)).mul_(steep).clamp_(0, 1)
-        size = over.sum(1)
-        beneath = (edges[0].to(pixels.dtype) - pixels).mul_(steep).clamp_(0, 1).sum(1)
-        power = over.mul_(pixels)
-        sums = [size, power.double().sum(1)]
-        own = power
-        for _ in range(1, FAR_ORDERS):
-            own = own * power
-            sums.append(own.sum(1))
-        above.index_add_(0, row, torch.stack(sums, 1).double())
-        hit = (size + beneath < BLOCK).nonzero().view(-1)
-        pixels, edges = pixels[hit], (edges[0][hit], edges[1][hit])
-        inside = ((pixels >= edges[0]) & (pixels <= edges[1])).view(-1).nonzero().view(-1)
-        block = inside // BLOCK
-        found.append((pixels.view(-1)[inside].to(rows.dtype), first[hit[block]] + inside - block * BLOCK))
-    value, place = (torch.cat(part) for part in zip(*found, strict=True))
-    return above, value, place
-
-
-def _dense(value: Tensor, place: Tensor, rows: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort pixels of all rows into tables ``(R, W)``.
-
-    Returns:
-        Values, columns, and which rows have too many pixels.
-    """
-    if place.numel() == 0:
-        value, place = value.new_zeros(1), place.new_zeros(1) - 1
+def _around_the_cut(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal) -> _Pixels:
+    """Find the pixels around the cut, and draw the pixels above them."""
     count, width = rows.shape
-    ends = torch.searchsorted(place, torch.arange(0, (count + 1) * width, width, device=rows.device)).unsqueeze(1)
-    sizes = ends.diff(dim=0)
+    room = Room(rows)
+    total = rows.new_zeros(count, FAR_ORDERS, dtype=torch.float64)
+    for some, _, part in pieces(rows):
+        total[some].add_(_powers(part, room))
+    low, high = _limits(rows, total, skipped, goal)
+    above = rows.new_zeros(count, 1 + FAR_ORDERS, dtype=torch.float64)
+    found = []
+    search = _search_part if rows.device.type in CPU else _search_map
+    for some, first, part in pieces(rows):
+        size, over, place = search(part, low[some], high[some], masks[some, first : first + part.shape[1]], room)
+        above[some].add_(torch.cat([size, _powers(over, room)], 1))
+        found.append(place + (some.start * width + first))
+    place = torch.cat(found)
+    ends = torch.searchsorted(place, torch.arange(width, (count + 1) * width, width, device=rows.device)).unsqueeze(1)
+    return _Pixels(total, above, low, high, place, ends, ends.diff(dim=0, prepend=ends.new_zeros(1, 1)))
+
+
+def _groups(sizes: Tensor) -> list[Tensor] | list[None]:
+    """Return rows whose tables have about the same size; None: all rows."""
+    if sizes.device.type in CPU and sizes.numel() > 1:
+        small = (sizes <= 2 * sizes.sum() // sizes.numel() + SMALL_TABLE).squeeze(1)
+        if sizes.numel() * int(sizes.max()) > MOST_PADDED and not bool(small.all()):
+            return [small.nonzero().view(-1), small.logical_not().nonzero().view(-1)]
+    return [None]
+
+
+def _table(rows: Tensor, pixels: _Pixels, names: Tensor | None, budget: int) -> tuple[Table, Tensor]:
+    """Return the tables of some rows (None: all), and the columns of their pixels ``(R, W)``."""
+    total, above, low, high, ends, sizes = (
+        part if names is None else part[names]
+        for part in (pixels.total, pixels.above, pixels.low, pixels.high, pixels.ends, pixels.sizes)
+    )
+    width = rows.shape[1]
     most = max(MOST_PIXELS, width // 64)
     if rows.device.type in CPU:
-        most = max(1, min(max(most, budget // (TABLE_BYTES * count)), int(sizes.max())))
+        most = max(1, min(max(most, budget // (TABLE_BYTES * len(rows))), int(sizes.max())))
     which = torch.arange(most, device=rows.device)
-    real = which < sizes
-    which = (which + ends[:-1]).clamp_(max=place.numel() - 1)
-    values, order = (value[which] * real).sort(dim=1, descending=True, stable=True)
-    return values.double(), (place % width)[which.gather(1, order)], (sizes > most).squeeze(1)
+    place = pixels.place if pixels.place.numel() else pixels.place.new_zeros(1)
+    place = place[(which + (ends - sizes)).clamp_(max=place.numel() - 1)]
+    values, order = (rows.view(-1)[place] * (which < sizes)).sort(dim=1, descending=True, stable=True)
+    values, columns = values.double(), (place % width).gather(1, order)
+    below = (total - above[:, 1:] - _powers(values, None)).clamp_(min=0)
+    low = low.double().masked_fill_(sizes > most, torch.inf)
+    variance = (total[:, :1] - total[:, 1:2]).clamp_(min=0)
+    above, below = pad(above, (0, ORDERS - FAR_ORDERS)), pad(below, (0, ORDERS - FAR_ORDERS))
+    table = Table(values, None, total[:, :1], variance, above[:, :1], above[:, 1:], below, low, high.double())
+    return table, columns
+
+
+def _search_map(rows: Tensor, low: Tensor, high: Tensor, masks: Tensor, room: Room) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the pixels around the cut, and draw those above: for a GPU.
+
+    Returns:
+        How many pixels are above ``high``, ``(R, 1)``; the pixels, with zeros for all others; places in the flat map of
+        the pixels from ``low`` to ``high``.
+    """
+    over = torch.gt(rows, high, out=masks)
+    return over.sum(1, keepdim=True), rows * over, ((rows >= low) & ~over).view(-1).nonzero().view(-1)
+
+
+def _search_part(part: Tensor, low: Tensor, high: Tensor, masks: Tensor, room: Room) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what :func:`_search_map` does, with fast arithmetic instead of slow comparisons: for a CPU."""
+    names = None
+    if part.shape[0] == 1 and part.shape[1] % BLOCK == 0:  # leave out blocks without a pixel above `low`
+        blocks = part.view(-1, BLOCK)
+        names = (blocks.amax(1) >= low.view(1)).nonzero().view(-1)
+        if names.numel() < MOST_BLOCKS * len(blocks):
+            part = torch.index_select(blocks, 0, names).view(1, -1)
+        else:
+            names = None
+    steep = 2.0**124 if part.dtype == torch.float32 else 2.0**1000  # a power of two: products are exact
+    over = torch.add(high * -steep, part, alpha=steep, out=room.like(part, 2)).clamp_(0, 1)  # 1 above `high`, else 0
+    outside = torch.sub(low * steep, part, alpha=steep, out=room.like(part, 3)).clamp_(0, 1).add_(over)
+    place = _places(outside.sub_(1).bool().view(-1))
+    if names is None:
+        masks.copy_(over)
+    else:
+        masks.view(-1, BLOCK)[names] = over.bool().view(-1, BLOCK)
+        block = place // BLOCK
+        place = (names[block] - block) * BLOCK + place
+    return over.sum(1, keepdim=True), over.mul_(part), place
+
+
+def _places(found: Tensor) -> Tensor:
+    """Return where a vector is True, fast if nearly all of it is False."""
+    whole = found.numel() // 8 * 8
+    words = found[:whole].view(torch.int64)  # eight at a time
+    hit = words.nonzero()
+    place = (hit * 8 + torch.arange(8))[words[hit.view(-1)].view(torch.bool).view(-1, 8)]
+    return place if whole == found.numel() else torch.cat([place, found[whole:].nonzero().view(-1) + whole])
