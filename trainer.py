@@ -33,7 +33,6 @@ class Trainer(BaseTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.normalize = Normalize(self.data.facts.mean, self.data.facts.std).to(self.device)
-        self.rates = learning_rates(self.optimizer)  # those that the last batch was trained with
         self._asked = False  # whether a process was asked to stop
         self._images = 0  # since the last report
 
@@ -113,9 +112,8 @@ class Trainer(BaseTrainer):
         where = finite.explain(self.model, images)
         return (
             f"the loss became {value} in iteration {iteration} (epoch {self.epoch + 1}), "
-            f"learning rates {', '.join(f'{k} {v:g}' for k, v in self.rates.items())}, "
-            f"images {', '.join(batch.names)}{f'; {where}' if where else ''}. The batch and the weights are in {path}. "
-            "Try a lower learning rate, trainer.clip_grad_norm, or trainer.amp 'off' or 'bf16'"
+            f"{self._rates()}, images {', '.join(batch.names)}{f'; {where}' if where else ''}. The batch and the weights "
+            f"are in {path}. Try a lower learning rate, trainer.clip_grad_norm, or trainer.amp 'off' or 'bf16'"
         )
 
     # -- one epoch ---------------------------------------------------------------------------------------------
@@ -263,9 +261,8 @@ class Trainer(BaseTrainer):
     def _check_weights(self) -> None:
         where = finite.explain(self.deployed_model)
         if where:
-            rates = ", ".join(f"{name} {rate:g}" for name, rate in self.rates.items())
             raise UserError(
-                f"after iteration {self.iteration} (epoch {self.epoch + 1}, learning rates {rates}) {where}. "
+                f"after iteration {self.iteration} (epoch {self.epoch + 1}, {self._rates()}) {where}. "
                 "Try a lower learning rate, trainer.clip_grad_norm, or trainer.amp 'off' or 'bf16'"
             )
 

@@ -111,10 +111,14 @@ class BaseTrainer:
             steps_per_epoch=self.plan.steps if config.lr_scheduler.step == "epoch" else None,
             **config.lr_scheduler.args,
         )
+        self.rates = optim.learning_rates(self.optimizer)  # those that the last batch was trained with
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.settings.amp == "fp16")
         self.options = PredictOptions.from_config(config.predict)
-        self.meter = Meter(self._metrics(), device)
+        classes, count_ignored = self.options.classes, config.predict.count_ignored
+        counts = Metrics(data.facts.num_classes, data.facts.ignore_index, classes=classes, count_ignored=count_ignored)
+        self.meter = Meter(counts, device)
         self.monitor = Monitor(self.settings)
+        self.validates = data.val is not None and self.settings.val
         self.stop = StopSignals()
         self.epoch = 0  # epochs finished
         self.batch = 0  # batches done in the next one
@@ -137,11 +141,6 @@ class BaseTrainer:
         if self.settings.ema is None:
             return None
         return AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
-
-    def _metrics(self) -> Metrics:
-        facts, options = self.data.facts, self.options
-        count_ignored = self.config.predict.count_ignored
-        return Metrics(facts.num_classes, facts.ignore_index, classes=options.classes, count_ignored=count_ignored)
 
     @property
     def deployed_model(self) -> nn.Module:
@@ -186,8 +185,7 @@ class BaseTrainer:
         checkpoint.remove_leftovers(self.folder)
         files.write_text(self.folder / "config.json", text)
         self.log.text("config", text, self.iteration)
-        validates = self.data.val is not None and self.settings.val
-        compared = ["val/Mean_Dice", "val/Mean_IoU", "val/val_loss"] if validates else ["train/Mean_Dice"]
+        compared = ["val/Mean_Dice", "val/Mean_IoU", "val/val_loss"] if self.validates else ["train/Mean_Dice"]
         self.log.hparams(hyper_parameters(self), [*compared, "train/loss"])
         warn_about_precision(self)
         print(banner(self))
@@ -197,15 +195,12 @@ class BaseTrainer:
         while self.epoch < self.settings.epochs:
             epoch = self.epoch + 1
             scores = self._train_epoch(epoch)
-            if self._validates(epoch):
+            due = epoch % self.settings.val_per_epochs == 0 or epoch == self.settings.epochs
+            if due and self.validates:
                 scores |= self._validate(epoch)
             if self._finish_epoch(epoch, scores):
                 break
         return scores
-
-    def _validates(self, epoch: int) -> bool:
-        due = epoch % self.settings.val_per_epochs == 0 or epoch == self.settings.epochs
-        return self.data.val is not None and self.settings.val and due
 
     def _finish_epoch(self, epoch: int, scores: dict[str, float]) -> bool:
         """Log the scores, keep the best model, save; return whether to stop early."""
@@ -324,7 +319,7 @@ class BaseTrainer:
         """
         bad = finite.bad_weights(self.model)
         if bad is not None:
-            raise UserError(f"after iteration {self.iteration} {self._rates()} the weights {bad} are not finite")
+            raise UserError(f"after iteration {self.iteration} ({self._rates()}) the weights {bad} are not finite")
         state = self.state(names)
         if distributed.is_main():
             self.log.flush()
@@ -333,8 +328,7 @@ class BaseTrainer:
                 checkpoint.link(self.folder / names[0], self.folder / name)
 
     def _rates(self) -> str:
-        rates = optim.learning_rates(self.optimizer)
-        return f"(learning rates {', '.join(f'{name} {rate:g}' for name, rate in rates.items())})"
+        return f"learning rates {', '.join(f'{name} {rate:g}' for name, rate in self.rates.items())}"
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; call it before :meth:`train`. See :func:`base.restore.restore`."""

@@ -39,13 +39,15 @@ def main(args: argparse.Namespace) -> int:
 def _heading(found: Survey, out: Path) -> str:
     sizes = found.findings.sizes
     (width, height), _ = sizes.most_common(1)[0]
+    count = found.dataset.num_classes
+    classes = "1 class" if count == 1 else f"{count} classes"
     size = f"{width} x {height}" if len(sizes) == 1 else f"{len(sizes)} sizes, most often {width} x {height}"
     return (
         f"A first config for {found.args['data_dir']}: {plural(len(found.dataset), 'training image')} ({size}), "
-        f"{plural(found.dataset.num_classes, 'class')}. Written by python -m dataloaders plan; change what you know "
+        f"{classes}. Written by python -m dataloaders plan; change what you know "
         f"better. Check the data with python -m dataloaders check --config {out}, then train with python train.py "
         f"--config {out}."
-    ).replace("classs", "classes")
+    )
 
 
 def as_text(config: dict[str, Any], reasons: Reasons, heading: str) -> str:
