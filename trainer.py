@@ -112,8 +112,8 @@ class Trainer(BaseTrainer):
         where = finite.explain(self.model, images)
         return (
             f"the loss became {value} in iteration {iteration} (epoch {self.epoch + 1}), "
-            f"{self._rates()}, images {', '.join(batch.names)}{f'; {where}' if where else ''}. The batch and the weights "
-            f"are in {path}. Try a lower learning rate, trainer.clip_grad_norm, or trainer.amp 'off' or 'bf16'"
+            f"{self._rates()}, images {', '.join(batch.names)}{f'; {where}' if where else ''}. The batch and the "
+            f"weights are in {path}. Try a lower learning rate, trainer.clip_grad_norm, or trainer.amp 'off' or 'bf16'"
         )
 
     # -- one epoch ---------------------------------------------------------------------------------------------
