@@ -276,7 +276,7 @@ def test_rows_with_plateaus_end_and_are_right(metric: str, dtype: torch.dtype) -
         probs = torch.where(draw[:, 3] < 0.4, (probs * levels).round() / levels.clamp(min=1), probs)
         plateau = torch.tensor([1.0, 1.0, 0.999, 0.7, 0.5, 2**0.5 - 1, 1e-3])[(draw[:, 4] * 7).long()]
         length = pixels * (2 * draw[:, 5] - 1)  # none in half of the rows
-        probs = torch.where(torch.arange(pixels) < length, plateau, probs).to(dtype).unsqueeze(0)
+        probs = torch.where(torch.arange(pixels) < length, plateau, probs).to(dtype)[None, ..., None]
         for smooth in (0.0, 1e-3):
             found = rank_dice(probs, metric, smooth=smooth, prune=None)
             check_masks(probs, found)
@@ -284,7 +284,7 @@ def test_rows_with_plateaus_end_and_are_right(metric: str, dtype: torch.dtype) -
                 continue
             assert torch.equal(found.masks, rank_dice(probs.double(), metric, prune=None).masks)
             for k in range(0, count, 100):
-                row = probs[0, k].double().numpy()
+                row = probs[0, k, :, 0].double().numpy()
                 positive = int((row > 0).sum())
                 if positive:
                     scores = integral_scores(row, metric, smooth, np.arange(1, positive + 1))
@@ -600,6 +600,12 @@ def test_a_map_without_a_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"probs\[None\]"):
         label_map(probs)
     assert rank_dice(probs[None]).masks.shape == (1, 4, 24, 30)
+    sure = torch.rand(3, 40, 60, generator=torch.Generator().manual_seed(0))  # does not add up to 1: a sigmoid
+    for shape in (sure, sure[:1], sure.mT, sure[:, :16, :16]):
+        for call in (rank_dice, label_map, lambda p: rank_dice(p, solver="rma")):
+            with pytest.raises(ValueError, match=r"without a batch; pass probs\[None\], or probs\[..., None\]"):
+                call(shape)
+    assert torch.equal(rank_dice(sure[..., None]).volumes[2], rank_dice(sure[2, None, :, None]).volumes[0])
     flat = smooth_maps(3, 4, 24, 30).flatten(2)  # (batch, classes, pixels) is fine
     assert rank_dice(flat).volumes.shape == (3, 4)
 

@@ -381,6 +381,13 @@ def test_t_says_how_many_pixels_have_no_class(script: Script) -> None:
     assert f"{share:.1f} % of the pixels are unassigned" in out
 
 
+def test_images_without_a_mask_are_counted(script: Script) -> None:
+    write("photos/a.png", photo(40, 50))
+    strict = ["--set", "predict.presence=prune", "--set", "predict.rankdice.prune=1.0"]
+    assert "1 image(s) have no RankDice mask, because no class has a probability above" in script(*strict)[1]
+    assert "no RankDice mask" not in script()[1]
+
+
 @pytest.mark.parametrize(("configured", "used"), [("T", "max"), ("max", "max"), ("rankdice", "rankdice")])
 def test_the_default_procedure_gives_complete_maps(script: Script, tmp_path: Path, configured: str, used: str) -> None:
     write("photos/a.png", photo(40, 50))

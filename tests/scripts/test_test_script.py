@@ -284,6 +284,15 @@ def test_a_checkpoint_does_not_choose_where_results_go(inside, tmp_path, monkeyp
     assert (there / "results.json").exists()
 
 
+def test_images_without_a_mask_are_counted(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    strict = ["--set", "predict.presence=prune", "--set", "predict.rankdice.prune=1.0"]
+    out = run(monkeypatch, capsys, "-r", checkpoint, "-p", "rankdice", "-o", tmp_path, "--limit", 3, *strict)
+    scores = results(tmp_path)["procedures"]["rankdice"]
+    assert scores["images_without_mask"] == 3
+    assert scores["without_mask_because"] == "no class has a probability above predict.rankdice.prune (1)"
+    assert "images_without_mask" in out
+
+
 def test_views_limits_and_their_mention(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     run(monkeypatch, capsys, "-r", checkpoint, "-p", "max", "-o", tmp_path, "--limit", 4, "--tta", "flip", "multiscale")
     protocol = results(tmp_path)["protocol"]

@@ -5,6 +5,7 @@ Used by the trainer for validation and by ``test.py``; the path from logits to c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,7 +143,7 @@ class Evaluation:
     ``seconds``: of decoding all images under each decision, the forward passes not counted; the first batch, which
     warms up, is counted at the pace of the others. ``peak_bytes``: the most memory a decision took beside the
     probabilities; 0: not measured. ``forward_seconds``: of the forward passes. ``sizes``: the (height, width) that
-    occur.
+    occur. ``without_mask``: how many images RankDice left without a mask, by decision.
     """
 
     metrics: dict[str, Metrics]
@@ -153,6 +154,7 @@ class Evaluation:
     images: int
     decisions: dict[str, Decision] = field(default_factory=dict)
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    without_mask: dict[str, int] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -214,6 +216,7 @@ class _Work:
         self.losses: dict[str, float] = {}
         self.images = 0
         self.sizes: set[tuple[int, int]] = set()
+        self.without_mask: Counter[str] = Counter()
         self.measured = 0 if measure_memory else float("inf")  # elements of the largest map that was measured
 
     def add(self, batch: Batch) -> None:
@@ -257,6 +260,8 @@ class _Work:
             with self.clock.measure(name, len(probs)):
                 prediction = decide(probs)
             counts[name] = self.metrics[name].update(prediction, target, batch.names)
+            if prediction.volumes is not None:
+                self.without_mask[name] += int((prediction.volumes == 0).all(1).sum())
             if self.on_part is not None:
                 predictions[name] = prediction
             del prediction
@@ -264,7 +269,8 @@ class _Work:
 
     def gather(self) -> Evaluation:
         """Bring the shares of all processes together."""
-        own = (self.metrics, self.losses, self.clock.totals(), self.clock.peak, self.images, self.sizes)
+        clock = self.clock
+        own = (self.metrics, self.losses, clock.totals(), clock.peak, self.images, self.sizes, self.without_mask)
         shares = distributed.gather(own)
         merged = shares[0][0]
         for name in self.decisions:
@@ -282,6 +288,7 @@ class _Work:
             images=images,
             decisions=self.decisions,
             sizes=sorted(set().union(*(share[5] for share in shares))),
+            without_mask=dict(sum((share[6] for share in shares), Counter())),
         )
 
 

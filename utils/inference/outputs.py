@@ -58,12 +58,14 @@ class Run:
         metric: what expected scores are of, "dice" or "iou".
         digest: of the model and all options that masks depend on.
         probs_digest: of those that probabilities depend on.
+        why_empty: why RankDice may leave an image without a mask.
     """
 
     procedure: str
     metric: str = "dice"
     digest: str = "0" * 16
     probs_digest: str = "0" * 16
+    why_empty: str = ""
 
 
 @dataclass

@@ -34,6 +34,7 @@ class Report:
         failures: one message each.
         tiled: those that were predicted in tiles because the mode's views of them would not fit.
         unassigned: pixels without a class, and ``pixels``: all pixels, of the images done.
+        empty: those in which RankDice found no mask.
         rows: lines of the table of expected scores.
         interrupted: the user stopped the run.
     """
@@ -45,6 +46,7 @@ class Report:
     skipped: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     tiled: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     interrupted: bool = False
 
@@ -164,6 +166,8 @@ class Pipeline:
         for (job, pixels), result in zip(batch, results, strict=True):
             if result.tiled:
                 self.report.tiled.append(job.item.source)
+            if result.volumes is not None and not result.volumes.any():
+                self.report.empty.append(job.item.source)
             self.report.pixels += result.labels.size
             known = max(2, self.predictor.facts.num_classes)
             without_class = result.labels >= known

@@ -137,7 +137,7 @@ def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Source)
     probs_digest = run_of(map(Path, args.model), predictor.network, **predictor.views())
     options = asdict(predictor.options)
     digest = stamps.digest({"probs": probs_digest, "procedure": predictor.procedure, "options": options})
-    run = Run(predictor.procedure, predictor.options.metric, digest, probs_digest)
+    run = Run(predictor.procedure, predictor.options.metric, digest, probs_digest, predictor.options.why_empty)
     wanted = Wanted(args.overlay, args.probs, args.json, args.masks)
     outputs = Outputs(folder, predictor.facts, run, wanted, args.force)
     if not args.force:
@@ -186,6 +186,8 @@ def summarise(reports: Sequence[Report], outputs: Outputs, mode: str, seconds: f
     if unassigned := sum(r.unassigned for r in reports):
         share = 100 * unassigned / sum(r.pixels for r in reports)
         print(f"{share:.1f} % of the pixels are unassigned: no class was chosen for them by {run.procedure}")
+    if empty := [source for report in reports for source in report.empty]:
+        print(f"{len(empty)} image(s) have no RankDice mask, because {outputs.run.why_empty}: {listed(empty, 3)}")
     print_table(outputs, [row for report in reports for row in report.rows], skipped)
     if any(r.interrupted for r in reports):
         print("interrupted: --skip-existing continues where this run stopped")

@@ -110,6 +110,15 @@ class PredictOptions:
         return rd.Options(self.metric, self.solver, self.smooth, self.prune if self.decides == "prune" else None)
 
     @property
+    def why_empty(self) -> str:
+        """Why RankDice leaves an image without a mask."""
+        if self.decides == "prune" and self.prune is not None:
+            return f"no class has a probability above predict.rankdice.prune ({self.prune:g})"
+        if self.decides in ("fitted", "rule"):
+            return f"no class was predicted to be in the image (predict.presence: {self.decides})"
+        return "all probabilities are 0, or an empty mask scores best (predict.rankdice.smooth)"
+
+    @property
     def restricts_max(self) -> bool:
         """Whether ``max`` takes the most probable class among the chosen ones only.
 

@@ -290,6 +290,12 @@ def check_tensor(probs: Tensor) -> None:
         raise TypeError(f"probs: expected a tensor of floating point probabilities, got {kind}")
     if probs.dim() < 3:
         raise ValueError(f"probs: expected (batch, classes, *spatial), got shape {tuple(probs.shape)}")
+    short, long = sorted(probs.shape[1:3])
+    if probs.dim() == 3 and short >= 16 and long <= 4 * short:
+        raise ValueError(
+            f"probs: expected (batch, classes, *spatial), got shape {tuple(probs.shape)}, which looks like (classes, "
+            "height, width) without a batch; pass probs[None], or probs[..., None] if it is (batch, classes, pixels)"
+        )
     if probs.dim() == 3 and min(probs.shape) >= 2:
         over = [probs.sum(dim, dtype=torch.float64).sub_(1).abs_().amax() for dim in (0, 1)]
         first, second, spread = torch.stack([*over, (probs.amax() - probs.amin()).double()]).tolist()

@@ -76,7 +76,7 @@ class Goal:
         rest = variance / (total * total)
         few = (least - rest) * total  # volumes below this one score less than `least`
         few = few - g if g else few
-        few = (few / (2 - least) if dice else few).clamp_(min=1)
+        few = (few / (2 + rest - least) if dice else few).clamp_(min=1)
         base = volume + g if g else volume
         few = few + g if g else few
         low = torch.addcdiv(least, variance, base * base, value=-2).clamp_(min=0) if dice else least

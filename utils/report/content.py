@@ -131,6 +131,9 @@ def _scores(name: str, outcome: Evaluation, class_names: Sequence[str]) -> dict[
         del entry["Multiclass_Accuracy"]  # masks may overlap: there is no one label to be right or wrong
     entry["Worst_Tenth_Dice"] = worst_mean(image_means(metrics))
     entry["milliseconds_per_image"] = 1000 * outcome.seconds[name] / max(outcome.images, 1)
+    if empty := outcome.without_mask.get(name):
+        entry["images_without_mask"] = empty
+        entry["without_mask_because"] = outcome.decisions[name].options.why_empty
     if outcome.peak_bytes[name]:
         entry["peak_mebibytes"] = outcome.peak_bytes[name] / 2**20
     return entry

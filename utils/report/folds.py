@@ -122,6 +122,7 @@ def merged(outcomes: Sequence[Evaluation]) -> Evaluation:
         images=images,
         decisions=first.decisions,
         sizes=sorted({size for outcome in outcomes for size in outcome.sizes}),
+        without_mask={name: sum(o.without_mask.get(name, 0) for o in outcomes) for name in metrics},
     )
 
 

@@ -76,7 +76,9 @@ def _header(protocol: Mapping[str, Any]) -> str:
 def _report(name: str, scores: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
     """Return the block that the users of pytorch-segmentation know: a line per score, classes as dictionaries."""
     lines = [
-        f"{INDENT}{key:<22}: {tables.number(value)}" for key, value in scores.items() if not isinstance(value, dict)
+        _line(key, value) if isinstance(value, str) else f"{INDENT}{key:<22}: {tables.number(value)}"
+        for key, value in scores.items()
+        if not isinstance(value, dict)
     ]
     for key in ("Class_IoU", "Class_Dice"):
         listing = ", ".join(f"{c}: {tables.number(v, 3)}" for c, v in scores[key].items())
