@@ -58,6 +58,7 @@ from base import runs
 from base.base_trainer import Data, Interrupted
 from base.resume import nothing_left
 from base.rng import seed_everything
+from base.signals import sigterm_as_ctrl_c
 from dataloaders.check.leaks import announce
 from trainer import Trainer
 from utils import checkpoint, distributed, losses
@@ -142,7 +143,11 @@ def fit_best(config: Config, data: Data, device: torch.device, folder: Path) -> 
     limit = config.trainer.limit_batches
     # The fit uses whole images, as test.py and inference.py do, not the crops of validation.
     val = data.train.get_val_loader(whole=True) if config.val_loader is None else data.val
-    found = fitted.fit(loaded, val, device, limit and limit * val.batches.batch_size)
+    try:
+        with sigterm_as_ctrl_c():
+            found = fitted.fit(loaded, val, device, limit and limit * val.batches.batch_size)
+    except KeyboardInterrupt:
+        raise Interrupted from None  # a resumed run does the fit
     if distributed.is_main():
         print(fitted.text(found, config))
         checkpoint.save(fitted.with_fit(state, config, found), path)

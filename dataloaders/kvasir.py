@@ -53,16 +53,22 @@ or, split beforehand,
     def samples(self) -> list[Entry]:
         """Return the pairs of the split, sorted by name."""
         presplit = (self.data_dir / "images_split").is_dir()
-        if presplit and self.split != "all":
-            images = self.data_dir / "images_split" / self.split / "jpg_images"
-            masks = self.data_dir / "masks_split" / self.split / "jpg_masks"
-        else:
-            images, masks = self.data_dir / "images", self.data_dir / "masks"
-        entries = pair_folders(self, images, masks)
-        if presplit or self.split == "all":
+        if presplit:
+            entries, alone = [], []
+            for part in ("train", "val") if self.split == "all" else (self.split,):
+                entries += self._pairs_of(part)
+                alone += self.alone
+            self.alone = alone
+            return entries
+        entries = pair_folders(self, self.data_dir / "images", self.data_dir / "masks")
+        if self.split == "all":
             return entries
         chosen = self._chosen([entry.name for entry in entries])
         return [entry for entry in entries if entry.name in chosen]
+
+    def _pairs_of(self, part: str) -> list[Entry]:
+        images = self.data_dir / "images_split" / part / "jpg_images"
+        return pair_folders(self, images, self.data_dir / "masks_split" / part / "jpg_masks")
 
     def _chosen(self, names: list[str]) -> set[str]:
         published = self.data_dir / f"{self.split}.txt"

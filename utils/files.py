@@ -104,3 +104,8 @@ def expand(path: str | Path) -> Path:
     if missing and missing[1] not in os.environ and not os.path.lexists(expanded):
         raise UserError(f"{path}: the environment variable {missing[1]} is not set")
     return Path(expanded)
+
+
+def looked_in(path: str | Path) -> str:
+    """Return where a relative path was looked for, for messages; nothing for an absolute path."""
+    return "" if Path(path).is_absolute() else f" (looked in {Path.cwd()})"

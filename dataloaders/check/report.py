@@ -189,7 +189,7 @@ def _unfitting_normalisation(dataset: BaseDataSet, findings: Findings) -> list[s
     if (findings.std >= 0.01).all() and ((abs(shift) > 1).any() or (spread < 0.4).any() or (spread > 2.5).any()):
         return [
             f"mean and std do not fit: normalised images have mean {_numbers(shift)} and std {_numbers(spread)} per "
-            'channel; set the values above, or "mean": "auto", "std": "auto"'
+            'channel; set the values above, or "mean": "auto", "std": "auto" (keep those of a pretrained encoder)'
         ]
     return []
 

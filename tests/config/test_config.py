@@ -717,6 +717,13 @@ def test_the_command_line_checks_and_prints(tmp_path, monkeypatch, capsys) -> No
     assert printed == json.loads(configs.dump(configs.resolve(SHAPES, ["trainer.epochs=3"])))
     with pytest.raises(UserError, match="did you mean UNet"):
         run_check(tmp_path, monkeypatch, SHAPES, "arch.type=UNett")
+    moved = {"type": "VOC", "args": {"data_dir": "/not/here", "augment": True, "crop_size": 32}}
+    path = write(tmp_path / "moved.json", json.dumps(SHAPES | {"train_loader": moved}))
+    monkeypatch.setattr(sys, "argv", ["config.py", "check", "--no-data", str(path)])
+    assert command.main() == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["train_loader"]["args"]["data_dir"] == "/not/here"
+    assert "note: train_loader: augment turns on flip, rotate" in shown.err
     monkeypatch.setattr(sys, "argv", ["config.py", "schema"])
     assert command.main() == 0
     assert json.loads(capsys.readouterr().out)["required"] == ["name", "arch", "train_loader"]

@@ -291,6 +291,14 @@ def test_kvasir_split_is_disjoint_complete_and_the_same_everywhere(tmp_path: Pat
     assert train == sorted(train)
 
 
+def test_kvasir_split_beforehand_can_be_joined(tmp_path: Path) -> None:
+    for part, name in (("train", "a"), ("train", "c"), ("val", "b")):
+        put(tmp_path / f"images_split/{part}/jpg_images/{name}.jpg", np.zeros((48, 48, 3), np.uint8))
+        grey_jpeg(tmp_path / f"masks_split/{part}/jpg_masks/{name}.jpg")
+    for split, expected in (("train", ["a", "c"]), ("val", ["b"]), ("all", ["a", "c", "b"])):
+        assert names(dataloaders.build("KvasirSEG", data_dir=str(tmp_path), split=split).dataset) == expected
+
+
 def test_kvasir_published_lists_are_used_where_they_are(tmp_path: Path) -> None:
     kvasir(tmp_path, 4)
     (tmp_path / "val.txt").write_text("c01\nc03\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,8 @@ from utils.predict import (
     predict_logits,
     probabilities,
 )
+from utils.predict.segmentation import Decider
+from utils.predict.tiling import Block
 from utils.rankdice import rank_dice
 
 
@@ -226,6 +229,19 @@ def test_a_picture_may_show_classes_of_no_interest() -> None:
     probs = image([0.99, 0.99, 0.05], [0.01, 0.01, 0.95])
     for procedure in PROCEDURES:
         assert rows(label_map(procedure, probs, PredictOptions(classes=(1,)))) == [0, 0, 1], procedure
+
+
+@pytest.mark.parametrize("presence", ["prune", "all", "rule"])
+@pytest.mark.parametrize("own", [0, 1])
+def test_of_two_classes_the_one_of_interest_gets_its_mask(own: int, presence: str) -> None:
+    first = torch.rand(40, 50, generator=torch.Generator().manual_seed(own)).pow(2).half().float()
+    probs = torch.stack([first, 1 - first])[None].half().float()
+    decide = Decider("rankdice", PredictOptions(classes=(own,), presence=presence), keep_masks=True)
+    whole = decide(probs.clone())[0]
+    assert 0 < whole.masks[own].sum() < 2000
+    np.testing.assert_array_equal(whole.labels, np.where(whole.masks[own], own, 1 - own))
+    streamed = decide.stream([Block(0, 0, probs[0, :, :17]), Block(17, 0, probs[0, :, 17:])], (2, 40, 50))
+    np.testing.assert_array_equal(streamed.labels, whole.labels)
 
 
 # -- options ---------------------------------------------------------------------------------------------------

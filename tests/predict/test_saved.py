@@ -73,6 +73,12 @@ def test_scores_are_those_of_the_metrics(plain: Path, tmp_path: Path, monkeypatc
     assert "class 2" in printed
     run(monkeypatch, "--probs", plain, "-p", "max", "--labels", tmp_path / "labels", "--class-names", "a", "b", "cat")
     assert "cat" in capsys.readouterr().out
+    run(monkeypatch, "--probs", plain, "-p", "max", "--labels", tmp_path / "labels", "-o", out, "--coi", 2)
+    found = json.loads((out / "results.json").read_text())
+    assert found["protocol"]["classes_of_interest"] == ["class 2"]
+    assert found["procedures"]["max"]["Class_Dice"]["class 1"] is None
+    with pytest.raises(UserError, match=r"--coi: found \[3\]; expected different class ids from 0 to 2"):
+        run(monkeypatch, "--probs", plain, "--coi", 2, 3)
 
 
 def test_volumes_are_decided_as_a_whole(tmp_path: Path, monkeypatch) -> None:
@@ -129,7 +135,10 @@ def test_a_fit_is_applied_to_other_probabilities(tmp_path: Path, monkeypatch, ca
     for more in ((), ("--use", fit)):
         labels = ("--labels", tmp_path / "test_labels", "-o", tmp_path / "scores")
         run(monkeypatch, "--probs", tmp_path / "test", "-p", "rankdice", *more, *labels)
-        scores.append(json.loads((tmp_path / "scores/results.json").read_text())["procedures"]["rankdice"])
+        results = json.loads((tmp_path / "scores/results.json").read_text())
+        scores.append(results["procedures"]["rankdice"])
+    assert results["protocol"]["temperature"] == found["temperature"]
+    assert results["protocol"]["fitted"].endswith(f"are those of {fit}")
     gaps = [abs(score["Expected_Dice"] - score["Measured_Dice"]) for score in scores]
     assert gaps[1] < gaps[0] / 2
     fit.write_text("{}x")

@@ -156,6 +156,15 @@ def test_a_run_that_was_stopped_in_its_fit_is_fitted_when_it_is_resumed(config: 
     assert (folder / "latest.pth").read_bytes() == before
 
 
+def test_a_signal_in_the_fit_says_how_to_continue(config: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "-c", str(config), "--set", "trainer.epochs=1"])
+    monkeypatch.setattr(fitted, "fit", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert train.main() == 130
+    assert f"stopped and saved; continue with: python train.py -r {run_folder(config)}" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert "calibration" not in checkpoint.read(run_folder(config) / "best_model.pth")
+
+
 def test_two_processes_train(config: Path) -> None:
     done = run("train.py", "-c", config, "--set", "trainer.epochs=1", processes=2)
     assert done.stdout.count("2 processes") == 1

@@ -156,7 +156,8 @@ def _what_is_there(path: Path) -> str:
         return f"is a folder; in it: {there}; give one of them" if found else "is a folder, and no checkpoint is in it"
     if "..." in path.parts:
         return 'there is no such checkpoint file: "..." stands for the folder of a run, which training prints as "run"'
-    return "there is no such checkpoint file" + (f"; in that folder: {there}" if found else "")
+    early = " (best_model.pth is written by the first validation)" if path.name == "best_model.pth" else ""
+    return "there is no such checkpoint file" + (f"; in that folder: {there}{early}" if found else "")
 
 
 def _check_container(path: Path) -> None:

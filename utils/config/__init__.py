@@ -20,7 +20,7 @@ from utils.config.checks import PER_CLASS_SCORES as PER_CLASS_SCORES
 from utils.config.checks import STAGES, check, names_hint
 from utils.config.schema import EDITORS_KEY, Config
 from utils.errors import UserError
-from utils.files import expand
+from utils.files import expand, looked_in
 from utils.registry import Problem, Registry, found
 
 
@@ -80,7 +80,7 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such config file (looked in {Path.cwd()})") from None
+        raise UserError(f"{path}: there is no such config file{looked_in(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         raise UserError(f"{path}: cannot be read as a config: {error}") from None
     try:

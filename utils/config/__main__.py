@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
+from typing import Any
 
 import torch
 
@@ -11,7 +13,7 @@ import dataloaders
 import models
 from utils import checkpoint
 from utils.cli import add_overrides
-from utils.config import data_checks, dump, editor, load
+from utils.config import data_checks, dump, editor, override, read, resolve
 from utils.config.schema import Config
 from utils.errors import run
 from utils.facts import Facts
@@ -52,6 +54,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="check a config as train.py does, and print it with all defaults")
     checker.add_argument("config")
+    checker.add_argument("--no-data", action="store_true", help="check the config alone: its data need not be here")
     add_overrides(checker)
     commands.add_parser("schema", help="print the JSON Schema of configs")
     args = parser.parse_args()
@@ -59,11 +62,28 @@ def main() -> int:
     if args.command == "schema":
         print(editor.text(models.MODELS, dataloaders.LOADERS), end="")
         return 0
-    config = load(args.config, args.set, models=models.MODELS, loaders=dataloaders.LOADERS)
+    raw = override(read(args.config), args.set, args.config)
+    folders = _take_folders(raw) if args.no_data else {}
+    config = resolve(raw, source=args.config, models=models.MODELS, loaders=dataloaders.LOADERS)
+    for name, folder in folders.items():
+        getattr(config, name).args["data_dir"] = folder
+    for note in config.notes:
+        print(f"note: {note}", file=sys.stderr)
     text = dump(config)
-    rehearse(config)
+    if not args.no_data:
+        rehearse(config)
     print(text, end="")
     return 0
+
+
+def _take_folders(raw: dict[str, Any]) -> dict[str, str]:
+    """Let the loaders of a config look in this folder, which exists; return where they would look."""
+    found = {}
+    for name in ("train_loader", "val_loader", "test_loader"):
+        args = raw[name].get("args") if isinstance(raw.get(name), dict) else None
+        if isinstance(args, dict) and isinstance(args.get("data_dir"), str):
+            found[name], args["data_dir"] = args["data_dir"], "."
+    return found
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from utils.bounds import LARGEST
 from utils.config.published import adapt
 from utils.config.schema import Component, Config
 from utils.errors import UserError, did_you_mean
-from utils.files import expand
+from utils.files import expand, looked_in
 from utils.losses import LOSSES
 from utils.losses import build as build_loss
 from utils.registry import Problem, Registry, found
@@ -119,7 +119,7 @@ def not_a_folder(folder: str) -> str | None:
         is_folder = os.path.isdir(expand(folder))
     except UserError as error:  # a variable that is not set
         return str(error)
-    return None if is_folder else f"which is not a folder (looked in {Path.cwd()})"
+    return None if is_folder else f"which is not a folder{looked_in(expand(folder))}"
 
 
 def _facts_of(path: str, component: Component, loaders: Registry) -> tuple[list[Problem], Any | None]:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
+from utils.files import looked_in
 from utils.images import IMAGE_EXTENSIONS
 
 # Formats whose header counts the frames.
@@ -122,7 +123,7 @@ def find_images(images: str | Path, output: str | Path, extensions: Sequence[str
         if not files and not found.problems:
             raise UserError(_nothing_found(root, wanted, found))
     else:
-        raise UserError(f"--images {images}: there is no such file or folder (looked in {Path.cwd()})")
+        raise UserError(f"--images {images}: there is no such file or folder{looked_in(images)}")
     names = output_names([file.relative_to(root) for file in files])
     found.items = [Item(source=printable(file), name=name, image=file) for file, name in zip(files, names, strict=True)]
     _refuse_to_overwrite(found.items, Path(output))
@@ -248,7 +249,7 @@ class Video:
             self.name = f"camera{number}"
         else:
             if not Path(source).is_file():
-                raise UserError(f"--images {source}: there is no such video file (looked in {Path.cwd()})")
+                raise UserError(f"--images {source}: there is no such video file{looked_in(source)}")
             self.name = Path(source).stem
         self._capture = cv2.VideoCapture(int(number) if self.is_camera else source)
         if not self._capture.isOpened():

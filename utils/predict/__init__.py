@@ -290,6 +290,11 @@ def taking_part_in_labels(chosen: Tensor, options: PredictOptions) -> Tensor:
     return taking_part | ~taking_part.any(dim=1, keepdim=True)
 
 
+def single_class(classes: int, options: PredictOptions) -> int | None:
+    """Return the class of interest of two, or None: the label map that serves it best is its mask, and the rest."""
+    return options.classes[0] if classes == 2 and options.classes is not None and len(options.classes) == 1 else None
+
+
 Procedure = Callable[[Tensor, PredictOptions], Prediction]
 PROCEDURES: dict[str, Procedure] = {"T": predict_threshold, "max": predict_max, "rankdice": predict_rankdice}
 
@@ -319,8 +324,8 @@ def label_map(
 
     ``max`` gives the most probable class; ``T`` the most probable class among those above the threshold, and
     ``unassigned`` where there is none; ``rankdice`` the label map with the highest total of expected scores
-    (:func:`utils.rankdice.label_map`), for both metrics, among the classes that are taken to be in the image. One
-    channel gives 0 (background) and 1.
+    (:func:`utils.rankdice.label_map`), for both metrics, among the classes that are taken to be in the image; where
+    one class is scored against the rest (:func:`single_class`), its mask. One channel gives 0 (background) and 1.
 
     Args:
         procedure: a name of ``PROCEDURES``.
@@ -338,6 +343,9 @@ def label_map(
     assert found.masks is not None
     if probs.shape[1] == 1:
         return found.masks[:, 0].long()
+    only = single_class(probs.shape[1], options)
+    if only is not None:
+        return torch.where(found.masks[:, only], only, 1 - only)
     assert found.chosen is not None
     return rd.label_map(
         probs, classes=taking_part_in_labels(found.chosen, options), smooth=options.smooth, found=found.ranked

@@ -51,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--fit", metavar="FILE", help="fit temperature, threshold and presence on the labels and write them to a file")
     add("--use", metavar="FILE", help="apply what --fit wrote")
     add("--class-names", nargs="+", metavar="NAME", help="class names for plain files, in the order of their channels")
+    add("--coi", nargs="+", type=int, metavar="ID", help="classes of interest: those in the mean scores (default: all)")
     add("--ignore-index", type=int, default=255, help="label that is ignored, for plain files (default: 255)")
     add("--threshold", type=float, help="threshold of procedure T")
     add("--metric", choices=("dice", "iou"), help="the score whose expected value rankdice maximizes")
@@ -138,6 +139,11 @@ def prepare(args: argparse.Namespace) -> Job:
     options = index.options
     if args.use:
         options, network = _fitted(expand(args.use), options, network)
+    if args.coi:
+        wrong = sorted({c for c in args.coi if not 0 <= c < facts.num_classes or args.coi.count(c) > 1})
+        if wrong:
+            raise UserError(f"--coi: found {wrong}; expected different class ids from 0 to {facts.num_classes - 1}")
+        options = replace(options, classes=tuple(args.coi))
     given = {key: getattr(args, key) for key in ("threshold", "metric", "solver", "smooth", "presence")}
     options = replace(options, **{key: value for key, value in given.items() if value is not None})
     if args.prune is not None:
@@ -175,7 +181,9 @@ def _fitted(path: Path, options: PredictOptions, network: SavedNetwork) -> tuple
     """
     try:
         found = Predict(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"--use {path}: cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
         raise UserError(f"--use {path}: expected a file that --fit wrote: {error}") from None
     if found.bias is not None and len(found.bias) != network.facts.num_classes:
         raise UserError(
@@ -241,7 +249,10 @@ def score(args: argparse.Namespace, job: Job) -> None:
     )
     config = _described(args, job)
     model = LoadedModel(nn.Identity(), job.facts, config, job.network.activation, job.probs.folder, 0)
-    results = report.results(outcome, model, job.probs, views="as saved")
+    fitted = f"temperature, bias, threshold and presence are those of {args.use}" if args.use else None
+    results = report.results(outcome, model, job.probs, views="as saved", fitted=fitted)
+    if "advice" in results:
+        results["advice"] = results["advice"].replace("test.py -r CHECKPOINT --fit", "--labels DIR --fit FILE")
     print(report.text(results))
     if args.output:
         for path in report.write(results, outcome, job.facts, report.prepare_folder(args.output)):
@@ -254,6 +265,8 @@ def _described(args: argparse.Namespace, job: Job) -> Config:
     predict = Predict(
         threshold=options.threshold,
         CoI="all" if options.classes is None else list(options.classes),
+        temperature=job.network.temperature,
+        bias=None if job.network.bias is None else list(job.network.bias),
         presence=cast(Any, options.presence),
         presence_fit=cast(Any, options.fit),
         rankdice=RankDiceOptions(**{key: getattr(options, key) for key in ("solver", "metric", "smooth", "prune")}),

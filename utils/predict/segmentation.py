@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.predict import PROCEDURES, Choice, PredictOptions, choose_classes, label_map, spool, taking_part_in_labels
+from utils.predict import (
+    PROCEDURES,
+    Choice,
+    PredictOptions,
+    choose_classes,
+    label_map,
+    single_class,
+    spool,
+    taking_part_in_labels,
+)
 from utils.predict.spool import HALF_VALUES, Spool, Volume
 from utils.predict.stored import label_type, pictures
 from utils.predict.tiling import Block
@@ -239,7 +248,11 @@ class Decider:
             taking_part = taking_part_in_labels(choice.chosen, self.options)
             if self.procedure == "max":
                 return spool.most_probable(disk, taking_part)
-            return spool.label_map(disk, counts, taking_part, self.options.smooth)
+            only = single_class(disk.shape[0], self.options)
+            if only is None:
+                return spool.label_map(disk, counts, taking_part, self.options.smooth)
+            mask = spool.top_pixels(disk, only, found[only]) & bool(choice.chosen[0, only])
+            return np.where(mask, only, 1 - only).astype(np.uint8)
         if not bool(choice.chosen[0, 0]):
             return np.zeros(disk.shape[1:], np.uint8)
         if self.procedure == "rankdice":
