@@ -271,6 +271,19 @@ def test_a_fit_that_gains_nothing_is_not_kept() -> None:
     assert found.fitted.nanmean() <= found.pruned.nanmean()
 
 
+def test_a_gain_within_the_noise_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = drawn(100)
+    found = learn(*rows)
+    assert found.fit is not None
+    # The same images, but each is shown four times in a row, as in a video: a quarter counts.
+    assert presence.independent_images(*(rows[k].repeat_interleave(4, dim=0) for k in (0, 1, 3))) < 130
+    monkeypatch.setattr(presence.evidence, "CLEAR", 100.0)
+    noisy = learn(*rows)
+    assert noisy.fit is None
+    assert noisy.found == found.fit
+    assert "no clear gain" in noisy.reason
+
+
 def test_a_single_class_learns_from_the_mean_score() -> None:
     generator = torch.Generator().manual_seed(0)
     highest = torch.rand(300, 1, generator=generator, dtype=torch.float64)

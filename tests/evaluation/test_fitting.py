@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from utils.batch import Batch
 from utils.config import resolve
 from utils.evaluation import Evaluator, evaluate, fitted, fitting, held_out, single_decision
 from utils.evaluation.fitting import Fit, fit
-from utils.evaluation.held_out import OWN, SHIFTED, Links
+from utils.evaluation.held_out import OWN, SCALED, SHIFTED, Links
 from utils.evaluation.links import Link
 from utils.facts import Facts
 from utils.predict import PredictOptions
@@ -211,6 +212,27 @@ def test_nothing_is_kept_that_does_not_help() -> None:
     assert found.threshold == 0.5
     assert not found.changes(resolve(CONFIG).predict)
     assert any("Presence: not kept" in note for note in found.notes)
+
+
+def test_links_are_judged_by_likelihood_and_must_not_lower_dice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.01 * torch.randn(50, generator=generator, dtype=torch.float64)
+
+    def trial(nll: float, dice: float) -> Any:
+        # Images differ a lot, but all links see the same images.
+        common = torch.linspace(0, 1, 50, dtype=torch.float64)
+        return SimpleNamespace(
+            nll=nll + common + noise, scores=lambda procedure: dice + common - noise.flip(0), worth=50
+        )
+
+    own = trial(0.3, 0.6)
+    assert fitting._best_link({OWN: own, SCALED: trial(0.25, 0.6)}, "max") == SCALED
+    assert fitting._best_link({OWN: own, SCALED: trial(0.25, 0.5)}, "max") == OWN  # mDice is lower
+    assert fitting._best_link({OWN: own, SCALED: trial(0.35, 0.7)}, "max") == OWN  # less likely
+    trials = {OWN: own, SCALED: trial(0.31, 0.6), SHIFTED: trial(0.28, 0.6)}
+    assert fitting._best_link(trials, "max") == SHIFTED  # though the temperature alone does not help
+    trials = {OWN: own, SCALED: trial(0.28, 0.6), SHIFTED: trial(0.28, 0.7)}
+    assert fitting._best_link(trials, "max") == SCALED  # the simpler one
 
 
 def test_few_images_are_said_to_be_few() -> None:
