@@ -31,8 +31,8 @@ from utils.images.palette import displayable, grid
 from utils.predict import PredictOptions
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
-ROWS = 4
-CELL = 168
+ROWS = 3
+CELL = 216
 PORT = 6017
 VIEWS = {
     "tensorboard-scalars": "?tagFilter=train%2Floss%7Cval%2FMean%7Cval%2FDataset%7Clr%2F#timeseries",
