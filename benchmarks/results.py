@@ -98,7 +98,7 @@ ROWS = {
         _DRIVES,
         {"arch": {"type": "UNet", "args": {"width": 32}}, "optimizer.args.lr": 0.002},
     ),
-    "shapes_unet": Row(_SHAPES, "U-Net (width 16), from scratch", "config.json", seeds=5),
+    "shapes_unet": Row(_SHAPES, "U-Net (width 8), from scratch", "config.json", seeds=5),
 }
 
 
