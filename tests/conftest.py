@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from utils.cli import share_cores
@@ -14,6 +15,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker, and per process 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY_PER_WORKER = 3 * 2**30  # two processes that have imported torch's CUDA build, and a large network

@@ -68,8 +68,8 @@ class RankDiceOptions(Section):
         "exact", description="how the mask's volume is found: exactly, or by a published approximation"
     )
     metric: Literal["dice", "iou"] = Field("dice", description="the score to maximize in expectation")
-    smooth: NonNegative = Field(
-        0.0, le=100_000, description="added to numerator and denominator of the score; at most 100,000"
+    smooth: float = Field(
+        0.0, ge=0, le=100_000, description="added to numerator and denominator of the score; at most 100,000"
     )
     prune: Share | None = Field(
         0.5,
