@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> type[Count]:
     return Count
 
 
+@lru_cache
 def maps() -> dict[str, Tensor]:
     found = {f"{c} x {h} x {w}": smooth_maps(1, c, h, w) for c, h, w in ((1, 64, 64), (1, 300, 400), (3, 128, 130))}
     found["150 x 80 x 96"] = smooth_maps(1, 150, 80, 96)
@@ -73,17 +75,26 @@ def maps() -> dict[str, Tensor]:
     found["plateaus"] = (smooth_maps(1, 3, 120, 120) * 6).round() / 6
     found["noise"] = torch.rand(1, 3, 150, 150, generator=torch.Generator().manual_seed(0))
     found["half"] = smooth_maps(1, 5, 96, 96).half()
+    cut = torch.ones(1, 2, 9000)
+    cut[:, :, 3000:] = 2**0.5 - 1
+    found["cut in a plateau"] = cut.roll(1000, 2)
+    generator = torch.Generator().manual_seed(1)
+    found["all pixels in doubt"] = 0.45 + 1e-4 * torch.rand(1, 3, 150, 160, generator=generator)
+    found["two levels"] = torch.where(torch.rand(1, 3, 150, 160, generator=generator) > 0.5, 1.0, 0.3)
+    found["binary"] = (torch.rand(1, 3, 150, 160, generator=generator) > 0.7).float()
     return found
 
 
 @pytest.mark.parametrize("name", maps())
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("prune", [0.5, None])
-def test_operations_and_waits(as_on_a_gpu: type[Count], name: str, metric: str, prune: float | None) -> None:
+@pytest.mark.parametrize(("prune", "smooth"), [(0.5, 0.0), (None, 0.0), (None, 1.0)])
+def test_operations_and_waits(
+    as_on_a_gpu: type[Count], name: str, metric: str, prune: float | None, smooth: float
+) -> None:
     probs = maps()[name]
-    rank_dice(probs, metric, prune=prune)  # the sample's places are kept
+    rank_dice(probs, metric, prune=prune, smooth=smooth)  # the sample's places are kept
     with as_on_a_gpu() as count:
-        found = rank_dice(probs, metric, prune=prune)
+        found = rank_dice(probs, metric, prune=prune, smooth=smooth)
     assert count.operations.total() <= 300, count.operations.most_common(12)
     assert count.waits <= 4
     check_masks(probs, found)

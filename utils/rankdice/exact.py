@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .integral import CPU, FAR_ORDERS, FAR_RATE, ORDERS, Goal
 from .table import Best, Table, best_volumes
@@ -28,6 +27,7 @@ SORT_BYTES = 130  # of a pixel while its row is sorted and solved
 LEAST_SAMPLE = 1024
 STEPS = 5  # to the best cut of a sample
 DEVIATIONS = 3.5  # standard errors of the sample's estimate between it and each limit
+GPU_DEVIATIONS = 5.0  # on a GPU, sorting more pixels costs less than another try
 MOST_PIXELS = 4096  # in a table of a row, or one in 64 of the row's pixels, or what the budget has room for
 TABLE_BYTES = 100  # of a pixel in a table
 SMALL_TABLE, MOST_PADDED = 64, 1 << 14  # pixels: rows with many more than others get tables of their own
@@ -78,7 +78,7 @@ def _around(rows: Tensor, skipped: Tensor, masks: Tensor, pixels: _Pixels, goal:
     for names in groups:
         table, columns = _table(rows, pixels, names, budget)
         best = best_volumes(table, skipped if names is None else skipped[names], goal, budget)
-        _draw_some(masks, columns, best.volumes.unsqueeze(1) - table.rank, pixels.sizes, names)
+        _draw_some(masks, columns, best.volumes.unsqueeze(1) - table.rank, names)
         found.append(best)
     if len(found) == 1:
         return found[0]
@@ -92,17 +92,14 @@ def draw(masks: Tensor, columns: Tensor, volumes: Tensor) -> None:
     masks.scatter_(1, columns, torch.arange(columns.shape[1], device=masks.device) < volumes)
 
 
-def _draw_some(masks: Tensor, columns: Tensor, counts: Tensor, sizes: Tensor, names: Tensor | None) -> None:
-    """Add the first ``counts`` of ``sizes`` pixels to the masks of the rows ``names``."""
-    which = torch.arange(columns.shape[1], device=masks.device)
-    taken = which < counts
+def _draw_some(masks: Tensor, columns: Tensor, counts: Tensor, names: Tensor | None) -> None:
+    """Add the first ``counts`` pixels of the tables to the masks of the rows ``names``."""
+    taken = torch.arange(columns.shape[1], device=masks.device) < counts
     if masks.device.type in CPU:
         first = torch.arange(len(masks)) if names is None else names
         masks.view(-1).index_fill_(0, (columns + (first * masks.shape[1]).unsqueeze(1))[taken], True)
-    else:  # without a wait for the number of pixels: those beyond `sizes` repeat the last one
-        which = which.minimum((sizes - 1).clamp(min=0))
-        columns = columns.gather(1, which)
-        masks.scatter_(1, columns, torch.where(sizes > 0, taken.gather(1, which), masks.gather(1, columns)))
+    else:  # the padding of the tables adds 0
+        masks.view(torch.uint8).scatter_add_(1, columns, taken.view(torch.uint8))
 
 
 def check_range(low: float, high: float) -> None:
@@ -120,25 +117,28 @@ def _solve_sorted(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal, budg
     return best
 
 
-class Room:
+class _Room:
     """Memory for pieces of a map, used again and again: on a CPU, getting new memory takes longer than the sums."""
 
     def __init__(self, rows: Tensor) -> None:
-        self.size = min(CACHE_PIXELS, rows.numel()) if rows.device.type in CPU else 0
+        self.size = min(CACHE_PIXELS, rows.numel())
         dtype = rows.dtype if rows.element_size() > 2 else torch.float32
         self.parts = [rows.new_empty(self.size, dtype=kind) for kind in (torch.float64, dtype, dtype, dtype)]
 
-    def like(self, values: Tensor, which: int) -> Tensor | None:
-        """Return one of the parts (0 is float64, 1 to 3 are like the map) in that shape; None if it is too small."""
-        return self.parts[which][: values.numel()].view(values.shape) if values.numel() <= self.size else None
+    def like(self, values: Tensor, which: int) -> Tensor:
+        """Return one of the parts (0 is float64, 1 to 3 are like the map) in that shape."""
+        return self.parts[which][: values.numel()].view(values.shape)
 
 
-def _powers(values: Tensor, room: Room | None) -> Tensor:
-    """Return the power sums ``(R, FAR_ORDERS)``, float64. Orders above 2 matter little: float32 is enough for them."""
-    place = room.like(values, 0) if room else None
-    wide = values.double() if place is None else place.copy_(values)
-    square = torch.mul(values, values, out=room.like(values, 1) if room else None)
-    sums = [wide.sum(1, keepdim=True), (wide.mul_(wide) if wide is not values else wide * wide).sum(1, keepdim=True)]
+def _powers(values: Tensor, room: _Room | None = None) -> Tensor:
+    """Return the power sums ``(R, FAR_ORDERS)``, float64."""
+    if room is None:  # few operations
+        wide = values.double()
+        square = wide * wide
+        return torch.stack([wide, square, square * wide, square * square], 1).sum(2)
+    # Few bytes. Orders above 2 matter little: float32 is enough for them.
+    wide, square = room.like(values, 0).copy_(values), torch.mul(values, values, out=room.like(values, 1))
+    sums = [wide.sum(1, keepdim=True), wide.mul_(wide).sum(1, keepdim=True)]
     fourth = torch.linalg.vector_norm(square, dim=1, keepdim=True).double().square_()
     return torch.cat([*sums, square.mul_(values).sum(1, keepdim=True), fourth], 1)
 
@@ -166,8 +166,8 @@ def _sample(width: int, device: torch.device) -> Tensor:
     return steps * stretch + steps * 40503 % 65536 * stretch // 65536
 
 
-def _limits(rows: Tensor, total: Tensor, skipped: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
-    """Guess probabilities ``(low, high)``, ``(R, 1)`` in float32 or float64, between which the best mask is cut.
+def _limits(rows: Tensor, total: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
+    """Guess probabilities ``(low, high)``, ``(R, 1)``, between which the best mask is cut.
 
     The best cut is where one more pixel lowers the leading term of the score; a sample gives it, and its error.
     """
@@ -188,23 +188,19 @@ def _limits(rows: Tensor, total: Tensor, skipped: Tensor, goal: Goal) -> tuple[T
         weight = weight.gather(1, at)
     # Errors of the sum that is zero at the best cut, per pixel of the sample.
     part = torch.addcmul((sample - cut).clamp_(min=0), cut, sample, value=-1)
-    error = torch.linalg.vector_norm(part, dim=1, keepdim=True).add_(0.5).mul_(DEVIATIONS) / weight
+    sure = DEVIATIONS if rows.device.type in CPU else GPU_DEVIATIONS
+    error = torch.linalg.vector_norm(part, dim=1, keepdim=True).add_(0.5).mul_(sure) / weight
     # Some volume scores about square / mean or more: a mask cut at a random height has that mass per mean volume.
     guess = torch.minimum(square / mean.clamp(min=torch.finfo(torch.float64).tiny), cut * 2) * 0.3
-    low = torch.minimum(torch.maximum(cut - error, guess), mean / FAR_RATE)
-    high = (cut + error).masked_fill(skipped | (mean < FAR_RATE), torch.inf)
-    info = torch.finfo(rows.dtype)
-    dtype = rows.dtype if rows.element_size() > 2 else torch.float32
-    low = low.clamp_(min=max(LEAST_CUT, info.tiny * info.eps)).masked_fill_(skipped, 2)
-    return low.to(dtype), high.to(dtype)
+    return torch.maximum(cut - error, guess), cut + error
 
 
 class _Pixels(NamedTuple):
     """What the passes over the map found: one row each, ``(R, 1)`` unless stated otherwise.
 
     Attributes:
-        total: power sums of all pixels ``(R, FAR_ORDERS)``.
-        above: number and power sums of the pixels above ``high``, ``(R, 1 + FAR_ORDERS)``.
+        total: power sums of all pixels ``(R, ORDERS)``; orders above ``FAR_ORDERS`` stay 0.
+        above: number and power sums of the pixels above ``high``, ``(R, 1 + ORDERS)``.
         low, high: the limits.
         place: places in the flat map of the pixels from ``low`` to ``high`` ``(M,)``.
         ends, sizes: where each row's part of ``place`` ends, and how many there are.
@@ -222,21 +218,25 @@ class _Pixels(NamedTuple):
 def _around_the_cut(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal) -> _Pixels:
     """Find the pixels around the cut, and draw the pixels above them."""
     count, width = rows.shape
-    room = Room(rows)
-    total = rows.new_zeros(count, FAR_ORDERS, dtype=torch.float64)
+    room = _Room(rows) if rows.device.type in CPU else None
+    total = rows.new_zeros(count, ORDERS, dtype=torch.float64)
     for some, _, part in pieces(rows):
-        total[some].add_(_powers(part, room))
-    low, high = _limits(rows, total, skipped, goal)
-    above = rows.new_zeros(count, 1 + FAR_ORDERS, dtype=torch.float64)
+        total[some, :FAR_ORDERS].add_(_powers(part, room))
+    low, high = _limits(rows, total, goal)
+    # With a small mean, the table must hold all pixels that are to be taken one by one.
+    info, dtype, mean = torch.finfo(rows.dtype), part.dtype, total[:, :1]
+    low = low.minimum(mean / FAR_RATE).clamp_(min=max(LEAST_CUT, info.tiny * info.eps)).masked_fill_(skipped, 2)
+    low, high = low.to(dtype), high.masked_fill(skipped | (mean < FAR_RATE), torch.inf).to(dtype)
+    above = rows.new_zeros(count, 1 + ORDERS, dtype=torch.float64)
     found = []
     search = _search_part if rows.device.type in CPU else _search_map
     for some, first, part in pieces(rows):
         size, over, place = search(part, low[some], high[some], masks[some, first : first + part.shape[1]], room)
-        above[some].add_(torch.cat([size, _powers(over, room)], 1))
+        above[some, : 1 + FAR_ORDERS].add_(torch.cat([size, _powers(over, room)], 1))
         found.append(place + (some.start * width + first))
     place = torch.cat(found)
-    ends = torch.searchsorted(place, torch.arange(width, (count + 1) * width, width, device=rows.device)).unsqueeze(1)
-    return _Pixels(total, above, low, high, place, ends, ends.diff(dim=0, prepend=ends.new_zeros(1, 1)))
+    ends = torch.searchsorted(place, torch.arange(0, (count + 1) * width, width, device=rows.device)).unsqueeze(1)
+    return _Pixels(total, above, low, high, place, ends[1:], ends.diff(dim=0))
 
 
 def _groups(sizes: Tensor) -> list[Tensor] | list[None]:
@@ -255,23 +255,24 @@ def _table(rows: Tensor, pixels: _Pixels, names: Tensor | None, budget: int) -> 
         for part in (pixels.total, pixels.above, pixels.low, pixels.high, pixels.ends, pixels.sizes)
     )
     width = rows.shape[1]
-    most = max(MOST_PIXELS, width // 64)
-    if rows.device.type in CPU:
-        most = max(1, min(max(most, budget // (TABLE_BYTES * len(rows))), int(sizes.max())))
+    most = max(MOST_PIXELS, width // 64, budget // (TABLE_BYTES * len(rows)))
+    most = max(1, min(most, int(sizes.max())))
     which = torch.arange(most, device=rows.device)
     place = pixels.place if pixels.place.numel() else pixels.place.new_zeros(1)
     place = place[(which + (ends - sizes)).clamp_(max=place.numel() - 1)]
     values, order = (rows.view(-1)[place] * (which < sizes)).sort(dim=1, descending=True, stable=True)
     values, columns = values.double(), (place % width).gather(1, order)
-    below = (total - above[:, 1:] - _powers(values, None)).clamp_(min=0)
+    below = total - above[:, 1:]
+    below[:, :FAR_ORDERS].sub_(_powers(values)).clamp_(min=0)
     low = low.double().masked_fill_(sizes > most, torch.inf)
     variance = (total[:, :1] - total[:, 1:2]).clamp_(min=0)
-    above, below = pad(above, (0, ORDERS - FAR_ORDERS)), pad(below, (0, ORDERS - FAR_ORDERS))
     table = Table(values, None, total[:, :1], variance, above[:, :1], above[:, 1:], below, low, high.double())
     return table, columns
 
 
-def _search_map(rows: Tensor, low: Tensor, high: Tensor, masks: Tensor, room: Room) -> tuple[Tensor, Tensor, Tensor]:
+def _search_map(
+    rows: Tensor, low: Tensor, high: Tensor, masks: Tensor, room: _Room | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Find the pixels around the cut, and draw those above: for a GPU.
 
     Returns:
@@ -279,11 +280,14 @@ def _search_map(rows: Tensor, low: Tensor, high: Tensor, masks: Tensor, room: Ro
         the pixels from ``low`` to ``high``.
     """
     over = torch.gt(rows, high, out=masks)
-    return over.sum(1, keepdim=True), rows * over, ((rows >= low) & ~over).view(-1).nonzero().view(-1)
+    return over.sum(1, keepdim=True), rows * over, ((rows >= low) ^ over).view(-1).nonzero().view(-1)
 
 
-def _search_part(part: Tensor, low: Tensor, high: Tensor, masks: Tensor, room: Room) -> tuple[Tensor, Tensor, Tensor]:
+def _search_part(
+    part: Tensor, low: Tensor, high: Tensor, masks: Tensor, room: _Room | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Do what :func:`_search_map` does, with fast arithmetic instead of slow comparisons: for a CPU."""
+    assert room is not None
     names = None
     if part.shape[0] == 1 and part.shape[1] % BLOCK == 0:  # leave out blocks without a pixel above `low`
         blocks = part.view(-1, BLOCK)

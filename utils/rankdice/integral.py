@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 ORDERS = 8  # power sums that stand for pixels of a table: at a decay rate m they leave out less than 8! / m^8
 FAR_ORDERS = 4  # the same for pixels outside a table, which have p < m / FAR_RATE
@@ -135,13 +134,14 @@ def _double_exponential(octaves: int) -> tuple[list[float], list[float]]:
     return [math.exp(x - math.exp(-x)) for x in t], [math.log(step * (1 + math.exp(-x))) + x - math.exp(-x) for x in t]
 
 
-def nodes(span: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``(K, 1, 1)`` nodes and log weights for rates from 1 to ``span``."""
+def nodes(span: float, like: Tensor, *more: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Return ``(K, 1, 1)`` nodes and log weights for rates from 1 to ``span``, and ``more`` of them."""
     if span <= LAGUERRE_SPAN:
         points, logs = _laguerre(LAGUERRE_NODES)
         points, logs = [x / math.sqrt(span) for x in points], [w - math.log(span) / 2 for w in logs]
     else:
         points, logs = _double_exponential(min(60, math.ceil(math.log2(span))))
+    points, logs = ([*own, *(pair[k] for pair in more)] for k, own in enumerate((points, logs)))
     table = torch.tensor([points, logs], dtype=torch.float64, device=like.device).view(2, -1, 1, 1)
     return table[0], table[1]
 
@@ -187,7 +187,7 @@ def integrate(goal: Goal, window: Window, span: float, step: int) -> Tensor:
     return total
 
 
-def empty_score(smooth: float, mean: Tensor, known: Window) -> Tensor:
+def empty_score(smooth: float, mean: Tensor, values: Tensor, counts: Tensor | None, rest: Tensor) -> Tensor:
     """Return ``E[g / (g + |Y|)]`` ``(R, 1)``, the score of the empty mask, for ``g = smooth > 0``.
 
     With ``F(inf) = P(|Y| = 0)`` taken out, the rest of the integrand decays at least like exp(-s).
@@ -195,15 +195,17 @@ def empty_score(smooth: float, mean: Tensor, known: Window) -> Tensor:
     Args:
         smooth: the constant g.
         mean: mu, ``(R, 1)``.
-        known: a window of the most probable pixels, with the power sums of the others.
+        values, counts: ``(R, E)`` the most probable values, and how many pixels have them; None: one each.
+        rest: ``(R, ORDERS)`` power sums of the other pixels.
     """
     few = mean < 100  # else P(|Y| = 0) <= exp(-mean) is negligible, and the series holds for small u only
-    slow = smooth + torch.where(few, 1.0, mean)
-    points, logs = nodes(128.0, mean)
-    s = pad(points / slow, (0, 0, 0, 0, 0, 1), value=torch.inf)  # (K + 1, R, 1): the last node is P(|Y| = 0)
-    e, u = torch.exp(-s), -torch.expm1(-s)
-    steps = torch.arange(1, known.above.shape[1] + 1, device=mean.device)
-    rest = _log_series(known.above + known.below, u**steps, steps)
-    some = (torch.addcmul(1 - known.values, known.values, e).log_().sum(2, keepdim=True) - rest).exp()
+    slow = mean.masked_fill(few, 1) + smooth
+    points, logs = nodes(128.0, mean, (torch.inf, -torch.inf))  # the last node is P(|Y| = 0)
+    s = points / -slow  # (K, R, 1), negative
+    minus = s.expm1()
+    absent = torch.addcmul(1 - values, values, s.exp()).log_()
+    absent = absent if counts is None else absent * counts
+    steps = torch.arange(1, rest.shape[1] + 1, device=mean.device)
+    some = (absent.sum(2, keepdim=True) - _log_series(rest, (-minus) ** steps, steps)).exp()
     never = some[-1] * few
-    return never + smooth * ((logs - s[:-1] * smooth).exp() * (some[:-1] - never)).sum(0) / slow
+    return never + (torch.add(logs, s, alpha=smooth).exp() * (some - never)).sum(0) * smooth / slow

@@ -128,14 +128,14 @@ def best_volumes(table: Table, skipped: Tensor, goal: Goal, budget: int) -> Best
             volume, score = part.first + first, found
         else:
             volume, score = volume.index_copy(0, rows, part.first + first), score.index_copy(0, rows, found)
-    volume, score = volume.masked_fill(skipped, 0), score.masked_fill(skipped, 0)
     if goal.smooth:
-        last = (table.rank + ONE_BY_ONE).minimum(volumes[:, -1:])
-        top = _window(table, volumes, values, _Range(table.rank, last, last, last), ONE_BY_ONE + 1, ORDERS)
-        empty = empty_score(goal.smooth, table.mean, top)
-        none = skipped | ((empty >= score * (1 - TIE)) & (table.rank < 1))
+        empty = _empty_score(table, goal.smooth)
+        none = skipped | (empty >= score * (1 - TIE)).gt(table.rank)  # and no pixel above the table
         volume, score = volume.masked_fill(none, 0), torch.where(none, empty, score)
-    cut = cutoffs(table, volumes, values, volume)
+    else:
+        volume, score = volume.masked_fill(skipped, 0), score.masked_fill(skipped, 0)
+    on_cpu = values.device.type in CPU or table.low is None
+    cut = cutoffs(table, volumes, values, volume) if on_cpu else volume.squeeze(1)  # of the mask itself later
     unproven = skipped if unproven is None else unproven
     return Best(volume.squeeze(1), cut, score.squeeze(1), unproven.squeeze(1), int(left[0]) if left else 0)
 
@@ -157,19 +157,15 @@ def _candidates(
         end = borders[:, 2:]
         lead, last = lead.gather(1, end), rate.gather(1, end)
         done = (lead + variance / (last * last) < least) & (2 * table.low <= lead)
-        # With a small mean, only a table holds all pixels that must be taken one by one, see FAR_RATE.
-        few = table.mean * (1.01 / FAR_RATE)
-        unproven = (
-            ((table.low > low) & ~done) | (table.low > few) | (((table.high < high) | (few < 1)) & (table.rank > 0))
-        )
-        unproven &= ~skipped
+        unproven = (table.low > low).gt(done) | ((table.high < high) & (table.rank > 0))
+        unproven = unproven.gt(skipped)  # and not
         idle = idle | unproven
     borders = torch.cat([borders[:, :1].minimum(at), borders[:, 1:2].maximum(at)], 1)
     borders.masked_fill_(idle, 0)
     first, last = volumes.gather(1, borders).split(1, 1)
     slow = rate.gather(1, borders[:, :1])
     # Where the integrand decays slowly, the most probable pixels must be in the window, one by one.
-    tiny = (slow < SERIES_RATE) & ~idle
+    tiny = (slow < SERIES_RATE).gt(idle)  # and not
     last = torch.maximum(last, volumes[:, -1:].clamp(max=ONE_BY_ONE) * tiny)
     return _Range(first.masked_fill(tiny, 0), last, slow.masked_fill(tiny, 1 + goal.smooth), last + total), unproven
 
@@ -195,19 +191,32 @@ def _window(table: Table, volumes: Tensor, values: Tensor, wanted: _Range, width
     volume = first + torch.arange(width, device=first.device)
     own = values.gather(1, _run(table, volumes, volume)).masked_fill_(volume > last, 0)
     own[:, 0] = 0
-    ends, counts = volumes[:, 1:], torch.ones_like(first) if table.counts is None else table.counts
     # How many pixels of each value are before and behind the window, by arithmetic, which is faster than comparisons.
-    outside = torch.stack([first + counts - ends, ends - last], 1).clamp_(min=0)
-    outside = outside.minimum(counts.unsqueeze(1)).mT
-    square = table.values * table.values
-    powers = torch.stack([table.values, square, square * table.values, square * square], 1)
-    sums = [powers @ outside]
-    if orders > 4:
-        sums.append(powers.mul_(powers[:, 3:].clone()) @ outside)
-    above, below = torch.cat(sums, 1).unbind(2)
+    ends, counts = volumes[:, 1:], 1 if table.counts is None else table.counts
+    outside = torch.stack([first + counts - ends, ends - last], 1)
+    outside = outside.clamp_(0, 1) if table.counts is None else outside.clamp_(min=0).minimum(table.counts.unsqueeze(1))
+    outside = outside.mT
+    above, below = (_powers_of(table.values, orders) @ outside).unbind(2)
     if table.low is not None:
         above, below = above + table.above[:, :orders], below + table.below[:, :orders]
     return Window(volume, own, above, below, wanted.slow, wanted.fast)
+
+
+def _powers_of(values: Tensor, orders: int) -> Tensor:
+    """Return the powers 1 to 4 or 8 of values ``(R, W)``, ``(R, orders, W)``."""
+    square = values * values
+    powers = torch.stack([values, square, square * values, square * square], 1)
+    return powers if orders == 4 else torch.cat([powers, powers * powers[:, 3:]], 1)
+
+
+def _empty_score(table: Table, smooth: float) -> Tensor:
+    """Return the score of the empty mask, ``(R, 1)``."""
+    counts, rest = table.counts, table.above + table.below
+    if table.values.shape[1] > ONE_BY_ONE:
+        powers = _powers_of(table.values[:, ONE_BY_ONE:], ORDERS)
+        rest = rest + (powers if counts is None else powers * counts[:, None, ONE_BY_ONE:]).sum(2)
+    counts = None if counts is None else counts[:, :ONE_BY_ONE]
+    return empty_score(smooth, table.mean, table.values[:, :ONE_BY_ONE], counts, rest)
 
 
 def _run(table: Table, volumes: Tensor, volume: Tensor) -> Tensor:
