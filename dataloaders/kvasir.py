@@ -54,7 +54,8 @@ or, split beforehand,
         """Return the pairs of the split, sorted by name."""
         presplit = (self.data_dir / "images_split").is_dir()
         if presplit:
-            entries, alone = [], []
+            entries: list[Entry] = []
+            alone: list[Path] = []
             for part in ("train", "val") if self.split == "all" else (self.split,):
                 entries += self._pairs_of(part)
                 alone += self.alone
