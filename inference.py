@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from utils.cli import PROCEDURES, add_overrides, add_trust, share_cores
+from utils.cli import PROCEDURES, add_overrides, add_trust, end_quietly, share_cores
 from utils.errors import UserError, run
 
 
@@ -129,6 +129,7 @@ def check(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parse_arguments()  # the import below takes seconds: --help and wrong options do not wait for it
     share_cores()
+    end_quietly()
 
 from utils.inference.run import segment_all
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.cli import PROCEDURES, add_device, add_overrides, add_trust, select_devices, share_cores
+from utils.cli import PROCEDURES, add_device, add_overrides, add_trust, end_quietly, select_devices, share_cores
 
 VIEWS = ("flip", "multiscale")
 
@@ -95,6 +95,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 if __name__ == "__main__":
     parse_arguments()  # the imports below take seconds: --help and wrong options do not wait for them
     share_cores()
+    end_quietly()
 
 import torch
 

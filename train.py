@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.cli import add_device, add_overrides, add_trust, select_devices, share_cores
+from utils.cli import add_device, add_overrides, add_trust, end_quietly, select_devices, share_cores
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     parse_arguments()  # the imports below take seconds: --help and wrong options do not wait for them
     share_cores()
+    end_quietly()
 
 import torch
 from torch import nn

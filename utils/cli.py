@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 
 from utils.errors import UserError
 
@@ -48,6 +49,12 @@ def share_cores() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def end_quietly() -> None:
+    """Let Ctrl-C end the program without a traceback while torch is imported, until :func:`utils.errors.run`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def select_devices(device: str | None) -> list[str]:
