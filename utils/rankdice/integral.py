@@ -187,7 +187,7 @@ def integrate(goal: Goal, window: Window, span: float, step: int) -> Tensor:
     return total
 
 
-def empty_score(smooth: float, mean: Tensor, values: Tensor, counts: Tensor | None, rest: Tensor) -> Tensor:
+def empty_score(smooth: float, mean: Tensor, values: Tensor, rest: Tensor) -> Tensor:
     """Return ``E[g / (g + |Y|)]`` ``(R, 1)``, the score of the empty mask, for ``g = smooth > 0``.
 
     With ``F(inf) = P(|Y| = 0)`` taken out, the rest of the integrand decays at least like exp(-s).
@@ -195,7 +195,7 @@ def empty_score(smooth: float, mean: Tensor, values: Tensor, counts: Tensor | No
     Args:
         smooth: the constant g.
         mean: mu, ``(R, 1)``.
-        values, counts: ``(R, E)`` the most probable values, and how many pixels have them; None: one each.
+        values: ``(R, E)`` the most probable pixels.
         rest: ``(R, ORDERS)`` power sums of the other pixels.
     """
     few = mean < 100  # else P(|Y| = 0) <= exp(-mean) is negligible, and the series holds for small u only
@@ -204,7 +204,6 @@ def empty_score(smooth: float, mean: Tensor, values: Tensor, counts: Tensor | No
     s = points / -slow  # (K, R, 1), negative
     minus = s.expm1()
     absent = torch.addcmul(1 - values, values, s.exp()).log_()
-    absent = absent if counts is None else absent * counts
     steps = torch.arange(1, rest.shape[1] + 1, device=mean.device)
     some = (absent.sum(2, keepdim=True) - _log_series(rest, (-minus) ** steps, steps)).exp()
     never = some[-1] * few

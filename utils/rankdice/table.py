@@ -129,7 +129,7 @@ def best_volumes(table: Table, skipped: Tensor, goal: Goal, budget: int) -> Best
         else:
             volume, score = volume.index_copy(0, rows, part.first + first), score.index_copy(0, rows, found)
     if goal.smooth:
-        empty = _empty_score(table, goal.smooth)
+        empty = _empty_score(table, volumes, values, goal.smooth)
         none = skipped | (empty >= score * (1 - TIE)).gt(table.rank)  # and no pixel above the table
         volume, score = volume.masked_fill(none, 0), torch.where(none, empty, score)
     else:
@@ -209,14 +209,16 @@ def _powers_of(values: Tensor, orders: int) -> Tensor:
     return powers if orders == 4 else torch.cat([powers, powers * powers[:, 3:]], 1)
 
 
-def _empty_score(table: Table, smooth: float) -> Tensor:
+def _empty_score(table: Table, volumes: Tensor, values: Tensor, smooth: float) -> Tensor:
     """Return the score of the empty mask, ``(R, 1)``."""
-    counts, rest = table.counts, table.above + table.below
+    if table.counts is not None:  # the most probable pixels, one by one
+        last = volumes[:, -1:].clamp(max=ONE_BY_ONE)
+        top = _window(table, volumes, values, _Range(table.rank, last, last, last), ONE_BY_ONE + 1, ORDERS)
+        return empty_score(smooth, table.mean, top.values, top.below)
+    rest = table.above + table.below
     if table.values.shape[1] > ONE_BY_ONE:
-        powers = _powers_of(table.values[:, ONE_BY_ONE:], ORDERS)
-        rest = rest + (powers if counts is None else powers * counts[:, None, ONE_BY_ONE:]).sum(2)
-    counts = None if counts is None else counts[:, :ONE_BY_ONE]
-    return empty_score(smooth, table.mean, table.values[:, :ONE_BY_ONE], counts, rest)
+        rest = rest + _powers_of(table.values[:, ONE_BY_ONE:], ORDERS).sum(2)
+    return empty_score(smooth, table.mean, table.values[:, :ONE_BY_ONE], rest)
 
 
 def _run(table: Table, volumes: Tensor, volume: Tensor) -> Tensor:
