@@ -1,7 +1,7 @@
 """What RankDice costs, beside its alternatives, in one process.
 
     python -m benchmarks.rankdice                      # every table; some minutes
-    python -m benchmarks.rankdice --quick              # two maps, a minute or two
+    python -m benchmarks.rankdice --quick              # the best peers only, but for two maps; a minute or two
     python -m benchmarks.rankdice --device cuda        # timed by events
     python -m benchmarks.rankdice --probs FILE         # a real map: array or tensor "probs" (B, C, H, W), .npz or .pt
     python -m benchmarks.rankdice --json FILE --plots docs/images
@@ -52,7 +52,8 @@ TABLE: list[tuple[int, ...]] = [
     (1, 19, 1024, 2048),
 ]
 SINGLE = (1, 1, 8192, 8192)
-QUICK_SHAPES = [(1, 2, 512, 512), (1, 21, 512, 512)]
+FULL_SHAPES = [(1, 2, 512, 512), (1, 21, 512, 512)]  # all candidates take part, in the short form too
+BEST_PEERS = ("rankseg RMA dice", "rankseg RMA dice, screened")
 LIMIT_S = 8.0  # a candidate is not started again once it has used this much time on one map
 
 
@@ -217,6 +218,20 @@ def extra_memory(probs: Tensor, run: Callable[[], object]) -> float:
     return float(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()) / size
 
 
+def against_the_best(probs: Tensor, rounds: int, others: dict, device: str) -> dict:
+    """Print and return the race of exact Dice with the best peers alone."""
+    title = "x".join(map(str, probs.shape))
+    candidates: dict[str, Callable[[], object]] = {
+        "exact dice": lambda: rank_dice(probs),
+        "torch.argmax": lambda: probs.argmax(1),
+    }
+    candidates |= {name: partial(others[name], probs) for name in BEST_PEERS if name in others}
+    times = race(candidates, rounds, device)
+    print(f"\n{title}")
+    table(times, "exact dice")
+    return {"shape": list(probs.shape), "seconds": times}
+
+
 def one_map(title: str, probs: Tensor, logits: Tensor | None, rounds: int, others: dict, device: str) -> dict:
     """Print and return the race on one map."""
     rows = probs.shape[0] * probs.shape[1]
@@ -332,7 +347,7 @@ def load_probs(path: Path) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time RankDice and its alternatives.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="two maps and few rounds")
+    parser.add_argument("--quick", action="store_true", help="the best peers only, but for two maps; few rounds")
     parser.add_argument("--rounds", type=int, help="timed rounds per candidate (default 7, quick 5)")
     parser.add_argument("--probs", type=Path, help="a real map: .npz or .pt with 'probs' (B, C, H, W)")
     parser.add_argument("--shapes", nargs="*", metavar="BxCxHxW", help="these maps instead of the usual ones")
@@ -351,12 +366,15 @@ def main() -> None:
             f"{options.probs.name} {tuple(probs.shape)}", probs, None, rounds, others, options.device
         )
     else:
-        shapes = [*TABLE, SINGLE] if not options.quick else QUICK_SHAPES
+        shapes = [*TABLE, SINGLE] if not options.quick else TABLE[:-1]
         if options.shapes:
             shapes = [tuple(int(n) for n in text.split("x")) for text in options.shapes]
         for shape in shapes:
             logits = field_logits(shape, options.device)
             title = "x".join(map(str, shape))
+            if options.quick and shape not in FULL_SHAPES:
+                results["maps"][title] = against_the_best(to_probs(logits), 2 * rounds, others, options.device)
+                continue
             results["maps"][title] = one_map(title, to_probs(logits), logits, rounds, others, options.device)
     summary(results["maps"])
     if not options.no_growth and not options.probs:

@@ -76,10 +76,12 @@ def rankdice_rows(result: dict[str, Any]) -> list[Row]:
                 rows.append(Row(f"{case}, {ours}", name, ms(times[ours]), ms(spent), lost.get(name, "")))
         for solver in ("rma", "ba"):
             name = f"rankseg {solver.upper()} dice"
-            if name in times:
+            if name in times and f"our {solver} dice" in times:
                 case_of_solver = f'{case}, our `solver="{solver}"`'
                 rows.append(Row(case_of_solver, name, ms(times[f"our {solver} dice"]), ms(times[name]), lost[name]))
-        rows += [Row(f"{case}, for scale", name, ms(times["exact dice"]), ms(times[name])) for name in SCALE]
+        rows += [
+            Row(f"{case}, for scale", name, ms(times["exact dice"]), ms(times[name])) for name in SCALE if name in times
+        ]
     return rows
 
 
