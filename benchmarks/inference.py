@@ -19,7 +19,6 @@ from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 import models
 from utils.checkpoint import LoadedModel
+from utils.config import resolve
 from utils.facts import Facts
 from utils.images.palette import default_palette
 from utils.predictor import SCALES, Predictor
@@ -109,11 +109,8 @@ def compare(name: str, mode: str, overlap: float, side: int, device: torch.devic
     facts = Facts(
         CLASSES, tuple(map(str, range(CLASSES))), default_palette(CLASSES), (0.45,) * 3, (0.25,) * 3, ignore_index=255
     )
-    config: Any = SimpleNamespace(
-        predict=SimpleNamespace(test="max", temperature=1.0, CoI="all", threshold=0.5, rankdice=SimpleNamespace(
-            solver="exact", metric="dice", smooth=0.0, prune=0.5)),
-        train_loader=SimpleNamespace(args={}),
-    )  # fmt: skip
+    loaders = {"train_loader": {"type": "Shapes"}, "val_loader": {"type": "Shapes"}}
+    config = resolve({"name": "benchmark", "arch": {"type": kind}, **loaders, "predict": {"test": "max"}})
     picture = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3))
     picture = np.kron(picture, np.ones((8, 8, 1))).astype(np.uint8)
     normalised = (torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255 - 0.45) / 0.25

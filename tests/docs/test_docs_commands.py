@@ -48,7 +48,7 @@ ELSEWHERE = {
     ),
     r"python -m dataloaders plan --data-dir": "tests/dataloaders/test_plan.py::test_a_complete_commented_config",
     r"python -m utils\.export .*--format onnx": (
-        "tests/scripts/test_export.py::test_rank_dice_on_the_output_of_onnxruntime"
+        "tests/scripts/test_export.py::test_the_program_and_its_metadata_decide_as_the_predictor_does"
     ),
     r"python test\.py -r \S+ \S+\.pth": (
         "tests/scripts/test_test_script.py::test_an_ensemble_scores_the_mean_of_the_probabilities"
