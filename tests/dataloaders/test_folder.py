@@ -149,6 +149,8 @@ def test_split_by_fraction_is_disjoint_and_complete(plain: Path) -> None:
     assert [len(parts[s]) for s in ("train", "val", "test")] == [5, 3, 2]
     assert sorted(sum(parts.values(), [])) == names(folder(plain, "all"))
     assert names(folder(plain, "val", val_fraction=0.3, split_seed=1)) != parts["val"]
+    assert folder(plain, "val", val_fraction=0.3).part == f"3 of the 10 samples in {plain}"
+    assert folder(plain, "all", val_fraction=0.3).part is None
 
 
 def test_a_missing_val_split_says_what_can_be_done(plain: Path) -> None:

@@ -252,7 +252,7 @@ def score(args: argparse.Namespace, job: Job) -> None:
     fitted = f"temperature, bias, threshold and presence are those of {args.use}" if args.use else None
     results = report.results(outcome, model, job.probs, views="as saved", fitted=fitted)
     if "advice" in results:
-        results["advice"] = results["advice"].replace("test.py -r CHECKPOINT --fit", "--labels DIR --fit FILE")
+        results["advice"] = results["advice"].replace(report.FIT_COMMAND, "--labels DIR --fit FILE")
     print(report.text(results))
     if args.output:
         for path in report.write(results, outcome, job.facts, report.prepare_folder(args.output)):

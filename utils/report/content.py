@@ -38,6 +38,7 @@ EXPLAINED = {  # procedures of -p all whose names a config does not know
     "rankdice_iou": "rankdice with predict.rankdice.metric iou: masks with the highest expected IoU",
 }
 ONE_VIEW = "one view per image"
+FIT_COMMAND = "test.py -r CHECKPOINT --fit"  # in the advice; other commands put their own in its place
 # The loss takes the network's own logits. Those of several views come from tempered probabilities.
 UNTEMPERED = "computed from the network's logits, as in training, without the temperature; NLL of -p all includes it"
 ABSENT_CLASSES = "skipped in images where a class is in neither the prediction nor the target"
@@ -110,9 +111,9 @@ def advice(scores: Mapping[str, Any], images: int, fitted: bool = False) -> str 
     how = "overconfident" if expected > measured else "underconfident"
     remedy = (
         "These images differ from the validation images that it was fitted on, or those were too few. Add images like "
-        "these to the validation data and repeat the fit: test.py -r CHECKPOINT --fit."
+        f"these to the validation data and repeat the fit: {FIT_COMMAND}."
         if fitted
-        else "Calibrate it on validation data with test.py -r CHECKPOINT --fit, then test the new checkpoint."
+        else f"Calibrate it on validation data with {FIT_COMMAND}, then test the new checkpoint."
     )
     few = f" {images} images are few, so this may be chance." if images < FEW_IMAGES else ""
     return (
@@ -158,7 +159,7 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
     split = loader.args.get("split") if loader else f"held out of {config.train_loader.args.get('split') or 'training'}"
     loader = loader or config.train_loader
     crop = getattr(dataset, "crop_size", None) if getattr(dataset, "val", False) else None
-    part = getattr(dataset, "part", None)
+    part = getattr(dataset, "part", None) if config.loader("test") else None  # held-out samples have no split
     names = loaded.facts.class_names
     interest = config.predict.CoI
     return {
