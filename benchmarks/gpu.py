@@ -98,18 +98,9 @@ def peak_memory(device: str, run: Callable[[], object]) -> float | None:
 
 def gpu_tests(args: Namespace) -> dict[str, Any]:
     """Run the tests marked gpu; on a CPU they are collected only."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-    ]
-    command += ["--collect-only"] if args.device == "cpu" else []
+    files = [str(path) for path in Path("tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    command += ["--continue-on-collection-errors"] + ["--collect-only"] * (args.device == "cpu")
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

@@ -65,7 +65,7 @@ DATA = {
     "Shapes": (None, "."),
 }
 _CLIP, _DRIVE, _VESSELS, _SHAPES = DATA
-_SCRATCH = {"optimizer.args.lr": 0.002, "trainer.epochs": 120, "trainer.val_per_epochs": 10}
+_SCRATCH = {"optimizer.args.lr": 0.002, "trainer.epochs": 60, "trainer.val_per_epochs": 10}
 
 
 _CAMVID, _DRIVES = "configs/results/camvid.json", "configs/results/drive.json"
