@@ -13,12 +13,12 @@ import numpy as np
 import dataloaders
 from base.base_dataset import BaseDataSet
 from base.classes import Classes, classes_of, read_classes
-from base.entries import spread
+from base.entries import Entry, spread
 from base.layout import found_tree
-from base.splits import grouping
 from base.text import read_lines
 from dataloaders.check.findings import Findings, inspect
 from dataloaders.folder import SPLIT_OF_FOLDER
+from dataloaders.plan.groups import find_groups
 from dataloaders.reading.pairing import find_folder, image_files
 from utils.errors import UserError
 from utils.images import read_mask
@@ -29,7 +29,6 @@ _PROBED = 40
 _CLASS_FILES = ("classes.txt", "labelmap.txt", "class_dict.csv", "_classes.csv", "labels.txt", "class_names.txt")
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "photos", "rgb")
 _MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentationclass", "gt", "segs")
-_GROUPS = (r"^(.+?)[_\- ]?\d+$", r"^(.+?)[_\- ]", r"^(\d+)[_\- ]")
 _NO_DATA = -99  # negative numbers from here on usually mean "no data"
 
 
@@ -81,12 +80,14 @@ def survey(root: Path, images: str | None = None, masks: str | None = None, clas
         raise UserError(f"--data-dir: {root} is not a folder")
     found = (_published(root) if images is None and masks is None else None) or _folder(root, images, masks)
     _take_classes(found, root, classes)
-    files = _files(found)
+    entries = _entries(found)
     if found.loader == "Folder":
-        _take_masks(found, [mask for _, mask in files])
-    _take_images(found, [image for image, _ in files])
+        _take_masks(found, [entry.label for entry in entries if entry.label is not None])
+    _take_images(found, [entry.image for entry in entries if entry.image is not None])
     if found.loader == "Folder" and found.val is None:
-        _take_fractions(found, root, len(files), [image.stem for image, _ in files])
+        _take_fractions(found, root, entries)
+    elif "val_split" in found.train:
+        found.train["val_split"] = _take_groups(found, entries, found.train["val_split"])
     found.dataset = _open(found, found.train)
     found.findings = inspect(found.dataset, SAMPLES)
     if not found.findings.good:
@@ -114,7 +115,8 @@ def _published(root: Path) -> Survey | None:
                 "loader": "the folder has the layout of Pascal VOC (JPEGImages, SegmentationClass, ImageSets)",
                 "split": f"the list in ImageSets/Segmentation, {sizes[train]} images",
             }
-            return Survey("VOC", base, why, {"split": train}, {"split": "val"} if "val" in lists else None)
+            found = Survey("VOC", base, why, {"split": train}, {"split": "val"} if "val" in lists else None)
+            return found if found.val else _holding_out(found, "there is no list val.txt")
     if (root / "images_split").is_dir():
         why = {
             "loader": "the folder has the layout of Kvasir-SEG, split (images_split, masks_split)",
@@ -156,9 +158,13 @@ def _folder(root: Path, images: str | None, masks: str | None) -> Survey:
         found.val = {"split": "val"} if "val" in splits else None
         found.test = {"split": "test"} if "test" in splits else None
         if found.val is None:
-            found.train["val_split"] = 0.15
-            found.why["val_split"] = "there is no folder of validation data"
-            found.val = {}
+            _holding_out(found, "there is no folder of validation data")
+    return found
+
+
+def _holding_out(found: Survey, why: str) -> Survey:
+    """Let the training loader hold out a part of its samples; there is no validation loader."""
+    found.train["val_split"], found.why["val_split"], found.val = 0.15, why, {}
     return found
 
 
@@ -198,17 +204,17 @@ def _take_classes(found: Survey, root: Path, given: str | None) -> None:
             return
 
 
-def _files(found: Survey) -> list[tuple[Path, Path]]:
-    """Return image and mask of the training samples."""
+def _entries(found: Survey) -> list[Entry]:
+    """Return the training samples that have an image and a mask."""
     args = {name: value for name, value in found.args.items() if name != "classes"}
     if found.loader == "Folder":
         args["classes"] = 255
     train = {name: value for name, value in found.train.items() if name != "val_split"}
     dataset = dataloaders.build(found.loader, **args, **train, num_workers=0, on_error="skip").dataset
-    pairs = [(e.image, e.label) for e in dataset.entries if e.image is not None and e.label is not None]
-    if not pairs:
+    entries = [entry for entry in dataset.entries if entry.image is not None and entry.label is not None]
+    if not entries:
         raise UserError(f"--data-dir: no image with a mask found in {found.args['data_dir']}")
-    return pairs
+    return entries
 
 
 def _spread(paths: list[Path]) -> list[Path]:
@@ -338,24 +344,21 @@ def _take_range(found: Survey, low: float, high: float, top: int, floating: bool
     found.take("value_range", list(limits), f"the images hold values from {low:.6g} to {high:.6g}")
 
 
-def _take_fractions(found: Survey, root: Path, count: int, names: list[str]) -> None:
+def _take_fractions(found: Survey, root: Path, entries: list[Entry]) -> None:
     """Choose how many images are held out, and whether samples form groups."""
+    count = len(entries)
     if count < 2:
         raise UserError(f"--data-dir: {root} holds {count} sample; training and validation need at least one each")
     fraction = 0.2 if count < 1000 else 0.1
-    why = f"of {count} samples; the same ones in every run"
-    found.take("val_fraction", round(max(fraction, 1 / count), 4), why)
-    for pattern in _GROUPS:
-        try:
-            sizes = Counter(map(grouping(pattern), names))
-        except UserError:
-            continue
-        if 5 <= len(sizes) <= count / 3 and max(sizes.values()) <= count / 3:
-            found.take(
-                "group_by",
-                pattern,
-                f"names fall into {len(sizes)} groups by how they begin, such as {min(sizes)!r}: perhaps frames of one "
-                "scene or slices of one patient, so a group is not divided. Remove it if that is not so",
-            )
-            break
+    share = _take_groups(found, entries, round(max(fraction, 1 / count), 4))
+    found.take("val_fraction", share, f"of {count} samples; the same ones in every run")
     found.train, found.val = {"split": "train"}, {"split": "val"}
+
+
+def _take_groups(found: Survey, entries: list[Entry], share: float) -> float:
+    """Choose ``group_by`` if the samples form groups; return the share to hold out."""
+    groups = find_groups([entry.name for entry in entries], [e.image for e in entries if e.image is not None], share)
+    if groups is None:
+        return share
+    found.take("group_by", groups.pattern, groups.why)
+    return groups.share

@@ -14,6 +14,7 @@ from PIL import Image
 import dataloaders
 from dataloaders.__main__ import main
 from dataloaders.plan import choices
+from dataloaders.plan.groups import find_groups
 from models import MODELS
 from utils.config import load
 from utils.errors import UserError
@@ -175,6 +176,71 @@ def test_groups_and_rare_classes(tmp_path: Path) -> None:
     sides = [{entry.name.split("_")[0] for entry in part.dataset.entries} for part in built]
     assert not sides[0] & sides[1]
     assert sides[0] | sides[1] == {f"patient{i}" for i in range(8)}
+
+
+def drive(count: int, seed: int) -> list[np.ndarray]:
+    """Return the frames of a camera that moves slowly over a picture."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 12 + count, 3), np.uint8))
+    scene = np.asarray(coarse.resize((4 * (12 + count), SIZE[0]), Image.Resampling.BICUBIC))
+    return [scene[:, 2 * i : 2 * i + SIZE[1]] for i in range(count)]
+
+
+def test_frames_of_a_video_are_not_torn_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def made(name: str, names: list[str], images: list[np.ndarray], folder: str = "") -> dict[str, Any]:
+        for i, (one, image) in enumerate(zip(names, images, strict=True)):
+            save(tmp_path / name / f"images{folder}/{one}.png", image)
+            save(tmp_path / name / f"masks{folder}/{one}.png", ids(i))
+        return plan(tmp_path / name)["train_loader"]["args"]
+
+    numbers = [f"{i:04d}" for i in range(60)]
+    # One video: blocks of frames; a random split would put neighbors on both sides.
+    args = made("video", numbers, drive(60, 0))
+    assert args["group_by"] == r"^(.*?)\d{0,1}\D*$"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "group_by" in said
+    assert "look alike, as frames of a video or slices of a patient do; they are split by blocks" in said
+    built = dataloaders.build("Folder", **args | {"num_workers": 0})
+    blocks = {entry.name[:-1] for entry in built.dataset.entries}
+    held_out = {entry.name[:-1] for entry in built.dataset.held_out}
+    assert held_out
+    assert not blocks & held_out
+    # Three cameras: one of them is held out as a whole.
+    names = [f"cam{c}_{i}" for c in "abc" for i in range(20)]
+    args = made("cameras", names, [frame for c in range(3) for frame in drive(20, c)])
+    built = dataloaders.build("Folder", **args | {"num_workers": 0})
+    assert len({entry.name[:4] for entry in built.dataset.entries}) == 2
+    assert len({entry.name[:4] for entry in built.dataset.held_out}) == 1
+    # The training folder of data without validation data.
+    args = made("split", numbers, drive(60, 0), "/train")
+    assert (args["val_split"], "group_by" in args) == (0.15, True)
+    # VOC without a list of validation data.
+    root = tmp_path / "voc"
+    for name, image in zip(numbers, drive(60, 0), strict=True):
+        save(root / f"JPEGImages/{name}.jpg", image)
+        save(root / f"SegmentationClass/{name}.png", ids(0))
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(numbers))
+    args = plan(root, "--classes", "a,b,c")["train_loader"]["args"]
+    assert (args["val_split"], "group_by" in args) == (0.15, True)
+    # Sub-folders, one per video.
+    args = made("folders", [f"clip{c}/{i}" for c in range(6) for i in range(4)], [photo(i) for i in range(24)])
+    assert args["group_by"] == "^(.+)/"
+    # Names alone, with pictures that have nothing in common: no groups.
+    pets = [f"{pet}_{i}" for pet in ("cat", "dog", "cow") for i in range(20)]
+    for name, some in (("photos", numbers), ("pets", pets)):
+        assert "group_by" not in made(name, some, [photo(i) for i in range(60)])
+
+
+def test_real_frames_and_photographs_are_told_apart(shared_dir: Path) -> None:
+    frames = sorted((shared_dir / "data/camvid/VOCdevkit/VOC2012/JPEGImages").glob("*.jpg"))
+    eyes = sorted((shared_dir / "data/medical/images_split").rglob("*.*"))
+    for drive in ("0001TP", "0006R0", "0016E5"):
+        some = [path for path in frames if path.name.startswith(drive)]
+        assert find_groups([path.stem for path in some], some, 0.2) is not None
+    some = frames[::12]  # 12 seconds or more apart: other scenes
+    for paths in (eyes, some):
+        assert find_groups([path.stem for path in paths], paths, 0.2) is None
 
 
 def test_folders_that_cannot_be_planned(tmp_path: Path) -> None:
