@@ -65,7 +65,7 @@ def _add_views(group: argparse._ArgumentGroup) -> None:
         metavar="PIXELS",
         help="side of a tile, or its height and width (default: the crop size of the training, else 512)",
     )
-    add("--overlap", type=float, default=0.25, help="share of a tile that overlaps its neighbour (default: 0.25)")
+    add("--overlap", type=float, default=0.25, help="share of a tile that overlaps its neighbor (default: 0.25)")
     add("--batch-size", type=int, default=4, help="images or tiles per forward pass (default: 4)")
     add("--max-pixels", type=int, default=2**23, help="larger views are cut into tiles (default: 2^23)")
     add(

@@ -103,14 +103,14 @@ def crop_to_source(
 ) -> np.ndarray:
     """Return the ``(2, 3)`` matrix from crop pixels to source pixels.
 
-    The source (height, width) is scaled by ``scale`` about its centre, which is placed on the centre of the
+    The source (height, width) is scaled by ``scale`` about its center, which is placed on the center of the
     ``canvas``. There it is rotated by ``angle`` radians (positive: counter-clockwise as seen), cropped to the
     ``window`` (top, left, height, width) and, if ``flip``, mirrored.
     """
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     top, left, _, width = window
     sign, start = (-1.0, width - 1.0) if flip else (1.0, 0.0)
-    # Crop pixel (u, v) lies at (start + sign u + left, v + top) on the canvas; relative to its centre:
+    # Crop pixel (u, v) lies at (start + sign u + left, v + top) on the canvas; relative to its center:
     dx0 = start + left - (canvas[1] - 1) / 2
     dy0 = top - (canvas[0] - 1) / 2
     x0 = (source[1] - 1) / 2
@@ -123,7 +123,7 @@ def crop_to_source(
     )
 
 
-def centre_crop(height: int, width: int, crop_size: tuple[int, int]) -> Parameters:
+def center_crop(height: int, width: int, crop_size: tuple[int, int]) -> Parameters:
     """Return the parameters that rescale the shorter side to that of the crop and crop the center (validation)."""
     scale = max(crop_size[0] / height, crop_size[1] / width)
     canvas = round(height * scale), round(width * scale)
@@ -184,8 +184,8 @@ def jitter(image: np.ndarray, parameters: Parameters) -> np.ndarray:
     top = 255.0 if image.dtype == np.uint8 else 1.0
     gain, offset = brightness * contrast, (1.0 - contrast) * top / 2
     if image.shape[2] == 3:
-        colour = saturation * np.eye(3) + (1.0 - saturation) * np.broadcast_to(_LUMINANCE, (3, 3))
-        image = cv2.transform(image, np.hstack([gain * colour, np.full((3, 1), offset)]))
+        color = saturation * np.eye(3) + (1.0 - saturation) * np.broadcast_to(_LUMINANCE, (3, 3))
+        image = cv2.transform(image, np.hstack([gain * color, np.full((3, 1), offset)]))
         return image if image.dtype == np.uint8 else np.clip(image, 0.0, top, out=image)
     changed = np.clip(image.astype(np.float32) * np.float32(gain) + np.float32(offset), 0.0, top)
     return np.rint(changed).astype(np.uint8) if image.dtype == np.uint8 else changed

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from base import augmentation as aug
-from base.classes import Colour, class_colours, classes_of
+from base.classes import Color, class_colors, classes_of
 from base.entries import BROKEN_FILES_HINT, Cache, Entries, Entry, Key, Sample, Skipped, distinct, spread
 from base.labels import LabelTable, PaletteReference
 from base.layout import layout_problem, sizes_differ
@@ -74,13 +74,13 @@ class BaseDataSet(Statistics, Dataset[Any]):
     # Facts. Labels are 0 .. num_classes - 1 (for num_classes 1: 0 background, 1 the class) or ignore_index.
     num_classes: int = 0
     class_names: tuple[str, ...] = ()
-    palette: tuple[Colour, ...] = ()
+    palette: tuple[Color, ...] = ()
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     ignore_index: int = 255
     in_channels: int = 3
     splits: ClassVar[tuple[str, ...]] = ("train", "val")
-    # The value that means "not labelled" in what load_label returns; it becomes ignore_index.
+    # The value that means "not labeled" in what load_label returns; it becomes ignore_index.
     void_label: int | None = 255
     # The expected folders and files below data_dir, for messages.
     layout: str = ""
@@ -115,7 +115,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
         val: bool = False,
         in_channels: Channels = 3,
         classes: list[str] | str | ClassCount | None = None,
-        palette: list[Colour] | None = None,
+        palette: list[Color] | None = None,
         mean: list[float] | Literal["auto"] | None = None,
         std: list[float] | Literal["auto"] | None = None,
         value_range: list[Number] | None = None,
@@ -154,7 +154,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
         self.entries: Sequence[Entry] = self._list()
         self._check_first()
         if "auto" in (mean, std):
-            self._normalise_as_measured(mean == "auto", std == "auto")
+            self._normalize_as_measured(mean == "auto", std == "auto")
         if cache == "ram":
             self._cache = self._read_all()
 
@@ -168,15 +168,15 @@ class BaseDataSet(Statistics, Dataset[Any]):
         """
         given = args.get
         names, palette = cls.class_names, given("palette")
-        own_colours: Sequence[Colour] | None = cls.palette
+        own_colors: Sequence[Color] | None = cls.palette
         if given("classes") is not None:
-            names, colours = classes_of(args["classes"], given("data_dir"))
-            own_colours = cls.palette if names == cls.class_names else colours
+            names, colors = classes_of(args["classes"], given("data_dir"))
+            own_colors = cls.palette if names == cls.class_names else colors
         channels, ignore_index, nodata = args.get("in_channels", 3), given("ignore_index"), given("nodata")
         return Facts(
             num_classes=len(names),
             class_names=names,
-            palette=class_colours(own_colours if palette is None else palette, len(names)),
+            palette=class_colors(own_colors if palette is None else palette, len(names)),
             mean=per_channel("mean", given("mean"), cls.mean, channels),
             std=per_channel("std", given("std"), cls.std, channels),
             ignore_index=cls.ignore_index if ignore_index is None else ignore_index,
@@ -185,7 +185,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
             nodata=nodata,
         )
 
-    def _normalise_as_measured(self, mean: bool, std: bool) -> None:
+    def _normalize_as_measured(self, mean: bool, std: bool) -> None:
         measured = self.measure()
         self.mean = measured[0] if mean else self.mean
         self.std = measured[1] if std else self.std
@@ -240,7 +240,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
 
     def _check_geometry(self, augment: bool, base_size: int | None) -> None:
         if augment and self.val:
-            log.warning("augment has no effect with `val: true`: images are rescaled and centre-cropped only")
+            log.warning("augment has no effect with `val: true`: images are rescaled and center-cropped only")
         elif not augment and not self.val:
             for name, value in (("crop_size", self.crop_size), ("base_size", base_size)):
                 if value is not None:
@@ -266,7 +266,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
         """Return a label map ``(H, W)`` as stored, before ``lut`` and ``void_label`` are applied."""
         mask = read_mask(path)
         self.palettes.check(mask, path)
-        return mask.values if mask.values.ndim == 2 else read_label(path)  # read_label refuses colours
+        return mask.values if mask.values.ndim == 2 else read_label(path)  # read_label refuses colors
 
     @cached_property
     def label_table(self) -> LabelTable:
@@ -279,7 +279,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
         entry = self.entries[index]
         assert entry.image is not None  # data sets without files have a read() of their own
         pixels = self.load_image(entry.image)
-        # Pixels without data become the mean colour, which is 0 after normalization.
+        # Pixels without data become the mean color, which is 0 after normalization.
         image = pixels.filled(self.mean)
         if entry.label is None:
             return image, np.full(image.shape[:2], self.ignore_index, self.label_table.dtype)
@@ -357,9 +357,9 @@ class BaseDataSet(Statistics, Dataset[Any]):
             rng = np.random.default_rng([self.seed, epoch, index, *draw])
             parameters = self.augmentation.draw(rng, *label.shape)
         elif self.val and self.crop_size:
-            parameters = aug.centre_crop(label.shape[0], label.shape[1], self.crop_size)
+            parameters = aug.center_crop(label.shape[0], label.shape[1], self.crop_size)
         if parameters is not None:
-            # Outside the image is the mean colour, which is 0 after normalization.
+            # Outside the image is the mean color, which is 0 after normalization.
             fill = [round(255 * m) for m in self.mean] if image.dtype == np.uint8 else list(self.mean)
             image, label = aug.apply(image, label, parameters, fill, self.ignore_index)
         return Sample(_planes(image), torch.from_numpy(label.copy()), self.entries[index].name)

@@ -125,7 +125,7 @@ class BaseModel(nn.Module):
         """Freeze parts for good: later calls of :meth:`train` leave them frozen.
 
         Args:
-            bn: every BatchNorm keeps its running statistics and normalises by them. Its scale and shift
+            bn: every BatchNorm keeps its running statistics and normalizes by them. Its scale and shift
                 remain trainable.
             backbone: the backbone's parameters get no gradient, and its BatchNorms and dropouts stay in
                 evaluation mode, so that the backbone is one fixed function.

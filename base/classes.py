@@ -1,4 +1,4 @@
-"""Class names and colours: as given in a config, or from the class files that labelling tools write."""
+"""Class names and colors: as given in a config, or from the class files that labeling tools write."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from utils.errors import UserError
 from utils.files import expand
 from utils.images import voc_colormap
 
-Colour = tuple[Byte, Byte, Byte]
+Color = tuple[Byte, Byte, Byte]
 
 _NAME_COLUMNS = ("class", "name", "class_name", "label", "classes")
 _VALUE_COLUMNS = ("pixel value", "value", "id", "pixel_value", "index")
-_COLOUR_COLUMNS = (("r", "g", "b"), ("red", "green", "blue"))
+_COLOR_COLUMNS = (("r", "g", "b"), ("red", "green", "blue"))
 _GAP = r"\s*[,;\s]\s*"
 _RGB = _GAP.join(rf"(?P<{channel}>\d{{1,3}})" for channel in "rgb")
-_WITH_COLOUR = (re.compile(rf"{_RGB}{_GAP}(?P<name>\S.*)"), re.compile(rf"(?P<name>.*\S){_GAP}{_RGB}"))
+_WITH_COLOR = (re.compile(rf"{_RGB}{_GAP}(?P<name>\S.*)"), re.compile(rf"(?P<name>.*\S){_GAP}{_RGB}"))
 
 
 class Classes(NamedTuple):
-    """Names of the classes in the order of their ids, and one colour per class if the file gives colours."""
+    """Names of the classes in the order of their ids, and one color per class if the file gives colors."""
 
     names: tuple[str, ...]
-    palette: tuple[Colour, ...] | None = None
+    palette: tuple[Color, ...] | None = None
 
 
 def read_classes(path: str | Path) -> Classes:
@@ -44,7 +44,7 @@ def read_classes(path: str | Path) -> Classes:
     if any(not character.isprintable() and character != "\t" for _, line in lines for character in line):
         raise UserError(f"classes: {path} is not UTF-8 text; save it as UTF-8")
     texts = [line for _, line in lines]
-    found = _from_csv(texts, path) or _from_labelmap(texts) or _from_colour_lines(texts) or _from_names(texts, path)
+    found = _from_csv(texts, path) or _from_labelmap(texts) or _from_color_lines(texts) or _from_names(texts, path)
     twice = next((name for i, name in enumerate(found.names) if name in found.names[:i]), None)
     if twice is not None:
         raise UserError(f"classes: {path} lists {twice!r} twice; class names must be unique")
@@ -73,7 +73,7 @@ def _from_csv(texts: Sequence[str], path: str | Path) -> Classes | None:
     columns = {name.strip().lower(): i for i, name in enumerate(header)}
     name = next((columns[key] for key in _NAME_COLUMNS if key in columns), None)
     value = next((columns[key] for key in _VALUE_COLUMNS if key in columns), None)
-    colour = next(([columns[c] for c in keys] for keys in _COLOUR_COLUMNS if set(keys) <= set(columns)), None)
+    color = next(([columns[c] for c in keys] for keys in _COLOR_COLUMNS if set(keys) <= set(columns)), None)
     if name is None or len(header) < 2:
         return None
     try:
@@ -85,7 +85,7 @@ def _from_csv(texts: Sequence[str], path: str | Path) -> Classes | None:
                     f"classes: the ids in {path} are {ids}, expected 0 to {len(ids) - 1}. Give the names as a list and "
                     f'"mask_values": {ids} (Folder loader)'
                 )
-        palette = None if colour is None else tuple(_colour([int(row[c]) for c in colour]) for row in rows)
+        palette = None if color is None else tuple(_color([int(row[c]) for c in color]) for row in rows)
         return Classes(tuple(row[name].strip() for row in rows), palette)
     except (IndexError, ValueError) as error:
         raise UserError(f"classes: {path} is not a table with the columns {', '.join(header)}: {error}") from None
@@ -96,17 +96,17 @@ def _from_labelmap(texts: Sequence[str]) -> Classes | None:
     rows = [text.split(":") for text in texts]
     if not all(len(row) == 4 and re.fullmatch(r"\s*\d+\s*,\s*\d+\s*,\s*\d+\s*", row[1]) for row in rows):
         return None
-    colours = tuple(_colour([int(part) for part in row[1].split(",")]) for row in rows)
-    return Classes(tuple(row[0].strip() for row in rows), colours) if rows else None
+    colors = tuple(_color([int(part) for part in row[1].split(",")]) for row in rows)
+    return Classes(tuple(row[0].strip() for row in rows), colors) if rows else None
 
 
-def _from_colour_lines(texts: Sequence[str]) -> Classes | None:
+def _from_color_lines(texts: Sequence[str]) -> Classes | None:
     """Read lines ``R G B name`` or ``name R G B``; None if a line has another form."""
-    for pattern in _WITH_COLOUR:
+    for pattern in _WITH_COLOR:
         rows = [match for text in texts if (match := pattern.fullmatch(text))]
         if rows and len(rows) == len(texts):
-            colours = tuple(_colour([int(row[channel]) for channel in "rgb"]) for row in rows)
-            return Classes(tuple(row["name"].strip() for row in rows), colours)
+            colors = tuple(_color([int(row[channel]) for channel in "rgb"]) for row in rows)
+            return Classes(tuple(row["name"].strip() for row in rows), colors)
     return None
 
 
@@ -138,23 +138,23 @@ def classes_of(classes: Sequence[str] | str | int, data_dir: str | None) -> Clas
     return Classes(names)
 
 
-def class_colours(palette: Sequence[Sequence[int]] | None, count: int) -> tuple[Colour, ...]:
-    """Return one colour per class: the given ones, or the first of the VOC colour map.
+def class_colors(palette: Sequence[Sequence[int]] | None, count: int) -> tuple[Color, ...]:
+    """Return one color per class: the given ones, or the first of the VOC color map.
 
     Raises:
-        ValueError: another number of colours than classes, or something that is not an RGB colour.
+        ValueError: another number of colors than classes, or something that is not an RGB color.
     """
     if palette is None:
         # Color 0 of the VOC map is black, which fits a background but not a single class.
         return voc_colormap(count) if count > 1 else voc_colormap(2)[1:]
-    colours = tuple(_colour(c) for c in palette)
-    if len(colours) != count:
-        raise ValueError(f"palette must have one colour per class: {count} classes, {len(colours)} colours")
-    return colours
+    colors = tuple(_color(c) for c in palette)
+    if len(colors) != count:
+        raise ValueError(f"palette must have one color per class: {count} classes, {len(colors)} colors")
+    return colors
 
 
-def _colour(colour: Sequence[int]) -> Colour:
-    values = tuple(int(v) for v in colour)
+def _color(color: Sequence[int]) -> Color:
+    values = tuple(int(v) for v in color)
     if len(values) != 3 or not all(0 <= v <= 255 for v in values):
-        raise ValueError(f"palette must hold RGB colours of three numbers from 0 to 255, got {list(colour)}")
+        raise ValueError(f"palette must hold RGB colors of three numbers from 0 to 255, got {list(color)}")
     return values  # type: ignore[return-value]

@@ -18,7 +18,7 @@ class LabelTable:
         name: of the data set, for messages.
         num_classes: number of classes; for 1 the ids are 0 (background) and 1.
         ignore_index: the label of ignored pixels.
-        void: the stored value (after ``lut``) that means "not labelled"; None: there is no such value.
+        void: the stored value (after ``lut``) that means "not labeled"; None: there is no such value.
         lut: table from stored value to class id or ignore index; values beyond its end stay as they are.
         hint: added to the message about values that are not a class.
     """
@@ -79,7 +79,7 @@ class LabelTable:
             f"{path} contains label values that are not a class: {listed(values, 10)} ({plural(pixels, 'pixel')}). "
             f"{self._name} expects 0 to {self._count - 1} ({self._num_classes} classes) or "
             f"{self._ignore_index} (ignore_index). Change `classes` in the loader's args if there are more "
-            f"classes, `ignore_index` if this value means 'not labelled', or fix the file.{hint}"
+            f"classes, `ignore_index` if this value means 'not labeled', or fix the file.{hint}"
         )
 
 
@@ -90,7 +90,7 @@ class PaletteReference:
     """
 
     def __init__(self) -> None:
-        self._colours = np.zeros((256, 3), np.uint8)
+        self._colors = np.zeros((256, 3), np.uint8)
         self._known = np.zeros(256, bool)
         self._example: Path | str = ""
 
@@ -99,15 +99,15 @@ class PaletteReference:
         if mask.palette is None or mask.values.dtype != np.uint8:
             return
         used = np.flatnonzero(cv2.calcHist([mask.values], [0], None, [256], [0, 256]).ravel())
-        other = self._known[used] & (self._colours[used] != mask.palette[used]).any(1)
+        other = self._known[used] & (self._colors[used] != mask.palette[used]).any(1)
         if other.any():
             value = int(used[other][0])
             raise UserError(
                 f"{path} has a different palette from {self._example}: value {value} is {mask.palette[value].tolist()} "
-                f"here, and {self._colours[value].tolist()} there. A program may have sorted the palette, which "
+                f"here, and {self._colors[value].tolist()} there. A program may have sorted the palette, which "
                 f"changes the values; save the masks again with one palette. {advice}".rstrip()
             )
         if not self._known[used].all():
-            self._colours[used] = mask.palette[used]
+            self._colors[used] = mask.palette[used]
             self._known[used] = True
             self._example = self._example or path

@@ -38,7 +38,7 @@ class Meter:
         self._recent.append(loss)
         # In place: a new tensor per iteration would cost one more kernel.
         self._loss[0] += loss
-        # A batch without a labelled pixel has a loss of 0, which would lower the mean.
+        # A batch without a labeled pixel has a loss of 0, which would lower the mean.
         self._loss[1] += (target != self.metrics.ignore_index).any()
 
     def scores(self) -> dict[str, float]:

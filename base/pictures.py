@@ -8,12 +8,12 @@ import torch
 from utils.evaluation import Part
 from utils.facts import Facts
 from utils.images.captions import legend, line, stack
-from utils.images.palette import colourise, complete_palette, displayable, grid
+from utils.images.palette import colorize, complete_palette, displayable, grid
 from utils.predict import PredictOptions, label_map
 
 COUNT, SIDE = 6, 320  # images, and the longest side they are shown at
 TITLES = ("input", "target", "prediction")
-_UNLABELLED = 255
+_UNLABELED = 255
 
 
 class Pictures:
@@ -35,7 +35,7 @@ class Pictures:
             return
         labels = label_map(self.procedure, part.probs[:wanted], self.options).cpu().numpy()
         target = part.target[:wanted].cpu().long()
-        targets = torch.where(target == self.facts.ignore_index, _UNLABELLED, target).numpy()
+        targets = torch.where(target == self.facts.ignore_index, _UNLABELED, target).numpy()
         for image, wished, predicted in zip(part.batch.images, targets, labels, strict=False):
             picture = displayable(image.permute(1, 2, 0).cpu().numpy())
             step = max(1, -(-max(picture.shape[:2]) // SIDE))
@@ -47,14 +47,14 @@ class Pictures:
         cells = [
             cell
             for image, wished, predicted in self.rows
-            for cell in (image, colourise(wished, palette), colourise(predicted, palette))
+            for cell in (image, colorize(wished, palette), colorize(predicted, palette))
         ]
         pictures = grid(cells, columns=len(TITLES))
         width = pictures.shape[1] // len(TITLES)
         titles = np.concatenate([line(title, width) for title in TITLES], axis=1)
         occur = np.unique(np.concatenate([labels.ravel() for row in self.rows for labels in row[1:]]))
-        colours = complete_palette(palette)
-        entries = [(name, colours[c]) for c, name in enumerate(self.facts.label_names) if c in occur]
-        if _UNLABELLED in occur:
-            entries.append(("not labelled", colours[_UNLABELLED]))
+        colors = complete_palette(palette)
+        entries = [(name, colors[c]) for c, name in enumerate(self.facts.label_names) if c in occur]
+        if _UNLABELED in occur:
+            entries.append(("not labeled", colors[_UNLABELED]))
         return stack([titles, pictures, legend(entries, max(pictures.shape[1], 320))])

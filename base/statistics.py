@@ -22,14 +22,14 @@ MEASURED_IMAGES = 500  # at most so many images are read for mean and std
 def median_frequency_weights(counts: np.ndarray) -> np.ndarray:
     """Return weights that balance the classes: median frequency balancing (Eigen & Fergus, ICCV 2015).
 
-    The frequency of a class is its share of the labelled pixels of the images in which it occurs. Its weight is the
+    The frequency of a class is its share of the labeled pixels of the images in which it occurs. Its weight is the
     median frequency divided by its own. A class that never occurs gets 1.
 
     Args:
         counts: pixels ``(samples, classes)``.
 
     Returns:
-        float64 ``(classes,)``; all 1 if no pixel is labelled.
+        float64 ``(classes,)``; all 1 if no pixel is labeled.
     """
     counts = counts.astype(np.float64)
     pixels_where_present = (counts.sum(1, keepdims=True) * (counts > 0)).sum(0)
@@ -185,7 +185,7 @@ class Statistics:
         """
         counts = self.class_pixel_counts(limit)
         if not counts.any():
-            raise UserError(f"no labelled pixel in split {self.split!r}: class weights cannot be computed")
+            raise UserError(f"no labeled pixel in split {self.split!r}: class weights cannot be computed")
         return torch.from_numpy(median_frequency_weights(counts).astype(np.float32))
 
     def sample_weights(self) -> np.ndarray:

@@ -3,10 +3,10 @@
 One process with one thread, as in one loader worker, goes over the same images with three pipelines that do the same to
 them: rescale to 0.5-2 times the longer side, rotate by up to 10 degrees, pad, crop, flip, blur.
 
-* ours: the VOC loader of this project: one warp on bytes. Its samples are bytes; conversion and normalisation follow
-  on the device. ``ours, normalised`` does them here too.
-* separate: one OpenCV step after the other on float32, then to tensor and normalise.
-* torchvision: transforms.v2 on uint8 tensors, then to float32 and normalise.
+* ours: the VOC loader of this project: one warp on bytes. Its samples are bytes; conversion and normalization follow
+  on the device. ``ours, normalized`` does them here too.
+* separate: one OpenCV step after the other on float32, then to tensor and normalize.
+* torchvision: transforms.v2 on uint8 tensors, then to float32 and normalize.
 
 Each is timed with reading the files and without (images kept in memory). Rounds alternate between the pipelines;
 the table shows medians of images per second and their ratio to ours.
@@ -99,7 +99,7 @@ def measure(folder: str, images: int, rounds: int) -> dict[str, Any]:
     ours = dataset(folder, crop_size=CROP, augment=True, blur=True)
     indices = [i % len(ours) for i in range(images)]
     decoded = {i: ours.read(i) for i in sorted(set(indices))}
-    normalise = Normalize(ours.mean, ours.std)
+    normalize = Normalize(ours.mean, ours.std)
     separate, tv = Separate(ours), Torchvision(ours)
     read = ours.load
     kept = decoded.__getitem__
@@ -111,7 +111,7 @@ def measure(folder: str, images: int, rounds: int) -> dict[str, Any]:
     epoch = iter(range(10**9))
     pipelines: dict[str, Callable[[int, Callable[..., Any]], Any]] = {
         "ours": our_sample,
-        "ours, normalised": lambda i, load: normalise(our_sample(i, load).image[None]),
+        "ours, normalized": lambda i, load: normalize(our_sample(i, load).image[None]),
         "separate": lambda i, load: separate(*load(i)),
         "torchvision": lambda i, load: tv(*load(i)),
     }
@@ -141,7 +141,7 @@ class Separate:
     """One OpenCV step after the other on the whole float32 image: how such loaders are commonly written."""
 
     def __init__(self, data: BaseDataSet) -> None:
-        self.to_tensor, self.normalise = transforms.ToTensor(), transforms.Normalize(data.mean, data.std)
+        self.to_tensor, self.normalize = transforms.ToTensor(), transforms.Normalize(data.mean, data.std)
         self.as_label = lambda label: torch.from_numpy(label.astype("int64"))
         self.random = random.Random(0)
 
@@ -176,7 +176,7 @@ class Separate:
         side += 1 - side % 2
         image = cv2.GaussianBlur(image, (side, side), sigma) if sigma > 0 else image
 
-        return self.normalise(self.to_tensor(Image.fromarray(np.uint8(image)))), self.as_label(label)
+        return self.normalize(self.to_tensor(Image.fromarray(np.uint8(image)))), self.as_label(label)
 
 
 class Torchvision:

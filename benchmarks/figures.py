@@ -69,10 +69,10 @@ def gain(path: str) -> None:
             found = [part.predictions[decision].labels for decision in decisions]
             labels = [part.target[i], *(one[i] for one in found if one is not None)]
             image = displayable(part.batch.images[i].permute(1, 2, 0).numpy())
-            maps[name] = [image, *(colours[np.minimum(one.numpy(), len(colours) - 1)] for one in labels)]
+            maps[name] = [image, *(colors[np.minimum(one.numpy(), len(colors) - 1)] for one in labels)]
 
     pale = np.array([[235, 235, 235]], np.uint8)  # ignored pixels
-    colours = np.concatenate([np.array(loaded.facts.palette, np.uint8), pale])
+    colors = np.concatenate([np.array(loaded.facts.palette, np.uint8), pale])
     outcome = evaluate(Evaluator(loaded.network()), loader, decisions, on_part=keep)
     names, ranked, _ = outcome.metrics["rankdice_map"].rows()
     means = [scores.dice.nanmean(dim=1).numpy() for scores in (outcome.metrics["max"].rows()[1], ranked)]

@@ -113,7 +113,7 @@ def compare(name: str, mode: str, overlap: float, side: int, device: torch.devic
     config = resolve({"name": "benchmark", "arch": {"type": kind}, **loaders, "predict": {"test": "max"}})
     picture = np.random.default_rng(0).integers(0, 256, (side // 8, side // 8, 3))
     picture = np.kron(picture, np.ones((8, 8, 1))).astype(np.uint8)
-    normalised = (torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255 - 0.45) / 0.25
+    normalized = (torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255 - 0.45) / 0.25
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     older = older_multiscale if mode == "multiscale" else older_sliding
 
@@ -122,7 +122,7 @@ def compare(name: str, mode: str, overlap: float, side: int, device: torch.devic
 
     def older_way() -> None:
         clock.seconds = 0.0
-        older(clock, normalised, device)
+        older(clock, normalized, device)
         inside.append(clock.seconds)
 
     predictor = Predictor(

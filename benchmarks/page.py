@@ -194,8 +194,8 @@ def draw(rows: list[Row]) -> bytes | None:
     ratios = [row.ratio for row in rows]
     figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.27 * len(rows)))
     # Bars start at 1: to the right the peer is slower, to the left ours is.
-    colours = ["#4c72b0" if ratio >= 1 else "#c44e52" for ratio in ratios]
-    axes.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colours)
+    colors = ["#4c72b0" if ratio >= 1 else "#c44e52" for ratio in ratios]
+    axes.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colors)
     axes.set_xscale("log")
     axes.set_xlim(min([0.5, *ratios]) / 4, max([2, *ratios]) * 4)  # room for the numbers
     axes.margins(y=0.01)

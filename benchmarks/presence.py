@@ -4,7 +4,7 @@
     python -m benchmarks.presence FOLDER --checkpoints best_model.pth   # and for few validation images
 
 FOLDER holds probabilities of a well-trained network on photographs of several drives: ``train.npz`` with ``names``
-(``DRIVE_...``), ``logits8`` (uint8, ``p = sigmoid(logits8 / 255 * 16 - 8)``) and ``labels`` (255: not labelled). The
+(``DRIVE_...``), ``logits8`` (uint8, ``p = sigmoid(logits8 / 255 * 16 - 8)``) and ``labels`` (255: not labeled). The
 checkpoints are networks trained on Shapes.
 
 No image is scored with what it has taught. Neighbors in a drive are alike: intervals are over images, and say nothing

@@ -310,8 +310,8 @@ def plots(results: dict, folder: Path) -> None:
     names = sorted(shown["seconds"], key=lambda name: min(shown["seconds"][name]))
     least = [1e3 * min(shown["seconds"][name]) for name in names]
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    colours = ["#c44e52" if name.startswith("exact") else "#8c8c8c" for name in names]
-    axes.barh(names, least, color=colours)
+    colors = ["#c44e52" if name.startswith("exact") else "#8c8c8c" for name in names]
+    axes.barh(names, least, color=colors)
     for place, value in enumerate(least):
         axes.text(value, place, f" {value:.0f}", va="center")
     axes.set_xscale("log")

@@ -109,7 +109,7 @@ def write_lists(camvid: Path, out: Path) -> None:
     """Write the lists of images for CamVid's rows: ``out/clip/{split}.txt`` and ``out/drives/{split}.txt``.
 
     Held-out images (``val``) choose the epoch and are fitted on. They are the last ones of each drive, so that hardly
-    any of them is the neighbour of a training image.
+    any of them is the neighbor of a training image.
 
     * clip: trained on train, tested on the published val split, which is one continuous clip.
     * drives: trained on two of train's drives, tested on the third, 0006R0.

@@ -90,7 +90,7 @@ def data_rows(result: dict[str, Any]) -> list[Row]:
     rates = result["images_per_second"]
     rows = []
     for source, words in (("files", "from files"), ("memory", "from memory")):
-        for ours, end in (("ours", "ours returns bytes"), ("ours, normalised", "ours normalized too")):
+        for ours, end in (("ours", "ours returns bytes"), ("ours, normalized", "ours normalized too")):
             for peer in ("separate", "torchvision"):
                 times = [1e3 / median(rates[name][source]) for name in (ours, peer)]
                 rows.append(Row(f"{words}, {end}", PIPELINES[peer], *times))

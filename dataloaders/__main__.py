@@ -47,15 +47,15 @@ def parser() -> argparse.ArgumentParser:
 def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     prepare = commands.add_parser(
         "prepare",
-        help="download a public data set, or convert what a labelling tool exports",
+        help="download a public data set, or convert what a labeling tool exports",
         description=f"Public data sets ({', '.join(PREPARED)}): downloads with checksums, continues interrupted "
-        "downloads, unpacks; without a network connection it says which files to put where. Exports of labelling tools "
+        "downloads, unpacks; without a network connection it says which files to put where. Exports of labeling tools "
         f"({', '.join(EXPORTS)}): writes images, masks and classes.txt for the Folder loader, and says what overlaps.",
     )
     prepare.add_argument("name", choices=(*PREPARED, *EXPORTS), help="the data set, or the format of an export")
     prepare.add_argument("--dir", required=True, help="folder to write to: the config's data_dir")
 
-    exports = prepare.add_argument_group("exports of labelling tools")
+    exports = prepare.add_argument_group("exports of labeling tools")
     exports.add_argument("--from", dest="source", metavar="PATH", help="the exported file or folder")
     exports.add_argument("--images", metavar="DIR", help="folder of the images, if they are not with the export")
     exports.add_argument(

@@ -13,7 +13,7 @@ _FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
 
 
 class ADE20K(BaseDataSet):
-    """``images`` and ``annotations`` with training and validation; a mask's 0 is unlabelled, k is class k - 1."""
+    """``images`` and ``annotations`` with training and validation; a mask's 0 is unlabeled, k is class k - 1."""
 
     class_names, palette = labels("ade20k")
     num_classes = len(class_names)

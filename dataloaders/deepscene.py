@@ -10,7 +10,7 @@ import numpy as np
 from base.base_dataset import BaseDataSet
 from base.entries import Entry
 from dataloaders.labels import labels
-from dataloaders.reading.colours import ColourTable
+from dataloaders.reading.colors import ColorTable
 from dataloaders.reading.pairing import pair_folders
 from utils.images import read_label, read_mask
 
@@ -18,9 +18,9 @@ _TREE, _VEGETATION = (0, 60, 0), 3
 
 
 class DeepScene(BaseDataSet):
-    """``rgb`` images with masks in colours (``GT_color``), or already as class ids (``GT_index``).
+    """``rgb`` images with masks in colors (``GT_color``), or already as class ids (``GT_index``).
 
-    The publisher has the folders train and test; split "val" is test too. Trees are drawn in a colour of their own
+    The publisher has the folders train and test; split "val" is test too. Trees are drawn in a color of their own
     and belong to vegetation.
 
     Args:
@@ -46,10 +46,10 @@ data_dir/                (or freiburg_forest_annotated/ below it)
     def __init__(self, *, ignore_void: bool = False, **common: Any) -> None:
         if ignore_void:
             self.lut = np.array([255, 1, 2, 3, 4, 5])
-        ids = {colour: i for i, colour in enumerate(self.palette)}
-        self._colours = ColourTable(
+        ids = {color: i for i, color in enumerate(self.palette)}
+        self._colors = ColorTable(
             {**ids, _TREE: _VEGETATION},
-            hint="The colours of Freiburg Forest are listed in dataloaders/labels/deepscene.txt.",
+            hint="The colors of Freiburg Forest are listed in dataloaders/labels/deepscene.txt.",
         )
         super().__init__(**common)
 
@@ -62,5 +62,5 @@ data_dir/                (or freiburg_forest_annotated/ below it)
         return pair_folders(self, folder / "rgb", masks, lambda path: path.stem.partition("_")[0])
 
     def load_label(self, path: Path) -> np.ndarray:
-        """Return the class ids, decoded from the mask's colours if it is painted."""
-        return self._colours.decode(read_mask(path).colours(), path) if self._painted else read_label(path)
+        """Return the class ids, decoded from the mask's colors if it is painted."""
+        return self._colors.decode(read_mask(path).colors(), path) if self._painted else read_label(path)

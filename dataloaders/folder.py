@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from base.base_dataset import BaseDataSet
-from base.classes import Colour, classes_of
+from base.classes import Color, classes_of
 from base.entries import Entry, distinct, spread
 from base.splits import grouping, split_by_fold, split_by_fraction
 from dataloaders.reading.lists import native, read_rows
@@ -30,9 +30,9 @@ _PROBED = 16  # masks that are read when the data set is opened
 class Folder(BaseDataSet):
     """Images and masks with matching names; docs/datasets.md has examples.
 
-    Images are all that :func:`utils.images.read_image` reads: grey, RGB, 16 bit, TIFF and ``.npy`` with any number of
-    channels (``in_channels``). Masks contain class ids (grey or palette PNG, TIFF, ``.npy``), other values
-    (``mask_values``), colors (``palette``) or, for two classes, grey levels (``threshold``).
+    Images are all that :func:`utils.images.read_image` reads: gray, RGB, 16 bit, TIFF and ``.npy`` with any number of
+    channels (``in_channels``). Masks contain class ids (gray or palette PNG, TIFF, ``.npy``), other values
+    (``mask_values``), colors (``palette``) or, for two classes, gray levels (``threshold``).
 
     The splits come from the first of these that exists: ``list_file``; sub-folders ``images/train`` or
     ``train/images`` (and val, test); ``val_fraction`` and ``test_fraction``. Without any, all files are "train".
@@ -87,7 +87,7 @@ or, split by folders,
         ignore_values: list[Label] | None = None,
         threshold: Label | None = None,
         colors: bool | None = None,
-        ignore_colors: list[Colour] | None = None,
+        ignore_colors: list[Color] | None = None,
         **common: Any,
     ) -> None:
         if common.get("classes") is None:
@@ -274,7 +274,7 @@ or, split by folders,
         if self.label_count == 2 and not self._reader.says_more and 255 in seen and seen <= {0, 255}:
             raise UserError(
                 f"the masks in {self.data_dir} contain only 0 and 255 ({len(probed)} were read), and 255 means 'not "
-                f"labelled' ({self.ignore_index}, ignore_index). If it means {self.class_names[-1]!r}, set "
+                f"labeled' ({self.ignore_index}, ignore_index). If it means {self.class_names[-1]!r}, set "
                 "`mask_values: [0, 255]` in the loader's args; if not, `mask_values: [0, 1]`"
             )
 

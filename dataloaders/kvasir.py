@@ -20,7 +20,7 @@ from utils.images import read_levels
 class KvasirSEG(BaseDataSet):
     """Images and masks as published, or split beforehand.
 
-    Masks are JPEG files whose grey levels lie near 0 and 255: above 127 is the object. Two classes by default;
+    Masks are JPEG files whose gray levels lie near 0 and 255: above 127 is the object. Two classes by default;
     with one name in ``classes`` the network has one output channel (sigmoid).
 
     Args:

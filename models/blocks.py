@@ -31,11 +31,11 @@ class PooledBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm for globally pooled maps: one value per channel and image.
 
     In training with a single image there is one value per channel and no variance, so ``BatchNorm2d`` raises. Here the
-    running statistics normalise such a batch, as in evaluation, and do not change.
+    running statistics normalize such a batch, as in evaluation, and do not change.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (B, C, h, w)."""
+        """Normalize (B, C, h, w)."""
         if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         return super().forward(x)
@@ -178,7 +178,7 @@ def untie_norms(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_
     """Before loading: where the model uses one BatchNorm at two places, and the weights contain different values for
     them, give the second place its own.
 
-    Such checkpoints come from runs with synchronised BatchNorm, which converted each use separately.
+    Such checkpoints come from runs with synchronized BatchNorm, which converted each use separately.
     """
     first_name: dict[nn.Module, str] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -192,7 +192,7 @@ def untie_norms(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_
 
 
 def init_weights(*modules: nn.Module, nonlinearity: Literal["relu", "linear"] = "relu") -> None:
-    """Initialise new layers (never a backbone): He et al. 2015 (normal, fan in) for convolutions, bias 0.
+    """Initialize new layers (never a backbone): He et al. 2015 (normal, fan in) for convolutions, bias 0.
 
     BatchNorm begins as the identity. ``nonlinearity``: what follows the convolutions, "relu" or "linear".
     """

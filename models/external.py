@@ -20,7 +20,7 @@ _SUM_TOLERANCE = 1e-2
 class External(BaseModel):
     """A network that is not one of ours; any input size that it takes; logits (B, num_classes, H, W).
 
-    The network maps images (B, in_channels, H, W), normalised by the loader's ``mean`` and ``std``, to a tensor, a
+    The network maps images (B, in_channels, H, W), normalized by the loader's ``mean`` and ``std``, to a tensor, a
     mapping with ``"out"`` (and in training ``"aux"``), or an object with ``.logits``. Smaller logits are resized
     bilinearly.
 

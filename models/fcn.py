@@ -170,7 +170,7 @@ def bilinear_enlargement(channels: int, factor: int) -> nn.ConvTranspose2d:
 
 
 def _init_classifier(conv: nn.Conv2d) -> None:
-    """Initialise as torchvision does VGG's classifier."""
+    """Initialize as torchvision does VGG's classifier."""
     nn.init.normal_(conv.weight, std=0.01)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)

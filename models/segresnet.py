@@ -152,17 +152,17 @@ class SegResNet(BaseModel):
             y = stage(y)
             if not self.published:
                 y = cut(y, like)
-        y = cut(y, f1, centred=self.published, round_up=True)
+        y = cut(y, f1, centered=self.published, round_up=True)
         y = self.up(unpool(y, indices, size))
-        return cut(self.classifier(y), x, centred=self.published)
+        return cut(self.classifier(y), x, centered=self.published)
 
 
-def cut(x: Tensor, like: Tensor, centred: bool = False, round_up: bool = False) -> Tensor:
-    """Cut ``x`` to the height and width of ``like``: at its end or, ``centred``, at both sides.
+def cut(x: Tensor, like: Tensor, centered: bool = False, round_up: bool = False) -> Tensor:
+    """Cut ``x`` to the height and width of ``like``: at its end or, ``centered``, at both sides.
 
     With ``round_up``, the larger part of an odd surplus is cut at the beginning.
     """
     height, width = like.shape[-2:]
-    top = (x.shape[-2] - height + round_up) // 2 if centred else 0
-    left = (x.shape[-1] - width + round_up) // 2 if centred else 0
+    top = (x.shape[-2] - height + round_up) // 2 if centered else 0
+    left = (x.shape[-1] - width + round_up) // 2 if centered else 0
     return x[..., top : top + height, left : left + width]

@@ -338,7 +338,7 @@ def random_images(count: int, classes: int = 5) -> list[tuple[str, Prediction, t
 
 
 def batches(images: list, size: int) -> list[tuple[list[str], Prediction, torch.Tensor]]:
-    """Put neighbours of equal size together, at most ``size`` of them."""
+    """Put neighbors of equal size together, at most ``size`` of them."""
     made: list = []
     for name, prediction, target in images:
         if made and made[-1][2].shape[1:] == target.shape[1:] and len(made[-1][0]) < size:

@@ -121,7 +121,7 @@ def pictures(comparison: Comparison, facts: Facts, opacity: float) -> list[np.nd
 def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
     """Return an HTML table of the classes that any procedure found.
 
-    Colours, shares of the image, the probability that the class is in the image, and the expected score of its rankdice
+    Colors, shares of the image, the probability that the class is in the image, and the expected score of its rankdice
     mask.
     """
     total = comparison.image.shape[0] * comparison.image.shape[1]
@@ -131,9 +131,9 @@ def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
         if not any(counts):
             continue
         name = html.escape(facts.class_names[c] if c < len(facts.class_names) else f"class {c}")
-        colour = "#{:02x}{:02x}{:02x}".format(*facts.palette[c])
+        color = "#{:02x}{:02x}{:02x}".format(*facts.palette[c])
         swatch = (
-            f'<span style="display:inline-block;width:1em;height:1em;background:{colour};border:1px solid #888"></span>'
+            f'<span style="display:inline-block;width:1em;height:1em;background:{color};border:1px solid #888"></span>'
         )
         score = f"{comparison.scores[c]:.3f}" if counts[-1] else "–"
         shares = (f"{100 * count / total:.2f}" for count in counts)

@@ -26,7 +26,7 @@ def under_torchrun() -> bool:
 
 
 def is_active() -> bool:
-    """Return whether this process belongs to an initialised group."""
+    """Return whether this process belongs to an initialized group."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -169,7 +169,7 @@ def process_group(device: torch.device, timeout: timedelta = timedelta(minutes=3
 def needs_processes(use_synch_bn: bool, n_gpu: int) -> bool:
     """Return whether the run must be split into one process per GPU, and is not yet.
 
-    Synchronised batch norm works across processes only (torch.nn.SyncBatchNorm).
+    Synchronized batch norm works across processes only (torch.nn.SyncBatchNorm).
     """
     return use_synch_bn and not under_torchrun() and usable_gpus(n_gpu) > 1
 

@@ -3,7 +3,7 @@
     python -m utils.export --model best_model.pth --format onnx
 
 The exported program takes ``images``, float32 ``(B, channels, H, W)``, RGB in [0, 1], of any batch size, height and
-width, and returns ``probabilities``, float32 ``(B, classes, H, W)``: normalisation, temperature and softmax (or
+width, and returns ``probabilities``, float32 ``(B, classes, H, W)``: normalization, temperature and softmax (or
 sigmoid) are inside, so :func:`utils.rankdice.rank_dice` takes its output. Before the file is written, the output is
 compared with PyTorch's on three sizes.
 """

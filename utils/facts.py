@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 @dataclass(frozen=True)
 class Facts:
-    """Classes, colours, normalisation and ignore index of a data set: plain Python values.
+    """Classes, colors, normalization and ignore index of a data set: plain Python values.
 
     ``palette`` has one RGB triple per class; ``mean`` and ``std`` are per channel, for intensities in [0, 1].
     ``value_range`` and ``nodata`` say how stored values become intensities (:class:`utils.images.values.ValueRange`).

@@ -53,7 +53,7 @@ def build(
             backbone at ``backbone_lr_factor`` times the learning rate. Else one group, "all".
         backbone_lr_factor: >= 0.
         no_decay_on_norm_and_bias: parameters with at most one axis (biases, the scales and shifts of
-            normalisation layers, slopes of PReLU) form separate groups, "<name>_no_decay", with weight
+            normalization layers, slopes of PReLU) form separate groups, "<name>_no_decay", with weight
             decay 0, each after its own group.
         args: of the optimizer's constructor; lists become tuples.
 

@@ -51,7 +51,7 @@ class Predictor:
         scales: of mode multiscale.
         flip: see the mirror image of every view as well.
         tile: side of a tile in pixels, or its (height, width); None: the crop size of the training, else 512.
-        overlap: least share of a tile that it has in common with its neighbours.
+        overlap: least share of a tile that it has in common with its neighbors.
         batch_size: images, or tiles, per forward pass.
         device: None: the GPU if there is one. A loaded model is moved to it.
         options: of the procedures; None: those of the config.
@@ -155,7 +155,7 @@ class Predictor:
     def read(self, image: ImageLike) -> Pixels:
         """Return any kind of image with the channels that the model takes, and where it has no data.
 
-        Pixels without data have the mean colour.
+        Pixels without data have the mean color.
         """
         channels = self.facts.in_channels
         if isinstance(image, str | Path):

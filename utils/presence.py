@@ -181,7 +181,7 @@ def learn(
     """Fit presence and expected scores on validation images, and keep the fit only if it clearly helps on others.
 
     The model of presence is ``logit pi_c = logit(highest) / 2 + weight * z + bias + class_bias_c``, where ``z`` is the
-    standardised logit of the expected score: a logistic regression with a ridge. A linear regression corrects the
+    standardized logit of the expected score: a logistic regression with a ridge. A linear regression corrects the
     expected scores of the classes that are present. In each fold, a fit on the other folds is compared with pruning.
     :func:`utils.evidence.clear` decides whether its gain is more than noise.
 

@@ -47,7 +47,7 @@ class Findings:
         mean, std: of the images per channel, for intensities in [0, 1].
         on_disk: (channels without transparency, whether there is transparency, type) of image files -> their values;
             for up to ``DECODED`` samples.
-        weights: the class weights of ``"weight": "balanced"`` on these samples; empty without labelled pixels.
+        weights: the class weights of ``"weight": "balanced"`` on these samples; empty without labeled pixels.
     """
 
     looked_at: list[int]
@@ -167,7 +167,7 @@ def _add(findings: Findings, look: _Look, dataset: BaseDataSet) -> None:
 
 
 def is_legal(dataset: BaseDataSet, value: int) -> bool:
-    """Return whether a stored label value means a class or "not labelled"."""
+    """Return whether a stored label value means a class or "not labeled"."""
     probe = np.full((1, 1), value, np.uint8 if 0 <= value <= 255 else np.int32)
     try:
         dataset.label_table.translate(probe, "")

@@ -104,9 +104,9 @@ def _class_table(dataset: BaseDataSet, findings: Findings) -> list[str]:
     names = class_labels(dataset)
     share = findings.pixels / max(1, findings.pixels.sum())
     weights = [f"{w:.3f}" for w in findings.weights] or [""] * len(names)
-    width = max(len(name) for name in (*names, "not labelled"))
+    width = max(len(name) for name in (*names, "not labeled"))
     lines = [f"{'id':>4} {'class':<{width}} {'pixels':>9} {'images':>7} {'weight':>8}"]
-    rows = zip([*range(len(names)), dataset.ignore_index], [*names, "not labelled"], [*weights, ""], strict=True)
+    rows = zip([*range(len(names)), dataset.ignore_index], [*names, "not labeled"], [*weights, ""], strict=True)
     for position, (i, name, weight) in enumerate(rows):
         lines.append(f"{i:>4} {name:<{width}} {share[position]:>9.4%} {findings.images[position]:>7} {weight:>8}")
     return lines
@@ -148,10 +148,10 @@ def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
             more = f" and {len(never) - _SHOWN} more" if len(never) > _SHOWN else ""
             found.append(f"no pixel of {', '.join(never[:_SHOWN])}{more} in the files that were read")
         if findings.pixels[-1] > 0.5 * total:
-            found.append(f"{findings.pixels[-1] / total:.0%} of all pixels are unlabelled")
+            found.append(f"{findings.pixels[-1] / total:.0%} of all pixels are unlabeled")
         if np.isfinite(findings.std).all() and (findings.std < 0.01).any():
             found.append("the images hardly vary in brightness: are they 12 or 16 bit data stored without scaling?")
-        found += [*_unfitting_files(dataset, findings), *_unfitting_normalisation(dataset, findings)]
+        found += [*_unfitting_files(dataset, findings), *_unfitting_normalization(dataset, findings)]
         found += _too_large_a_crop(dataset, findings)
     return found
 
@@ -165,9 +165,9 @@ def _unfitting_files(dataset: BaseDataSet, findings: Findings) -> list[str]:
     for (channels, alpha, dtype), seen in _kinds(findings):
         files, wanted = plural(seen.files, "image"), dataset.in_channels
         if channels == 1 and wanted == 3 and len(findings.on_disk) > 1:
-            messages.append(f"grey among images in colour: {files}; grey becomes RGB")
+            messages.append(f"gray among images in color: {files}; gray becomes RGB")
         elif channels == 3 and wanted == 1:
-            messages.append(f"in colour, and read as grey (in_channels 1): {files}")
+            messages.append(f"in color, and read as gray (in_channels 1): {files}")
         elif channels not in (1, 3) and channels != wanted:
             messages.append(f"with {channels} channels, but in_channels is {wanted}: {files}")
         if alpha and wanted != channels + 1:
@@ -182,13 +182,13 @@ def _unfitting_files(dataset: BaseDataSet, findings: Findings) -> list[str]:
     return messages
 
 
-def _unfitting_normalisation(dataset: BaseDataSet, findings: Findings) -> list[str]:
+def _unfitting_normalization(dataset: BaseDataSet, findings: Findings) -> list[str]:
     """Return a message if the mean and std in use leave images far from mean 0 and std 1."""
     std = np.array(dataset.std)
     shift, spread = (findings.mean - dataset.mean) / std, findings.std / std
     if (findings.std >= 0.01).all() and ((abs(shift) > 1).any() or (spread < 0.4).any() or (spread > 2.5).any()):
         return [
-            f"mean and std do not fit: normalised images have mean {_numbers(shift)} and std {_numbers(spread)} per "
+            f"mean and std do not fit: normalized images have mean {_numbers(shift)} and std {_numbers(spread)} per "
             'channel; set the values above, or "mean": "auto", "std": "auto" (keep those of a pretrained encoder)'
         ]
     return []

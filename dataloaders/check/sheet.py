@@ -42,7 +42,7 @@ def _cell(sample: Sample, dataset: BaseDataSet) -> np.ndarray:
 
 
 def _overlay(image: np.ndarray, label: np.ndarray, dataset: BaseDataSet) -> np.ndarray:
-    """Return the image with the colors of the classes over it; ignored pixels are hatched in grey."""
+    """Return the image with the colors of the classes over it; ignored pixels are hatched in gray."""
     ignored = label == dataset.ignore_index
     tinted = overlay(image, np.where(ignored, 0, label), dataset.palette)
     rows, columns = np.indices(label.shape)
@@ -56,4 +56,4 @@ def _legend(dataset: BaseDataSet, width: int, limit: int = 60) -> np.ndarray:
     entries = names[:limit]
     if len(names) > limit:
         entries.append((f"... {len(names) - limit} more", (255, 255, 255)))
-    return legend([*entries, ("not labelled", None)], width)
+    return legend([*entries, ("not labeled", None)], width)

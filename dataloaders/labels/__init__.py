@@ -6,14 +6,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from base.classes import Colour, read_classes
+from base.classes import Color, read_classes
 
 
 class Labels(NamedTuple):
     """Names and colors of the classes of a data set, in the order of their ids."""
 
     names: tuple[str, ...]
-    palette: tuple[Colour, ...]
+    palette: tuple[Color, ...]
 
 
 @cache

@@ -150,9 +150,9 @@ def _rare(found: Survey) -> list[str]:
 
 def _loss_reason(found: Survey) -> str:
     findings = found.findings
-    labelled = max(1, int(findings.pixels[:-1].sum()))
+    labeled = max(1, int(findings.pixels[:-1].sum()))
     names = class_labels(found.dataset)
-    small = [names[i] for i in np.flatnonzero((findings.pixels[:-1] > 0) & (findings.pixels[:-1] < 0.02 * labelled))]
+    small = [names[i] for i in np.flatnonzero((findings.pixels[:-1] > 0) & (findings.pixels[:-1] < 0.02 * labeled))]
     text = "its probabilities are calibrated, as rankdice needs them"
     if small:
         weights = [round(w, 2) for w in findings.weights]

@@ -224,7 +224,7 @@ def _spread(paths: list[Path]) -> list[Path]:
 def _take_masks(found: Survey, paths: list[Path]) -> None:
     """Choose the arguments for how masks are stored."""
     values: Counter[int] = Counter()
-    colours: Counter[tuple[int, int, int]] = Counter()
+    colors: Counter[tuple[int, int, int]] = Counter()
     lossy = 0
     for path in _spread(paths):
         try:
@@ -234,43 +234,43 @@ def _take_masks(found: Survey, paths: list[Path]) -> None:
             continue
         if mask.values.ndim == 3 and (mask.values[:, :, :1] != mask.values).any():
             unique, counts = np.unique(mask.values.reshape(-1, 3), axis=0, return_counts=True)
-            for colour, count in zip(unique.tolist(), counts.tolist(), strict=True):
-                colours[(colour[0], colour[1], colour[2])] += count
+            for color, count in zip(unique.tolist(), counts.tolist(), strict=True):
+                colors[(color[0], color[1], color[2])] += count
         else:
             plane = mask.values if mask.values.ndim == 2 else mask.values[:, :, 0]
             unique, counts = np.unique(plane, return_counts=True)
             values.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
     if lossy:
-        why = "masks have lossy compression (JPEG): grey levels above the middle are the object"
+        why = "masks have lossy compression (JPEG): gray levels above the middle are the object"
         found.take("threshold", 127, why)
         found.args.setdefault("classes", ["background", "object"])
-    elif colours:
-        _take_colours(found, colours)
+    elif colors:
+        _take_colors(found, colors)
     elif values:
         _take_values(found, sorted(values))
     else:
         raise UserError(f"--data-dir: none of the masks can be read, such as {paths[0]}")
 
 
-def _take_colours(found: Survey, colours: Counter[tuple[int, int, int]]) -> None:
+def _take_colors(found: Survey, colors: Counter[tuple[int, int, int]]) -> None:
     classes = found.classes
     if classes is not None and classes.palette is not None:
-        found.why["classes"] += ", with their colours in the masks"
+        found.why["classes"] += ", with their colors in the masks"
         return
-    if len(colours) > 60:
+    if len(colors) > 60:
         raise UserError(
-            f"--data-dir: the masks hold {len(colours)} colours, too many to be classes. Give a file of names and "
-            "colours with --classes (lines R G B name)"
+            f"--data-dir: the masks hold {len(colors)} colors, too many to be classes. Give a file of names and "
+            "colors with --classes (lines R G B name)"
         )
     if classes is not None:
         raise UserError(
-            f"--classes: masks are painted in {len(colours)} colours, and the names alone do not say which is which. "
+            f"--classes: masks are painted in {len(colors)} colors, and the names alone do not say which is which. "
             "Give a file with lines R G B name"
         )
-    ordered = [colour for colour, _ in colours.most_common()]
-    why = "the colours found in the masks, most frequent first; put names for them into classes"
-    found.take("palette", [list(colour) for colour in ordered], why)
-    found.args["classes"] = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in ordered]
+    ordered = [color for color, _ in colors.most_common()]
+    why = "the colors found in the masks, most frequent first; put names for them into classes"
+    found.take("palette", [list(color) for color in ordered], why)
+    found.args["classes"] = ["#{:02x}{:02x}{:02x}".format(*color) for color in ordered]
 
 
 def _take_values(found: Survey, values: list[int]) -> None:
@@ -282,7 +282,7 @@ def _take_values(found: Survey, values: list[int]) -> None:
         return
     negative = [value for value in ids if value < 0]
     if negative:
-        found.take("ignore_values", negative, "negative values are taken as not labelled")
+        found.take("ignore_values", negative, "negative values are taken as not labeled")
         ids = [value for value in ids if value >= 0]
     dense = bool(ids) and ids[-1] < max(names or 0, 2 * len(ids), 8) and ids[-1] < max(names or 256, 2)
     if dense:
@@ -291,7 +291,7 @@ def _take_values(found: Survey, values: list[int]) -> None:
             why = f"masks hold the values 0 to {count - 1}; put your names here, in this order"
             found.take("classes", ["background", "object"] if count == 2 else count, why)
         if 255 in values:
-            found.why["masks_hold"] = "class ids; 255 is not labelled and ignored"
+            found.why["masks_hold"] = "class ids; 255 is not labeled and ignored"
         return
     if names is not None and names != len(ids):
         raise UserError(f"--classes: {names} names, but the masks hold the values {ids[:20]}")
@@ -328,7 +328,7 @@ def _take_images(found: Survey, paths: list[Path]) -> None:
         raise UserError(f"--data-dir: none of the images can be read, such as {paths[0]}")
     count = 3 if set(channels) <= {1, 3} and 3 in channels else channels.most_common(1)[0][0]
     if count != 3:
-        why = "the images are grey" if count == 1 else f"the images have {count} channels"
+        why = "the images are gray" if count == 1 else f"the images have {count} channels"
         found.take("in_channels", count, why)
     _take_range(found, low, high, top, floating, narrow)
 

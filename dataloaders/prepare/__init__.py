@@ -1,4 +1,4 @@
-"""``python -m dataloaders prepare``: download a public data set, or convert what a labelling tool exports."""
+"""``python -m dataloaders prepare``: download a public data set, or convert what a labeling tool exports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(args: argparse.Namespace) -> int:
     fetched = ("aug", "mirror", "no_verify", "delete_archives")
     for name in fetched if args.name in FORMATS else exported:
         if getattr(args, name):
-            kind = "is for public data sets" if name in fetched else "is for exports of labelling tools"
+            kind = "is for public data sets" if name in fetched else "is for exports of labeling tools"
             option = "from" if name == "source" else name.replace("_", "-")
             raise UserError(f"--{option} {kind}, not for {args.name}")
     if args.name in FORMATS:

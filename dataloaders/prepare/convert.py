@@ -1,4 +1,4 @@
-"""Convert exports of labelling tools to images, masks and ``classes.txt`` for the Folder loader."""
+"""Convert exports of labeling tools to images, masks and ``classes.txt`` for the Folder loader."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from base.classes import Colour
+from base.classes import Color
 from dataloaders.prepare.export import Export, Images, Picture, Shape
 from dataloaders.prepare.formats import FORMATS
 from utils.errors import UserError, listed, plural
@@ -140,13 +140,13 @@ def _targets(export: Export) -> list[Path]:
     return targets
 
 
-def _palette(export: Export, classes: dict[str, int]) -> list[Colour]:
-    colours = list(voc_colormap(256))
-    given = {i: export.colours[name] for name, i in classes.items() if name in export.colours and i != VOID}
+def _palette(export: Export, classes: dict[str, int]) -> list[Color]:
+    colors = list(voc_colormap(256))
+    given = {i: export.colors[name] for name, i in classes.items() if name in export.colors and i != VOID}
     if len(set(given.values())) == len(given) == sum(i != VOID for i in classes.values()):
-        for i, colour in given.items():
-            colours[i] = colour
-    return colours
+        for i, color in given.items():
+            colors[i] = color
+    return colors
 
 
 def _mask(picture: Picture, export: Export, classes: dict[str, int], options: Options, tally: Tally) -> np.ndarray:
@@ -166,7 +166,7 @@ def _mask(picture: Picture, export: Export, classes: dict[str, int], options: Op
         return np.ascontiguousarray(upright(mask, orientation))
     raise UserError(
         f"{picture.image} is {width} x {height} (width x height), but its annotations are for {size[0]} x {size[1]}: "
-        "use the images that were labelled"
+        "use the images that were labeled"
     )
 
 
@@ -239,7 +239,7 @@ def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list
     if tally.empty:
         lines.append(f"{plural(tally.empty, 'image')} without any annotation: all their pixels are {rest}")
     if tally.vanished:
-        lines.append(f"{plural(tally.vanished, 'shape')} too small to contain the centre of a pixel")
+        lines.append(f"{plural(tally.vanished, 'shape')} too small to contain the center of a pixel")
     lines += [f"left out: {count} {what}" for what, count in export.left_out.items()]
     if missing:
         left_out = plural(len(missing), "annotated image")

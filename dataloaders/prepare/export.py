@@ -1,4 +1,4 @@
-"""The contents of an export of a labelling tool, independent of its format: classes, and shapes or masks of images."""
+"""The contents of an export of a labeling tool, independent of its format: classes, and shapes or masks of images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from base.classes import Colour
+from base.classes import Color
 from dataloaders.reading.pairing import image_files
 from utils.errors import UserError
 
@@ -55,7 +55,7 @@ class Export:
 
     classes: list[str]
     pictures: list[Picture]
-    colours: dict[str, Colour] = field(default_factory=dict)
+    colors: dict[str, Color] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
 
 

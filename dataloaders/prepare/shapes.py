@@ -1,6 +1,6 @@
 """Render annotated areas: polygons, boxes, ellipses, and the run-length codes of COCO, CVAT and Label Studio.
 
-A pixel belongs to an area if its centre lies inside. Coordinates count from the image's upper left corner.
+A pixel belongs to an area if its center lies inside. Coordinates count from the image's upper left corner.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def polygons(rings: Sequence[np.ndarray]) -> Render:
 
 
 def _fill(area: np.ndarray, ring: np.ndarray) -> None:
-    """Set the pixels whose centres lie inside a polygon, by the even-odd rule."""
+    """Set the pixels whose centers lie inside a polygon, by the even-odd rule."""
     height, width = area.shape
     if len(ring) < 3:
         return
     (x, y), (x2, y2) = ring.T, np.roll(ring, -1, axis=0).T
     top = int(np.clip(np.ceil(y.min() - 0.5), 0, height))
     bottom = int(np.clip(np.ceil(y.max() - 0.5), 0, height))
-    centres = np.arange(top, bottom)[:, None] + 0.5
-    rows, edges = np.nonzero((y <= centres) != (y2 <= centres))
-    at = (centres[rows, 0] - y[edges]) / (y2 - y)[edges]
+    centers = np.arange(top, bottom)[:, None] + 0.5
+    rows, edges = np.nonzero((y <= centers) != (y2 <= centers))
+    at = (centers[rows, 0] - y[edges]) / (y2 - y)[edges]
     crossings = x[edges] + at * (x2 - x)[edges]
     columns = np.clip(np.ceil(crossings - 0.5), 0, width).astype(int)
     turns = np.zeros((bottom - top, width + 1), np.int32)
@@ -44,15 +44,15 @@ def _fill(area: np.ndarray, ring: np.ndarray) -> None:
     area[top:bottom] |= turns.cumsum(axis=1)[:, :width] % 2 == 1
 
 
-def box(x: float, y: float, width: float, height: float, degrees: float = 0, centred: bool = False) -> Render:
-    """Return a function that renders a box, rotated clockwise about its upper left corner (``centred``: its centre)."""
+def box(x: float, y: float, width: float, height: float, degrees: float = 0, centered: bool = False) -> Render:
+    """Return a function that renders a box, rotated clockwise about its upper left corner, or about its center."""
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], np.float64)
-    pivot = np.array((width / 2, height / 2)) if centred else np.zeros(2)
+    pivot = np.array((width / 2, height / 2)) if centered else np.zeros(2)
     return polygons([_turned(corners - pivot, degrees) + pivot + (x, y)])
 
 
 def ellipse(x: float, y: float, radius_x: float, radius_y: float, degrees: float = 0) -> Render:
-    """Return a function that renders an ellipse with centre (x, y), rotated clockwise."""
+    """Return a function that renders an ellipse with center (x, y), rotated clockwise."""
     angles = np.linspace(0, 2 * np.pi, _ELLIPSE_POINTS, endpoint=False)
     outline = np.stack([radius_x * np.cos(angles), radius_y * np.sin(angles)], axis=1)
     return polygons([_turned(outline, degrees) + (x, y)])

@@ -1,1 +1,1 @@
-"""What the data sets share: pairs of files and splits, masks in colours, .mat files."""
+"""What the data sets share: pairs of files and splits, masks in colors, .mat files."""

@@ -1,4 +1,4 @@
-"""Read masks with class ids, other values, colors, or grey levels of two classes."""
+"""Read masks with class ids, other values, colors, or gray levels of two classes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from base.classes import Colour
+from base.classes import Color
 from base.labels import PaletteReference
-from dataloaders.reading.colours import ColourTable
+from dataloaders.reading.colors import ColorTable
 from utils.errors import UserError, listed, plural
 from utils.facts import Facts
 from utils.images import read_levels, read_mask
 from utils.images.labels import Mask
 
-_SHOWN_COLOURS = 30
+_SHOWN_COLORS = 30
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MaskOptions:
     ignore_values: Sequence[int] | None = None
     threshold: int | None = None
     colors: bool | None = None
-    ignore_colors: Sequence[Colour] | None = None
+    ignore_colors: Sequence[Color] | None = None
     painted: bool = False
 
 
@@ -45,25 +45,25 @@ class MaskReader:
         self.count = max(2, facts.num_classes)
         if options.threshold is not None and (self.count != 2 or options.mask_values or options.colors):
             raise ValueError(
-                "threshold is for two classes in grey masks, without mask_values and colors; "
+                "threshold is for two classes in gray masks, without mask_values and colors; "
                 f"classes has {len(facts.class_names)} names"
             )
         if options.colors and len(set(facts.palette)) < len(facts.palette):
-            raise ValueError("palette must have a different colour for each class where masks are painted in it")
+            raise ValueError("palette must have a different color for each class where masks are painted in it")
         self.options = options
         self.values = _ValueTable(self.count, options.mask_values, options.ignore_values, facts.ignore_index)
-        colours = [(r, g, b) for r, g, b in facts.palette]
-        if len(colours) < self.count:  # one class against an unnamed background
-            colours = [(0, 0, 0), *colours]
-        self._class_colours = np.array(colours, np.uint8)
-        self._colours = _colour_table(colours, options.ignore_colors or (), facts.ignore_index)
-        self._by_colour = bool(options.colors)
+        colors = [(r, g, b) for r, g, b in facts.palette]
+        if len(colors) < self.count:  # one class against an unnamed background
+            colors = [(0, 0, 0), *colors]
+        self._class_colors = np.array(colors, np.uint8)
+        self._colors = _color_table(colors, options.ignore_colors or (), facts.ignore_index)
+        self._by_color = bool(options.colors)
         self._palettes = PaletteReference()
 
     @property
     def says_more(self) -> bool:
-        """Whether the options give the meaning of values or grey levels."""
-        return self.options.threshold is not None or self.values.given or self._by_colour
+        """Whether the options give the meaning of values or gray levels."""
+        return self.options.threshold is not None or self.values.given or self._by_color
 
     def probe(self, paths: Iterable[Path]) -> set[int]:
         """Read a few masks. If one is RGB and the options do not say otherwise, all masks are read by color.
@@ -80,7 +80,7 @@ class MaskReader:
             if mask.values.ndim == 2:
                 seen.update(np.unique(mask.values).tolist())
             elif self.options.painted and self.options.colors is None and not self.values.given:
-                self._by_colour = True
+                self._by_color = True
         return seen
 
     def read(self, path: Path) -> np.ndarray:
@@ -88,23 +88,23 @@ class MaskReader:
         if self.options.threshold is not None:
             return (read_levels(path) > self.options.threshold).astype(np.uint8)
         mask = read_mask(path)
-        if self._by_colour:
-            return self._from_colours(mask, path)
+        if self._by_color:
+            return self._from_colors(mask, path)
         if mask.values.ndim == 3:
-            return self.values.apply(_grey(mask.values, path), path)
+            return self.values.apply(_gray(mask.values, path), path)
         if self.options.colors is None and not self.values.given:
-            self._palettes.check(mask, path, '`"colors": true` with a palette reads colours, `"colors": false` values')
+            self._palettes.check(mask, path, '`"colors": true` with a palette reads colors, `"colors": false` values')
             if self.options.painted and mask.palette is not None:
                 self._refuse_permuted(mask, path)
         return self.values.apply(mask.values, path)
 
-    def _from_colours(self, mask: Mask, path: Path) -> np.ndarray:
-        ids = self._colours.decode(mask.colours(), path)
-        is_grey = mask.values.ndim == 2 and mask.palette is None and self.options.colors is None
-        if is_grey and mask.values.max(initial=0) < self.count and (mask.values != ids).any():
+    def _from_colors(self, mask: Mask, path: Path) -> np.ndarray:
+        ids = self._colors.decode(mask.colors(), path)
+        is_gray = mask.values.ndim == 2 and mask.palette is None and self.options.colors is None
+        if is_gray and mask.values.max(initial=0) < self.count and (mask.values != ids).any():
             raise UserError(
-                f'{path} is grey, other masks are painted in colours: are its numbers class ids? Set `"colors": true` '
-                "if they are grey levels of the palette, else save all masks in the same way"
+                f'{path} is gray, other masks are painted in colors: are its numbers class ids? Set `"colors": true` '
+                "if they are gray levels of the palette, else save all masks in the same way"
             )
         return ids
 
@@ -114,19 +114,19 @@ class MaskReader:
         used = np.flatnonzero(np.bincount(mask.values.reshape(-1), minlength=256))
         used = used[used < 255]
         shown = mask.palette[used]
-        known = (shown[:, None] == self._class_colours[None]).all(2)
+        known = (shown[:, None] == self._class_colors[None]).all(2)
         if known.any(1).all() and not all(i < self.count and known[row, i] for row, i in enumerate(used.tolist())):
             raise UserError(
-                f"{path} has the colours of `palette` in another order, so its values and its colours disagree. "
-                'Set `"colors": true` in the loader\'s args if the colours are right, `"colors": false` if the '
+                f"{path} has the colors of `palette` in another order, so its values and its colors disagree. "
+                'Set `"colors": true` in the loader\'s args if the colors are right, `"colors": false` if the '
                 "values are"
             )
 
 
-def _grey(values: np.ndarray, path: Path) -> np.ndarray:
+def _gray(values: np.ndarray, path: Path) -> np.ndarray:
     if (values[:, :, :1] != values).any():
         raise UserError(
-            f"{path} is painted in colours: set `palette` in the loader's args to one RGB colour per class, in "
+            f"{path} is painted in colors: set `palette` in the loader's args to one RGB color per class, in "
             "the order of `classes` (and leave `colors` and `mask_values` out)"
         )
     return np.ascontiguousarray(values[:, :, 0])
@@ -147,7 +147,7 @@ class _ValueTable:
             raise ValueError(f"mask_values and ignore_values must all differ, got {values} and {ignored}")
         self._shown = values
         meaning = {**{value: i for i, value in enumerate(values)}, **dict.fromkeys(ignored, ignore_index)}
-        meaning.setdefault(255, 255)  # "not labelled" unless it has another meaning
+        meaning.setdefault(255, 255)  # "not labeled" unless it has another meaning
         limits = np.iinfo(np.int32)
         if not all(limits.min <= value <= limits.max for value in meaning):
             raise ValueError(f"mask_values and ignore_values must fit in 32 bits, got {values} and {ignored}")
@@ -174,12 +174,12 @@ class _ValueTable:
         return self._ids[places]
 
 
-def _colour_table(colours: Sequence[Colour], ignored: Sequence[Colour], ignore_index: int) -> ColourTable:
-    shown = listed(map(list, colours), _SHOWN_COLOURS)
+def _color_table(colors: Sequence[Color], ignored: Sequence[Color], ignore_index: int) -> ColorTable:
+    shown = listed(map(list, colors), _SHOWN_COLORS)
     hint = (
-        f"The palette has {shown}: correct `palette` in the loader's args, or list colours that are not labelled as "
+        f"The palette has {shown}: correct `palette` in the loader's args, or list colors that are not labeled as "
         "`ignore_colors`."
     )
     ids = dict.fromkeys(((r, g, b) for r, g, b in ignored), ignore_index)
-    ids |= {colour: i for i, colour in enumerate(colours)}
-    return ColourTable(ids, hint)
+    ids |= {color: i for i, color in enumerate(colors)}
+    return ColorTable(ids, hint)

@@ -49,7 +49,7 @@ def write_voc(out: Path, n: int, size: int = 128, seed: int = 0) -> dict[str, in
     root = out / "VOCdevkit" / "VOC2012"
     val = max(1, n // 4)
     counts = {"train": n - val, "val": val, "test": max(1, n // 10)}
-    # Class colours, and VOC's own for what is ignored.
+    # Class colors, and VOC's own for what is ignored.
     palette = (*scene.PALETTE, *voc_colormap(256)[len(scene.PALETTE) :])
     names: dict[str, list[str]] = {}
     for split, count in counts.items():

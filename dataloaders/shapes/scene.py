@@ -3,7 +3,7 @@
 The labels are drawn at random, with probabilities that depend on what can be seen:
 
 * where the border of a soft object is (clouds, and a narrow seam around coins and buttons);
-* whether a faint object is labelled (sparks, boxes and triangles of low contrast);
+* whether a faint object is labeled (sparks, boxes and triangles of low contrast);
 * which of two classes an object belongs to (coins are yellow, buttons are blue, and some are in between).
 
 So even the best possible network is uncertain. :func:`render` can also return the exact probabilities of the labels,
@@ -38,11 +38,11 @@ _UNIT = 128.0  # lengths below are for scenes of this side
 _RARE = 0.08  # share of the scenes with a star
 _BAND = 1.3  # half width in pixels of the ignored band around objects with hard borders
 _SEAM = 1.2  # pixels: how far annotators stray from the border of a coin
-_FAINT = 0.4  # contrast at which half of the faint objects are labelled
+_FAINT = 0.4  # contrast at which half of the faint objects are labeled
 _FAINT_SLOPE = 0.13
 _HUE_DOUBT = 0.25  # hue is -1 (coin) to 1 (button); normal annotators' error in it
 _STRAY = 1.1  # pixels: correlation length (sigma) of where a border is drawn
-_COLOURS = {  # RGB of the object's body
+_COLORS = {  # RGB of the object's body
     BOX: (0.70, 0.30, 0.22),
     TRIANGLE: (0.08, 0.66, 0.20),
     COIN: (0.85, 0.70, 0.18),
@@ -131,12 +131,12 @@ def _thing(kind: int, u: np.ndarray, height: int, width: int, unit: float) -> Th
 
 
 def label_probability(contrast: float) -> float:
-    """Return the probability that an object of this contrast is labelled."""
+    """Return the probability that an object of this contrast is labeled."""
     return float(_normal_cdf(np.float64((contrast - _FAINT) / _FAINT_SLOPE)))
 
 
 def button_probability(hue: float) -> float:
-    """Return the probability that a labelled coin-like object of this hue is a button."""
+    """Return the probability that a labeled coin-like object of this hue is a button."""
     return float(_normal_cdf(np.float64(hue / _HUE_DOUBT)))
 
 
@@ -187,7 +187,7 @@ class _Canvas:
 
     def _paint(self, rows: slice, columns: slice, depth: np.ndarray, thing: Thing) -> None:
         window = self.image[rows, columns]
-        colour = _body_colour(thing)
+        color = _body_color(thing)
         body = 1 + 0.12 * np.sin(depth * np.float32(0.9 + 0.5 * thing.aspect))  # rings of light: a texture
         if thing.kind == CLOUD:
             cover = _ramp(depth, 1.4 * thing.radius)
@@ -196,7 +196,7 @@ class _Canvas:
             if thing.kind == COIN:  # a glow
                 cover = np.maximum(cover, 0.4 * _ramp(2 * depth, 4 * _stray(thing, depth)))
         cover = (cover * np.float32(thing.contrast))[:, :, None]
-        window += cover * (body[:, :, None] * colour - window)
+        window += cover * (body[:, :, None] * color - window)
 
     def _annotate(self, rows: slice, columns: slice, depth: np.ndarray, thing: Thing, u: np.ndarray) -> None:
         """Write the label that one annotator gives; ``u``: uniform numbers for the decisions."""
@@ -205,19 +205,19 @@ class _Canvas:
         top, left = (int(v * n) for v, n in zip(u[:2], self._room(depth.shape), strict=True))
         error = self.errors[top : top + depth.shape[0], left : left + depth.shape[1]]
         inside = depth > stray * error if soft else depth > 0
-        p_labelled = 1.0 if soft else label_probability(thing.contrast)
+        p_labeled = 1.0 if soft else label_probability(thing.contrast)
         kind = thing.kind
         if kind == COIN and u[3] < button_probability(thing.hue):
             kind = BUTTON
         window = self.label[rows, columns]
-        if u[2] < p_labelled:
+        if u[2] < p_labeled:
             window[inside] = kind
-        # The band is drawn also if the object is not labelled, so it does not reveal that.
+        # The band is drawn also if the object is not labeled, so it does not reveal that.
         band = np.abs(depth) < _BAND if thing.kind in (BOX, TRIANGLE, STAR) else None
         if band is not None:
             window[band] = IGNORED
         if self.probability is not None:
-            here = p_labelled * (_normal_cdf(depth / stray) if soft else inside)
+            here = p_labeled * (_normal_cdf(depth / stray) if soft else inside)
             _mix(self.probability[:, rows, columns], here, thing, band)
 
     def _room(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -245,9 +245,9 @@ def _to_bytes(image: np.ndarray) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return a float32 texture: patches of colour, grain of two sizes, light from one side."""
+    """Return a float32 texture: patches of color, grain of two sizes, light from one side."""
     size = (width, height)
-    colour = 0.25 + 0.3 * rng.random(3, dtype=np.float32)
+    color = 0.25 + 0.3 * rng.random(3, dtype=np.float32)
     patches = cv2.resize(rng.random((4, 4, 3), dtype=np.float32) - 0.5, size, interpolation=cv2.INTER_CUBIC)
     grain = cv2.resize(rng.random((14, 14), dtype=np.float32) - 0.5, size, interpolation=cv2.INTER_LINEAR)
     fine = cv2.resize(rng.random((48, 48), dtype=np.float32) - 0.5, size, interpolation=cv2.INTER_LINEAR)
@@ -255,7 +255,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     light = tilt[0] * np.linspace(-0.2, 0.2, height, dtype=np.float32)[:, None]
     light = light + tilt[1] * np.linspace(-0.2, 0.2, width, dtype=np.float32)[None]
     grain = 0.14 * grain + 0.10 * fine + light
-    return 0.22 * patches + (grain[:, :, None] + colour)
+    return 0.22 * patches + (grain[:, :, None] + color)
 
 
 def _border_errors(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -267,13 +267,13 @@ def _border_errors(rng: np.random.Generator, height: int, width: int) -> np.ndar
     return field / np.float32((kernel**2).sum())
 
 
-def _body_colour(thing: Thing) -> np.ndarray:
-    colour = np.array(_COLOURS[thing.kind], np.float32)
+def _body_color(thing: Thing) -> np.ndarray:
+    color = np.array(_COLORS[thing.kind], np.float32)
     if thing.kind == COIN:
         share = np.float32((thing.hue + 1) / 2)
-        colour = (1 - share) * colour + share * np.array(_COLOURS[BUTTON], np.float32)
-        return colour + thing.tint * 0.3  # more tint would hide the hue
-    return colour + thing.tint
+        color = (1 - share) * color + share * np.array(_COLORS[BUTTON], np.float32)
+        return color + thing.tint * 0.3  # more tint would hide the hue
+    return color + thing.tint
 
 
 def _stray(thing: Thing, depth: np.ndarray) -> np.ndarray:
@@ -304,7 +304,7 @@ def _depth(thing: Thing, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _mix(probability: np.ndarray, here: np.ndarray, thing: Thing, band: np.ndarray | None) -> None:
-    """Update probabilities ``(classes, h, w)``: this object where it is labelled, else what was there before."""
+    """Update probabilities ``(classes, h, w)``: this object where it is labeled, else what was there before."""
     probability *= 1 - here
     if thing.kind == COIN:
         button = button_probability(thing.hue)

@@ -38,7 +38,7 @@ class Backbone(nn.Module):
 def adapt_first_conv(weight: Tensor, in_channels: int) -> Tensor:
     """Make the first convolution's weights (O, channels, k, k), usually of RGB, fit ``in_channels`` image channels.
 
-    One channel takes the sum over all: a grey image then gives what its RGB copy gives. Other numbers repeat R, G, B
+    One channel takes the sum over all: a gray image then gives what its RGB copy gives. Other numbers repeat R, G, B
     cyclically, scaled by channels / in_channels, so that responses keep their size.
     """
     channels = weight.shape[1]
@@ -74,7 +74,7 @@ def load_pretrained(backbone: Any, pretrained: bool | str, imagenet: ImageNetWei
 
     Args:
         backbone: a module with the parameter names of the network.
-        pretrained: False: leave the initialisation. True: torchvision's ``IMAGENET1K_V1`` weights, downloaded
+        pretrained: False: leave the initialization. True: torchvision's ``IMAGENET1K_V1`` weights, downloaded
             to torch's cache once. A string: a file with the network's state dict.
         imagenet: the weights.
 

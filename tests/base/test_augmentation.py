@@ -96,7 +96,7 @@ def test_scaling_agrees_with_resize(scale: float) -> None:
     assert np.abs(got - want)[2:-2, 2:-2].max() < 5e-3
 
 
-def test_rotation_turns_about_the_centre() -> None:
+def test_rotation_turns_about_the_center() -> None:
     image = np.random.default_rng(0).integers(0, 256, (31, 31, 3), np.uint8)
     matrix = aug.crop_to_source((31, 31), (31, 31), 1.0, math.pi / 2, (0, 0, 31, 31))
     got = aug.warp_image(image, aug.Parameters(matrix, (31, 31)), [0.0] * 3)
@@ -155,12 +155,12 @@ def test_without_a_crop_the_rescaled_image_comes_whole() -> None:
 
 
 @pytest.mark.parametrize(("size", "crop"), [((60, 90), (48, 48)), ((90, 60), (48, 48)), ((40, 41), (64, 80))])
-def test_centre_crop_brings_the_shorter_side_to_the_crop(size: tuple[int, int], crop: tuple[int, int]) -> None:
+def test_center_crop_brings_the_shorter_side_to_the_crop(size: tuple[int, int], crop: tuple[int, int]) -> None:
     height, width = size
-    parameters = aug.centre_crop(height, width, crop)
-    centre = parameters.matrix @ [(crop[1] - 1) / 2, (crop[0] - 1) / 2, 1]
+    parameters = aug.center_crop(height, width, crop)
+    center = parameters.matrix @ [(crop[1] - 1) / 2, (crop[0] - 1) / 2, 1]
     scale = max(crop[0] / height, crop[1] / width)
-    assert np.abs(centre - [(width - 1) / 2, (height - 1) / 2]).max() <= 0.5 / scale + 1e-9
+    assert np.abs(center - [(width - 1) / 2, (height - 1) / 2]).max() <= 0.5 / scale + 1e-9
     assert parameters.matrix[0, 0] == pytest.approx(1 / scale)
     label = aug.warp_label(np.ones(size, np.uint8), parameters, IGNORE)
     assert (label == 1).all()

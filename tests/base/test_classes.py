@@ -1,4 +1,4 @@
-"""Class files as editors and labelling tools write them."""
+"""Class files as editors and labeling tools write them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from base.classes import Classes, read_classes
 from utils.errors import UserError
 
 NAMES = ("background", "road", "street lamp")
-COLOURS = ((0, 0, 0), (128, 64, 128), (250, 170, 30))
-ROADS = Classes(NAMES, COLOURS)
+COLORS = ((0, 0, 0), (128, 64, 128), (250, 170, 30))
+ROADS = Classes(NAMES, COLORS)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_class_files(tmp_path: Path, text: str, want: Classes, encoding: str) ->
         (b"Pixel Value,Class\n0,a\n2,b\n", r"ids .* are \[0, 2\][\s\S]*mask_values"),
         (b"name,r,g,b\na,0,0\n", "not a table"),
         (b"name,r,g,b\na,0,0,300\n", "0 to 255"),
-        (b"colour,what\nred,road\nblue,sky\n", "looks like a table"),
+        (b"color,what\nred,road\nblue,sky\n", "looks like a table"),
         ("Straße\n".encode("latin-1"), "not UTF-8"),
         (b"\x00\x01\x02", "not UTF-8"),
     ],

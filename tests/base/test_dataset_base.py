@@ -102,7 +102,7 @@ def test_crops_have_the_asked_size(folder: Path, crop, shape, how) -> None:
         assert set(sample.label.unique().tolist()) <= {0, 1, 2, 255}
 
 
-def test_outside_of_the_image_is_mean_colour_and_ignored(folder: Path) -> None:
+def test_outside_of_the_image_is_mean_color_and_ignored(folder: Path) -> None:
     data = Tiny(str(folder), crop_size=64, augment=True, scale=False, rotate=False)
     for index in range(len(data)):
         sample = data[index]
@@ -130,7 +130,7 @@ def test_facts_and_overrides(folder: Path) -> None:
         data = Tiny(str(folder), classes=classes)
         assert data.class_names == ("road", "bush", "plate")
         assert data.num_classes == 3
-        assert data.palette == ((0, 0, 0), (128, 0, 0), (0, 128, 0))  # the VOC colours
+        assert data.palette == ((0, 0, 0), (128, 0, 0), (0, 128, 0))  # the VOC colors
     data = Tiny(str(folder), classes=4, palette=[(1, 2, 3)] * 4, mean=[0.1, 0.2, 0.3], std=[1, 1, 1])
     assert data.num_classes == 4
     assert data.palette == ((1, 2, 3),) * 4
@@ -266,11 +266,11 @@ def test_sizes_that_differ_by_exif_orientation_alone(folder: Path) -> None:
 
 
 def test_without_label_file_everything_is_ignored(folder: Path) -> None:
-    class Unlabelled(Tiny):
+    class Unlabeled(Tiny):
         def samples(self) -> list[Entry]:
             return [e._replace(label=None) for e in super().samples()]
 
-    assert (Unlabelled(str(folder))[0].label == 255).all()
+    assert (Unlabeled(str(folder))[0].label == 255).all()
 
 
 # ---- folders and broken files
@@ -365,7 +365,7 @@ def test_class_weights_are_median_frequency_balancing(folder: Path) -> None:
     assert Tiny(str(folder), classes=5).class_weights()[3:].tolist() == [1, 1]
 
 
-def test_sample_weights_favour_rare_classes(folder: Path) -> None:
+def test_sample_weights_favor_rare_classes(folder: Path) -> None:
     weights = Tiny(str(folder)).sample_weights()
     assert weights.sum() == pytest.approx(1)
     # Class 2 is in one image of six, the median class in all: sqrt(1 / (1/6)).

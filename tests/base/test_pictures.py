@@ -19,8 +19,8 @@ def part(images: int, label: int) -> Part:
     return Part(batch, probs, probs, torch.full((images, 8, 10), label), {}, {})
 
 
-def colours(picture: np.ndarray) -> set[tuple[int, ...]]:
-    return {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
+def colors(picture: np.ndarray) -> set[tuple[int, ...]]:
+    return {tuple(color) for color in picture.reshape(-1, 3).tolist()}
 
 
 def test_the_legend_names_what_occurs() -> None:
@@ -28,11 +28,11 @@ def test_the_legend_names_what_occurs() -> None:
     pictures.add(part(2, 1))
     drawn = pictures.draw()
     assert drawn.dtype == np.uint8
-    assert FACTS.palette[1] in colours(drawn[-40:])
-    assert FACTS.palette[2] not in colours(drawn)
+    assert FACTS.palette[1] in colors(drawn[-40:])
+    assert FACTS.palette[2] not in colors(drawn)
     before = drawn.shape
     pictures.add(part(4, 2))
     pictures.add(part(4, 2))
     assert len(pictures.rows) == COUNT
     assert pictures.draw().shape[0] > before[0]
-    assert FACTS.palette[2] in colours(pictures.draw()[-40:])
+    assert FACTS.palette[2] in colors(pictures.draw()[-40:])

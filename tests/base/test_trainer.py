@@ -65,7 +65,7 @@ class ToyNet(nn.Module):
 
 
 class ToyLoader:
-    """A loader over fixed images whose label follows from the colour; the order depends on the epoch alone."""
+    """A loader over fixed images whose label follows from the color; the order depends on the epoch alone."""
 
     def __init__(
         self, images: int = 8, batch_size: int = 2, size: int = 12, seed: int = 0, shuffle: bool = True

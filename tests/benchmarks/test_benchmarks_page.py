@@ -48,7 +48,7 @@ RECORDED: dict[str, dict[str, Any]] = {
     "data": {
         "images_per_second": {
             "ours": {"files": [500.0, 100.0, 900.0], "memory": [1000.0]},
-            "ours, normalised": {"files": [250.0], "memory": [500.0]},
+            "ours, normalized": {"files": [250.0], "memory": [500.0]},
             "separate": {"files": [125.0], "memory": [200.0]},
             "torchvision": {"files": [50.0], "memory": [2000.0]},
         }

@@ -252,7 +252,7 @@ def test_a_file_that_is_no_checkpoint_is_told_in_one_line(case, tmp_path) -> Non
     assert len(text) < len(str(path)) + 330
 
 
-def test_a_missing_file_names_its_neighbours(tmp_path) -> None:
+def test_a_missing_file_names_its_neighbors(tmp_path) -> None:
     save(WEIGHTS, tmp_path / "best_model.pth")
     with pytest.raises(UserError, match="no such checkpoint file; in that folder: best_model.pth"):
         read(tmp_path / "best.pth")

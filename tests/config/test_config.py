@@ -238,7 +238,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "palette and classes that disagree": (
         {"train_loader": {"type": "VOC", "args": {"data_dir": "data", "classes": ["a", "b"], "palette": [[0, 0, 0]]}}},
-        ["train_loader.args: palette must have one colour per class"],
+        ["train_loader.args: palette must have one color per class"],
     ),
     "unknown optimizer": ({"optimizer": {"type": "SDG"}}, ['optimizer.type: found "SDG"; did you mean SGD?']),
     "useless optimizer": ({"optimizer": {"type": "LBFGS"}}, ['optimizer.type: found "LBFGS"', "use SGD or AdamW"]),

@@ -1,4 +1,4 @@
-"""Exports of labelling tools, made by hand from the documentation of their formats, to images and masks."""
+"""Exports of labeling tools, made by hand from the documentation of their formats, to images and masks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def area(ring: list[list[int]]) -> np.ndarray:
 
 @given(st.lists(st.tuples(st.floats(-5, 25), st.floats(-5, 25)), min_size=3, max_size=8))
 @settings(max_examples=60, deadline=None)
-def test_polygons_cover_the_pixels_whose_centres_lie_inside(ring: list[tuple[float, float]]) -> None:
+def test_polygons_cover_the_pixels_whose_centers_lie_inside(ring: list[tuple[float, float]]) -> None:
     found = shapes.polygons([np.array(ring)])(20, 20)
     for row in range(20):
         for column in range(20):
@@ -82,11 +82,11 @@ def test_polygons_cover_the_pixels_whose_centres_lie_inside(ring: list[tuple[flo
 
 def test_boxes_and_ellipses() -> None:
     assert np.array_equal(shapes.box(5, 4, 10, 10)(30, 40), area(SQUARE))
-    # Turned by 90 degrees about the upper left corner, a box lies to the left of it; about the centre it stays.
+    # Turned by 90 degrees about the upper left corner, a box lies to the left of it; about the center it stays.
     turned = shapes.box(15, 4, 10, 6, 90)(30, 40)
     assert np.argwhere(turned).min(0).tolist() == [4, 9]
     assert np.argwhere(turned).max(0).tolist() == [13, 14]
-    assert np.array_equal(shapes.box(5, 4, 10, 10, 90, centred=True)(30, 40), area(SQUARE))
+    assert np.array_equal(shapes.box(5, 4, 10, 10, 90, centered=True)(30, 40), area(SQUARE))
     disc = shapes.ellipse(20, 15, 10, 5, 0)(30, 40)
     assert abs(int(disc.sum()) - np.pi * 50) < 4
     assert np.array_equal(shapes.ellipse(20, 15, 5, 10, 90)(30, 40), disc)
@@ -273,8 +273,8 @@ def test_cvat_xml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_cvat_masks(tmp_path: Path) -> None:
-    colours = {"background": (0, 0, 0), "square": (250, 50, 83), "box": (51, 221, 255), "void": (9, 9, 9)}
-    lines = ["# label:color_rgb:parts:actions", *(f"{n}:{r},{g},{b}::" for n, (r, g, b) in colours.items())]
+    colors = {"background": (0, 0, 0), "square": (250, 50, 83), "box": (51, 221, 255), "void": (9, 9, 9)}
+    lines = ["# label:color_rgb:parts:actions", *(f"{n}:{r},{g},{b}::" for n, (r, g, b) in colors.items())]
     export = tmp_path / "export"
     write(export / "labelmap.txt", "\n".join(lines))
     write(export / "ImageSets/Segmentation/Train.txt", "a\n")
@@ -284,8 +284,8 @@ def test_cvat_masks(tmp_path: Path) -> None:
     for name in "ab":
         photo(export / f"JPEGImages/{name}.jpg")
         (export / "SegmentationClass").mkdir(exist_ok=True)
-        Image.fromarray(np.array(list(colours.values()), np.uint8)[ids]).save(export / f"SegmentationClass/{name}.png")
-    Image.fromarray(ids).save(export / "SegmentationClass/b.png")  # grey: the number of the line
+        Image.fromarray(np.array(list(colors.values()), np.uint8)[ids]).save(export / f"SegmentationClass/{name}.png")
+    Image.fromarray(ids).save(export / "SegmentationClass/b.png")  # gray: the number of the line
     prepare("cvat", export, tmp_path / "out")
     want = np.where(ids == 3, 255, ids)
     assert np.array_equal(mask(tmp_path / "out", "train/a"), want)
@@ -335,7 +335,7 @@ def test_label_studio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert np.array_equal(mask(tmp_path / "out", name), expected(2, 1)), name
     text = capsys.readouterr().out
     assert "left out: 1 tasks without an annotation" in text
-    assert "left out: 1 results that are not a labelled area (keypointlabels)" in text
+    assert "left out: 1 results that are not a labeled area (keypointlabels)" in text
 
 
 def test_roboflow_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ def save(path: Path, array: np.ndarray) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Eight images of two sizes; ground 0.5, tree 0.25, not labelled 0.25 in each; lake nowhere."""
+    """Eight images of two sizes; ground 0.5, tree 0.25, not labeled 0.25 in each; lake nowhere."""
     for i in range(8):
         height, width = SIZE if i else (10, 30)
         label = np.zeros((height, width), np.uint8)
@@ -197,7 +197,7 @@ def test_ignore_index_that_is_a_class_and_labels_mostly_void(data: Path) -> None
     dataset = dataloaders.build("Folder", data_dir=str(data), classes=CLASSES, ignore_index=0).dataset
     text = " ".join(warnings(dataset, inspect(dataset)))
     assert "ignore_index 0 is also the id of 'ground'" in text
-    assert "75% of all pixels are unlabelled" in text
+    assert "75% of all pixels are unlabeled" in text
 
 
 def test_legality_is_the_data_set_s_own() -> None:
@@ -238,7 +238,7 @@ def test_files_on_disk_are_described(tmp_path: Path, capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "stored as       1 channel of uint16, " in text
     assert "                3 channels and transparency of uint8, 0 to 255 (1 image)" in text
-    assert "grey among images in colour: 4 images" in text
+    assert "gray among images in color: 4 images" in text
     assert "with transparency, which is dropped: 1 image" in text
     assert '"value_range": [0, 4095]' in text
     assert "mean and std do not fit" in text
@@ -254,13 +254,13 @@ def test_sheet_shows_images_masks_and_void(data: Path) -> None:
     dataset = dataloaders.build("Folder", data_dir=str(data), classes=CLASSES, palette=palette).dataset
     sheet = contact_sheet([("title", [dataset[1], dataset[2]], dataset)])
     assert sheet.dtype == np.uint8
-    colours = {tuple(c) for c in sheet.reshape(-1, 3)}
+    colors = {tuple(c) for c in sheet.reshape(-1, 3)}
     photo = np.array([51, 102, 204])
-    assert tuple(photo) in colours, "the image"
-    for colour in (palette[0], palette[1]):
-        mixed = (photo + colour) / 2
-        assert any(np.abs(mixed - c).max() <= 1 for c in map(np.array, colours)), "the mask laid over"
-    assert (240, 0, 0) in colours, "the legend"
+    assert tuple(photo) in colors, "the image"
+    for color in (palette[0], palette[1]):
+        mixed = (photo + color) / 2
+        assert any(np.abs(mixed - c).max() <= 1 for c in map(np.array, colors)), "the mask laid over"
+    assert (240, 0, 0) in colors, "the legend"
 
 
 def test_sheet_is_augmented_as_training_is(data: Path) -> None:

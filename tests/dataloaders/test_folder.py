@@ -20,7 +20,7 @@ from PIL import Image
 
 import dataloaders
 from base.base_dataset import BaseDataSet
-from dataloaders.reading.colours import ColourTable
+from dataloaders.reading.colors import ColorTable
 from utils.errors import UserError
 from utils.images import write_png
 
@@ -333,7 +333,7 @@ def test_a_fold_is_held_out_of_any_data_set_and_of_a_test_set(tmp_path: Path) ->
         ("a.npy", np.full((3, 4, 7), 0.2, np.float32), 7, torch.float32),
         ("a.npy", np.full((3, 4, 5), 51, np.uint8), 5, torch.uint8),
     ],
-    ids=["grey-as-rgb", "grey", "rgba", "png16", "tiff16-as-rgb", "npy-float", "npy-uint8"],
+    ids=["gray-as-rgb", "gray", "rgba", "png16", "tiff16-as-rgb", "npy-float", "npy-uint8"],
 )
 def test_images_of_every_kind(tmp_path: Path, file: str, array: np.ndarray, channels: int, kind: torch.dtype) -> None:
     save(tmp_path / "images" / file, array)
@@ -392,21 +392,21 @@ def test_painted_masks_with_transparency_or_as_palette_files(tmp_path: Path) -> 
     for name in ("a", "b"):
         photo(tmp_path / f"images/{name}.jpg")
     save(tmp_path / "masks/a.png", np.dstack([painted(), np.full(IDS.shape, 255, np.uint8)]))
-    # Indices in another order than the classes: only the colours tell.
+    # Indices in another order than the classes: only the colors tell.
     write_png(tmp_path / "masks/b.png", np.where(IDS == 255, 0, 3 - IDS).astype(np.uint8), [VOID, *PALETTE[::-1]])
     dataset = folder(tmp_path, palette=PALETTE, ignore_colors=[VOID], colors=True)
     assert np.array_equal(label(dataset, 0), IDS)
     assert np.array_equal(label(dataset, 1), IDS)
 
 
-def test_unknown_colours_are_reported_with_counts(tmp_path: Path) -> None:
+def test_unknown_colors_are_reported_with_counts(tmp_path: Path) -> None:
     photo(tmp_path / "images/a.jpg")
     save(tmp_path / "masks/a.png", painted())
     with pytest.raises(UserError, match=r"masks/a.png .*\[255, 255, 255\] \(1 pixel\)[\s\S]*ignore_colors"):
         folder(tmp_path, palette=PALETTE)
 
 
-def test_colours_are_matched_exactly_not_nearly(tmp_path: Path) -> None:
+def test_colors_are_matched_exactly_not_nearly(tmp_path: Path) -> None:
     photo(tmp_path / "images/a.jpg")
     nearly = painted()
     nearly[0, 0] = (1, 0, 0)
@@ -418,25 +418,25 @@ def test_colours_are_matched_exactly_not_nearly(tmp_path: Path) -> None:
 def test_painted_masks_without_palette_ask_for_one(tmp_path: Path) -> None:
     photo(tmp_path / "images/a.jpg")
     save(tmp_path / "masks/a.png", painted())
-    with pytest.raises(UserError, match="painted in colours: set `palette`"):
+    with pytest.raises(UserError, match="painted in colors: set `palette`"):
         folder(tmp_path)
-    with pytest.raises(ValueError, match="different colour"):
+    with pytest.raises(ValueError, match="different color"):
         folder(tmp_path, palette=[(0, 0, 0), (1, 1, 1), (1, 1, 1)], colors=True)
 
 
-def test_grey_masks_saved_as_rgb_are_class_ids(tmp_path: Path) -> None:
+def test_gray_masks_saved_as_rgb_are_class_ids(tmp_path: Path) -> None:
     photo(tmp_path / "images/a.jpg")
     save(tmp_path / "masks/a.png", np.repeat(IDS[:, :, None], 3, 2))
     assert np.array_equal(label(folder(tmp_path)), IDS)
 
 
-def test_colour_tables_may_be_used_by_threads_at_once() -> None:
+def test_color_tables_may_be_used_by_threads_at_once() -> None:
     mask = np.array([(i, j, 7) for i in range(16) for j in range(16)], np.uint8).reshape(16, 16, 3)
     for _ in range(12):
-        table = ColourTable({tuple(colour): 1 for colour in mask.reshape(-1, 3).tolist()})
+        table = ColorTable({tuple(color): 1 for color in mask.reshape(-1, 3).tolist()})
         start = threading.Barrier(4)
 
-        def decode(table: ColourTable = table, start: threading.Barrier = start) -> int:
+        def decode(table: ColorTable = table, start: threading.Barrier = start) -> int:
             start.wait()
             return int(table.decode(mask, "a.png").sum())
 
@@ -446,15 +446,15 @@ def test_colour_tables_may_be_used_by_threads_at_once() -> None:
 
 @given(st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=2, max_size=12, unique=True), st.integers(0, 2**32 - 1))
 @settings(max_examples=20, deadline=None)
-def test_colour_tables_agree_with_a_search_pixel_by_pixel(colours: list[tuple[int, int, int]], seed: int) -> None:
-    ids = np.random.default_rng(seed).integers(0, len(colours), (5, 7))
-    table = ColourTable({colour: i for i, colour in enumerate(colours)})
-    decoded = table.decode(np.array(colours, np.uint8)[ids], "a.png")
+def test_color_tables_agree_with_a_search_pixel_by_pixel(colors: list[tuple[int, int, int]], seed: int) -> None:
+    ids = np.random.default_rng(seed).integers(0, len(colors), (5, 7))
+    table = ColorTable({color: i for i, color in enumerate(colors)})
+    decoded = table.decode(np.array(colors, np.uint8)[ids], "a.png")
     assert np.array_equal(decoded, ids)
 
 
 def test_painted_masks_that_a_program_saved_again(tmp_path: Path) -> None:
-    """Among RGB masks, palette files are read by their colours, and grey files only if they cannot mean class ids."""
+    """Among RGB masks, palette files are read by their colors, and gray files only if they cannot mean class ids."""
     for name in ("a", "b", "c"):
         photo(tmp_path / f"images/{name}.jpg")
     save(tmp_path / "masks/a.png", painted())
@@ -466,10 +466,10 @@ def test_painted_masks_that_a_program_saved_again(tmp_path: Path) -> None:
     assert np.array_equal(label(dataset, 1), IDS)
     assert np.array_equal(label(dataset, 2), np.where(IDS == 255, 255, 0))
     write_png(tmp_path / "masks/c.png", IDS)
-    with pytest.raises(UserError, match=r"c\.png contains colours that are not a class: .*\[1, 1, 1\]"):
+    with pytest.raises(UserError, match=r"c\.png contains colors that are not a class: .*\[1, 1, 1\]"):
         folder(tmp_path, palette=PALETTE, ignore_colors=[VOID])
     write_png(tmp_path / "masks/c.png", np.where(IDS == 2, 1, 0).astype(np.uint8))
-    with pytest.raises(UserError, match=r"c\.png is grey, other masks are painted"):
+    with pytest.raises(UserError, match=r"c\.png is gray, other masks are painted"):
         folder(tmp_path, palette=[(1, 1, 1), (255, 0, 0), (0, 0, 0)], ignore_colors=[VOID, (0, 0, 255)])
 
 
@@ -484,11 +484,11 @@ def test_palettes_that_contradict_the_config_or_each_other(tmp_path: Path) -> No
     assert np.array_equal(label(folder(tmp_path, colors=False), 1), 2 - ids)
     assert np.array_equal(label(folder(tmp_path, colors=True, palette=PALETTE), 1), ids)
     write_png(tmp_path / "masks/a.png", 2 - ids, PALETTE[::-1])
-    with pytest.raises(UserError, match="the colours of `palette` in another order"):
+    with pytest.raises(UserError, match="the colors of `palette` in another order"):
         folder(tmp_path, palette=PALETTE)
 
 
-def test_class_files_with_colours_say_what_masks_mean(tmp_path: Path) -> None:
+def test_class_files_with_colors_say_what_masks_mean(tmp_path: Path) -> None:
     """As CVAT exports segmentation masks."""
     photo(tmp_path / "images/a.jpg")
     save(tmp_path / "masks/a.png", np.array(PALETTE, np.uint8)[np.minimum(IDS, 2)])

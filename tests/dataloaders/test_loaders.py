@@ -78,7 +78,7 @@ def test_label_files(file: str, count: int, some: dict[int, str]) -> None:
     found = labels(file)
     assert len(found.names) == len(found.palette) == count
     assert {i: found.names[i] for i in some} == some
-    # ADE20K's published colours give road and skyscraper the same grey.
+    # ADE20K's published colors give road and skyscraper the same gray.
     assert len(set(found.palette)) >= count - (file == "ade20k")
 
 
@@ -260,7 +260,7 @@ def test_coco_compact_numbers_the_171_classes_that_occur(tmp_path: Path) -> None
 # ---- Kvasir-SEG
 
 
-def grey_jpeg(path: Path) -> Path:
+def gray_jpeg(path: Path) -> Path:
     """Write a three-channel JPEG mask with levels around 0, 127 and 255."""
     levels = np.repeat(np.array([0, 3, 120, 135, 250, 255], np.uint8)[:, None], 48, 1).repeat(8, 0)
     return put(path, np.repeat(levels[:, :, None], 3, 2))
@@ -269,7 +269,7 @@ def grey_jpeg(path: Path) -> Path:
 def kvasir(root: Path, count: int = 25) -> None:
     for i in range(count):
         put(root / f"images/c{i:02d}.jpg", np.full((48, 48, 3), i, np.uint8))
-        grey_jpeg(root / f"masks/c{i:02d}.jpg")
+        gray_jpeg(root / f"masks/c{i:02d}.jpg")
 
 
 def test_kvasir_masks_are_thresholded_never_dithered(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_kvasir_split_is_disjoint_complete_and_the_same_everywhere(tmp_path: Pat
 def test_kvasir_split_beforehand_can_be_joined(tmp_path: Path) -> None:
     for part, name in (("train", "a"), ("train", "c"), ("val", "b")):
         put(tmp_path / f"images_split/{part}/jpg_images/{name}.jpg", np.zeros((48, 48, 3), np.uint8))
-        grey_jpeg(tmp_path / f"masks_split/{part}/jpg_masks/{name}.jpg")
+        gray_jpeg(tmp_path / f"masks_split/{part}/jpg_masks/{name}.jpg")
     for split, expected in (("train", ["a", "c"]), ("val", ["b"]), ("all", ["a", "c", "b"])):
         assert names(dataloaders.build("KvasirSEG", data_dir=str(tmp_path), split=split).dataset) == expected
 
@@ -328,20 +328,20 @@ def test_kvasir_split_beforehand(shared_dir: Path) -> None:
 
 # ---- DeepScene
 
-COLOURS = {0: (255, 255, 255), 1: (170, 170, 170), 2: (0, 255, 0), 3: (102, 102, 51), 4: (0, 120, 255), 5: (0, 0, 0)}
+COLORS = {0: (255, 255, 255), 1: (170, 170, 170), 2: (0, 255, 0), 3: (102, 102, 51), 4: (0, 120, 255), 5: (0, 0, 0)}
 
 
-def deepscene(root: Path, *colours: tuple[int, int, int]) -> None:
+def deepscene(root: Path, *colors: tuple[int, int, int]) -> None:
     for part, name in (("train", "b1-2"), ("train", "b1-10"), ("test", "b9-1")):
         image(root / part / "rgb" / f"{name}_Clipped.jpg")
         painted = np.zeros((*SIZE, 3), np.uint8)
-        painted.reshape(-1, 3)[: len(colours)] = colours
+        painted.reshape(-1, 3)[: len(colors)] = colors
         put(root / part / "GT_color" / f"{name}_mask.png", painted)
 
 
 @pytest.mark.parametrize("inner", ["", "freiburg_forest_annotated"])
-def test_deepscene_decodes_colours(tmp_path: Path, inner: str) -> None:
-    deepscene(tmp_path / inner, *COLOURS.values(), (0, 60, 0))
+def test_deepscene_decodes_colors(tmp_path: Path, inner: str) -> None:
+    deepscene(tmp_path / inner, *COLORS.values(), (0, 60, 0))
     train = dataloaders.build("DeepScene", data_dir=str(tmp_path), split="train").dataset
     assert names(train) == ["b1-10", "b1-2"]
     assert label(train).flatten()[:7].tolist() == [0, 1, 2, 3, 4, 5, 3], "trees are vegetation"
@@ -350,7 +350,7 @@ def test_deepscene_decodes_colours(tmp_path: Path, inner: str) -> None:
     assert label(no_void).flatten()[:3].tolist() == [255, 1, 2]
 
 
-def test_deepscene_reports_unknown_colours(tmp_path: Path) -> None:
+def test_deepscene_reports_unknown_colors(tmp_path: Path) -> None:
     deepscene(tmp_path, (1, 2, 3), (1, 2, 3), (9, 9, 9))
     with pytest.raises(UserError, match=r"_mask.png .*\[1, 2, 3\] \(2 pixels\), \[9, 9, 9\] \(1 pixel\)"):
         dataloaders.build("DeepScene", data_dir=str(tmp_path), split="train")
@@ -395,5 +395,5 @@ def test_configs_are_valid_and_tell_their_story(file: str, root: Path, tmp_path:
     assert "crop_size" not in val, "scored whole"
     if file == "camvid":
         assert tuple(train["classes"]) == labels("camvid").names
-        assert [tuple(colour) for colour in train["palette"]] == list(labels("camvid").palette)
+        assert [tuple(color) for color in train["palette"]] == list(labels("camvid").palette)
         assert (val["classes"], val["palette"]) == (train["classes"], train["palette"])

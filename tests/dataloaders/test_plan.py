@@ -130,7 +130,7 @@ def test_masks_of_every_kind(tmp_path: Path) -> None:
     args = made("values", lambda label: label * 100)
     assert args["mask_values"] == [0, 100, 200]
     palette = np.array([(10, 20, 30), (200, 0, 0), (0, 0, 250)], np.uint8)
-    args = made("colours", lambda label: palette[label])
+    args = made("colors", lambda label: palette[label])
     assert sorted(args["palette"]) == sorted(palette.tolist())
     assert set(args["classes"]) == {"#0a141e", "#c80000", "#0000fa"}
     for i in range(10):
@@ -144,14 +144,14 @@ def test_masks_of_every_kind(tmp_path: Path) -> None:
 
 def test_images_of_other_kinds(tmp_path: Path) -> None:
     for i in range(8):
-        save(tmp_path / f"grey/images/{i}.png", photo(i, 1)[:, :, 0])
+        save(tmp_path / f"gray/images/{i}.png", photo(i, 1)[:, :, 0])
         save(tmp_path / f"deep/images/{i}.png", photo(i, 1)[:, :, 0].astype(np.uint16) * 16)
         bands = photo(i, 6).astype(np.float32) * 39
         bands[0] = -9999
         save(tmp_path / f"bands/images/{i}.npy", bands)
-        for kind in ("grey", "deep", "bands"):
+        for kind in ("gray", "deep", "bands"):
             save(tmp_path / f"{kind}/masks/{i}.png", ids(i))
-    args = plan(tmp_path / "grey")["train_loader"]["args"]
+    args = plan(tmp_path / "gray")["train_loader"]["args"]
     assert (args["in_channels"], len(args["mean"])) == (1, 1)
     args = plan(tmp_path / "deep")["train_loader"]["args"]
     assert args["value_range"] == [0, 4095]

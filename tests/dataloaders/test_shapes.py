@@ -89,7 +89,7 @@ def test_labels_are_drawn_with_the_stated_probability(scenes: list[scene.Scene])
         p = np.stack([s.probability[c] for s in scenes])
         hit = np.stack([s.label == c for s in scenes])
         for where in (counted, counted & (p > 0.25) & (p < 0.75)):
-            # Scene by scene (pixels of one object are labelled together) the excess over the probability: noise.
+            # Scene by scene (pixels of one object are labeled together) the excess over the probability: noise.
             excess = ((hit - p) * where).sum((1, 2))
             assert abs(excess.mean()) < 4 * excess.std() / len(excess) ** 0.5 + 0.02, scene.CLASS_NAMES[c]
 

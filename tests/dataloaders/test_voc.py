@@ -63,7 +63,7 @@ def test_augmented_lists_use_their_own_labels(devkit: Path) -> None:
     assert (sample.label[1:] == 14).all()
 
 
-def test_unlabelled_test_images_are_ignored(devkit: Path) -> None:
+def test_unlabeled_test_images_are_ignored(devkit: Path) -> None:
     assert (VOC(str(devkit), "test")[0].label == 255).all()
 
 

@@ -70,7 +70,7 @@ ELSEWHERE = {
         "tests/scripts/test_inference_script.py::test_several_processes_share_a_folder"
     ),
     r"python train\.py .*n_gpu=4 --set use_synch_bn=true": (
-        "tests/scripts/test_train_script.py::test_the_launcher_for_synchronised_batch_norm"
+        "tests/scripts/test_train_script.py::test_the_launcher_for_synchronized_batch_norm"
     ),
     r"python test\.py -r net\.pt2": (
         "tests/models/test_external.py::test_an_exported_network_is_scored_and_used_without_its_code"

@@ -23,7 +23,7 @@ FACTS = Facts(3, ("a", "b", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), (0.4,) 
 
 
 class Net(nn.Module):
-    """Logits that depend on position and neighbours, so that views of an image differ."""
+    """Logits that depend on position and neighbors, so that views of an image differ."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def test_all_decisions() -> None:
     assert (found["rankdice_paper"].options.decides, found["rankdice_paper"].options.prune) == ("prune", 0.5)
     assert [d.expects for d in found.values()] == [None, None, None, None, "dice", "dice", None, "iou"]
     assert all(d.options.classes == (1,) for d in found.values())
-    # Under a config that maximises IoU, the two columns still are what their names say.
+    # Under a config that maximizes IoU, the two columns still are what their names say.
     assert all_decisions(PredictOptions(metric="iou"))["rankdice"].expects == "dice"
 
 
@@ -118,7 +118,7 @@ def test_scores_are_those_of_a_plain_loop() -> None:
     assert found.loss == pytest.approx(sum(losses) / 7, rel=1e-4)
 
 
-def test_images_without_a_labelled_pixel_do_not_enter_the_loss() -> None:
+def test_images_without_a_labeled_pixel_do_not_enter_the_loss() -> None:
     used = evaluator(loss=build("CrossEntropyLoss2d"))
     batches = data()
     expected = evaluate(

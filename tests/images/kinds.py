@@ -28,11 +28,11 @@ BEGIN, END = "<!-- files: begin (python -m tests.images.kinds) -->", "<!-- files
 
 SHAPE = (23, 37)
 _RNG = np.random.default_rng(0)
-GREY = _RNG.integers(0, 256, SHAPE, np.uint8)
+GRAY = _RNG.integers(0, 256, SHAPE, np.uint8)
 RGB = _RNG.integers(0, 256, (*SHAPE, 3), np.uint8)
 MANY = _RNG.integers(0, 256, (*SHAPE, 6), np.uint8)
 SMOOTH = cv2.resize(_RNG.integers(0, 256, (3, 4, 3), np.uint8), SHAPE[::-1], interpolation=cv2.INTER_CUBIC)
-BITS = GREY > 127
+BITS = GRAY > 127
 PALETTE = _RNG.integers(0, 256, (256, 3), np.uint8)
 
 
@@ -70,7 +70,7 @@ def rewritten(data: bytes, tag: int, value: int) -> bytes:
 
 
 def packed(array: np.ndarray, bits: int, **options: Any) -> bytes:
-    """Return a grey TIFF file with other bits per pixel than 8, 16 or 32, which not every imagecodecs can write."""
+    """Return a gray TIFF file with other bits per pixel than 8, 16 or 32, which not every imagecodecs can write."""
     digits = array.astype(int)[:, :, None] >> np.arange(bits)[::-1] & 1
     rows = np.packbits(digits.reshape(len(array), -1), axis=1)
     data = tiff(rows, photometric="minisblack", **options)
@@ -107,28 +107,28 @@ def kinds() -> Iterator[Kind]:
 
 def _usual() -> Iterator[Kind]:
     animated = {"save_all": True, "append_images": [Image.fromarray(RGB[::-1].copy())]}
-    deep, alpha = RGB.astype(np.uint16) * 257, np.dstack([RGB, GREY])
-    yield Kind("JPEG", "grey, RGB", ".jpg", pillow(SMOOTH, "JPEG", quality=95), share(SMOOTH), 0.1)
+    deep, alpha = RGB.astype(np.uint16) * 257, np.dstack([RGB, GRAY])
+    yield Kind("JPEG", "gray, RGB", ".jpg", pillow(SMOOTH, "JPEG", quality=95), share(SMOOTH), 0.1)
     ink = Image.fromarray(SMOOTH).convert("CMYK")
     yield Kind("JPEG", "CMYK", ".jpg", pillow(ink, "JPEG", quality=95), share(SMOOTH), 0.2)
-    twelve = imagecodecs.jpeg8_encode(GREY.astype(np.uint16) * 16, bitspersample=12)
+    twelve = imagecodecs.jpeg8_encode(GRAY.astype(np.uint16) * 16, bitspersample=12)
     yield Kind("JPEG", "12 bits", ".jpg", twelve)
-    yield Kind("PNG", "grey, 1 to 8 bits", ".png", pillow(GREY, "PNG"), share(GREY))
-    yield Kind("PNG", "grey, 16 bits", ".png", opencv(GREY.astype(np.uint16) * 257, ".png"), share(GREY))
-    yield Kind("PNG", "palette", ".png", pillow(with_palette(GREY), "PNG"), share(PALETTE[GREY]))
+    yield Kind("PNG", "gray, 1 to 8 bits", ".png", pillow(GRAY, "PNG"), share(GRAY))
+    yield Kind("PNG", "gray, 16 bits", ".png", opencv(GRAY.astype(np.uint16) * 257, ".png"), share(GRAY))
+    yield Kind("PNG", "palette", ".png", pillow(with_palette(GRAY), "PNG"), share(PALETTE[GRAY]))
     yield Kind("PNG", "RGB, 8 bits", ".png", pillow(RGB, "PNG"), share(RGB))
     yield Kind("PNG", "RGB, 16 bits", ".png", opencv(deep[:, :, ::-1], ".png"), share(RGB))
     yield Kind("PNG", "transparency that varies", ".png", pillow(alpha, "PNG"), share(RGB))
     yield Kind("PNG", "animated", ".png", pillow(RGB, "PNG", **animated), share(RGB))
-    yield Kind("BMP", "grey, palette, RGB", ".bmp", pillow(GREY, "BMP"), share(GREY))
-    yield Kind("GIF", "one frame", ".gif", pillow(with_palette(GREY), "GIF"), share(PALETTE[GREY]))
-    frames = {"save_all": True, "append_images": [with_palette(GREY[::-1].copy())]}
-    yield Kind("GIF", "animated", ".gif", pillow(with_palette(GREY), "GIF", **frames), share(PALETTE[GREY]))
+    yield Kind("BMP", "gray, palette, RGB", ".bmp", pillow(GRAY, "BMP"), share(GRAY))
+    yield Kind("GIF", "one frame", ".gif", pillow(with_palette(GRAY), "GIF"), share(PALETTE[GRAY]))
+    frames = {"save_all": True, "append_images": [with_palette(GRAY[::-1].copy())]}
+    yield Kind("GIF", "animated", ".gif", pillow(with_palette(GRAY), "GIF", **frames), share(PALETTE[GRAY]))
     yield Kind("WebP", "lossless", ".webp", pillow(RGB, "WEBP", lossless=True), share(RGB))
     yield Kind("WebP", "lossy", ".webp", pillow(SMOOTH, "WEBP", quality=95), share(SMOOTH), 0.2)
     yield Kind("WebP", "animated", ".webp", pillow(RGB, "WEBP", lossless=True, **animated), share(RGB))
-    yield Kind("JPEG 2000", "grey, RGB", ".jp2", pillow(RGB, "JPEG2000"), share(RGB))
-    thousand = GREY.astype(np.uint16) * 3
+    yield Kind("JPEG 2000", "gray, RGB", ".jp2", pillow(RGB, "JPEG2000"), share(RGB))
+    thousand = GRAY.astype(np.uint16) * 3
     data = b"P5\n37 23\n1000\n" + thousand.astype(">u2").tobytes()
     yield Kind("PGM, PPM", "any maximum value", ".pgm", data, thousand / 1000)
     yield Kind("any", "truncated, empty, of another format", ".png", pillow(RGB, "PNG")[:500])
@@ -137,13 +137,13 @@ def _usual() -> Iterator[Kind]:
 
 def _arrays() -> Iterator[Kind]:
     wide, shares = MANY.astype(np.uint16) * 257, (RGB / 255).astype(np.float32)
-    yield Kind("`.npy`", "(H, W), 8 bits", ".npy", npy(GREY), share(GREY))
+    yield Kind("`.npy`", "(H, W), 8 bits", ".npy", npy(GRAY), share(GRAY))
     yield Kind("`.npy`", "(H, W, n), 8 to 64 bits", ".npy", npy(wide), share(wide))
     yield Kind("`.npy`", "floating point in [0, 1]", ".npy", npy(shares), shares)
-    whole = (GREY % 7).astype(np.float32)
+    whole = (GRAY % 7).astype(np.float32)
     yield Kind("`.npy`", "floating point, whole numbers above 1 (images: set `value_range`)", ".npy", npy(whole))
     yield Kind(
-        "`.npy`", "16 to 64 bits, values of 0 to 255 (images: set `value_range`)", ".npy", npy(GREY.astype(np.int64))
+        "`.npy`", "16 to 64 bits, values of 0 to 255 (images: set `value_range`)", ".npy", npy(GRAY.astype(np.int64))
     )
     yield Kind("`.npy`", "NaN, infinity (images: set `nodata`)", ".npy", npy(np.where(shares > 0.5, shares, np.nan)))
     yield Kind("`.npy`", "complex numbers, objects", ".npy", npy(shares.astype(complex)))
@@ -153,14 +153,14 @@ def _tiffs() -> Iterator[Kind]:
     def kind(text: str, array: np.ndarray, want: np.ndarray | None, tolerance: float = 1e-4, **options: Any) -> Kind:
         return Kind("TIFF", text, ".tif", tiff(array, **options), want, tolerance)
 
-    deep, rgb, nir = GREY.astype(np.uint16) * 257, {"photometric": "rgb"}, np.dstack([RGB, GREY])
+    deep, rgb, nir = GRAY.astype(np.uint16) * 257, {"photometric": "rgb"}, np.dstack([RGB, GRAY])
     planes = {"planarconfig": "separate", **rgb}
     yield kind("1 bit", BITS, share(BITS), photometric="minisblack")
-    yield kind("grey, 8 bits", GREY, share(GREY), compression="lzw")
-    yield kind("grey, 16 bits", deep, share(deep), compression="deflate", predictor=True)
-    yield kind("grey, 32 bit floating point in [0, 1]", (GREY / 255).astype(np.float32), share(GREY))
-    colours = PALETTE.T.astype(np.uint16) * 257
-    yield kind("palette, 8 bits", GREY, share(PALETTE[GREY]), photometric="palette", colormap=colours)
+    yield kind("gray, 8 bits", GRAY, share(GRAY), compression="lzw")
+    yield kind("gray, 16 bits", deep, share(deep), compression="deflate", predictor=True)
+    yield kind("gray, 32 bit floating point in [0, 1]", (GRAY / 255).astype(np.float32), share(GRAY))
+    colors = PALETTE.T.astype(np.uint16) * 257
+    yield kind("palette, 8 bits", GRAY, share(PALETTE[GRAY]), photometric="palette", colormap=colors)
     yield kind("RGB, 8 bits", RGB, share(RGB), tile=(16, 16), **rgb)
     yield kind("RGB and transparency, 8 bits", nir, share(RGB), extrasamples="unassalpha", **rgb)
     yield kind("CMYK, 8 bits", 255 - np.dstack([RGB, RGB[:, :, 0] | 255]), share(RGB), photometric="separated")
@@ -169,11 +169,11 @@ def _tiffs() -> Iterator[Kind]:
     yield kind("RGB and a fourth band (near infrared)", nir, share(RGB), extrasamples="unspecified", **rgb)
     yield kind("RGB, 16 bits", RGB.astype(np.uint16) * 257, share(RGB), **rgb)
     yield kind("several bands, 8 to 64 bits", MANY, share(MANY), photometric="minisblack", planarconfig="contig")
-    yield kind("one plane per colour", RGB.transpose(2, 0, 1), share(RGB), **planes)
-    yield Kind("TIFF", "2 to 15 bits", ".tif", packed(GREY >> 4, 4), (GREY >> 4) / 15, 0.01)
-    yield kind("signed integers, 0 and above", (GREY // 2).astype(np.int8), GREY // 2 / 127)
-    yield kind("32 and 64 bit integers, 64 bit floating point", GREY / 255, share(GREY))
-    yield kind("0 is white, 8 bits and more", GREY, 1 - share(GREY), photometric="miniswhite")
+    yield kind("one plane per color", RGB.transpose(2, 0, 1), share(RGB), **planes)
+    yield Kind("TIFF", "2 to 15 bits", ".tif", packed(GRAY >> 4, 4), (GRAY >> 4) / 15, 0.01)
+    yield kind("signed integers, 0 and above", (GRAY // 2).astype(np.int8), GRAY // 2 / 127)
+    yield kind("32 and 64 bit integers, 64 bit floating point", GRAY / 255, share(GRAY))
+    yield kind("0 is white, 8 bits and more", GRAY, 1 - share(GRAY), photometric="miniswhite")
     for name in ("zstd", "lzma", "png"):
         yield kind(f"{name.upper()} compression", RGB, share(RGB), compression=name, **rgb)
     level = {"compression": "jpeg2000", "compressionargs": {"level": 50}}
@@ -208,9 +208,9 @@ def as_image(path: Path, kind: Kind) -> bool:
 
 
 def as_mask(path: Path) -> str:
-    """Return what the file is as a mask: "class ids", "colours" or "refused"."""
+    """Return what the file is as a mask: "class ids", "colors" or "refused"."""
     try:
-        return "class ids" if read_mask(path).values.ndim == 2 else "colours"
+        return "class ids" if read_mask(path).values.ndim == 2 else "colors"
     except UserError:
         return "refused"
 

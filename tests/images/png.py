@@ -9,7 +9,7 @@ import numpy as np
 
 
 def png(array: np.ndarray, bits: int, kind: int, extra: bytes = b"", interlaced: bool = False) -> bytes:
-    """Write a PNG by hand. Kinds: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGBA. ``extra`` chunks come first."""
+    """Write a PNG by hand. Kinds: 0 gray, 2 RGB, 3 palette, 4 gray with alpha, 6 RGBA. ``extra`` chunks come first."""
     height, width = array.shape[:2]
 
     def rows(part: np.ndarray) -> bytes:

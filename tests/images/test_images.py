@@ -42,10 +42,10 @@ def test_jpeg_agrees_with_pillow(tmp_path: Path) -> None:
     assert np.abs(read_image(path) - want).max() <= 3
 
 
-def test_grey_is_repeated_and_colour_becomes_luminance(tmp_path: Path) -> None:
-    grey = save(tmp_path / "g.png", RGB[:, :, 0])
-    assert np.array_equal(read_image(grey), np.repeat(RGB[:, :, :1], 3, axis=2))
-    assert np.array_equal(read_image(grey, 1), RGB[:, :, :1])
+def test_gray_is_repeated_and_color_becomes_luminance(tmp_path: Path) -> None:
+    gray = save(tmp_path / "g.png", RGB[:, :, 0])
+    assert np.array_equal(read_image(gray), np.repeat(RGB[:, :, :1], 3, axis=2))
+    assert np.array_equal(read_image(gray, 1), RGB[:, :, :1])
     luminance = read_image(save(tmp_path / "c.png", RGB), 1)[:, :, 0]
     assert np.abs(luminance - RGB @ [0.299, 0.587, 0.114]).max() <= 1
 
@@ -172,13 +172,13 @@ def test_pickled_arrays_are_not_run(tmp_path: Path) -> None:
         read_image(tmp_path / "a.npy")
 
 
-def test_voc_colours() -> None:
-    colours = voc_colormap(256)
-    assert colours[:4] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
-    assert colours[15] == (192, 128, 128)
-    assert colours[20] == (0, 64, 128)
-    assert colours[255] == (224, 224, 192)
-    assert len(set(colours)) == 256
+def test_voc_colors() -> None:
+    colors = voc_colormap(256)
+    assert colors[:4] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
+    assert colors[15] == (192, 128, 128)
+    assert colors[20] == (0, 64, 128)
+    assert colors[255] == (224, 224, 192)
+    assert len(set(colors)) == 256
 
 
 # ---------------------------------------------------------------------------------- PNG
@@ -196,9 +196,9 @@ def test_every_kind_of_png(tmp_path: Path, bits: int, kind: int, interlaced: boo
     array = rng.integers(0, 2**bits, (12, 17, CHANNELS[kind]))
     (tmp_path / "a.png").write_bytes(png(array, bits, kind, interlaced=interlaced))
     share = array / (2**bits - 1)
-    colours = share[:, :, :1] if kind in (0, 4) else share[:, :, :3]
-    luminance = colours if kind in (0, 4) else colours @ np.array([[0.299], [0.587], [0.114]])
-    for channels, want in ((3, np.broadcast_to(colours, (12, 17, 3))), (1, luminance)):
+    colors = share[:, :, :1] if kind in (0, 4) else share[:, :, :3]
+    luminance = colors if kind in (0, 4) else colors @ np.array([[0.299], [0.587], [0.114]])
+    for channels, want in ((3, np.broadcast_to(colors, (12, 17, 3))), (1, luminance)):
         image = read_image(tmp_path / "a.png", channels)
         assert image.dtype == (np.uint8 if bits <= 8 else np.float32)
         assert np.allclose(image / (255 if bits <= 8 else 1), want, atol=1.01 / 255 if bits <= 8 else 1e-5)
@@ -208,16 +208,16 @@ def test_every_kind_of_png(tmp_path: Path, bits: int, kind: int, interlaced: boo
 @pytest.mark.parametrize("transparent", [False, True])
 def test_palettes_of_png(tmp_path: Path, bits: int, transparent: bool) -> None:
     rng = np.random.default_rng(bits)
-    indices, colours = rng.integers(0, 2**bits, (12, 17)), rng.integers(0, 256, (2**bits, 3), np.uint8)
-    extra = chunk(b"PLTE", colours.tobytes()) + (chunk(b"tRNS", bytes(range(2**bits))) if transparent else b"")
+    indices, colors = rng.integers(0, 2**bits, (12, 17)), rng.integers(0, 256, (2**bits, 3), np.uint8)
+    extra = chunk(b"PLTE", colors.tobytes()) + (chunk(b"tRNS", bytes(range(2**bits))) if transparent else b"")
     (tmp_path / "a.png").write_bytes(png(indices, bits, 3, extra))
-    assert np.array_equal(read_image(tmp_path / "a.png"), colours[indices])
+    assert np.array_equal(read_image(tmp_path / "a.png"), colors[indices])
     assert np.array_equal(read_label(tmp_path / "a.png"), indices)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_one_transparent_value_and_colour_management_change_no_pixel(
+def test_one_transparent_value_and_color_management_change_no_pixel(
     tmp_path: Path, bits: int, channels: int, capfd
 ) -> None:
     for kind in (0, 2):
@@ -324,9 +324,9 @@ def test_one_bit_pbm_and_floating_point_pfm(tmp_path: Path) -> None:
     bits = np.random.default_rng(0).integers(0, 2, (12, 17)).astype(bool)
     (tmp_path / "a.pgm").write_bytes(b"P4\n17 12\n" + np.packbits(bits, axis=1).tobytes())
     assert np.array_equal(read_image(tmp_path / "a.pgm", 1)[:, :, 0], np.where(bits, 0, 255)), "1 is black"
-    grey = np.random.default_rng(0).random((12, 17)).astype("<f4")
-    (tmp_path / "a.pgm").write_bytes(b"Pf\n17 12\n-1.0\n" + grey[::-1].tobytes())
-    assert np.allclose(read_image(tmp_path / "a.pgm", 1)[:, :, 0], grey)
+    gray = np.random.default_rng(0).random((12, 17)).astype("<f4")
+    (tmp_path / "a.pgm").write_bytes(b"Pf\n17 12\n-1.0\n" + gray[::-1].tobytes())
+    assert np.allclose(read_image(tmp_path / "a.pgm", 1)[:, :, 0], gray)
 
 
 @pytest.mark.parametrize("head", [b"P5\n17 12\n255\n", b"P6\n17 12\n65535\n", b"P2\n17 12\n99\n"])

@@ -20,10 +20,10 @@ IDS = np.random.default_rng(1).integers(0, 11, (12, 17), np.uint8)
 
 def test_labels_are_the_stored_numbers(tmp_path: Path) -> None:
     write_png(tmp_path / "palette.png", IDS, voc_colormap(256))
-    write_png(tmp_path / "grey.png", IDS)
+    write_png(tmp_path / "gray.png", IDS)
     np.save(tmp_path / "array.npy", IDS.astype(np.int64))
     Image.fromarray(IDS).save(tmp_path / "a.tif")
-    for name in ("palette.png", "grey.png", "array.npy", "a.tif"):
+    for name in ("palette.png", "gray.png", "array.npy", "a.tif"):
         label = read_label(tmp_path / name)
         assert label.ndim == 2
         assert np.array_equal(label, IDS)
@@ -48,10 +48,10 @@ def test_labels_above_255(tmp_path: Path) -> None:
     assert np.array_equal(label, wide)
 
 
-def test_colour_labels_only_where_allowed(tmp_path: Path) -> None:
+def test_color_labels_only_where_allowed(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(RGB).save(path)
-    with pytest.raises(UserError, match="a.png is a colour image.*Folder loader"):
+    with pytest.raises(UserError, match="a.png is a color image.*Folder loader"):
         read_label(path)
     assert np.array_equal(read_mask(path).values, RGB)
     np.save(tmp_path / "f.npy", np.full((3, 3), 0.5))
@@ -67,10 +67,10 @@ def test_palettes_come_with_the_mask(tmp_path: Path) -> None:
     mask = read_mask(tmp_path / "a.png")
     assert np.array_equal(mask.values, IDS)
     assert np.array_equal(mask.palette, voc_colormap(256))
-    assert np.array_equal(mask.colours(), np.array(voc_colormap(256), np.uint8)[IDS])
+    assert np.array_equal(mask.colors(), np.array(voc_colormap(256), np.uint8)[IDS])
     write_png(tmp_path / "g.png", IDS)
     assert read_mask(tmp_path / "g.png").palette is None
-    assert np.array_equal(read_mask(tmp_path / "g.png").colours()[:, :, 1], IDS)
+    assert np.array_equal(read_mask(tmp_path / "g.png").colors()[:, :, 1], IDS)
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
@@ -96,7 +96,7 @@ def test_transparency_in_masks(tmp_path: Path, mode: str) -> None:
         ("a.png", {"format": "JPEG"}),
     ],
 )
-def test_lossy_masks_are_recognised_by_content(tmp_path: Path, name: str, options: dict) -> None:
+def test_lossy_masks_are_recognized_by_content(tmp_path: Path, name: str, options: dict) -> None:
     Image.fromarray(np.dstack([IDS] * 3)).save(tmp_path / name, **options)
     with pytest.raises(UserError, match=r"lossy compression.*`threshold: 127`"):
         read_mask(tmp_path / name)
@@ -182,7 +182,7 @@ def test_white_is_zero_is_unclear_in_a_mask(tmp_path: Path) -> None:
         read_label(tmp_path / "a.tif")
 
 
-# ---------------------------------------------------------------------------------- grey levels for a threshold
+# ---------------------------------------------------------------------------------- gray levels for a threshold
 
 
 SHAPE = np.zeros((12, 17), bool)
@@ -190,10 +190,10 @@ SHAPE[3:8, 4:11] = True
 
 
 @pytest.mark.parametrize(
-    "kind", ["1bit", "1bit.tif", "fax", "palette", "rgb", "rgba", "grey", "16bit", "jpeg", "webp", "float"]
+    "kind", ["1bit", "1bit.tif", "fax", "palette", "rgb", "rgba", "gray", "16bit", "jpeg", "webp", "float"]
 )
-def test_grey_levels_of_every_kind(tmp_path: Path, kind: str) -> None:
-    grey = SHAPE.astype(np.uint8) * 255
+def test_gray_levels_of_every_kind(tmp_path: Path, kind: str) -> None:
+    gray = SHAPE.astype(np.uint8) * 255
     path = tmp_path / {"jpeg": "a.jpg", "webp": "a.webp", "1bit.tif": "a.tif", "fax": "a.tif", "float": "a.npy"}.get(
         kind, "a.png"
     )
@@ -203,7 +203,7 @@ def test_grey_levels_of_every_kind(tmp_path: Path, kind: str) -> None:
     elif kind in ("1bit", "1bit.tif", "fax"):
         picture = Image.fromarray(SHAPE)
     else:
-        picture = Image.fromarray(grey.astype(np.uint16) * 257 if kind == "16bit" else grey)
+        picture = Image.fromarray(gray.astype(np.uint16) * 257 if kind == "16bit" else gray)
         picture = picture.convert({"rgb": "RGB", "rgba": "RGBA", "webp": "RGB"}.get(kind, picture.mode))
     if kind == "float":
         np.save(path, SHAPE.astype(np.float32))
@@ -223,7 +223,7 @@ def test_masks_that_a_threshold_does_not_split_are_refused(tmp_path: Path) -> No
     red[SHAPE] = (255, 0, 0)
     for name in ("red.png", "red.jpg"):
         Image.fromarray(red).save(tmp_path / name)
-        with pytest.raises(UserError, match="painted in colours.*set `palette`"):
+        with pytest.raises(UserError, match="painted in colors.*set `palette`"):
             read_levels(tmp_path / name)
     cv2.imwrite(str(tmp_path / "wide.png"), SHAPE.astype(np.uint16) * 255)
     with pytest.raises(UserError, match="save the mask with 8 bits"):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from utils.images import palette as pal
 
-COLOURS = [(0, 0, 0), (200, 10, 30), (7, 250, 99)]
+COLORS = [(0, 0, 0), (200, 10, 30), (7, 250, 99)]
 
 
 def labels(shape: tuple[int, int] = (13, 21), classes: int = 3) -> np.ndarray:
@@ -22,16 +22,16 @@ def test_default_palette_is_vocs() -> None:
     assert len(set(pal.default_palette(300))) == 300
 
 
-def test_written_masks_hold_indices_and_show_colours(tmp_path: Path) -> None:
+def test_written_masks_hold_indices_and_show_colors(tmp_path: Path) -> None:
     mask = labels()
     mask[0, 0] = 255
-    pal.write_mask(tmp_path / "new" / "m.png", mask, COLOURS)
+    pal.write_mask(tmp_path / "new" / "m.png", mask, COLORS)
     image = Image.open(tmp_path / "new" / "m.png")
     assert image.mode == "P"
     np.testing.assert_array_equal(np.asarray(image), mask)
     seen = np.asarray(image.convert("RGB"))
     known = mask != 255
-    np.testing.assert_array_equal(seen[known], np.array(COLOURS)[mask[known]])
+    np.testing.assert_array_equal(seen[known], np.array(COLORS)[mask[known]])
     assert tuple(seen[0, 0]) == pal.default_palette(256)[255]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["m.png"]
 
@@ -42,8 +42,8 @@ def test_more_than_256_classes_are_written_with_16_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "m.png")), mask)
 
 
-def test_one_colour_is_that_of_label_one() -> None:
-    picture = pal.colourise(np.array([[0, 1]], np.uint8), [(1, 2, 3)])
+def test_one_color_is_that_of_label_one() -> None:
+    picture = pal.colorize(np.array([[0, 1]], np.uint8), [(1, 2, 3)])
     assert picture.tolist() == [[[0, 0, 0], [1, 2, 3]]]
 
 
@@ -54,8 +54,8 @@ def test_overlay_blends(channels: int) -> None:
     shown = image[:, :, :3] if channels >= 3 else np.repeat(image[:, :, :1], 3, 2)
     before = image.copy()
     for opacity in (0.0, 0.3, 1.0):
-        expected = (1 - opacity) * shown.astype(float) + opacity * np.array(COLOURS)[mask]
-        got = pal.overlay(image, mask, COLOURS, opacity)
+        expected = (1 - opacity) * shown.astype(float) + opacity * np.array(COLORS)[mask]
+        got = pal.overlay(image, mask, COLORS, opacity)
         assert got.dtype == np.uint8
         np.testing.assert_allclose(got, expected, atol=0.51)
     np.testing.assert_array_equal(image, before)
@@ -63,7 +63,7 @@ def test_overlay_blends(channels: int) -> None:
 
 def test_overlay_in_place_needs_no_second_picture() -> None:
     image = np.zeros((5, 6, 3), np.uint8)
-    picture = pal.overlay(image, labels((5, 6)), COLOURS, 0.5, in_place=True)
+    picture = pal.overlay(image, labels((5, 6)), COLORS, 0.5, in_place=True)
     assert np.shares_memory(picture, image)
     assert image.any()
 
@@ -84,8 +84,8 @@ def test_grid_places_pictures() -> None:
 
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="palette"):
-        pal.colourise(labels(), [(0, 0, 0), (300, 0, 0)])
+        pal.colorize(labels(), [(0, 0, 0), (300, 0, 0)])
     with pytest.raises(ValueError, match="opacity"):
-        pal.overlay(np.zeros((13, 21, 3), np.uint8), labels(), COLOURS, 1.5)
+        pal.overlay(np.zeros((13, 21, 3), np.uint8), labels(), COLORS, 1.5)
     with pytest.raises(ValueError, match="grid"):
         pal.grid([], 2)

@@ -155,7 +155,7 @@ def test_types_and_channel_counts(dtype: str, channels: int) -> None:
     for order in "<>":
         found = decode(written(array, photometric="minisblack", byteorder=order, **options), PATH, channels)
         assert np.array_equal(found.array.reshape(array.shape), array)
-        assert found.colours == {1: 1, 3: 3, 4: 3}.get(channels, 0)
+        assert found.colors == {1: 1, 3: 3, 4: 3}.get(channels, 0)
 
 
 @pytest.mark.parametrize("compression", [None, "lzw", "deflate", "packbits", "zstd", "lzma", "png", "lerc"])
@@ -237,7 +237,7 @@ def test_one_bit_is_read_alike_by_both(tmp_path: Path) -> None:
         assert all(np.array_equal(other, found[0]) for other in found)
 
 
-def test_the_fourth_band_does_not_touch_the_colours(tmp_path: Path) -> None:
+def test_the_fourth_band_does_not_touch_the_colors(tmp_path: Path) -> None:
     array = numbers("u1", 4)
     array[:10, :, 3] = 0
     for extra in ("unspecified", "assocalpha", "unassalpha"):
@@ -263,23 +263,23 @@ def test_cmyk_of_more_bits_and_palettes(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", ink, photometric="separated")
     share = ink / 65535
     assert np.allclose(read_image(tmp_path / "a.tif"), (1 - share[..., :3]) * (1 - share[..., 3:]), atol=1e-4)
-    colours, indices = numbers("u2", 768)[0, 0].reshape(3, 256), numbers("u1")
-    tifffile.imwrite(tmp_path / "p.tif", indices, photometric="palette", colormap=colours, compression="zstd")
-    assert np.array_equal(read_image(tmp_path / "p.tif"), (colours.T >> 8)[indices])
+    colors, indices = numbers("u2", 768)[0, 0].reshape(3, 256), numbers("u1")
+    tifffile.imwrite(tmp_path / "p.tif", indices, photometric="palette", colormap=colors, compression="zstd")
+    assert np.array_equal(read_image(tmp_path / "p.tif"), (colors.T >> 8)[indices])
 
 
 @pytest.mark.parametrize("bits", [1, 4, 16])
 def test_palettes_of_other_bits(tmp_path: Path, bits: int) -> None:
-    colours = np.random.default_rng(0).integers(0, 65536, (3, 2**bits)).astype(np.uint16)
+    colors = np.random.default_rng(0).integers(0, 65536, (3, 2**bits)).astype(np.uint16)
     indices = np.random.default_rng(0).integers(0, 2**bits, (H, W)).astype({1: "?", 4: "u1", 16: "u2"}[bits])
-    extra = [(320, "H", colours.size, colours.ravel().tolist(), True)]
+    extra = [(320, "H", colors.size, colors.ravel().tolist(), True)]
     data = packed(indices, bits, extratags=extra) if bits < 8 else written(indices, extratags=extra)
     (tmp_path / "a.tif").write_bytes(rewritten(data, 262, 3))
     if bits > 8:
         with pytest.raises(UserError, match="PALETTE, 16 bits.*convert it to RGB"):
             read_image(tmp_path / "a.tif")
         return
-    assert np.array_equal(read_image(tmp_path / "a.tif"), (colours.T >> 8)[indices.astype(int)])
+    assert np.array_equal(read_image(tmp_path / "a.tif"), (colors.T >> 8)[indices.astype(int)])
     assert np.array_equal(read_label(tmp_path / "a.tif"), indices)
 
 
@@ -318,7 +318,7 @@ def test_pages_are_bands_where_as_many_are_wanted(tmp_path: Path) -> None:
     assert np.array_equal(read_image(path, 3), np.repeat(many[:, :, :1], 3, axis=2))
 
 
-def test_a_stack_of_three_pages_is_no_picture_in_colour(tmp_path: Path) -> None:
+def test_a_stack_of_three_pages_is_no_picture_in_color(tmp_path: Path) -> None:
     many = numbers("u1", 3)
     path = pages(tmp_path / "a.tif", *many.transpose(2, 0, 1))
     assert np.array_equal(read_image(path, 3), np.repeat(many[:, :, :1], 3, axis=2))

@@ -37,7 +37,7 @@ def one_class(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def network_probs(path: Path, image: np.ndarray) -> Tensor:
-    """Say it step by step: normalise, network, softmax."""
+    """Say it step by step: normalize, network, softmax."""
     loaded = load_model(path)
     x = torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255
     x = (x - torch.tensor(loaded.facts.mean).view(1, 3, 1, 1)) / torch.tensor(loaded.facts.std).view(1, 3, 1, 1)
@@ -73,11 +73,11 @@ def test_any_kind_of_image(model: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.asarray(several[1]), expected.labels)
 
 
-def test_grey_is_repeated_for_a_colour_model(model: Path) -> None:
-    grey = photo(20, 30, 1)
+def test_gray_is_repeated_for_a_color_model(model: Path) -> None:
+    gray = photo(20, 30, 1)
     predict = Predictor(model, mode="single")
-    expected = predict(np.repeat(grey, 3, axis=2)).labels
-    for kind in (grey, grey[:, :, 0], Image.fromarray(grey[:, :, 0])):
+    expected = predict(np.repeat(gray, 3, axis=2)).labels
+    for kind in (gray, gray[:, :, 0], Image.fromarray(gray[:, :, 0])):
         np.testing.assert_array_equal(predict(kind).labels, expected)
 
 
@@ -437,14 +437,14 @@ def test_numbers_mean_what_they_meant_in_training(model: Path, tmp_path: Path) -
 
 def test_pillow_images_of_every_mode(model: Path) -> None:
     predict = Predictor(model, mode="single")
-    grey = photo(20, 30, 1)[:, :, 0]
-    expected = predict.read(grey).image
+    gray = photo(20, 30, 1)[:, :, 0]
+    expected = predict.read(gray).image
     for mode in ("L", "RGB", "LA", "RGBA", "P"):
-        np.testing.assert_array_equal(predict.read(Image.fromarray(grey).convert(mode)).image, expected, mode)
-    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+        np.testing.assert_array_equal(predict.read(Image.fromarray(gray).convert(mode)).image, expected, mode)
+    wide = Image.fromarray(gray.astype(np.uint16) * 257)
     for picture in (wide, wide.convert("I")):
         np.testing.assert_allclose(predict.read(picture).image, expected / 255, atol=1e-6)
-    np.testing.assert_array_equal(predict.read(Image.fromarray(grey > 90)).image[:, :, 0], (grey > 90) * np.uint8(255))
+    np.testing.assert_array_equal(predict.read(Image.fromarray(gray > 90)).image[:, :, 0], (gray > 90) * np.uint8(255))
 
 
 @pytest.mark.parametrize("procedure", ["T", "max", "rankdice"])

@@ -225,7 +225,7 @@ def test_the_gpu_agrees(name, args, channels):
 
 
 def expected_gradient(loss, channels: int) -> Tensor:
-    """Return the gradient of the expected loss over all labellings of three pixels, at the true probabilities."""
+    """Return the gradient of the expected loss over all labelings of three pixels, at the true probabilities."""
     classes = max(channels, 2)
     generator = torch.Generator().manual_seed(3)
     p = torch.rand(classes, 3, generator=generator, dtype=torch.float64) + 0.2

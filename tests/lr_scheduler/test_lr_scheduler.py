@@ -402,8 +402,8 @@ def test_the_command_draws_the_run(config_file, tmp_path, capsys):
     assert str(out) in capsys.readouterr().out
     picture = cv2.imread(str(out))[:, :, ::-1]
     assert picture.shape[1] == 960
-    for colour in ((31, 119, 180), (255, 127, 14)):  # matplotlib's first two: one curve per parameter group
-        assert (picture == colour).all(axis=2).sum() > 200
+    for color in ((31, 119, 180), (255, 127, 14)):  # matplotlib's first two: one curve per parameter group
+        assert (picture == color).all(axis=2).sum() > 200
 
 
 def test_the_run_has_as_many_steps_as_its_data_say(config_file, tmp_path, capsys):

@@ -36,7 +36,7 @@ def _label(value: Any) -> str:
     return ",".join(str(v) for v in value.values())
 
 
-def randomised(network: nn.Module) -> nn.Module:
+def randomized(network: nn.Module) -> nn.Module:
     """Give every BatchNorm statistics and parameters that show when one is missing or exchanged."""
     torch.manual_seed(0)
     for module in network.modules():
@@ -65,7 +65,7 @@ def test_resnets_compute_what_torchvision_computes(name: str, output_stride: int
     dilate = {32: (False, False, False), 16: (False, False, True), 8: (False, True, True)}[output_stride]
     if name == "resnet18" and output_stride < 32:
         pytest.skip("torchvision does not dilate basic blocks")
-    theirs = randomised(torchvision.models.get_model(name, replace_stride_with_dilation=list(dilate)))
+    theirs = randomized(torchvision.models.get_model(name, replace_stride_with_dilation=list(dilate)))
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
     ours = ResNet(name, pretrained=str(tmp_path / "weights.pth"), output_stride=output_stride).eval()
     x = torch.randn(1, 3, 65, 97)
@@ -84,7 +84,7 @@ def test_vggs_compute_what_torchvision_computes(name: str, tmp_path: Path) -> No
     for module in features.modules():
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             module.reset_parameters()
-    randomised(features)
+    randomized(features)
     torch.save({f"features.{k}": v for k, v in features.state_dict().items()}, tmp_path / "weights.pth")
     ours = vgg(name, pretrained=str(tmp_path / "weights.pth")).eval()
     x = torch.randn(1, 3, 64, 96)
@@ -93,7 +93,7 @@ def test_vggs_compute_what_torchvision_computes(name: str, tmp_path: Path) -> No
 
 
 def test_densenets_compute_what_torchvision_computes(tmp_path: Path) -> None:
-    theirs = randomised(torchvision.models.densenet121(num_classes=2))
+    theirs = randomized(torchvision.models.densenet121(num_classes=2))
     # torchvision's files still have the old names (norm.1 for norm1).
     old = {k.replace("norm1", "norm.1").replace("conv1", "conv.1"): v for k, v in theirs.state_dict().items()}
     old = {k.replace("norm2", "norm.2").replace("conv2", "conv.2"): v for k, v in old.items()}
@@ -143,11 +143,11 @@ def test_bad_arguments_are_named(make: Any, args: dict, message: str) -> None:
 # -- weights -------------------------------------------------------------------------------------------------
 
 
-def test_first_conv_of_one_channel_answers_as_to_a_grey_rgb_image() -> None:
+def test_first_conv_of_one_channel_answers_as_to_a_gray_rgb_image() -> None:
     weight = torch.randn(8, 3, 7, 7)
-    grey = torch.randn(1, 1, 20, 20)
-    answer = torch.conv2d(grey, adapt_first_conv(weight, 1))
-    torch.testing.assert_close(answer, torch.conv2d(grey.expand(-1, 3, -1, -1), weight), rtol=1e-4, atol=1e-4)
+    gray = torch.randn(1, 1, 20, 20)
+    answer = torch.conv2d(gray, adapt_first_conv(weight, 1))
+    torch.testing.assert_close(answer, torch.conv2d(gray.expand(-1, 3, -1, -1), weight), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("in_channels", [2, 3, 4, 6, 7])

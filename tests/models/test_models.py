@@ -307,7 +307,7 @@ def test_frozen_bn_stays_frozen(name: str) -> None:
         assert torch.equal(model.state_dict()[key], tensor), key
 
 
-def test_frozen_synchronised_bn_stays_frozen() -> None:
+def test_frozen_synchronized_bn_stays_frozen() -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(build("PSPNet", freeze_bn=True)).train()
     assert norms(model)
     assert not any(m.training for m in norms(model).values())
@@ -333,11 +333,11 @@ def test_a_frozen_backbone_leaves_the_decoder_trainable(name: str) -> None:
 def four_images(size: int) -> tuple[Tensor, Tensor]:
     """Return four noisy images of two flat regions each, and their labels."""
     generator = torch.Generator().manual_seed(1)
-    colours = torch.tensor([[-1.5, 0.0, 0.5], [1.5, -0.5, 0.0], [0.0, 1.5, -1.0]])
+    colors = torch.tensor([[-1.5, 0.0, 0.5], [1.5, -0.5, 0.0], [0.0, 1.5, -1.0]])
     target = torch.zeros(4, size, size, dtype=torch.long)
     target[0, : size // 2], target[1, :, size // 3 :] = 1, 2
     target[2, size // 2 :, : size // 2], target[3, :, :] = 2, 1
-    images = colours[target].permute(0, 3, 1, 2)
+    images = colors[target].permute(0, 3, 1, 2)
     return images + 0.2 * torch.randn(images.shape, generator=generator), target
 
 
@@ -409,7 +409,7 @@ def test_bfloat16_and_channels_last_stay_close_to_float32(name: str, model: Base
         last = model(x.to(memory_format=torch.channels_last))
         model.to(memory_format=torch.contiguous_format)
     if name in {"SegNet", "SegResNet", "ENet"}:
-        # Unpooling by arg-max indices moves an activation to a neighbour wherever rounding changes the winner;
+        # Unpooling by arg-max indices moves an activation to a neighbor wherever rounding changes the winner;
         # averages over small windows do not see that.
         pool = nn.AvgPool2d(8)
         assert relative_error(pool(low.float()), pool(reference)) < 0.3

@@ -109,7 +109,7 @@ def config_args(name: str) -> dict[str, Any]:
 
 
 def rebuilt(name: str, weights: dict[str, Tensor], device: str = "cpu") -> BaseModel:
-    """Build the network of a recorded state dict as for a checkpoint, without spending time on initialisation."""
+    """Build the network of a recorded state dict as for a checkpoint, without spending time on initialization."""
     kind, args, classes = upstream.infer(weights, spec(name)["model"], config_args(name))
     with torch.device("meta"):
         model = models.build(kind, classes, **args)
@@ -252,7 +252,7 @@ TIED = [n for n in SPECS if n in ("SegNet-vgg16_bn-c19", "PSPDenseNet-densenet12
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_synchronised_runs_keep_both_versions_of_a_shared_norm(name: str) -> None:
+def test_synchronized_runs_keep_both_versions_of_a_shared_norm(name: str) -> None:
     weights = filled(name)
     shared = [a for a in spec(name)["aliases"] if a.endswith("running_mean")]
     assert shared

@@ -33,7 +33,7 @@ def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-def randomise_norms(model: nn.Module, seed: int = 0) -> None:
+def randomize_norms(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for norm in norms(model):
         for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
@@ -73,7 +73,7 @@ def test_unpool_agrees_with_torch_and_has_its_gradient() -> None:
 def test_vgg_has_torchvisions_weights_and_features(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     reference = nn.ModuleDict({"features": make_layers(cfgs["D"], batch_norm=name.endswith("bn"))}).eval()
-    randomise_norms(reference)
+    randomize_norms(reference)
     weights = reference.state_dict() | {"classifier.0.weight": torch.zeros(1)}
     torch.save(weights, tmp_path / "vgg.pth")
     backbone = vgg(name, pretrained=str(tmp_path / "vgg.pth")).eval()
@@ -118,14 +118,14 @@ def test_segnet_freezing_the_encoder_leaves_the_decoder_trainable() -> None:
 
 
 def test_segnet_loads_weights_whose_shared_norms_have_drifted_apart() -> None:
-    """Synchronised BatchNorm unties the shared norms: both versions are needed for the same function."""
+    """Synchronized BatchNorm unties the shared norms: both versions are needed for the same function."""
     torch.manual_seed(0)
     source = SegNet(2, published=True).eval()
     for stage in source.decoder:
         for i, layer in enumerate(stage):
             if isinstance(layer, nn.BatchNorm2d):
                 stage[i] = copy.deepcopy(layer)
-    randomise_norms(source)
+    randomize_norms(source)
     model = SegNet(2, published=True).eval()
     model.load_state_dict(source.state_dict())
     x = torch.randn(1, 3, 32, 48)
@@ -138,7 +138,7 @@ def test_segnet_loads_weights_whose_shared_norms_have_drifted_apart() -> None:
 
 def test_segnet_keeps_norms_tied_where_both_names_hold_the_same_values() -> None:
     source = SegNet(2, published=True)
-    randomise_norms(source)
+    randomize_norms(source)
     model = SegNet(2, published=True)
     model.load_state_dict(source.state_dict())
     assert len(shared_layers(model)) == 19
@@ -195,8 +195,8 @@ def test_cut_drops_the_surplus_at_the_end_or_on_both_sides() -> None:
     x = torch.arange(7).expand(1, 1, 7, 7)
     like = torch.zeros(1, 1, 4, 4)
     assert cut(x, like)[0, 0, 0].tolist() == [0, 1, 2, 3]
-    assert cut(x, like, centred=True)[0, 0, 0].tolist() == [1, 2, 3, 4]
-    assert cut(x, like, centred=True, round_up=True)[0, 0, 0].tolist() == [2, 3, 4, 5]
+    assert cut(x, like, centered=True)[0, 0, 0].tolist() == [1, 2, 3, 4]
+    assert cut(x, like, centered=True, round_up=True)[0, 0, 0].tolist() == [2, 3, 4, 5]
 
 
 # -- UNetResnet ----------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ Grid = tuple[float, float]
 
 
 def after(layer: nn.Module, grid: Grid) -> Grid:
-    """Return (position of the first pixel's centre, distance of pixels), in image pixels, after ``layer``."""
+    """Return (position of the first pixel's center, distance of pixels), in image pixels, after ``layer``."""
     start, step = grid
     if not isinstance(layer, (nn.Conv2d, nn.MaxPool2d, nn.ConvTranspose2d)):
         return grid
@@ -313,7 +313,7 @@ def test_bilinear_enlargement_is_bilinear_interpolation_channel_by_channel(facto
     half = factor // 2
     inner = y[..., half:-half, half:-half]
     expected = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    # Beyond the outermost pixels' centres the convolution fades to zero, interpolation repeats the pixel.
+    # Beyond the outermost pixels' centers the convolution fades to zero, interpolation repeats the pixel.
     window = (..., slice(half, -half), slice(half, -half))
     torch.testing.assert_close(inner[window], expected[window])
 

@@ -30,7 +30,7 @@ SMALL = {"UNet": {"width": 4}, "ENet": {}, "SegNet": {}}
 
 
 class Net(nn.Module):
-    """Logits that depend on position and neighbours, so that views of an image differ."""
+    """Logits that depend on position and neighbors, so that views of an image differ."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def config(arch: str, **trainer: object) -> Config:
 
 
 def built(settings: Config) -> LoadedModel:
-    """Build a network with drawn weights; without its own initialisation, which takes seconds for the large ones."""
+    """Build a network with drawn weights; without its own initialization, which takes seconds for the large ones."""
     with torch.device("meta"):
         model = models.build(settings.arch.type, 3, **settings.arch.args)
     model = model.to_empty(device="cpu").eval()

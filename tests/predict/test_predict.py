@@ -160,7 +160,7 @@ def test_one_channel(procedure) -> None:
     st.sampled_from([0.5, 1.0, 3.0]),
 )
 def test_max_of_logits_is_max_of_probabilities(seed, channels, activation, temperature) -> None:
-    # The logits of a pixel differ by 1/2 or more: of equal ones, torch's vectorised sigmoid may round one up.
+    # The logits of a pixel differ by 1/2 or more: of equal ones, torch's vectorized sigmoid may round one up.
     generator = torch.Generator().manual_seed(seed)
     ranks = torch.rand(2, channels, 5, 5, generator=generator).argsort(dim=1)
     logits = ranks / 2 + torch.randint(-8, 8, (2, 1, 5, 5), generator=generator) / 2 + 0.25

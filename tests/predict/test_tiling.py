@@ -16,7 +16,7 @@ from utils.predict import tiling
 
 
 def network(classes: int = 4, seed: int = 0) -> nn.Module:
-    """A small network whose every output pixel depends on a 7 x 7 neighbourhood and on its place in the input."""
+    """A small network whose every output pixel depends on a 7 x 7 neighborhood and on its place in the input."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.Conv2d(8, classes, 3, padding=1)).eval()
 
@@ -57,7 +57,7 @@ def reference_sliding(forward, image: Tensor, tile: int, overlap: float) -> np.n
 
 
 def bilinear(plane: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize one plane, pixel centres aligned by their areas (half-pixel rule)."""
+    """Resize one plane, pixel centers aligned by their areas (half-pixel rule)."""
 
     def taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, None)
@@ -145,7 +145,7 @@ def test_constant_scores_have_no_seams() -> None:
 
 @torch.inference_mode()
 def test_blending_hides_seams() -> None:
-    """A network that errs towards a tile's border: neighbouring pixels must not jump where tiles meet."""
+    """A network that errs towards a tile's border: neighboring pixels must not jump where tiles meet."""
 
     def border_effect(tiles: Tensor) -> Tensor:
         ramp = torch.linspace(0, 1, tiles.shape[-1]).expand(len(tiles), 1, *tiles.shape[-2:])

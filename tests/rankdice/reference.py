@@ -87,7 +87,7 @@ def integral_scores(probs: np.ndarray, metric: str, smooth: float, volumes: np.n
 
 
 def refined_normal_pmf(mean: float, variance: float, third: float, pixels: int) -> dict[int, float]:
-    """Return the truncated, renormalised refined normal distribution of a count (JMLR 24(224), section 4)."""
+    """Return the truncated, renormalized refined normal distribution of a count (JMLR 24(224), section 4)."""
     deviation = math.sqrt(max(variance, 1e-12))
     skew = third / deviation**3
 

@@ -665,7 +665,7 @@ def test_extra_memory_is_at_most_twice_the_map(kind: str) -> None:
 
 
 def label_total(probs: Tensor, labels: Tensor, smooth: float = 0.0) -> float:
-    """Return what ``label_map`` maximises, for one image (C, N)."""
+    """Return what ``label_map`` maximizes, for one image (C, N)."""
     probs = probs.double()
     total = 0.0
     for c in range(probs.shape[0]):

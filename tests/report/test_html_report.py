@@ -200,8 +200,8 @@ def test_pictures_are_small_and_show_the_scored_masks() -> None:
     assert list(case.pictures) == ["image", "target", "T", "max", "rankdice", "rankdice against max"]
     assert (case.pictures["rankdice"] == (255, 0, 0)).all(-1).sum() == 2
     assert (case.pictures["max"] == (255, 0, 0)).all(-1).sum() == 5
-    colours = gallery._colours(np.array([[0, -1, 255, 1]]))[0].tolist()
-    assert colours == [[0, 0, 0], list(UNASSIGNED), list(UNASSIGNED), [255, 0, 0]]
+    colors = gallery._colors(np.array([[0, -1, 255, 1]]))[0].tolist()
+    assert colors == [[0, 0, 0], list(UNASSIGNED), list(UNASSIGNED), [255, 0, 0]]
     large = Batch(torch.zeros(1, 3, 300, 700, dtype=torch.uint8), torch.zeros(1, 300, 700), ["x"])
     labels = torch.zeros(1, 300, 700, dtype=torch.long)
     masks = torch.zeros(1, 3, 300, 700, dtype=torch.bool)

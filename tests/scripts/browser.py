@@ -11,7 +11,7 @@ import pytest
 WIDTHS = (390, 1200)  # a telephone, a desk
 SCHEMES = ("light", "dark")
 
-# Every piece of text that is shown, its colour, and the first opaque colour behind it.
+# Every piece of text that is shown, its color, and the first opaque color behind it.
 _TEXTS = """
 const behind = element => {
   for (let e = element; e; e = e.parentElement) {
@@ -25,9 +25,9 @@ while (walker.nextNode()) {
   const e = walker.currentNode.parentElement, text = walker.currentNode.textContent.trim();
   if (!text || !e.getClientRects().length) continue;
   const style = getComputedStyle(e);
-  const colour = e.ownerSVGElement ? style.fill : style.color;
+  const color = e.ownerSVGElement ? style.fill : style.color;
   const m = e.ownerSVGElement && e.getScreenCTM(), scale = m ? Math.hypot(m.a, m.b) : 1;
-  found.push([text, colour, behind(e), parseFloat(style.fontSize) * scale]);
+  found.push([text, color, behind(e), parseFloat(style.fontSize) * scale]);
 }
 return found;
 """
@@ -53,7 +53,7 @@ def start() -> Any:
 
 
 def look(driver: Any, width: int, scheme: str = "light") -> None:
-    """Show the page on a screen of that width, in the light or dark colour scheme."""
+    """Show the page on a screen of that width, in the light or dark color scheme."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     feature = {"name": "prefers-color-scheme", "value": scheme}
@@ -79,24 +79,22 @@ def overflow(driver: Any) -> int:
 
 def texts(driver: Any) -> list[tuple[str, float, float]]:
     """Return what is written on the page: the text, its contrast with what is behind it, its size in pixels."""
-    return [
-        (text, contrast(rgb(colour), rgb(back)), size) for text, colour, back, size in driver.execute_script(_TEXTS)
-    ]
+    return [(text, contrast(rgb(color), rgb(back)), size) for text, color, back, size in driver.execute_script(_TEXTS)]
 
 
-def rgb(colour: str) -> tuple[float, float, float]:
-    """Return the channels of a computed, opaque colour, ``rgb(1, 2, 3)``."""
-    assert colour.startswith("rgb("), colour
-    red, green, blue = (float(c) for c in colour[4:-1].split(","))
+def rgb(color: str) -> tuple[float, float, float]:
+    """Return the channels of a computed, opaque color, ``rgb(1, 2, 3)``."""
+    assert color.startswith("rgb("), color
+    red, green, blue = (float(c) for c in color[4:-1].split(","))
     return red, green, blue
 
 
 def contrast(a: tuple[float, float, float], b: tuple[float, float, float]) -> float:
-    """Return the contrast ratio of two colours, 1 to 21 (WCAG 2.2; 4.5 is asked of text, 3 of lines)."""
+    """Return the contrast ratio of two colors, 1 to 21 (WCAG 2.2; 4.5 is asked of text, 3 of lines)."""
     low, high = sorted((_luminance(a), _luminance(b)))
     return (high + 0.05) / (low + 0.05)
 
 
-def _luminance(colour: tuple[float, float, float]) -> float:
-    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in colour))
+def _luminance(color: tuple[float, float, float]) -> float:
+    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in color))
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

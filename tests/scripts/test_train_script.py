@@ -194,7 +194,7 @@ def test_several_processes_end_with_our_message(kind: str, config: Path) -> None
     assert torch.load(run_folder(config) / "latest.pth", weights_only=True)["iteration"] >= 3
 
 
-def test_the_launcher_for_synchronised_batch_norm(tmp_path: Path) -> None:
+def test_the_launcher_for_synchronized_batch_norm(tmp_path: Path) -> None:
     # What train.py does by itself where there are several GPUs; here over two processes without any.
     script = tmp_path / "child.py"
     # One write each: the lines of processes that print at the same time must not mix.

@@ -94,7 +94,7 @@ class Evaluator:
         network: from images to probabilities; is put into evaluation mode.
         classes: the classes of interest; None: all.
         count_ignored: see :class:`utils.metrics.Metrics`.
-        loss: scored per image and averaged over the images with labelled pixels, so that it does not depend on the
+        loss: scored per image and averaged over the images with labeled pixels, so that it does not depend on the
             batches; None: no loss.
     """
 
@@ -232,9 +232,9 @@ class _Work:
         self.images += len(batch.names)
         self.sizes.add((int(target.shape[1]), int(target.shape[2])))
         if evaluator.loss is not None:
-            labelled = (target != evaluator.facts.ignore_index).flatten(1).any(dim=1).tolist()
+            labeled = (target != evaluator.facts.ignore_index).flatten(1).any(dim=1).tolist()
             for i, name in enumerate(batch.names):
-                if not labelled[i]:
+                if not labeled[i]:
                     continue  # its loss of 0 would lower the mean
                 self.losses[name] = float(evaluator.loss(logits[i : i + 1].float(), target[i : i + 1]))
         predictions, counts = self._decide(batch, probs, target)

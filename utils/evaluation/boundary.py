@@ -27,7 +27,7 @@ def distance_of(height: int, width: int, ratio: float = RATIO) -> int:
 def boundary(masks: Tensor, distance: int) -> Tensor:
     """Return the pixels of each mask that an erosion by ``distance`` steps removes.
 
-    One step of the erosion takes away the pixels with a pixel outside the mask among their 8 neighbours. What lies
+    One step of the erosion takes away the pixels with a pixel outside the mask among their 8 neighbors. What lies
     outside the image is outside the mask.
 
     Args:

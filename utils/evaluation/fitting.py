@@ -98,7 +98,7 @@ def fit(
         procedure: "T", "max" or "rankdice": the one whose mDice decides.
 
     Raises:
-        UserError: the data has no labelled pixel, or the logits are not finite.
+        UserError: the data has no labeled pixel, or the logits are not finite.
     """
     network = evaluator.network
     assert isinstance(network, Network | SavedNetwork)  # the members of an ensemble are fitted one by one

@@ -185,7 +185,7 @@ def fit_bias(
 def _bias_terms(
     logits: Tensor, target: Tensor, activation: Activation, own: Tensor, weights: Tensor
 ) -> tuple[float, Tensor, Tensor]:
-    """Return the penalised negative log-likelihood, its gradient and its curvature by (1 / temperature, bias)."""
+    """Return the penalized negative log-likelihood, its gradient and its curvature by (1 / temperature, bias)."""
     classes = logits.shape[1]
     binary = activation == "sigmoid" or classes == 1
     bias = torch.zeros(classes, dtype=torch.float64).index_copy_(0, own, weights[1:])

@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.files import atomic
 from utils.images.formats import decode, fast_image, read_bytes
 from utils.images.labels import Mask, read_label, read_levels, read_mask
-from utils.images.raster import Raster, from_pillow, named_colours
+from utils.images.raster import Raster, from_pillow, named_colors
 from utils.images.values import BY_TYPE, Pixels, ValueRange
 
 __all__ = [
@@ -43,9 +43,9 @@ _warned = False  # of pages that are not read: once, not file by file
 def read_image(path: str | Path, channels: int = 3, values: ValueRange = BY_TYPE) -> np.ndarray:
     """Read an image of any supported format, with the wanted number of channels.
 
-    Grey, RGB, RGBA, palette, CMYK, 1, 8 and 16 bit files of any format that OpenCV or Pillow know, TIFF with
+    Gray, RGB, RGBA, palette, CMYK, 1, 8 and 16 bit files of any format that OpenCV or Pillow know, TIFF with
     many channels, and ``.npy`` arrays ``(H, W)`` or ``(H, W, C)``. EXIF orientation is applied, transparency is
-    dropped, grey is repeated for RGB and RGB becomes luminance for one channel.
+    dropped, gray is repeated for RGB and RGB becomes luminance for one channel.
 
     Args:
         path: the file.
@@ -64,14 +64,14 @@ def read_image(path: str | Path, channels: int = 3, values: ValueRange = BY_TYPE
 def read_pixels(path: str | Path, channels: int = 3, values: ValueRange = BY_TYPE) -> Pixels:
     """Read an image as :func:`read_image` does, and learn which pixels have no data (``values.nodata``).
 
-    A data set fills the missing pixels with its mean colour, ``pixels.filled(mean)``, and ignores them:
+    A data set fills the missing pixels with its mean color, ``pixels.filled(mean)``, and ignores them:
     ``label[pixels.missing] = ignore_index``.
     """
     path = Path(path)
     data = read_bytes(path)
     image = fast_image(data, channels)
     if image is not None:
-        return _pixels(Raster(image, colours=image.shape[2]), channels, values, str(path))
+        return _pixels(Raster(image, colors=image.shape[2]), channels, values, str(path))
     raster = decode(data, path, channels)
     if raster.pages > 1:
         _warn_of_pages(path, raster.pages)
@@ -94,7 +94,7 @@ def to_pixels(image: np.ndarray | Image.Image, channels: int = 3, values: ValueR
     array = image[:, :, None] if image.ndim == 2 else image
     if array.ndim != 3 or 0 in array.shape:
         raise ValueError(f"images: expected an array (H, W) or (H, W, channels), got shape {image.shape}")
-    return _pixels(Raster(array, named_colours(array.shape[2])), channels, values, "the image")
+    return _pixels(Raster(array, named_colors(array.shape[2])), channels, values, "the image")
 
 
 def _pixels(raster: Raster, channels: int, values: ValueRange, source: str) -> Pixels:
@@ -109,14 +109,14 @@ def write_png(
 
     Args:
         path: where to; its folder is created.
-        array: uint8 ``(H, W)`` (grey, or indices with ``palette``) or ``(H, W, 3)`` RGB; uint16 ``(H, W)``.
-        palette: up to 256 RGB triples: colours of the indices 0, 1, ...
+        array: uint8 ``(H, W)`` (gray, or indices with ``palette``) or ``(H, W, 3)`` RGB; uint16 ``(H, W)``.
+        palette: up to 256 RGB triples: colors of the indices 0, 1, ...
         software: text of the PNG's "Software" field.
     """
     image = Image.fromarray(array)
     if palette is not None:
         image = image.convert("L") if image.mode != "L" else image
-        image.putpalette([int(v) for colour in palette for v in colour])
+        image.putpalette([int(v) for color in palette for v in color])
     information = PngInfo()
     if software:
         information.add_text("Software", software)
@@ -125,9 +125,9 @@ def write_png(
 
 
 def voc_colormap(n: int = 256) -> tuple[tuple[int, int, int], ...]:
-    """Return the first ``n`` colours of the Pascal VOC colour map (index 255 is its void colour)."""
+    """Return the first ``n`` colors of the Pascal VOC color map (index 255 is its void color)."""
 
-    def colour(index: int) -> tuple[int, int, int]:
+    def color(index: int) -> tuple[int, int, int]:
         channels = [0, 0, 0]
         for bit in range(8):
             # Three bits of the index at a time become the next lower bit of red, green and blue.
@@ -135,7 +135,7 @@ def voc_colormap(n: int = 256) -> tuple[tuple[int, int, int], ...]:
                 channels[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
         return channels[0], channels[1], channels[2]
 
-    return tuple(colour(index) for index in range(n))
+    return tuple(color(index) for index in range(n))
 
 
 def _warn_of_pages(path: Path, pages: int) -> None:
@@ -146,10 +146,10 @@ def _warn_of_pages(path: Path, pages: int) -> None:
 
 
 def _select(raster: Raster, channels: int, source: str) -> np.ndarray:
-    """Return as many channels as wanted, or grey or RGB, which can be converted."""
-    array, colours = raster.array, raster.colours
+    """Return as many channels as wanted, or gray or RGB, which can be converted."""
+    array, colors = raster.array, raster.colors
     if raster.palette is not None:
-        colours = 3
+        colors = 3
         array = np.concatenate([raster.palette[array[:, :, 0]], array[:, :, 1:]], axis=2)
     have = array.shape[2]
     if raster.inverted and array.dtype.kind not in "bu":
@@ -158,7 +158,7 @@ def _select(raster: Raster, channels: int, source: str) -> np.ndarray:
         array = ~array if array.dtype == np.bool_ else (raster.largest or np.iinfo(array.dtype).max) - array
     if have == channels or (raster.alpha and have - 1 == channels):
         return array[:, :, :channels]
-    if channels in (1, 3) and colours == 3:
+    if channels in (1, 3) and colors == 3:
         return array[:, :, :3]
     if channels in (1, 3) and (have == 1 or (have == 2 and raster.alpha)):
         return array[:, :, :1]

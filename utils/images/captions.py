@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw, ImageFont
 _GAP, _LINE, _SWATCH = 6, 20, 14
 _INK = (20, 20, 20)
 
-Entry = tuple[str, Sequence[int] | None]  # a name and its colour; None: a grey square with a line through it
+Entry = tuple[str, Sequence[int] | None]  # a name and its color; None: a gray square with a line through it
 
 
 def legend(entries: Sequence[Entry], width: int) -> np.ndarray:
-    """Return rows of coloured squares with names, ``width`` pixels wide."""
+    """Return rows of colored squares with names, ``width`` pixels wide."""
     font = ImageFont.load_default(12)
     places, x, y = [], _GAP, 2
     for name, _ in entries:
@@ -25,10 +25,10 @@ def legend(entries: Sequence[Entry], width: int) -> np.ndarray:
         x += wide
     canvas = Image.new("RGB", (width, y + _LINE + 12), "white")
     pen = ImageDraw.Draw(canvas)
-    for (name, colour), (x, y) in zip(entries, places, strict=True):
+    for (name, color), (x, y) in zip(entries, places, strict=True):
         box = (x, y + 2, x + _SWATCH, y + 2 + _SWATCH)
-        pen.rectangle(box, fill=(150, 150, 150) if colour is None else tuple(map(int, colour)), outline=_INK)
-        if colour is None:
+        pen.rectangle(box, fill=(150, 150, 150) if color is None else tuple(map(int, color)), outline=_INK)
+        if color is None:
             pen.line((box[0], box[3], box[2], box[1]), fill="white", width=2)
         pen.text((x + _SWATCH + 5, y + 1), name, fill=_INK, font=font)
     return np.asarray(canvas)

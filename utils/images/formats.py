@@ -1,4 +1,4 @@
-"""From the bytes of an image file to a :class:`Raster`. Files are recognised by their content, not by their names."""
+"""From the bytes of an image file to a :class:`Raster`. Files are recognized by their content, not by their names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from utils.errors import UserError
 from utils.images import tif
-from utils.images.raster import DAMAGED, Raster, from_pillow, named_colours, orientation_of, upright
+from utils.images.raster import DAMAGED, Raster, from_pillow, named_colors, orientation_of, upright
 
 # OpenCV's limit. Pillow's own is lower than the size of satellite images.
 Image.MAX_IMAGE_PIXELS = 2**30
@@ -24,7 +24,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM", "JPEG2000")
 _NPY = b"\x93NUMPY"
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-_PNG_GREY, _PNG_GREYS = 0, (0, 4)  # without and with transparency
+_PNG_GRAY, _PNG_GRAYS = 0, (0, 4)  # without and with transparency
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _JPEG_12_BIT = re.compile(rb"\xff[\xc0\xc1\xc2]..\x0c", re.DOTALL)  # a frame header: marker, length, precision
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
@@ -44,21 +44,21 @@ def read_bytes(path: Path) -> bytes:
 
 
 def fast_image(data: bytes, channels: int) -> np.ndarray | None:
-    """Decode whole JPEG and PNG files of 8 bits as grey or RGB, upright; return None for any other file.
+    """Decode whole JPEG and PNG files of 8 bits as gray or RGB, upright; return None for any other file.
 
     OpenCV decodes them faster than Pillow and applies the orientation.
     """
     if channels not in (1, 3) or not (_is_whole_jpeg(data) or (_is_whole_png(data) and data[24] <= 8)):
         return None
-    # libpng turns colours into grey with a gamma correction where the file has an sRGB or gAMA chunk.
-    grey = channels == 1 and (data.startswith(_JPEG) or data[25] in _PNG_GREYS)
-    image = _opencv(data, cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
+    # libpng turns colors into gray with a gamma correction where the file has an sRGB or gAMA chunk.
+    gray = channels == 1 and (data.startswith(_JPEG) or data[25] in _PNG_GRAYS)
+    image = _opencv(data, cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR)
     return image[:, :, None] if image is not None and image.ndim == 2 else image
 
 
 def fast_label(data: bytes) -> np.ndarray | None:
-    """Decode a plain grey PNG file of 8 bits, the usual form of label maps; None for any other file."""
-    if not (_is_whole_png(data) and data[24] == 8 and data[25] == _PNG_GREY):
+    """Decode a plain gray PNG file of 8 bits, the usual form of label maps; None for any other file."""
+    if not (_is_whole_png(data) and data[24] == 8 and data[25] == _PNG_GRAY):
         return None
     if _may_be_turned(data) or data.find(b"acTL", 33, 4096) > 0:
         return None
@@ -95,7 +95,7 @@ def _npy(data: bytes, path: Path) -> Raster:
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise UserError(f"{path} has shape {array.shape}; expected (H, W) or (H, W, channels)")
     array = array if array.ndim == 3 else array[:, :, None]
-    return Raster(array, colours=named_colours(array.shape[2]))
+    return Raster(array, colors=named_colors(array.shape[2]))
 
 
 def _png16(data: bytes, path: Path) -> Raster:
@@ -104,7 +104,7 @@ def _png16(data: bytes, path: Path) -> Raster:
         raise UserError(f"{path} {DAMAGED}")
     orientation = orientation_of(_open(data, path)) if _may_be_turned(data) else 1
     image = upright(image if image.ndim == 3 else image[:, :, None], orientation)
-    return Raster(image, colours=min(3, image.shape[2]), alpha=image.shape[2] == 4)
+    return Raster(image, colors=min(3, image.shape[2]), alpha=image.shape[2] == 4)
 
 
 def _pillow(data: bytes, path: Path) -> Raster:
@@ -121,7 +121,7 @@ def _pillow(data: bytes, path: Path) -> Raster:
     raster = from_pillow(image, path)
     raster.pages = pages
     raster.lossy = image.format in ("JPEG", "MPO", "JPEG2000") or (image.format == "WEBP" and _is_lossy_webp(data))
-    if image.format == "PNG" and data[25] == _PNG_GREY and data[24] in (2, 4):
+    if image.format == "PNG" and data[25] == _PNG_GRAY and data[24] in (2, 4):
         # Decoders stretch 2 and 4 bits to 0..255: back to the stored numbers.
         raster.largest = 2 ** data[24] - 1
         raster.array = raster.array // (255 // raster.largest)
@@ -158,11 +158,11 @@ def _pnm(data: bytes, image: Any, path: Path) -> Raster | None:
         raise UserError(f"{path} {DAMAGED}: {error}") from None
     if numbers.size < wanted or numbers.min(initial=0) < 0 or numbers.max(initial=0) > largest:
         raise UserError(f"{path} {DAMAGED}")
-    return Raster(numbers.reshape(height, width, channels).astype(kind), colours=channels, largest=largest)
+    return Raster(numbers.reshape(height, width, channels).astype(kind), colors=channels, largest=largest)
 
 
 def _is_whole_jpeg(data: bytes) -> bool:
-    # libjpeg fills the missing part of a truncated file with grey and only prints a warning. Files without the end
+    # libjpeg fills the missing part of a truncated file with gray and only prints a warning. Files without the end
     # marker in their last bytes go to Pillow, which refuses the truncated ones.
     return data.startswith(_JPEG) and _JPEG_END in data[-64:]
 
@@ -188,7 +188,7 @@ def _is_lossy_webp(data: bytes) -> bool:
 
 def _opencv(data: bytes, flag: int) -> np.ndarray | None:
     """Decode with OpenCV into RGB(A) order; None where it cannot."""
-    data = _without_colour_profile(data)
+    data = _without_color_profile(data)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     except cv2.error:
@@ -202,7 +202,7 @@ def _opencv(data: bytes, flag: int) -> np.ndarray | None:
     return image
 
 
-def _without_colour_profile(data: bytes) -> bytes:
+def _without_color_profile(data: bytes) -> bytes:
     """Return a PNG file without its ICC profile: nothing uses it, and libpng warns of every odd one."""
     place = data.find(b"iCCP", 33, 4096) if data.startswith(_PNG) else -1
     if place < 0:

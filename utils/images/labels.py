@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.images.formats import decode, fast_label, read_bytes
 from utils.images.raster import Raster
 
-# Lossy compression makes greys slightly coloured; a larger difference means a mask painted in colours.
+# Lossy compression makes grays slightly colored; a larger difference means a mask painted in colors.
 _CHROMA_NOISE = 24
 
 
@@ -20,14 +20,14 @@ class Mask:
     """A label map as stored.
 
     Attributes:
-        values: ``(H, W)`` uint8 or int32, or the colours: uint8 ``(H, W, 3)``.
-        palette: uint8 ``(256, 3)``: the colours that the values of a palette file stand for.
+        values: ``(H, W)`` uint8 or int32, or the colors: uint8 ``(H, W, 3)``.
+        palette: uint8 ``(256, 3)``: the colors that the values of a palette file stand for.
     """
 
     values: np.ndarray
     palette: np.ndarray | None = None
 
-    def colours(self) -> np.ndarray:
+    def colors(self) -> np.ndarray:
         """Return uint8 ``(H, W, 3)``: the mask as it looks."""
         if self.values.ndim == 3:
             return self.values
@@ -37,19 +37,19 @@ class Mask:
 
 
 def read_label(path: str | Path) -> np.ndarray:
-    """Read a label map: the numbers as stored (a palette's indices, not its colours).
+    """Read a label map: the numbers as stored (a palette's indices, not its colors).
 
     Returns:
         ``(H, W)`` uint8, or int32 where values above 255 or below 0 can occur.
 
     Raises:
-        UserError: as :func:`read_mask`, and for a file in colour.
+        UserError: as :func:`read_mask`, and for a file in color.
     """
     values = read_mask(path).values
     if values.ndim == 3:
         raise UserError(
-            f"{path} is a colour image, but a label map must contain one class id per pixel. For masks painted in "
-            "colours use the Folder loader with a `palette` (one RGB colour per class)."
+            f"{path} is a color image, but a label map must contain one class id per pixel. For masks painted in "
+            "colors use the Folder loader with a `palette` (one RGB color per class)."
         )
     return values
 
@@ -57,8 +57,8 @@ def read_label(path: str | Path) -> np.ndarray:
 def read_mask(path: str | Path) -> Mask:
     """Read a label map, and the palette if the file has one.
 
-    Refused are: lossy compression (JPEG and others, recognised by content), transparency that varies, several pages
-    or frames, channels that are neither grey nor RGB, numbers with a fraction, NaN, and colours of more than 8 bits.
+    Refused are: lossy compression (JPEG and others, recognized by content), transparency that varies, several pages
+    or frames, channels that are neither gray nor RGB, numbers with a fraction, NaN, and colors of more than 8 bits.
 
     Raises:
         UserError: the file is missing, empty, truncated, no image, or one of the above.
@@ -80,19 +80,19 @@ def read_mask(path: str | Path) -> Mask:
     array = _without_alpha(raster, path)
     if array.shape[2] == 3:
         if array.dtype != np.uint8:
-            raise UserError(f"{path} has colours of type {array.dtype}; masks in colours must have 8 bits per channel")
+            raise UserError(f"{path} has colors of type {array.dtype}; masks in colors must have 8 bits per channel")
         return Mask(array)
     return Mask(_integers(array[:, :, 0], path), raster.palette)
 
 
 def read_levels(path: str | Path) -> np.ndarray:
-    """Read a mask of two classes that a threshold is applied to, as grey levels ``(H, W)`` uint8.
+    """Read a mask of two classes that a threshold is applied to, as gray levels ``(H, W)`` uint8.
 
-    One bit is stretched to 0 and 255, palettes become their colours, more than 8 bits are reduced to 8. Lossy
+    One bit is stretched to 0 and 255, palettes become their colors, more than 8 bits are reduced to 8. Lossy
     compression is fine.
 
     Raises:
-        UserError: the file cannot be read, is painted in colours, has transparency that varies, or contains only the
+        UserError: the file cannot be read, is painted in colors, has transparency that varies, or contains only the
             values 0 and 1, which look alike to any threshold.
     """
     path = Path(path)
@@ -104,8 +104,8 @@ def read_levels(path: str | Path) -> np.ndarray:
         spread = int(np.ptp(array.astype(np.int32), axis=2).max(initial=0))
         if spread > (_CHROMA_NOISE if raster.lossy else 0) * (257 if array.dtype == np.uint16 else 1):
             raise UserError(
-                f"{path} is painted in colours, so `threshold` does not apply: set `palette` in the loader's args to "
-                "one RGB colour per class, in the order of `classes`"
+                f"{path} is painted in colors, so `threshold` does not apply: set `palette` in the loader's args to "
+                "one RGB color per class, in the order of `classes`"
             )
         array = array[:, :, 1:2]
     return _levels(array[:, :, 0], raster, path)
@@ -138,7 +138,7 @@ def _without_alpha(raster: Raster, path: Path) -> np.ndarray:
         alpha, array = array[:, :, -1], array[:, :, :-1]
         if alpha.size and (alpha != alpha.flat[0]).any():
             raise UserError(
-                f"{path} has transparency that differs between pixels, so it is unclear which pixels are labelled; "
+                f"{path} has transparency that differs between pixels, so it is unclear which pixels are labeled; "
                 "save the mask without an alpha channel"
             )
     if array.shape[2] not in (1, 3):

@@ -1,4 +1,4 @@
-"""Label maps in colour: palettes, overlays and grids of pictures. NumPy in, NumPy out."""
+"""Label maps in color: palettes, overlays and grids of pictures. NumPy in, NumPy out."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from utils.images import voc_colormap, write_png
 
 Palette = Sequence[Sequence[int]]
 
-# A palette PNG has 256 entries: larger label maps are written as 16-bit grey.
+# A palette PNG has 256 entries: larger label maps are written as 16-bit gray.
 PALETTE_SIZE = 256
 # Rows per step of operations on very large pictures, so that temporaries stay small.
 _ROWS = 256
 
 
 def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
-    """Return distinct colours for ``num_classes`` classes: the Pascal VOC colour map, black first."""
+    """Return distinct colors for ``num_classes`` classes: the Pascal VOC color map, black first."""
     return voc_colormap(num_classes)
 
 
 def complete_palette(palette: Palette | None, size: int = PALETTE_SIZE) -> np.ndarray:
-    """Return uint8 ``(size, 3)``: the given colours, then those of the default palette.
+    """Return uint8 ``(size, 3)``: the given colors, then those of the default palette.
 
-    With one colour only (a single class over background) index 0 is black and index 1 has that colour.
+    With one color only (a single class over background) index 0 is black and index 1 has that color.
     """
-    colours = np.array(default_palette(size), dtype=np.uint8)
+    colors = np.array(default_palette(size), dtype=np.uint8)
     given = np.asarray(palette if palette is not None else [], dtype=np.int64).reshape(-1, 3)
     if given.size and (given.min() < 0 or given.max() > 255):
         raise ValueError("palette: expected RGB triples in 0..255")
     if len(given) == 1:
         given = np.concatenate([np.zeros((1, 3), np.int64), given])
-    colours[: len(given)] = given[:size]
-    return colours
+    colors[: len(given)] = given[:size]
+    return colors
 
 
-def colourise(labels: np.ndarray, palette: Palette | None = None) -> np.ndarray:
+def colorize(labels: np.ndarray, palette: Palette | None = None) -> np.ndarray:
     """Return the picture, uint8 ``(H, W, 3)`` RGB, of a label map ``(H, W)`` of non-negative integers."""
     largest = int(labels.max(initial=0))
     return complete_palette(palette, max(PALETTE_SIZE, largest + 1))[labels]
 
 
 def write_mask(path: str | Path, labels: np.ndarray, palette: Palette | None = None, software: str = "") -> None:
-    """Write a label map as a PNG that shows the palette's colours and contains the exact class indices.
+    """Write a label map as a PNG that shows the palette's colors and contains the exact class indices.
 
-    uint8 labels become a palette PNG, larger ones (more than 256 classes) a 16-bit grey PNG without colours. The
+    uint8 labels become a palette PNG, larger ones (more than 256 classes) a 16-bit gray PNG without colors. The
     file is complete or not there at all.
     """
     if labels.dtype == np.uint8:
@@ -59,7 +59,7 @@ def write_mask(path: str | Path, labels: np.ndarray, palette: Palette | None = N
 def displayable(image: np.ndarray) -> np.ndarray:
     """Return an image ``(H, W, channels)``, uint8 or floating point in [0, 1], as uint8 RGB to look at.
 
-    One channel is shown as grey, of more than three the first three, of two the first.
+    One channel is shown as gray, of more than three the first three, of two the first.
     """
     image = image if image.ndim == 3 else image[:, :, None]
     image = image[:, :, :3] if image.shape[2] >= 3 else np.repeat(image[:, :, :1], 3, axis=2)
@@ -71,12 +71,12 @@ def displayable(image: np.ndarray) -> np.ndarray:
 def overlay(
     image: np.ndarray, labels: np.ndarray, palette: Palette | None = None, opacity: float = 0.5, in_place: bool = False
 ) -> np.ndarray:
-    """Return the image with the label map's colours laid over it.
+    """Return the image with the label map's colors laid over it.
 
     Args:
         image: as :func:`displayable` takes it.
         labels: ``(H, W)`` integers; index 0 (background) and unassigned pixels (255) are tinted as any other.
-        opacity: 0 shows the image, 1 the colours.
+        opacity: 0 shows the image, 1 the colors.
         in_place: overwrite ``image`` where it is uint8 RGB already, for pictures that fill the memory.
     """
     if not 0 <= opacity <= 1:
@@ -84,10 +84,10 @@ def overlay(
     canvas = displayable(image)
     if np.may_share_memory(canvas, image) and not (in_place and image.flags.writeable):
         canvas = canvas.copy()
-    colours = complete_palette(palette, max(PALETTE_SIZE, int(labels.max(initial=0)) + 1))
+    colors = complete_palette(palette, max(PALETTE_SIZE, int(labels.max(initial=0)) + 1))
     for y in range(0, len(canvas), _ROWS):
         band = canvas[y : y + _ROWS]
-        cv2.addWeighted(band, 1 - opacity, colours[labels[y : y + _ROWS]], opacity, 0, dst=band)
+        cv2.addWeighted(band, 1 - opacity, colors[labels[y : y + _ROWS]], opacity, 0, dst=band)
     return canvas
 
 

@@ -21,17 +21,17 @@ class Raster:
 
     Attributes:
         array: ``(H, W, C)`` as stored, upright (the file's orientation is applied).
-        colours: how many of the first channels are grey (1) or red, green and blue (3); 0: not known.
-        alpha: whether the channel after the colours (the last one, if they are not known) is transparency.
+        colors: how many of the first channels are gray (1) or red, green and blue (3); 0: not known.
+        alpha: whether the channel after the colors (the last one, if they are not known) is transparency.
         largest: the largest value of integers, where it is below that of their type.
-        palette: uint8 ``(256, 3)``, the colours that the numbers stand for.
+        palette: uint8 ``(256, 3)``, the colors that the numbers stand for.
         inverted: whether 0 is white.
         lossy: whether the compression has changed the numbers.
         pages: how many images the file contains, previews not counted.
     """
 
     array: np.ndarray
-    colours: int
+    colors: int
     alpha: bool = False
     largest: int | None = None
     palette: np.ndarray | None = None
@@ -69,17 +69,17 @@ def from_pillow(image: Image.Image, path: Path | str) -> Raster:
     mode, palette = image.mode, None
     if mode in ("P", "PA"):
         palette = np.zeros((256, 3), np.uint8)
-        colours = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
-        palette[: len(colours)] = colours
+        colors = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+        palette[: len(colors)] = colors
     elif mode in ("CMYK", "YCbCr"):
         image = image.convert("RGB")
     elif mode not in ("1", "L", "LA", "RGB", "RGBA", "RGBX", "F") and not mode.startswith("I"):
-        raise UserError(f"{path} contains colours of a kind that is not supported ({mode}); convert it to RGB")
+        raise UserError(f"{path} contains colors of a kind that is not supported ({mode}); convert it to RGB")
     array = np.array(image)  # a copy: Pillow's own arrays cannot be written to
     array = upright(array if array.ndim == 3 else array[:, :, None], orientation)
     return Raster(
         array,
-        colours=3 if array.shape[2] >= 3 else 1,
+        colors=3 if array.shape[2] >= 3 else 1,
         alpha=mode.endswith("A"),
         # Mode I is 16 bit data in a wider type.
         largest=65535 if mode == "I" else None,
@@ -87,8 +87,8 @@ def from_pillow(image: Image.Image, path: Path | str) -> Raster:
     )
 
 
-def named_colours(channels: int) -> int:
-    """Return how many channels are colours where a file does not say: three and four are RGB and one more."""
+def named_colors(channels: int) -> int:
+    """Return how many channels are colors where a file does not say: three and four are RGB and one more."""
     return {1: 1, 3: 3, 4: 3}.get(channels, 0)
 
 

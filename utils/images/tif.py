@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from utils.errors import UserError
-from utils.images.raster import DAMAGED, ORIENTATION, Raster, from_pillow, named_colours, needs_extra, upright
+from utils.images.raster import DAMAGED, ORIENTATION, Raster, from_pillow, named_colors, needs_extra, upright
 
 try:
     import tifffile
@@ -134,7 +134,7 @@ def _by_tifffile(file: Any, path: Path, channels: int, size: int) -> Raster:
     if len(alike) > 1 and raster.array.shape[2] == 1 and _are_bands(file, len(alike), channels):
         arrays = [raster.array, *(_page(p, path, size).array for p in alike[1:])]
         raster.array = np.concatenate(arrays, axis=2)
-        raster.colours, raster.pages = named_colours(len(alike)), 1
+        raster.colors, raster.pages = named_colors(len(alike)), 1
     return raster
 
 
@@ -177,7 +177,7 @@ def _page(page: Any, path: Path, size: int) -> Raster:
     # tifffile turns luminance and chroma into RGB only where JPEG stores them side by side.
     chroma = compressed == _APERIO or (meaning == _YCBCR and (compressed != _JPEG or page.planarconfig != 1))
     if chroma or (meaning == _CMYK and (compressed in _LOSSY or samples != 4)):
-        raise UserError(f"{path} has {page.photometric.name} colours in a form that is not supported; convert to RGB")
+        raise UserError(f"{path} has {page.photometric.name} colors in a form that is not supported; convert to RGB")
     _refuse_truncated(page.dataoffsets, page.databytecounts, size, path)
     array = np.asarray(page.asarray())
     if "S" in page.axes and page.axes.index("S") == 0:
@@ -190,7 +190,7 @@ def _page(page: Any, path: Path, size: int) -> Raster:
         white_is_zero, array = False, ~array
     raster = Raster(
         upright(array, page.tags.valueof(ORIENTATION, 1)),
-        colours=3 if meaning in (_RGB, _YCBCR) else named_colours(samples),
+        colors=3 if meaning in (_RGB, _YCBCR) else named_colors(samples),
         alpha=any(int(extra) in _ALPHA for extra in page.extrasamples[-1:]),
         largest=2**bits - 1 if array.dtype.kind == "u" and bits < 8 * array.itemsize else None,
         inverted=white_is_zero,
@@ -201,15 +201,15 @@ def _page(page: Any, path: Path, size: int) -> Raster:
         raster.array = raster.array.astype(np.uint8)  # one bit comes as bool
     if meaning == _CMYK:
         raster.array = _from_cmyk(raster.array)
-        raster.colours = 3
+        raster.colors = 3
     return raster
 
 
 def _palette(colormap: np.ndarray) -> np.ndarray:
-    """Return uint8 ``(256, 3)`` of a colour map ``(3, N)`` in 16 bits (some writers use 8)."""
-    colours = np.asarray(colormap).T[:256]
+    """Return uint8 ``(256, 3)`` of a color map ``(3, N)`` in 16 bits (some writers use 8)."""
+    colors = np.asarray(colormap).T[:256]
     palette = np.zeros((256, 3), np.uint8)
-    palette[: len(colours)] = colours if colours.max(initial=0) < 256 else colours >> 8
+    palette[: len(colors)] = colors if colors.max(initial=0) < 256 else colors >> 8
     return palette
 
 

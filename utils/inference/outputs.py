@@ -74,7 +74,7 @@ class Outputs:
 
     Args:
         folder: is created as needed.
-        facts: the classes' names and colours.
+        facts: the classes' names and colors.
         run: what the files say about the run.
         wanted: what is written in addition to the masks.
         force: replace files that this program did not write.

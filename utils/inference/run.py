@@ -75,7 +75,7 @@ def segment_all(args: argparse.Namespace) -> int:
     with distributed.process_group(torch.device("cpu"), timeout=timedelta(days=7)):  # the slowest may take long
         reports = distributed.gather(report)
     if rank == 0:
-        summarise(reports, outputs, predictor.mode, time.monotonic() - started)
+        summarize(reports, outputs, predictor.mode, time.monotonic() - started)
         if source.found is not None and source.found.passed_over:
             print(source.found.passed_over)
     if report.interrupted:
@@ -170,7 +170,7 @@ def image_bar(total: int | None) -> Iterator[tuple[Callable, Callable]]:
         yield advance, say
 
 
-def summarise(reports: Sequence[Report], outputs: Outputs, mode: str, seconds: float) -> None:
+def summarize(reports: Sequence[Report], outputs: Outputs, mode: str, seconds: float) -> None:
     """Print what was done, what failed, and where everything is; write the table of expected scores."""
     done, skipped = sum(r.done for r in reports), [s for r in reports for s in r.skipped]
     tiled = [t for r in reports for t in r.tiled]

@@ -157,7 +157,7 @@ def prepare(args: argparse.Namespace) -> Job:
 
 
 def fit(args: argparse.Namespace, job: Job) -> None:
-    """Fit on labelled images, and write what was found: fields of the config's ``predict``."""
+    """Fit on labeled images, and write what was found: fields of the config's ``predict``."""
     procedure = job.procedure if job.procedure in PROCEDURES else "rankdice"
     evaluator = Evaluator(job.network, job.options.classes)
     found = fitting.fit(

@@ -35,7 +35,7 @@ class Network:
     """A trained network, called with images as the loaders yield them.
 
     Args:
-        model: returns logits ``(B, C, H, W)`` for normalised images, or ``{"out": logits}``.
+        model: returns logits ``(B, C, H, W)`` for normalized images, or ``{"out": logits}``.
         facts: of the data the model was trained on.
         activation: "softmax" or "sigmoid", see :func:`utils.predict.probabilities`.
         device: where the model is. Images are moved to it.
@@ -124,7 +124,7 @@ class Ensemble:
     """Several networks for the same classes; the probabilities are the mean of theirs.
 
     Has the interface of :class:`Network`, with facts, link function and device of the first. Each member keeps its own
-    normalisation, temperature and precision.
+    normalization, temperature and precision.
 
     Raises:
         UserError: the members differ in their classes, channels or link function.

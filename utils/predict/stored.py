@@ -212,7 +212,7 @@ def write_masks(folder: Path, facts: Facts, names: Sequence[str], labels: NDArra
 
 
 def write_class_masks(folder: Path, facts: Facts, masks: Any, classes: Iterable[int], run: str = "0" * 16) -> None:
-    """Write the overlapping masks of one image as ``folder/003_car.png``: grey PNGs, 255 inside and 0 outside.
+    """Write the overlapping masks of one image as ``folder/003_car.png``: gray PNGs, 255 inside and 0 outside.
 
     Masks that an earlier run left in the folder are removed.
 

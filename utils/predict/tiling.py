@@ -28,7 +28,7 @@ class Tiles:
 
     Attributes:
         size: side of a tile in pixels, or its (height, width). Tiles are never larger than the image.
-        overlap: the least share of a tile that its neighbour covers too, in [0, 1).
+        overlap: the least share of a tile that its neighbor covers too, in [0, 1).
         batch_size: tiles per forward pass.
         max_bytes: memory of a band of scores.
 
@@ -141,7 +141,7 @@ def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
 def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
     """Return where tiles begin along an axis, so that they cover it and none extends over its end.
 
-    Neighbours share at least ``overlap`` of a tile; the last tile ends at the axis' end. An axis shorter than
+    Neighbors share at least ``overlap`` of a tile; the last tile ends at the axis' end. An axis shorter than
     ``tile`` has one tile, starting at 0 (of the axis' length).
     """
     if length <= tile:

@@ -5,7 +5,7 @@
 
     G(l) = Phi(x) + skew (1 - x^2) phi(x) / 6,   x = (l + 1/2 - mu) / sqrt(v),   P(l) = G(l) - G(l - 1),
 
-truncated to the volumes between its 1e-4 and 1 - 1e-4 quantiles and renormalised. ``rma`` is that of Wang & Dai,
+truncated to the volumes between its 1e-4 and 1 - 1e-4 quantiles and renormalized. ``rma`` is that of Wang & Dai,
 NeurIPS 2025. They sort whole rows: time and memory are those of a sort, and more.
 
 ``paper`` is what the authors' program does, which made the published tables: trna up to a mean of 50, else ba. It
@@ -152,7 +152,7 @@ class Support:
         self.pmf = self.probabilities(moments)  # (R, L)
 
     def probabilities(self, moments: _Moments) -> Tensor:
-        """Return the truncated, renormalised refined normal ``(..., L)`` for moments ``(R, ...)``."""
+        """Return the truncated, renormalized refined normal ``(..., L)`` for moments ``(R, ...)``."""
         dims = moments.mean.dim() - 1
         volumes = self.volumes.view(self.volumes.shape[0], *[1] * dims, -1)
         mean = moments.mean.unsqueeze(-1)

@@ -1,12 +1,12 @@
-"""Charts of the test report, as SVG text: no library, no script; colours follow the page's light or dark scheme."""
+"""Charts of the test report, as SVG text: no library, no script; colors follow the page's light or dark scheme."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
 
-# Okabe & Ito's colours, which colour-blind readers can tell apart.
-COLOURS = {
+# Okabe & Ito's colors, which color-blind readers can tell apart.
+COLORS = {
     "T": "#e69f00",
     "T_tuned": "#cc79a7",
     "max": "#0072b2",
@@ -55,7 +55,7 @@ def bars(values: Mapping[str, Mapping[str, float | None]], classes: Sequence[str
                 continue
             body.append(
                 f'<rect x="{left}" y="{y:.1f}" width="{value * scale:.1f}" height="{thick - 1}" '
-                f'fill="{COLOURS[name]}"><title>{escape(cls)}, {escape(name)}: {value:.4f}</title></rect>'
+                f'fill="{COLORS[name]}"><title>{escape(cls)}, {escape(name)}: {value:.4f}</title></rect>'
             )
             body.append(_text(left + value * scale + 3, y + thick - 2, f"{value:.2f}", extra='class="tiny"'))
     return _svg(width, height, "Dice per class and procedure", body)
@@ -85,26 +85,26 @@ def reliability(diagrams: Mapping[str, Sequence[Sequence[float]]]) -> str:
     """Return reliability diagrams, ``title -> [[mean probability, share true, share of pixels], ...]``."""
     side = 300
     body, left, bottom = _square("predicted probability", "fraction that is correct", side)
-    for (title, bins), colour in zip(diagrams.items(), (COLOURS["max"], COLOURS["T"]), strict=False):
+    for (title, bins), color in zip(diagrams.items(), (COLORS["max"], COLORS["T"]), strict=False):
         points = [(left + p * side, bottom - true * side) for p, true, _ in bins]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        body.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
         for (x, y), (p, true, share) in zip(points, bins, strict=True):
             radius = 2.5 + 6 * share**0.5
             body.append(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour}" fill-opacity="0.6">'
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{color}" fill-opacity="0.6">'
                 f"<title>{escape(title)}: probability {p:.3f}, true {true:.3f}, {share:.1%} of them</title></circle>"
             )
     return _svg(left + side + 14, bottom + 38, "Reliability diagram", body)
 
 
-def scatter(points: Sequence[tuple[str, float, float]], x_title: str, y_title: str, colour: str) -> str:
+def scatter(points: Sequence[tuple[str, float, float]], x_title: str, y_title: str, color: str) -> str:
     """Return a point per image: name, x and y in [0, 1], and the diagonal."""
     side = 300
     body, left, bottom = _square(x_title, y_title, side)
     for name, x, y in points:
         body.append(
-            f'<circle cx="{left + x * side:.1f}" cy="{bottom - y * side:.1f}" r="3" fill="{colour}" '
+            f'<circle cx="{left + x * side:.1f}" cy="{bottom - y * side:.1f}" r="3" fill="{color}" '
             f'fill-opacity="0.55"><title>{escape(name)}: {x:.3f}, {y:.3f}</title></circle>'
         )
     return _svg(left + side + 14, bottom + 38, f"{y_title} against {x_title}", body)
@@ -125,12 +125,12 @@ def intervals(rows: Sequence[tuple[str, float, float, float]]) -> str:
                           'class="small"'))  # fmt: skip
     for i, (name, mean, low, high) in enumerate(rows):
         y = i * row + row / 2
-        colour = COLOURS.get(name, "#888")
+        color = COLORS.get(name, "#888")
         x1, x2 = zero + low * scale, zero + high * scale
         body += [
             _text(left - 5, y + 4, name, "end", 'class="small"'),
-            f'<line x1="{x1:.1f}" y1="{y}" x2="{x2:.1f}" y2="{y}" stroke="{colour}" stroke-width="3"/>',
-            f'<circle cx="{zero + mean * scale:.1f}" cy="{y}" r="5" fill="{colour}"/>',
+            f'<line x1="{x1:.1f}" y1="{y}" x2="{x2:.1f}" y2="{y}" stroke="{color}" stroke-width="3"/>',
+            f'<circle cx="{zero + mean * scale:.1f}" cy="{y}" r="5" fill="{color}"/>',
         ]
     return _svg(width, height, "Differences in mDice with their intervals", body)
 
@@ -154,9 +154,9 @@ def heat_map(shares: Sequence[Sequence[float | None]], classes: Sequence[str]) -
             if not share:
                 continue
             x, title = label + j * cell, f"{escape(classes[i])} predicted as {escape(classes[j])}: {share:.2%}"
-            colour = COLOURS["max"] if i == j else COLOURS["rankdice_paper"]
+            color = COLORS["max"] if i == j else COLORS["rankdice_paper"]
             body.append(
-                f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{colour}" '
+                f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{color}" '
                 f'fill-opacity="{share:.3f}"><title>{title}</title></rect>'
             )
             if numbers and share >= 0.005:

@@ -172,7 +172,7 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
         "part": f"{part}; for all of them: --set test_loader.args.split=all" if part else None,
         "note": optimism(config),
         "images": outcome.images,
-        "resolution": f"shorter side to {min(crop)}, centre crop {crop[0]} x {crop[1]}" if crop else "whole images",
+        "resolution": f"shorter side to {min(crop)}, center crop {crop[0]} x {crop[1]}" if crop else "whole images",
         "image_sizes": _sizes(outcome.sizes),
         "scores": "per image and class, mean over classes, then over images (RankSEG paper, Appendix A); "
         "Dataset_*: counts of all images added up first",

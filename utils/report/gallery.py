@@ -109,9 +109,9 @@ class Gallery:
         labels = {name: self._labels(part, name, i) for name in self.shown}
         small_image = np.asarray(cv2.resize(displayable(image), size, interpolation=cv2.INTER_AREA), np.uint8)
         pictures: dict[str, Picture] = {"image": small_image}
-        pictures["target"] = self._colours(_smaller(target, size))
+        pictures["target"] = self._colors(_smaller(target, size))
         for name, one in labels.items():
-            pictures[name] = self._colours(_smaller(one, size))
+            pictures[name] = self._colors(_smaller(one, size))
         small = [_smaller(x, size) for x in (labels["rankdice"], labels["max"], target)]
         pictures["rankdice against max"] = self._disagreement(small_image, *small)
         return pictures
@@ -124,19 +124,19 @@ class Gallery:
         assert prediction.masks is not None
         return _mask_labels(part.probs[i], prediction.masks[i]).cpu().numpy()
 
-    def _colours(self, labels: NDArray[np.int64]) -> Picture:
+    def _colors(self, labels: NDArray[np.int64]) -> Picture:
         known = max(self.facts.num_classes, 2)
-        colours = complete_palette(self.facts.palette, max(known, 256))
+        colors = complete_palette(self.facts.palette, max(known, 256))
         inside = (labels >= 0) & (labels < known)
         unassigned = np.array(UNASSIGNED, np.uint8)
-        return np.where(inside[..., None], colours[np.where(inside, labels, 0)], unassigned).astype(np.uint8)
+        return np.where(inside[..., None], colors[np.where(inside, labels, 0)], unassigned).astype(np.uint8)
 
     def _disagreement(
         self, image: Picture, ranked: NDArray[np.int64], base: NDArray[np.int64], target: NDArray[np.int64]
     ) -> Picture:
-        """Return the image in pale grey with coloured pixels where the two label maps differ."""
-        grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
-        canvas = np.repeat((128 + grey // 2)[..., None], 3, axis=2)
+        """Return the image in pale gray with colored pixels where the two label maps differ."""
+        gray = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
+        canvas = np.repeat((128 + gray // 2)[..., None], 3, axis=2)
         differ = (ranked != base) & (target != self.facts.ignore_index)
         canvas[differ] = BOTH_WRONG
         canvas[differ & (ranked == target)] = RANKDICE_RIGHT

@@ -57,7 +57,7 @@ def page(content: Mapping[str, Any], evidence: Evidence, config: Config, command
     protocol, procedures = content["protocol"], content["procedures"]
     comparison, reliability = content.get("comparison") or {}, content.get("reliability") or {}
     metrics, gallery = evidence.metrics, evidence.gallery
-    shown = {name: charts.COLOURS[name] for name in SHOWN if name in procedures}
+    shown = {name: charts.COLORS[name] for name in SHOWN if name in procedures}
     split = f" {protocol['split']}" if protocol["split"] else ""
     environment_ = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -75,7 +75,7 @@ def page(content: Mapping[str, Any], evidence: Evidence, config: Config, command
         charts={
             name: Markup(chart) for name, chart in _charts(procedures, metrics, shown, comparison, reliability).items()
         },
-        reliability_colours={DIAGRAMS["classes"]: charts.COLOURS["max"], DIAGRAMS["confidence"]: charts.COLOURS["T"]},
+        reliability_colors={DIAGRAMS["classes"]: charts.COLORS["max"], DIAGRAMS["confidence"]: charts.COLORS["T"]},
         calibration=_calibration(reliability, protocol),
         expected=_expected(metrics, procedures),
         confusion=_confusion(content, evidence, gallery.facts.label_names),
@@ -194,12 +194,12 @@ def _charts(
     points = expected_points(metrics["rankdice"]) if "rankdice" in metrics else []
     drawn = points[:: _every(points)]
     diagrams = {title: reliability[key] for key, title in DIAGRAMS.items()} if reliability.get("pixels") else {}
-    colour = charts.COLOURS["rankdice"]
+    color = charts.COLORS["rankdice"]
     return {
         "intervals": charts.intervals(intervals) if intervals else "",
         "bars": charts.bars(dice, list(next(iter(dice.values())))) if dice else "",
         "reliability": charts.reliability(diagrams) if diagrams else "",
-        "expected": charts.scatter(drawn, "expected without labels", "measured", colour) if drawn else "",
+        "expected": charts.scatter(drawn, "expected without labels", "measured", color) if drawn else "",
     }
 
 
@@ -258,8 +258,8 @@ def _case(case: Case) -> dict[str, Any]:
     return {"name": case.name, "pictures": pictures, **scores}
 
 
-def _rgb(colour: Sequence[int]) -> str:
-    return f"rgb({colour[0]},{colour[1]},{colour[2]})"
+def _rgb(color: Sequence[int]) -> str:
+    return f"rgb({color[0]},{color[1]},{color[2]})"
 
 
 def _source(picture: NDArray[Any], photo: bool) -> str:

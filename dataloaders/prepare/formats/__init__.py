@@ -1,4 +1,4 @@
-"""The export formats of labelling tools by the names of the command line."""
+"""The export formats of labeling tools by the names of the command line."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import numpy as np
 from base.classes import Classes, read_classes
 from dataloaders.prepare import shapes
 from dataloaders.prepare.export import Export, Images, Picture, Shape, format_errors, split_of
-from dataloaders.reading.colours import ColourTable
+from dataloaders.reading.colors import ColorTable
 from dataloaders.reading.pairing import image_files
 from utils.errors import UserError
 from utils.images import read_mask
@@ -37,12 +37,12 @@ def _add(export: Export, file: Path, images: Images) -> None:
     if root.find("track") is not None:
         raise UserError(f"{file} contains tracks of a video; export as 'CVAT for images'")
     for label in root.iterfind("meta//labels/label"):
-        name, colour = label.findtext("name") or "", label.findtext("color") or ""
+        name, color = label.findtext("name") or "", label.findtext("color") or ""
         if name not in export.classes:
             export.classes.append(name)
-        if len(colour) == 7:
-            red, green, blue = bytes.fromhex(colour[1:])
-            export.colours[name] = (red, green, blue)
+        if len(color) == 7:
+            red, green, blue = bytes.fromhex(color[1:])
+            export.colors[name] = (red, green, blue)
     for image in root.iterfind("image"):
         path = images.find(image.attrib["name"], file.parent)
         if path is None:
@@ -68,7 +68,7 @@ def _render(element: ElementTree.Element, left_out: Counter[str]) -> shapes.Rend
     if element.tag == "box":
         left, top, right, bottom = (float(value[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
         turn = float(value.get("rotation", 0))
-        return shapes.box(left, top, right - left, bottom - top, turn, centred=True)
+        return shapes.box(left, top, right - left, bottom - top, turn, centered=True)
     if element.tag == "ellipse":
         x, y, radius_x, radius_y = (float(value[key]) for key in ("cx", "cy", "rx", "ry"))
         return shapes.ellipse(x, y, radius_x, radius_y, float(value.get("rotation", 0)))
@@ -86,13 +86,11 @@ def _render(element: ElementTree.Element, left_out: Counter[str]) -> shapes.Rend
 def _masks(source: Path, images: Images) -> Export:
     classes = read_classes(source / "labelmap.txt")
     if classes.palette is None:
-        raise UserError(f"{source / 'labelmap.txt'} gives no colours, as CVAT's does (name:R,G,B::)")
+        raise UserError(f"{source / 'labelmap.txt'} gives no colors, as CVAT's does (name:R,G,B::)")
     folder = source / "SegmentationClass"
     if not folder.is_dir():
         raise UserError(f"{source}: there is no folder SegmentationClass")
-    table = ColourTable(
-        {colour: i for i, colour in enumerate(classes.palette)}, "The colours are those of labelmap.txt."
-    )
+    table = ColorTable({color: i for i, color in enumerate(classes.palette)}, "The colors are those of labelmap.txt.")
     lists = sorted((source / "ImageSets" / "Segmentation").glob("*.txt"))
     splits = {
         line: split_of(Path(file.name), Path())
@@ -114,7 +112,7 @@ def _masks(source: Path, images: Images) -> Export:
     return export
 
 
-def _ids(path: Path, table: ColourTable, classes: Classes) -> Callable[[], np.ndarray]:
+def _ids(path: Path, table: ColorTable, classes: Classes) -> Callable[[], np.ndarray]:
     def ids() -> np.ndarray:
         mask = read_mask(path)
         if mask.values.ndim == 2 and mask.palette is None:
@@ -122,7 +120,7 @@ def _ids(path: Path, table: ColourTable, classes: Classes) -> Callable[[], np.nd
                 raise UserError(
                     f"{path} holds value {mask.values.max()}, but labelmap.txt has {len(classes.names)} lines"
                 )
-            return mask.values  # CVAT: grey masks hold the number of the line
-        return table.decode(mask.colours(), path)
+            return mask.values  # CVAT: gray masks hold the number of the line
+        return table.decode(mask.colors(), path)
 
     return ids

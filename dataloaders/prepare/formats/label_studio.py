@@ -46,7 +46,7 @@ def _add(export: Export, task: dict[str, Any], images: Images) -> None:
         kind = str(result.get("type", "")).removesuffix("labels")
         labels = result.get("value", {}).get(f"{kind}labels")
         if not labels or kind not in ("polygon", "brush", "rectangle", "ellipse"):
-            export.left_out[f"results that are not a labelled area ({result.get('type')})"] += 1
+            export.left_out[f"results that are not a labeled area ({result.get('type')})"] += 1
             continue
         if result.get("image_rotation"):
             raise UserError(f"{path.name} was rotated in Label Studio; export it without rotation, or label it again")

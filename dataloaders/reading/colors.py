@@ -9,11 +9,11 @@ import numpy as np
 
 from utils.errors import UserError, plural
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 _SHOWN = 5
 
 
-class ColourTable:
+class ColorTable:
     """A table from color to class id.
 
     Args:
@@ -23,8 +23,8 @@ class ColourTable:
 
     _UNKNOWN = 65535
 
-    def __init__(self, ids: Mapping[Colour, int], hint: str = "") -> None:
-        self._colours = np.array(list(ids), np.uint8).reshape(-1, 3)
+    def __init__(self, ids: Mapping[Color, int], hint: str = "") -> None:
+        self._colors = np.array(list(ids), np.uint8).reshape(-1, 3)
         values = np.array(list(ids.values()), np.int32)
         self._values = values.astype(np.uint8) if values.min() >= 0 and values.max() <= 255 else values
         self._hint = hint
@@ -39,7 +39,7 @@ class ColourTable:
         table = self._table
         if table is None:
             table = np.full(1 << 24, self._UNKNOWN, np.uint16)
-            table[_packed(self._colours)] = np.arange(len(self._colours))
+            table[_packed(self._colors)] = np.arange(len(self._colors))
             self._table = table  # only now, when it is complete, because other threads read it
         rows = table[_packed(mask)]
         unknown = rows == self._UNKNOWN
@@ -48,11 +48,11 @@ class ColourTable:
         return self._values[rows]
 
     def _unknown(self, pixels: np.ndarray, path: Path | str) -> UserError:
-        colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
+        colors, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
         order = np.argsort(-counts, kind="stable")[:_SHOWN]
-        shown = ", ".join(f"{colours[i].tolist()} ({plural(counts[i], 'pixel')})" for i in order)
-        more = f" and {len(colours) - _SHOWN} more" if len(colours) > _SHOWN else ""
-        return UserError(f"{path} contains colours that are not a class: {shown}{more}. {self._hint}".rstrip())
+        shown = ", ".join(f"{colors[i].tolist()} ({plural(counts[i], 'pixel')})" for i in order)
+        more = f" and {len(colors) - _SHOWN} more" if len(colors) > _SHOWN else ""
+        return UserError(f"{path} contains colors that are not a class: {shown}{more}. {self._hint}".rstrip())
 
 
 def _packed(mask: np.ndarray) -> np.ndarray:
