@@ -13,6 +13,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=(*PROCEDURES, "all"),
         help="prediction procedure (default: predict.test of the config); all: all of them, and report.html",
     )
+    add("--details", action="store_true", help="with -p all, print all scores of every procedure, not only a comparison")
     add("--fit", action="store_true", help="do not score; fit on the validation data and write NAME_calibrated.pth")
     add(
         "-o",
@@ -81,10 +83,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--limit {args.limit}: expected at least 1")
     if args.fit and len(args.resume or []) > 1:
         parser.error("--fit: fit the members of an ensemble one by one")
-    if args.fit and (args.predict or args.tta or args.save_masks or args.save_probs or args.boundary):
+    if args.fit and (args.predict or args.tta or args.save_masks or args.save_probs or args.boundary or args.details):
         parser.error(
-            "--fit uses single views of the validation data; it cannot be combined with -p, --tta, --boundary or "
-            "--save-..."
+            "--fit uses single views of the validation data; it cannot be combined with -p, --tta, --boundary, "
+            "--details or --save-..."
         )
     if args.folds and (args.resume or args.fit or args.limit or args.save_masks or args.save_probs or args.boundary):
         parser.error("--folds cannot be combined with -r, --fit, --limit, --boundary or --save-...")
@@ -224,6 +226,7 @@ class Setup(NamedTuple):
     procedure: str  # or "all"
     decisions: dict[str, Decision]
     views: str
+    details: bool  # for the screen
 
     @property
     def everything(self) -> bool:
@@ -254,7 +257,7 @@ def prepare(args: argparse.Namespace, loaded: LoadedModel, device: torch.device)
     words += " and their mirror images" if flip else ""
     if mode != ("multiscale" if "multiscale" in views else "single"):
         words += f" (inference.py: predict.mode {mode})"
-    return Setup(loaded, loader, evaluator, options, procedure, decisions, words)
+    return Setup(loaded, loader, evaluator, options, procedure, decisions, words, args.details)
 
 
 def watch(args: argparse.Namespace, setup: Setup, folder: Path) -> Watcher:
@@ -278,7 +281,7 @@ def write_results(setup: Setup, state: Mapping[str, Any], outcome: Evaluation, w
         gathered=watcher.compute(),
         fitted=fitted.note(state, config),
     )
-    print(report.text(results))
+    print(report.text(results, setup.details))
     replaced = report.to_be_replaced(folder, results["protocol"])
     stale = not setup.everything and (folder / report.PAGE).exists()
     written = report.write(results, outcome, loaded.facts, folder)
@@ -314,8 +317,8 @@ def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
         setups = [prepare(args, loaded, device) for loaded in models]
         decisions = folds.aligned([s.decisions for s in setups], [s.options for s in setups], args.predict)
         outcomes = [
-            evaluate(s.evaluator, s.loader, d, progress=lambda loader: progress_bar(loader, desc="TEST"))
-            for s, d in zip(setups, decisions, strict=True)
+            evaluate(s.evaluator, s.loader, d, progress=partial(progress_bar, desc=f"TEST {k} of {len(setups)}"))
+            for k, (s, d) in enumerate(zip(setups, decisions, strict=True), 1)
         ]
         if distributed.is_main():
             pooled = folds.merged(outcomes)
@@ -325,7 +328,7 @@ def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
                 for o, s, note in zip([pooled, *outcomes], [setups[0], *setups], [notes[0], *notes], strict=True)
             ]
             results = folds.combined(whole, each)
-            print(report.text(results), folds.text(results), sep="\n")
+            print(report.text(results, args.details), folds.text(results, args.details), sep="\n")
             for path in report.write(results, pooled, models[0].facts, folder):
                 print(f"written: {path}")
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.scripts.test_test_script import run, script
+from tests.scripts.test_test_script import ROOT, run, script
 from tests.shapes_checkpoint import loader, write_checkpoint
 from utils.errors import UserError
 from utils.report import folds
@@ -94,10 +96,33 @@ def test_folds_that_do_not_fit_together_are_refused(three, tmp_path, monkeypatch
     other = fold(tmp_path, 1, predict={"CoI": [1]})
     message = refused(monkeypatch, "--folds", three[0], other, three[2])
     assert "predict.CoI is all in" in message
+    state = torch.load(three[1], weights_only=True)
+    state["facts"]["class_names"] = ["sky", *state["facts"]["class_names"][1:]]
+    torch.save(state, tmp_path / "other.pth")
+    message = refused(monkeypatch, "--folds", three[0], tmp_path / "other.pth", three[2])
+    assert f"--folds {tmp_path / 'other.pth'}: class 0 of its data is 'sky', but 'background' for the model" in message
     for arguments in (["--folds", three[0]], ["--folds", *three, "-r", three[0]], ["--folds", *three, "--limit", 1]):
         refused(monkeypatch, *arguments)
         assert "--folds" in capsys.readouterr().err
     assert not (tmp_path / "folds").exists()
+
+
+def test_two_processes_find_the_same(three, tmp_path, monkeypatch, capsys) -> None:
+    run(monkeypatch, capsys, "--folds", *three, "-p", "all", "-o", tmp_path / "one")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "test.py")]
+    command += ["--folds", *map(str, three), "-p", "all", "-o", str(tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("## mDice of each fold") == 1
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    for name, scores in one["procedures"].items():
+        for key in ("Mean_Dice", "Mean_IoU", "Dataset_mDice", "Class_Dice", "images"):
+            assert two["procedures"][name][key] == pytest.approx(scores[key]), (name, key)
+        assert two["spread"][name]["Mean_Dice"] == pytest.approx(one["spread"][name]["Mean_Dice"])
+    assert (tmp_path / "one/per_image.csv").read_bytes() == (tmp_path / "two/per_image.csv").read_bytes()
 
 
 def test_the_default_folder_is_above_all_checkpoints() -> None:

@@ -61,6 +61,15 @@ def single_decision(procedure: str, options: PredictOptions) -> dict[str, Decisi
     return {name: Decision(procedure, options)}
 
 
+def deployed(procedure: str, options: PredictOptions) -> str:
+    """Return the name in :func:`all_decisions` of what inference.py does with a procedure and these options."""
+    if procedure == "T" and options.threshold != 0.5:
+        return "T_tuned"
+    if procedure == "rankdice" and options.metric == "iou":
+        return "rankdice_iou"
+    return next(iter(single_decision(procedure, options)))
+
+
 def all_decisions(options: PredictOptions) -> dict[str, Decision]:
     """Return every procedure side by side, by the names of the results.
 

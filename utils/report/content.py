@@ -10,9 +10,10 @@ import torch
 
 from utils.checkpoint import LoadedModel
 from utils.config.schema import Component, Config
-from utils.evaluation import Evaluation
+from utils.evaluation import Evaluation, deployed
 from utils.evaluation.comparison import FEW_IMAGES, compare, image_means, worst_mean
 from utils.evaluation.confusion import worst
+from utils.predict import PredictOptions
 
 # The table of the comparison: field of the results, heading.
 COLUMNS = (
@@ -78,7 +79,7 @@ def results(
     if fitted and protocol["note"]:
         protocol["note"] += ", also those of what was fitted on them"
     content: dict[str, Any] = {"protocol": protocol, "procedures": procedures}
-    found = compare(outcome.metrics, names, config.predict.test, protocol["note"])
+    found = compare(outcome.metrics, names, protocol["deployed"], protocol["note"])
     if found is not None:
         content["comparison"] = found
     gathered = dict(gathered or {})
@@ -183,6 +184,7 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
         "temperature": config.predict.temperature,
         "threshold": config.predict.threshold,
         "rankdice": config.predict.rankdice.model_dump(),
+        "deployed": deployed(config.predict.test, PredictOptions.from_config(config.predict)),
         "forward_milliseconds_per_image": 1000 * outcome.forward_seconds / max(outcome.images, 1),
         "memory": _memory_note(outcome, loaded),
         "device": str(next(loaded.model.parameters(), torch.zeros(0)).device),

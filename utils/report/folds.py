@@ -14,6 +14,7 @@ from utils.checkpoint import LoadedModel
 from utils.config.data_checks import check_facts
 from utils.errors import UserError, plural
 from utils.evaluation import Decision, Evaluation
+from utils.evaluation.comparison import BASELINE
 from utils.predict import PredictOptions
 from utils.report.text import INDENT, WIDTH
 
@@ -157,9 +158,10 @@ def _spread(values: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def text(content: Mapping[str, Any]) -> str:
-    """Return the tables of the folds for the screen."""
+def text(content: Mapping[str, Any], details: bool = False) -> str:
+    """Return the tables of the folds for the screen; ``details``: see :func:`utils.report.text`."""
     folds, spread, pooled = content["folds"], content["spread"], content["procedures"]
+    shown = [p for p in pooled if details or len(pooled) == 1 or p in (BASELINE, content["protocol"]["deployed"])]
     parts = []
     for key, title in PER_FOLD.items():
         rows = [
@@ -171,11 +173,11 @@ def text(content: Mapping[str, Any]) -> str:
         parts.append(f"\n{INDENT}## {title} of each fold\n")
         parts.append(tables.plain(["fold", "images", *pooled], rows, INDENT, WIDTH))
     rows = [
-        [name, *(_cell(spread[p]["Class_Dice"][name]) for p in pooled)]
+        [name, *(_cell(spread[p]["Class_Dice"][name]) for p in shown)]
         for name in next(iter(pooled.values()))["Class_Dice"]
     ]
     parts.append(f"\n{INDENT}## Class Dice, mean ± standard deviation over the folds\n")
-    parts.append(tables.plain(["class", *pooled], rows, INDENT, WIDTH))
+    parts.append(tables.plain(["class", *shown], rows, INDENT, WIDTH))
     return "\n".join(parts)
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from utils import tables
+from utils.predict import PROCEDURES
 from utils.report.content import COLUMNS, EXPLAINED
 
 INDENT = "    "
 WIDTH = 100
+# Columns of the comparison on the screen; report.html has all of COLUMNS.
+ON_SCREEN = ("Mean_Dice", "Mean_IoU", "Worst_Tenth_Dice", "Dataset_mIoU", "Mean_Boundary_IoU", "Pixel_Accuracy")
+SUMMARY = [column for column in COLUMNS if column[0] in ON_SCREEN]
+COSTS = ("milliseconds_per_image", "peak_mebibytes")
 # Lines of the protocol that the screen shows; results.json has all of them.
 PROTOCOL = (
     *(
@@ -31,17 +36,31 @@ PROTOCOL = (
 )
 
 
-def text(content: Mapping[str, Any]) -> str:
-    """Return the protocol, a report of each procedure, and, for several procedures, tables that compare them."""
+def text(content: Mapping[str, Any], details: bool = False) -> str:
+    """Return the protocol and the report of each procedure; of several procedures, tables that compare them.
+
+    Args:
+        content: of ``results.json``.
+        details: of several procedures, the report and the scores per class of all of them, not only of the one that
+            inference uses.
+    """
     protocol, procedures = content["protocol"], content["procedures"]
-    parts = [_header(protocol), *(_report(name, scores, protocol) for name, scores in procedures.items())]
-    if len(procedures) > 1:
-        parts += [_class_table(procedures, key, protocol) for key in ("Class_Dice", "Class_IoU")]
-        parts.append(_comparison(procedures))
+    several, parts = len(procedures) > 1, [_header(protocol)]
+    reported = [name for name in procedures if details or not several or name == protocol["deployed"]]
+    blocks = [_report(name, procedures[name], protocol) for name in reported]
+    if several:
+        same = _same(procedures)
+        distinct = {name: scores for name, scores in procedures.items() if details or name not in same}
+        parts.append(_comparison(distinct, protocol, {} if details else same))
+        if "comparison" in content:
+            parts.append(_differences(content["comparison"], distinct))
+        if details:
+            blocks += [_class_table(procedures, key, protocol) for key in ("Class_Dice", "Class_IoU")]
     if "reliability" in content:
         parts.append(_reliability(content["reliability"]))
+    parts += blocks
     if "comparison" in content:
-        parts.append(_differences(content["comparison"]))
+        parts.append(_title("Verdict") + wrapped(content["comparison"]["verdict"]))
     if "advice" in content:
         parts.append(_title("Advice") + wrapped(content["advice"]))
     return "\n".join(parts)
@@ -95,12 +114,38 @@ def _class_table(procedures: Mapping[str, Mapping[str, Any]], key: str, protocol
     return _title(key.replace("_", " ")) + tables.plain(["class", *procedures, "images"], rows, INDENT, WIDTH)
 
 
-def _comparison(procedures: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = [(key, title) for key, title in COLUMNS if any(s.get(key) is not None for s in procedures.values())]
-    rows = [[name, *(tables.number(s.get(key)) for key, _ in columns)] for name, s in procedures.items()]
+def _same(procedures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return name -> an earlier one with equal scores, of the procedures whose names a config does not know."""
+    known: dict[str, list[Any]] = {}
+    same: dict[str, str] = {}
+    for name, scores in procedures.items():
+        values = [scores["Class_Dice"], *(scores.get(key) for key, _ in COLUMNS if key not in COSTS)]
+        earlier = next((other for other, found in known.items() if found == values), None)
+        if earlier is None or name in PROCEDURES:
+            known[name] = values
+        else:
+            same[name] = earlier
+    return same
+
+
+def _comparison(
+    procedures: Mapping[str, Mapping[str, Any]], protocol: Mapping[str, Any], same: Mapping[str, str]
+) -> str:
+    columns = [(key, title) for key, title in SUMMARY if any(s.get(key) is not None for s in procedures.values())]
+    rows = [
+        [
+            name,
+            *(tables.number(s.get(key)) for key, _ in columns),
+            *(tables.number(s.get(f"{kind}_Dice", s.get(f"{kind}_IoU"))) for kind in ("Expected", "Measured")),
+            tables.number(s.get("milliseconds_per_image"), 2),
+        ]
+        for name, s in procedures.items()
+    ]
+    header = ["procedure", *(title for _, title in columns), "expected", "measured", "ms/image"]
     notes = [f"{name}: {what}" for name, what in EXPLAINED.items() if name in procedures]
-    table = tables.plain(["procedure", *(title for _, title in columns)], rows, INDENT, WIDTH)
-    return "\n".join([_title("Comparison") + table, *map(wrapped, notes)])
+    notes += [f"{name}: the same scores as {other}" for name, other in same.items()]
+    notes.append(f"inference.py uses {protocol['deployed']}, by predict.test of the config")
+    return "\n".join([_title("Comparison") + tables.plain(header, rows, INDENT, WIDTH), *map(wrapped, notes)])
 
 
 def _reliability(found: Mapping[str, Any]) -> str:
@@ -109,8 +154,10 @@ def _reliability(found: Mapping[str, Any]) -> str:
     return title + tables.plain(list(shown.values()), [[tables.number(found[key]) for key in shown]], INDENT)
 
 
-def difference_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of the table of differences to the baseline."""
+def difference_rows(
+    found: Mapping[str, Any], names: Container[str] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of the table of differences to the baseline; ``names``: only of these."""
     header = ["procedure", "mDice", f"{found['level']:.0%} from", "to", "better", "same", "worse", "best", "worst"]
     rows = [
         [
@@ -120,15 +167,15 @@ def difference_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]
             *(tables.number(d[key], signed=True) for key in ("largest_gain", "largest_loss")),
         ]
         for name, d in found["Mean_Dice"].items()
+        if names is None or name in names
     ]
     return header, rows
 
 
-def _differences(found: Mapping[str, Any]) -> str:
+def _differences(found: Mapping[str, Any], names: Container[str]) -> str:
     title = _title(f"Difference to {found['baseline']}")
     note = (
         f"Paired bootstrap over images, {found['resamples']:,} draws. better, same, worse: number of images "
         f"(same: within {found['same_within']}). best, worst: largest gain and loss of one image."
     )
-    table = tables.plain(*difference_rows(found), INDENT, WIDTH)
-    return f"{title}{table}\n{wrapped(note)}\n{_title('Verdict')}{wrapped(found['verdict'])}"
+    return f"{title}{tables.plain(*difference_rows(found, names), INDENT, WIDTH)}\n{wrapped(note)}"
