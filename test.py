@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=(*PROCEDURES, "all"),
         help="prediction procedure (default: predict.test of the config); all: all of them, and report.html",
     )
-    add("--details", action="store_true", help="with -p all, print all scores of every procedure, not only a comparison")
+    add("--details", action="store_true", help="with -p all, print all scores of all procedures")
     add("--fit", action="store_true", help="do not score; fit on the validation data and write NAME_calibrated.pth")
     add(
         "-o",

@@ -154,9 +154,7 @@ def _reliability(found: Mapping[str, Any]) -> str:
     return title + tables.plain(list(shown.values()), [[tables.number(found[key]) for key in shown]], INDENT)
 
 
-def difference_rows(
-    found: Mapping[str, Any], names: Container[str] | None = None
-) -> tuple[list[str], list[list[str]]]:
+def difference_rows(found: Mapping[str, Any], names: Container[str] | None = None) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of the table of differences to the baseline; ``names``: only of these."""
     header = ["procedure", "mDice", f"{found['level']:.0%} from", "to", "better", "same", "worse", "best", "worst"]
     rows = [
