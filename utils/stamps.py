@@ -17,6 +17,7 @@ from typing import Any
 
 from utils.errors import UserError, listed
 
+NO_RUN = "0" * 16  # of files that do not depend on a run's model
 _MARK = "segmentation-output:"
 _STAMP = re.compile(rb"segmentation-output:([0-9a-f]{16})")
 _NEAR = 4096  # stamps are this close to the start or the end of a file
@@ -38,7 +39,7 @@ def file_digest(path: str | Path) -> str:
     return found.hexdigest()[:16]
 
 
-def text(run: str) -> str:
+def text(run: str = NO_RUN) -> str:
     """Return the stamp of a run, from its digest."""
     return _MARK + run
 

@@ -30,9 +30,9 @@ def maps(seed: int = 0, classes: int = 4, height: int = 11, width: int = 17) -> 
 def folder(tmp_path):
     """Return a folder with the probabilities of three images, one of them below a sub-folder."""
     options = PredictOptions(threshold=0.3, prune=0.2, classes=(1, 2, 3))
-    writer = probs.ProbsWriter(tmp_path / "probs", probs.Index(FACTS, options, "rankdice", 1.5, "best.pth"))
+    probs.prepare_folder(tmp_path / "probs", probs.Index(FACTS, options, "rankdice", 1.5, "best.pth"))
     for seed, name in enumerate(("one", "city/two", "three.v2")):
-        writer.write([name], maps(seed))
+        probs.write_probs(tmp_path / "probs" / f"{name}.npz", maps(seed)[0])
     return tmp_path / "probs"
 
 
@@ -75,18 +75,17 @@ def test_other_arrays_are_refused(arrays, tmp_path) -> None:
 
 def test_a_folder_is_not_mixed(folder) -> None:
     index = probs.read_index(folder)
-    again = probs.ProbsWriter(folder, index)  # the same run goes on
+    probs.prepare_folder(folder, index)  # the same run goes on
     other = replace(index, run="f" * 16, checkpoint="other.pth")
     with pytest.raises(UserError, match=r"another run \(best.pth\).*--force"):
-        probs.ProbsWriter(folder, other)
+        probs.prepare_folder(folder, other)
     with pytest.raises(UserError, match="another run"):
-        probs.ProbsWriter(folder, replace(index, data="VOC test"))
-    probs.ProbsWriter(folder, other, force=True)
-    assert [name for name, _ in probs.stored(folder)] == []
+        probs.prepare_folder(folder, replace(index, data="VOC test"))
+    probs.prepare_folder(folder, other, force=True)
+    assert not list(folder.rglob("*.npz"))
     np.savez(folder / "foreign.npz", x=np.zeros(3))
     with pytest.raises(UserError, match="did not write"):
-        probs.ProbsWriter(folder, other)
-    again.write(["one"], maps(0))
+        probs.prepare_folder(folder, other)
     assert (folder / "foreign.npz").exists()
 
 
@@ -145,4 +144,4 @@ def test_bad_folders_and_files(folder, tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match="not in the format of test.py --save-probs"):
         probs.read_index(folder)
     with pytest.raises(UserError, match="could not be written"):
-        probs.ProbsWriter(folder / "one.npz" / "below", probs.Index(FACTS, PredictOptions(), "T", 1.0, "x"))
+        probs.prepare_folder(folder / "one.npz" / "below", probs.Index(FACTS, PredictOptions(), "T", 1.0, "x"))

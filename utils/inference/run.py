@@ -23,7 +23,7 @@ from utils.inference.outputs import Outputs, OverlayVideo, Run, Wanted, check_fo
 from utils.inference.pipeline import Pipeline, Report
 from utils.inference.sources import Found, Item, Video, find_images, is_video, printable
 from utils.predict.network import choose_device
-from utils.predict.stored import Index, ProbsWriter, run_of
+from utils.predict.stored import Index, prepare_folder, run_of
 from utils.predictor import SCALES, Predictor
 from utils.progress import progress_bar
 
@@ -149,7 +149,7 @@ def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Source)
         temperature = predictor.network.temperature
         path = ", ".join(args.model)
         index = Index(predictor.facts, predictor.options, predictor.procedure, temperature, path, probs_digest)
-        ProbsWriter(folder, index, args.force)
+        prepare_folder(folder, index, args.force)
     return outputs
 
 

@@ -15,14 +15,18 @@ import argparse
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, get_args
 
+import torch
+from pydantic import ValidationError
 from torch import nn
 
 from utils import report, stamps
 from utils.checkpoint import LoadedModel
 from utils.cli import PROCEDURES
-from utils.config.schema import Component, Config, Predict, Presence, RankDiceOptions, Tester
+from utils.config.errors import explain
+from utils.config.errors import report as report_problems
+from utils.config.schema import Component, Config, Predict, Presence
 from utils.errors import UserError, run
 from utils.evaluation import Evaluator, all_decisions, evaluate, fitting, single_decision
 from utils.facts import Facts
@@ -53,17 +57,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--class-names", nargs="+", metavar="NAME", help="class names for plain files, in the order of their channels")
     add("--coi", nargs="+", type=int, metavar="ID", help="classes of interest: those in the mean scores (default: all)")
     add("--ignore-index", type=int, default=255, help="label that is ignored, for plain files (default: 255)")
-    add("--threshold", type=float, help="threshold of procedure T")
-    add("--metric", choices=("dice", "iou"), help="the score whose expected value rankdice maximizes")
-    add("--solver", choices=("exact", "ba", "trna", "paper", "rma"), help="solver of rankdice")
-    add("--smooth", type=float, help="smoothing of rankdice's Dice or IoU")
-    add(
-        "--prune",
-        type=_prune,
-        metavar="P",
-        help="no rankdice mask for classes whose highest probability is at most P; or off",
-    )
-    add("--presence", choices=get_args(Presence), help="which classes get a mask")
     add("--masks", action="store_true", help="also write the overlapping masks of T and rankdice, one PNG per class")
     add("--force", action="store_true", help="replace files in the output folder that this program did not write")
     add(
@@ -72,9 +65,18 @@ def parse_arguments() -> argparse.Namespace:
         default="cpu",
         help="cpu or cuda (default: cpu); on the device of the run, the masks are identical to those of the run",
     )
+    options = parser.add_argument_group(
+        "options of the procedures (default: those of the run)", argument_default=argparse.SUPPRESS
+    ).add_argument
+    options("--threshold", type=float, help="threshold of procedure T")
+    options("--metric", choices=("dice", "iou"), help="the score whose expected value rankdice maximizes")
+    options("--solver", choices=("exact", "ba", "trna", "paper", "rma"), help="solver of rankdice")
+    options("--smooth", type=float, help="smoothing of rankdice's Dice or IoU")
+    options(
+        "--prune", type=prune, metavar="P", help="no rankdice mask for classes that are at most P everywhere; or off"
+    )
+    options("--presence", choices=get_args(Presence), help="which classes get a mask")
     args = parser.parse_args()
-    if args.threshold is not None and not 0 <= args.threshold <= 1:
-        parser.error(f"--threshold {args.threshold}: expected a number in [0, 1]")
     if args.fit and (not args.labels or args.use):
         parser.error("--fit needs --labels, and cannot be combined with --use")
     if args.predict == "all" and not args.labels:
@@ -82,16 +84,9 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def _prune(text: str) -> float | Literal["off"]:
-    if text == "off":
-        return "off"
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number in [0, 1], or off")
-    return value
+def prune(text: str) -> float | None:
+    """Read the value of ``--prune``."""
+    return None if text == "off" else float(text)
 
 
 @dataclass(frozen=True)
@@ -99,26 +94,28 @@ class Job:
     """What is done with which probabilities."""
 
     probs: SavedProbs
-    network: SavedNetwork
-    options: PredictOptions
+    facts: Facts
+    predict: Predict
     procedure: str
+    device: torch.device
 
     @property
-    def facts(self) -> Facts:
-        """The classes."""
-        return self.network.facts
+    def options(self) -> PredictOptions:
+        """The options of the procedures."""
+        return PredictOptions.from_config(self.predict)
+
+    @property
+    def network(self) -> SavedNetwork:
+        """The probabilities of the images."""
+        own = self.predict
+        return SavedNetwork(self.facts, self.probs.activation, self.device, own.temperature, own.bias)
 
 
 def main() -> int:
     """Write masks, or scores."""
     args = parse_arguments()
     job = prepare(args)
-    if args.fit:
-        fit(args, job)
-    elif args.labels:
-        score(args, job)
-    else:
-        decode(args, job)
+    (fit if args.fit else score if args.labels else decode)(args, job)
     return 0
 
 
@@ -135,22 +132,22 @@ def prepare(args: argparse.Namespace) -> Job:
         if len(args.class_names) != facts.num_classes:
             raise UserError(f"--class-names: expected {facts.num_classes} names, found {len(args.class_names)}")
         facts = replace(facts, class_names=tuple(args.class_names))
-    network = SavedNetwork(facts, probs.activation, choose_device(args.device))
-    options = index.options
+    if wrong := sorted({c for c in args.coi or () if not 0 <= c < facts.num_classes or args.coi.count(c) > 1}):
+        raise UserError(f"--coi: found {wrong}; expected different class ids from 0 to {facts.num_classes - 1}")
+    of_run = vars(index.options) | {"classes": args.coi or index.options.classes}
+    fields = {"threshold": of_run["threshold"], "presence": of_run["presence"], "presence_fit": of_run["fit"]}
     if args.use:
-        options, network = _fitted(expand(args.use), options, network)
-    if args.coi:
-        wrong = sorted({c for c in args.coi if not 0 <= c < facts.num_classes or args.coi.count(c) > 1})
-        if wrong:
-            raise UserError(f"--coi: found {wrong}; expected different class ids from 0 to {facts.num_classes - 1}")
-        options = replace(options, classes=tuple(args.coi))
-    given = {key: getattr(args, key) for key in ("threshold", "metric", "solver", "smooth", "presence")}
-    options = replace(options, **{key: value for key, value in given.items() if value is not None})
-    if args.prune is not None:
-        options = replace(options, prune=None if args.prune == "off" else args.prune)
-    if options.decides == "fitted" and options.fit is None:
+        fields |= fitted(expand(args.use), facts.num_classes)
+    fields |= {name: getattr(args, name) for name in ("threshold", "presence") if name in args}
+    if fields["presence"] == "fitted" and fields["presence_fit"] is None:
         raise UserError("--presence fitted: nothing was fitted; give --use with a file that --fit wrote")
-    return Job(probs, network, options, args.predict or index.procedure)
+    ranking = {name: getattr(args, name, of_run[name]) for name in ("solver", "metric", "smooth", "prune")}
+    classes = "all" if of_run["classes"] is None else list(of_run["classes"])
+    try:
+        predict = Predict.model_validate(fields | {"CoI": classes, "rankdice": ranking})
+    except ValidationError as error:
+        raise UserError(report_problems("the options", explain(error))) from None
+    return Job(probs, facts, predict, args.predict or index.procedure, choose_device(args.device))
 
 
 # ------------------------------------------------------------------------------------------------------ fits
@@ -160,21 +157,16 @@ def fit(args: argparse.Namespace, job: Job) -> None:
     """Fit on labeled images, and write what was found: fields of the config's ``predict``."""
     procedure = job.procedure if job.procedure in PROCEDURES else "rankdice"
     evaluator = Evaluator(job.network, job.options.classes)
-    found = fitting.fit(
-        evaluator,
-        job.probs,
-        job.options,
-        lambda title: lambda loader: progress_bar(loader, desc=title),
-        procedure=procedure,
-    )
+    bar = lambda title: lambda loader: progress_bar(loader, desc=title)  # noqa: E731
+    found = fitting.fit(evaluator, job.probs, job.options, bar, procedure=procedure)
     print(fitting.text(found, args.probs))
     path = expand(args.fit)
     write_text(path, json.dumps({k: v for k, v in found.fields().items() if k != "mode"}, indent=2) + "\n")
     print(f"written: {path}; apply it to other probabilities with --use")
 
 
-def _fitted(path: Path, options: PredictOptions, network: SavedNetwork) -> tuple[PredictOptions, SavedNetwork]:
-    """Return options and network with what ``--fit`` wrote.
+def fitted(path: Path, classes: int) -> dict[str, Any]:
+    """Return what ``--fit`` wrote, as fields of the config's ``predict``.
 
     Raises:
         UserError: the file is not one of those, or for another number of classes.
@@ -185,13 +177,9 @@ def _fitted(path: Path, options: PredictOptions, network: SavedNetwork) -> tuple
         raise UserError(f"--use {path}: cannot be read: {error.strerror}") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"--use {path}: expected a file that --fit wrote: {error}") from None
-    if found.bias is not None and len(found.bias) != network.facts.num_classes:
-        raise UserError(
-            f"--use {path}: was fitted on {len(found.bias)} classes, the probabilities have {network.facts.num_classes}"
-        )
-    fields = PredictOptions.from_config(found)
-    options = replace(options, threshold=fields.threshold, presence=fields.presence, fit=fields.fit)
-    return options, replace(network, temperature=found.temperature, bias=found.bias)
+    if found.bias is not None and len(found.bias) != classes:
+        raise UserError(f"--use {path}: was fitted on {len(found.bias)} classes, the probabilities have {classes}")
+    return found.model_dump(include={"temperature", "bias", "threshold", "presence", "presence_fit"})
 
 
 # ------------------------------------------------------------------------------------------------------ masks
@@ -215,22 +203,23 @@ def _decode_one(args: argparse.Namespace, job: Job, case: Case, folder: Path) ->
     """Write the outputs of one image; return the mean expected score of its masks."""
     saved = job.probs.read(case)
     shape = tuple(saved.shape[1:])
+    path = output_path(folder, case, len(shape))
     if not args.force:
-        stamps.refuse_foreign([output_path(folder, case, len(shape))], folder)
+        stamps.refuse_foreign([path], folder)
     if args.masks and len(shape) > 2:
         raise UserError("--masks: PNG files cannot contain volumes; remove this option")
     try:
         tall = flat(saved)
         # Where the softmax is 0 for all classes, the image had no data.
-        missing = (tall == 0).all(0).numpy() if job.network.activation == "softmax" else None
+        missing = (tall == 0).all(0).numpy() if job.probs.activation == "softmax" else None
         probs = job.network.forward(tall[None])[1]
         found = Decider(job.procedure, job.options, args.masks)(probs, [missing])[0]
     except ValueError as error:  # options that do not go together
         raise UserError(f"{case.path}: {error}") from None
-    write_labels(folder, job.facts, case, found.labels.reshape(shape))
+    write_labels(path, job.facts, case, found.labels.reshape(shape))
     if found.masks is not None:
         classes = [c for c in range(job.facts.num_classes) if found.masks[c].any()]
-        stored.write_class_masks(folder / f"{stored.file_name(case.name)}_masks", job.facts, found.masks, classes)
+        stored.write_class_masks(folder / f"{case.name}_masks", job.facts, found.masks, classes)
     return found.expected
 
 
@@ -247,40 +236,21 @@ def score(args: argparse.Namespace, job: Job) -> None:
         decisions,
         progress=lambda loader: progress_bar(loader, desc="SCORE"),
     )
-    config = _described(args, job)
-    model = LoadedModel(nn.Identity(), job.facts, config, job.network.activation, job.probs.folder, 0)
-    fitted = f"temperature, bias, threshold and presence are those of {args.use}" if args.use else None
-    results = report.results(outcome, model, job.probs, views="as saved", fitted=fitted)
+    arch, none = Component(type=job.probs.index.checkpoint), Component(type="none")
+    labels = Component(type="labels", args={"data_dir": args.labels})
+    # The report reads from a config what was done.
+    config = Config(
+        name="saved probabilities", arch=arch, loss=none, train_loader=none, test_loader=labels, predict=job.predict
+    )
+    model = LoadedModel(nn.Identity(), job.facts, config, job.probs.activation, job.probs.folder, 0)
+    origin = f"temperature, bias, threshold and presence are those of {args.use}" if args.use else None
+    results = report.results(outcome, model, job.probs, views="as saved", fitted=origin)
     if "advice" in results:
         results["advice"] = results["advice"].replace(report.FIT_COMMAND, "--labels DIR --fit FILE")
     print(report.text(results))
     if args.output:
         for path in report.write(results, outcome, job.facts, report.prepare_folder(args.output)):
             print(f"written: {path}")
-
-
-def _described(args: argparse.Namespace, job: Job) -> Config:
-    """Return what the report says about the run, in the form of a config."""
-    options = job.options
-    predict = Predict(
-        threshold=options.threshold,
-        CoI="all" if options.classes is None else list(options.classes),
-        temperature=job.network.temperature,
-        bias=None if job.network.bias is None else list(job.network.bias),
-        presence=cast(Any, options.presence),
-        presence_fit=cast(Any, options.fit),
-        rankdice=RankDiceOptions(**{key: getattr(options, key) for key in ("solver", "metric", "smooth", "prune")}),
-    )
-    return Config.model_construct(
-        name="saved probabilities",
-        arch=Component(type=job.probs.index.checkpoint),
-        loss=Component(type="none"),
-        train_loader=Component(type="none"),
-        val_loader=None,
-        test_loader=Component(type="labels", args={"data_dir": args.labels}),
-        predict=predict,
-        tester=Tester(),
-    )
 
 
 if __name__ == "__main__":

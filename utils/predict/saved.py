@@ -22,10 +22,10 @@ from utils.batch import Batch
 from utils.errors import UserError
 from utils.facts import Facts
 from utils.images import read_label
-from utils.images.palette import default_palette
+from utils.images.palette import default_palette, write_mask
 from utils.predict import Activation, PredictOptions
 from utils.predict.network import check_finite
-from utils.predict.stored import INDEX, Index, read_index, read_probs, write_masks
+from utils.predict.stored import INDEX, Index, read_index, read_probs
 
 VOLUMES = (".nii.gz", ".nii")
 LABELS = (".png", ".tif", ".tiff", ".bmp", ".npy", *VOLUMES)
@@ -166,34 +166,26 @@ def read_any_label(path: Path) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.int64)
 
 
-def write_labels(folder: Path, facts: Facts, case: Case, labels: np.ndarray) -> Path:
-    """Write a label map as palette PNG; a volume as NIfTI, in the space of ``NAME.nii.gz`` beside it, else ``.npy``.
+def write_labels(path: Path, facts: Facts, case: Case, labels: np.ndarray) -> None:
+    """Write a label map ``(H, W)`` as palette PNG, or a volume ``(D, H, W)`` as ``.npy`` or, in its space, as NIfTI.
 
-    Args:
-        folder: where to.
-        facts: for the palette.
-        case: what it is the label map of.
-        labels: ``(H, W)`` or ``(D, H, W)``.
+    ``path``: as :func:`output_path` gives it.
     """
-    if labels.ndim == 2:
-        write_masks(folder, facts, [case.name], labels[None])
-        return folder / f"{case.name}.png"
-    path = output_path(folder, case, labels.ndim)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".npy":
+    if path.suffix == ".png":
+        write_mask(path, labels, facts.palette, stamps.text())
+    elif path.suffix == ".npy":
         np.save(path, labels)
     else:
         nibabel = _nibabel(path)
         space = nibabel.load(case.path.with_suffix(".nii.gz"))
         nibabel.save(nibabel.Nifti1Image(labels.T, space.affine, space.header, dtype=labels.dtype), path)
-    return path
 
 
 def output_path(folder: Path, case: Case, dimensions: int) -> Path:
-    """Return the file that :func:`write_labels` writes."""
-    if dimensions == 2:
-        return folder / f"{case.name}.png"
-    return folder / f"{case.name}{'.nii.gz' if case.path.with_suffix('.nii.gz').is_file() else '.npy'}"
+    """Return the file for a label map, or a volume: NIfTI if a ``NAME.nii.gz`` is beside its probabilities."""
+    of_volume = ".nii.gz" if case.path.with_suffix(".nii.gz").is_file() else ".npy"
+    return folder / f"{case.name}{'.png' if dimensions == 2 else of_volume}"
 
 
 def _nibabel(path: Path) -> Any:

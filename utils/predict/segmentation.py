@@ -7,7 +7,8 @@ use it; the procedures themselves are in :mod:`utils.predict`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import Tensor
 from utils.errors import UserError
 from utils.predict import (
     PROCEDURES,
-    Choice,
     PredictOptions,
     choose_classes,
     label_map,
@@ -26,9 +26,10 @@ from utils.predict import (
     spool,
     taking_part_in_labels,
 )
-from utils.predict.spool import HALF_VALUES, Spool, Volume
+from utils.predict.spool import HALF_VALUES, Spool
 from utils.predict.stored import label_type, pictures
 from utils.predict.tiling import Block
+from utils.rankdice import rank_counts
 
 _ROWS = 64  # decided at a time, pixel by pixel: argmax makes int64
 
@@ -89,24 +90,15 @@ class Segmentation:
                 kept.close()
 
 
+@dataclass(frozen=True)
 class StreamedMasks:
-    """The overlapping masks of a streamed image, made from its spool one at a time: ``masks[c]`` is bool ``(H, W)``.
+    """The overlapping masks of a streamed image, made from its spool one at a time: ``masks[c]`` is bool ``(H, W)``."""
 
-    Args:
-        spool: the probabilities.
-        volumes: the RankDice mask of each class that has one.
-        threshold: of procedure T, in place of volumes.
-    """
-
-    def __init__(self, spool: Spool, volumes: Mapping[int, Volume], threshold: float | None = None) -> None:
-        self.spool, self._volumes, self._threshold = spool, volumes, threshold
+    spool: Spool
+    make: Callable[[int], np.ndarray]
 
     def __getitem__(self, c: int) -> np.ndarray:
-        if self._threshold is not None:
-            return np.concatenate([plane.astype(np.float32) > self._threshold for plane in self.spool.planes(c)])
-        if c not in self._volumes:
-            return np.zeros(self.spool.shape[1:], bool)
-        return spool.top_pixels(self.spool, c, self._volumes[c])
+        return self.make(c)
 
 
 @dataclass(frozen=True)
@@ -175,34 +167,34 @@ class Decider:
         Raises:
             UserError: the solver needs all probabilities in memory, or the disk is too small.
         """
-        result = self._streamed(blocks if missing is None else _erased(blocks, missing), shape)
+        if missing is not None:
+            blocks = _erased(blocks, missing)
+        keep_masks = self.stream_masks and self.procedure != "max"
+        if self.by_pixel and not keep_masks and not self.keep_probs:
+            result = Segmentation(self._by_pixel(((b.y, b.x, b.scores) for b in blocks), shape))
+        else:
+            self._check_solver(*shape)
+            with ExitStack() as disk_space:
+                disk = Spool(*shape)
+                disk_space.callback(disk.close)
+                for block in blocks:
+                    disk.write(block)
+                result = self._spooled(disk)
+                result = replace(
+                    result, masks=result.masks if keep_masks else None, probs=disk if self.keep_probs else None
+                )
+                if keep_masks or self.keep_probs:
+                    disk_space.pop_all()
         if missing is not None:
             result.labels[missing] = np.iinfo(result.labels.dtype).max
         return result
 
-    def _streamed(self, blocks: Iterable[Block], shape: tuple[int, int, int]) -> Segmentation:
-        keep_masks = self.stream_masks and self.procedure != "max"
-        if self.by_pixel and not keep_masks and not self.keep_probs:
-            return Segmentation(self._by_pixel(((b.y, b.x, b.scores) for b in blocks), shape))
+    def _check_solver(self, classes: int, height: int, width: int) -> None:
         if not self.by_pixel and self.options.solver not in ("exact", "rma"):
-            classes, height, width = shape
-            needed = 4 * classes * height * width
             raise UserError(
                 f"solver {self.options.solver!r} needs the probabilities of the whole {width} x {height} image in "
-                f"memory ({needed / 2**30:.1f} GiB); use the solver 'exact', or allow the memory"
+                f"memory ({4 * classes * height * width / 2**30:.1f} GiB); use the solver 'exact', or allow the memory"
             )
-        disk = Spool(*shape)
-        try:
-            for block in blocks:
-                disk.write(block)
-            result = self._spooled(disk)
-        except BaseException:
-            disk.close()
-            raise
-        result = replace(result, masks=result.masks if keep_masks else None, probs=disk if self.keep_probs else None)
-        if not keep_masks and not self.keep_probs:
-            disk.close()
-        return result
 
     def _by_pixel(self, pieces: Iterable[tuple[int, int, Tensor]], shape: tuple[int, int, int]) -> np.ndarray:
         """Return the label map, from pieces of the probabilities ``(C, h, w)`` with their row and column."""
@@ -219,45 +211,32 @@ class Decider:
     def _spooled(self, disk: Spool) -> Segmentation:
         if self.by_pixel:
             bands = ((y, 0, torch.from_numpy(band).float()) for y, band in disk.bands())
-            labels = self._by_pixel(bands, disk.shape)
-            return Segmentation(labels, masks=StreamedMasks(disk, {}, self.options.threshold))
+            masks = StreamedMasks(disk, lambda c: disk.above(c, self.options.threshold))
+            return Segmentation(self._by_pixel(bands, disk.shape), masks=masks)
         counts = disk.counts()
-        classes = disk.shape[0]
-        wanted = range(classes) if self.options.classes is None else sorted(self.options.classes)
-        found = {c: spool.rank_dice_counts(counts[c], self.options.ranking) for c in wanted}
-        volumes, scores = torch.zeros(1, classes, dtype=torch.int64), torch.zeros(1, classes, dtype=torch.float64)
-        for c, volume in found.items():
-            volumes[0, c], scores[0, c] = volume.pixels, volume.score
-        highest = torch.tensor([[float(HALF_VALUES[row.nonzero()[0][-1]]) for row in counts]])
-        choice = choose_classes(highest, scores, self.options)
-        presence = choice.presence[0].float().numpy()
+        ranked = rank_counts(torch.from_numpy(HALF_VALUES), torch.from_numpy(counts), self.options.ranking)
+        highest = HALF_VALUES[::-1][(counts[:, ::-1] > 0).argmax(axis=1)]
+        choice = choose_classes(torch.from_numpy(highest)[None], ranked[2][None], self.options)
+        volumes = ranked[0].masked_fill(~choice.chosen[0], 0)
+        masks = StreamedMasks(disk, lambda c: spool.top_pixels(disk, c, int(volumes[c]), float(ranked[1][c])))
+        labels, presence = self._label_map(disk, counts, choice.chosen, masks), choice.presence[0].float().numpy()
         if self.procedure == "max":
-            return Segmentation(self._label_map(disk, counts, choice, found), presence=presence)
-        absent = ~choice.chosen
-        return Segmentation(
-            self._label_map(disk, counts, choice, found),
-            scores=choice.scores.masked_fill(absent, 0)[0].float().numpy(),
-            volumes=volumes.masked_fill(absent, 0)[0].numpy(),
-            presence=presence,
-            masks=StreamedMasks(disk, {c: volume for c, volume in found.items() if choice.chosen[0, c]}),
-        )
+            return Segmentation(labels, presence=presence)
+        scores = choice.scores.masked_fill(~choice.chosen, 0)[0].float().numpy()
+        return Segmentation(labels, scores, volumes.numpy(), masks, presence=presence)
 
-    def _label_map(self, disk: Spool, counts: np.ndarray, choice: Choice, found: Mapping[int, Volume]) -> np.ndarray:
+    def _label_map(self, disk: Spool, counts: np.ndarray, chosen: Tensor, masks: StreamedMasks) -> np.ndarray:
         """Return the label map of a procedure that looks at the whole image."""
-        if disk.shape[0] > 1:
-            taking_part = taking_part_in_labels(choice.chosen, self.options)
-            if self.procedure == "max":
-                return spool.most_probable(disk, taking_part)
-            only = single_class(disk.shape[0], self.options)
-            if only is None:
-                return spool.label_map(disk, counts, taking_part, self.options.smooth)
-            mask = spool.top_pixels(disk, only, found[only]) & bool(choice.chosen[0, only])
-            return np.where(mask, only, 1 - only).astype(np.uint8)
-        if not bool(choice.chosen[0, 0]):
-            return np.zeros(disk.shape[1:], np.uint8)
-        if self.procedure == "rankdice":
-            return spool.top_pixels(disk, 0, found[0]).astype(np.uint8)
-        return np.concatenate([plane > 0.5 for plane in disk.planes(0)]).astype(np.uint8)
+        if disk.shape[0] == 1:
+            mask = disk.above(0, 0.5) & bool(chosen) if self.procedure == "max" else masks[0]
+            return mask.astype(np.uint8)
+        taking_part = taking_part_in_labels(chosen, self.options)
+        if self.procedure == "max":
+            return spool.most_probable(disk, taking_part)
+        only = single_class(disk.shape[0], self.options)
+        if only is not None:
+            return np.where(masks[only], only, 1 - only).astype(np.uint8)
+        return spool.label_map(disk, counts, taking_part, self.options.smooth)
 
 
 def erase(probs: Tensor, missing: np.ndarray | None) -> None:

@@ -3,8 +3,8 @@
 The probabilities of a finished band of tiles go to a temporary file in float16 (:class:`Spool`). What a procedure
 needs of them is small: float16 has 15,361 values in [0, 1], so one class of one image, however large, *is* the
 table of how often each value occurs, and RankDice of the whole image is solved on that table
-(:func:`rank_dice_counts`): the same optimum over the same pixels, not one per tile. A label map then takes a few
-passes over the file, a few rows at a time.
+(:func:`utils.rankdice.rank_counts`): the same optimum over the same pixels, not one per tile. A label map then takes
+a few passes over the file, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,29 +31,21 @@ _PASS_BYTES = 2 * 2**20
 HALF_VALUES = np.arange(0x3C00 + 1, dtype=np.uint16).view(np.float16).astype(np.float64)
 
 
-class Volume(NamedTuple):
-    """The best mask of one class: its pixels, the lowest probability inside (inf: none), the expected score."""
-
-    pixels: int
-    cutoff: float
-    score: float
-
-
 class Spool:
     """The probabilities ``(classes, H, W)`` of one image in a temporary file, float16.
 
-    The file has no name, so it never stays behind. It is in ``folder``, by default where ``TMPDIR`` points. It is read
-    and written explicitly, not mapped, so that the memory in use does not grow.
+    The file has no name, so it never stays behind. It is where ``TMPDIR`` points. It is read and written explicitly,
+    not mapped, so that the memory in use does not grow.
 
     Raises:
-        UserError: not enough free space in the folder.
+        UserError: not enough free space there.
     """
 
-    def __init__(self, num_classes: int, height: int, width: int, folder: str | Path | None = None) -> None:
+    def __init__(self, num_classes: int, height: int, width: int) -> None:
         self.shape = (num_classes, height, width)
         self._blocks: list[tuple[int, int, int, int, int]] = []  # y, x, h, w, offset in the file
         self._end = 0
-        folder = folder or tempfile.gettempdir()
+        folder = tempfile.gettempdir()
         needed, free = 2 * num_classes * height * width, shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(
@@ -64,12 +54,6 @@ class Spool:
             )
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
         weakref.finalize(self, self._file.close)
-
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give the disk space back."""
@@ -84,33 +68,32 @@ class Spool:
             self._file.write(half.data)
             self._end += half.nbytes
 
-    def bands(self, max_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, np.ndarray]]:
+    def bands(
+        self, max_bytes: int = CHUNK_BYTES, classes: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield ``(y, probabilities)``: the image's rows in order, float16 ``(classes, rows, W)``, ``rows`` small."""
-        classes, _, width = self.shape
+        classes, width = range(self.shape[0]) if classes is None else classes, self.shape[2]
         self._file.flush()
-        step = max(1, max_bytes // (2 * classes * width))
+        step = max(1, max_bytes // (2 * len(classes) * width))
         for y in sorted({block[0] for block in self._blocks}):
             row = [block for block in self._blocks if block[0] == y]
             tall = row[0][2]
             for top in range(0, tall, step):
                 rows = min(step, tall - top)
-                band = np.empty((classes, rows, width), np.float16)
+                band = np.empty((len(classes), rows, width), np.float16)
                 for block in row:
                     x, wide = block[1], block[3]
-                    for c in range(classes):
-                        band[c, :, x : x + wide] = self._read(block, c, top, rows)
+                    for plane, c in zip(band, classes, strict=True):
+                        plane[:, x : x + wide] = self._read(block, c, top, rows)
                 yield y + top, band
 
     def planes(self, c: int) -> Iterator[np.ndarray]:
         """Yield the rows of class ``c`` in order, float16 ``(rows, W)``."""
-        width = self.shape[2]
-        self._file.flush()
-        for y in sorted({block[0] for block in self._blocks}):
-            row = [block for block in self._blocks if block[0] == y]
-            band = np.empty((row[0][2], width), np.float16)
-            for block in row:
-                band[:, block[1] : block[1] + block[3]] = self._read(block, c, 0, block[2])
-            yield band
+        return (band[0] for _, band in self.bands(classes=[c]))
+
+    def above(self, c: int, threshold: float) -> np.ndarray:
+        """Return the pixels where class ``c`` is more probable than ``threshold``, bool ``(H, W)``."""
+        return np.concatenate([plane.astype(np.float32) > threshold for plane in self.planes(c)])
 
     def _read(self, block: tuple[int, int, int, int, int], c: int, top: int, rows: int) -> np.ndarray:
         """Return some rows of class ``c`` in a block."""
@@ -127,26 +110,19 @@ class Spool:
         return table
 
 
-# ------------------------------------------------------------------------------------- RankDice of a table
-
-
-def rank_dice_counts(counts: np.ndarray, options: Options) -> Volume:
-    """Solve RankDice for one class from its counts ``(15361,)``; as :func:`utils.rankdice.rank_dice` of the pixels."""
-    found = rank_counts(torch.from_numpy(HALF_VALUES), torch.from_numpy(counts)[None], options)
-    return Volume(int(found[0]), float(found[1]), float(found[2]))
-
-
 # --------------------------------------------------------------------------------------------- label maps
 
 
-def top_pixels(spool: Spool, c: int, volume: Volume) -> np.ndarray:
-    """Return the mask of class ``c``, bool ``(H, W)``: exactly ``volume.pixels``, ties broken by pixel index."""
+def top_pixels(spool: Spool, c: int, pixels: int, cutoff: float) -> np.ndarray:
+    """Return the mask of class ``c``, bool ``(H, W)``: its ``pixels`` most probable ones, ties broken by pixel index.
+
+    ``cutoff``: the lowest probability inside.
+    """
     mask = np.zeros(spool.shape[1:], bool)
-    if not volume.pixels:
+    if not pixels:
         return mask
-    cut = np.float16(volume.cutoff)
-    above = sum(int((plane > cut).sum()) for plane in spool.planes(c))
-    left, y = volume.pixels - above, 0
+    cut = np.float16(cutoff)
+    left, y = pixels - sum(int((plane > cut).sum()) for plane in spool.planes(c)), 0
     for plane in spool.planes(c):
         ties = plane == cut
         rank = np.cumsum(ties.ravel(), dtype=np.int64).reshape(ties.shape)

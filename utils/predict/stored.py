@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,7 +25,6 @@ from utils.errors import UserError
 from utils.facts import Facts
 from utils.files import atomic, write_text
 from utils.images import write_png
-from utils.images.palette import write_mask
 from utils.predict import Prediction, PredictOptions, label_map
 from utils.predict.network import AnyNetwork
 from utils.predict.spool import Spool
@@ -36,7 +35,7 @@ FORMAT = 2
 KEYS = ("probs", "probabilities", "softmax")
 
 
-def write_probs(path: Path, probs: Tensor | Spool, run: str = "0" * 16) -> None:
+def write_probs(path: Path, probs: Tensor | Spool, run: str = stamps.NO_RUN) -> None:
     """Write the probabilities of one image, as ``numpy.savez_compressed(path, probs=...)`` would.
 
     Args:
@@ -112,7 +111,7 @@ class Index:
     procedure: str
     temperature: float
     checkpoint: str
-    run: str = "0" * 16
+    run: str = stamps.NO_RUN
     data: str = ""
 
 
@@ -122,8 +121,8 @@ def run_of(weights: Iterable[Path], network: AnyNetwork, **views: Any) -> str:
     return stamps.digest({"weights": digests, "network": network.settings(), **views})
 
 
-class ProbsWriter:
-    """Writes the probabilities of each image of a run into a folder.
+def prepare_folder(folder: Path, index: Index, force: bool = False) -> None:
+    """Make a folder ready for the probabilities of a run (:func:`write_probs`).
 
     Args:
         folder: is created.
@@ -133,29 +132,22 @@ class ProbsWriter:
     Raises:
         UserError: the folder contains probabilities of another run, or cannot be written.
     """
-
-    def __init__(self, folder: Path, index: Index, force: bool = False) -> None:
-        self.folder, self.run = folder, index.run
-        if (folder / INDEX).is_file() and not force:
-            earlier = read_index(folder)
-            if (earlier.run, earlier.data) != (index.run, index.data):
-                other = f"{earlier.checkpoint} {earlier.data}".strip()
-                raise UserError(
-                    f"{folder}: contains the probabilities of another run ({other}); choose another folder, or give "
-                    "--force to remove them"
-                )
-        others = [path for _, path in stored(folder) if stamps.stamp_of(path) != index.run]
-        if not force:
-            stamps.refuse_foreign(others, folder)
-        for path in others:
-            if stamps.stamp_of(path) is not None:
-                path.unlink(missing_ok=True)
-        write_text(folder / INDEX, json.dumps({"format": FORMAT} | asdict(index), indent=2) + "\n")
-
-    def write(self, names: Sequence[str], probs: Sequence[Tensor | Spool] | Tensor) -> None:
-        """Write the probabilities ``(C, H, W)`` of images by their names."""
-        for name, image in zip(names, probs, strict=True):
-            write_probs(self.folder / f"{file_name(name)}.npz", image, self.run)
+    if (folder / INDEX).is_file() and not force:
+        earlier = read_index(folder)
+        if (earlier.run, earlier.data) != (index.run, index.data):
+            other = f"{earlier.checkpoint} {earlier.data}".strip()
+            raise UserError(
+                f"{folder}: contains the probabilities of another run ({other}); choose another folder, or give "
+                "--force to remove them"
+            )
+    there = sorted(path for path in folder.rglob("*.npz") if not path.name.startswith("."))
+    others = [path for path in there if stamps.stamp_of(path) != index.run]
+    if not force:
+        stamps.refuse_foreign(others, folder)
+    for path in others:
+        if stamps.stamp_of(path) is not None:
+            path.unlink(missing_ok=True)
+    write_text(folder / INDEX, json.dumps({"format": FORMAT} | asdict(index), indent=2) + "\n")
 
 
 def read_index(folder: Path) -> Index:
@@ -180,13 +172,6 @@ def read_index(folder: Path) -> Index:
         raise UserError(f"{path}: not in the format of test.py --save-probs: {error}") from None
 
 
-def stored(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the name and file of every stored image, sorted."""
-    for path in sorted(folder.rglob("*.npz")):
-        if not path.name.startswith("."):
-            yield path.relative_to(folder).with_suffix("").as_posix(), path
-
-
 # ---------------------------------------------------------------------------------------------------- masks
 
 
@@ -205,13 +190,7 @@ def label_type(classes: int) -> type[np.uint8 | np.uint16]:
     return np.uint8 if classes <= 255 else np.uint16
 
 
-def write_masks(folder: Path, facts: Facts, names: Sequence[str], labels: NDArray[Any]) -> None:
-    """Write label maps ``(H, W)`` as palette PNGs, ``folder/NAME.png``, with a stamp (:mod:`utils.stamps`)."""
-    for name, one in zip(names, labels, strict=True):
-        write_mask(folder / f"{file_name(name)}.png", one, facts.palette, stamps.text("0" * 16))
-
-
-def write_class_masks(folder: Path, facts: Facts, masks: Any, classes: Iterable[int], run: str = "0" * 16) -> None:
+def write_class_masks(folder: Path, facts: Facts, masks: Any, classes: Iterable[int], run: str = stamps.NO_RUN) -> None:
     """Write the overlapping masks of one image as ``folder/003_car.png``: gray PNGs, 255 inside and 0 outside.
 
     Masks that an earlier run left in the folder are removed.

@@ -190,79 +190,32 @@ def sliding_blocks(forward: Forward, image: Tensor, num_classes: int, tiles: Til
         device of ``forward``'s output, and valid until the next block is requested.
     """
     height, width = image.shape[-2:]
-    tall, wide = tiles.sides
-    rows = _Axis.of(height, tall, tiles.overlap)
-    columns = _Axis.of(width, wide, tiles.overlap)
-    strip = max(columns.tile, tiles.max_bytes // (num_classes * rows.tile * 4))
+    (tall, wide), overlap = tiles.sides, tiles.overlap
+    rows, columns = tile_starts(height, tall, overlap), tile_starts(width, wide, overlap)
+    down, across = blend_weights(height, tall, overlap), blend_weights(width, wide, overlap)
+    tall, wide = down.shape[1], across.shape[1]
+    strip = max(wide, tiles.max_bytes // (num_classes * tall * 4))
     for left in range(0, width, strip):
-        grid = _Strip(rows, columns, left, min(left + strip, width))
-        yield from _strip_blocks(forward, image, num_classes, grid, tiles.batch_size)
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """The tiles along one axis: where they start, their length, and how much each counts at its pixels."""
-
-    starts: list[int]
-    tile: int
-    weights: Tensor
-
-    @classmethod
-    def of(cls, length: int, tile: int, overlap: float) -> _Axis:
-        starts = tile_starts(length, tile, overlap)
-        return cls(starts, min(tile, length), blend_weights(length, tile, overlap))
-
-
-@dataclass(frozen=True)
-class _Strip:
-    """The columns ``left`` to ``right`` of an image, and the tiles that cover them."""
-
-    rows: _Axis
-    columns: _Axis
-    left: int
-    right: int
-
-    def cells(self) -> list[tuple[int, int]]:
-        """Return (row, column) of the tiles, row by row."""
-        seen = [j for j, x in enumerate(self.columns.starts) if x < self.right and x + self.columns.tile > self.left]
-        return [(i, j) for i in range(len(self.rows.starts)) for j in seen]
-
-    def cut(self, image: Tensor, i: int, j: int) -> Tensor:
-        """Return a tile of an image ``(channels, H, W)``."""
-        y, x = self.rows.starts[i], self.columns.starts[j]
-        return image[:, y : y + self.rows.tile, x : x + self.columns.tile]
-
-    def add(self, band: Tensor, scores: Tensor, i: int, j: int) -> None:
-        """Add a tile's weighted scores to ``band`` ``(classes, tile height, right - left)``."""
-        x = self.columns.starts[j]
-        begin, end = max(x, self.left), min(x + self.columns.tile, self.right)
-        across = self.columns.weights[j][begin - x : end - x].to(band.device)
-        weight = self.rows.weights[i].to(band.device)[:, None] * across
-        band[:, :, begin - self.left : end - self.left].addcmul_(scores[:, :, begin - x : end - x].float(), weight)
-
-    def finished(self, i: int) -> int:
-        """Return how many rows of the band no later row of tiles touches."""
-        starts = self.rows.starts
-        return starts[i + 1] - starts[i] if i + 1 < len(starts) else self.rows.tile
-
-
-def _strip_blocks(forward: Forward, image: Tensor, classes: int, strip: _Strip, batch_size: int) -> Iterator[Block]:
-    band: Tensor | None = None  # the rows from the top of the current row of tiles
-    cells = strip.cells()
-    last = cells[-1][1]
-    for first in range(0, len(cells), batch_size):
-        batch = cells[first : first + batch_size]
-        scores = forward(torch.stack([strip.cut(image, i, j) for i, j in batch]))
-        if band is None:
-            size = (classes, strip.rows.tile, strip.right - strip.left)
-            band = scores.new_zeros(size, dtype=torch.float32)
-        for (i, j), score in zip(batch, scores, strict=True):
-            strip.add(band, score, i, j)
-            if j == last:  # the row of tiles is complete
-                finished = strip.finished(i)
-                yield Block(strip.rows.starts[i], strip.left, band[:, :finished])
-                band[:, : strip.rows.tile - finished] = band[:, finished:].clone()
-                band[:, strip.rows.tile - finished :] = 0
+        right = min(left + strip, width)
+        seen = [j for j, x in enumerate(columns) if left - wide < x < right]
+        cells = [(i, j) for i in range(len(rows)) for j in seen]
+        band: Tensor | None = None  # the rows from the top of the current row of tiles
+        for first in range(0, len(cells), tiles.batch_size):
+            batch = cells[first : first + tiles.batch_size]
+            cut = [image[:, rows[i] : rows[i] + tall, columns[j] : columns[j] + wide] for i, j in batch]
+            found = forward(torch.stack(cut))
+            if band is None:
+                band = found.new_zeros((num_classes, tall, right - left), dtype=torch.float32)
+            for (i, j), scores in zip(batch, found, strict=True):
+                x = columns[j]
+                begin, end = max(x, left), min(x + wide, right)
+                weight = down[i].to(band.device)[:, None] * across[j][begin - x : end - x].to(band.device)
+                band[:, :, begin - left : end - left].addcmul_(scores[:, :, begin - x : end - x].float(), weight)
+                if j == seen[-1]:  # the row of tiles is complete, and no later row touches its upper part
+                    done = rows[i + 1] - rows[i] if i + 1 < len(rows) else tall
+                    yield Block(rows[i], left, band[:, :done])
+                    band[:, : tall - done] = band[:, done:].clone()
+                    band[:, tall - done :] = 0
 
 
 def sliding(forward: Forward, images: Tensor, num_classes: int, tiles: Tiles = Tiles()) -> Tensor:  # noqa: B008

@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import distributed
+from utils import distributed, stamps
 from utils.checkpoint import LoadedModel
 from utils.evaluation import Decision, Evaluation, Evaluator, Part
 from utils.evaluation.boundary import BoundaryIoU
 from utils.evaluation.calibration import Reliability
 from utils.evaluation.confusion import Confusion, as_csv
 from utils.files import write_text
+from utils.images.palette import write_mask
 from utils.predict import PredictOptions
-from utils.predict.stored import Index, ProbsWriter, pictures, run_of, write_masks
+from utils.predict.stored import Index, file_name, pictures, prepare_folder, run_of, write_probs
 from utils.report.files import PAGE
 from utils.report.gallery import Gallery
 from utils.report.page import Evidence, page
@@ -58,7 +59,9 @@ class Watcher:
         def write(part: Part) -> None:
             for name, decision in self.decisions.items():
                 labels = pictures(decision.procedure, part.probs, part.predictions[name], decision.options)
-                write_masks(folder / name, self.loaded.facts, part.batch.names, labels)
+                for image, one in zip(part.batch.names, labels, strict=True):
+                    path = folder / name / f"{file_name(image)}.png"
+                    write_mask(path, one, self.loaded.facts.palette, stamps.text())
 
         self._on_part.append(write)
         self.folders.append(folder)
@@ -67,7 +70,7 @@ class Watcher:
         """Keep the probabilities of every image in ``folder``.
 
         Args:
-            folder: see :class:`utils.predict.stored.ProbsWriter`.
+            folder: see :func:`utils.predict.stored.prepare_folder`.
             options, procedure: of the run.
             force: remove the probabilities of an earlier run.
         """
@@ -81,8 +84,13 @@ class Watcher:
             run=run_of(self.loaded.paths, self.evaluator.network),
             data="" if scored is None else f"{scored.type} {json.dumps(scored.args, sort_keys=True)}",
         )
-        writer = ProbsWriter(folder, index, force)
-        self._on_part.append(lambda part: writer.write(part.batch.names, part.probs))
+        prepare_folder(folder, index, force)
+
+        def write(part: Part) -> None:
+            for image, probs in zip(part.batch.names, part.probs, strict=True):
+                write_probs(folder / f"{file_name(image)}.npz", probs, index.run)
+
+        self._on_part.append(write)
         self.folders.append(folder)
 
     @property
