@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint.files import network_kind
-from utils.errors import UserError
+from utils.errors import UserError, not_installed
 
 #: Sizes (B, C, H, W) that a file takes; None where any will do.
 Sizes = tuple[int | None, ...]
@@ -108,7 +108,7 @@ def _onnx(path: str) -> FileNetwork:
     try:
         import onnxruntime  # an extra
     except ImportError as error:
-        raise UserError(f"{path}: needs onnxruntime, which is not installed: pip install onnxruntime") from error
+        raise not_installed(str(path), "onnxruntime") from error
     providers = [p for p in onnxruntime.get_available_providers() if p in _PROVIDERS]
     session = onnxruntime.InferenceSession(path, providers=providers)
     inputs, outputs = session.get_inputs(), [output.name for output in session.get_outputs()]

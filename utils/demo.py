@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 
-from utils.errors import UserError, run
+from utils.errors import UserError, not_installed, run
 from utils.facts import Facts
 from utils.images.palette import displayable, overlay
 from utils.predict.network import check_finite
@@ -76,7 +76,7 @@ def main() -> int:
 def check_gradio() -> None:
     """Raise UserError where gradio is not installed; keep it from calling home where it is."""
     if find_spec("gradio") is None:
-        raise UserError("the demo page needs gradio, which is not installed: pip install gradio")
+        raise not_installed("the demo page", "gradio")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 

@@ -25,6 +25,13 @@ class DataFolderError(UserError):
     """A data set's folder lacks what it needs; the caller adds the config's field, ``...args.data_dir``."""
 
 
+def not_installed(what: str, *packages: str) -> UserError:
+    """Return the error for optional packages that are missing: what needs them, and the pip command."""
+    are = "is" if len(packages) == 1 else "are"
+    command = f"pip install {' '.join(packages)}"
+    return UserError(f"{what} needs {' and '.join(packages)}, which {are} not installed: {command}")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence: ``"; did you mean X?"`` for the nearest known name, else a full stop."""
     known = list(known)

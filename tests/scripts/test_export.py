@@ -225,6 +225,6 @@ def test_mistakes(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(errors.UserError, match="needs onnxscript: pip install onnx onnxscript onnxruntime"):
+    with pytest.raises(errors.UserError, match="needs onnxscript, which is not installed: pip install onnxscript"):
         export.check_packages("onnx")
     export.check_packages("torch-export")

@@ -17,7 +17,7 @@ import torch
 
 from utils import files
 from utils.checkpoint.contents import are_weights, malformed
-from utils.errors import UserError, listed
+from utils.errors import UserError, listed, not_installed
 from utils.files import expand
 
 #: Where other programs keep the weights in their files.
@@ -109,7 +109,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         from safetensors.torch import load_file  # an extra
     except ImportError as error:
-        raise UserError(f"{path}: needs safetensors, which is not installed: pip install safetensors") from error
+        raise not_installed(str(path), "safetensors") from error
     try:
         return load_file(path)
     except Exception as error:  # damaged bytes

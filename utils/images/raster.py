@@ -90,11 +90,3 @@ def from_pillow(image: Image.Image, path: Path | str) -> Raster:
 def named_colors(channels: int) -> int:
     """Return how many channels are colors where a file does not say: three and four are RGB and one more."""
     return {1: 1, 3: 3, 4: 3}.get(channels, 0)
-
-
-def needs_extra(path: Path, what: str) -> UserError:
-    """Return the error for a file that only the optional packages read."""
-    return UserError(
-        f"{path} needs two more packages to be read ({what}): pip install tifffile imagecodecs. Or convert the file to "
-        "PNG or .npy"
-    )

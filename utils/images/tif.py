@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from utils.errors import UserError
-from utils.images.raster import DAMAGED, ORIENTATION, Raster, from_pillow, named_colors, needs_extra, upright
+from utils.errors import UserError, not_installed
+from utils.images.raster import DAMAGED, ORIENTATION, Raster, from_pillow, named_colors, upright
 
 try:
     import tifffile
@@ -72,7 +72,7 @@ def decode(data: bytes, path: Path, channels: int) -> Raster:
         raster.lossy = lossy
         return raster
     if tifffile is None:
-        raise needs_extra(path, "a TIFF file of an uncommon layout")
+        raise _needs_packages(path, "a TIFF file of an uncommon layout")
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             return _by_tifffile(file, path, channels, len(data))
@@ -80,8 +80,12 @@ def decode(data: bytes, path: Path, channels: int) -> Raster:
         raise
     except Exception as error:  # its parsers raise all kinds on broken files
         if "imagecodecs" in str(error):
-            raise needs_extra(path, str(error)) from None
+            raise _needs_packages(path, str(error)) from None
         raise UserError(f"{path} {DAMAGED}, or of a kind that is not supported: {error}") from None
+
+
+def _needs_packages(path: Path, why: str) -> UserError:
+    return UserError(f"{not_installed(f'{path} ({why})', 'tifffile', 'imagecodecs')}. Or convert it to PNG or .npy")
 
 
 def _open_pillow(data: bytes) -> Any:

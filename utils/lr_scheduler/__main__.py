@@ -13,7 +13,7 @@ from utils import lr_scheduler
 from utils.cli import add_overrides
 from utils.config import data_checks
 from utils.config.schema import Config
-from utils.errors import UserError, run
+from utils.errors import UserError, not_installed, run
 from utils.files import expand
 
 ASSUMED = 100  # batches per epoch where the data cannot be read
@@ -55,7 +55,7 @@ def draw(panels: dict[str, dict[str, list[float]]], title: str, path: Path) -> N
     try:
         from matplotlib.figure import Figure  # an extra
     except ImportError:
-        raise UserError("the picture needs matplotlib, which is not installed: pip install matplotlib") from None
+        raise not_installed("the picture", "matplotlib") from None
     figure = Figure(figsize=(9.6, 3 * len(panels)), layout="constrained")
     figure.suptitle(title)
     below = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from utils import stamps
 from utils.batch import Batch
-from utils.errors import UserError
+from utils.errors import UserError, not_installed
 from utils.facts import Facts
 from utils.images import read_label
 from utils.images.palette import default_palette, write_mask
@@ -192,5 +192,5 @@ def _nibabel(path: Path) -> Any:
     try:
         import nibabel  # an extra
     except ImportError:
-        raise UserError(f"{path}: NIfTI files need nibabel: pip install nibabel") from None
+        raise not_installed(f"{path}: reading NIfTI files", "nibabel") from None
     return nibabel

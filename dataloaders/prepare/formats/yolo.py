@@ -9,7 +9,7 @@ import numpy as np
 from base.text import read_lines
 from dataloaders.prepare import shapes
 from dataloaders.prepare.export import Export, Images, Picture, Shape, split_of
-from utils.errors import UserError
+from utils.errors import UserError, not_installed
 
 
 def read(source: Path, images: Images) -> Export:
@@ -66,7 +66,7 @@ def _names(source: Path, root: Path) -> list[str]:
     try:
         import yaml  # an extra
     except ImportError:
-        raise UserError(f"{files[0]}: reading YAML needs a package that is not installed: pip install pyyaml") from None
+        raise not_installed(f"{files[0]}: reading YAML", "pyyaml") from None
     try:
         names = yaml.safe_load(files[0].read_text(encoding="utf-8"))["names"]
         return [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
