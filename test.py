@@ -104,10 +104,10 @@ import torch
 import dataloaders
 from base.rng import seed_everything
 from base.runs import BEST
-from utils import checkpoint, distributed, losses, report
+from utils import checkpoint, distributed, report
 from utils import config as configs
 from utils.checkpoint import LoadedModel
-from utils.config import data_checks as checks
+from utils.config import building, data_checks
 from utils.config.schema import Config
 from utils.errors import run
 from utils.evaluation import Decision, Evaluation, Evaluator, all_decisions, evaluate, fitted, single_decision
@@ -237,10 +237,9 @@ class Setup(NamedTuple):
 def prepare(args: argparse.Namespace, loaded: LoadedModel, device: torch.device) -> Setup:
     """Build the loader, the loss and the evaluator, and list the procedures."""
     config, facts = loaded.config, loaded.facts
-    loader = checks.build_loader(dataloaders.build, config, "test")
-    checks.check_facts(config, facts, {"test_loader": Facts.of(loader.dataset)})
-    arguments = checks.loss_arguments(config, loader.dataset)
-    loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments).to(device)
+    loader = building.build_loader(dataloaders.build, config, "test")
+    data_checks.check_facts(config, facts, {"test_loader": Facts.of(loader.dataset)})
+    loss = building.build_loss(config, loader.dataset, facts.ignore_index).to(device)
     # What is written is what is scored: inference.py takes the views of predict.mode, too.
     mode = config.predict.mode
     views = args.tta or (["multiscale"] if mode == "multiscale" else [])
@@ -252,7 +251,7 @@ def prepare(args: argparse.Namespace, loaded: LoadedModel, device: torch.device)
     procedure = args.predict or config.predict.test
     decisions = all_decisions(options) if procedure == "all" else single_decision(procedure, options)
     if distributed.is_main():
-        checks.warn_about_loss(config, list(decisions))
+        data_checks.warn_about_loss(config, list(decisions))
     words = f"mean probabilities over scales {list(scales)}" if evaluator.network.averages else report.ONE_VIEW
     words += " and their mirror images" if flip else ""
     if mode != ("multiscale" if "multiscale" in views else "single"):
@@ -335,15 +334,15 @@ def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def fold(path: str, config: Config) -> folds.Fold:
     """Return which images a checkpoint was trained on and which it is scored on."""
-    train, held_out = (checks.build_loader(dataloaders.build, config, stage) for stage in ("train", "test"))
+    train, held_out = (building.build_loader(dataloaders.build, config, stage) for stage in ("train", "test"))
     return folds.Fold(path, frozenset(train.names), frozenset(held_out.names))
 
 
 def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device) -> None:
     """Fit temperature, bias, presence and threshold on the validation data; write a checkpoint that uses them."""
     config = loaded.config
-    loader = checks.build_loader(dataloaders.build, config, "val")
-    checks.check_facts(config, loaded.facts, {"val_loader": Facts.of(loader.dataset)})
+    loader = building.build_loader(dataloaders.build, config, "val")
+    data_checks.check_facts(config, loaded.facts, {"val_loader": Facts.of(loader.dataset)})
     found = fitted.fit(loaded, loader, device, args.limit)
     if not distributed.is_main():
         return

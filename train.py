@@ -62,9 +62,9 @@ from base.rng import seed_everything
 from base.signals import sigterm_as_ctrl_c
 from dataloaders.check.leaks import announce
 from trainer import Trainer
-from utils import checkpoint, distributed, losses
+from utils import checkpoint, distributed
 from utils import config as configs
-from utils.config import data_checks as checks
+from utils.config import building, data_checks
 from utils.config.schema import Config
 from utils.errors import UserError, run
 from utils.evaluation import fitted
@@ -102,28 +102,27 @@ def build(
     The model of a resumed run (``state``: its checkpoint) is built without pretrained weights, because the weights of
     the checkpoint replace them.
     """
-    train = checks.build_loader(dataloaders.build, config, "train")
+    train = building.build_loader(dataloaders.build, config, "train")
     if config.val_loader is None:
         val = train.get_val_loader()
     else:
-        val = checks.build_loader(dataloaders.build, config, "val")
+        val = building.build_loader(dataloaders.build, config, "val")
     facts = Facts.of(train.dataset)
-    checks.check_facts(config, facts, {"val_loader": Facts.of(val.dataset)} if val is not None else {})
+    data_checks.check_facts(config, facts, {"val_loader": Facts.of(val.dataset)} if val is not None else {})
     if state is not None and "facts" in state:
-        facts = checks.resumed_facts(config, Facts.from_dict(state["facts"]), facts)
+        facts = data_checks.resumed_facts(config, Facts.from_dict(state["facts"]), facts)
     announce(train, val)
-    checks.warn_about_loss(config, [config.predict.train, config.predict.val])
-    checks.warn_about_schedule(config, len(train))
+    data_checks.warn_about_loss(config, [config.predict.train, config.predict.val])
+    data_checks.warn_about_schedule(config, len(train))
     arguments = checkpoint.arch_arguments(config, facts)
     if state is not None and "pretrained" in arguments:
         arguments["pretrained"] = False
-    model = checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
+    model = building.build_section("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
     if weights:
         done = checkpoint.start_from(model, weights, facts.class_names)
         if distributed.is_main():
             print(done)
-    arguments = checks.loss_arguments(config, train.dataset)
-    loss = checks.built("loss.args", losses.build, config.loss.type, facts.ignore_index, **arguments)
+    loss = building.build_loss(config, train.dataset, facts.ignore_index)
     return model, loss, Data(train, val, facts)
 
 

@@ -23,9 +23,9 @@ from base.restore import restore
 from base.resume import Plan, fingerprint
 from base.runs import BEST, EPOCH, LATEST
 from base.signals import StopSignals
-from utils import checkpoint, distributed, files, finite, lr_scheduler, optim
+from utils import checkpoint, distributed, files, finite, optim
 from utils import config as configs
-from utils.config.data_checks import built
+from utils.config import building
 from utils.config.schema import Config
 from utils.errors import UserError
 from utils.facts import Facts
@@ -92,25 +92,8 @@ class BaseTrainer:
         self.network = parallel.wrap(self.model, config, device)
         self.gpus = parallel.gpus_of(self.network, device)
         self.ema = self._averaged()
-        self.optimizer = built(
-            "optimizer.args",
-            optim.build,
-            config.optimizer.type,
-            self.model,
-            config.optimizer.differential_lr,
-            config.optimizer.backbone_lr_factor,
-            config.optimizer.no_decay_on_norm_and_bias,
-            **config.optimizer.args,
-        )
-        self.scheduler = built(
-            "lr_scheduler.args",
-            lr_scheduler.build,
-            config.lr_scheduler.type,
-            self.optimizer,
-            self.plan.steps * self.settings.epochs,
-            steps_per_epoch=self.plan.steps if config.lr_scheduler.step == "epoch" else None,
-            **config.lr_scheduler.args,
-        )
+        self.optimizer = building.build_optimizer(config, self.model)
+        self.scheduler = building.build_schedule(config, self.optimizer, self.plan.steps)
         self.rates = optim.learning_rates(self.optimizer)  # those that the last batch was trained with
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.settings.amp == "fp16")
         self.options = PredictOptions.from_config(config.predict)

@@ -25,7 +25,7 @@ import numpy as np
 
 import dataloaders
 from utils import checkpoint
-from utils.config import data_checks as checks
+from utils.config import building
 from utils.evaluation import Evaluator, Part, all_decisions, evaluate
 from utils.images.palette import displayable, grid
 from utils.predict import PredictOptions
@@ -59,7 +59,7 @@ def main() -> None:
 def gain(path: str) -> None:
     """Draw label maps of argmax and RankDice for test images with the median gain: what inference.py writes."""
     loaded = checkpoint.load_model(path)
-    loader = checks.build_loader(dataloaders.build, loaded.config, "test")
+    loader = building.build_loader(dataloaders.build, loaded.config, "test")
     chosen = all_decisions(PredictOptions.from_config(loaded.config.predict))
     decisions = {name: chosen[name] for name in ("max", "rankdice_map")}
     maps: dict[str, list[Any]] = {}  # per image: the image, the target, and the two label maps

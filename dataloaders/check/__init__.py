@@ -14,7 +14,7 @@ from dataloaders.check.leaks import setup_problems, shared
 from dataloaders.check.report import count_of_problems, report
 from dataloaders.check.sheet import contact_sheet
 from utils.config import load
-from utils.config.data_checks import loader_errors
+from utils.config.building import loader_errors
 from utils.config.schema import Component, Config
 from utils.errors import UserError
 from utils.images import write_png

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from utils import cli, errors
-from utils.config import data_checks as checks
-from utils.config import resolve
+from utils.config import building, data_checks, resolve
 from utils.config.schema import Config
 from utils.errors import UserError, did_you_mean
 from utils.facts import Facts
@@ -83,7 +82,7 @@ def test_the_first_constructor_that_knows_a_name_gets_it() -> None:
 
 
 def test_facts_that_agree() -> None:
-    checks.check_facts(config(predict={"CoI": [0, 2]}), FACTS, {"val_loader": replace(FACTS, mean=(0.1,) * 3)})
+    data_checks.check_facts(config(predict={"CoI": [0, 2]}), FACTS, {"val_loader": replace(FACTS, mean=(0.1,) * 3)})
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ def test_facts_that_agree() -> None:
 )
 def test_facts_that_disagree(changes, other, told) -> None:
     with pytest.raises(UserError) as error:
-        checks.check_facts(config(**changes), FACTS, {"val_loader": replace(FACTS, **other)})
+        data_checks.check_facts(config(**changes), FACTS, {"val_loader": replace(FACTS, **other)})
     assert told in str(error.value)
 
 
@@ -107,8 +106,8 @@ def test_builders_speak_with_the_path_of_the_field() -> None:
         raise ValueError(f"size must be positive, got {args['size']}")
 
     with pytest.raises(UserError, match=r"train_loader\.args: size must be positive, got -1"):
-        checks.built("train_loader.args", build, size=-1)
-    assert checks.built("x", dict, a=1) == {"a": 1}
+        building.build_section("train_loader.args", build, size=-1)
+    assert building.build_section("x", dict, a=1) == {"a": 1}
 
 
 def test_a_loader_is_built_with_what_the_program_knows() -> None:
@@ -119,16 +118,17 @@ def test_a_loader_is_built_with_what_the_program_knows() -> None:
         return "loader"
 
     used = config(seed=5, ignore_index=7)
-    assert checks.build_loader(build, used, "test") == "loader"
+    assert building.build_loader(build, used, "test") == "loader"
     assert seen == {"type": "VOC", "split": "val", "seed": 5, "ignore_index": 7}
 
 
 def test_balanced_weights_come_from_the_data() -> None:
     dataset = SimpleNamespace(class_weights=lambda: torch.tensor([0.5, 1.0, 2.0]))
     balanced = config(loss={"type": "CrossEntropyLoss2d", "args": {"weight": "balanced"}})
-    assert checks.loss_arguments(balanced, dataset) == {"weight": [0.5, 1.0, 2.0]}
+    loss = building.build_loss(balanced, dataset, 255)
+    assert loss.weight.tolist() == [0.5, 1.0, 2.0]
     assert balanced.loss.args == {"weight": "balanced"}  # and the config still says so
-    assert checks.loss_arguments(config(loss={"type": "FocalLoss", "args": {"gamma": 1}}), dataset) == {"gamma": 1}
+    assert building.build_loss(config(loss={"type": "FocalLoss", "args": {"gamma": 1}}), dataset, 255).gamma == 1
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_balanced_weights_come_from_the_data() -> None:
     ],
 )
 def test_rankdice_on_a_loss_that_gives_no_probabilities_is_a_warning(loss, procedures, warned, capsys) -> None:
-    checks.warn_about_loss(config(loss=loss), procedures)
+    data_checks.warn_about_loss(config(loss=loss), procedures)
     text = capsys.readouterr().err
     assert text.startswith("warning: rankdice needs calibrated probabilities") == warned
     assert bool(text) == warned
@@ -160,13 +160,13 @@ def test_rankdice_on_a_loss_that_gives_no_probabilities_is_a_warning(loss, proce
     ],
 )
 def test_rankdice_on_a_cautious_loss_asks_for_a_temperature_until_there_is_one(loss, capsys) -> None:
-    checks.warn_about_loss(config(loss=loss), ["rankdice"])
+    data_checks.warn_about_loss(config(loss=loss), ["rankdice"])
     text = capsys.readouterr().err
     assert "test.py --fit" in text
     assert "not probabilities" not in text
-    checks.warn_about_loss(config(loss=loss, predict={"temperature": 0.6}), ["rankdice"])
+    data_checks.warn_about_loss(config(loss=loss, predict={"temperature": 0.6}), ["rankdice"])
     assert not capsys.readouterr().err
-    checks.warn_about_loss(config(loss="DiceLoss", predict={"temperature": 0.6}), ["rankdice"])
+    data_checks.warn_about_loss(config(loss="DiceLoss", predict={"temperature": 0.6}), ["rankdice"])
     assert "not probabilities" in capsys.readouterr().err
 
 
@@ -189,7 +189,7 @@ def test_rankdice_on_a_cautious_loss_asks_for_a_temperature_until_there_is_one(l
     ],
 )
 def test_a_rate_that_fades_early_is_a_warning(schedule, told, capsys) -> None:
-    checks.warn_about_schedule(config(lr_scheduler=schedule), batches=100)
+    data_checks.warn_about_schedule(config(lr_scheduler=schedule), batches=100)
     text = capsys.readouterr().err
     assert text == "" if told is None else told in text
 
@@ -275,18 +275,20 @@ def test_a_defect_of_the_program_keeps_its_traceback() -> None:
 
 def test_classes_in_another_order_are_refused() -> None:
     for same in (FACTS.class_names, ("Background", "CAT", "dog"), ("class 0", "class 1", "class 2")):
-        checks.check_facts(config(), FACTS, {"val_loader": replace(FACTS, class_names=same)})
+        data_checks.check_facts(config(), FACTS, {"val_loader": replace(FACTS, class_names=same)})
     with pytest.raises(UserError, match=r"val_loader: class 1 of its data is 'dog', but 'cat' for the model"):
-        checks.check_facts(config(), FACTS, {"val_loader": replace(FACTS, class_names=("background", "dog", "cat"))})
+        data_checks.check_facts(
+            config(), FACTS, {"val_loader": replace(FACTS, class_names=("background", "dog", "cat"))}
+        )
 
 
 def test_a_resumed_run_keeps_its_classes_and_what_it_measured() -> None:
     measured = config(train_loader={"type": "VOC", "args": {"mean": "auto"}})
     now = replace(FACTS, mean=(0.1,) * 3, std=(0.3,) * 3)
-    assert checks.resumed_facts(measured, FACTS, now) == replace(now, mean=FACTS.mean)
-    assert checks.resumed_facts(config(), FACTS, now) == now
+    assert data_checks.resumed_facts(measured, FACTS, now) == replace(now, mean=FACTS.mean)
+    assert data_checks.resumed_facts(config(), FACTS, now) == now
     with pytest.raises(UserError, match="train_loader: class 1 of its data is 'dog'"):
-        checks.resumed_facts(config(), FACTS, replace(FACTS, class_names=("background", "dog", "cat")))
+        data_checks.resumed_facts(config(), FACTS, replace(FACTS, class_names=("background", "dog", "cat")))
 
 
 def test_without_val_loader_the_held_out_samples_are_used() -> None:
@@ -294,7 +296,7 @@ def test_without_val_loader_the_held_out_samples_are_used() -> None:
     args = {"val_fold": [0, 5]}
     given = config(train_loader={"type": "VOC", "args": args}, val_loader=None)
     for stage in ("val", "test"):
-        built = checks.build_loader(
+        built = building.build_loader(
             lambda kind, **_: SimpleNamespace(get_val_loader=lambda whole: held_out), given, stage
         )
         assert built is held_out

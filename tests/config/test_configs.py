@@ -15,9 +15,8 @@ import dataloaders
 import models
 from models.backbones import common
 from utils import config as configs
-from utils import losses, lr_scheduler, optim
 from utils.batch import Batch, equal_sizes
-from utils.config import data_checks as checks
+from utils.config import building
 from utils.config.schema import Component, Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,7 +155,7 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def first_batch(config: Config, stage: str) -> tuple[Any, Batch]:
     held_out = stage == "val" and config.val_loader is None
-    loader = checks.build_loader(dataloaders.build, config, "train" if held_out else stage)
+    loader = building.build_loader(dataloaders.build, config, "train" if held_out else stage)
     if held_out:
         loader = loader.get_val_loader()
     loader.set_epoch(1)
@@ -186,15 +185,8 @@ def test_training_batches_are_of_one_size_that_the_network_takes(config: Config)
         for logits in outputs.values() if isinstance(outputs, dict) else (outputs,):
             assert logits.shape == (len(batch.names), dataset.num_classes, *batch.images.shape[2:])
     assert "/" not in str(pretrained), "a config we ship names no file of weights that others do not have"
-    optimizer = optim.build(
-        config.optimizer.type,
-        model,
-        config.optimizer.differential_lr,
-        config.optimizer.backbone_lr_factor,
-        config.optimizer.no_decay_on_norm_and_bias,
-        **config.optimizer.args,
-    )
-    schedule = lr_scheduler.build(config.lr_scheduler.type, optimizer, 10, **config.lr_scheduler.args)
+    optimizer = building.build_optimizer(config, model)
+    schedule = building.build_schedule(config, optimizer, steps_per_epoch=10, epochs=1)
     rates = []
     for _ in range(10):
         rates.append(max(group["lr"] for group in optimizer.param_groups))
@@ -220,8 +212,7 @@ def test_pretrained_weights_are_such_as_torchvision_has(config: Config, monkeypa
 
 def test_the_loss_takes_the_labels(config: Config) -> None:
     dataset, batch = first_batch(config, "train")
-    arguments = checks.loss_arguments(config, dataset)
-    loss = losses.build(config.loss.type, dataset.ignore_index, **arguments)
+    loss = building.build_loss(config, dataset, dataset.ignore_index)
     labels = next(equal_sizes(batch)).labels[:, ::8, ::8].long()
     logits = torch.zeros(len(labels), dataset.num_classes, *labels.shape[1:], requires_grad=True)
     value = loss(logits, labels)

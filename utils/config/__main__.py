@@ -13,7 +13,7 @@ import dataloaders
 import models
 from utils import checkpoint
 from utils.cli import add_overrides
-from utils.config import data_checks, dump, editor, override, read, resolve
+from utils.config import building, data_checks, dump, editor, override, read, resolve
 from utils.config.schema import Config
 from utils.errors import run
 from utils.facts import Facts
@@ -31,11 +31,11 @@ def rehearse(config: Config) -> None:
             component.args |= {"num_workers": 0}
             if dataloaders.LOADERS[component.type].layout:  # files, which these arguments would read at once
                 component.args |= {"cache": None} | ({"sampler": None} if component.args.get("shuffle") else {})
-    train = data_checks.build_loader(dataloaders.build, light, "train")
+    train = building.build_loader(dataloaders.build, light, "train")
     others = {}
     for stage in ("val", "test"):
         if light.loader(stage) is not None:
-            others[f"{stage}_loader"] = Facts.of(data_checks.build_loader(dataloaders.build, light, stage).dataset)
+            others[f"{stage}_loader"] = Facts.of(building.build_loader(dataloaders.build, light, stage).dataset)
     facts = Facts.of(train.dataset)
     data_checks.check_facts(config, facts, others)
     arguments = checkpoint.arch_arguments(config, facts)
@@ -43,7 +43,7 @@ def rehearse(config: Config) -> None:
         arguments["pretrained"] = False  # nothing is downloaded
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*meta parameter")  # pretrained weights have no effect there
-        data_checks.built("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
+        building.build_section("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
     data_checks.warn_about_loss(config, [config.predict.train, config.predict.val])
     data_checks.warn_about_schedule(config, len(train))
 

@@ -5,79 +5,15 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
 
-from utils import lr_scheduler, optim
-from utils.config.checks import HOLDS_OUT, PER_CLASS_SCORES, check_classes_of_interest, unknown_class
+from utils import lr_scheduler
+from utils.config.building import build_section, schedule_alone
+from utils.config.checks import PER_CLASS_SCORES, check_classes_of_interest, unknown_class
 from utils.config.schema import Config
-from utils.errors import DataFolderError, UserError, listed
+from utils.errors import UserError, listed
 from utils.facts import Facts
 from utils.losses import LOSSES, gives_probabilities, is_proper
-
-T = TypeVar("T")
-
-
-def built(path: str, builder: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a builder; its errors about values become messages with the field's path.
-
-    Raises:
-        UserError: the builder raised ValueError, TypeError or ArithmeticError (a number out of range).
-    """
-    try:
-        return builder(*args, **kwargs)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
-    """Build the loader of a stage ("train", "val", "test") with ``build`` (:func:`dataloaders.build`).
-
-    Without val_loader (and test_loader), "val" and "test" are the samples that train_loader holds out, as whole images.
-
-    Raises:
-        UserError: the config has no such loader, or an argument or the data are wrong.
-    """
-    component = config.loader(stage)
-    if component is None and any(config.train_loader.args.get(name) for name in HOLDS_OUT):
-        train: Any = build_loader(build, config, "train")
-        held_out: T | None = train.get_val_loader(whole=True)
-        if held_out is not None:
-            return held_out
-    if component is None:
-        also = "so is val_loader, and " if stage == "test" else ""
-        raise UserError(
-            f"{stage}_loader: absent, and {also}train_loader holds no images out (val_split); give one in the config, "
-            f"or with --set {stage}_loader.type=NAME --set {stage}_loader.args.data_dir=FOLDER"
-        )
-    with loader_errors(config.loader_field(stage)):
-        return build(component.type, seed=config.seed, ignore_index=config.ignore_index, **component.args)
-
-
-@contextmanager
-def loader_errors(field: str) -> Iterator[None]:
-    """Turn the errors of a loader that is built into messages that name its field, such as ``val_loader``."""
-    try:
-        yield
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"{field}.args: {error}") from error
-    except OSError as error:
-        raise UserError(f"{field}.args: cannot read {error.filename}: {error.strerror}") from None
-    except DataFolderError as error:
-        raise UserError(f"{field}.args.data_dir: {error}") from None
-    except UserError as error:
-        text = str(error)
-        raise UserError(text if text.startswith(field) else f"{field}: {text}") from None
-
-
-def loss_arguments(config: Config, dataset: Any) -> dict[str, Any]:
-    """Return the arguments of the config's loss, with the data set's class weights for "balanced"."""
-    args = dict(config.loss.args)
-    if args.get("weight") == "balanced":
-        args["weight"] = dataset.class_weights().tolist()
-    return args
 
 
 def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
@@ -170,9 +106,9 @@ _SIMULATED = 20_000  # steps of a schedule that are looked at
 def warn_about_schedule(config: Config, batches: int) -> None:
     """Warn if the learning rate is next to nothing in more than half of a run with ``batches`` batches per epoch."""
     section, epochs = config.lr_scheduler, config.trainer.epochs
-    schedule = schedule_alone(config, epochs, min(batches, config.trainer.limit_batches or batches))
+    schedule = schedule_alone(config, min(batches, config.trainer.limit_batches or batches))
     steps = schedule.total_steps
-    rates = built("lr_scheduler.args", _rates, schedule, min(steps, _SIMULATED))
+    rates = build_section("lr_scheduler.args", _rates, schedule, min(steps, _SIMULATED))
     limit = 1.001 * FADED * max(rates)
     low = [rate <= limit for rate in rates]
     first = len(low) - [*low[::-1], False].index(False)  # the rate is low from here on
@@ -186,21 +122,6 @@ def warn_about_schedule(config: Config, batches: int) -> None:
         f"lr_scheduler: {section.type} brings the learning rate below {FADED:g} of its highest value after {first} of "
         f"{steps} iterations{advice if section.step == 'iteration' else ''}"
     )
-
-
-def schedule_alone(config: Config, epochs: int, batches: int) -> lr_scheduler.Schedule:
-    """Build the schedule of a run with ``batches`` batches per epoch, on two parameters in place of a network.
-
-    Raises:
-        UserError: the optimizer or the schedule does not accept its arguments.
-    """
-    section, chosen = config.lr_scheduler, config.optimizer
-    per_epoch = lr_scheduler.optimizer_steps(1, batches, config.trainer.accumulate)
-    rates = (chosen.differential_lr, chosen.backbone_lr_factor)
-    optimizer = built("optimizer.args", optim.build, chosen.type, optim.stand_in(), *rates, **chosen.args)
-    unit = {"steps_per_epoch": per_epoch if section.step == "epoch" else None}
-    args = (section.type, optimizer, epochs * per_epoch)
-    return built("lr_scheduler.args", lr_scheduler.build, *args, **unit, **section.args)
 
 
 def _rates(schedule: lr_scheduler.Schedule, steps: int) -> list[float]:

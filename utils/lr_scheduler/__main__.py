@@ -11,7 +11,7 @@ import dataloaders
 from utils import config as configs
 from utils import lr_scheduler
 from utils.cli import add_overrides
-from utils.config import data_checks
+from utils.config import building
 from utils.config.schema import Config
 from utils.errors import UserError, not_installed, run
 from utils.files import expand
@@ -23,7 +23,7 @@ def batches_of(config: Config) -> int:
     """Return the batches of an epoch; without the data: limit_batches, or 100 and a warning."""
     limit = config.trainer.limit_batches
     try:
-        found = len(data_checks.build_loader(dataloaders.build, config, "train"))
+        found = len(building.build_loader(dataloaders.build, config, "train"))
     except UserError as error:
         found = limit or ASSUMED
         if limit is None:
@@ -37,7 +37,7 @@ def batches_of(config: Config) -> int:
 
 def curves(config: Config, epochs: int, batches: int) -> dict[str, dict[str, list[float]]]:
     """Return the learning rate of each parameter group, and the momentum, in each step; no network is built."""
-    schedule = data_checks.schedule_alone(config, epochs, batches)
+    schedule = building.schedule_alone(config, batches, epochs)
     first = schedule.optimizer.param_groups[0]
     momentum = "beta 1" if "betas" in first else "momentum" if "momentum" in first else None
     found: dict[str, dict[str, list[float]]] = {"learning rate": {}, **({momentum: {}} if momentum else {})}
