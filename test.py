@@ -110,7 +110,7 @@ from utils.checkpoint import LoadedModel
 from utils.config import building, data_checks
 from utils.config.schema import Config
 from utils.errors import run
-from utils.evaluation import Decision, Evaluation, Evaluator, all_decisions, evaluate, fitted, single_decision
+from utils.evaluation import Decision, Evaluation, Evaluator, all_decisions, checkpoint_fit, evaluate, single_decision
 from utils.facts import Facts
 from utils.files import expand
 from utils.predict import PredictOptions
@@ -130,7 +130,7 @@ def main() -> int:
     args.resume, *args.members = map(str, map(expand, args.resume or [checkpoint.network_of(args.config)]))
     state = checkpoint.read(args.resume)
     if args.fit:
-        state = fitted.without_fit(state)  # a second fit starts where the first one did
+        state = checkpoint_fit.without_fit(state)  # a second fit starts where the first one did
     stages = ("test",) if not args.fit else ("val",)
     overrides = from_val_loader(state.get("config"), args.config, overrides)
     config = checkpoint.config_of(state, args.resume, args.config, overrides, stages=stages, trust_code=args.trust_code)
@@ -278,7 +278,7 @@ def write_results(setup: Setup, state: Mapping[str, Any], outcome: Evaluation, w
         setup.loader.dataset,
         views=setup.views,
         gathered=watcher.compute(),
-        fitted=fitted.note(state, config),
+        fitted=checkpoint_fit.note(state, config),
     )
     print(report.text(results, setup.details))
     replaced = report.to_be_replaced(folder, results["protocol"])
@@ -321,7 +321,7 @@ def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
         ]
         if distributed.is_main():
             pooled = folds.merged(outcomes)
-            notes = [fitted.note(state, config) for state, config in zip(states, of_folds, strict=True)]
+            notes = [checkpoint_fit.note(state, config) for state, config in zip(states, of_folds, strict=True)]
             whole, *each = [
                 report.results(o, s.loaded, s.loader.dataset, views=s.views, fitted=note)
                 for o, s, note in zip([pooled, *outcomes], [setups[0], *setups], [notes[0], *notes], strict=True)
@@ -343,16 +343,16 @@ def fit(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel,
     config = loaded.config
     loader = building.build_loader(dataloaders.build, config, "val")
     data_checks.check_facts(config, loaded.facts, {"val_loader": Facts.of(loader.dataset)})
-    found = fitted.fit(loaded, loader, device, args.limit)
+    found = checkpoint_fit.fit(loaded, loader, device, args.limit)
     if not distributed.is_main():
         return
-    print(fitted.text(found, config))
+    print(checkpoint_fit.text(found, config))
     if not found.changes(config.predict):
         print("nothing written: no fit improves this checkpoint")
         return
     source = Path(args.resume)
     path = Path(args.output or source.parent) / f"{source.stem.removesuffix('_calibrated')}_calibrated.pth"
-    checkpoint.save(fitted.for_use(fitted.with_fit(state, config, found)), path)
+    checkpoint.save(checkpoint_fit.for_use(checkpoint_fit.with_fit(state, config, found)), path)
     print(f"written: {path}")
     print(f"now    : python test.py -r {shlex.quote(str(path))} -p all")
 

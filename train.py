@@ -67,7 +67,7 @@ from utils import config as configs
 from utils.config import building, data_checks
 from utils.config.schema import Config
 from utils.errors import UserError, run
-from utils.evaluation import fitted
+from utils.evaluation import checkpoint_fit
 from utils.facts import Facts
 from utils.files import expand
 from utils.losses.base import SegmentationLoss
@@ -145,12 +145,12 @@ def fit_best(config: Config, data: Data, device: torch.device, folder: Path) -> 
     val = data.train.get_val_loader(whole=True) if config.val_loader is None else data.val
     try:
         with sigterm_as_ctrl_c():
-            found = fitted.fit(loaded, val, device, limit and limit * val.batches.batch_size)
+            found = checkpoint_fit.fit(loaded, val, device, limit and limit * val.batches.batch_size)
     except KeyboardInterrupt:
         raise Interrupted from None  # a resumed run does the fit
     if distributed.is_main():
-        print(fitted.text(found, config))
-        checkpoint.save(fitted.with_fit(state, config, found), path)
+        print(checkpoint_fit.text(found, config))
+        checkpoint.save(checkpoint_fit.with_fit(state, config, found), path)
         print(f"    fitted : {path}")
 
 
@@ -165,7 +165,7 @@ def main() -> int:
         resume = runs.newest(config) if resume == "auto" else None
     if resume:
         resume = expand(resume).resolve()
-        state = fitted.without_fit(checkpoint.read(resume))  # training goes on without what was fitted after it
+        state = checkpoint_fit.without_fit(checkpoint.read(resume))  # training goes on without what was fitted after it
         config = checkpoint.config_of(state, resume, args.config, overrides, stages=stages, trust_code=args.trust_code)
         if not args.config and not any(item.startswith(("trainer.log_dir=", "trainer=")) for item in args.set):
             config = runs.with_own_logs(config, resume.parent)

@@ -35,7 +35,7 @@ from utils.errors import UserError, run
 from utils.evaluation import Decision, Evaluator, Part, all_decisions, evaluate
 from utils.evaluation.comparison import differences, image_means
 from utils.evaluation.fitting import Fit, fit
-from utils.evaluation.links import LogitSample, fit_temperature
+from utils.evaluation.temperature import LogitSample, fit_temperature
 from utils.facts import Facts
 from utils.files import write_text
 from utils.metrics import Metrics, count, image_scores
@@ -144,7 +144,9 @@ def network_of(images: Images, found: Fit | None = None) -> SavedNetwork:
     classes = images.probs.shape[1]
     facts = Facts(classes, tuple(map(str, range(classes))), ((0, 0, 0),) * classes, (0.0,) * 3, (1.0,) * 3, 255)
     own = SavedNetwork(facts, images.activation, torch.device("cpu"))
-    return own if found is None else replace(own, temperature=found.link.temperature, bias=found.link.bias)
+    return (
+        own if found is None else replace(own, temperature=found.calibration.temperature, bias=found.calibration.bias)
+    )
 
 
 def fitted(images: Images) -> Fit:

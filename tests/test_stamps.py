@@ -15,7 +15,7 @@ from utils import stamps
 from utils.errors import UserError
 from utils.images.palette import write_mask
 from utils.inference.outputs import OverlayVideo
-from utils.predict.stored import read_probs, write_probs
+from utils.predict.files import read_probs, write_probs
 
 RUN = stamps.digest({"model": "a", "flip": True})
 LABELS = np.arange(12, dtype=np.uint8).reshape(3, 4)

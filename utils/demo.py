@@ -159,7 +159,7 @@ def settings(predictor: Predictor) -> str:
     bias = "" if predict.bias is None else " and a bias per class"
     return (
         f"Temperature {predict.temperature:.4g}{bias}. T: probability above {options.threshold:g}. rankdice: highest "
-        f"{'IoU' if options.metric == 'iou' else 'Dice'}. Classes with a mask: {how[options.decides]}."
+        f"{'IoU' if options.metric == 'iou' else 'Dice'}. Classes with a mask: {how[options.chooses_by]}."
     )
 
 

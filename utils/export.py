@@ -170,7 +170,7 @@ def _facts(loaded: LoadedModel, logits: bool) -> dict[str, str]:
         "threshold": str(options.threshold),
         "metric": options.metric,
         "prune": json.dumps(options.prune),
-        "presence": options.decides,
+        "presence": options.chooses_by,
         "options": json.dumps(asdict(options)),
     }
 

@@ -10,8 +10,8 @@ import torch
 
 from utils.batch import Batch
 from utils.evaluation import Part
-from utils.evaluation.calibration import Reliability, ThresholdSweep, chosen_pixels
-from utils.evaluation.links import Link, LogitSample, fit_bias, fit_temperature
+from utils.evaluation.reliability import Reliability, ThresholdSweep, chosen_pixels
+from utils.evaluation.temperature import Calibration, LogitSample, fit_bias, fit_temperature
 from utils.facts import Facts
 from utils.losses import gives_probabilities
 from utils.metrics import Metrics
@@ -93,7 +93,7 @@ def test_what_cannot_be_fitted() -> None:
 
 
 def test_the_sample_does_not_depend_on_batches_and_leaves_ignored_pixels_out(monkeypatch) -> None:
-    monkeypatch.setattr("utils.evaluation.links.SAMPLE_BYTES", 4 * 3 * 5 * 20)
+    monkeypatch.setattr("utils.evaluation.temperature.SAMPLE_BYTES", 4 * 3 * 5 * 20)
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(5, 3, 9, 9, generator=generator)
     target = torch.randint(0, 3, (5, 9, 9), generator=generator)
@@ -228,9 +228,9 @@ def test_a_bias_per_class_is_found_again(classes, activation) -> None:
     for k in range(classes):
         for step in (-0.02, 0.02):
             moved = [b + step * (i == k) for i, b in enumerate(found.bias)]
-            assert _nll(Link(found.temperature, tuple(moved)), logits, target, activation) > best - 1e-9
-        assert _nll(Link(found.temperature * 1.02, found.bias), logits, target, activation) > best
-    assert best <= _nll(Link(fit_temperature(logits, target, activation).value), logits, target, activation)
+            assert _nll(Calibration(found.temperature, tuple(moved)), logits, target, activation) > best - 1e-9
+        assert _nll(Calibration(found.temperature * 1.02, found.bias), logits, target, activation) > best
+    assert best <= _nll(Calibration(fit_temperature(logits, target, activation).value), logits, target, activation)
 
 
 def test_only_common_classes_get_a_bias() -> None:
@@ -240,9 +240,9 @@ def test_only_common_classes_get_a_bias() -> None:
     assert found.bias[0] != 0
 
 
-def _nll(link: Link, logits: torch.Tensor, target: torch.Tensor, activation: str) -> float:
+def _nll(calibration: Calibration, logits: torch.Tensor, target: torch.Tensor, activation: str) -> float:
     gathered = Reliability(logits.shape[1], 255, activation)
-    gathered.add_pixels(link(logits.double()[:, :, None, None], activation)[:, :, 0, 0].double(), target)
+    gathered.add_pixels(calibration(logits.double()[:, :, None, None], activation)[:, :, 0, 0].double(), target)
     return gathered.compute()["NLL"]
 
 

@@ -62,8 +62,8 @@ def test_all_decisions() -> None:
     assert (found["rankdice_iou"].options.solver, found["rankdice_iou"].options.metric) == ("exact", "iou")
     assert not found["max"].options.restricts_max
     assert found["max_present"].options.restricts_max
-    assert found["rankdice"].options.decides == "rule"
-    assert (found["rankdice_paper"].options.decides, found["rankdice_paper"].options.prune) == ("prune", 0.5)
+    assert found["rankdice"].options.chooses_by == "rule"
+    assert (found["rankdice_paper"].options.chooses_by, found["rankdice_paper"].options.prune) == ("prune", 0.5)
     assert [d.expects for d in found.values()] == [None, None, None, None, "dice", "dice", None, "iou"]
     assert all(d.options.classes == (1,) for d in found.values())
     # Under a config that maximizes IoU, the two columns still are what their names say.

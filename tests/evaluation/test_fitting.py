@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from utils import presence
 from utils.batch import Batch
 from utils.config import resolve
-from utils.evaluation import Evaluator, evaluate, fitted, fitting, held_out, single_decision
+from utils.evaluation import Evaluator, checkpoint_fit, evaluate, fitting, held_out, single_decision
 from utils.evaluation.fitting import Fit, fit
-from utils.evaluation.held_out import OWN, SCALED, SHIFTED, Links
-from utils.evaluation.links import Link
+from utils.evaluation.held_out import OWN, SCALED, SHIFTED, Calibrations
+from utils.evaluation.temperature import Calibration
 from utils.facts import Facts
 from utils.predict import PredictOptions
 from utils.predict.network import Network
@@ -124,9 +124,9 @@ def test_an_overconfident_network_gets_its_temperature_back() -> None:
 def test_a_wrong_base_rate_gets_a_bias() -> None:
     found = fitted_on(Scenes(60, everywhere=True), shift=(0.0, 2.5, 0.0, -2.5))
     assert found.chosen == SHIFTED
-    assert found.link.bias is not None
-    assert found.link.bias[1] < -1.0
-    assert found.link.bias[3] > 1.0
+    assert found.calibration.bias is not None
+    assert found.calibration.bias[1] < -1.0
+    assert found.calibration.bias[3] > 1.0
 
 
 def test_presence_is_kept_where_it_helps_and_scores_what_was_promised() -> None:
@@ -135,8 +135,10 @@ def test_presence_is_kept_where_it_helps_and_scores_what_was_promised() -> None:
     figures = found.figures[found.chosen]
     assert figures["presence"] > figures["rankdice"] + 0.1
     # New images keep what the held-out images promised.
-    test, link, scores = Unsure(100, seed=1), found.link, {}
-    used = Evaluator(Network(Noisy(test.table), FACTS, "softmax", temperature=link.temperature, bias=link.bias))
+    test, calibration, scores = Unsure(100, seed=1), found.calibration, {}
+    used = Evaluator(
+        Network(Noisy(test.table), FACTS, "softmax", temperature=calibration.temperature, bias=calibration.bias)
+    )
     for name, options in (("before", PredictOptions()), ("after", PredictOptions(fit=found.presence))):
         outcome = evaluate(used, test, single_decision("rankdice", options))
         scores[name] = outcome.metrics["rankdice"].compute()
@@ -162,20 +164,22 @@ def test_a_fold_is_scored_by_what_has_not_seen_it(scenes: Scenes, monkeypatch) -
         return fit_temperature(logits, target, activation, **start)
 
     monkeypatch.setattr(held_out, "fit_temperature", spy)
-    links = Links(_sample(scenes), "softmax", Link())
+    calibrations = Calibrations(_sample(scenes), "softmax", Calibration())
     assert len(seen) == 6  # all images, and five times four fifths of them
     assert all(lengths == {144 * 48} for lengths in seen[1:])
-    assert [links.fold[name] for name in links.images] == [i // 12 for i in range(60)]
-    assert len({links.held_out(name)[1] for name in links.images}) == 5
+    assert [calibrations.fold[name] for name in calibrations.images] == [i // 12 for i in range(60)]
+    assert len({calibrations.held_out(name)[1] for name in calibrations.images}) == 5
 
 
 def test_groups_are_not_divided_among_folds(scenes: Scenes) -> None:
-    links = Links(_sample(scenes), "softmax", Link(), group_of=lambda name: str(int(name[-3:]) % 7))
-    assert links.groups == 7
-    folds = {str(i): {links.fold[f"scene{k:03d}"] for k in range(i, 60, 7)} for i in range(7)}
+    calibrations = Calibrations(
+        _sample(scenes), "softmax", Calibration(), group_of=lambda name: str(int(name[-3:]) % 7)
+    )
+    assert calibrations.groups == 7
+    folds = {str(i): {calibrations.fold[f"scene{k:03d}"] for k in range(i, 60, 7)} for i in range(7)}
     assert all(len(found) == 1 for found in folds.values())
     assert set().union(*folds.values()) == set(range(5))
-    assert Links(_sample(scenes), "softmax", Link(), group_of=lambda name: "all").folds.tolist() == [
+    assert Calibrations(_sample(scenes), "softmax", Calibration(), group_of=lambda name: "all").folds.tolist() == [
         i // 12 for i in range(60)
     ]
 
@@ -219,20 +223,20 @@ def test_links_are_judged_by_likelihood_and_must_not_lower_dice() -> None:
     noise = 0.01 * torch.randn(50, generator=generator, dtype=torch.float64)
 
     def trial(nll: float, dice: float) -> Any:
-        # Images differ a lot, but all links see the same images.
+        # Images differ a lot, but all calibrations see the same images.
         common = torch.linspace(0, 1, 50, dtype=torch.float64)
         return SimpleNamespace(
             nll=nll + common + noise, scores=lambda procedure: dice + common - noise.flip(0), worth=50
         )
 
     own = trial(0.3, 0.6)
-    assert fitting._best_link({OWN: own, SCALED: trial(0.25, 0.6)}, "max") == SCALED
-    assert fitting._best_link({OWN: own, SCALED: trial(0.25, 0.5)}, "max") == OWN  # mDice is lower
-    assert fitting._best_link({OWN: own, SCALED: trial(0.35, 0.7)}, "max") == OWN  # less likely
+    assert fitting._best_calibration({OWN: own, SCALED: trial(0.25, 0.6)}, "max") == SCALED
+    assert fitting._best_calibration({OWN: own, SCALED: trial(0.25, 0.5)}, "max") == OWN  # mDice is lower
+    assert fitting._best_calibration({OWN: own, SCALED: trial(0.35, 0.7)}, "max") == OWN  # less likely
     trials = {OWN: own, SCALED: trial(0.31, 0.6), SHIFTED: trial(0.28, 0.6)}
-    assert fitting._best_link(trials, "max") == SHIFTED  # though the temperature alone does not help
+    assert fitting._best_calibration(trials, "max") == SHIFTED  # though the temperature alone does not help
     trials = {OWN: own, SCALED: trial(0.28, 0.6), SHIFTED: trial(0.28, 0.7)}
-    assert fitting._best_link(trials, "max") == SCALED  # the simpler one
+    assert fitting._best_calibration(trials, "max") == SCALED  # the simpler one
 
 
 def test_few_images_are_said_to_be_few() -> None:
@@ -272,18 +276,18 @@ def test_a_fit_goes_into_a_checkpoint_and_out_of_it_again(scenes: Scenes) -> Non
     found, config = fitted_on(scenes, sure=3.0), resolve(CONFIG)
     state = {"epoch": 3, "config": config.model_dump(), "optimizer": {}}
     state["config"]["predict"]["threshold"] = 0.4
-    changed = fitted.with_fit(state, config, found)
+    changed = checkpoint_fit.with_fit(state, config, found)
     assert changed["config"]["predict"] == state["config"]["predict"] | found.fields()
     assert changed["optimizer"] == {}
-    assert "optimizer" not in fitted.for_use(changed)
-    assert fitted.without_fit(changed) == state
-    assert fitted.without_fit(state) == state
+    assert "optimizer" not in checkpoint_fit.for_use(changed)
+    assert checkpoint_fit.without_fit(changed) == state
+    assert checkpoint_fit.without_fit(state) == state
     # A second fit replaces the first, and what it replaced is still what was there at the beginning.
-    assert fitted.without_fit(fitted.with_fit(changed, config, found)) == state
+    assert checkpoint_fit.without_fit(checkpoint_fit.with_fit(changed, config, found)) == state
     now = resolve(CONFIG | {"predict": changed["config"]["predict"]})
-    assert "were fitted on 60 validation images (Shapes val)" in str(fitted.note(changed, now))
+    assert "were fitted on 60 validation images (Shapes val)" in str(checkpoint_fit.note(changed, now))
     other = resolve(CONFIG | {"predict": changed["config"]["predict"] | {"threshold": 0.1}})
-    assert "threshold are overridden" in str(fitted.note(changed, other))
-    assert fitted.note(state, config) is None
-    assert PredictOptions.from_config(now.predict).decides == ("fitted" if found.presence else "prune")
+    assert "threshold are overridden" in str(checkpoint_fit.note(changed, other))
+    assert checkpoint_fit.note(state, config) is None
+    assert PredictOptions.from_config(now.predict).chooses_by == ("fitted" if found.presence else "prune")
     assert presence.FEW_IMAGES <= 60

@@ -19,7 +19,7 @@ from tests.shapes_checkpoint import loader, write_checkpoint
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, Prediction
 from utils.predict import __main__ as decode
-from utils.predict.stored import pictures
+from utils.predict.files import pictures
 from utils.predictor import Predictor
 
 IMAGES, SIZE = 5, 48

@@ -129,14 +129,14 @@ def test_a_single_class_is_chosen_or_the_image_is_background() -> None:
 
 
 def test_options_follow_the_config() -> None:
-    assert PredictOptions().decides == "prune"
+    assert PredictOptions().chooses_by == "prune"
     assert not PredictOptions().restricts_max
-    assert PredictOptions(fit=a_fit()).decides == "fitted"
+    assert PredictOptions(fit=a_fit()).chooses_by == "fitted"
     assert PredictOptions(fit=a_fit()).restricts_max
     assert [options(how).restricts_max for how in MODES] == [True, True, True, False]
     section = schema.Predict(presence_fit=a_fit())
     found = PredictOptions.from_config(section)
-    assert (found.decides, found.fit) == ("fitted", a_fit())
+    assert (found.chooses_by, found.fit) == ("fitted", a_fit())
     assert schema.Predict(**section.model_dump()) == section
     with pytest.raises(ValueError, match="'fitted' needs presence_fit"):
         schema.Predict(presence="fitted")

@@ -16,7 +16,7 @@ from utils.facts import Facts
 from utils.images.palette import default_palette
 from utils.predict import PROCEDURES, PredictOptions
 from utils.predict import __main__ as decode
-from utils.predict import stored as probs
+from utils.predict import files as probs
 
 FACTS = Facts(4, NAMES[:4], default_palette(4), (0.5,) * 3, (0.2,) * 3, 255)
 

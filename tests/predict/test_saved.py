@@ -17,8 +17,8 @@ from utils.images.palette import write_mask
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, PredictOptions, probabilities
 from utils.predict import __main__ as command
-from utils.predict.saved import SavedProbs
-from utils.predict.stored import pictures
+from utils.predict.files import pictures
+from utils.predict.saved_probs import SavedProbs
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:

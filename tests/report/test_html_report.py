@@ -19,8 +19,8 @@ from utils import report
 from utils.batch import Batch
 from utils.checkpoint import LoadedModel
 from utils.evaluation import Evaluator, Part, all_decisions, evaluate
-from utils.evaluation.calibration import Reliability
 from utils.evaluation.confusion import Confusion
+from utils.evaluation.reliability import Reliability
 from utils.facts import Facts
 from utils.metrics import Metrics, count
 from utils.predict import Prediction, PredictOptions

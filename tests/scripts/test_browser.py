@@ -23,8 +23,8 @@ from tests.small_checkpoint import photo, write_checkpoint
 from utils import report
 from utils.checkpoint import LoadedModel
 from utils.evaluation import Evaluator, Part, all_decisions, evaluate
-from utils.evaluation.calibration import Reliability
 from utils.evaluation.confusion import Confusion
+from utils.evaluation.reliability import Reliability
 from utils.facts import Facts
 from utils.images.palette import default_palette
 from utils.predict import PredictOptions

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.shapes_checkpoint import loader, raw_config, write_checkpoint
 from utils.errors import UserError
 from utils.predict import __main__ as decode
-from utils.predict.stored import read_probs
+from utils.predict.files import read_probs
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ["T", "max", "max_present", "rankdice", "rankdice_paper", "rankdice_map", "rankdice_iou"]

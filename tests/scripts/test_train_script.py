@@ -16,7 +16,7 @@ import torch
 
 import train
 from utils import checkpoint
-from utils.evaluation import fitted
+from utils.evaluation import checkpoint_fit
 
 Call = Callable[..., None]
 
@@ -149,7 +149,7 @@ def test_a_run_that_was_stopped_in_its_fit_is_fitted_when_it_is_resumed(config: 
     folder = run_folder(config)
     best = folder / "best_model.pth"
     state = checkpoint.read(best)
-    checkpoint.save(fitted.without_fit(state), best)
+    checkpoint.save(checkpoint_fit.without_fit(state), best)
     before = (folder / "latest.pth").read_bytes()
     call("-r", folder / "latest.pth")
     assert checkpoint.read(best)["calibration"] == state["calibration"]
@@ -158,7 +158,7 @@ def test_a_run_that_was_stopped_in_its_fit_is_fitted_when_it_is_resumed(config: 
 
 def test_a_signal_in_the_fit_says_how_to_continue(config: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["train.py", "-c", str(config), "--set", "trainer.epochs=1"])
-    monkeypatch.setattr(fitted, "fit", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(checkpoint_fit, "fit", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert train.main() == 130
     assert f"stopped and saved; continue with: python train.py -r {run_folder(config)}" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -87,7 +87,7 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
     solver = options.solver if options.solver in IOU_SOLVERS else "exact"
     return decisions | {
         "max": Decision("max", replace(options, presence="all")),
-        "max_present": Decision("max", replace(dice, presence=options.decides)),
+        "max_present": Decision("max", replace(dice, presence=options.chooses_by)),
         "rankdice": Decision("rankdice", dice),
         "rankdice_paper": Decision("rankdice", replace(dice, presence="prune", prune=0.5)),
         "rankdice_map": Decision("rankdice", dice, as_labels=True),

@@ -20,8 +20,8 @@ from torch import Tensor
 from utils import distributed, evidence, presence, tables
 from utils.config.schema import Predict
 from utils.evaluation import Evaluator, Progress, evaluate
-from utils.evaluation.held_out import OWN, SCALED, TRIED_IMAGES, Links, Look, Row, Seen, stacked, thresholds
-from utils.evaluation.links import Link, LogitSample
+from utils.evaluation.held_out import OWN, SCALED, TRIED_IMAGES, Calibrations, Look, Row, Seen, stacked, thresholds
+from utils.evaluation.temperature import Calibration, LogitSample
 from utils.metrics import count, image_scores
 from utils.predict import PROCEDURES, PredictOptions
 from utils.predict.network import SCALES, Network, SavedNetwork
@@ -35,7 +35,7 @@ class Fit:
     """What was fitted and kept.
 
     Attributes:
-        link: temperature, and bias per class or None.
+        calibration: temperature, and bias per class or None.
         threshold: of procedure T.
         presence: the fit for :func:`utils.presence.choose`, with the ids of its ``classes`` and its ``metric``; None:
             none is kept.
@@ -48,7 +48,7 @@ class Fit:
         notes: sentences on what was kept and why, and what is doubtful.
     """
 
-    link: Link
+    calibration: Calibration
     threshold: float
     presence: dict[str, Any] | None
     mode: str | None
@@ -60,13 +60,13 @@ class Fit:
     @property
     def temperature(self) -> float:
         """The temperature that is kept."""
-        return self.link.temperature
+        return self.calibration.temperature
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of the config's ``predict`` that the fit sets."""
         found = {
-            "temperature": self.link.temperature,
-            "bias": None if self.link.bias is None else list(self.link.bias),
+            "temperature": self.calibration.temperature,
+            "bias": None if self.calibration.bias is None else list(self.calibration.bias),
             "threshold": self.threshold,
             "presence_fit": self.presence,
         }
@@ -110,8 +110,8 @@ def fit(
     evaluate(evaluator, loader, {}, progress=progress("FIT"), on_part=seen.add, limit_images=limit)
     seen.sample.merge(distributed.gather(seen.sample))
 
-    def rows(links_of: Callable[[str], Sequence[Link]], title: str, each: int) -> list[Row]:
-        look = Look(evaluator, options, links_of)
+    def rows(calibrations_of: Callable[[str], Sequence[Calibration]], title: str, each: int) -> list[Row]:
+        look = Look(evaluator, options, calibrations_of)
         if seen.complete:
             for name, (logits, target) in seen.maps.items():
                 look.at(name, logits.to(network.device), target.to(network.device))
@@ -119,13 +119,16 @@ def fit(
             evaluate(evaluator, loader, {}, progress=progress(title), on_part=look.add, limit_images=limit)
         return stacked({name: found for share in distributed.gather(look.rows) for name, found in share.items()}, each)
 
-    own = Link(network.temperature, None if network.bias is None else tuple(network.bias))
-    links = Links(seen.sample, network.activation, own, getattr(loader, "group_of", None))
-    held_out = rows(links.held_out, "FIT, held out", len(links.names))
-    trials = {name: Trial(name, found, options, links) for name, found in zip(links.names, held_out, strict=True)}
-    best = _best_link(trials, procedure)
-    everything = held_out[0] if best == OWN else rows(lambda _: [links.final[best]], "FIT, all", 1)[0]
-    found = _decided(best, trials, links, everything, options, procedure)
+    own = Calibration(network.temperature, None if network.bias is None else tuple(network.bias))
+    calibrations = Calibrations(seen.sample, network.activation, own, getattr(loader, "group_of", None))
+    held_out = rows(calibrations.held_out, "FIT, held out", len(calibrations.names))
+    trials = {
+        name: Trial(name, found, options, calibrations)
+        for name, found in zip(calibrations.names, held_out, strict=True)
+    }
+    best = _best_calibration(trials, procedure)
+    everything = held_out[0] if best == OWN else rows(lambda _: [calibrations.final[best]], "FIT, all", 1)[0]
+    found = _decided(best, trials, calibrations, everything, options, procedure)
     return replace(found, **_mode(seen, evaluator, found, options, procedure))
 
 
@@ -133,31 +136,31 @@ def fit(
 
 
 class Trial:
-    """The scores of the held-out images ``(N,)`` under one kind of link.
+    """The scores of the held-out images ``(N,)`` under one kind of calibration.
 
     Attributes:
         learned: the fit of presence, with the scores of ``rankdice`` with and without it.
         pruned: scores of ``rankdice`` without a fit.
         before, tuned: scores of ``T`` with the threshold used so far, and with a fitted one.
         keeps_threshold: whether the fitted threshold clearly gains.
-        calibration, nll: see :meth:`Links.calibration`.
+        quality, nll: see :meth:`Calibrations.quality`.
         worth: how many independent images these are.
     """
 
-    def __init__(self, name: str, rows: Row, options: PredictOptions, links: Links) -> None:
-        self.learned = presence.learn(*rows[:4], prune=options.prune, folds=links.folds)
+    def __init__(self, name: str, rows: Row, options: PredictOptions, calibrations: Calibrations) -> None:
+        self.learned = presence.learn(*rows[:4], prune=options.prune, folds=calibrations.folds)
         chosen = rows.highest > (0.0 if options.prune is None else options.prune)
         self.pruned = presence.image_scores(chosen, rows.measured, rows.present)
         self.worth = presence.independent_images(rows.highest, rows.scores, rows.present)
         steps = thresholds(options.threshold)
         self.before = rows.sweep[:, steps.index(options.threshold)]
         self.tuned = torch.full_like(self.before, nan)
-        for fold in links.folds.unique():
-            own = links.folds == fold
+        for fold in calibrations.folds.unique():
+            own = calibrations.folds == fold
             best = _best_threshold(rows.sweep[~own], steps, options.threshold)
             self.tuned[own] = rows.sweep[own, steps.index(best)]
         self.keeps_threshold = evidence.clear(self.tuned - self.before, self.worth)
-        self.calibration, self.nll = links.calibration(name)
+        self.quality, self.nll = calibrations.quality(name)
 
     def scores(self, procedure: str) -> Tensor:
         """Return the scores of a procedure with what clearly helps it."""
@@ -167,11 +170,11 @@ class Trial:
         return self.pruned if self.learned.fit is None or fitted is None else fitted
 
     def figures(self) -> dict[str, float]:
-        """Return the scores of all images: calibration, and means of mDice."""
+        """Return the scores of all images: quality of the probabilities, and means of mDice."""
         fitted = self.learned.fitted
         shown = {"T": self.before, "T_tuned": self.tuned, "rankdice": self.pruned, "presence": fitted}
         means = {name: nan if scores is None else float(scores.nanmean()) for name, scores in shown.items()}
-        return self.calibration | means
+        return self.quality | means
 
 
 def _best_threshold(sweep: Tensor, steps: Sequence[float], before: float) -> float:
@@ -180,11 +183,11 @@ def _best_threshold(sweep: Tensor, steps: Sequence[float], before: float) -> flo
     return max(zip(means, steps, strict=True), key=lambda pair: (pair[0], -abs(pair[1] - before)))[1]
 
 
-def _best_link(trials: dict[str, Trial], procedure: str) -> str:
-    """Return the link that is kept.
+def _best_calibration(trials: dict[str, Trial], procedure: str) -> str:
+    """Return the calibration that is kept.
 
-    Links are judged by the likelihood of the labels, which few images tell more precisely than mDice. A link replaces a
-    simpler one if its NLL is clearly lower and its mDice is not clearly lower.
+    They are judged by the likelihood of the labels, which is more precise than mDice on few images. A calibration
+    replaces a simpler one if its NLL is clearly lower and its mDice is not clearly lower.
     """
     best = OWN
     for name, trial in trials.items():
@@ -195,19 +198,19 @@ def _best_link(trials: dict[str, Trial], procedure: str) -> str:
 
 
 def _decided(
-    best: str, trials: dict[str, Trial], links: Links, rows: Row, options: PredictOptions, procedure: str
+    best: str, trials: dict[str, Trial], calibrations: Calibrations, rows: Row, options: PredictOptions, procedure: str
 ) -> Fit:
-    """Return what is kept, fitted on ``rows``: all images under the link that is kept."""
-    trial, facts = trials[best], links.sample.facts
+    """Return what is kept, fitted on ``rows``: all images under the calibration that is kept."""
+    trial, facts = trials[best], calibrations.sample.facts
     kept, threshold = None, options.threshold
     if trial.learned.fit is not None:
         classes = range(facts.num_classes) if options.classes is None else options.classes
-        found = presence.learn(*rows[:4], prune=options.prune, folds=links.folds).found
+        found = presence.learn(*rows[:4], prune=options.prune, folds=calibrations.folds).found
         kept = None if found is None else found | {"classes": list(classes), "metric": options.metric}
     if trial.keeps_threshold:
         threshold = _best_threshold(rows.sweep, thresholds(threshold), threshold)
     fit = Fit(
-        link=links.final[best],
+        calibration=calibrations.final[best],
         threshold=threshold,
         presence=kept,
         mode=None,
@@ -216,7 +219,7 @@ def _decided(
         chosen=best,
         notes=(),
     )
-    return replace(fit, notes=tuple(_notes(fit, trials, links, procedure)))
+    return replace(fit, notes=tuple(_notes(fit, trials, calibrations, procedure)))
 
 
 @torch.no_grad()
@@ -224,7 +227,7 @@ def _mode(seen: Seen, evaluator: Evaluator, found: Fit, options: PredictOptions,
     """Return the fields of :class:`Fit` that change if averaging over scales scores clearly higher."""
     if not isinstance(evaluator.network, Network):
         return {}  # saved probabilities have one view
-    single = replace(evaluator.network, temperature=found.link.temperature, bias=found.link.bias)
+    single = replace(evaluator.network, temperature=found.calibration.temperature, bias=found.calibration.bias)
     options = replace(options, threshold=found.threshold, fit=found.presence)
     scores = {
         name: [
@@ -258,10 +261,10 @@ def _mean_dice(
 # ---------------------------------------------------------------------------------------------------- words
 
 
-def _notes(found: Fit, trials: dict[str, Trial], links: Links, procedure: str) -> Iterable[str]:
+def _notes(found: Fit, trials: dict[str, Trial], calibrations: Calibrations, procedure: str) -> Iterable[str]:
     """Yield sentences on what is kept and why."""
     trial, own = trials[found.chosen], trials[OWN]
-    yield _about_the_link(found, trials, procedure)
+    yield _about_the_calibration(found, trials, procedure)
     kept = "kept" if found.presence is not None else "not kept" if trial.learned.found else "not fitted"
     yield f"Presence: {kept}. {trial.learned.reason[0].upper()}{trial.learned.reason[1:]}."
     yield (
@@ -279,7 +282,7 @@ def _notes(found: Fit, trials: dict[str, Trial], links: Links, procedure: str) -
             f"These {found.images} images count as {own.worth:.0f}, because consecutive images are alike. So a fit "
             "must gain more to be kept."
         )
-    if links.groups == 1:
+    if calibrations.groups == 1:
         yield (
             "Warning: all validation images belong to one group (group_by), so nothing shows whether a fit carries "
             "over to other groups. Validate on several groups."
@@ -288,8 +291,8 @@ def _notes(found: Fit, trials: dict[str, Trial], links: Links, procedure: str) -
         yield f"Warning: {found.images} validation images are few. Fit on at least {presence.FEW_IMAGES}."
 
 
-def _about_the_link(found: Fit, trials: dict[str, Trial], procedure: str) -> str:
-    """Say which link is kept, or why none is."""
+def _about_the_calibration(found: Fit, trials: dict[str, Trial], procedure: str) -> str:
+    """Say which calibration is kept, or why none is."""
     if SCALED not in trials:
         return (
             "Temperature: not kept, because it reached the end of its range. The network's outputs are not calibrated "
@@ -297,9 +300,9 @@ def _about_the_link(found: Fit, trials: dict[str, Trial], procedure: str) -> str
         )
     own, trial = trials[OWN], trials[found.chosen]
     if found.chosen != OWN:
-        bias = ", and a bias per class" if found.link.bias is not None else ""
+        bias = ", and a bias per class" if found.calibration.bias is not None else ""
         return (
-            f"Temperature: {found.link.temperature:.4f}{bias}. NLL of held-out images {float(own.nll.nanmean()):.4f} "
+            f"Temperature: {found.temperature:.4f}{bias}. NLL of held-out images {float(own.nll.nanmean()):.4f} "
             f"before, {float(trial.nll.nanmean()):.4f} with it."
         )
     scaled = trials[SCALED]

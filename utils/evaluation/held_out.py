@@ -12,8 +12,8 @@ from torch import Tensor
 from utils import presence
 from utils.errors import UserError
 from utils.evaluation import Evaluator, Part
-from utils.evaluation.calibration import THRESHOLDS, Reliability, ThresholdSweep
-from utils.evaluation.links import Link, LogitSample, fit_bias, fit_temperature
+from utils.evaluation.reliability import THRESHOLDS, Reliability, ThresholdSweep
+from utils.evaluation.temperature import Calibration, LogitSample, fit_bias, fit_temperature
 from utils.metrics import count, image_scores
 from utils.predict import PROCEDURES, PredictOptions
 
@@ -55,19 +55,19 @@ class Seen:
             self.images += 1
 
 
-class Links:
-    """The links that are tried: fitted on all images, and for each fold on the images of the other folds.
+class Calibrations:
+    """The calibrations that are tried: fitted on all images, and for each fold on the images of the other folds.
 
     Args:
         sample: the pixels of all images.
-        activation: see :class:`utils.evaluation.links.Link`.
-        own: the link that the network has now.
+        activation: see :class:`utils.evaluation.temperature.Calibration`.
+        own: the calibration that the network has now.
         group_of: returns the group of an image by its name (a patient, a drive). Groups are not divided among folds;
             None, or a single group: folds of consecutive images.
     """
 
     def __init__(
-        self, sample: LogitSample, activation: Any, own: Link, group_of: Callable[[str], str] | None = None
+        self, sample: LogitSample, activation: Any, own: Calibration, group_of: Callable[[str], str] | None = None
     ) -> None:
         self.activation = activation
         self.images = sorted(sample.rows)
@@ -84,7 +84,7 @@ class Links:
             found = self._fitted(others or self.images, own, self.final)
             self.of_fold[fold] = [found.get(name, own) for name in self.names]
 
-    def _fitted(self, images: Sequence[str], own: Link, start: dict[str, Link]) -> dict[str, Link]:
+    def _fitted(self, images: Sequence[str], own: Calibration, start: dict[str, Calibration]) -> dict[str, Calibration]:
         rows = [self.sample.rows[name] for name in images]
         logits, target = (torch.cat(parts) for parts in zip(*rows, strict=True)) if rows else (torch.empty(0, 1),) * 2
         try:
@@ -94,19 +94,19 @@ class Links:
             raise UserError(f"the temperature cannot be fitted on the validation data: {error}") from None
         found = {OWN: own}
         if not temperature.bound:
-            found[SCALED] = Link(temperature.value)
+            found[SCALED] = Calibration(temperature.value)
             common, guess = _common(rows, logits.shape[1]), start.get(SHIFTED, found[SCALED])
             shifted = fit_bias(logits, target, self.activation, common, guess)
             if shifted is not None:
                 found[SHIFTED] = shifted
         return found
 
-    def held_out(self, name: str) -> list[Link]:
-        """Return the links of an image, none of which has seen it."""
+    def held_out(self, name: str) -> list[Calibration]:
+        """Return the calibrations of an image, none of which has seen it."""
         return self.of_fold[self.fold[name]]
 
-    def calibration(self, name: str) -> tuple[dict[str, float], Tensor]:
-        """Return how good the probabilities of the held-out images are under one kind of link.
+    def quality(self, name: str) -> tuple[dict[str, float], Tensor]:
+        """Return how good the probabilities of the held-out images are under one kind of calibration.
 
         Returns:
             NLL, Brier score and calibration errors of all; the NLL of each image ``(N,)``.
@@ -116,8 +116,8 @@ class Links:
         totals = [gathered.totals.clone()]
         for image in self.images:
             logits, target = self.sample.rows[image]
-            link = self.held_out(image)[place]
-            gathered.add_pixels(link(logits[:, :, None, None], self.activation)[:, :, 0, 0], target)
+            calibration = self.held_out(image)[place]
+            gathered.add_pixels(calibration(logits[:, :, None, None], self.activation)[:, :, 0, 0], target)
             totals.append(gathered.totals.clone())
         found, each = gathered.compute(), torch.stack(totals).diff(dim=0)
         return {key: found[key] for key in ("NLL", "Brier", "ECE", "Class_ECE")}, each[:, 0] / each[:, 2]
@@ -144,7 +144,7 @@ def _grouped(groups: Sequence[str]) -> Tensor:
 
 
 class Row(NamedTuple):
-    """Results of one image under one link: ``(C,)`` over the classes of interest, and mDice of T per threshold.
+    """Results of one image under one calibration: ``(C,)`` over the classes of interest, and mDice of T per threshold.
 
     Stacked for all images: ``(N, C)`` and ``(N, thresholds)``.
     """
@@ -157,12 +157,12 @@ class Row(NamedTuple):
 
 
 class Look:
-    """Predicts images under each link, and keeps the rows for the fits of presence and threshold."""
+    """Predicts images under each calibration, and keeps the rows for the fits of presence and threshold."""
 
     def __init__(
-        self, evaluator: Evaluator, options: PredictOptions, links_of: Callable[[str], Sequence[Link]]
+        self, evaluator: Evaluator, options: PredictOptions, calibrations_of: Callable[[str], Sequence[Calibration]]
     ) -> None:
-        self.evaluator, self.links_of = evaluator, links_of
+        self.evaluator, self.calibrations_of = evaluator, calibrations_of
         self.options = replace(options, presence="all")
         self.sweep = ThresholdSweep(
             evaluator.facts, options.classes, evaluator.count_ignored, thresholds(options.threshold)
@@ -176,11 +176,11 @@ class Look:
 
     def at(self, name: str, logits: Tensor, target: Tensor) -> None:
         """Add an image: logits ``(C, H, W)``, target ``(H, W)``."""
-        known: dict[Link, Row] = {}
-        for link in self.links_of(name):
-            if link not in known:
-                known[link] = self._row(link(logits[None], self.evaluator.network.activation), target)
-        self.rows[name] = [known[link] for link in self.links_of(name)]
+        known: dict[Calibration, Row] = {}
+        for calibration in self.calibrations_of(name):
+            if calibration not in known:
+                known[calibration] = self._row(calibration(logits[None], self.evaluator.network.activation), target)
+        self.rows[name] = [known[calibration] for calibration in self.calibrations_of(name)]
 
     def _row(self, probs: Tensor, target: Tensor) -> Row:
         facts = self.evaluator.facts
@@ -195,10 +195,10 @@ class Look:
         return Row(highest, expected, reached, present, self.sweep.scores(probs[0], target))
 
 
-def stacked(rows: dict[str, list[Row]], links: int) -> list[Row]:
-    """Return the rows of all images, sorted by name, one below the other: a :class:`Row` per link."""
+def stacked(rows: dict[str, list[Row]], calibrations: int) -> list[Row]:
+    """Return the rows of all images, sorted by name, one below the other: a :class:`Row` per calibration."""
     ordered = [rows[name] for name in sorted(rows)]
-    return [Row(*(torch.stack(x) for x in zip(*(one[k] for one in ordered), strict=True))) for k in range(links)]
+    return [Row(*(torch.stack(x) for x in zip(*(one[k] for one in ordered), strict=True))) for k in range(calibrations)]
 
 
 def thresholds(before: float) -> list[float]:

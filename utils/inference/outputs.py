@@ -25,9 +25,9 @@ from utils.files import atomic, reason, write_bytes, write_text
 from utils.images import write_png
 from utils.images.palette import overlay, write_mask
 from utils.inference.table import Row, Table
+from utils.predict.files import class_file, write_class_masks, write_probs
 from utils.predict.segmentation import Segmentation
 from utils.predict.spool import Spool
-from utils.predict.stored import class_file, write_class_masks, write_probs
 
 _JPEG_LARGEST_SIDE = 65500
 
@@ -38,7 +38,7 @@ class Wanted:
 
     Attributes:
         opacity: of overlays; None: no overlays.
-        probs: "npz" (see :mod:`utils.predict.stored`), "png" (8 bits per class), or None.
+        probs: "npz" (see :mod:`utils.predict.files`), "png" (8 bits per class), or None.
         json: a JSON file per image.
         masks: the overlapping masks, a PNG per class.
     """

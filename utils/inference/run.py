@@ -22,8 +22,8 @@ from utils.files import expand
 from utils.inference.outputs import Outputs, OverlayVideo, Run, Wanted, check_folder
 from utils.inference.pipeline import Pipeline, Report
 from utils.inference.sources import Found, Item, Video, find_images, is_video, printable
+from utils.predict.files import Index, prepare_folder, run_of
 from utils.predict.network import choose_device
-from utils.predict.stored import Index, prepare_folder, run_of
 from utils.predictor import SCALES, Predictor
 from utils.progress import progress_bar
 

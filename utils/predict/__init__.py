@@ -98,7 +98,7 @@ class PredictOptions:
         return replace(self, metric=metric)
 
     @property
-    def decides(self) -> str:
+    def chooses_by(self) -> str:
         """How rankdice chooses classes: ``presence``, with "auto" resolved to "fitted" or, without a fit, "prune"."""
         if self.presence != "auto":
             return self.presence
@@ -107,15 +107,15 @@ class PredictOptions:
     @property
     def ranking(self) -> rd.Options:
         """The options of RankDice itself, which only prunes if that is how classes are chosen."""
-        return rd.Options(self.metric, self.solver, self.smooth, self.prune if self.decides == "prune" else None)
+        return rd.Options(self.metric, self.solver, self.smooth, self.prune if self.chooses_by == "prune" else None)
 
     @property
     def why_empty(self) -> str:
         """Why RankDice leaves an image without a mask."""
-        if self.decides == "prune" and self.prune is not None:
+        if self.chooses_by == "prune" and self.prune is not None:
             return f"no class has a probability above predict.rankdice.prune ({self.prune:g})"
-        if self.decides in ("fitted", "rule"):
-            return f"no class was predicted to be in the image (predict.presence: {self.decides})"
+        if self.chooses_by in ("fitted", "rule"):
+            return f"no class was predicted to be in the image (predict.presence: {self.chooses_by})"
         return "all probabilities are 0, or an empty mask scores best (predict.rankdice.smooth)"
 
     @property
@@ -124,7 +124,7 @@ class PredictOptions:
 
         It does if presence was asked for or learned; otherwise ``max`` is the plain argmax.
         """
-        return self.decides != "all" and not (self.presence == "auto" and self.fit is None)
+        return self.chooses_by != "all" and not (self.presence == "auto" and self.fit is None)
 
 
 def probabilities(
@@ -177,7 +177,7 @@ def choose_classes(highest: Tensor, scores: Tensor, options: PredictOptions) -> 
     Args:
         highest: ``(B, C)``, the largest probability of each class in each image.
         scores: ``(B, C)``, the expected score of its mask, from RankDice with ``options.metric``, without pruning
-            unless ``options.decides`` is "prune".
+            unless ``options.chooses_by`` is "prune".
         options: how to decide.
 
     Returns:
@@ -187,7 +187,7 @@ def choose_classes(highest: Tensor, scores: Tensor, options: PredictOptions) -> 
     columns = range(scores.shape[1]) if options.classes is None else options.classes
     own = torch.tensor(list(columns), device=scores.device)
     highest, expected = highest.double()[:, own], scores.double()[:, own]
-    how = options.decides
+    how = options.chooses_by
     seen = highest
     if how == "fitted":
         assert options.fit is not None  # the config is checked, and auto is resolved
@@ -256,12 +256,12 @@ def predict_rankdice(probs: Tensor, options: PredictOptions = PredictOptions()) 
     found = _rank(probs, options)
     choice = choose_classes(found.highest, found.scores, options)
     masks, volumes, scores = found.masks, found.volumes, choice.scores
-    if options.decides in ("fitted", "rule"):  # pruned classes have no masks to take away
+    if options.chooses_by in ("fitted", "rule"):  # pruned classes have no masks to take away
         absent = ~choice.chosen
         masks = masks.masked_fill_(absent[:, :, None, None], False)
         volumes, scores = volumes.masked_fill(absent, 0), scores.masked_fill(absent, 0)
-    unfitted = torch.where(choice.chosen, found.scores, 0.0) if options.decides == "fitted" else None
-    complete = options.decides != "prune" and options.classes is None
+    unfitted = torch.where(choice.chosen, found.scores, 0.0) if options.chooses_by == "fitted" else None
+    complete = options.chooses_by != "prune" and options.classes is None
     ranked = found if complete and (options.metric, options.solver) == ("dice", "exact") else None
     return Prediction(masks, None, scores, volumes, choice.chosen, choice.presence, unfitted, ranked)
 

@@ -31,9 +31,10 @@ from utils.errors import UserError, run
 from utils.evaluation import Evaluator, all_decisions, evaluate, fitting, single_decision
 from utils.facts import Facts
 from utils.files import expand, write_text
-from utils.predict import PredictOptions, stored
+from utils.predict import PredictOptions
+from utils.predict.files import write_class_masks
 from utils.predict.network import SavedNetwork, choose_device
-from utils.predict.saved import Case, SavedProbs, flat, output_path, write_labels
+from utils.predict.saved_probs import Case, SavedProbs, flat, output_path, write_labels
 from utils.predict.segmentation import Decider
 from utils.progress import progress_bar
 
@@ -219,7 +220,7 @@ def _decode_one(args: argparse.Namespace, job: Job, case: Case, folder: Path) ->
     write_labels(path, job.facts, case, found.labels.reshape(shape))
     if found.masks is not None:
         classes = [c for c in range(job.facts.num_classes) if found.masks[c].any()]
-        stored.write_class_masks(folder / f"{case.name}_masks", job.facts, found.masks, classes)
+        write_class_masks(folder / f"{case.name}_masks", job.facts, found.masks, classes)
     return found.expected
 
 

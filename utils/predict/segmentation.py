@@ -26,8 +26,8 @@ from utils.predict import (
     spool,
     taking_part_in_labels,
 )
+from utils.predict.files import label_type, pictures
 from utils.predict.spool import HALF_VALUES, Spool
-from utils.predict.stored import label_type, pictures
 from utils.predict.tiling import Block
 from utils.rankdice import rank_counts
 

@@ -11,12 +11,12 @@ from utils import distributed, stamps
 from utils.checkpoint import LoadedModel
 from utils.evaluation import Decision, Evaluation, Evaluator, Part
 from utils.evaluation.boundary import BoundaryIoU
-from utils.evaluation.calibration import Reliability
 from utils.evaluation.confusion import Confusion, as_csv
+from utils.evaluation.reliability import Reliability
 from utils.files import write_text
 from utils.images.palette import write_mask
 from utils.predict import PredictOptions
-from utils.predict.stored import Index, file_name, pictures, prepare_folder, run_of, write_probs
+from utils.predict.files import Index, file_name, pictures, prepare_folder, run_of, write_probs
 from utils.report.files import PAGE
 from utils.report.gallery import Gallery
 from utils.report.page import Evidence, page
@@ -70,7 +70,7 @@ class Watcher:
         """Keep the probabilities of every image in ``folder``.
 
         Args:
-            folder: see :func:`utils.predict.stored.prepare_folder`.
+            folder: see :func:`utils.predict.files.prepare_folder`.
             options, procedure: of the run.
             force: remove the probabilities of an earlier run.
         """

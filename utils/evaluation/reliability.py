@@ -1,4 +1,4 @@
-"""Calibration: reliability of the probabilities, and the score of procedure T at every threshold."""
+"""Reliability of the probabilities, and the score of procedure T at every threshold."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ from utils.facts import Facts
 from utils.images import read_label
 from utils.images.palette import default_palette, write_mask
 from utils.predict import Activation, PredictOptions
+from utils.predict.files import INDEX, Index, read_index, read_probs
 from utils.predict.network import check_finite
-from utils.predict.stored import INDEX, Index, read_index, read_probs
 
 VOLUMES = (".nii.gz", ".nii")
 LABELS = (".png", ".tif", ".tiff", ".bmp", ".npy", *VOLUMES)

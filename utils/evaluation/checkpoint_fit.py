@@ -1,4 +1,4 @@
-"""What was fitted on validation data, in a checkpoint: put in, taken out, described."""
+"""Put a fit into a checkpoint, take it out, and describe it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from utils.evaluation import Part
-from utils.evaluation.calibration import pixels
+from utils.evaluation.reliability import pixels
 from utils.facts import Facts
 from utils.predict import Activation, probabilities
 
@@ -25,7 +25,7 @@ TEMPERATURES = (0.1, 10.0)
 
 
 @dataclass(frozen=True)
-class Link:
+class Calibration:
     """How logits become probabilities: divided by ``temperature``, then ``bias`` is added, one number per class."""
 
     temperature: float = 1.0
@@ -36,7 +36,7 @@ class Link:
         return probabilities(logits, activation, self.temperature, self.bias)
 
 
-_UNCHANGED = Link()
+_UNCHANGED = Calibration()
 
 
 @dataclass
@@ -144,8 +144,8 @@ def _slope(logits: Tensor, target: Tensor, activation: Activation, b: float) -> 
 
 
 def fit_bias(
-    logits: Tensor, target: Tensor, activation: Activation, own: Tensor, start: Link = _UNCHANGED
-) -> Link | None:
+    logits: Tensor, target: Tensor, activation: Activation, own: Tensor, start: Calibration = _UNCHANGED
+) -> Calibration | None:
     """Return the temperature and bias with the lowest negative log-likelihood, by Newton steps; None if they diverge.
 
     A small ridge on the bias settles what the labels leave open, as a shift of all classes by one number.
@@ -179,7 +179,7 @@ def fit_bias(
     if not 1 / TEMPERATURES[1] < scale < 1 / TEMPERATURES[0]:
         return None
     bias = torch.zeros(logits.shape[1], dtype=torch.float64).index_copy_(0, own, weights[1:])
-    return Link(1 / scale, tuple(bias.tolist()))
+    return Calibration(1 / scale, tuple(bias.tolist()))
 
 
 def _bias_terms(
