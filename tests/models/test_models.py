@@ -384,7 +384,7 @@ def test_the_start_is_neither_dead_nor_exploding(model: BaseModel) -> None:
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:
-    return ((y.float() - reference).square().mean() / reference.var()).sqrt().item()
+    return ((y.double() - reference.double()).square().mean() / reference.double().var()).sqrt().item()
 
 
 def calibrate(model: BaseModel) -> None:

@@ -122,6 +122,7 @@ def test_work_as_for_a_gpu_gives_the_masks_of_the_cpu(
     request.getfixturevalue("as_on_a_gpu")
     found = rank_dice(probs, metric, smooth=smooth, prune=None)
     assert torch.equal(found.masks, expected.masks)
+    assert torch.equal(found.volumes, expected.volumes)
     assert torch.equal(found.cutoffs, expected.cutoffs)
     assert torch.allclose(found.scores, expected.scores, rtol=1e-10, atol=0)
 

@@ -63,8 +63,9 @@ def solve(
             own = masks.new_zeros(part.numel(), rows.shape[1])
             again = _solve_sorted(rows[part], skipped[part], own, goal, budget)
             masks[part] = own
-            for mine, theirs in zip(best[:3], again[:3], strict=True):
-                mine[part] = theirs
+            best.volumes[part], best.scores[part] = again.volumes, again.scores
+            if rows.device.type in CPU:  # elsewhere the cut-offs are read from the masks below
+                best.cutoffs[part] = again.cutoffs
     if rows.device.type not in CPU:
         return best._replace(cutoffs=torch.where(masks, rows, torch.inf).amin(1))
     for row in best.cutoffs.isnan().nonzero().view(-1).tolist():  # the mask is just the pixels above the table
