@@ -41,7 +41,7 @@ class Comparison(NamedTuple):
         labels: per procedure ``(H, W)``.
         pixels: per procedure, the pixels of each class's mask.
         scores: the expected Dice of each class's rankdice mask.
-        presence: the probability that each class is in the image; NaN for classes of no interest.
+        presence: the probability that each class is in the image; NaN for classes of no interest, and without a fit.
     """
 
     image: np.ndarray
@@ -96,8 +96,8 @@ def compare(predictor: Predictor, path: str) -> Comparison:
     pixels = {name: _pixels(one, predictor.facts.num_classes) for name, one in found.items()}
     best = found["rankdice"]
     assert best.scores is not None
-    assert best.presence is not None
-    return Comparison(displayable(image), labels, pixels, best.scores.tolist(), best.presence.tolist())
+    seen = [math.nan] * len(best.scores) if best.presence is None else best.presence.tolist()
+    return Comparison(displayable(image), labels, pixels, best.scores.tolist(), seen)
 
 
 def _pixels(found: Segmentation, classes: int) -> list[int]:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import inference
-from tests.small_checkpoint import NAMES, photo, write_checkpoint
+from tests.small_checkpoint import NAMES, everything_fitted, photo, write_checkpoint
 from utils import checkpoint, errors
 from utils.inference import outputs, pipeline, sources
 from utils.predict import PROCEDURES
@@ -150,7 +150,7 @@ def test_everything_beside_the_masks(script: Script, model: Path) -> None:
     for entry in described["classes"]:
         assert entry["name"] == NAMES[entry["id"]]
         assert entry["pixels"] == (result.labels == entry["id"]).sum()
-        assert entry["presence"] == pytest.approx(result.presence[entry["id"]])
+        assert "presence" not in entry  # without a fit it is not known
         assert entry["mask_pixels"] == result.volumes[entry["id"]]
         if entry["mask_pixels"]:
             assert entry["expected_dice"] == pytest.approx(result.scores[entry["id"]])
@@ -195,14 +195,29 @@ def test_the_table_is_sorted_worst_first(script: Script, model: Path) -> None:
     _, out, _ = script()
     with open("masks/expected_dice.csv", newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["image", "expected_dice", *NAMES[:4], *(f"presence of {name}" for name in NAMES[:4])]
+    assert header == ["image", "expected_dice", *NAMES[:4]]
     scores = [float(row[1]) for row in rows]
     assert scores == sorted(scores)
     assert len(rows) == 5
     result = Predictor(model, mode="single")(rows[0][0])
     assert scores[0] == pytest.approx(result.expected, abs=1e-4)
-    assert [float(cell) for cell in rows[0][6:]] == pytest.approx(result.presence.tolist(), abs=1e-5)
+    assert result.presence is None
     assert f"lowest: {scores[0]:.3f}, {rows[0][0]}" in out
+
+
+def test_a_presence_fit_says_which_classes_are_in_the_image(script: Script, tmp_path: Path) -> None:
+    fitted = write_checkpoint(tmp_path / "fitted.pth", **everything_fitted())
+    write("photos/a.png", photo(40, 50))
+    for streamed, memory in (((), None), (("--memory", 1e-5), 10_737)):
+        code, _, err = script("-m", fitted, "--json", "--force", *streamed)
+        assert code == 0, err
+        with open("masks/expected_dice.csv", newline="") as file:
+            header, row = csv.reader(file)
+        assert header == ["image", "expected_dice", *NAMES[:4], *(f"presence of {name}" for name in NAMES[:4])]
+        presence = Predictor(fitted, mode="single", memory=memory)("photos/a.png").presence
+        assert [float(cell) for cell in row[6:]] == pytest.approx(presence.tolist(), abs=1e-5)
+        for entry in json.loads(Path("masks/a.json").read_text())["classes"]:
+            assert entry["presence"] == pytest.approx(presence[entry["id"]], abs=1e-5)
 
 
 def test_other_procedures_expect_nothing(script: Script) -> None:

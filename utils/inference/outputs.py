@@ -238,12 +238,12 @@ class Outputs:
         scores = tuple(
             float(s) if v else None for s, v in zip(result.scores.tolist(), result.volumes.tolist(), strict=True)
         )
-        return Row(source, result.expected, scores, _presence(result, self.facts.num_classes))
+        return Row(source, result.expected, scores, _presence(result))
 
     def _describe(self, source: str, result: Segmentation, row: Row | None) -> dict[str, Any]:
         labels = _count_labels(result.labels)
         single = self.facts.num_classes == 1
-        presence = _presence(result, self.facts.num_classes)
+        presence = _presence(result)
         classes = []
         for label in range(2 if single else self.facts.num_classes):
             pixels = int(labels[label])
@@ -252,7 +252,7 @@ class Outputs:
             if row is not None and result.volumes is not None and channel >= 0:
                 entry[f"expected_{self.run.metric}"] = row.per_class[channel]
                 entry["mask_pixels"] = int(result.volumes[channel])
-            if result.presence is not None and channel >= 0:
+            if presence and channel >= 0:
                 entry["presence"] = presence[channel]
             if pixels or entry.get("mask_pixels"):
                 classes.append(entry)
@@ -306,9 +306,9 @@ class OverlayVideo:
         self._writer.write(picture)
 
 
-def _presence(result: Segmentation, classes: int) -> tuple[float | None, ...]:
-    """Return the presence of each class, None where it is not known."""
-    values = [float("nan")] * classes if result.presence is None else result.presence.tolist()
+def _presence(result: Segmentation) -> tuple[float | None, ...]:
+    """Return the presence of each class, None for classes of no interest; empty if it is not known."""
+    values = [] if result.presence is None else result.presence.tolist()
     return tuple(None if value != value else value for value in values)
 
 

@@ -20,7 +20,8 @@ class Row:
         image: its file.
         expected: the mean over the classes that have a mask; None if none has.
         per_class: the score of each class's mask; None without a mask.
-        presence: the probability that each class is in the image; None for classes of no interest.
+        presence: the probability that each class is in the image, None for classes of no interest; empty without a
+            presence fit.
     """
 
     image: str
@@ -52,9 +53,10 @@ class Table:
         rows += [row for row in self._read() if row.image in wanted]
         rows.sort(key=lambda row: (row.expected is None, row.expected or 0.0, row.image))
         names = [self.facts.class_name(c) for c in range(self.facts.num_classes)]
-        lines = [["image", f"expected_{self.metric}", *names, *(f"presence of {name}" for name in names)]]
+        seen = [f"presence of {name}" for name in names if any(row.presence for row in rows)]
+        lines = [["image", f"expected_{self.metric}", *names, *seen]]
         for row in rows:
-            numbers = (row.expected, *row.per_class, *row.presence)
+            numbers = (row.expected, *row.per_class, *(row.presence or (None,) * len(seen)))
             lines.append([row.image, *("" if number is None else f"{number:.6f}" for number in numbers)])
         write_text(self.path, csv_text(lines))
         return rows
@@ -82,7 +84,7 @@ class Table:
             lines = csv.reader(file)
             header = next(lines, [])
             classes = self.facts.num_classes
-            if len(header) != 2 + 2 * classes:
+            if len(header) not in (2 + classes, 2 + 2 * classes):
                 return  # of another model
             for image, *cells in lines:
                 expected, *numbers = (float(cell) if cell else None for cell in cells)

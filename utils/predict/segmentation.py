@@ -50,7 +50,7 @@ class Segmentation:
         probs: float32 ``(C, H, W)`` on the CPU, or the :class:`utils.predict.spool.Spool` of a streamed image.
         tiled: whether a large image was predicted in tiles although the mode would have seen it whole.
         presence: float32 ``(C,)``, the probability that each class is in the image, NaN for classes of no interest;
-            None for procedures that do not look at it.
+            None without a presence fit, and for procedures that do not look at it.
     """
 
     labels: np.ndarray
@@ -135,7 +135,7 @@ class Decider:
         numbers: dict[str, Any] = {
             "scores": None if found.scores is None else found.scores.float().cpu().numpy(),
             "volumes": None if found.volumes is None else found.volumes.cpu().numpy(),
-            "presence": None if found.presence is None else found.presence.float().cpu().numpy(),
+            "presence": _known(found.presence, self.options),
             "masks": found.masks.cpu().numpy() if self.keep_masks and found.masks is not None else None,
             "probs": probs.cpu() if self.keep_probs else None,
         }
@@ -219,7 +219,8 @@ class Decider:
         choice = choose_classes(torch.from_numpy(highest)[None], ranked[2][None], self.options)
         volumes = ranked[0].masked_fill(~choice.chosen[0], 0)
         masks = StreamedMasks(disk, lambda c: spool.top_pixels(disk, c, int(volumes[c]), float(ranked[1][c])))
-        labels, presence = self._label_map(disk, counts, choice.chosen, masks), choice.presence[0].float().numpy()
+        labels, seen = self._label_map(disk, counts, choice.chosen, masks), _known(choice.presence, self.options)
+        presence = None if seen is None else seen[0]
         if self.procedure == "max":
             return Segmentation(labels, presence=presence)
         scores = choice.scores.masked_fill(~choice.chosen, 0)[0].float().numpy()
@@ -237,6 +238,11 @@ class Decider:
         if only is not None:
             return np.where(masks[only], only, 1 - only).astype(np.uint8)
         return spool.label_map(disk, counts, taking_part, self.options.smooth)
+
+
+def _known(presence: Tensor | None, options: PredictOptions) -> np.ndarray | None:
+    """Return the probabilities that classes are in the image ``(B, C)``; None without a fit, which alone knows them."""
+    return presence.float().cpu().numpy() if presence is not None and options.decides == "fitted" else None
 
 
 def erase(probs: Tensor, missing: np.ndarray | None) -> None:
