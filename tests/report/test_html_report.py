@@ -26,11 +26,11 @@ from utils.metrics import Metrics, count
 from utils.predict import Prediction, PredictOptions
 from utils.predict.network import Network
 from utils.report import charts as html_charts
-from utils.report.gallery import BOTH_WRONG, MAX_RIGHT, RANKDICE_RIGHT, UNASSIGNED, Gallery
+from utils.report.gallery import BOTH_WRONG, MAX_RIGHT, PALEST, RANKDICE_RIGHT, UNASSIGNED, Gallery
 from utils.report.page import Evidence, expected_points, page
 
 FACTS = Facts(3, ("road", "cat & <dog>", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), (0.4,) * 3, (0.2,) * 3, 255)
-VOID = {"meta", "link", "img"}
+VOID = {"meta", "link", "img", "input"}
 
 
 class Checker(HTMLParser):
@@ -136,6 +136,9 @@ def test_the_images_with_the_biggest_changes_are_shown(made) -> None:
     assert [c.gain for c in gallery.gains] == sorted((c.gain for c in gallery.gains), reverse=True)
     assert [c.gain for c in gallery.losses] == sorted(c.gain for c in gallery.losses)
     assert text.count("<img") == 6 * len(cases)
+    # Each opens in full size without a script: a checkbox in a label.
+    assert len(re.findall(r'<label><input type="checkbox"\s+aria-label="enlarge"><img', text)) == 6 * len(cases)
+    assert re.search(r"input:checked \+ img \{ position: fixed; [^}]*width: 100vw; height: 100vh", text)
     sources = re.findall(r'src="data:image/(jpeg|png);base64,([^"]+)"', text)
     for _, source in sources[:6]:
         picture = cv2.imdecode(np.frombuffer(base64.b64decode(source), np.uint8), cv2.IMREAD_COLOR)
@@ -190,7 +193,34 @@ def test_disagreement_says_who_is_right() -> None:
     assert found[1].tolist() == list(RANKDICE_RIGHT)
     assert found[2].tolist() == list(MAX_RIGHT)
     assert found[3].tolist() == list(BOTH_WRONG)
-    assert found[0].tolist() == found[4].tolist() == [178] * 3  # alike, or ignored
+    assert found[0].tolist() == found[4].tolist() == [224] * 3  # alike, or ignored
+
+
+def contrast(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    """Return the contrast of two colors as the Web Content Accessibility Guidelines define it."""
+
+    def luminance(color: tuple[int, ...]) -> float:
+        parts = [v / 255 for v in color]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_thin_structures_can_be_seen() -> None:
+    """Errors on the palest and the darkest image, and two classes whose own colors are alike."""
+    for color in (RANKDICE_RIGHT, MAX_RIGHT, BOTH_WRONG):
+        for gray in (PALEST, 255):
+            assert contrast(color, (gray,) * 3) > 3
+    for classes, palette in ((2, ((0, 0, 0), (128, 0, 0))), (1, ((128, 0, 0),)), (2, ((255, 255, 255), (255, 255, 0)))):
+        names = ("rest", "vessel")[-classes:]
+        facts = Facts(classes, names, palette, (0.4,) * 3, (0.2,) * 3, 255)
+        shown = Gallery(facts)._colors(np.array([[0, 1]]))[0]
+        assert contrast(*map(tuple, shown.tolist())) > 4.5
+    kept = ((0, 0, 0), (255, 255, 0))  # told apart already
+    facts = Facts(2, ("rest", "vessel"), kept, (0.4,) * 3, (0.2,) * 3, 255)
+    assert Gallery(facts)._colors(np.array([[0, 1]]))[0].tolist() == [list(color) for color in kept]
 
 
 def test_pictures_are_small_and_show_the_scored_masks() -> None:
@@ -207,7 +237,7 @@ def test_pictures_are_small_and_show_the_scored_masks() -> None:
     masks = torch.zeros(1, 3, 300, 700, dtype=torch.bool)
     found = {"T": Prediction(masks=masks), "max": Prediction(labels=labels), "rankdice": Prediction(masks=masks)}
     drawn = gallery._draw(Part(large, masks.float(), masks.float(), labels, found, {}), 0)
-    assert {p.shape for p in drawn.values()} == {(110, 256, 3)}
+    assert {p.shape for p in drawn.values()} == {(219, 512, 3)}
 
 
 # -- charts ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The images where rankdice gains and loses most against max, kept as small pictures while a test runs."""
+"""The images where rankdice gains and loses most against max, kept as pictures while a test runs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from utils.metrics import image_scores
 Picture = NDArray[np.uint8]
 
 KEPT = 12
-SIDE = 256  # the longer side of a picture
+SIDE = 512  # the longer side of a picture
 NO_CLASS = -1  # label of pixels in no mask
 UNASSIGNED = (235, 235, 235)
-# Where rankdice and max differ: who is right?
-RANKDICE_RIGHT, MAX_RIGHT, BOTH_WRONG = (26, 152, 80), (215, 48, 39), (255, 193, 7)
+# Where rankdice and max differ: who is right? Dark colors on a pale image, told apart by the color-blind, too.
+RANKDICE_RIGHT, MAX_RIGHT, BOTH_WRONG = (0, 80, 200), (205, 55, 0), (0, 0, 0)
+PALEST = 205  # gray of the darkest pixel of that image
+CONTRAST = 3.0  # the least contrast of two classes, as for graphics in the Web Content Accessibility Guidelines
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Gallery:
     def __init__(self, facts: Facts, classes: Sequence[int] | None = None, kept: int = KEPT) -> None:
         self.facts, self.kept = facts, kept
         self.classes = list(range(facts.num_classes)) if classes is None else list(classes)
+        self.palette = contrasting(complete_palette(facts.palette, max(facts.num_classes, 256)), facts.num_classes)
         # Heaps of (size of the change, name, case): the smallest is the first to go. Equal ones: the name decides.
         self._gains: list[tuple[float, str, Case]] = []
         self._losses: list[tuple[float, str, Case]] = []
@@ -126,22 +129,36 @@ class Gallery:
 
     def _colors(self, labels: NDArray[np.int64]) -> Picture:
         known = max(self.facts.num_classes, 2)
-        colors = complete_palette(self.facts.palette, max(known, 256))
         inside = (labels >= 0) & (labels < known)
         unassigned = np.array(UNASSIGNED, np.uint8)
-        return np.where(inside[..., None], colors[np.where(inside, labels, 0)], unassigned).astype(np.uint8)
+        return np.where(inside[..., None], self.palette[np.where(inside, labels, 0)], unassigned).astype(np.uint8)
 
     def _disagreement(
         self, image: Picture, ranked: NDArray[np.int64], base: NDArray[np.int64], target: NDArray[np.int64]
     ) -> Picture:
         """Return the image in pale gray with colored pixels where the two label maps differ."""
         gray = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
-        canvas = np.repeat((128 + gray // 2)[..., None], 3, axis=2)
+        pale = (PALEST + gray * ((255 - PALEST) / 255)).astype(np.uint8)
+        canvas = np.repeat(pale[..., None], 3, axis=2)
         differ = (ranked != base) & (target != self.facts.ignore_index)
         canvas[differ] = BOTH_WRONG
         canvas[differ & (ranked == target)] = RANKDICE_RIGHT
         canvas[differ & (base == target)] = MAX_RIGHT
         return canvas
+
+
+def contrasting(palette: NDArray[np.uint8], classes: int) -> NDArray[np.uint8]:
+    """Return a palette; of two labels, the second one is white or black if it can hardly be told from the first.
+
+    Thin structures, such as vessels, are lost in two dark colors.
+    """
+    if classes > 2:
+        return palette
+    linear = (palette[:2] / 255.0) ** 2.2
+    first, second = (linear @ (0.2126, 0.7152, 0.0722) + 0.05).tolist()
+    if max(first, second) / min(first, second) >= CONTRAST:
+        return palette
+    return np.concatenate([palette[:1], np.full((1, 3), 255 if first < 0.18 else 0, np.uint8), palette[2:]])
 
 
 def _mask_labels(probs: Tensor, masks: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def page(content: Mapping[str, Any], evidence: Evidence, config: Config, command
             "max right, rankdice wrong": _rgb(MAX_RIGHT),
             "both wrong, differently": _rgb(BOTH_WRONG),
         },
-        palette={n: _rgb(c) for n, c in zip(gallery.facts.class_names, gallery.facts.palette, strict=False)},
+        palette={n: _rgb(c) for n, c in zip(gallery.facts.label_names, gallery.palette.tolist(), strict=False)},
         shown_protocol=_protocol(protocol),
         config=dump(config),
         environment=environment(command),
