@@ -86,6 +86,7 @@ ROWS = {
     "camvid_upernet_lite0": Row(_CLIP, f"UperNet, {LITE0}", _CAMVID, _encoder("UperNet")),
     "camvid_deeplab_lite0": Row(_CLIP, f"DeepLabV3+, {LITE0}", _CAMVID, _encoder("DeepLab")),
     "drives_unet_lite0": Row(_DRIVE, f"U-Net decoder, {LITE0}", _CAMVID),
+    "drives_pspnet_lite0": Row(_DRIVE, f"PSPNet, {LITE0}", _CAMVID, _encoder("PSPNet")),
     "drives_upernet_lite0": Row(_DRIVE, f"UperNet, {LITE0}", _CAMVID, _encoder("UperNet")),
     "camvid_enet": Row(_CLIP, "ENet, from scratch", _CAMVID, _scratch("ENet")),
     "camvid_unet": Row(_CLIP, "U-Net (width 32), from scratch", _CAMVID, _scratch("UNet", width=32)),
