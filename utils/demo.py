@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import torch
 
+from utils.config.schema import METRIC_NAMES
 from utils.errors import UserError, not_installed, run
 from utils.facts import Facts
 from utils.images.palette import displayable, overlay
@@ -140,8 +141,7 @@ def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
         presence = "–" if math.isnan(comparison.presence[c]) else f"{comparison.presence[c]:.2f}"
         cells = (f"{swatch} {name}", *shares, presence, f"<b>{score}</b>")
         lines.append(f"<tr>{''.join(f'<td {_CELL}>{cell}</td>' for cell in cells)}</tr>")
-    title = "IoU" if metric == "iou" else "Dice"
-    titles = ("class", "T, %", "max, %", "rankdice, %", "in the image", f"expected {title}")
+    titles = ("class", "T, %", "max, %", "rankdice, %", "in the image", f"expected {METRIC_NAMES[metric]}")
     head = "".join(f"<th {_CELL}>{text}</th>" for text in titles)
     body = f"<tr>{head}</tr>{''.join(lines)}"
     return f'<div style="overflow-x:auto"><table id="found" style="width:100%">{body}</table></div>'
@@ -159,7 +159,7 @@ def settings(predictor: Predictor) -> str:
     bias = "" if predict.bias is None else " and a bias per class"
     return (
         f"Temperature {predict.temperature:.4g}{bias}. T: probability above {options.threshold:g}. rankdice: highest "
-        f"{'IoU' if options.metric == 'iou' else 'Dice'}. Classes with a mask: {how[options.chooses_by]}."
+        f"{METRIC_NAMES[options.metric]}. Classes with a mask: {how[options.chooses_by]}."
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from utils import lr_scheduler, optim
 from utils.bounds import LARGEST
 from utils.config.published import adapt
-from utils.config.schema import Component, Config
+from utils.config.schema import METRIC_NAMES, Component, Config
 from utils.errors import UserError, did_you_mean
 from utils.files import expand, looked_in
 from utils.losses import LOSSES
@@ -249,7 +249,7 @@ def _check_monitored_score(config: Config, mode: str, name: str, facts: Any | No
     if procedure != config.predict.val:
         return f"{name} needs predict.val {procedure!r}, and predict.val is {config.predict.val!r}"
     metric = config.predict.rankdice.metric
-    stated = {"dice": "Expected_Dice", "iou": "Expected_IoU"}[metric]
+    stated = f"Expected_{METRIC_NAMES[metric]}"
     if name.startswith("Expected_") and name != stated:
         return f"found {name}; with predict.rankdice.metric {metric!r} rankdice computes {stated}"
     if facts is not None and name.startswith(PER_CLASS_SCORES):

@@ -15,6 +15,8 @@ from utils.bounds import AboveZero, ClassId, Count, Label, NonNegative, Number, 
 
 Procedure = Literal["T", "max", "rankdice"]
 Presence = Literal["auto", "fitted", "rule", "prune", "all"]
+Metric = Literal["dice", "iou"]
+METRIC_NAMES: dict[str, str] = {"dice": "Dice", "iou": "IoU"}  # in results and texts
 
 EDITORS_KEY = "$schema"  # a config may name its schema, for editors
 LONGEST_NAME = 200  # bytes; file systems take 255
@@ -67,7 +69,7 @@ class RankDiceOptions(Section):
     solver: Literal["exact", "ba", "trna", "paper", "rma"] = Field(
         "exact", description="how the mask's volume is found: exactly, or by a published approximation"
     )
-    metric: Literal["dice", "iou"] = Field("dice", description="the score to maximize in expectation")
+    metric: Metric = Field("dice", description="the score to maximize in expectation")
     smooth: float = Field(
         0.0, ge=0, le=100_000, description="added to numerator and denominator of the score; at most 100,000"
     )
@@ -88,7 +90,7 @@ class PresenceFit(Section):
 
     images: Count = Field(description="number of validation images used for the fit")
     classes: list[ClassId] = Field(description="class ids, in the order of the lists below")
-    metric: Literal["dice", "iou"] = Field(description="the score that was fitted")
+    metric: Metric = Field(description="the score that was fitted")
     weight: Number = Field(description="weight of the standardized logit of the expected score")
     center: Number = Field(description="mean of that logit")
     spread: AboveZero = Field(description="standard deviation of that logit")

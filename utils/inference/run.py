@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from utils import checkpoint, distributed, stamps
+from utils.config.schema import METRIC_NAMES
 from utils.errors import USER_ERROR_EXIT_CODE, UserError, listed
 from utils.files import expand
 from utils.inference.outputs import Outputs, OverlayVideo, Run, Wanted, check_folder
@@ -208,6 +209,6 @@ def print_table(outputs: Outputs, rows: list, skipped: Sequence[str]) -> None:
         return
     written = outputs.table.write(rows, keep=skipped)
     lowest = next((row for row in written if row.expected is not None), None)
-    name = {"iou": "IoU"}.get(outputs.run.metric, "Dice")
+    name = METRIC_NAMES[outputs.run.metric]
     found = f" (lowest: {lowest.expected:.3f}, {lowest.image})" if lowest else ""
     print(f"expected {name} per image and class, worst first: {printable(outputs.table.path)}{found}")

@@ -26,7 +26,7 @@ from utils.checkpoint import LoadedModel
 from utils.cli import PROCEDURES
 from utils.config.errors import explain
 from utils.config.errors import report as report_problems
-from utils.config.schema import Component, Config, Predict, Presence
+from utils.config.schema import Component, Config, Metric, Predict, Presence
 from utils.errors import UserError, run
 from utils.evaluation import Evaluator, all_decisions, evaluate, fitting, single_decision
 from utils.facts import Facts
@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         "options of the procedures (default: those of the run)", argument_default=argparse.SUPPRESS
     ).add_argument
     options("--threshold", type=float, help="threshold of procedure T")
-    options("--metric", choices=("dice", "iou"), help="the score whose expected value rankdice maximizes")
+    options("--metric", choices=get_args(Metric), help="the score whose expected value rankdice maximizes")
     options("--solver", choices=("exact", "ba", "trna", "paper", "rma"), help="solver of rankdice")
     options("--smooth", type=float, help="smoothing of rankdice's Dice or IoU")
     options(
