@@ -1,4 +1,4 @@
-"""What one epoch of training does: steps, live scores, validation."""
+"""One epoch of training, and validation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Trainer(BaseTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.normalize = Normalize(self.data.facts.mean, self.data.facts.std).to(self.device)
-        self._asked = False  # whether a process was asked to stop
+        self._stop_requested = False  # in any process
         self._images = 0  # since the last report
 
     # -- one step ----------------------------------------------------------------------------------------------
@@ -42,26 +42,27 @@ class Trainer(BaseTrainer):
         stacked, labels = _of_one_size(batch)
         images = self.normalize(stacked.to(self.device, non_blocking=True))
         target = labels.to(self.device, non_blocking=True)
-        # The last optimizer step of an epoch may be made of fewer batches than `accumulate`.
+        # The last optimizer step of an epoch may use fewer batches than `accumulate`.
         position = self.batch % self.plan.accumulate
-        group = min(self.plan.accumulate, self.plan.batches - (self.batch - position))
-        steps = position + 1 == group
+        batches_of_step = min(self.plan.accumulate, self.plan.batches - (self.batch - position))
+        completes_step = position + 1 == batches_of_step
         self.rates = learning_rates(self.optimizer)
-        with without_sync(self.network, steps):
+        with without_sync(self.network, completes_step):
             loss, logits = self._forward(images, target)
-            seen = _Later(loss)
-            self.scaler.scale(loss * (1 / group)).backward()
-        self._check_loss(seen, batch, images, steps)
-        if steps:
+            pending = _Pending(loss)
+            self.scaler.scale(loss * (1 / batches_of_step)).backward()
+        self._check_loss(pending, batch, images, completes_step)
+        if completes_step:
             self._step()
         self.batch += 1
         self.iteration += 1
         self._images += len(target)
         predict = self.config.predict
-        link = self.loss.activation, predict.temperature
-        prediction = predict_logits(predict.train, logits, *link, self.options, predict.bias)
+        prediction = predict_logits(
+            predict.train, logits, self.loss.activation, predict.temperature, self.options, predict.bias
+        )
         self.meter.update(loss.detach(), prediction, target)
-        if steps:
+        if completes_step:
             self._mark()
 
     def _forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,15 +89,15 @@ class Trainer(BaseTrainer):
         if self.ema is not None:
             self.ema.update_parameters(self.model)
 
-    def _check_loss(self, loss: _Later, batch: Batch, images: Tensor, steps: bool) -> None:
+    def _check_loss(self, loss: _Pending, batch: Batch, images: Tensor, completes_step: bool) -> None:
         """Stop the run if the loss is not finite, before the loss changes the weights.
 
-        All processes stop together when they exchange gradients. They also learn here if one was asked to stop.
+        When the batch completes an optimizer step, all processes stop together, and learn whether one should stop.
         """
         value = loss.value()
         bad = not math.isfinite(value)
-        if steps:
-            somewhere_bad, self._asked = distributed.any_process(bad, self.stop.received is not None)
+        if completes_step:
+            somewhere_bad, self._stop_requested = distributed.any_process(bad, self.stop.received is not None)
             if somewhere_bad and not bad:
                 raise UserError("the loss of another process is not finite; see its message")
         if bad:
@@ -159,7 +160,7 @@ class Trainer(BaseTrainer):
             return
         if every and self.iteration // every > (self.iteration - taken) // every:
             self._save([LATEST])
-        if self._asked or self.plan.processes == 1 and self.stop.received is not None:
+        if self._stop_requested or self.plan.processes == 1 and self.stop.received is not None:
             raise Interrupted
 
     def _report(self, epoch: int, bar: Any, watch: Stopwatch) -> None:
@@ -279,8 +280,8 @@ class Trainer(BaseTrainer):
             )
 
 
-class _Later:
-    """A number that is copied from the device while the device continues to compute."""
+class _Pending:
+    """A number on its way from the device, which continues to compute meanwhile."""
 
     def __init__(self, number: Tensor) -> None:
         self._number = number.detach()

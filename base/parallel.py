@@ -61,8 +61,8 @@ def gpus_of(network: nn.Module, device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
 
 
-def without_sync(network: nn.Module, steps: bool) -> AbstractContextManager[object]:
+def without_sync(network: nn.Module, completes_step: bool) -> AbstractContextManager[object]:
     """Return a context in which processes exchange gradients only if the batch completes an optimizer step."""
-    if isinstance(network, nn.parallel.DistributedDataParallel) and not steps:
+    if isinstance(network, nn.parallel.DistributedDataParallel) and not completes_step:
         return network.no_sync()
     return nullcontext()
