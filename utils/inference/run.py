@@ -18,7 +18,7 @@ from PIL import Image
 
 from utils import checkpoint, distributed, stamps
 from utils.config.schema import METRIC_NAMES
-from utils.errors import USER_ERROR_EXIT_CODE, UserError, listed
+from utils.errors import USER_ERROR_EXIT_CODE, UserError, listed, plural
 from utils.files import expand
 from utils.inference.outputs import Outputs, OverlayVideo, Run, Wanted, check_folder
 from utils.inference.pipeline import Pipeline, Report
@@ -177,18 +177,22 @@ def summarize(reports: Sequence[Report], outputs: Outputs, mode: str, seconds: f
     tiled = [t for r in reports for t in r.tiled]
     run, folder = outputs.run, printable(outputs.folder)
     speed = f", {done / seconds:.2f} images/s" if done else ""
-    print(f"segmented {done} image(s) by {run.procedure}, mode {mode}, in {seconds:.1f} s{speed}; masks: {folder}")
+    print(
+        f"segmented {plural(done, 'image')} by {run.procedure}, mode {mode}, in {seconds:.1f} s{speed}; masks: {folder}"
+    )
     if skipped:
-        print(f"skipped {len(skipped)} image(s) that already have the outputs of this model and these options")
+        print(f"skipped {plural(len(skipped), 'image')} with outputs of this model and these options")
     if outdated := sum(r.outdated for r in reports):
-        print(f"{outdated} image(s) had outputs of another model, other options or another program; segmented again")
+        print(
+            f"replaced the outputs of {plural(outdated, 'image')}: of another model, other options or another program"
+        )
     if tiled:
-        print(f"{len(tiled)} image(s) were too large for one pass and were cut into tiles: {listed(tiled, 3)}")
+        print(f"cut {plural(len(tiled), 'image')} into tiles, too large for one pass: {listed(tiled, 3)}")
     if unassigned := sum(r.unassigned for r in reports):
         share = 100 * unassigned / sum(r.pixels for r in reports)
         print(f"{share:.1f} % of the pixels are unassigned: no class was chosen for them by {run.procedure}")
     if empty := [source for report in reports for source in report.empty]:
-        print(f"{len(empty)} image(s) have no RankDice mask, because {outputs.run.why_empty}: {listed(empty, 3)}")
+        print(f"no RankDice mask in {plural(len(empty), 'image')}, because {outputs.run.why_empty}: {listed(empty, 3)}")
     print_table(outputs, [row for report in reports for row in report.rows], skipped)
     if any(r.interrupted for r in reports):
         print("interrupted: --skip-existing continues where this run stopped")

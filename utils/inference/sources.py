@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from utils.errors import UserError
+from utils.errors import UserError, plural
 from utils.files import looked_in
 from utils.images import IMAGE_EXTENSIONS
 
@@ -75,8 +75,8 @@ class Found:
         total = self.others.total()
         types = ", ".join(f"{count} {extension}" for extension, count in self.others.most_common(3))
         more = ", ..." if len(self.others) > 3 else ""
-        parts = [f"{total} file(s) of other types ({types}{more})"] * bool(total)
-        parts += [f"{self.links} link(s) to folders, or to images that are listed already"] * bool(self.links)
+        parts = [f"{plural(total, 'file')} of other types ({types}{more})"] * bool(total)
+        parts += [f"{plural(self.links, 'link')} to folders, or to images that are listed already"] * bool(self.links)
         return f"skipped: {'; '.join(parts)}" if parts else ""
 
 
@@ -185,7 +185,7 @@ def _nothing_found(root: Path, wanted: Sequence[str], found: Found) -> str:
         f"--images {printable(root)}: no file with {', '.join(wanted)} in this folder or below; "
         f"there are {there or 'no files at all'}"
         + (" (choose with --extension)" if found.others else "")
-        + (f"; {found.links} linked folder(s) were not followed: give the folder itself" if found.links else "")
+        + (f"; {plural(found.links, 'linked folder')} not followed: give the folder itself" if found.links else "")
     )
 
 

@@ -242,7 +242,7 @@ class Decider:
 
 def _known(presence: Tensor | None, options: PredictOptions) -> np.ndarray | None:
     """Return the probabilities that classes are in the image ``(B, C)``; None without a fit, which alone knows them."""
-    return presence.float().cpu().numpy() if presence is not None and options.decides == "fitted" else None
+    return presence.float().cpu().numpy() if presence is not None and options.chooses_by == "fitted" else None
 
 
 def erase(probs: Tensor, missing: np.ndarray | None) -> None:
