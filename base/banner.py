@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 
 from base import parallel
+from utils.errors import warn
 
 
 def banner(run: Any) -> str:
@@ -19,12 +19,11 @@ def banner(run: Any) -> str:
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     backbone = getattr(run.model, "backbone", None)
     validation = "none" if run.data.val is None else f"{len(run.data.val.dataset):,} images"
+    weights = getattr(run.model, "weights_from", "") or getattr(backbone, "weights_from", "") or "random weights"
     lines = {
         "run": str(run.folder) + (f", continued from iteration {run.iteration}" if run.iteration else ""),
         "model": f"{config.arch.type}, {run.data.facts.num_classes} classes, {trainable / 1e6:.2f} M parameters",
-        "weights": f"of iteration {run.iteration}"
-        if run.iteration
-        else getattr(run.model, "weights_from", "") or getattr(backbone, "weights_from", "") or "random weights",
+        "weights": f"of iteration {run.iteration}" if run.iteration else weights,
         "data": f"{plan.images:,} training images, validation {validation}",
         "device": f"{_device_name(run.device)}, {spread}, amp {settings.amp}",
         "batch": f"{plan.batch_size} per process x {plan.processes} x accumulate {plan.accumulate} = "
@@ -40,10 +39,7 @@ def banner(run: Any) -> str:
 def warn_about_precision(run: Any) -> None:
     """Warn that fp16 is slow on a CPU."""
     if run.settings.amp == "fp16" and run.device.type == "cpu":
-        print(
-            "warning: trainer.amp 'fp16' is made for GPUs; on a CPU it is many times slower than 'off'",
-            file=sys.stderr,
-        )
+        warn("trainer.amp 'fp16' is made for GPUs; on a CPU it is many times slower than 'off'")
 
 
 def hyper_parameters(run: Any) -> dict[str, Any]:

@@ -19,8 +19,7 @@ from base.base_dataloader import BaseDataLoader
 from base.meter import Meter
 from base.monitor import Monitor
 from base.rescue import explained
-from base.restore import restore
-from base.resume import Plan, fingerprint
+from base.resume import Plan, fingerprint, restore
 from base.runs import BEST, EPOCH, LATEST
 from base.signals import StopSignals
 from utils import checkpoint, distributed, files, finite, optim
@@ -70,11 +69,8 @@ class BaseTrainer:
     A subclass implements :meth:`_train_epoch` and :meth:`_validate`; both return scores by name.
 
     Args:
-        config: the config of the run.
-        model: the model; it is moved to the device and wrapped here.
+        model: it is moved to the device and wrapped here.
         loss: called with logits ``(B, C, H, W)`` and labels ``(B, H, W)``.
-        data: the loaders and the facts about their data.
-        device: the device of this process.
         folder: the folder of the run, see :mod:`base.runs`.
     """
 
@@ -295,11 +291,7 @@ class BaseTrainer:
         }
 
     def _save(self, names: list[str]) -> None:
-        """Write a checkpoint once, under the first of its names, and link the others to it.
-
-        Raises:
-            UserError: the weights are not finite.
-        """
+        """Write a checkpoint once, under the first of its names, and link the others to it; refuse bad weights."""
         bad = finite.bad_weights(self.model)
         if bad is not None:
             raise UserError(f"after iteration {self.iteration} ({self._rates()}) the weights {bad} are not finite")
@@ -314,7 +306,7 @@ class BaseTrainer:
         return f"learning rates {', '.join(f'{name} {rate:g}' for name, rate in self.rates.items())}"
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint; call it before :meth:`train`. See :func:`base.restore.restore`."""
+        """Continue from a checkpoint; call it before :meth:`train`. See :func:`base.resume.restore`."""
         self._rng = restore(self, state)
 
     def _restore_rng(self) -> None:

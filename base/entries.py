@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,32 +56,24 @@ class Entry(NamedTuple):
 
 
 class Entries(Sequence[Entry]):
-    """A list of entries in three flat buffers, which worker processes share.
+    """A list of entries in one flat buffer, which worker processes share.
 
     A list of Python objects would be copied into each worker, because counting references writes to the objects.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        fields = zip(*(("" if f is None else str(f) for f in e) for e in entries), strict=True)
-        columns = [[text.encode("utf-8", "surrogateescape") for text in field] for field in fields]
-        self._text = [b"".join(column) for column in columns]
-        self._ends = [np.cumsum([len(t) for t in column], dtype=np.int64) for column in columns]
-        self._count = len(entries)
+        rows = [pickle.dumps(tuple(f and str(f) for f in entry)) for entry in entries]
+        self._rows, self._ends = b"".join(rows), np.cumsum([0, *map(len, rows)])
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> Entry:  # type: ignore[override]
-        if not -self._count <= index < self._count:
-            raise IndexError(f"sample {index} of {self._count}")
-        index %= self._count
-        image, label, name = (self._field(column, index) for column in range(3))
-        return Entry(Path(image) if image else None, Path(label) if label else None, name)
-
-    def _field(self, column: int, index: int) -> str:
-        ends = self._ends[column]
-        start = int(ends[index - 1]) if index else 0
-        return self._text[column][start : int(ends[index])].decode("utf-8", "surrogateescape")
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        start, end = self._ends[index % len(self) :][:2]
+        image, label, name = pickle.loads(self._rows[start:end])
+        return Entry(image and Path(image), label and Path(label), name)
 
 
 def distinct(entries: Iterable[Entry], root: Path | None) -> list[Entry]:
@@ -148,10 +141,7 @@ def collate(items: Sequence[Sample | Skipped | UserError]) -> Collated:
 class Cache:
     """All images and labels of a data set, read once and kept in two buffers that worker processes share.
 
-    Args:
-        read: returns image and label for an index.
-        count: number of samples.
-        keep_errors: keep the message of a UserError and raise it when the sample is asked for; else raise at once.
+    With ``keep_errors``, a UserError is raised when its sample is asked for, otherwise at once.
     """
 
     def __init__(self, read: Callable[[int], tuple[np.ndarray, np.ndarray]], count: int, keep_errors: bool) -> None:

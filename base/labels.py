@@ -16,8 +16,7 @@ class LabelTable:
 
     Args:
         name: of the data set, for messages.
-        num_classes: number of classes; for 1 the ids are 0 (background) and 1.
-        ignore_index: the label of ignored pixels.
+        num_classes, ignore_index: facts of the data set; for 1 class the ids are 0 (background) and 1.
         void: the stored value (after ``lut``) that means "not labeled"; None: there is no such value.
         lut: table from stored value to class id or ignore index; values beyond its end stay as they are.
         hint: added to the message about values that are not a class.

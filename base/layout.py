@@ -8,11 +8,11 @@ from pathlib import Path
 from PIL import Image
 
 from utils.errors import UserError
+from utils.images.raster import ORIENTATION
 
 _DEPTH = 4
 _ENTRIES_PER_FOLDER = 5
 _LINES = 30
-_EXIF_ORIENTATION = 0x0112
 
 
 def layout_problem(problem: str, expected: str, folder: Path | None) -> str:
@@ -72,6 +72,6 @@ def _is_turned(path: Path) -> bool:
     """Return whether a file's EXIF orientation swaps its width and height."""
     try:
         with Image.open(path) as file:
-            return file.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+            return file.getexif().get(ORIENTATION, 1) >= 5
     except Exception:  # Pillow's plugins raise many kinds of errors; other files have no orientation
         return False

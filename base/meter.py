@@ -15,12 +15,7 @@ from utils.predict import Prediction
 
 
 class Meter:
-    """Mean loss and scores over the batches of an epoch, kept on the device until they are read.
-
-    Args:
-        metrics: counts the predictions; only sums are kept.
-        device: the device of losses and predictions.
-    """
+    """Mean loss and scores over the batches of an epoch, kept on the device until they are read."""
 
     def __init__(self, metrics: Metrics, device: torch.device) -> None:
         self.metrics, self.device = metrics, device

@@ -10,13 +10,7 @@ from utils.config.schema import Trainer as Settings
 
 
 class Monitor:
-    """Compares the monitored score of validations.
-
-    Attributes:
-        name: the score; empty if ``trainer.monitor`` is "off".
-        best: the best value so far.
-        not_improved: validations since then.
-    """
+    """Compares the monitored score ``name`` of validations: the ``best`` so far, and how many have not improved it."""
 
     def __init__(self, settings: Settings) -> None:
         self.mode, _, self.name = settings.monitor.partition(" ")

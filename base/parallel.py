@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from utils import distributed
 from utils.config.schema import Config
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.predict.network import AMP_DTYPES
 
 
@@ -21,11 +20,7 @@ def place(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif distributed.is_main():
-            print(
-                "warning: use_synch_bn: torch synchronizes batch norm only on GPUs; "
-                "here each process uses its own statistics",
-                file=sys.stderr,
-            )
+            warn("use_synch_bn: torch synchronizes batch norm only on GPUs; here each process uses its own statistics")
     layout = torch.channels_last if config.trainer.channels_last else torch.preserve_format
     return model.to(device).to(memory_format=layout)
 

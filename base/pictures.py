@@ -17,12 +17,7 @@ _UNLABELED = 255
 
 
 class Pictures:
-    """Collects the first images of an evaluation.
-
-    Args:
-        facts: classes and palette.
-        procedure, options: how probabilities become the label maps that are shown.
-    """
+    """Collects the first images of an evaluation; ``procedure`` makes label maps of the probabilities."""
 
     def __init__(self, facts: Facts, procedure: str, options: PredictOptions) -> None:
         self.facts, self.procedure, self.options = facts, procedure, options
@@ -44,11 +39,7 @@ class Pictures:
     def draw(self) -> np.ndarray:
         """Return a picture with one row per image, titles above the columns, and a legend of the classes below."""
         palette = self.facts.palette
-        cells = [
-            cell
-            for image, wished, predicted in self.rows
-            for cell in (image, colorize(wished, palette), colorize(predicted, palette))
-        ]
+        cells = [part if part.ndim == 3 else colorize(part, palette) for row in self.rows for part in row]
         pictures = grid(cells, columns=len(TITLES))
         width = pictures.shape[1] // len(TITLES)
         titles = np.concatenate([line(title, width) for title in TITLES], axis=1)

@@ -1,10 +1,9 @@
-"""Resuming under a changed config: whether it is the same run, whether scores compare, where the run continues."""
+"""Resuming under a changed config: whether it is the same run, whether scores compare, where it continues."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -12,10 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from utils import checkpoint, distributed, optim
 from utils import config as configs
-from utils import distributed
 from utils.config.schema import Config
-from utils.errors import plural
+from utils.errors import UserError, plural, warn
 
 # Arguments of loaders that do not change the data.
 _LOADING = ("num_workers", "pin_memory", "cache")
@@ -111,11 +110,10 @@ class Plan:
         before = state.get("plan")
         if before is None or before == asdict(self) or not distributed.is_main():
             return
-        print(
-            f"warning: now {self.describe()}; before {Plan(**before).describe()}. The run continues at the same "
+        warn(
+            f"now {self.describe()}; before {Plan(**before).describe()}. The run continues at the same "
             f"progress: {epoch} epochs and {batch} batches done, step {self.steps_until(epoch, batch)} of {total} of "
-            "the learning rate schedule",
-            file=sys.stderr,
+            "the learning rate schedule"
         )
 
 
@@ -137,3 +135,72 @@ def nothing_left(state: Mapping[str, Any], config: Config) -> str | None:
             f"{state['not_improved_count']} validations; train on with --set trainer.early_stop=0, or a larger number"
         )
     return None
+
+
+def restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Let a :class:`base.base_trainer.BaseTrainer`, whose config may have changed, continue from a checkpoint.
+
+    Returns:
+        The states of the random number generators of this process; None if the number of processes has changed.
+
+    Raises:
+        UserError: the checkpoint has no training state, is malformed, or cannot be continued with this config.
+    """
+    new_run = "train.py --config CONFIG --weights CHECKPOINT"
+    try:
+        if "scheduler" not in state or "processes" not in state:
+            raise UserError(
+                "the checkpoint contains weights but no training state of this framework, so it cannot be resumed; "
+                f"to start a new run from its weights: {new_run}"
+            )
+        before = state["config"]["optimizer"]["type"]
+        if before != run.config.optimizer.type:
+            raise UserError(
+                f"optimizer.type: the checkpoint has {before}, the config {run.config.optimizer.type}; a resumed run "
+                f"keeps its optimizer. To use another one, start a new run from its weights: {new_run}"
+            )
+        return _restore(run, state)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"the checkpoint to resume is malformed ({type(error).__name__}: {str(error)[:200]}); to start a new "
+            f"run from its weights: {new_run}"
+        ) from None
+
+
+def _restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    checkpoint.load_weights(run.model, state["state_dict"], "the checkpoint to resume")
+    if run.ema is not None and state["ema"] is not None:
+        run.ema.module.load_state_dict(state["ema"])
+        run.ema.n_averaged.fill_(state["ema_updates"])
+    optim.restore(run.optimizer, state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.epoch, run.batch = state["epoch"], run.plan.batch_at(state)
+    run.iteration = run.started = state["iteration"]
+    step = run.plan.steps_until(run.epoch, run.batch)
+    run.scheduler.load_state_dict(state["scheduler"] | {"last_step": step})
+    run.plan.tell_change(state, run.epoch, run.batch, run.scheduler.total_steps)
+    _restore_monitor(run, state)
+    if len(state["processes"]) == distributed.world_size():
+        own = state["processes"][distributed.rank()]
+        run.meter.load_state_dict(own["train_scores"] if run.batch else {})
+        return own["rng"]
+    if distributed.is_main():
+        warn(
+            f"the checkpoint contains the random states of {len(state['processes'])} processes, now there "
+            f"are {distributed.world_size()}; the run continues, but with other random numbers"
+        )
+    return None
+
+
+def _restore_monitor(run: Any, state: Mapping[str, Any]) -> None:
+    run.monitor.load_state_dict(state)
+    changes = changes_of_score(state["config"], run.config)
+    if state.get("validation", fingerprint(run.data.val)) != fingerprint(run.data.val):
+        changes.append("the validation images have changed")
+    if changes and run.monitor.mode != "off" and math.isfinite(run.monitor.best):
+        if distributed.is_main():
+            warn(
+                f"the best {run.monitor.name} so far, {run.monitor.best:.4f}, cannot be compared with scores from now "
+                f"on ({'; '.join(changes[:4])}): the best model and early stopping start over"
+            )
+        run.monitor.reset()

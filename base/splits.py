@@ -57,12 +57,7 @@ def split_by_fraction(
 def split_by_fold(
     names: Iterable[str], val_fold: Sequence[int], group_by: str | None = None
 ) -> tuple[set[str], set[str]]:
-    """Return the names to train on and those of the fold to validate on.
-
-    Args:
-        names: all names.
-        val_fold: (k, n): number k (from 0) of n folds of nearly equal size.
-        group_by: see :func:`grouping`.
+    """Return the names to train on, and those of fold k (from 0) of n folds of nearly equal size; ``val_fold``: (k, n).
 
     Raises:
         ValueError: ``val_fold`` is invalid.

@@ -23,13 +23,8 @@ def median_frequency_weights(counts: np.ndarray) -> np.ndarray:
     """Return weights that balance the classes: median frequency balancing (Eigen & Fergus, ICCV 2015).
 
     The frequency of a class is its share of the labeled pixels of the images in which it occurs. Its weight is the
-    median frequency divided by its own. A class that never occurs gets 1.
-
-    Args:
-        counts: pixels ``(samples, classes)``.
-
-    Returns:
-        float64 ``(classes,)``; all 1 if no pixel is labeled.
+    median frequency divided by its own. A class that never occurs gets 1. ``counts``: pixels ``(samples, classes)``;
+    the result is float64 ``(classes,)``.
     """
     counts = counts.astype(np.float64)
     pixels_where_present = (counts.sum(1, keepdims=True) * (counts > 0)).sum(0)
@@ -45,13 +40,8 @@ def repeat_factors(counts: np.ndarray) -> np.ndarray:
     """Return how often each sample should be drawn so that rare classes are seen more often.
 
     Repeat factors (Gupta et al., LVIS, CVPR 2019): a class that occurs in the share f of the images has the factor
-    max(1, sqrt(t / f)), an image the largest factor of its classes. t is the median of f.
-
-    Args:
-        counts: pixels ``(samples, classes)``.
-
-    Returns:
-        float64 ``(samples,)``, sums to 1.
+    max(1, sqrt(t / f)), an image the largest factor of its classes. t is the median of f. ``counts``: pixels
+    ``(samples, classes)``; the result is float64 ``(samples,)`` and sums to 1.
     """
     present = counts > 0
     share = present.mean(0)
@@ -65,14 +55,9 @@ def repeat_factors(counts: np.ndarray) -> np.ndarray:
 
 
 def moments(image: np.ndarray, missing: np.ndarray | None = None) -> np.ndarray:
-    """Return the number of pixels and the sums of intensities in [0, 1] and of their squares.
+    """Return the number of pixels and the sums of intensities in [0, 1] and of their squares, float64 ``(3, C)``.
 
-    Args:
-        image: ``(H, W, C)``, uint8 or float in [0, 1].
-        missing: bool ``(H, W)``: pixels that are left out.
-
-    Returns:
-        float64 ``(3, C)``.
+    ``image``: ``(H, W, C)``, uint8 or float in [0, 1]. ``missing``: bool ``(H, W)``, pixels that are left out.
     """
     pixels = image.reshape(-1, image.shape[2]) if missing is None else image[~missing]
     channels = pixels.T
@@ -134,48 +119,44 @@ class Statistics:
 
     def measure(self, limit: int = MEASURED_IMAGES) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation per channel of at most ``limit`` images, evenly spread."""
-        found = [m for m in in_threads(self._moments, spread(len(self.entries), limit)) if m is not None]
+        chosen = spread(len(self.entries), limit)
+        found = [m for m in self._each(chosen, lambda index: moments(*self.image_at(index))) if m is not None]
         if not found:
             raise UserError(f'"mean": "auto": no image of split {self.split!r} can be read')
         mean, std = mean_and_std(found)
         log.info("measured on %d images: mean %s, std %s", len(found), np.round(mean, 4), np.round(std, 4))
         return tuple(mean.tolist()), tuple(std.tolist())
 
-    def _moments(self, index: int) -> np.ndarray | None:
-        try:
-            return moments(*self.image_at(index))
-        except UserError:
-            if self.on_error == "skip":
-                return None
-            raise
+    def _each(self, chosen: list[int], measured: Callable[[int], np.ndarray]) -> Iterable[np.ndarray | None]:
+        """Yield what is measured on each chosen sample; None for those that ``on_error`` skips."""
+
+        def attempt(index: int) -> np.ndarray | None:
+            try:
+                return measured(index)
+            except UserError:
+                if self.on_error == "skip":
+                    return None
+                raise
+
+        return in_threads(attempt, chosen)
 
     def class_pixel_counts(
         self, limit: int | None = None, progress: Callable[[int, int], None] | None = None
     ) -> np.ndarray:
-        """Count the pixels of each class in each sample, before augmentation.
+        """Count the pixels of each class in each sample, before augmentation: int64 ``(samples, label_count)``.
 
-        Args:
-            limit: take at most this many samples, evenly spread; None: all.
-            progress: called with (done, total) after each sample.
-
-        Returns:
-            int64 ``(samples, label_count)``; ignored pixels are in no column.
+        At most ``limit`` samples are taken, evenly spread. ``progress`` is called with (done, total) after each sample.
         """
         chosen = spread(len(self.entries), limit)
         result = np.zeros((len(chosen), self.label_count), np.int64)
-        for row, counts in enumerate(in_threads(self._count, chosen)):
-            result[row] = counts
+        for row, counts in enumerate(self._each(chosen, self._count)):
+            result[row] = 0 if counts is None else counts
             if progress is not None:
                 progress(row + 1, len(chosen))
         return result
 
     def _count(self, index: int) -> np.ndarray:
-        try:
-            label = self.label_at(index)
-        except UserError:
-            if self.on_error == "skip":
-                return np.zeros(self.label_count, np.int64)
-            raise
+        label = self.label_at(index)
         return np.bincount(label[label != self.ignore_index], minlength=self.label_count)
 
     def class_weights(self, limit: int | None = COUNTED_LABELS) -> Tensor:

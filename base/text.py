@@ -13,14 +13,7 @@ def read_lines(path: str | Path, field: str) -> list[tuple[int, str]]:
     """Return (line number, text) of the lines of a text file that are not empty and not comments (``#``).
 
     Spaces around a line and a byte order mark are removed. Bytes that are not UTF-8 become surrogates, so file names
-    keep their bytes.
-
-    Args:
-        path: the file.
-        field: the argument that names it, for messages.
-
-    Raises:
-        UserError: the file cannot be read.
+    keep their bytes. If the file cannot be read, the UserError names the argument ``field``.
     """
     try:
         data = Path(path).read_bytes()

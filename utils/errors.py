@@ -51,11 +51,16 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def warn(text: str) -> None:
+    """Print a warning to the error stream."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
 class _Warnings(logging.Handler):
     """Prints the warnings of the data loaders in the form of the scripts' own warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"warning: {record.getMessage()}", file=sys.stderr)
+        warn(record.getMessage())
 
 
 def run(main: Callable[[], int | None]) -> None:
