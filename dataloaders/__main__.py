@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from utils.cli import add_overrides
 from utils.errors import run
 
 PREPARED = ("voc", "ade20k", "coco_stuff", "cityscapes")
@@ -35,10 +36,7 @@ def parser() -> argparse.ArgumentParser:
         "--samples", type=int, metavar="N", help="read N images and masks, evenly spread; 0: all (default: 500)"
     )
     check.add_argument("--out", default="data_check.png", help="the contact sheet's file (default: data_check.png)")
-    check.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", help="override a field of the config"
-    )
-
+    add_overrides(check)
     _add_prepare(commands)
     _add_plan(commands)
     return top

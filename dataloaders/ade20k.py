@@ -7,7 +7,7 @@ import numpy as np
 from base.base_dataset import BaseDataSet
 from base.entries import Entry
 from dataloaders.labels import labels
-from dataloaders.reading.pairing import image_files, pair_folders
+from dataloaders.reading.pairing import pair_folders
 
 _FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
 
@@ -35,7 +35,4 @@ data_dir/                (or ADEChallengeData2016/ below it)
         """Return the pairs of the split, sorted; testing has images only."""
         part = _FOLDERS.get(self.split, self.split)
         root = self.root("ADEChallengeData2016", holds=["images"])
-        images, masks = root / "images" / part, root / "annotations" / part
-        if part == "testing" and images.is_dir() and not masks.is_dir():
-            return [Entry(path, None, path.stem) for path in image_files(images)]
-        return pair_folders(self, images, masks)
+        return pair_folders(self, root / "images" / part, root / "annotations" / part, unlabeled=part == "testing")

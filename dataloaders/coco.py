@@ -83,7 +83,18 @@ class COCO(BaseDataSet):
 
     def samples(self) -> list[Entry]:
         """Return the pairs of the split: in the order of its list (10k), sorted by number (164k)."""
-        return self._samples_10k() if self.partition == "CocoStuff10k" else self._samples_164k()
+        images, masks = self.data_dir / "images", self.data_dir / "annotations"
+        if self.partition == "CocoStuff164k":
+            if self.split not in _SPLITS_164K:
+                raise ValueError(f"split must be train2017 or val2017 for CocoStuff164k, got {self.split!r}")
+            part = _SPLITS_164K[self.split]
+            return pair_folders(self, images / part, masks / part)
+        if self.split not in _SPLITS_10K:
+            raise ValueError(f"split must be one of {', '.join(_SPLITS_10K)} for CocoStuff10k, got {self.split!r}")
+        names = self.data_dir / "imageLists" / f"{self.split}.txt"
+        if not names.is_file():
+            raise self.layout_error(f"there is no list {names}")
+        return [Entry(images / f"{name}.jpg", masks / f"{name}.mat", name) for name in read_names(names)]
 
     def load_label(self, path: Path) -> np.ndarray:
         """Return the label map as stored."""
@@ -93,18 +104,3 @@ class COCO(BaseDataSet):
         if "S" not in content or content["S"].ndim != 2:
             raise UserError(f"{path}: there is no label map S, which COCO-Stuff 10k's files have")
         return content["S"].astype(np.int32)
-
-    def _samples_10k(self) -> list[Entry]:
-        if self.split not in _SPLITS_10K:
-            raise ValueError(f"split must be one of {', '.join(_SPLITS_10K)} for CocoStuff10k, got {self.split!r}")
-        names = self.data_dir / "imageLists" / f"{self.split}.txt"
-        if not names.is_file():
-            raise self.layout_error(f"there is no list {names}")
-        images, masks = self.data_dir / "images", self.data_dir / "annotations"
-        return [Entry(images / f"{name}.jpg", masks / f"{name}.mat", name) for name in read_names(names)]
-
-    def _samples_164k(self) -> list[Entry]:
-        if self.split not in _SPLITS_164K:
-            raise ValueError(f"split must be train2017 or val2017 for CocoStuff164k, got {self.split!r}")
-        part = _SPLITS_164K[self.split]
-        return pair_folders(self, self.data_dir / "images" / part, self.data_dir / "annotations" / part)

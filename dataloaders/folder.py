@@ -14,7 +14,7 @@ from base.entries import Entry, distinct, spread
 from base.splits import grouping, split_by_fold, split_by_fraction
 from dataloaders.reading.lists import native, read_rows
 from dataloaders.reading.masks import MaskOptions, MaskReader
-from dataloaders.reading.pairing import Pairs, find_folder, image_files, index_files, pair, relative_stem
+from dataloaders.reading.pairing import find_folder, image_files, index_files, pair_folders, relative_stem
 from utils.bounds import Count, Label, Positive, Seed, ShareBelowOne
 from utils.errors import UserError
 from utils.files import expand
@@ -125,7 +125,7 @@ or, split by folders,
             if self._val_fold is None and not any(self._fractions.values()):
                 return entries  # the list of this split
         else:
-            entries = self._from_folders(find_folder(self._below(self._images)), find_folder(self._below(self._masks)))
+            entries = self._from_folders(*self._folders(self.data_dir))
         if self.split == "all":
             return entries
         parts = split_by_fraction((e.name for e in entries), self._fractions, "train", self._split_seed, self.group_by)
@@ -160,22 +160,23 @@ or, split by folders,
     def _below(self, path: str) -> Path:
         return self.data_dir / expand(path)  # absolute paths stay as they are
 
+    def _folders(self, above: Path) -> tuple[Path, Path]:
+        return find_folder(above / expand(self._images)), find_folder(above / expand(self._masks))
+
     def _split_folders(self) -> dict[str, tuple[Path, Path]] | None:
         """Return the (images, masks) folders of each split; None if the data is not split by folders."""
-        images, masks = find_folder(self._below(self._images)), find_folder(self._below(self._masks))
+        images, masks = self._folders(self.data_dir)
         found: dict[str, tuple[Path, Path]] = {}
-        candidates: list[tuple[Path, Path | None]] = [(folder, masks) for folder in _subfolders(images)]
-        candidates += [(folder, None) for folder in _subfolders(self.data_dir)]
-        for folder, masks_above in candidates:
+        for folder in (*_subfolders(images), *_subfolders(self.data_dir)):
             split = SPLIT_OF_FOLDER.get(folder.name.lower())
             if split is None:
                 continue
-            if masks_above is None:
-                pair_of_folders = find_folder(folder / self._images), find_folder(folder / self._masks)
-            else:
-                alike = [f for f in _subfolders(masks_above) if SPLIT_OF_FOLDER.get(f.name.lower()) == split]
-                same_name = find_folder(masks_above / folder.name)
+            if folder.parent == images:
+                alike = [f for f in _subfolders(masks) if SPLIT_OF_FOLDER.get(f.name.lower()) == split]
+                same_name = find_folder(masks / folder.name)
                 pair_of_folders = folder, alike[0] if len(alike) == 1 and not same_name.is_dir() else same_name
+            else:
+                pair_of_folders = self._folders(folder)
             if not pair_of_folders[0].is_dir():
                 continue
             if split in found:
@@ -200,31 +201,7 @@ or, split by folders,
         return distinct((entry for pair in folders for entry in self._from_folders(*pair)), self.data_dir)
 
     def _from_folders(self, images: Path, masks: Path) -> list[Entry]:
-        if not images.is_dir():
-            raise self.layout_error(f"there is no folder {images}")
-        if not masks.is_dir() and self.split == "test":
-            return [Entry(path, None, relative_stem(images)(path)) for path in image_files(images)]
-        if not masks.is_dir():
-            raise self.layout_error(f"there is no folder {masks}")
-        mask_files = [path for path in image_files(masks) if path.stem.endswith(self._suffix)]
-        own = set(mask_files) if images == masks else set()
-        pairs = pair(
-            (path for path in image_files(images) if path not in own),
-            mask_files,
-            relative_stem(images),
-            relative_stem(masks, self._suffix),
-        )
-        self._complain(pairs, images, masks)
-        self.alone = [*self.alone, *pairs.warn()]
-        return pairs.entries
-
-    def _complain(self, pairs: Pairs, images: Path, masks: Path) -> None:
-        if not pairs.entries and pairs.images_alone and pairs.masks_alone:
-            raise UserError(
-                f"no image in {images} has a mask with the same name in {masks}; for instance, there are "
-                f"{pairs.images_alone[0].name} and {pairs.masks_alone[0].name}. If the mask names have a "
-                "suffix, set mask_suffix; otherwise give a list_file"
-            )
+        return pair_folders(self, images, masks, suffix=self._suffix, unlabeled=self.split == "test")
 
     def _from_list(self, path: Path) -> list[Entry]:
         """Return the entries of a list: two columns are files, one is a name in ``images`` and ``masks``."""
@@ -247,7 +224,7 @@ or, split by folders,
         return self._below(native(column)) if "\\" in column and not path.exists() else path
 
     def _by_name(self) -> tuple[dict[str, Path], dict[str, Path]]:
-        images, masks = find_folder(self._below(self._images)), find_folder(self._below(self._masks))
+        images, masks = self._folders(self.data_dir)
         return (
             index_files(image_files(images) if images.is_dir() else [], relative_stem(images)),
             index_files(image_files(masks) if masks.is_dir() else [], relative_stem(masks, self._suffix)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,30 +53,21 @@ or, split beforehand,
 
     def samples(self) -> list[Entry]:
         """Return the pairs of the split, sorted by name."""
-        presplit = (self.data_dir / "images_split").is_dir()
-        if presplit:
-            entries: list[Entry] = []
-            alone: list[Path] = []
-            for part in ("train", "val") if self.split == "all" else (self.split,):
-                entries += self._pairs_of(part)
-                alone += self.alone
-            self.alone = alone
-            return entries
+        images, masks = self.data_dir / "images_split", self.data_dir / "masks_split"
+        if images.is_dir():
+            parts = ("train", "val") if self.split == "all" else (self.split,)
+            pairs = (pair_folders(self, images / part / "jpg_images", masks / part / "jpg_masks") for part in parts)
+            return list(chain.from_iterable(pairs))
         entries = pair_folders(self, self.data_dir / "images", self.data_dir / "masks")
+        published = self.data_dir / f"{self.split}.txt"
         if self.split == "all":
             return entries
-        chosen = self._chosen([entry.name for entry in entries])
-        return [entry for entry in entries if entry.name in chosen]
-
-    def _pairs_of(self, part: str) -> list[Entry]:
-        images = self.data_dir / "images_split" / part / "jpg_images"
-        return pair_folders(self, images, self.data_dir / "masks_split" / part / "jpg_masks")
-
-    def _chosen(self, names: list[str]) -> set[str]:
-        published = self.data_dir / f"{self.split}.txt"
         if published.is_file():
-            return set(read_names(published))
-        return split_by_fraction(names, {"val": self.val_fraction}, rest="train")[self.split]
+            chosen = set(read_names(published))
+        else:
+            names = [entry.name for entry in entries]
+            chosen = split_by_fraction(names, {"val": self.val_fraction}, rest="train")[self.split]
+        return [entry for entry in entries if entry.name in chosen]
 
     def load_label(self, path: Path) -> np.ndarray:
         """Return 1 where the mask is brighter than half, else 0."""

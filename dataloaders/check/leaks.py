@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -17,7 +16,7 @@ from base.base_dataset import BaseDataSet
 from base.entries import Entry, in_threads, spread
 from base.splits import grouping
 from utils.distributed import is_first
-from utils.errors import UserError, plural
+from utils.errors import UserError, plural, warn
 
 HASHED_FILES = 512  # per side, at most
 _PART = 1 << 16  # bytes at both ends of a file that are compared
@@ -31,10 +30,12 @@ _Files = list[tuple[Entry, os.stat_result]]
 
 def announce(train: BaseDataLoader, val: BaseDataLoader | None) -> None:
     """Print a warning for each mistake in the loaders that makes training or its scores worthless."""
-    if not is_first():
-        return
-    for message in (*setup_problems(train, val), *(shared({"train": train, "val": val}) if val is not None else ())):
-        print(f"warning: {message}", file=sys.stderr)
+    if is_first():
+        for message in (
+            *setup_problems(train, val),
+            *(shared({"train": train, "val": val}) if val is not None else ()),
+        ):
+            warn(message)
 
 
 def setup_problems(train: BaseDataLoader, val: BaseDataLoader | None) -> list[str]:

@@ -29,6 +29,12 @@ _PROBED = 40
 _CLASS_FILES = ("classes.txt", "labelmap.txt", "class_dict.csv", "_classes.csv", "labels.txt", "class_names.txt")
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "photos", "rgb")
 _MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentationclass", "gt", "segs")
+_MARKS = {  # folders by which a public data set is known
+    "KvasirSEG": ("images_split",),
+    "CityScapes": ("leftImg8bit", "leftImg8bit_trainvaltest"),
+    "ADE20K": ("ADEChallengeData2016", "annotations/training"),
+    "COCO": ("annotations/train2017",),
+}
 _NO_DATA = -99  # negative numbers from here on usually mean "no data"
 
 
@@ -66,12 +72,7 @@ class Survey:
 
 
 def survey(root: Path, images: str | None = None, masks: str | None = None, classes: str | None = None) -> Survey:
-    """Examine a folder of data.
-
-    Args:
-        root: the folder.
-        images, masks: the sub-folders of images and masks, if their names are unusual.
-        classes: class names separated by commas, or a file with them.
+    """Examine a folder of data; the other arguments are those of the command line.
 
     Raises:
         UserError: the layout is not known, or no file can be read.
@@ -117,17 +118,7 @@ def _published(root: Path) -> Survey | None:
             }
             found = Survey("VOC", base, why, {"split": train}, {"split": "val"} if "val" in lists else None)
             return found if found.val else _holding_out(found, "there is no list val.txt")
-    if (root / "images_split").is_dir():
-        why = {
-            "loader": "the folder has the layout of Kvasir-SEG, split (images_split, masks_split)",
-            "split": "its folders",
-        }
-        return Survey("KvasirSEG", base, why, {"split": "train"}, {"split": "val"})
-    for name, marks in (
-        ("CityScapes", ("leftImg8bit", "leftImg8bit_trainvaltest")),
-        ("ADE20K", ("ADEChallengeData2016", "annotations/training")),
-        ("COCO", ("annotations/train2017",)),
-    ):
+    for name, marks in _MARKS.items():
         if any((root / mark).is_dir() for mark in marks):
             why = {"loader": f"the folder has the layout of {name}", "split": "its folders"}
             return Survey(name, base, why, {"split": "train"}, {"split": "val"})
@@ -241,8 +232,7 @@ def _take_masks(found: Survey, paths: list[Path]) -> None:
             unique, counts = np.unique(plane, return_counts=True)
             values.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
     if lossy:
-        why = "masks have lossy compression (JPEG): gray levels above the middle are the object"
-        found.take("threshold", 127, why)
+        found.take("threshold", 127, "masks have lossy compression (JPEG): gray levels above the middle are the object")
         found.args.setdefault("classes", ["background", "object"])
     elif colors:
         _take_colors(found, colors)

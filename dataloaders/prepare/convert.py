@@ -58,12 +58,7 @@ class Tally:
 
 
 def run(kind: str, source: Path, out: Path, options: Options) -> None:
-    """Convert an export and print what was done.
-
-    Args:
-        kind: a key of :data:`dataloaders.prepare.formats.FORMATS`.
-        source: the exported file or folder.
-        out: the folder to write to; it must not hold images or masks yet.
+    """Convert an export, ``kind`` of :data:`dataloaders.prepare.formats.FORMATS`, and print what was done.
 
     Raises:
         UserError: the export cannot be read, its images are missing, or ``out`` already contains images or masks.
@@ -115,12 +110,14 @@ def write(export: Export, classes: dict[str, int], out: Path, options: Options) 
         mask = _mask(picture, export, classes, options, tally)
         tally.pixels.update(dict(enumerate(np.bincount(mask.ravel(), minlength=256).tolist())))
         write_png(out / "masks" / target.with_suffix(".png"), mask, palette)
-        _copy(picture.image, out / "images" / target, options.link)
-    ids = {i: name for name, i in classes.items() if i != VOID}
-    lines = []
-    for i in sorted(ids):
-        red, green, blue = palette[i]
-        lines.append(f"{red:3d} {green:3d} {blue:3d}  {ids[i]}\n")
+        copy = out / "images" / target
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if options.link:
+            copy.symlink_to(os.path.abspath(picture.image))
+        else:
+            shutil.copyfile(picture.image, copy)
+    kept = sorted((i, name) for name, i in classes.items() if i != VOID)
+    lines = (" ".join(f"{value:3d}" for value in palette[i]) + f"  {name}\n" for i, name in kept)
     write_text(out / "classes.txt", "".join(lines))
     return tally
 
@@ -144,15 +141,13 @@ def _palette(export: Export, classes: dict[str, int]) -> list[Color]:
     colors = list(voc_colormap(256))
     given = {i: export.colors[name] for name, i in classes.items() if name in export.colors and i != VOID}
     if len(set(given.values())) == len(given) == sum(i != VOID for i in classes.values()):
-        for i, color in given.items():
-            colors[i] = color
+        colors[: len(given)] = [given[i] for i in sorted(given)]
     return colors
 
 
 def _mask(picture: Picture, export: Export, classes: dict[str, int], options: Options, tally: Tally) -> np.ndarray:
     """Return the ids of an image, uint8 ``(H, W)``, upright."""
     width, height, orientation = _size(picture.image)
-    turned = orientation >= 5
     if picture.ids is not None:
         table = np.array([classes[name] for name in export.classes], np.uint8)
         mask = table[picture.ids()]
@@ -162,7 +157,7 @@ def _mask(picture: Picture, export: Export, classes: dict[str, int], options: Op
         mask = _drawn(picture.shapes, size, classes, options, tally)
     if size == (width, height):
         return mask
-    if turned and size == (height, width):
+    if orientation >= 5 and size == (height, width):
         return np.ascontiguousarray(upright(mask, orientation))
     raise UserError(
         f"{picture.image} is {width} x {height} (width x height), but its annotations are for {size[0]} x {size[1]}: "
@@ -177,7 +172,7 @@ def _drawn(
     rest = 0 if options.rest == "background" else VOID
     mask = np.full(size[::-1], rest, np.uint8)
     drawn = np.zeros(size[::-1], bool)
-    areas = [(shape.label, shape.render(size[1], size[0])) for shape in shapes]
+    areas = [(label, render(size[1], size[0])) for label, render in shapes]
     if options.order == "area":
         areas.sort(key=lambda area: -int(area[1].sum()))
     tally.empty += not areas
@@ -207,14 +202,6 @@ def _size(path: Path) -> tuple[int, int, int]:
     except Exception:  # Pillow's plugins raise many kinds of errors; decode() reads other formats
         array = decode(read_bytes(path), path).array
         return array.shape[1], array.shape[0], 1
-
-
-def _copy(source: Path, target: Path, link: bool) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if link:
-        target.symlink_to(os.path.abspath(source))
-    else:
-        shutil.copyfile(source, target)
 
 
 def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list[str], out: Path, rest: str) -> str:

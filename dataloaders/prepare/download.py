@@ -9,8 +9,6 @@ import stat
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -27,19 +25,12 @@ TIMEOUT = 30.0  # seconds without a byte before a connection counts as broken
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive that a publisher offers.
-
-    Args:
-        filename: its name on disk.
-        url: its address; None if the publisher requires an account, so that only the user can download it.
-        checksum: ``"md5:..."`` or ``"sha1:..."``; None if the publisher gives none.
-        into: the folder, below that of the data set, to unpack it into.
-    """
+    """An archive that a publisher offers."""
 
     filename: str
-    url: str | None
-    checksum: str | None = None
-    into: str = "."
+    url: str | None  # None: the publisher requires an account, so only the user can download it
+    checksum: str | None = None  # "md5:..." or "sha1:...", if the publisher gives one
+    into: str = "."  # the folder, below that of the data set, to unpack it into
 
 
 class Unreachable(UserError):
@@ -100,13 +91,12 @@ def _continue(url: str, part: Path) -> None:
     headers = {"User-Agent": "python-dataloaders-prepare"}
     if have:
         headers["Range"] = f"bytes={have}-"
-        if version.exists():
-            # If the remote file has changed, the server sends it from its start.
-            headers["If-Range"] = version.read_text(encoding="utf-8")
+        if version.exists() and (validator := version.read_text(encoding="utf-8")):
+            headers["If-Range"] = validator  # if the remote file has changed, the server sends it from its start
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
-        if error.code == 416 and have and have == _total(error.headers.get("Content-Range")):
+        if error.code == 416 and have and (error.headers.get("Content-Range") or "").endswith(f"/{have}"):
             return  # it was already complete
         if error.code == 416 and have:
             part.unlink()
@@ -116,10 +106,14 @@ def _continue(url: str, part: Path) -> None:
         resumed = response.status == 206
         if not resumed:
             have = 0
-            _remember_version(version, response.headers.get("ETag") or response.headers.get("Last-Modified"))
+            validator = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+            # A weak ETag must not be used with If-Range (RFC 9110, 13.1.5).
+            version.write_text("" if validator.startswith("W/") else validator, encoding="utf-8")
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
-        _demand_space(part, total, have)
+        needed, free = int(length or 0) / 1e9, shutil.disk_usage(part.parent).free / 1e9
+        if needed > free:
+            raise UserError(f"{part.parent}: {part.stem} needs {needed:.1f} GB more, the disk has {free:.1f} GB")
         bar = progress_bar(total=total, initial=have, unit="B", desc=part.stem)
         with open(part, "ab" if resumed else "wb") as out, bar:
             while chunk := response.read(CHUNK):
@@ -135,29 +129,6 @@ def _save(out: IO[bytes], chunk: bytes) -> None:
         out.flush()
     except OSError as error:  # not a network error, so another attempt would not help
         raise UserError(f"{out.name}: cannot be written: {error}") from error
-
-
-def _remember_version(version: Path, validator: str | None) -> None:
-    # If-Range must not be used with a weak ETag (RFC 9110, 13.1.5).
-    if validator and not validator.startswith("W/"):
-        version.write_text(validator, encoding="utf-8")
-    else:
-        version.unlink(missing_ok=True)
-
-
-def _total(content_range: str | None) -> int | None:
-    """Return N of ``bytes */N``."""
-    with suppress(AttributeError, ValueError):
-        return int(content_range.rpartition("/")[2])  # type: ignore[union-attr]
-    return None
-
-
-def _demand_space(part: Path, total: int | None, have: int) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if total is not None and total - have > free:
-        raise UserError(
-            f"{part.parent}: {part.stem} needs {(total - have) / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB"
-        )
 
 
 def verify(path: Path, checksum: str | None) -> None:
@@ -184,23 +155,16 @@ def unpack(archive: Path, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     work = folder / f".unpacking-{archive.name}"
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
     try:
-        if zipfile.is_zipfile(archive):
-            _unzip(archive, work)
-        else:
-            _untar(archive, work)
+        work.mkdir()
+        (_unzip if zipfile.is_zipfile(archive) else _untar)(archive, work)
+        # Moves the files, also into folders that exist.
+        shutil.copytree(work, folder, dirs_exist_ok=True, copy_function=os.replace)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-        shutil.rmtree(work, ignore_errors=True)
         raise UserError(f"{archive}: cannot be unpacked ({error}); remove it and run the command again") from error
-    except BaseException:
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise
-    if work.exists():
-        shutil.copytree(
-            work, folder, dirs_exist_ok=True, copy_function=os.replace
-        )  # moves files, into existing folders
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _inside(name: str, archive: Path) -> PurePosixPath:
@@ -228,7 +192,7 @@ def _unzip(archive: Path, work: Path) -> None:
 
 def _untar(archive: Path, work: Path) -> None:
     with tarfile.open(archive) as file:
-        for member in progress_bar(_members(file), desc=f"unpack {archive.name}", unit="file"):
+        for member in progress_bar(file, desc=f"unpack {archive.name}", unit="file"):
             target = work / _inside(member.name, archive)
             if member.isdir():
                 target.mkdir(parents=True, exist_ok=True)
@@ -237,15 +201,9 @@ def _untar(archive: Path, work: Path) -> None:
                     _write(source, target)
             else:
                 raise UserError(f"{archive}: the archive holds a link or device, {member.name!r}; not unpacked")
-
-
-def _members(file: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of an archive in one pass, which also verifies its checksum."""
-    while (member := file.next()) is not None:
-        yield member
-    # The checksum of the compression comes after the end mark, at which tarfile stops.
-    while file.fileobj.read(CHUNK):  # type: ignore[union-attr]
-        pass
+        # The checksum of the compression comes after the end mark, at which tarfile stops.
+        while file.fileobj.read(CHUNK):  # type: ignore[union-attr]
+            pass
 
 
 def _write(source: IO[bytes], target: Path) -> None:

@@ -22,12 +22,8 @@ from utils.errors import UserError
 _SPLIT = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?:ing)?(?=\d|[^a-z]|$)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """An annotated area: ``render(height, width)`` returns it as bool ``(height, width)``."""
-
-    label: str
-    render: Callable[[int, int], np.ndarray]
+# The label of an annotated area, and a function (height, width) -> bool (height, width) that renders it.
+Shape = tuple[str, Callable[[int, int], np.ndarray]]
 
 
 @dataclass
@@ -53,18 +49,20 @@ class Picture:
 class Export:
     """An export: class names in order, images, colors of classes (if any), and how much of what was left out."""
 
-    classes: list[str]
-    pictures: list[Picture]
+    classes: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
     colors: dict[str, Color] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
 
+    def take_classes(self, names: list[str], file: Path) -> None:
+        """Set the classes; UserError if an earlier file had others."""
+        if self.classes and self.classes != names:
+            raise UserError(f"{file}: its classes are {names}, another file's {self.classes}; they must be the same")
+        self.classes = names
+
 
 class Images:
-    """Finds the images that an export names, in a folder and below.
-
-    Args:
-        folder: where images may lie.
-    """
+    """Finds the images that an export names, in a folder and below."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():

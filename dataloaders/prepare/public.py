@@ -23,21 +23,13 @@ VOC_ROOT = Path("VOCdevkit/VOC2012")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a data set is downloaded.
-
-    Args:
-        archives: what to download and where to unpack it.
-        config: a config in ``configs/`` for the data set.
-        page: the page of the publisher, with the terms of use and the files.
-        note: printed first (size, license).
-        finish: called with the folder of the data set after unpacking.
-    """
+    """How a data set is downloaded."""
 
     archives: tuple[Archive, ...]
-    config: str
-    page: str
-    note: str
-    finish: Callable[[Path], None] | None = None
+    config: str  # one in configs/
+    page: str  # of the publisher, with the terms of use and the files
+    note: str  # printed first: size, license
+    finish: Callable[[Path], None] | None = None  # called with the folder after unpacking
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,20 +53,12 @@ def recipe_name(name: str, aug: bool = False, partition: str = "CocoStuff164k") 
 
 
 def prepare(
-    recipe: Recipe,
-    folder: Path,
-    mirror: str | None = None,
-    check: bool = True,
-    delete_archives: bool = False,
+    recipe: Recipe, folder: Path, mirror: str | None = None, check: bool = True, delete_archives: bool = False
 ) -> None:
     """Download missing archives, verify and unpack them into ``folder``, then call ``finish`` of the recipe.
 
     Archives that are already in ``folder/downloads`` are used. A second call does only what is still missing.
-
-    Args:
-        mirror: a base URL to download the archives from, instead of the publisher's.
-        check: compare checksums.
-        delete_archives: remove each archive after unpacking.
+    ``mirror``: a base URL to download from, instead of the publisher's; ``check``: compare checksums.
     """
     for archive in recipe.archives:
         file = folder / DOWNLOADS / archive.filename
@@ -119,7 +103,6 @@ def by_hand(recipe: Recipe, downloads: Path) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Pascal VOC's augmented training set (Hariharan et al., Semantic Contours from Inverse Detectors, ICCV 2011)
 
 
@@ -167,17 +150,13 @@ def _write_lists(voc: Path, masks: Iterable[str]) -> None:
     images = {path.stem for path in (voc / "JPEGImages").glob("*.jpg")}
     known = sorted(set(masks) & images)
     train = [name for name in known if name not in set(validation)]
-    for split, names in (
-        ("train_aug", train),
-        ("val_aug", validation),
-        ("trainval_aug", [*train, *validation]),
-    ):
+    splits = {"train_aug": train, "val_aug": validation, "trainval_aug": [*train, *validation]}
+    for split, names in splits.items():
         lines = (f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in names)
         write_text(lists / f"{split}.txt", "".join(lines))
         print(f"{split}: {len(names)} images")
 
 
-# ---------------------------------------------------------------------------------------------------------
 # Addresses and MD5 sums of VOC and SBD are torchvision's.
 
 _VOC = Archive(

@@ -14,12 +14,7 @@ _SHOWN = 5
 
 
 class ColorTable:
-    """A table from color to class id.
-
-    Args:
-        ids: color -> id (or ignore index); several colors may have the same id.
-        hint: added to the message about unknown colors.
-    """
+    """A table from color to class id (or ignore index); the message about unknown colors ends with ``hint``."""
 
     _UNKNOWN = 65535
 

@@ -15,30 +15,25 @@ _HEADER = {"image", "images", "img", "image_path", "file", "filename", "path", "
            "label", "labels", "annotation"}  # fmt: skip
 
 
-def read_names(path: Path, field: str = "data_dir") -> list[str]:
+def read_names(path: Path) -> list[str]:
     """Return the names in the first column of a list."""
-    return [columns_of(line)[0] for _, line in read_lines(path, field)]
+    return [columns_of(line)[0] for _, line in read_lines(path, "data_dir")]
 
 
 def read_rows(
-    path: Path, is_file: Callable[[str], bool], is_name: Callable[[str], bool], field: str = "list_file"
+    path: Path, is_file: Callable[[str], bool], is_name: Callable[[str], bool]
 ) -> list[tuple[int, list[str]]]:
     """Return (line number, one or two columns) of each line of a list.
 
     Columns are separated by a tab, else by a comma or semicolon, else by spaces; quotes around a column are removed.
-    Names may contain spaces: a line is then divided so that its parts exist.
-
-    Args:
-        path: the list.
-        is_file: says whether a column is the path of a file.
-        is_name: says whether a column is the name of a sample.
-        field: the argument that names the list, for messages.
+    Names may contain spaces: a line is then divided so that its parts exist. ``is_file`` and ``is_name`` say whether a
+    column is the path of a file or the name of a sample.
 
     Raises:
         UserError: the list cannot be read, or a line has more columns.
     """
     rows: list[tuple[int, list[str]]] = []
-    for number, line in read_lines(path, field):
+    for number, line in read_lines(path, "list_file"):
         columns = columns_of(line)
         if not rows and {column.lower() for column in columns} <= _HEADER and not any(map(is_name, columns)):
             continue

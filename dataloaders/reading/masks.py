@@ -21,10 +21,7 @@ _SHOWN_COLORS = 30
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """How masks are stored: arguments of :class:`dataloaders.folder.Folder`.
-
-    ``painted``: whether the palette gives the colors in the masks; else it is only for showing results.
-    """
+    """Arguments of the Folder loader, and whether the palette gives the colors in the masks (``painted``)."""
 
     mask_values: Sequence[int] | None = None
     ignore_values: Sequence[int] | None = None

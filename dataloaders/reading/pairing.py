@@ -98,23 +98,42 @@ def pair(
     )
 
 
-def pair_folders(data: BaseDataSet, images: Path, masks: Path, key: Callable[[Path], str] | None = None) -> list[Entry]:
+def pair_folders(
+    data: BaseDataSet,
+    images: Path,
+    masks: Path,
+    key: Callable[[Path], str] | None = None,
+    suffix: str = "",
+    unlabeled: bool = False,
+) -> list[Entry]:
     """Return the pairs of a data set that are in two folders, and warn about files without a partner.
 
     Args:
-        data: the data set; its ``alone`` is set to the files without a partner.
-        images, masks: the folders.
+        data: the data set; the files without a partner are added to its ``alone``.
+        images, masks: the folders, or one folder with both.
         key: returns what an image and its mask have in common; None: their path below the folder.
+        suffix: what the names of masks have at their end.
+        unlabeled: whether the folder of masks may be missing.
 
     Raises:
-        UserError: a folder is missing, or two files have the same key.
+        UserError: a folder is missing, no names match, or two files have the same key.
     """
+    image_key, mask_key = key or relative_stem(images), key or relative_stem(masks, suffix)
+    if unlabeled and images.is_dir() and not masks.is_dir():
+        return [Entry(path, None, image_key(path)) for path in image_files(images)]
     for folder in (images, masks):
         if not folder.is_dir():
             raise data.layout_error(f"there is no folder {folder}")
-    image_key, mask_key = key or relative_stem(images), key or relative_stem(masks)
-    pairs = pair(image_files(images), image_files(masks), image_key, mask_key)
-    data.alone = pairs.warn()
+    mask_files = [path for path in image_files(masks) if path.stem.endswith(suffix)]
+    own = set(mask_files) if images == masks else set()
+    pairs = pair((path for path in image_files(images) if path not in own), mask_files, image_key, mask_key)
+    if not pairs.entries and pairs.images_alone and pairs.masks_alone:
+        raise UserError(
+            f"no image in {images} has a mask with the same name in {masks}; for instance, there are "
+            f"{pairs.images_alone[0].name} and {pairs.masks_alone[0].name}. If the mask names have a "
+            "suffix, set mask_suffix of the Folder loader; otherwise give it a list_file"
+        )
+    data.alone = [*data.alone, *pairs.warn()]
     return pairs.entries
 
 

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 import cv2
-import numpy as np
 
 from dataloaders.shapes import scene
 from utils.errors import UserError, run
@@ -56,7 +55,8 @@ def write_voc(out: Path, n: int, size: int = 128, seed: int = 0) -> dict[str, in
         names[split] = [f"{split}_{number:06d}" for number in range(count)]
         for number, name in enumerate(names[split]):
             image, label, _ = scene.numbered(seed, split, number, size, size)
-            write_bytes(root / "JPEGImages" / f"{name}.jpg", _jpeg(image))
+            _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
+            write_bytes(root / "JPEGImages" / f"{name}.jpg", data.tobytes())
             for folder in ("SegmentationClass", "SegmentationClassAug"):
                 write_png(root / folder / f"{name}.png", label, palette)
     names["trainval"] = names["train"] + names["val"]
@@ -67,13 +67,6 @@ def write_voc(out: Path, n: int, size: int = 128, seed: int = 0) -> dict[str, in
         write_text(lists / f"{split}_aug.txt", "".join(rows))
     write_text(out / "classes.txt", "".join(f"{name}\n" for name in scene.CLASS_NAMES))
     return {split: len(listed) for split, listed in names.items()}
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    ok, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
-    if not ok:
-        raise OSError("the image cannot be encoded as JPEG")
-    return data.tobytes()
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from dataloaders.prepare import shapes
-from dataloaders.prepare.export import Export, Images, Picture, Shape, format_errors, json_with, split_of
-from utils.errors import UserError
+from dataloaders.prepare.export import Export, Images, Picture, format_errors, json_with, split_of
 
 
 def read(source: Path, images: Images) -> Export:
     """Read a file, or all COCO files below a folder: the split is in the name of the file or of a folder."""
-    export = Export([], [])
+    export = Export()
     for file, content in json_with(source, ("images", "annotations", "categories"), "COCO"):
         with format_errors(file, "a COCO file"):
             _add(export, file, content, images, split_of(file, source) if source.is_dir() else None)
@@ -24,10 +23,7 @@ def read(source: Path, images: Images) -> Export:
 
 def _add(export: Export, file: Path, content: dict[str, Any], images: Images, split: str | None) -> None:
     names = _categories(content)
-    known = list(names.values())
-    if export.classes and export.classes != known:
-        raise UserError(f"{file}: its categories are {known}, another file's {export.classes}; they must be the same")
-    export.classes = known
+    export.take_classes(list(names.values()), file)
     by_image: dict[Any, list[dict[str, Any]]] = {}
     for annotation in content["annotations"]:
         by_image.setdefault(annotation["image_id"], []).append(annotation)
@@ -35,13 +31,9 @@ def _add(export: Export, file: Path, content: dict[str, Any], images: Images, sp
         path = images.find(entry["file_name"], file.parent)
         if path is None:
             continue
-        size = (int(entry["width"]), int(entry["height"]))
-        picture = Picture(path, size=size, split=split)
-        for annotation in by_image.get(entry["id"], ()):
-            render = _render(annotation, export.left_out)
-            if render is not None:
-                picture.shapes.append(Shape(names[annotation["category_id"]], render))
-        export.pictures.append(picture)
+        rendered = [(a["category_id"], _render(a, export.left_out)) for a in by_image.get(entry["id"], ())]
+        found = [(names[category], render) for category, render in rendered if render is not None]
+        export.pictures.append(Picture(path, found, (int(entry["width"]), int(entry["height"])), split))
 
 
 def _categories(content: dict[str, Any]) -> dict[Any, str]:
@@ -62,7 +54,7 @@ def _render(annotation: dict[str, Any], left_out: Counter[str]) -> shapes.Render
         return None
     if isinstance(outline, dict):
         height, width = outline["size"]
-        counts = outline["counts"]
-        counts = shapes.coco_counts(counts) if isinstance(counts, str) else [int(count) for count in counts]
+        code = outline["counts"]
+        counts = shapes.coco_counts(code) if isinstance(code, str) else [int(count) for count in code]
         return shapes.window(shapes.runs(counts, height, width, order="F"), 0, 0)
     return shapes.polygons([np.asarray(ring, np.float64).reshape(-1, 2) for ring in outline])

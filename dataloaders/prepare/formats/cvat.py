@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
-from base.classes import Classes, read_classes
+from base.classes import read_classes
 from dataloaders.prepare import shapes
-from dataloaders.prepare.export import Export, Images, Picture, Shape, format_errors, split_of
+from dataloaders.prepare.export import Export, Images, Picture, format_errors, split_of
 from dataloaders.reading.colors import ColorTable
 from dataloaders.reading.pairing import image_files
 from utils.errors import UserError
@@ -25,7 +25,7 @@ def read(source: Path, images: Images) -> Export:
     files = [source] if source.is_file() else sorted(source.rglob("*.xml"))
     if not files:
         raise UserError(f"{source}: there is neither annotations.xml nor labelmap.txt, as CVAT exports them")
-    export = Export([], [])
+    export = Export()
     for file in files:
         with format_errors(file, "an XML file as CVAT writes it"):
             _add(export, file, images)
@@ -48,13 +48,12 @@ def _add(export: Export, file: Path, images: Images) -> None:
         if path is None:
             continue
         size = (int(image.attrib["width"]), int(image.attrib["height"]))
-        split = split_of(Path(image.get("subset") or image.attrib["name"]), Path())
-        picture = Picture(path, size=size, split=split)
+        picture = Picture(path, [], size, split_of(Path(image.get("subset") or image.attrib["name"]), Path()))
         # A stable sort: equal depths stay in the order of the file.
         for element in sorted(image, key=lambda element: int(element.get("z_order", "0"))):
             render = _render(element, export.left_out)
             if render is not None:
-                picture.shapes.append(Shape(element.attrib["label"], render))
+                picture.shapes.append((element.attrib["label"], render))
                 if element.attrib["label"] not in export.classes:
                     export.classes.append(element.attrib["label"])
         export.pictures.append(picture)
@@ -90,37 +89,30 @@ def _masks(source: Path, images: Images) -> Export:
     folder = source / "SegmentationClass"
     if not folder.is_dir():
         raise UserError(f"{source}: there is no folder SegmentationClass")
-    table = ColorTable({color: i for i, color in enumerate(classes.palette)}, "The colors are those of labelmap.txt.")
-    lists = sorted((source / "ImageSets" / "Segmentation").glob("*.txt"))
-    splits = {
-        line: split_of(Path(file.name), Path())
-        for file in lists
-        for line in file.read_text(encoding="utf-8").splitlines()
-    }
-    by_stem: dict[str, str] = {}
+    ids = {color: i for i, color in enumerate(classes.palette)}
+    table = ColorTable(ids, "The colors are those of labelmap.txt.")
+    splits: dict[str, str | None] = {}
+    for file in sorted((source / "ImageSets" / "Segmentation").glob("*.txt")):
+        splits |= dict.fromkeys(file.read_text("utf-8").splitlines(), split_of(Path(file.name), Path()))
+    by_stem: dict[str, Path] = {}
     for path in images.files:
-        if not path.is_relative_to(source / "SegmentationClass") and "SegmentationObject" not in path.parts:
-            by_stem.setdefault(path.stem, str(path))
+        if not path.is_relative_to(folder) and "SegmentationObject" not in path.parts:
+            by_stem.setdefault(path.stem, path)
     export = Export(list(classes.names), [], dict(zip(classes.names, classes.palette, strict=True)))
     for mask in image_files(folder, (".png",)):
         name = mask.relative_to(folder).with_suffix("").as_posix()
         if mask.stem not in by_stem:
             images.missing.append(name)
             continue
-        ids = _ids(mask, table, classes)
-        export.pictures.append(Picture(Path(by_stem[mask.stem]), ids=ids, split=splits.get(name)))
+        decoded = partial(_ids, mask, table, len(classes.names))
+        export.pictures.append(Picture(by_stem[mask.stem], ids=decoded, split=splits.get(name)))
     return export
 
 
-def _ids(path: Path, table: ColorTable, classes: Classes) -> Callable[[], np.ndarray]:
-    def ids() -> np.ndarray:
-        mask = read_mask(path)
-        if mask.values.ndim == 2 and mask.palette is None:
-            if mask.values.max(initial=0) >= len(classes.names):
-                raise UserError(
-                    f"{path} holds value {mask.values.max()}, but labelmap.txt has {len(classes.names)} lines"
-                )
-            return mask.values  # CVAT: gray masks hold the number of the line
+def _ids(path: Path, table: ColorTable, count: int) -> np.ndarray:
+    mask = read_mask(path)
+    if mask.values.ndim == 3 or mask.palette is not None:
         return table.decode(mask.colors(), path)
-
-    return ids
+    if mask.values.max(initial=0) >= count:
+        raise UserError(f"{path} holds value {mask.values.max()}, but labelmap.txt has {count} lines")
+    return mask.values  # CVAT: gray masks hold the number of the line

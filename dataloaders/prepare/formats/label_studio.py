@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataloaders.prepare import shapes
-from dataloaders.prepare.export import Export, Images, Picture, Shape, format_errors, read_json
+from dataloaders.prepare.export import Export, Images, Picture, format_errors, read_json
 from utils.errors import UserError
 
 
 def read(source: Path, images: Images) -> Export:
     """Read the exported JSON file, or all in a folder. Classes are sorted by name, because the export has no order."""
     files = [source] if source.is_file() else sorted(source.glob("*.json"))
-    export = Export([], [])
+    export = Export()
     for file in files:
         tasks = read_json(file)
         if not isinstance(tasks, list) or not all(isinstance(task, dict) and "annotations" in task for task in tasks):
@@ -26,7 +25,7 @@ def read(source: Path, images: Images) -> Export:
                 _add(export, task, images)
     if not files:
         raise UserError(f"{source}: there is no JSON file")
-    export.classes = sorted({shape.label for picture in export.pictures for shape in picture.shapes})
+    export.classes = sorted({label for picture in export.pictures for label, _ in picture.shapes})
     return export
 
 
@@ -51,21 +50,17 @@ def _add(export: Export, task: dict[str, Any], images: Images) -> None:
         if result.get("image_rotation"):
             raise UserError(f"{path.name} was rotated in Label Studio; export it without rotation, or label it again")
         picture.size = (int(result["original_width"]), int(result["original_height"]))
-        picture.shapes.append(Shape(labels[0], _render(kind, result["value"], *picture.size, export.left_out)))
+        picture.shapes.append((labels[0], _render(kind, result["value"], *picture.size)))
     export.pictures.append(picture)
 
 
-def _render(kind: str, value: dict[str, Any], width: int, height: int, left_out: Counter[str]) -> shapes.Render:
+def _render(kind: str, value: dict[str, Any], width: int, height: int) -> shapes.Render:
     scale = np.array((width, height)) / 100  # coordinates are in percent of the image
     if kind == "brush":
         if value.get("format") != "rle":
             raise ValueError(f"brush strokes in format {value.get('format')!r}, expected 'rle'")
-        code = value["rle"]
-
-        def render(rows: int, columns: int) -> np.ndarray:
-            return shapes.window(shapes.label_studio_mask(code, height, width), 0, 0)(rows, columns)
-
-        return render
+        # Decoded when it is drawn, because the mask is much larger than its code.
+        return lambda *size: shapes.window(shapes.label_studio_mask(value["rle"], height, width), 0, 0)(*size)
     if kind == "polygon":
         return shapes.polygons([np.array(value["points"], np.float64) * scale])
     x, y = np.array((value["x"], value["y"])) * scale

@@ -14,27 +14,23 @@ from PIL import Image
 
 from base.text import read_lines
 from dataloaders.prepare import shapes
-from dataloaders.prepare.export import Export, Images, Picture, Shape, format_errors, json_with, split_of
+from dataloaders.prepare.export import Export, Images, Picture, format_errors, json_with, split_of
 
 
 def read(source: Path, images: Images) -> Export:
     """Read a JSON file, or all below a folder. Classes are in the order of ``labels.txt`` if there is one."""
-    export = Export([], [])
+    export = Export()
     for file, content in json_with(source, ("shapes",), "labelme"):
         with format_errors(file, "a labelme file"):
             path = images.find(content["imagePath"], file.parent)
             if path is None:
                 continue
-            size = None
-            if content.get("imageWidth") and content.get("imageHeight"):
-                size = (int(content["imageWidth"]), int(content["imageHeight"]))
-            picture = Picture(path, size=size, split=split_of(file, source) if source.is_dir() else None)
-            for shape in content["shapes"]:
-                render = _render(shape, export.left_out)
-                if render is not None:
-                    picture.shapes.append(Shape(shape["label"], render))
-            export.pictures.append(picture)
-    used = sorted({shape.label for picture in export.pictures for shape in picture.shapes})
+            width, height = int(content.get("imageWidth") or 0), int(content.get("imageHeight") or 0)
+            rendered = [(shape, _render(shape, export.left_out)) for shape in content["shapes"]]
+            found = [(shape["label"], render) for shape, render in rendered if render is not None]
+            split = split_of(file, source) if source.is_dir() else None
+            export.pictures.append(Picture(path, found, (width, height) if width and height else None, split))
+    used = sorted({label for picture in export.pictures for label, _ in picture.shapes})
     listed = _listed(source)
     export.classes = [*listed, *(name for name in used if name not in listed)]
     return export

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,10 @@ def read(source: Path, images: Images) -> Export:
     folders = sorted(file.parent for file in source.rglob(_CLASSES)) if source.is_dir() else []
     if not folders:
         raise UserError(f"{source}: there is no {_CLASSES}; export as 'Semantic Segmentation Masks'")
-    export = Export([], [])
+    export = Export()
     for folder in folders:
         names = list(read_classes(folder / _CLASSES).names)
-        if export.classes and export.classes != names:
-            raise UserError(f"{folder / _CLASSES}: its classes are {names}, another folder's {export.classes}")
-        export.classes = names
+        export.take_classes(names, folder / _CLASSES)
         files = {path.stem: path for path in image_files(folder)}
         for stem, path in files.items():
             if stem.endswith(_SUFFIX) and stem.removesuffix(_SUFFIX) in files:
@@ -35,15 +33,13 @@ def read(source: Path, images: Images) -> Export:
             if mask is None:
                 export.left_out["images without a mask"] += 1
                 continue
-            export.pictures.append(Picture(path, ids=_ids(mask, len(names)), split=split_of(path, source)))
+            ids = partial(_ids, mask, len(names))
+            export.pictures.append(Picture(path, ids=ids, split=split_of(path, source)))
     return export
 
 
-def _ids(path: Path, count: int) -> Callable[[], np.ndarray]:
-    def ids() -> np.ndarray:
-        label = read_label(path)
-        if label.max(initial=0) >= count:
-            raise UserError(f"{path} holds value {label.max()}, but {_CLASSES} has the values 0 to {count - 1}")
-        return label
-
-    return ids
+def _ids(path: Path, count: int) -> np.ndarray:
+    label = read_label(path)
+    if label.max(initial=0) >= count:
+        raise UserError(f"{path} holds value {label.max()}, but {_CLASSES} has the values 0 to {count - 1}")
+    return label

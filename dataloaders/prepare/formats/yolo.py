@@ -16,8 +16,8 @@ def read(source: Path, images: Images) -> Export:
     """Read a folder with ``images``, ``labels`` and ``data.yaml`` (or ``classes.txt``), split or not."""
     root = source if source.is_dir() else source.parent
     names = _names(source, root)
-    export = Export(names, [])
-    labels = {(_key(path)): path for path in sorted(root.rglob("*.txt")) if "labels" in path.parts}
+    export = Export(names)
+    labels = {_key(path): path for path in sorted(root.rglob("*.txt")) if "labels" in path.parts}
     if not labels:
         raise UserError(f"{root}: there are no text files in a folder labels")
     for path in images.files:
@@ -50,11 +50,7 @@ def _shape(line: str, names: list[str], where: str) -> Shape:
     if number != int(number) or not 0 <= number < len(names):
         raise UserError(f"{where}: class {number:g} is not one of the {len(names)} in data.yaml")
     ring = np.array(values).reshape(-1, 2)
-
-    def render(height: int, width: int) -> np.ndarray:
-        return shapes.polygons([ring * (width, height)])(height, width)
-
-    return Shape(names[int(number)], render)
+    return names[int(number)], lambda height, width: shapes.polygons([ring * (width, height)])(height, width)
 
 
 def _names(source: Path, root: Path) -> list[str]:
