@@ -20,21 +20,13 @@ except ImportError:  # Windows
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward pass over one image costs.
+    """What one forward pass over one image costs."""
 
-    Attributes:
-        parameters: elements, shared ones counted once.
-        gflops: 1e9 floating-point operations of convolutions (two per multiply-add).
-        output_stride: of the deepest features.
-        seconds: of the fastest evaluation pass.
-        megabytes: peak memory of weights and activations in evaluation; None where the platform does not report it.
-    """
-
-    parameters: int
-    gflops: float
-    output_stride: int
-    seconds: float
-    megabytes: float | None
+    parameters: int  # elements, shared ones counted once
+    gflops: float  # 1e9 floating-point operations of convolutions (two per multiply-add)
+    output_stride: int  # of the deepest features
+    seconds: float  # of the fastest evaluation pass
+    megabytes: float | None  # peak memory of weights and activations; None where the platform does not report it
 
 
 def measure(name: str, args: dict[str, Any], size: int, classes: int, device: str, repeats: int) -> Cost:

@@ -67,7 +67,6 @@ class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
     Args:
         backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
         output_stride: of the features: 8, or 4 (the stem keeps the resolution, about four times the work).
-        published: see above.
     """
 
     align_corners = True

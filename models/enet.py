@@ -37,10 +37,7 @@ Pooled = tuple[Tensor, tuple[int, int]]
 
 
 class InitialBlock(nn.Module):
-    """Figure 2a: (B, in_channels, H, W) -> (B, 16, ceil(H / 2), ceil(W / 2)).
-
-    The pooled image beside a strided convolution of it.
-    """
+    """Figure 2a: the pooled image beside a strided convolution, (B, in, H, W) -> (B, 16, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -241,9 +238,7 @@ def _cropped(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _activation(channels: int, published: bool, relu: bool) -> nn.Module:
-    if relu:
-        return nn.ReLU()
-    return nn.PReLU(1 if published else channels)
+    return nn.ReLU() if relu else nn.PReLU(1 if published else channels)
 
 
 def _asymmetric(width: int, activation: partial[nn.Module]) -> nn.Sequential:

@@ -148,7 +148,6 @@ class GCN(BaseModel):
         use_deconv: enlarge by transposed convolutions instead of bilinearly.
         use_resnet_gcn: the paper's ResNet-GCN: the blocks of the backbone's last two stages are global convolutions,
             which start from random weights.
-        published: see above.
     """
 
     align_corners = True

@@ -17,13 +17,7 @@ Sizes = tuple[int | None, ...]
 
 
 class FileNetwork(nn.Module):
-    """A network from a file, for evaluation only.
-
-    Args:
-        path: for messages.
-        run: maps images to what the network gives.
-        sizes: the sizes that it takes. Batches are cut to the one it takes.
-    """
+    """A network from a file, for evaluation only: ``run`` maps images of ``sizes`` to what the network gives."""
 
     def __init__(self, path: str, run: Callable[[Tensor], Any], sizes: Sizes) -> None:
         super().__init__()
@@ -84,7 +78,9 @@ def load_network(path: str) -> FileNetwork:
             f"{path}: not a network in a file; expected a program of torch.export (.pt2), TorchScript or .onnx"
         )
     try:
-        return {"pt2": _program, "torchscript": _torchscript, "onnx": _onnx}[kind](path)
+        if kind == "torchscript":
+            return FileNetwork(path, torch.jit.load(path, map_location="cpu").eval(), (None,) * 4)
+        return _program(path) if kind == "pt2" else _onnx(path)
     except UserError:
         raise
     except Exception as error:
@@ -98,10 +94,6 @@ def _program(path: str) -> FileNetwork:
         raise UserError(f"{path}: takes {len(inputs)} inputs; expected one, the images")
     node = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == inputs[0])
     return FileNetwork(path, program.module(), _free(node.meta["val"].shape))
-
-
-def _torchscript(path: str) -> FileNetwork:
-    return FileNetwork(path, torch.jit.load(path, map_location="cpu").eval(), (None,) * 4)
 
 
 def _onnx(path: str) -> FileNetwork:

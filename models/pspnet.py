@@ -105,7 +105,6 @@ class PSPDenseNet(PyramidSceneParsing):
         use_aux: in training, also return the logits of the auxiliary head on the last stage but one.
         stem: "torchvision", or "unpadded": the published code's stem for training from scratch or on images
             without three channels (input sizes from 15 up), for its checkpoints.
-        published: see above.
     """
 
     published_mark = "block0.0.weight"

@@ -73,7 +73,6 @@ class UperNet(BaseModel):
             or 8.
         fpn_out: channels of the FPN: 512 (the paper's and the default), or for instance 256, which takes a third of
             the work (default if published).
-        published: see above.
     """
 
     align_corners = False

@@ -52,21 +52,13 @@ def adapt_first_conv(weight: Tensor, in_channels: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageNetWeights:
-    """The ImageNet weights of a backbone.
+    """The ImageNet weights of a backbone."""
 
-    Attributes:
-        name: torchvision's name of the network.
-        first_conv: key of the first convolution's weight, which :func:`adapt_first_conv` adapts.
-        ignore: prefixes of keys that the backbone does not have (the ImageNet classifier).
-        in_torchvision: whether torchvision has such a network.
-        rename: turns the names in the weights into the backbone's.
-    """
-
-    name: str
-    first_conv: str
-    ignore: tuple[str, ...] = ()
+    name: str  # torchvision's
+    first_conv: str  # key of the weight that adapt_first_conv adapts
+    ignore: tuple[str, ...] = ()  # prefixes of keys that the backbone does not have (the ImageNet classifier)
     in_torchvision: bool = True
-    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None  # to the names of the backbone
 
 
 def load_pretrained(backbone: Any, pretrained: bool | str, imagenet: ImageNetWeights) -> None:
@@ -76,7 +68,6 @@ def load_pretrained(backbone: Any, pretrained: bool | str, imagenet: ImageNetWei
         backbone: a module with the parameter names of the network.
         pretrained: False: leave the initialization. True: torchvision's ``IMAGENET1K_V1`` weights, downloaded
             to torch's cache once. A string: a file with the network's state dict.
-        imagenet: the weights.
 
     Raises:
         UserError: no such file, the download fails, or the weights do not fit.
@@ -99,7 +90,11 @@ def load_pretrained(backbone: Any, pretrained: bool | str, imagenet: ImageNetWei
     own = backbone.state_dict()
     if first_conv in state and state[first_conv].dim() == 4 and state[first_conv].shape[1] == 3:
         state[first_conv] = adapt_first_conv(state[first_conv], own[first_conv].shape[1])
-    _check_fit(own, state, name, source)
+    whats = ("lack", "have unknown", "have other shapes for")
+    for what, keys in zip(whats, misfits(own, state), strict=True):
+        if keys:
+            shown = listed(keys, 3)
+            raise UserError(f"pretrained: {source} do not fit {name}: they {what} {len(keys)} entries ({shown})")
     backbone.load_state_dict(state, strict=False)
     backbone.weights_from = f"backbone from {source}"
 
@@ -109,8 +104,7 @@ def _from_torchvision(name: str) -> Mapping[str, Tensor]:
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:  # no network, no space, or a damaged download
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        file = folder / Path(weights.url).name
+        file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         raise UserError(
             f"pretrained: true: the ImageNet weights of {name} could not be downloaded from {weights.url} ({error}). "
             f'Put the file at {file} (torch\'s cache folder), name another file (pretrained: "path.pth"), '
@@ -131,11 +125,8 @@ def load_from_file(path: str) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in weights.items()}
 
 
-def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str, source: str) -> None:
+def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """Return the entries of ``own`` that ``state`` lacks, those that only ``state`` has, and those of another shape."""
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in own]
     reshaped = [k for k in state if k in own and state[k].shape != own[k].shape]
-    for what, keys in (("lack", missing), ("have unknown", unexpected), ("have other shapes for", reshaped)):
-        if keys:
-            shown = listed(keys, 3)
-            raise UserError(f"pretrained: {source} do not fit {name}: they {what} {len(keys)} entries ({shown})")
+    return missing, [k for k in state if k not in own], reshaped

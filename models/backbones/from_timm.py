@@ -30,7 +30,6 @@ class TimmEncoder(Backbone):
 
     Args:
         name: timm's name, such as ``convnext_tiny`` or ``convnext_tiny.fb_in22k``.
-        in_channels: channels of the images.
         pretrained: False: random weights. True: timm's weights, downloaded from the Hugging Face hub. A file with
             weights of the timm model (``.pth`` or ``.safetensors``), or the name of a package in :data:`PACKAGES`.
         output_stride: the wanted stride of the deepest features. ``strides`` shows what the model could do: not all

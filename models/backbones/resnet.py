@@ -45,8 +45,6 @@ class ResNet(Backbone):
 
     Args:
         name: resnet18, resnet34, resnet50, resnet101 or resnet152.
-        in_channels: channels of the images.
-        pretrained: see :func:`models.backbones.common.load_pretrained`.
         output_stride: 32, 16 or 8: the last one or two stages keep their resolution.
         dilations: per stage one number for all its 3x3 convolutions, or one per block. By default each
             stage that lost its stride doubles the dilation, and (as in torchvision's

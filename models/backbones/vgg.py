@@ -21,7 +21,6 @@ class VGG(Backbone):
 
     Args:
         name: vgg11, vgg13, vgg16 or vgg19, each also with "_bn".
-        in_channels: channels of the images.
         ceil_mode: pooling keeps a last odd row and column.
         first_padding: padding of the first convolution (100 in FCN).
     """
@@ -47,9 +46,8 @@ class VGG(Backbone):
             else:
                 stage.append(layer)
         for module in self.modules():  # as torchvision: He et al. 2015, fan out, bias 0
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -20,14 +20,7 @@ class SeparableConv(nn.Module):
     ) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(
-            in_channels,
-            in_channels,
-            kernel_size=3,
-            stride=stride,
-            padding=dilation,
-            dilation=dilation,
-            groups=in_channels,
-            bias=False,
+            in_channels, in_channels, 3, stride, padding=dilation, dilation=dilation, groups=in_channels, bias=False
         )
         self.bn = nn.BatchNorm2d(in_channels)
         self.relu = nn.ReLU(inplace=True) if relu else nn.Identity()
@@ -74,13 +67,10 @@ class XceptionBlock(nn.Module):
             separable(out_channels, out_channels, stride),
             nn.BatchNorm2d(out_channels),
         )
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut: nn.Module = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
-                nn.BatchNorm2d(out_channels),
-            )
-        else:
-            self.shortcut = nn.Identity()
+            conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(out_channels))
         self.relu_before_shortcut = published and leading_relu
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,14 +10,8 @@ from torch import Tensor
 
 from base.base_model import BaseModel
 from models import MODELS
-from models.backbones.common import adapt_first_conv
-from models.upstream.identify import (
-    backbone_of,
-    has_published_names,
-    identify,
-    image_channels,
-    number_of_classes,
-)
+from models.backbones.common import adapt_first_conv, misfits
+from models.upstream.identify import backbone_of, has_published_names, identify, image_channels, number_of_classes
 from models.upstream.names import strip_wrappers, translate
 from utils.errors import UserError, listed
 
@@ -35,17 +30,11 @@ def load_weights(model: BaseModel, state_dict: Mapping[str, Tensor]) -> None:
     """
     own = model.state_dict()
     weights = translate(model, state_dict)
-    missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in weights if k not in own]
-    reshaped = [k for k in weights if k in own and weights[k].shape != own[k].shape]
+    missing, unexpected, reshaped = misfits(own, weights)
     if missing or unexpected or reshaped:
         shapes = [f"{k}: found {tuple(weights[k].shape)}, expected {tuple(own[k].shape)}" for k in reshaped]
-        parts = (
-            (missing, "missing", missing),
-            (unexpected, "unexpected", unexpected),
-            (reshaped, "of another shape", shapes),
-        )
-        facts = "; ".join(f"{len(keys)} {what} ({listed(shown, 3)})" for keys, what, shown in parts if keys)
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        facts = "; ".join(f"{len(found)} {what} ({listed(found, 3)})" for what, found in kinds.items() if found)
         why = "; ".join(reasons(model, strip_wrappers(state_dict)))
         raise UserError(
             f"the weights do not fit {type(model).__name__}: {facts}" + (f". Probably: {why}" if why else "")
@@ -123,10 +112,7 @@ def transfer(
     of channels is adapted (:func:`models.backbones.common.adapt_first_conv`). Of a head for another number of classes,
     the classes that both know by name are loaded. Whatever does not fit keeps its values.
 
-    Args:
-        model: gets the weights.
-        state_dict: the weights.
-        classes, theirs: the names of the model's classes, and of those that the weights were trained on.
+    ``classes``, ``theirs``: the names of the model's classes, and of those that the weights were trained on.
 
     Raises:
         UserError: hardly anything fits; says what the weights may be.
@@ -146,19 +132,17 @@ def transfer(
             f"{listed(weights, 3)}" + (f". Probably: {why}" if why else "")
         )
     state = {key: weights[names[key]] for key in taken}
-    adapted, by_class = [], []
+    adapted: list[str] = []
+    by_class: list[str] = []
     for key in [key for key in own if key in names and key not in state]:
-        new = _adapted(weights[names[key]], own[key], model.in_channels)
+        new, kind = _adapted(weights[names[key]], own[key], model.in_channels), adapted
+        if new is None:
+            new, kind = _by_class(weights[names[key]], own[key], classes, theirs), by_class
         if new is not None:
             state[key] = new
-            adapted.append(key)
-            continue
-        new = _by_class(weights[names[key]], own[key], classes, theirs)
-        if new is not None:
-            state[key] = new
-            by_class.append(key)
+            kind.append(key)
     model.load_state_dict(state, strict=False)
-    used = {names[key] for key in state}
+    known = {names[key] for key in own if key in names}
     other = [key for key in own if key in names and key not in state]
     return Transfer(
         taken=tuple(taken),
@@ -166,11 +150,7 @@ def transfer(
         by_class=tuple(f"{key} ({len(set(classes) & set(theirs))} of {len(classes)})" for key in by_class),
         reshaped=tuple(f"{key} ({_size(weights[names[key]])} in the file, {_size(own[key])} here)" for key in other),
         missing=tuple(key for key in own if key not in names),
-        unused=tuple(
-            key
-            for key in weights
-            if key not in used and key not in {names[k] for k in other} and not key.endswith("num_batches_tracked")
-        ),
+        unused=tuple(key for key in weights if key not in known and not key.endswith("num_batches_tracked")),
     )
 
 
@@ -219,8 +199,5 @@ def _grouped(names: tuple[str, ...]) -> str:
     """Return the count, and the names; of many, the parts of the network with their counts."""
     if len(names) <= 6:
         return f"{len(names)}: {', '.join(names)}"
-    parts: dict[str, int] = {}
-    for name in names:
-        part = name.partition(".")[0]
-        parts[part] = parts.get(part, 0) + 1
+    parts = Counter(name.partition(".")[0] for name in names)
     return f"{len(names)}: " + ", ".join(f"{part} ({count})" for part, count in parts.items())
