@@ -104,7 +104,7 @@ def override(raw: Mapping[str, Any], overrides: Sequence[str], source: str = "co
     Raises:
         UserError: an override is not ``path=value``, or JSON cannot express a value.
     """
-    _check_json(raw, source)
+    config_errors.refuse_foreign(raw, source)
     result = json.loads(json.dumps(raw))
     for item in overrides:
         path, equals, text = item.partition("=")
@@ -125,14 +125,8 @@ def override(raw: Mapping[str, Any], overrides: Sequence[str], source: str = "co
                 )
             section = inner
         section[keys[-1]] = _value(text)
-    _check_json(result, source)
+    config_errors.refuse_foreign(result, source)
     return result
-
-
-def _check_json(raw: Mapping[str, Any], source: str) -> None:
-    problems = config_errors.not_json(raw)
-    if problems:
-        raise UserError(config_errors.report(source, problems))
 
 
 def _value(text: str) -> Any:

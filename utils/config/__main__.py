@@ -20,11 +20,7 @@ from utils.facts import Facts
 
 
 def rehearse(config: Config) -> None:
-    """Build everything that a run builds, without counting labels, caching images or initializing weights.
-
-    Raises:
-        UserError: train.py or test.py would refuse the config; one message per part that cannot be built.
-    """
+    """Build what a run builds, without counting labels, caching images or initializing weights; else UserError."""
     light = config.model_copy(deep=True)
     for component in (light.train_loader, light.val_loader, light.test_loader):
         if component is not None:

@@ -22,15 +22,8 @@ from utils.registry import Problem, Registry, found
 
 # Values a run logs once per validation; ``trainer.monitor`` follows one of them.
 VALIDATION_SCORES = (
-    "Mean_Dice",
-    "Mean_IoU",
-    "Pixel_Accuracy",
-    "Multiclass_Accuracy",
-    "Dataset_mDice",
-    "Dataset_mIoU",
-    "Expected_Dice",
-    "Expected_IoU",
-    "val_loss",
+    *("Mean_Dice", "Mean_IoU", "Pixel_Accuracy", "Multiclass_Accuracy", "Dataset_mDice", "Dataset_mIoU"),
+    *("Expected_Dice", "Expected_IoU", "val_loss"),
 )
 TRAINING_SCORES = ("train_loss", "train_Mean_Dice", "train_Mean_IoU", "train_Pixel_Accuracy")
 # Arguments with which the training loader holds samples out for validation.
@@ -52,12 +45,8 @@ def check(
 ) -> list[Problem]:
     """Return every problem that the schema alone cannot see.
 
-    Keys that only the predecessors' configs have are renamed or taken out first (:mod:`utils.config.published`).
-
-    Args:
-        config: a config that the schema accepts.
-        models, loaders: the tables behind ``arch`` and the loaders; without them their arguments are not checked.
-        stages: the loaders that will be built; what only training needs is checked only with "train" among them.
+    Keys that only the predecessors' configs have are renamed or taken out first (:mod:`utils.config.published`). What
+    only training needs is checked only with "train" among the stages. For the arguments see :func:`utils.config.load`.
     """
     adapt(config, models, stages)
     problems = _check_optimizer_and_schedule(config)
@@ -69,9 +58,17 @@ def check(
         wrong, facts = _check_loaders(config, loaders, stages)
         problems += wrong
     problems += loss or _check_loss(config, facts)
-    problems += check_classes_of_interest(config, facts) + _check_bias(config, facts)
+    bias = config.predict.bias
+    problems += check_classes_of_interest(config, facts)
+    if facts is not None and bias is not None and len(bias) != facts.num_classes:
+        text = f"expected {facts.num_classes} numbers, one per class, found {len(bias)}"
+        problems.append(Problem("predict.bias", text))
     if "train" in stages:
-        problems += _check_monitor(config, facts) + _check_val(config) + _check_folders(config)
+        problems += _check_monitor(config, facts) + _check_val(config)
+        folders = {"trainer.save_dir": config.trainer.save_dir}
+        folders |= {"trainer.log_dir": config.trainer.log_dir} if config.trainer.tensorboard else {}
+        reasons = ((path, folder, unwritable(folder)) for path, folder in folders.items())
+        problems += [Problem(path, f"found {found(folder)}; {why}") for path, folder, why in reasons if why]
     return problems
 
 
@@ -144,13 +141,6 @@ def check_classes_of_interest(config: Config, facts: Any | None) -> list[Problem
     return [Problem("predict.CoI", text)] if outside else []
 
 
-def _check_bias(config: Config, facts: Any | None) -> list[Problem]:
-    bias = config.predict.bias
-    if facts is None or bias is None or len(bias) == facts.num_classes:
-        return []
-    return [Problem("predict.bias", f"expected {facts.num_classes} numbers, one per class, found {len(bias)}")]
-
-
 def names_hint(config: Config, path: str, loaders: Registry | None) -> str:
     """Return the id of each class, where the value at ``path`` should be one; otherwise an empty text."""
     if not path.startswith("predict.CoI.") or loaders is None or config.train_loader.type not in loaders:
@@ -207,14 +197,9 @@ def _check_momentum(config: Config) -> list[Problem]:
     if not lr_scheduler.needs_momentum(schedule.type, schedule.args):
         return []
     known = optim.OPTIMIZERS.arguments(optimizer.type).model_fields
-    if "betas" in known:
+    if "betas" in known or ("momentum" in known and optimizer.args.get("momentum", known["momentum"].default)):
         return []
-    if "momentum" not in known:
-        how = "choose an optimizer that has one"
-    elif not optimizer.args.get("momentum", known["momentum"].default):
-        how = "give optimizer.args.momentum"
-    else:
-        return []
+    how = "give optimizer.args.momentum" if "momentum" in known else "choose an optimizer that has one"
     off = "momentums to null" if schedule.type == "OneCycle" else "cycle_momentum to false"
     text = f"{schedule.type} changes the momentum, but {optimizer.type} has none; {how}, or set lr_scheduler.args.{off}"
     return [Problem("lr_scheduler", text)]
@@ -270,17 +255,6 @@ def _check_val(config: Config) -> list[Problem]:
         text = "absent, and train_loader.args.val_split is not given; add one, or set trainer.val to false"
         return [Problem("val_loader", text)]
     return []
-
-
-def _check_folders(config: Config) -> list[Problem]:
-    folders = {"trainer.save_dir": config.trainer.save_dir}
-    if config.trainer.tensorboard:
-        folders["trainer.log_dir"] = config.trainer.log_dir
-    return [
-        Problem(path, f"found {found(folder)}; {why}")
-        for path, folder in folders.items()
-        if (why := unwritable(folder))
-    ]
 
 
 def unwritable(folder: str) -> str | None:

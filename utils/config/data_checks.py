@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from dataclasses import replace
 
 from utils import lr_scheduler
 from utils.config.building import build_section, schedule_alone
 from utils.config.checks import PER_CLASS_SCORES, check_classes_of_interest, unknown_class
 from utils.config.schema import Config
-from utils.errors import UserError, listed
+from utils.errors import UserError, listed, warn
 from utils.facts import Facts
 from utils.losses import LOSSES, gives_probabilities, is_proper
 
 
 def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
-    """Check that data sets agree in their classes, and that the config's class ids and names exist.
+    """Raise UserError unless data sets agree in their classes, and the config's class ids and names exist.
 
-    Args:
-        config: the run.
-        facts: of the data (or model) that decides.
-        others: of further loaders, by the name of their field.
-
-    Raises:
-        UserError: with the field, what was found, and what was expected.
+    ``facts`` are those of the data (or model) that decides, ``others`` of further loaders, by the name of their field.
     """
     for path, other in others.items():
         if other.num_classes != facts.num_classes:
@@ -96,7 +89,7 @@ def warn_about_loss(config: Config, procedures: list[str]) -> None:
         )
     else:  # a temperature was fitted, which is what these losses need
         return
-    _warn(f"rankdice needs calibrated probabilities, and {effect} (docs/rankdice.md#when-not-to-use-it)")
+    warn(f"rankdice needs calibrated probabilities, and {effect} (docs/rankdice.md#when-not-to-use-it)")
 
 
 FADED = 1e-3  # of the highest rate: next to nothing is learned below
@@ -118,7 +111,7 @@ def warn_about_schedule(config: Config, batches: int) -> None:
         f". Its numbers count iterations, {steps // epochs} per epoch; with "
         '"lr_scheduler": {"step": "epoch", ...} they count epochs'
     )
-    _warn(
+    warn(
         f"lr_scheduler: {section.type} brings the learning rate below {FADED:g} of its highest value after {first} of "
         f"{steps} iterations{advice if section.step == 'iteration' else ''}"
     )
@@ -130,7 +123,3 @@ def _rates(schedule: lr_scheduler.Schedule, steps: int) -> list[float]:
         if not 0 <= rate < math.inf:
             raise ValueError(f"the learning rate would be {rate} in iteration {step + 1}")
     return rates
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)

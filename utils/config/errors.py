@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from utils.config.schema import Component, Config
-from utils.errors import did_you_mean
+from utils.errors import UserError, did_you_mean
 from utils.registry import Problem, expected, found
 
 # Stands in for a required value that is missing or wrong while the rest of the config is checked.
@@ -30,9 +30,11 @@ def report(source: str, problems: Sequence[Problem]) -> str:
     return f"{source} has {len(problems)} problems:\n" + "\n".join(f"  {p}" for p in problems)
 
 
-def not_json(raw: Mapping[str, Any]) -> list[Problem]:
-    """Return the values that JSON cannot express, and texts that cannot be printed or name a file."""
-    return [Problem(path, text) for path, value in _values(raw) if (text := _foreign(value)) is not None]
+def refuse_foreign(raw: Mapping[str, Any], source: str) -> None:
+    """Raise UserError for values that JSON cannot express, and texts that cannot be printed or name a file."""
+    problems = [Problem(path, text) for path, value in _values(raw) if (text := _foreign(value)) is not None]
+    if problems:
+        raise UserError(report(source, problems))
 
 
 def _values(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

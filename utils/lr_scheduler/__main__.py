@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from utils import lr_scheduler
 from utils.cli import add_overrides
 from utils.config import building
 from utils.config.schema import Config
-from utils.errors import UserError, not_installed, run
+from utils.errors import UserError, not_installed, run, warn
 from utils.files import expand
 
 ASSUMED = 100  # batches per epoch where the data cannot be read
@@ -27,10 +26,9 @@ def batches_of(config: Config) -> int:
     except UserError as error:
         found = limit or ASSUMED
         if limit is None:
-            print(
-                f"warning: cannot read the training data, so the picture assumes {ASSUMED} batches per epoch "
-                f"(give the number with --iters-per-epoch N). {error}",
-                file=sys.stderr,
+            warn(
+                f"cannot read the training data, so the picture assumes {ASSUMED} batches per epoch "
+                f"(give the number with --iters-per-epoch N). {error}"
             )
     return min(found, limit or found)
 

@@ -151,7 +151,6 @@ class Poly(_PureSchedule):
     """Polynomial decay after an optional linear warm-up, see :func:`poly`.
 
     Args:
-        optimizer, total_steps: see :class:`Schedule`.
         power: exponent, > 0.
         warmup: length of a linear warm-up: below 1 a fraction of the run, otherwise a number of steps.
     """
@@ -176,7 +175,6 @@ class OneCycle(_PureSchedule):
     """One cycle of learning rate and momentum, see :func:`one_cycle`; the optimizer's learning rates are the peaks.
 
     Args:
-        optimizer, total_steps: see :class:`Schedule`.
         momentums: lowest and highest momentum (the first beta of Adam-like optimizers); None: do not change it.
         div_factor: peak learning rate / initial learning rate.
         phase1: fraction of the run before the peak.
@@ -210,25 +208,18 @@ class OneCycle(_PureSchedule):
                     "set the optimizer's momentum, or momentums to null"
                 )
         self.momentums = momentums
-        self.div_factor = div_factor
-        self.phase1 = phase1
-        self.final_div_factor = final_div_factor
+        self._curve = phase1, div_factor, final_div_factor
         self._apply()
 
     def _value(self, step: int) -> tuple[float, float | None]:
-        momentums = self.momentums or (0.0, 0.0)
-        curve = (self.phase1, self.div_factor, self.final_div_factor)
-        factor, momentum = one_cycle(step, self.total_steps, *curve, momentums)
+        factor, momentum = one_cycle(step, self.total_steps, *self._curve, self.momentums or (0.0, 0.0))
         return factor, momentum if self.momentums else None
 
 
 class PerEpoch(Schedule):
     """A schedule that advances once per epoch instead of once per optimizer step.
 
-    Args:
-        optimizer, total_steps: see :class:`Schedule`.
-        steps_per_epoch: optimizer steps of an epoch.
-        make: called with the optimizer and the number of epochs; returns the schedule to advance.
+    ``make`` is called with the optimizer and the number of epochs, and returns the schedule to advance.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch.optim import Optimizer, lr_scheduler
@@ -50,18 +50,15 @@ def _factory(name: str, scheduler: type) -> Callable[..., Schedule]:
 
 
 class TorchSchedule(Schedule):
-    """A scheduler of torch.optim.lr_scheduler.
+    """The scheduler ``name`` of torch.optim.lr_scheduler.
 
     Most of torch's schedulers compute a value from the previous one. To restore their state, this class repeats all
     steps from the base values, about ten microseconds each. That gives the same bits, and is correct for a longer run,
     too.
 
-    Args:
-        optimizer, total_steps: see :class:`Schedule`.
-        name: its class in torch.
-        args: its arguments. Lengths that default to the run's (``T_max`` of CosineAnnealingLR, ``total_iters`` of
-            PolynomialLR) and ``max_lr`` of OneCycleLR, which defaults to the optimizer's rates, may be left out. The
-            ``schedulers`` of SequentialLR and ChainedScheduler are ``{"type", "args"}``.
+    Lengths that default to the run's (``T_max`` of CosineAnnealingLR, ``total_iters`` of PolynomialLR) and ``max_lr``
+    of OneCycleLR, which defaults to the optimizer's rates, may be left out of ``args``. The ``schedulers`` of
+    SequentialLR and ChainedScheduler are ``{"type", "args"}``.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, name: str, args: dict[str, Any]) -> None:
@@ -81,13 +78,9 @@ class TorchSchedule(Schedule):
             return _make(self._name, self.optimizer, self.total_steps, self._args)
 
     def _advance(self, step: int) -> None:
-        if step > self.total_steps:
-            return
-        if step in self._noisy:
-            with _silence():
+        if step <= self.total_steps:
+            with _silence() if step in self._noisy else nullcontext():
                 self._inner.step()
-        else:
-            self._inner.step()
 
     def _apply(self) -> None:
         self._advance(self.last_step)
