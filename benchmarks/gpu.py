@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rankdice import TABLE, field_logits, package, race, to_probs
 from benchmarks.training import _silence, make_trainer
-from utils import presence
+from utils import presence, tables
 from utils.rankdice import label_map, rank_dice
 
 LIMIT_S = 450.0  # no new part starts later
@@ -99,12 +99,12 @@ def peak_memory(device: str, run: Callable[[], object]) -> float | None:
 def gpu_tests(args: Namespace) -> dict[str, Any]:
     """Run the tests marked gpu; on a CPU they are collected only."""
     files = [str(path) for path in Path("tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
     command += ["--continue-on-collection-errors"] + ["--collect-only"] * (args.device == "cpu")
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {"result": lines[-1] if lines else done.stderr.strip()[-300:], "failed": failed, "code": done.returncode}
+    return {"result": lines[-1] if lines else done.stderr.strip()[-300:], "failed": failed}
 
 
 def launches(run: Callable[[], object], device: str) -> tuple[int, int]:
@@ -278,26 +278,29 @@ PARTS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
 
 
 def page(result: dict[str, Any]) -> str:
-    """Return all numbers as one Markdown table: part, case, what, value."""
-    rows: list[list[str]] = []
-
-    def add(part: str, case: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                add(part, f"{case}, {name}" if case else name, inner)
-        elif value is not None and value != []:
-            text = f"{value:.3g}" if isinstance(value, float) else str(value)
-            rows.append([part, case, text.replace("|", "/").replace("\n", " ")])
-
-    for part, found in result["parts"].items():
-        add(part, "", found)
+    """Return all numbers as a Markdown page: per part a table of its cases, and what else it found."""
     facts = ", ".join(f"{name} {value}" for name, value in result["where"].items())
-    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return (
-        f"# Measured on a GPU\n\n`python -m benchmarks.gpu`: {facts}; {result['seconds']:.0f} s in all. "
-        "Times are medians in milliseconds unless said otherwise.\n\n| part | case | value |\n| --- | --- | ---: |\n"
-        f"{body}\n"
-    )
+    blocks = [
+        "# Measured on a GPU",
+        f"`python -m benchmarks.gpu`: {facts}; {result['seconds']:.0f} s in all. RankDice's times are medians in "
+        "milliseconds; launches and waits are kernels started and times the host waited for the GPU, in one call.",
+    ]
+    for part, found in result["parts"].items():
+        blocks.append(f"## {part}")
+        for name, value in found.items():
+            if isinstance(value, dict):
+                cases = value if all(isinstance(case, dict) for case in value.values()) else {"": value}
+                columns = list(dict.fromkeys(column for case in cases.values() for column in case))
+                rows = [[name, *(_cell(case.get(column)) for column in columns)] for name, case in cases.items()]
+                blocks.append(tables.markdown([name, *columns], rows))
+            elif value not in (None, []):
+                blocks.append(f"{name}: {_cell(value)}")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _cell(value: object) -> str:
+    text = f"{value:#.3g}" if isinstance(value, float) and value < 100 else tables.number(value, 0)
+    return text.rstrip(".").replace("|", "/").replace("\n", " ")
 
 
 def main() -> int:

@@ -27,9 +27,10 @@ def test_the_short_form_on_a_cpu(
     assert result["parts"]["rankdice"]["rankseg"] == "not installed"
     assert result["parts"]["training"]["training"]["UNet, float32"]["images/s, ours"] > 0
     page = (tmp_path / "gpu.md").read_text()
-    assert page.count("| --- |") == 1
+    assert page.count("| --- |") == 2  # a table per part
     assert "device CPU" in page
-    assert "| rankdice | milliseconds, 1x1x64x64, argmax |" in page
+    assert "| milliseconds | RankDice | RankDice IoU | presence + label map | argmax | sort |" in page
+    assert "\n| 1x2x96x96 | " in page
 
 
 def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,5 +42,5 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", *files])
     assert gpu.main() == 0
     page = (tmp_path / "gpu.md").read_text()
-    assert "| rankdice | error | RuntimeError: no kernel image |" in page
-    assert "| scripts | seconds | 1 |" in page
+    assert "## rankdice\n\nerror: RuntimeError: no kernel image\n" in page
+    assert "## scripts\n\nseconds: 1.00\n" in page
