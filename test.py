@@ -110,7 +110,16 @@ from utils.checkpoint import LoadedModel
 from utils.config import building, data_checks
 from utils.config.schema import Config
 from utils.errors import run
-from utils.evaluation import Decision, Evaluation, Evaluator, all_decisions, checkpoint_fit, evaluate, single_decision
+from utils.evaluation import (
+    Decision,
+    Evaluation,
+    Evaluator,
+    Limited,
+    all_decisions,
+    checkpoint_fit,
+    evaluate,
+    single_decision,
+)
 from utils.facts import Facts
 from utils.files import expand
 from utils.predict import PredictOptions
@@ -204,11 +213,10 @@ def score(
     watcher = watch(args, setup, folder)
     outcome = evaluate(
         setup.evaluator,
-        setup.loader,
+        Limited(setup.loader, images=args.limit),
         setup.decisions,
         progress=lambda loader: progress_bar(loader, desc="TEST"),
         on_part=watcher.look if watcher.watches else None,
-        limit_images=args.limit,
         measure_memory=setup.everything,
     )
     watcher.gather()
@@ -320,7 +328,7 @@ def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
             for k, (s, d) in enumerate(zip(setups, decisions, strict=True), 1)
         ]
         if distributed.is_main():
-            pooled = folds.merged(outcomes)
+            pooled = Evaluation.merged(outcomes)
             notes = [checkpoint_fit.note(state, config) for state, config in zip(states, of_folds, strict=True)]
             whole, *each = [
                 report.results(o, s.loaded, s.loader.dataset, views=s.views, fitted=note)

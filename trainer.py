@@ -17,7 +17,7 @@ from base.runs import LATEST, tensorboard_folder
 from utils import checkpoint, distributed, finite
 from utils.batch import Batch, Normalize
 from utils.errors import UserError
-from utils.evaluation import Decision, Evaluator, Part, evaluate
+from utils.evaluation import Decision, Evaluator, Limited, Part, evaluate
 from utils.optim import learning_rates
 from utils.predict import predict_logits
 from utils.predict.network import Network
@@ -235,11 +235,10 @@ class Trainer(BaseTrainer):
 
         outcome = evaluate(
             self.evaluator(),
-            self.data.val,
+            Limited(self.data.val, batches=self.settings.limit_batches),
             {name: Decision(name, self.options)},
             progress=lambda loader: progress_bar(loader, desc=f"EVAL ({epoch})"),
             on_part=look,
-            limit_batches=self.settings.limit_batches,
         )
         if any(distributed.any_process(self.stop.received is not None)):
             raise Interrupted

@@ -296,7 +296,7 @@ def _shapes(images: Images) -> Iterator[Draw]:
     network = network_of(images)
     sample = LogitSample(network.facts, CALIBRATED)
     evaluate(Evaluator(network), Loader(images.part(range(CALIBRATED))), {}, on_part=sample.add)
-    temperature = fit_temperature(*sample.stacked(), images.activation).value
+    temperature = fit_temperature(*sample.stacked(), images.activation)
     rows, total = rows_of(images, replace(network, temperature=temperature)), len(images.names)
     for size in SIZES:
         for first in range(0, total - size + 1, max(size, 70)):

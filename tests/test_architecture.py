@@ -263,7 +263,6 @@ MANY_ARGUMENTS = {
     "utils/predictor.py: Predictor.__init__",
     "utils/rankdice/__init__.py: rank_dice",
     "utils/rankdice/__init__.py: _solve",
-    "utils/evaluation/__init__.py: evaluate",
 }
 
 

@@ -276,22 +276,7 @@ class Metrics:
         a defined score) and per class ``Class_Expected_Dice, Class_Measured_Dice``; where it expects IoU, ``_IoU``.
         ``Unfitted_Dice`` is ``Expected_Dice`` without the presence fit, if there is one.
         """
-        sums = self._sums
-        if self.keep_images:
-            sums = _reduce(self._stacked(self.images), self.classes)
-        if sums is None or not sums["images"]:
-            return self._finish(None)
-        result = self._finish(sums)
-        if self.keep_images:
-            result |= self._expected()
-        return result
-
-    def _finish(self, sums: dict[str, Tensor] | None) -> dict[str, Any]:
-        if sums is None:
-            nothing = [float("nan")] * self.num_classes
-            names = ("Mean_Dice", "Mean_IoU", "Pixel_Accuracy", "Multiclass_Accuracy", "Dataset_mDice", "Dataset_mIoU")
-            per_class = {"Class_Dice": nothing, "Class_IoU": nothing, "Class_Images": [0] * self.num_classes}
-            return {name: float("nan") for name in names} | per_class | {"images": 0}
+        sums = self._sums or _reduce(self._stacked(self.images), self.classes)
         sums = {key: value.double().cpu() for key, value in sums.items()}
         intersection, total = sums["intersection"], sums["predicted"] + sums["target"]
         means = sums["means"] / sums["mean_images"]
@@ -309,7 +294,7 @@ class Metrics:
             "Class_IoU": (sums["class_iou"] / sums["class_images"]).tolist(),
             "Class_Images": sums["class_images"].long().tolist(),
             "images": int(sums["images"]),
-        }
+        } | self._expected()
 
     def _expected(self) -> dict[str, Any]:
         _, scores, expected = self.rows()

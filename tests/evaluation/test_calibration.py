@@ -10,7 +10,7 @@ import torch
 
 from utils.batch import Batch
 from utils.evaluation import Part
-from utils.evaluation.reliability import Reliability, ThresholdSweep, chosen_pixels
+from utils.evaluation.reliability import Reliability, chosen_pixels, threshold_scores
 from utils.evaluation.temperature import Calibration, LogitSample, fit_bias, fit_temperature
 from utils.facts import Facts
 from utils.losses import gives_probabilities
@@ -48,11 +48,10 @@ def nll(logits: torch.Tensor, target: torch.Tensor, temperature: float) -> float
 def test_the_temperature_labels_were_drawn_with_is_found(truth, classes, activation) -> None:
     logits, target = drawn(60_000, classes, activation, truth)
     found = fit_temperature(logits, target, activation)
-    assert not found.bound
-    assert found.value == pytest.approx(truth, rel=0.03)
-    best = nll(logits, target, found.value)
-    assert best <= nll(logits, target, found.value * 1.001) + 1e-12
-    assert best <= nll(logits, target, found.value / 1.001) + 1e-12
+    assert found == pytest.approx(truth, rel=0.03)
+    best = nll(logits, target, found)
+    assert best <= nll(logits, target, found * 1.001) + 1e-12
+    assert best <= nll(logits, target, found / 1.001) + 1e-12
 
 
 def test_one_against_the_rest_has_its_own_likelihood() -> None:
@@ -63,26 +62,24 @@ def test_one_against_the_rest_has_its_own_likelihood() -> None:
     def loss(t: float) -> float:
         return float(torch.nn.functional.binary_cross_entropy_with_logits(logits.double() / t, truth))
 
-    assert loss(found.value) <= min(loss(found.value * 1.001), loss(found.value / 1.001))
+    assert loss(found) <= min(loss(found * 1.001), loss(found / 1.001))
 
 
 def test_a_perfect_network_cannot_drive_the_temperature_to_zero() -> None:
     logits = torch.eye(3).repeat(50, 1) * 4
-    found = fit_temperature(logits, logits.argmax(1), "softmax")
-    assert (found.value, found.bound) == (0.1, True)
+    assert fit_temperature(logits, logits.argmax(1), "softmax") == 0.1
 
 
 def test_a_network_that_is_wrong_cannot_drive_it_to_infinity() -> None:
     logits = torch.eye(3).repeat(50, 1) * 4
-    found = fit_temperature(logits, (logits.argmax(1) + 1) % 3, "softmax")
-    assert (found.value, found.bound) == (10.0, True)
+    assert fit_temperature(logits, (logits.argmax(1) + 1) % 3, "softmax") == 10.0
 
 
 def test_huge_logits_and_constant_ones_end() -> None:
     logits, target = drawn(500, 4, "softmax", 1.0)
     found = fit_temperature(logits * 1e4, target, "softmax", bounds=(1e-3, 1e6))
-    assert found.value == pytest.approx(1e4, rel=0.2)
-    assert math.isfinite(fit_temperature(torch.zeros(10, 3), torch.zeros(10, dtype=torch.long), "softmax").value)
+    assert found == pytest.approx(1e4, rel=0.2)
+    assert math.isfinite(fit_temperature(torch.zeros(10, 3), torch.zeros(10, dtype=torch.long), "softmax"))
 
 
 def test_what_cannot_be_fitted() -> None:
@@ -133,33 +130,26 @@ def test_the_sweep_gives_what_each_threshold_scores(channels, count_ignored, cla
     facts = replace(FACTS, num_classes=channels)
     seen = part(logits, target)
     seen.probs[0, 0, 4, 4] = torch.tensor(0.3)  # a probability at a threshold is not above it
-    sweep = ThresholdSweep(facts, classes, count_ignored, thresholds=(0.1, 0.3, 0.5, 0.8))
-    sweep.add(seen)
-    for threshold, mean in zip(sweep.thresholds, sweep.means().tolist(), strict=True):
+    thresholds = (0.1, 0.3, 0.5, 0.8)
+    found = [
+        threshold_scores(*one, facts, thresholds, classes, count_ignored)
+        for one in zip(seen.probs, target, strict=True)
+    ]
+    for threshold, mean in zip(thresholds, torch.stack(found).nanmean(0).tolist(), strict=True):
         metrics = Metrics(channels, 255, classes=classes, count_ignored=count_ignored, keep_images=True)
         metrics.update(predict_threshold(seen.probs, PredictOptions(threshold=threshold)), target, seen.batch.names)
         assert mean == pytest.approx(metrics.compute()["Mean_Dice"], abs=1e-12)
-    best, value = sweep.best()
-    assert value == max(sweep.means().tolist())
-    assert sweep.means()[sweep.thresholds.index(best)] == value
 
 
 def test_the_sweep_takes_channels_last_maps_without_a_warning(recwarn) -> None:
     logits = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
     torch.set_warn_always(True)  # else torch warns only the first time in a process
     try:
-        ThresholdSweep(FACTS).add(part(logits, torch.zeros(2, 8, 8, dtype=torch.long), "sigmoid"))
+        seen = part(logits, torch.zeros(2, 8, 8, dtype=torch.long), "sigmoid")
+        threshold_scores(seen.probs[0], seen.target[0], FACTS)
     finally:
         torch.set_warn_always(False)
     assert not [str(w.message) for w in recwarn]
-
-
-def test_of_equal_thresholds_the_one_nearest_to_a_half_is_taken() -> None:
-    logits = torch.full((1, 1, 4, 4), -9.0)
-    logits[..., :2] = 9.0
-    sweep = ThresholdSweep(replace(FACTS, num_classes=1))
-    sweep.add(part(logits, (logits[:, 0] > 0).long()))
-    assert sweep.best() == (0.5, 1.0)
 
 
 def test_reliability_by_hand() -> None:
@@ -230,7 +220,7 @@ def test_a_bias_per_class_is_found_again(classes, activation) -> None:
             moved = [b + step * (i == k) for i, b in enumerate(found.bias)]
             assert _nll(Calibration(found.temperature, tuple(moved)), logits, target, activation) > best - 1e-9
         assert _nll(Calibration(found.temperature * 1.02, found.bias), logits, target, activation) > best
-    assert best <= _nll(Calibration(fit_temperature(logits, target, activation).value), logits, target, activation)
+    assert best <= _nll(Calibration(fit_temperature(logits, target, activation)), logits, target, activation)
 
 
 def test_only_common_classes_get_a_bias() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from utils.batch import Batch
 from utils.errors import UserError
-from utils.evaluation import Decision, Evaluator, Part, all_decisions, evaluate, single_decision
+from utils.evaluation import Decision, Evaluator, Limited, Part, all_decisions, evaluate, single_decision
 from utils.evaluation.cost import Clock, cpu_peak
 from utils.facts import Facts
 from utils.losses import build
@@ -90,7 +90,7 @@ def test_one_forward_pass_serves_all_and_each_scores_as_alone() -> None:
     together = evaluate(used, data(), decisions)
     assert used.network.model.calls == 3
     assert together.images == 7
-    assert together.sizes == [(32, 40)]
+    assert together.sizes == {(32, 40)}
     for name, decision in decisions.items():
         alone = evaluate(used, data(batch=2), {"x": decision})
         a, b = together.metrics[name].compute(), alone.metrics["x"].compute()
@@ -135,14 +135,14 @@ def test_images_of_different_sizes_in_a_batch() -> None:
     mixed = Batch([*small.images, *large.images], [*small.labels, *large.labels], ["x", "y", "z"])
     found = evaluate(evaluator(), [mixed], {"max": Decision("max")})
     assert found.images == 3
-    assert found.sizes == [(32, 32), (40, 64)]
+    assert found.sizes == {(32, 32), (40, 64)}
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
 @pytest.mark.parametrize("limit", [1, 4, 6, 7, 100])
 def test_a_limit_counts_images_whatever_the_batches(batch, limit) -> None:
     used = evaluator()
-    found = evaluate(used, data(batch=batch), {"max": Decision("max")}, limit_images=limit)
+    found = evaluate(used, Limited(data(batch=batch), images=limit), {"max": Decision("max")})
     names = [row["name"] for row in found.metrics["max"].images]
     assert names == [f"image{i}" for i in range(min(limit, 7))]
     assert used.network.model.calls == -(-min(limit, 7) // batch)
@@ -150,7 +150,7 @@ def test_a_limit_counts_images_whatever_the_batches(batch, limit) -> None:
 
 def test_a_limit_of_batches() -> None:
     used = evaluator()
-    assert evaluate(used, data(), {"max": Decision("max")}, limit_batches=2).images == 6
+    assert evaluate(used, Limited(data(), batches=2), {"max": Decision("max")}).images == 6
     assert used.network.model.calls == 2
 
 
@@ -159,7 +159,7 @@ def test_a_limit_is_shared_by_the_processes(monkeypatch) -> None:
     for rank in range(3):
         monkeypatch.setattr("utils.distributed.rank", lambda rank=rank: rank)
         monkeypatch.setattr("utils.distributed.world_size", lambda: 3)
-        images += evaluate(evaluator(), data(), {"max": Decision("max")}, limit_images=5).images
+        images += evaluate(evaluator(), Limited(data(), images=5), {"max": Decision("max")}).images
     assert images == 5
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,10 +62,9 @@ def outcome(
         found[name].update(PROCEDURES[name](probs, PredictOptions()), target, NAMES)
     return Evaluation(
         metrics=found,
-        loss=0.25,
-        seconds=dict.fromkeys(procedures, 0.006),
+        losses={"a": 0.25},
+        laps=dict.fromkeys((*procedures, "forward"), (0.006, 3)),
         peak_bytes=dict.fromkeys(procedures, 0),
-        forward_seconds=0.3,
         images=3,
     )
 
@@ -295,7 +293,9 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_test(tmp_path) -> No
 
 
 def test_no_image_at_all_is_reported_without_an_error(tmp_path) -> None:
-    empty = Evaluation({"max": Metrics(3, 255, keep_images=True)}, math.nan, {"max": 0.0}, {"max": 0}, 0.0, 0)
+    empty = Evaluation(
+        {"max": Metrics(3, 255, keep_images=True)}, {}, {"max": (0.0, 0), "forward": (0.0, 0)}, {"max": 0}
+    )
     loaded = LoadedModel(torch.nn.Conv2d(3, 3, 1), FACTS, config(), "softmax", Path("x"), 7)
     found = report.results(empty, loaded, DATASET)
     assert found["procedures"]["max"]["Mean_Dice"] is None

@@ -5,10 +5,12 @@ Used by the trainer for validation and by ``test.py``; the path from logits to c
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -147,23 +149,55 @@ class Part:
 
 @dataclass
 class Evaluation:
-    """The outcome: metrics per decision, the mean loss, and what each decision cost.
+    """The outcome: metrics per decision, the losses, and what each decision cost.
 
-    ``seconds``: of decoding all images under each decision, the forward passes not counted; the first batch, which
-    warms up, is counted at the pace of the others. ``peak_bytes``: the most memory a decision took beside the
-    probabilities; 0: not measured. ``forward_seconds``: of the forward passes. ``sizes``: the (height, width) that
-    occur. ``without_mask``: how many images RankDice left without a mask, by decision.
+    ``losses``: of each image with labeled pixels. ``laps``: seconds and images of decoding under each decision and of
+    the forward passes ("forward"), without the first batch, which warms up. ``peak_bytes``: the most memory a decision
+    took beside the probabilities; 0: not measured. ``sizes``: the (height, width) that occur. ``without_mask``: how
+    many images RankDice left without a mask, by decision.
     """
 
     metrics: dict[str, Metrics]
-    loss: float
-    seconds: dict[str, float]
+    losses: dict[str, float]
+    laps: dict[str, tuple[float, int]]
     peak_bytes: dict[str, int]
-    forward_seconds: float
-    images: int
+    images: int = 0
     decisions: dict[str, Decision] = field(default_factory=dict)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    without_mask: dict[str, int] = field(default_factory=dict)
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    without_mask: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def loss(self) -> float:
+        """The mean of the losses, the same for any order of the images; NaN if there are none."""
+        ordered = [self.losses[image] for image in sorted(self.losses)]
+        return sum(ordered) / len(ordered) if ordered else float("nan")
+
+    def milliseconds(self, step: str) -> float:
+        """Return what an image took under a decision, or in the forward pass ("forward")."""
+        seconds, images = self.laps[step]
+        return 1000 * seconds / max(images, 1)
+
+    @classmethod
+    def merged(cls, shares: Sequence[Evaluation]) -> Evaluation:
+        """Return the evaluations of different images under the same decisions as one."""
+        first = shares[0]
+        metrics = {name: copy.copy(of_first) for name, of_first in first.metrics.items()}
+        for name, together in metrics.items():
+            together.reset()
+            together.merge([share.metrics[name] for share in shares])
+        return cls(
+            metrics=metrics,
+            losses={image: loss for share in shares for image, loss in share.losses.items()},
+            laps={
+                step: (sum(s.laps[step][0] for s in shares), sum(s.laps[step][1] for s in shares))
+                for step in first.laps
+            },
+            peak_bytes={name: max(share.peak_bytes[name] for share in shares) for name in first.peak_bytes},
+            images=sum(share.images for share in shares),
+            decisions=first.decisions,
+            sizes=set().union(*(share.sizes for share in shares)),
+            without_mask=sum((share.without_mask for share in shares), Counter()),
+        )
 
 
 @torch.no_grad()
@@ -174,8 +208,6 @@ def evaluate(
     *,
     progress: Progress = iter,
     on_part: Callable[[Part], None] | None = None,
-    limit_batches: int | None = None,
-    limit_images: int | None = None,
     measure_memory: bool = False,
 ) -> Evaluation:
     """Score every image of a loader once under each decision.
@@ -184,12 +216,10 @@ def evaluate(
 
     Args:
         evaluator: the model and how it is used.
-        loader: yields :class:`utils.batch.Batch`.
+        loader: yields :class:`utils.batch.Batch`; see :class:`Limited`.
         decisions: name -> decision; none if only ``on_part`` looks.
         progress: wraps the iteration (tqdm).
         on_part: called with the images, probabilities and predictions of each forward pass.
-        limit_batches: stop after so many batches (of each process).
-        limit_images: stop after so many images, of all processes together.
         measure_memory: on the CPU, too, measure each decision's memory: once more per larger batch than before.
 
     Raises:
@@ -197,13 +227,13 @@ def evaluate(
     """
     evaluator.network.eval()
     work = _Work(evaluator, decisions, on_part, measure_memory)
-    bar = progress(_limited(loader, limit_batches, limit_images))
+    bar = progress(loader)
     for batch in bar:
         for part in equal_sizes(batch):
             work.add(part)
         if decisions and hasattr(bar, "set_postfix_str"):
             bar.set_postfix_str(live_scores(work.live_scores()), refresh=False)
-    return work.gather()
+    return Evaluation.merged(distributed.gather(work.finished()))
 
 
 class _Work:
@@ -216,16 +246,15 @@ class _Work:
         on_part: Callable[[Part], None] | None,
         measure_memory: bool,
     ) -> None:
-        self.evaluator, self.decisions, self.on_part = evaluator, dict(decisions), on_part
-        self.metrics = {name: evaluator.new_metrics(decision) for name, decision in decisions.items()}
+        self.evaluator, self.on_part = evaluator, on_part
+        self.found = Evaluation(
+            {name: evaluator.new_metrics(decision) for name, decision in decisions.items()}, {}, {}, {}
+        )
+        self.found.decisions = dict(decisions)
         # What the progress bar shows: of RankDice, if it is among the decisions.
-        self.shown = "rankdice" if "rankdice" in self.decisions else next(iter(self.decisions), None)
+        self.shown = "rankdice" if "rankdice" in decisions else next(iter(decisions), None)
         self.live = Metrics(evaluator.facts.num_classes, classes=evaluator.classes)
         self.clock = Clock(evaluator.network.device, [*decisions, "forward"])
-        self.losses: dict[str, float] = {}
-        self.images = 0
-        self.sizes: set[tuple[int, int]] = set()
-        self.without_mask: Counter[str] = Counter()
         self.measured = 0 if measure_memory else float("inf")  # elements of the largest map that was measured
 
     def add(self, batch: Batch) -> None:
@@ -238,14 +267,14 @@ class _Work:
         check_finite(probs, batch.names)
         target = batch.labels.to(evaluator.network.device, non_blocking=True)
         _check_labels(target, evaluator.facts, batch.names)
-        self.images += len(batch.names)
-        self.sizes.add((int(target.shape[1]), int(target.shape[2])))
+        self.found.images += len(batch.names)
+        self.found.sizes.add((int(target.shape[1]), int(target.shape[2])))
         if evaluator.loss is not None:
             labeled = (target != evaluator.facts.ignore_index).flatten(1).any(dim=1).tolist()
             for i, name in enumerate(batch.names):
                 if not labeled[i]:
                     continue  # its loss of 0 would lower the mean
-                self.losses[name] = float(evaluator.loss(logits[i : i + 1].float(), target[i : i + 1]))
+                self.found.losses[name] = float(evaluator.loss(logits[i : i + 1].float(), target[i : i + 1]))
         predictions, counts = self._decide(batch, probs, target)
         if self.shown is not None:
             self.live.add(counts[self.shown])
@@ -254,8 +283,8 @@ class _Work:
 
     def live_scores(self) -> dict[str, float]:
         """Return the mean scores and the mean loss of this process so far."""
-        scores = self.live.compute()
-        return scores | ({"loss": sum(self.losses.values()) / len(self.losses)} if self.losses else {})
+        losses = self.found.losses
+        return self.live.compute() | ({"loss": sum(losses.values()) / len(losses)} if losses else {})
 
     def _decide(self, batch: Batch, probs: Tensor, target: Tensor) -> tuple[dict[str, Prediction], dict[str, Counts]]:
         """Return the predictions, if someone looks at them, and counts of every decision."""
@@ -263,81 +292,50 @@ class _Work:
         if largest:
             self.measured = probs.numel()
         predictions, counts = {}, {}
-        for name, decide in self.decisions.items():
+        for name, decide in self.found.decisions.items():
             if largest:
                 self.clock.measure_memory(name, partial(decide, probs))
             with self.clock.measure(name, len(probs)):
                 prediction = decide(probs)
-            counts[name] = self.metrics[name].update(prediction, target, batch.names)
+            counts[name] = self.found.metrics[name].update(prediction, target, batch.names)
             if prediction.volumes is not None:
-                self.without_mask[name] += int((prediction.volumes == 0).all(1).sum())
+                self.found.without_mask[name] += int((prediction.volumes == 0).all(1).sum())
             if self.on_part is not None:
                 predictions[name] = prediction
             del prediction
         return predictions, counts
 
-    def gather(self) -> Evaluation:
-        """Bring the shares of all processes together."""
-        clock = self.clock
-        own = (self.metrics, self.losses, clock.totals(), clock.peak, self.images, self.sizes, self.without_mask)
-        shares = distributed.gather(own)
-        merged = shares[0][0]
-        for name in self.decisions:
-            merged[name].merge([share[0][name] for share in shares[1:]])
-        losses = {image: value for share in shares for image, value in share[1].items()}
-        ordered = [losses[image] for image in sorted(losses)]
-        laps = {name: [share[2][name] for share in shares] for name in self.clock.laps}
-        images = sum(share[4] for share in shares)
-        return Evaluation(
-            metrics=merged,
-            loss=sum(ordered) / len(ordered) if ordered else float("nan"),
-            seconds={name: images * _pace(laps[name]) for name in self.decisions},
-            peak_bytes={name: max(share[3][name] for share in shares) for name in self.decisions},
-            forward_seconds=images * _pace(laps["forward"]),
-            images=images,
-            decisions=self.decisions,
-            sizes=sorted(set().union(*(share[5] for share in shares))),
-            without_mask=dict(sum((share[6] for share in shares), Counter())),
-        )
+    def finished(self) -> Evaluation:
+        """Return the outcome of this process."""
+        peaks = {name: self.clock.peak[name] for name in self.found.decisions}
+        return replace(self.found, laps=self.clock.totals(), peak_bytes=peaks)
 
 
-def _pace(shares: Sequence[tuple[float, int]]) -> float:
-    """Return seconds per image from the seconds and images of each process."""
-    return sum(seconds for seconds, _ in shares) / max(1, sum(images for _, images in shares))
+class Limited:
+    """The first batches of a loader, of each process, or its first images, of all processes together.
 
+    Has a length, for progress bars. None: no limit.
+    """
 
-def _limited(loader: Any, batches: int | None, images: int | None) -> Any:
-    if images is not None:
+    def __init__(self, loader: Any, batches: int | None = None, images: int | None = None) -> None:
+        self.loader, self.batches = loader, batches
         # Images are dealt out to the processes in turn: the first ones of the data set are the first of each share.
-        images = len(range(distributed.rank(), images, distributed.world_size()))
-    elif batches is None or batches >= len(loader):
-        return loader
-    return _Limited(loader, len(loader) if batches is None else batches, images)
-
-
-class _Limited:
-    """The first batches or images of a loader, with a length for progress bars."""
-
-    def __init__(self, loader: Any, batches: int, images: int | None) -> None:
-        self.loader, self.batches, self.images = loader, batches, images
+        self.images = None if images is None else len(range(distributed.rank(), images, distributed.world_size()))
 
     def __len__(self) -> int:
         size = getattr(getattr(self.loader, "batches", None), "batch_size", None)
-        if self.images is None or not size:
-            return self.batches
-        return min(self.batches, -(-self.images // size))
+        of_images = -(-self.images // size) if size and self.images is not None else None
+        return min(limit for limit in (len(self.loader), self.batches, of_images) if limit is not None)
 
     def __iter__(self) -> Iterator[Batch]:
         left = self.images
-        if left == 0:
-            return
-        for index, batch in enumerate(self.loader, start=1):
+        for batch in islice(self.loader, 0 if left == 0 else self.batches):
             if left is None:
                 yield batch
-            else:
-                yield Batch(batch.images[:left], batch.labels[:left], batch.names[:left])
-                left -= len(batch.names)
-            if index == self.batches or left is not None and left <= 0:
+                continue
+            yield Batch(batch.images[:left], batch.labels[:left], batch.names[:left])
+            left -= len(batch.names)
+            if left <= 0:
                 return
 
 

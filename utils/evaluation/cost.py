@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,18 +30,24 @@ class Clock:
         self.laps: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
         self.peak = dict.fromkeys(names, 0)
 
-    def measure(self, name: str, images: int) -> Lap:
-        """Return a context that times one step over ``images`` images."""
-        return Lap(self, name, images)
+    @contextmanager
+    def measure(self, name: str, images: int) -> Iterator[None]:
+        """Time one step over ``images`` images."""
+        if self.cuda is not None:
+            torch.cuda.synchronize(self.cuda)
+            torch.cuda.reset_peak_memory_stats(self.cuda)
+            memory = torch.cuda.memory_allocated(self.cuda)
+        start = time.perf_counter()
+        yield
+        if self.cuda is not None:
+            torch.cuda.synchronize(self.cuda)
+            self.peak[name] = max(self.peak[name], torch.cuda.max_memory_allocated(self.cuda) - memory)
+        self.laps[name].append((time.perf_counter() - start, images))
 
     def measure_memory(self, name: str, step: Callable[[], _Result]) -> None:
         """Run ``step`` for its memory alone, where laps cannot tell (on the CPU); it must return its result."""
         if self.cuda is None:
-            self.note_peak(name, cpu_peak(step))
-
-    def note_peak(self, name: str, peak: int | None) -> None:
-        """Remember the highest of the peaks of a step, in bytes; None: unknown."""
-        self.peak[name] = max(self.peak[name], peak or 0)
+            self.peak[name] = max(self.peak[name], cpu_peak(step) or 0)
 
     def totals(self) -> dict[str, tuple[float, int]]:
         """Return seconds and images of each step, without the first lap, which warms up, where there are more."""
@@ -49,28 +56,6 @@ class Clock:
             counted = laps[1:] or laps
             totals[name] = (sum(seconds for seconds, _ in counted), sum(images for _, images in counted))
         return totals
-
-
-class Lap:
-    """One step in a :class:`Clock`."""
-
-    def __init__(self, clock: Clock, name: str, images: int) -> None:
-        self.clock, self.name, self.images = clock, name, images
-
-    def __enter__(self) -> None:
-        cuda = self.clock.cuda
-        if cuda is not None:
-            torch.cuda.synchronize(cuda)
-            torch.cuda.reset_peak_memory_stats(cuda)
-            self.memory = torch.cuda.memory_allocated(cuda)
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        cuda = self.clock.cuda
-        if cuda is not None:
-            torch.cuda.synchronize(cuda)
-            self.clock.note_peak(self.name, torch.cuda.max_memory_allocated(cuda) - self.memory)
-        self.clock.laps[self.name].append((time.perf_counter() - self.start, self.images))
 
 
 def cpu_peak(step: Callable[[], _Result]) -> int | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from utils import distributed, evidence, presence, tables
 from utils.config.schema import Predict
-from utils.evaluation import Evaluator, Progress, evaluate
+from utils.evaluation import Evaluator, Limited, Progress, evaluate
 from utils.evaluation.held_out import OWN, SCALED, TRIED_IMAGES, Calibrations, Look, Row, Seen, stacked, thresholds
 from utils.evaluation.temperature import Calibration, LogitSample
 from utils.metrics import count, image_scores
@@ -107,7 +107,7 @@ def fit(
     total = min(total, limit or total)
 
     seen = Seen(LogitSample(evaluator.facts, total), max(1, total // TRIED_IMAGES))
-    evaluate(evaluator, loader, {}, progress=progress("FIT"), on_part=seen.add, limit_images=limit)
+    evaluate(evaluator, Limited(loader, images=limit), {}, progress=progress("FIT"), on_part=seen.add)
     seen.sample.merge(distributed.gather(seen.sample))
 
     def rows(calibrations_of: Callable[[str], Sequence[Calibration]], title: str, each: int) -> list[Row]:
@@ -116,7 +116,7 @@ def fit(
             for name, (logits, target) in seen.maps.items():
                 look.at(name, logits.to(network.device), target.to(network.device))
         else:
-            evaluate(evaluator, loader, {}, progress=progress(title), on_part=look.add, limit_images=limit)
+            evaluate(evaluator, Limited(loader, images=limit), {}, progress=progress(title), on_part=look.add)
         return stacked({name: found for share in distributed.gather(look.rows) for name, found in share.items()}, each)
 
     own = Calibration(network.temperature, None if network.bias is None else tuple(network.bias))

@@ -12,8 +12,8 @@ from torch import Tensor
 from utils import presence
 from utils.errors import UserError
 from utils.evaluation import Evaluator, Part
-from utils.evaluation.reliability import THRESHOLDS, Reliability, ThresholdSweep
-from utils.evaluation.temperature import Calibration, LogitSample, fit_bias, fit_temperature
+from utils.evaluation.reliability import THRESHOLDS, Reliability, threshold_scores
+from utils.evaluation.temperature import TEMPERATURES, Calibration, LogitSample, fit_bias, fit_temperature
 from utils.metrics import count, image_scores
 from utils.predict import PROCEDURES, PredictOptions
 
@@ -85,18 +85,17 @@ class Calibrations:
             self.of_fold[fold] = [found.get(name, own) for name in self.names]
 
     def _fitted(self, images: Sequence[str], own: Calibration, start: dict[str, Calibration]) -> dict[str, Calibration]:
-        rows = [self.sample.rows[name] for name in images]
-        logits, target = (torch.cat(parts) for parts in zip(*rows, strict=True)) if rows else (torch.empty(0, 1),) * 2
+        logits, target = self.sample.stacked(images)
         try:
             near = start.get(SCALED, own).temperature
             temperature = fit_temperature(logits, target, self.activation, start=near)
         except ValueError as error:
             raise UserError(f"the temperature cannot be fitted on the validation data: {error}") from None
         found = {OWN: own}
-        if not temperature.bound:
-            found[SCALED] = Calibration(temperature.value)
-            common, guess = _common(rows, logits.shape[1]), start.get(SHIFTED, found[SCALED])
-            shifted = fit_bias(logits, target, self.activation, common, guess)
+        if temperature not in TEMPERATURES:
+            found[SCALED] = Calibration(temperature)
+            common = _common([self.sample.rows[name][1] for name in images], logits.shape[1])
+            shifted = fit_bias(logits, target, self.activation, common, start.get(SHIFTED, found[SCALED]))
             if shifted is not None:
                 found[SHIFTED] = shifted
         return found
@@ -123,10 +122,10 @@ class Calibrations:
         return {key: found[key] for key in ("NLL", "Brier", "ECE", "Class_ECE")}, each[:, 0] / each[:, 2]
 
 
-def _common(rows: Sequence[tuple[Tensor, Tensor]], classes: int) -> Tensor:
+def _common(labels: Sequence[Tensor], classes: int) -> Tensor:
     """Return the classes that are in enough images to have a bias, bool ``(C,)``."""
     found = torch.zeros(max(classes, 2))
-    for _, target in rows:
+    for target in labels:
         found[target.unique()] += 1
     common = found >= presence.FEWEST_PER_CLASS
     return common[1:] if classes == 1 else common
@@ -164,9 +163,7 @@ class Look:
     ) -> None:
         self.evaluator, self.calibrations_of = evaluator, calibrations_of
         self.options = replace(options, presence="all")
-        self.sweep = ThresholdSweep(
-            evaluator.facts, options.classes, evaluator.count_ignored, thresholds(options.threshold)
-        )
+        self.thresholds = thresholds(options.threshold)
         self.rows: dict[str, list[Row]] = {}
 
     def add(self, part: Part) -> None:
@@ -192,7 +189,10 @@ class Look:
         own = list(self.options.classes or range(facts.num_classes))
         columns = (probs.flatten(2).amax(2), found.scores, measured.nan_to_num(0.0), counts.target > 0)
         highest, expected, reached, present = (value[0, own].cpu() for value in columns)
-        return Row(highest, expected, reached, present, self.sweep.scores(probs[0], target))
+        sweep = threshold_scores(
+            probs[0], target, facts, self.thresholds, self.options.classes, self.evaluator.count_ignored
+        )
+        return Row(highest, expected, reached, present, sweep)
 
 
 def stacked(rows: dict[str, list[Row]], calibrations: int) -> list[Row]:

@@ -145,74 +145,44 @@ def _diagram(count: Tensor, said: Tensor, true: Tensor) -> list[list[float]]:
 # ---------------------------------------------------------------------------------------------------- threshold
 
 
-class ThresholdSweep:
-    """The mean Dice of procedure T at every threshold of a list, from one pass over the images.
+def threshold_scores(
+    probs: Tensor,
+    target: Tensor,
+    facts: Facts,
+    thresholds: Sequence[float] = THRESHOLDS,
+    classes: Sequence[int] | None = None,
+    count_ignored: bool = False,
+) -> Tensor:
+    """Return the mean Dice of an image under procedure T at every threshold, float64 ``(K,)``, from one pass over it.
 
     Args:
+        probs: ``(C, H, W)``.
+        target: ``(H, W)``.
         facts: of the model.
+        thresholds: in rising order.
         classes: the classes of interest; None: all.
         count_ignored: see :func:`utils.metrics.count`.
-        thresholds: in rising order.
     """
+    number, steps = probs.shape[0], len(thresholds)
+    # The number of thresholds below a probability: p > t[k] means k < that number, in float32 as T compares.
+    edges = torch.tensor(thresholds, dtype=probs.dtype, device=probs.device)
+    # A sigmoid of channels_last maps is not contiguous; bucketize warns of it and copies them all the same.
+    below = torch.bucketize(probs.flatten(1).contiguous(), edges)
+    below += torch.arange(number, device=probs.device)[:, None] * (steps + 1)
+    flat = target.flatten().long()
+    valid = flat != facts.ignore_index
+    # With one channel the class is label 1, and background no class.
+    own = torch.where(flat == 1, 0, -1) if number == 1 else flat
+    true = valid & (own >= 0) & (own < number)
 
-    def __init__(
-        self,
-        facts: Facts,
-        classes: Sequence[int] | None = None,
-        count_ignored: bool = False,
-        thresholds: Sequence[float] = THRESHOLDS,
-    ) -> None:
-        self.facts, self.count_ignored = facts, count_ignored
-        self.classes = list(range(facts.num_classes)) if classes is None else list(classes)
-        self.thresholds = tuple(thresholds)
-        self.rows: dict[str, Tensor] = {}  # image -> mean Dice per threshold, float64 (K,)
-
-    def add(self, part: Part) -> None:
-        """Add the images of a part."""
-        for i, name in enumerate(part.batch.names):
-            self.rows[name] = self.scores(part.probs[i], part.target[i])
-
-    def scores(self, probs: Tensor, target: Tensor) -> Tensor:
-        """Return the mean Dice of an image per threshold ``(K,)``; ``probs`` ``(C, H, W)``, ``target`` ``(H, W)``."""
-        classes, steps = probs.shape[0], len(self.thresholds)
-        # The number of thresholds below a probability: p > t[k] means k < that number, in float32 as T compares.
-        edges = torch.tensor(self.thresholds, dtype=probs.dtype, device=probs.device)
-        # A sigmoid of channels_last maps is not contiguous; bucketize warns of it and copies them all the same.
-        below = torch.bucketize(probs.flatten(1).contiguous(), edges)
-        below += torch.arange(classes, device=probs.device)[:, None] * (steps + 1)
-        flat = target.flatten().long()
-        valid = flat != self.facts.ignore_index
-        # With one channel the class is label 1, and background no class.
-        own = torch.where(flat == 1, 0, -1) if classes == 1 else flat
-        true = valid & (own >= 0) & (own < classes)
-        size = classes * (steps + 1)
-        counted = below if self.count_ignored else below[:, valid]
-        predicted = self._above(torch.bincount(counted.flatten(), minlength=size))
-        hit = below.gather(0, own.clamp(0, classes - 1)[None])[0][true]
-        intersection = self._above(torch.bincount(hit, minlength=size))
-        volume = torch.bincount(own[true], minlength=classes).cpu().expand(steps, classes)
-        pixels = torch.full((steps,), len(flat) if self.count_ignored else int(valid.sum()))
-        counts = Counts(intersection, predicted, volume, pixels, torch.full((steps,), -1))
-        return image_scores(counts).dice[:, self.classes].nanmean(dim=1)
-
-    def _above(self, histogram: Tensor) -> Tensor:
-        """Return pixels above each threshold ``(K, C)`` from pixels between the thresholds."""
-        histogram = histogram.view(-1, len(self.thresholds) + 1).cpu()
+    def above(found: Tensor) -> Tensor:
+        """Count the pixels above each threshold, ``(K, C)``."""
+        histogram = torch.bincount(found.flatten(), minlength=number * (steps + 1)).view(number, -1).cpu()
         return histogram.flip(1).cumsum(1).flip(1)[:, 1:].T
 
-    def merge(self, others: Sequence[ThresholdSweep]) -> None:
-        """Add what other processes have gathered."""
-        for other in others:
-            self.rows |= other.rows
-
-    def means(self) -> Tensor:
-        """Return the mean Dice over the images at each threshold, float64 ``(K,)``."""
-        if not self.rows:
-            return torch.full((len(self.thresholds),), torch.nan, dtype=torch.float64)
-        return torch.stack([self.rows[name] for name in sorted(self.rows)]).nanmean(dim=0)
-
-    def best(self) -> tuple[float, float]:
-        """Return the threshold with the highest mean Dice, of equal ones that nearest to 0.5, and that mean."""
-        means = self.means().nan_to_num(nan=-1.0).tolist()
-        value, _, threshold = max((m, -abs(t - 0.5), t) for m, t in zip(means, self.thresholds, strict=True))
-        return threshold, value
+    predicted = above(below if count_ignored else below[:, valid])
+    intersection = above(below.gather(0, own.clamp(0, number - 1)[None])[0][true])
+    volume = torch.bincount(own[true], minlength=number).cpu().expand(steps, number)
+    pixels = torch.full((steps,), len(flat) if count_ignored else int(valid.sum()))
+    counts = Counts(intersection, predicted, volume, pixels, torch.full((steps,), -1))
+    return image_scores(counts).dice[:, list(range(number)) if classes is None else list(classes)].nanmean(dim=1)

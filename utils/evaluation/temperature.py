@@ -64,20 +64,12 @@ class LogitSample:
         for other in others:
             self.rows |= other.rows
 
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """Return logits float32 ``(N, C)`` and labels ``(N,)``, images sorted by name."""
-        if not self.rows:
-            return torch.zeros(0, self.facts.num_classes), torch.zeros(0, dtype=torch.long)
-        logits, target = zip(*(self.rows[name] for name in sorted(self.rows)), strict=True)
+    def stacked(self, images: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
+        """Return logits float32 ``(N, C)`` and labels ``(N,)`` of some images; None: of all, sorted by name."""
+        nothing = torch.zeros(0, self.facts.num_classes), torch.zeros(0, dtype=torch.long)
+        rows = [self.rows[name] for name in (sorted(self.rows) if images is None else images)]
+        logits, target = zip(nothing, *rows, strict=True)
         return torch.cat(logits), torch.cat(target)
-
-
-@dataclass(frozen=True)
-class Temperature:
-    """A fitted temperature; ``bound`` says whether it ran to an end of the allowed range."""
-
-    value: float
-    bound: bool
 
 
 def fit_temperature(
@@ -86,8 +78,8 @@ def fit_temperature(
     activation: Activation,
     bounds: tuple[float, float] = TEMPERATURES,
     start: float = 1.0,
-) -> Temperature:
-    """Return the temperature with the lowest negative log-likelihood of the labels.
+) -> float:
+    """Return the temperature with the lowest negative log-likelihood of the labels; a bound if it lies beyond.
 
     As a function of b = 1 / T the likelihood of ``b * logits`` is convex: its slope is found to be zero by Newton
     steps, each kept inside an interval that brackets the zero and that a bisection halves where a step leaves it. So
@@ -109,9 +101,9 @@ def fit_temperature(
         raise ValueError("logits: expected finite numbers, found some that are not")
     low, high = 1 / bounds[1], 1 / bounds[0]
     if _slope(logits, target, activation, low)[0] >= 0:
-        return Temperature(bounds[1], True)
+        return bounds[1]
     if _slope(logits, target, activation, high)[0] <= 0:
-        return Temperature(bounds[0], True)
+        return bounds[0]
     b = 1 / start if low < 1 / start < high else (low + high) / 2
     for _ in range(60):
         slope, curvature = _slope(logits, target, activation, b)
@@ -122,7 +114,7 @@ def fit_temperature(
         if abs(following - b) <= 1e-7 * b:
             break
         b = following
-    return Temperature(1 / b, False)
+    return 1 / b
 
 
 def _slope(logits: Tensor, target: Tensor, activation: Activation, b: float) -> tuple[float, float]:

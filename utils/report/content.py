@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def _scores(name: str, outcome: Evaluation, class_names: Sequence[str]) -> dict[
     if math.isnan(entry["Multiclass_Accuracy"]):
         del entry["Multiclass_Accuracy"]  # masks may overlap: there is no one label to be right or wrong
     entry["Worst_Tenth_Dice"] = worst_mean(image_means(metrics))
-    entry["milliseconds_per_image"] = 1000 * outcome.seconds[name] / max(outcome.images, 1)
+    entry["milliseconds_per_image"] = outcome.milliseconds(name)
     if empty := outcome.without_mask.get(name):
         entry["images_without_mask"] = empty
         entry["without_mask_because"] = outcome.decisions[name].options.why_empty
@@ -185,7 +185,7 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
         "threshold": config.predict.threshold,
         "rankdice": config.predict.rankdice.model_dump(),
         "deployed": deployed(config.predict.test, PredictOptions.from_config(config.predict)),
-        "forward_milliseconds_per_image": 1000 * outcome.forward_seconds / max(outcome.images, 1),
+        "forward_milliseconds_per_image": outcome.milliseconds("forward"),
         "memory": _memory_note(outcome, loaded),
         "device": str(next(loaded.model.parameters(), torch.zeros(0)).device),
         "torch": torch.__version__,
@@ -217,7 +217,7 @@ def optimism(config: Config) -> str | None:
     return None
 
 
-def _sizes(sizes: Sequence[tuple[int, int]]) -> str | None:
+def _sizes(sizes: Collection[tuple[int, int]]) -> str | None:
     if not sizes:
         return None
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from utils import tables
 from utils.checkpoint import LoadedModel
 from utils.config.data_checks import check_facts
 from utils.errors import UserError, plural
-from utils.evaluation import Decision, Evaluation
+from utils.evaluation import Decision
 from utils.evaluation.comparison import BASELINE
 from utils.predict import PredictOptions
 from utils.report.text import INDENT, WIDTH
@@ -103,28 +102,6 @@ def aligned(
         {name: of_fold.get(name, Decision("T", own)) for name in longest}
         for of_fold, own in zip(decisions, options, strict=True)
     ]
-
-
-def merged(outcomes: Sequence[Evaluation]) -> Evaluation:
-    """Return the evaluations of all folds as one over all their images."""
-    first = outcomes[0]
-    metrics = {}
-    for name, of_first in first.metrics.items():
-        metrics[name] = copy.copy(of_first)
-        metrics[name].reset()
-        metrics[name].merge([outcome.metrics[name] for outcome in outcomes])
-    images = sum(outcome.images for outcome in outcomes)
-    return Evaluation(
-        metrics=metrics,
-        loss=sum(outcome.loss * outcome.images for outcome in outcomes) / max(images, 1),
-        seconds={name: sum(outcome.seconds[name] for outcome in outcomes) for name in metrics},
-        peak_bytes={name: max(outcome.peak_bytes[name] for outcome in outcomes) for name in metrics},
-        forward_seconds=sum(outcome.forward_seconds for outcome in outcomes),
-        images=images,
-        decisions=first.decisions,
-        sizes=sorted({size for outcome in outcomes for size in outcome.sizes}),
-        without_mask={name: sum(o.without_mask.get(name, 0) for o in outcomes) for name in metrics},
-    )
 
 
 def combined(content: Mapping[str, Any], folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
