@@ -12,7 +12,6 @@ from itertools import combinations
 from pathlib import Path
 
 from base.base_dataloader import BaseDataLoader
-from base.base_dataset import BaseDataSet
 from base.entries import Entry, in_threads, spread
 from base.splits import grouping
 from utils.distributed import is_first
@@ -68,12 +67,13 @@ def shared(loaders: dict[str, BaseDataLoader]) -> list[str]:
 
 
 def _between(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> Iterator[str]:
-    left, right = _entries(a), _entries(b)
+    left, right = ([x.dataset.entries[index] for index in x.batches.indices.tolist()] for x in (a, b))
     advice = "scores on these images do not carry over to new ones"
     if not left or not right:
         return
     if left[0].image is None or right[0].image is None:
-        if _generates_the_same(a.dataset, b.dataset):
+        one, other = a.dataset, b.dataset
+        if type(one) is type(other) and getattr(one, "scene_seed", None) == getattr(other, "scene_seed", None):
             same = {entry.name for entry in left} & {entry.name for entry in right}
             if same:
                 yield f"{stages} have {plural(len(same), 'image')} in common, such as {min(same)}: {advice}"
@@ -86,20 +86,11 @@ def _between(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> Iterator[str]
         return
     equal = _equal_content(files, others)
     if equal:
-        one, other = equal[0]
         yield (
-            f"{stages} contain files with equal content: {plural(len(equal), 'pair')} found, such as {one.image} and "
-            f"{other.image}: {advice}"
+            f"{stages} contain files with equal content: {plural(len(equal), 'pair')} found, such as "
+            f"{equal[0][0].image} and {equal[0][1].image}: {advice}"
         )
     yield from _common_groups(stages, a.dataset.group_by or b.dataset.group_by, left, right)
-
-
-def _entries(loader: BaseDataLoader) -> list[Entry]:
-    return [loader.dataset.entries[index] for index in loader.batches.indices.tolist()]
-
-
-def _generates_the_same(a: BaseDataSet, b: BaseDataSet) -> bool:
-    return type(a) is type(b) and getattr(a, "scene_seed", None) == getattr(b, "scene_seed", None)
 
 
 def _with_status(entries: Iterable[Entry]) -> list[tuple[Entry, os.stat_result]]:

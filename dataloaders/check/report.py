@@ -26,10 +26,17 @@ def report(stage: str, component: Component, dataset: BaseDataSet, findings: Fin
     lines = [
         f"\n== {stage}_loader: {component.type}, split {dataset.split!r}, {where}",
         f"pairs           {len(dataset)} (looked at {of_all})",
-        *(_alone(dataset) if dataset.layout else ()),
-        f"sizes           {_sizes(findings.sizes)}",
     ]
-    lines += [f"{'' if i else 'stored as':<16}{_kind(kind, seen)}" for i, (kind, seen) in enumerate(_kinds(findings))]
+    if dataset.layout:
+        alone, more = [str(path) for path in dataset.alone[:_SHOWN]], len(dataset.alone) - _SHOWN
+        lines += _beside("no partner", [*alone, *([f"... and {more} more"] if more > 0 else [])] or ["none"])
+    lines += _beside("sizes", [_sizes(findings.sizes)])
+    kinds = (
+        f"{plural(channels, 'channel')}{' and transparency' if alpha else ''} of {dtype}, {seen.low:.6g} to "
+        f"{seen.high:.6g} ({plural(seen.files, 'image')})"
+        for (channels, alpha, dtype), seen in _kinds(findings)
+    )
+    lines += _beside("stored as", kinds)
     if findings.stored:
         lines.append(f"stored values   {_values(findings)}")
     if findings.good:
@@ -38,16 +45,13 @@ def report(stage: str, component: Component, dataset: BaseDataSet, findings: Fin
     return "\n".join([*lines, *_problems(findings)])
 
 
+def _beside(title: str, lines: Iterable[str]) -> list[str]:
+    return [f"{'' if i else title:<16}{line}" for i, line in enumerate(lines)]
+
+
 def _kinds(findings: Findings) -> list[tuple[tuple[int, bool, str], OnDisk]]:
     """Return the kinds of image files, the most frequent first."""
     return sorted(findings.on_disk.items(), key=lambda kind: -kind[1].files)
-
-
-def _kind(kind: tuple[int, bool, str], seen: OnDisk) -> str:
-    channels, alpha, dtype = kind
-    transparency = " and transparency" if alpha else ""
-    files = plural(seen.files, "image")
-    return f"{plural(channels, 'channel')}{transparency} of {dtype}, {seen.low:.6g} to {seen.high:.6g} ({files})"
 
 
 def _problems(findings: Findings) -> list[str]:
@@ -71,15 +75,6 @@ def count_of_problems(findings: Findings) -> str:
     """Return how many files have a problem, as text."""
     count = len(findings.problems)
     return f"{plural(count, 'file')} with a problem, see above" if count else "no file with a problem"
-
-
-def _alone(dataset: BaseDataSet) -> list[str]:
-    alone = dataset.alone
-    if not alone:
-        return ["no partner      none"]
-    more = [f"                ... and {len(alone) - _SHOWN} more"] if len(alone) > _SHOWN else []
-    first, *rest = (str(path) for path in alone[:_SHOWN])
-    return [f"no partner      {first}", *(f"                {path}" for path in rest), *more]
 
 
 def _sizes(sizes: Counter[tuple[int, int]]) -> str:
@@ -121,9 +116,8 @@ def class_labels(dataset: BaseDataSet) -> list[str]:
 def _suggestions(stage: str, dataset: BaseDataSet, findings: Findings) -> list[str]:
     """Return arguments to copy into a config; class weights only for the training data."""
     weights = json.dumps([round(w, 3) for w in findings.weights])
-    of_loss = [f'weights         loss args {{"weight": {weights}}}, or "balanced"'] if stage == "train" else []
     return [
-        *of_loss,
+        *([f'weights         loss args {{"weight": {weights}}}, or "balanced"'] if stage == "train" else []),
         f'mean and std    "mean": {_numbers(findings.mean)}, "std": {_numbers(findings.std)}',
         f"used at present {_numbers(dataset.mean)}, {_numbers(dataset.std)}",
     ]

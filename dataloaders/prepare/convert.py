@@ -40,21 +40,13 @@ class Options:
 
 @dataclass
 class Tally:
-    """Counts for the summary of a conversion.
+    """Counts for the summary of a conversion."""
 
-    Attributes:
-        over: (upper class, lower class) -> number of pixels where the upper one covers the lower one.
-        over_images: (upper class, lower class) -> number of images.
-        pixels: class id (or 255) -> number of pixels.
-        empty: number of images without any annotation.
-        vanished: number of shapes that cover no pixel.
-    """
-
-    over: Counter[tuple[str, str]] = field(default_factory=Counter)
-    over_images: Counter[tuple[str, str]] = field(default_factory=Counter)
-    pixels: Counter[int] = field(default_factory=Counter)
-    empty: int = 0
-    vanished: int = 0
+    over: Counter[tuple[str, str]] = field(default_factory=Counter)  # (upper class, lower class): pixels covered
+    over_images: Counter[tuple[str, str]] = field(default_factory=Counter)  # the same: images
+    pixels: Counter[int] = field(default_factory=Counter)  # by class id, or 255
+    empty: int = 0  # images without any annotation
+    vanished: int = 0  # shapes that cover no pixel
 
 
 def run(kind: str, source: Path, out: Path, options: Options) -> None:

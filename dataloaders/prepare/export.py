@@ -30,18 +30,13 @@ Shape = tuple[str, Callable[[int, int], np.ndarray]]
 class Picture:
     """An annotated image.
 
-    Attributes:
-        image: the image's file.
-        shapes: what is annotated, in the order in which it is drawn.
-        size: (width, height) of the image that was annotated, if the export contains it.
-        split: train, val or test, if the export is split.
-        ids: returns indices into ``Export.classes``, ``(H, W)``, if the export has masks instead of shapes.
+    If the export has masks instead of shapes, ``ids`` returns indices into ``Export.classes``, ``(H, W)``.
     """
 
     image: Path
-    shapes: list[Shape] = field(default_factory=list)
-    size: tuple[int, int] | None = None
-    split: str | None = None
+    shapes: list[Shape] = field(default_factory=list)  # in the order in which they are drawn
+    size: tuple[int, int] | None = None  # (width, height) of the image that was annotated, if the export contains it
+    split: str | None = None  # train, val or test, if the export is split
     ids: Callable[[], np.ndarray] | None = None
 
 

@@ -22,22 +22,16 @@ __all__ = ["VGG", "Backbone", "DenseNet", "Needs", "ResNet", "TimmEncoder", "Xce
 class Needs:
     """What a decoder needs of its encoder.
 
-    Attributes:
-        stride: wanted stride of the deepest features, where the encoder can be dilated.
-        must: the stride is the user's, so an encoder that cannot have it is refused.
-        finest: the smallest stride of the features that the decoder looks at.
-        whole_stages: a dilated stage of a ResNet uses its dilation from the first block on; otherwise the first block
-            keeps the dilation of the stage before, as in torchvision.
-        stem: of a ResNet, "torchvision" or "deep".
-        published: the published structure, which only our own backbones have.
+    ``whole_stages``: a dilated stage of a ResNet uses its dilation from the first block on; otherwise the first block
+    keeps the dilation of the stage before, as in torchvision.
     """
 
-    stride: int = 32
-    must: bool = False
-    finest: int = 4
+    stride: int = 32  # wanted stride of the deepest features, where the encoder can be dilated
+    must: bool = False  # the stride is the user's, so an encoder that cannot have it is refused
+    finest: int = 4  # the smallest stride of the features that the decoder looks at
     whole_stages: bool = False
-    stem: str = "torchvision"
-    published: bool = False
+    stem: str = "torchvision"  # of a ResNet; or "deep"
+    published: bool = False  # the published structure, which only our own backbones have
 
 
 def encoder(name: str, in_channels: int, pretrained: bool | str, needs: Needs) -> Backbone:

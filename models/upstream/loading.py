@@ -71,23 +71,14 @@ def reasons(model: BaseModel, weights: Mapping[str, Tensor]) -> list[str]:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What :func:`transfer` did with each tensor, by name.
+    """What :func:`transfer` did with each tensor, by name."""
 
-    Attributes:
-        taken: loaded as they are.
-        adapted: first convolutions, fitted to another number of image channels.
-        by_class: heads for other classes, of which those with the same name are loaded.
-        reshaped: of another shape in the file; they start afresh.
-        missing: not in the file; they start afresh.
-        unused: in the file only.
-    """
-
-    taken: tuple[str, ...]
-    adapted: tuple[str, ...]
-    by_class: tuple[str, ...]
-    reshaped: tuple[str, ...]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
+    taken: tuple[str, ...]  # loaded as they are
+    adapted: tuple[str, ...]  # first convolutions, fitted to another number of image channels
+    by_class: tuple[str, ...]  # heads for other classes, of which those with the same name are loaded
+    reshaped: tuple[str, ...]  # of another shape in the file; they start afresh
+    missing: tuple[str, ...]  # not in the file; they start afresh
+    unused: tuple[str, ...]  # in the file only
 
     def text(self) -> str:
         """Return one line per kind, names grouped by the part of the network."""

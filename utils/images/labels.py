@@ -17,15 +17,10 @@ _CHROMA_NOISE = 24
 
 @dataclass(frozen=True)
 class Mask:
-    """A label map as stored.
+    """A label map as stored."""
 
-    Attributes:
-        values: ``(H, W)`` uint8 or int32, or the colors: uint8 ``(H, W, 3)``.
-        palette: uint8 ``(256, 3)``: the colors that the values of a palette file stand for.
-    """
-
-    values: np.ndarray
-    palette: np.ndarray | None = None
+    values: np.ndarray  # (H, W) uint8 or int32, or the colors: uint8 (H, W, 3)
+    palette: np.ndarray | None = None  # uint8 (256, 3): the colors that the values of a palette file stand for
 
     def colors(self) -> np.ndarray:
         """Return uint8 ``(H, W, 3)``: the mask as it looks."""

@@ -17,27 +17,16 @@ ORIENTATION = 0x0112  # EXIF's tag, and TIFF's
 
 @dataclass
 class Raster:
-    """The content of one image file.
+    """The content of one image file."""
 
-    Attributes:
-        array: ``(H, W, C)`` as stored, upright (the file's orientation is applied).
-        colors: how many of the first channels are gray (1) or red, green and blue (3); 0: not known.
-        alpha: whether the channel after the colors (the last one, if they are not known) is transparency.
-        largest: the largest value of integers, where it is below that of their type.
-        palette: uint8 ``(256, 3)``, the colors that the numbers stand for.
-        inverted: whether 0 is white.
-        lossy: whether the compression has changed the numbers.
-        pages: how many images the file contains, previews not counted.
-    """
-
-    array: np.ndarray
-    colors: int
-    alpha: bool = False
-    largest: int | None = None
-    palette: np.ndarray | None = None
-    inverted: bool = False
-    lossy: bool = False
-    pages: int = 1
+    array: np.ndarray  # (H, W, C) as stored, upright (the file's orientation is applied)
+    colors: int  # how many of the first channels are gray (1) or red, green and blue (3); 0: not known
+    alpha: bool = False  # the channel after the colors (the last one, if they are not known) is transparency
+    largest: int | None = None  # value of integers, where it is below that of their type
+    palette: np.ndarray | None = None  # uint8 (256, 3), the colors that the numbers stand for
+    inverted: bool = False  # 0 is white
+    lossy: bool = False  # the compression has changed the numbers
+    pages: int = 1  # how many images the file contains, previews not counted
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:
