@@ -340,7 +340,7 @@ def test_truncated_pgm_and_ppm_are_refused(tmp_path: Path, head: bytes) -> None:
 
 
 def test_the_first_frame_of_an_animation_is_read_and_said_once(tmp_path: Path, caplog, monkeypatch) -> None:
-    monkeypatch.setattr("utils.images._warned", False)
+    monkeypatch.setattr("utils.images._warned", [])
     frames = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
     for name, options in (("a.webp", {"lossless": True}), ("a.png", {}), ("b.webp", {"lossless": True})):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)

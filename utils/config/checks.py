@@ -49,7 +49,10 @@ def check(
     only training needs is checked only with "train" among the stages. For the arguments see :func:`utils.config.load`.
     """
     adapt(config, models, stages)
-    problems = _check_optimizer_and_schedule(config)
+    optimizer, schedule = config.optimizer, config.lr_scheduler
+    problems = optim.OPTIMIZERS.problems("optimizer", optimizer.type, optimizer.args)
+    problems += lr_scheduler.SCHEDULERS.problems("lr_scheduler", schedule.type, schedule.args)
+    problems = problems or _check_momentum(config) or _try_optimizer_and_schedule(config)
     loss = LOSSES.problems("loss", config.loss.type, config.loss.args)
     if models is not None:
         problems += models.problems("arch", config.arch.type, config.arch.args)
@@ -64,11 +67,7 @@ def check(
         text = f"expected {facts.num_classes} numbers, one per class, found {len(bias)}"
         problems.append(Problem("predict.bias", text))
     if "train" in stages:
-        problems += _check_monitor(config, facts) + _check_val(config)
-        folders = {"trainer.save_dir": config.trainer.save_dir}
-        folders |= {"trainer.log_dir": config.trainer.log_dir} if config.trainer.tensorboard else {}
-        reasons = ((path, folder, unwritable(folder)) for path, folder in folders.items())
-        problems += [Problem(path, f"found {found(folder)}; {why}") for path, folder, why in reasons if why]
+        problems += _check_monitor(config, facts) + _check_validation_and_folders(config)
     return problems
 
 
@@ -170,13 +169,6 @@ def _check_loss(config: Config, facts: Any | None) -> list[Problem]:
     return []
 
 
-def _check_optimizer_and_schedule(config: Config) -> list[Problem]:
-    optimizer, schedule = config.optimizer, config.lr_scheduler
-    problems = optim.OPTIMIZERS.problems("optimizer", optimizer.type, optimizer.args)
-    problems += lr_scheduler.SCHEDULERS.problems("lr_scheduler", schedule.type, schedule.args)
-    return problems or _check_momentum(config) or _try_optimizer_and_schedule(config)
-
-
 def _try_optimizer_and_schedule(config: Config) -> list[Problem]:
     """Build both for a single parameter: torch's classes check their values themselves, each in its own way."""
     chosen, section = config.optimizer, config.lr_scheduler
@@ -249,12 +241,16 @@ def unknown_class(name: str, known: Sequence[str]) -> str | None:
     return f"there is no class {name!r}{did_you_mean(name, known)} Classes: {', '.join(known)}"
 
 
-def _check_val(config: Config) -> list[Problem]:
+def _check_validation_and_folders(config: Config) -> list[Problem]:
+    problems = []
     held_out = any(config.train_loader.args.get(name) for name in HOLDS_OUT)
     if config.trainer.val and config.val_loader is None and not held_out:
         text = "absent, and train_loader.args.val_split is not given; add one, or set trainer.val to false"
-        return [Problem("val_loader", text)]
-    return []
+        problems.append(Problem("val_loader", text))
+    folders = {"trainer.save_dir": config.trainer.save_dir}
+    folders |= {"trainer.log_dir": config.trainer.log_dir} if config.trainer.tensorboard else {}
+    reasons = ((path, folder, unwritable(folder)) for path, folder in folders.items())
+    return problems + [Problem(path, f"found {found(folder)}; {why}") for path, folder, why in reasons if why]
 
 
 def unwritable(folder: str) -> str | None:

@@ -6,7 +6,7 @@ reference in the documentation and the hints in editors (``configs/schema.json``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr, field_validator, model_validator
@@ -44,12 +44,10 @@ class Optimizer(Component):
         default_factory=lambda data: dict(SGD_DEFAULTS) if data["type"] == "SGD" else {},
         description="arguments of its constructor; the defaults are only for SGD",
     )
-    differential_lr: bool = Field(
-        False, description="train the backbone with the learning rate lr * backbone_lr_factor"
-    )
+    differential_lr: bool = Field(False, description="train the backbone with the rate lr * backbone_lr_factor")
     backbone_lr_factor: NonNegative = Field(0.1, description="see differential_lr")
     no_decay_on_norm_and_bias: bool = Field(
-        False, description="no weight decay for the parameters of normalization layers and for biases"
+        False, description="no weight decay for normalization layers and for biases"
     )
 
 
@@ -70,9 +68,7 @@ class RankDiceOptions(Section):
         "exact", description="how the mask's volume is found: exactly, or by a published approximation"
     )
     metric: Metric = Field("dice", description="the score to maximize in expectation")
-    smooth: float = Field(
-        0.0, ge=0, le=100_000, description="added to numerator and denominator of the score; at most 100,000"
-    )
+    smooth: float = Field(0.0, ge=0, le=100_000, description="added to numerator and denominator of the score")
     prune: Share | None = Field(
         0.5,
         description="a class with no probability above this in an image gets no mask there; null: no pruning",
@@ -133,7 +129,7 @@ class Predict(Section):
         "rankdice.prune) or 'all'; 'auto': 'fitted' if there is a presence_fit, else 'prune'",
     )
     presence_fit: PresenceFit | None = Field(
-        None, description="the fit behind 'fitted'; train.py and test.py --fit write it"
+        None, description="the fit of 'fitted'; train.py and test.py --fit write it"
     )
     count_ignored: bool = Field(False, description="count predictions on ignored pixels as wrong")
     rankdice: RankDiceOptions = Field(default_factory=RankDiceOptions)
@@ -162,7 +158,7 @@ class Trainer(Section):
     save_dir: str = Field("saved/", description="checkpoints go to save_dir/name/loss/predict.val/MM-DD_HH-MM")
     save_period: Positive = Field(10, description="write checkpoint-epochN.pth every N epochs")
     keep_last: Positive | None = Field(
-        None, description="keep only this number of checkpoint-epochN.pth files, the newest; null: keep all"
+        None, description="keep this number of the newest checkpoint-epochN.pth; null: all"
     )
     save_every_iters: Positive | None = Field(None, description="also write latest.pth every N iterations; null: no")
     monitor: str = Field(
@@ -186,9 +182,7 @@ class Trainer(Section):
         "null: no average",
     )
     profile: bool = Field(False, description="write a profiler trace of a few iterations to log_dir")
-    limit_batches: Positive | None = Field(
-        None, description="at most this number of batches per epoch, for quick tests"
-    )
+    limit_batches: Positive | None = Field(None, description="at most this many batches per epoch, for quick tests")
     fit: bool = Field(
         True,
         description="after training, fit temperature, presence and threshold on validation data into the best model",
@@ -200,15 +194,6 @@ class Tester(Section):
 
     tensorboard: bool = Field(False, description="also write the test scores as TensorBoard scalars")
     out_dir: str | None = Field(None, description="folder for the results; null: the folder of the checkpoint")
-
-
-def _default_type(name: str) -> Callable[[Any], Any]:
-    """Return a function that adds the default type to a section without one."""
-    return lambda value: {"type": name, **value} if isinstance(value, Mapping) else value
-
-
-def _section_of_name(value: Any) -> Any:
-    return {"type": value} if isinstance(value, str) else value
 
 
 LossField = Annotated[
@@ -226,9 +211,7 @@ class Config(Section):
     n_gpu: Count = Field(1, description="number of GPUs; 0: CPU")
     use_synch_bn: bool = Field(False, description="synchronize batch norm across processes (several GPUs)")
     seed: Seed = Field(0, description="random seed of initialization, data order and augmentation")
-    deterministic: bool = Field(
-        False, description="use deterministic algorithms only: repeated runs give bit-identical results"
-    )
+    deterministic: bool = Field(False, description="only deterministic algorithms: repeated runs are bit-identical")
     arch: Component = Field(description="the model")
     train_loader: Component = Field(description="training data")
     val_loader: Component | None = Field(
@@ -247,9 +230,11 @@ class Config(Section):
     # Notes for the user that are not errors; the banner of a run prints them.
     _notes: list[str] = PrivateAttr(default_factory=list)
 
-    # pydantic runs "before" validators from last to first.
-    _loss_type = field_validator("loss", mode="before")(_default_type("CrossEntropyLoss2d"))
-    _loss_by_name = field_validator("loss", mode="before")(_section_of_name)
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _loss_by_name(cls, value: Any) -> Any:
+        value = {"type": value} if isinstance(value, str) else value
+        return {"type": "CrossEntropyLoss2d", **value} if isinstance(value, Mapping) else value
 
     @field_validator("name")
     @classmethod

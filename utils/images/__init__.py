@@ -37,7 +37,7 @@ __all__ = [
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2", ".npy")
 
 log = logging.getLogger("images")
-_warned = False  # of pages that are not read: once, not file by file
+_warned: list[Path] = []  # of pages that are not read: once, not file by file
 
 
 def read_image(path: str | Path, channels: int = 3, values: ValueRange = BY_TYPE) -> np.ndarray:
@@ -73,8 +73,9 @@ def read_pixels(path: str | Path, channels: int = 3, values: ValueRange = BY_TYP
     if image is not None:
         return _pixels(Raster(image, colors=image.shape[2]), channels, values, str(path))
     raster = decode(data, path, channels)
-    if raster.pages > 1:
-        _warn_of_pages(path, raster.pages)
+    if raster.pages > 1 and not _warned:
+        log.warning("%s contains %d pages or frames; only the first one is read", path, raster.pages)
+        _warned.append(path)
     return _pixels(raster, channels, values, str(path))
 
 
@@ -99,7 +100,12 @@ def to_pixels(image: np.ndarray | Image.Image, channels: int = 3, values: ValueR
 
 def _pixels(raster: Raster, channels: int, values: ValueRange, source: str) -> Pixels:
     pixels = values.apply(_select(raster, channels, source), source, raster.largest)
-    return pixels._replace(image=np.ascontiguousarray(_convert(pixels.image, channels)))
+    image = pixels.image
+    if image.shape[2] == 1 != channels:
+        image = np.repeat(image, channels, axis=2)
+    elif image.shape[2] != channels:
+        image = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[:, :, None]
+    return pixels._replace(image=np.ascontiguousarray(image))
 
 
 def write_png(
@@ -138,13 +144,6 @@ def voc_colormap(n: int = 256) -> tuple[tuple[int, int, int], ...]:
     return tuple(color(index) for index in range(n))
 
 
-def _warn_of_pages(path: Path, pages: int) -> None:
-    global _warned
-    if not _warned:
-        log.warning("%s contains %d pages or frames; only the first one is read", path, pages)
-    _warned = True
-
-
 def _select(raster: Raster, channels: int, source: str) -> np.ndarray:
     """Return as many channels as wanted, or gray or RGB, which can be converted."""
     array, colors = raster.array, raster.colors
@@ -166,11 +165,3 @@ def _select(raster: Raster, channels: int, source: str) -> np.ndarray:
         f"{source} has {have} channels, but `in_channels` is {channels}; set `in_channels` of the loader and of the "
         "model to the same number, or convert the file"
     )
-
-
-def _convert(image: np.ndarray, channels: int) -> np.ndarray:
-    if image.shape[2] == channels:
-        return image
-    if image.shape[2] == 1:
-        return np.repeat(image, channels, axis=2)
-    return cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[:, :, None]

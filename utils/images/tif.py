@@ -93,14 +93,15 @@ def _open_pillow(data: bytes) -> Any:
     try:
         image: Any = Image.open(io.BytesIO(data), formats=("TIFF",))
         tag = image.tag_v2.get
-        layout = (tag(_PHOTOMETRIC), tuple(tag(_BITS, (1,))), _only(tag(_FORMAT, (1,))), tuple(tag(_EXTRA, ())))
+        (number_format,) = set(tag(_FORMAT, (1,)))
+        layout = (tag(_PHOTOMETRIC), tuple(tag(_BITS, (1,))), number_format, tuple(tag(_EXTRA, ())))
         compression = tag(_COMPRESSION, 1)
         proven = (
             compression in _PILLOW_LAYOUTS.get(layout, ())
             and tag(_PLANAR, 1) == tag(_FILL_ORDER, 1) == 1
             and not (tag(_SUBFILE, 0) or tag(_SUB_IFDS))
             and (tag(_PREDICTOR, 1) == 1 or compression in _PREDICTED)  # libtiff ignores the tag elsewhere
-            and (layout[2] == 1 or data.startswith(b"II"))  # Pillow does not swap the bytes of compressed floats
+            and (number_format == 1 or data.startswith(b"II"))  # Pillow does not swap the bytes of compressed floats
             and all(map(all, _segments(image)))  # 0 means that a tile is left out
             and image.n_frames == 1
         )
@@ -113,10 +114,6 @@ def _segments(image: Any) -> tuple[Sequence[int], Sequence[int]]:
     """Return the offsets of the strips or tiles, and their sizes in bytes."""
     tag = image.tag_v2.get
     return tag(_TILE_OFFSETS, tag(_STRIP_OFFSETS, ())), tag(_TILE_BYTES, tag(_STRIP_BYTES, ()))
-
-
-def _only(values: Sequence[int]) -> int | None:
-    return values[0] if len(set(values)) == 1 else None
 
 
 def _refuse_truncated(offsets: Sequence[int], counts: Sequence[int], size: int, path: Path) -> None:
@@ -211,10 +208,8 @@ def _page(page: Any, path: Path, size: int) -> Raster:
 
 def _palette(colormap: np.ndarray) -> np.ndarray:
     """Return uint8 ``(256, 3)`` of a color map ``(3, N)`` in 16 bits (some writers use 8)."""
-    colors = np.asarray(colormap).T[:256]
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(colors)] = colors if colors.max(initial=0) < 256 else colors >> 8
-    return palette
+    colors = np.asarray(colormap).T[:256] >> (8 if np.max(colormap, initial=0) > 255 else 0)
+    return np.pad(colors, ((0, 256 - len(colors)), (0, 0))).astype(np.uint8)
 
 
 def _from_cmyk(array: np.ndarray) -> np.ndarray:
