@@ -168,12 +168,20 @@ def scripts(args: Namespace) -> dict[str, Any]:
         if not checkpoints:
             return {"error": f"train.py left no checkpoint: {done[-300:]}"}
         limit = ["--set", "trainer.limit_batches=2"] if args.short else []
-        seconds = {}
+        rows = {}
         for procedure in ("max", "rankdice", "max", "rankdice"):  # the first round warms up
             start = time.perf_counter()
-            _script("test.py", "-r", str(checkpoints[-1]), "-p", procedure, *limit, *device)
-            seconds[procedure] = time.perf_counter() - start
-    return {"seconds of test.py -p": seconds}
+            folder = Path(name) / procedure
+            _script("test.py", "-r", str(checkpoints[-1]), "-p", procedure, "-o", str(folder), *limit, *device)
+            seconds = time.perf_counter() - start
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            rows[procedure] = {
+                "seconds in all": seconds,
+                "images": results["protocol"]["images"],
+                "network, ms an image": results["protocol"]["forward_milliseconds_per_image"],
+                "procedure, ms an image": results["procedures"][procedure]["milliseconds_per_image"],
+            }
+    return {"test.py -p": rows}
 
 
 def _script(*command: str) -> str:
