@@ -14,6 +14,7 @@ import argparse
 import inspect
 import json
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -38,6 +39,7 @@ from utils.predict.network import Network
 
 Runner = Callable[[np.ndarray], np.ndarray]
 
+STEPS = ("trace the network", "write the file", "compare its outputs with those of PyTorch")
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
 # One more than a multiple of 32: no level of a network divides evenly, so every resize in it is traced as one.
@@ -69,13 +71,25 @@ def main() -> int:
         raise UserError(f"--output {output}: there is no folder {output.parent}")
 
     loaded = load_model(args.model, config=args.config, trust_code=args.trust_code, overrides=args.set)
-    print(f"exporting {loaded.config.arch.type}; large networks take minutes", flush=True)
-    worst = export(loaded, output, args.format, logits=args.logits)
+    print(f"exporting {loaded.config.arch.type} in {len(STEPS)} steps; large networks take minutes", flush=True)
+    worst = export(loaded, output, args.format, args.logits, progress=steps())
     sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB; largest difference to PyTorch {worst:.1e} (on {sizes})")
     if loaded.config.predict.mode != "single":
         print(f"note: the program sees an image in one view; inference.py uses mode {loaded.config.predict.mode}")
     return 0
+
+
+def steps() -> Callable[[str], None]:
+    """Return a function that prints that a step of :data:`STEPS` begins, and how long the one before it took."""
+    begun: list[float] = []
+
+    def show(step: str) -> None:
+        begun.append(time.perf_counter())
+        took = f" ({begun[-1] - begun[-2]:.0f} s for the step before)" if len(begun) > 1 else ""
+        print(f"{len(begun)} of {len(STEPS)}: {step}{took}", flush=True)
+
+    return show
 
 
 def check_packages(kind: str) -> None:
@@ -85,7 +99,13 @@ def check_packages(kind: str) -> None:
         raise not_installed(f"--format {kind}", *missing)
 
 
-def export(loaded: LoadedModel, path: str | Path, kind: str = "onnx", logits: bool = False) -> float:
+def export(
+    loaded: LoadedModel,
+    path: str | Path,
+    kind: str = "onnx",
+    logits: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
+) -> float:
     """Export a model; the file appears only after its output agreed with PyTorch's.
 
     Args:
@@ -93,6 +113,7 @@ def export(loaded: LoadedModel, path: str | Path, kind: str = "onnx", logits: bo
         path: the file to write.
         kind: "onnx" or "torch-export".
         logits: whether the program returns logits in place of probabilities.
+        progress: is called with each of ``STEPS`` when it begins.
 
     Returns:
         The largest absolute difference to PyTorch over ``CHECKED_SIZES``.
@@ -106,12 +127,16 @@ def export(loaded: LoadedModel, path: str | Path, kind: str = "onnx", logits: bo
     name = loaded.config.arch.type
     try:
         with atomic(path, path.suffix) as temporary:
+            write, start = (_write_onnx, _start_onnx) if kind == "onnx" else (_write_program, _start_program)
+            progress(STEPS[0])
             with _quiet(), _portable_pooling(), torch.no_grad():
                 program = _trace(deployed, loaded.facts.in_channels)
-                write, start = (_write_onnx, _start_onnx) if kind == "onnx" else (_write_program, _start_program)
+            progress(STEPS[1])
+            with _quiet(), torch.no_grad():
                 write(program, str(temporary), facts)
                 del program
                 runner = start(str(temporary))
+            progress(STEPS[2])
             return _compare(deployed, runner, loaded.facts.in_channels, name, kind)
     except UserError:
         raise

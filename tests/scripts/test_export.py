@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,10 @@ def test_the_program_and_its_metadata_decide_as_the_predictor_does(
     monkeypatch.setattr(sys, "argv", ["export", "--model", str(model), "--format", "onnx"])
     assert export.main() == 0
     said = capsys.readouterr().out
+    first, second, third = (line for line in said.splitlines() if " of 3: " in line)
+    assert first == "1 of 3: trace the network"
+    assert re.fullmatch(r"2 of 3: write the file \(\d+ s for the step before\)", second)
+    assert re.fullmatch(r"3 of 3: compare its outputs with those of PyTorch \(\d+ s for the step before\)", third)
     assert "largest difference to PyTorch" in said
     assert "the program sees an image in one view; inference.py uses mode multiscale" in said
     session = onnxruntime.InferenceSession(str(tmp_path / "best.onnx"))
