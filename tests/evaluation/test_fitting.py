@@ -264,6 +264,20 @@ def test_the_view_that_scores_clearly_higher_is_chosen(scenes: Scenes, monkeypat
     assert fitted_on(scenes).mode == "multiscale"
 
 
+def test_images_that_resemble_their_neighbors_count_less_for_the_mode(monkeypatch) -> None:
+    scenes = Scenes(20)
+    pairs = zip(scenes.images, scenes.labels, strict=True)
+    seen: Any = SimpleNamespace(tried=[(str(i), image / 255, label) for i, (image, label) in enumerate(pairs)])
+    found: Any = SimpleNamespace(calibration=Calibration(1.0, None), threshold=0.5, presence=None, notes=("before",))
+    # A fifth of the images gains: clear for 20 independent images, not for 16; with fewer than 15 nothing is tried.
+    for worth, mode in ((400.0, "multiscale"), (20.0, "multiscale"), (16.0, "single"), (14.9, None)):
+        scores = [dice for gain in [0.1, 0.0, 0.0, 0.0, 0.0] * 4 for dice in (0.5, 0.5 + gain)]
+        monkeypatch.setattr(fitting, "_mean_dice", lambda *_, scores=scores: scores.pop(0))
+        changed = fitting._mode(seen, evaluator(scenes), found, PredictOptions(), "max", worth)
+        assert changed.get("mode") == mode, worth
+        assert changed["notes"][1].startswith(f"Mode: {mode or 'not tried. That takes 15 independent images.'}")
+
+
 CONFIG: dict[str, Any] = {
     "name": "x",
     "arch": {"type": "UNet"},

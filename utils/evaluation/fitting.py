@@ -129,7 +129,7 @@ def fit(
     best = _best_calibration(trials, procedure)
     everything = held_out[0] if best == OWN else rows(lambda _: [calibrations.final[best]], "FIT, all", 1)[0]
     found = _decided(best, trials, calibrations, everything, options, procedure)
-    return replace(found, **_mode(seen, evaluator, found, options, procedure))
+    return replace(found, **_mode(seen, evaluator, found, options, procedure, trials[best].worth))
 
 
 # ---------------------------------------------------------------------------------------------------- decisions
@@ -223,10 +223,17 @@ def _decided(
 
 
 @torch.no_grad()
-def _mode(seen: Seen, evaluator: Evaluator, found: Fit, options: PredictOptions, procedure: str) -> dict[str, Any]:
-    """Return the fields of :class:`Fit` that change if averaging over scales scores clearly higher."""
+def _mode(
+    seen: Seen, evaluator: Evaluator, found: Fit, options: PredictOptions, procedure: str, worth: float
+) -> dict[str, Any]:
+    """Return the fields of :class:`Fit` that change if averaging over scales scores clearly higher.
+
+    ``worth``: how many independent images the validation images are. With few, a mode that costs so much is not tried.
+    """
     if not isinstance(evaluator.network, Network):
         return {}  # saved probabilities have one view
+    if worth < evidence.FEW:
+        return {"notes": (*found.notes, f"Mode: not tried. That takes {evidence.FEW} independent images.")}
     single = replace(evaluator.network, temperature=found.calibration.temperature, bias=found.calibration.bias)
     options = replace(options, threshold=found.threshold, fit=found.presence)
     scores = {
@@ -240,7 +247,7 @@ def _mode(seen: Seen, evaluator: Evaluator, found: Fit, options: PredictOptions,
     pairs = pairs[pairs.isfinite().all(dim=1)]
     if len(pairs) < presence.FEWEST_IMAGES:
         return {}
-    clear = evidence.clear(pairs[:, 1] - pairs[:, 0], len(pairs), **MULTISCALE)
+    clear = evidence.clear(pairs[:, 1] - pairs[:, 0], min(worth, len(pairs)), **MULTISCALE)
     mode = "multiscale" if clear else "single"
     one, several = pairs.mean(dim=0).tolist()
     note = f"Mode: {mode}. On {len(pairs)} images, mDice {one:.4f} in one view, {several:.4f} averaged over scales."
