@@ -15,8 +15,8 @@ from utils.images.values import Pixels
 
 log = logging.getLogger("data")
 
-COUNTED_LABELS = 5000  # at most so many label maps are read for class weights
-MEASURED_IMAGES = 500  # at most so many images are read for mean and std
+COUNTED_LABELS = 5000  # at most this many label maps are read for class weights
+MEASURED_IMAGES = 500  # at most this many images are read for mean and std
 
 
 def median_frequency_weights(counts: np.ndarray) -> np.ndarray:

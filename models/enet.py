@@ -37,7 +37,7 @@ Pooled = tuple[Tensor, tuple[int, int]]
 
 
 class InitialBlock(nn.Module):
-    """Figure 2a: the pooled image beside a strided convolution, (B, in, H, W) -> (B, 16, ceil(H / 2), ceil(W / 2))."""
+    """Figure 2a: a strided convolution and the pooled image, (B, in, H, W) -> (B, 16, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A page to try a model: upload an image, see the three procedures beside each other.
+"""A page to try a model: upload an image, see the three procedures side by side.
 
     pip install gradio
     python -m utils.demo --model best_model.pth
@@ -148,7 +148,7 @@ def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
 
 
 def settings(predictor: Predictor) -> str:
-    """Return what the masks depend on beside the image and the weights."""
+    """Return what the masks depend on besides the image and the weights."""
     options, predict = predictor.options, predictor.config.predict
     how = {
         "fitted": "fitted presence",

@@ -54,7 +54,7 @@ def standard_error(gains: Tensor, images: float) -> float:
 
 
 def clear(gains: Tensor, images: float, errors: float | None = None, smallest: float = SMALLEST) -> bool:
-    """Return whether the mean of ``gains`` is above ``smallest`` and above so many standard errors.
+    """Return whether the mean of ``gains`` is above ``smallest`` and above ``errors`` standard errors.
 
     Args:
         gains: ``(N,)``, the difference of the scores of each image; NaN where an image has none.

@@ -57,7 +57,7 @@ def main() -> int:
     )
     parser.add_argument("-m", "--model", required=True, help="checkpoint, such as saved/.../best_model.pth")
     parser.add_argument("-f", "--format", choices=tuple(SUFFIXES), default="onnx", help="default: onnx")
-    parser.add_argument("-o", "--output", help="file to write (default: beside the checkpoint)")
+    parser.add_argument("-o", "--output", help="file to write (default: next to the checkpoint)")
     parser.add_argument("-c", "--config", help="config to use in place of the one in the checkpoint")
     parser.add_argument("--logits", action="store_true", help="return logits in place of probabilities")
     add_overrides(parser)

@@ -22,7 +22,7 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 
 @contextmanager
 def atomic(path: str | Path, suffix: str = "") -> Iterator[Path]:
-    """Give the path of an empty temporary file beside ``path``; once written, it replaces ``path``.
+    """Give the path of an empty temporary file next to ``path``; once written, it replaces ``path``.
 
     ``path`` contains the old content or the whole new one, whatever happens: an error, a kill, a power cut, or another
     process that writes the same file. New files get the permissions that the umask grants.

@@ -109,7 +109,7 @@ class Registry(Mapping[str, Any]):
 
         Args:
             path: the section with ``type`` and ``args``, such as ``arch``.
-            name, args: what stands there.
+            name, args: the ``type`` and ``args`` in it.
         """
         if name not in self:
             why = f"; {self._refused[name]}." if name in self._refused else did_you_mean(name, self)
@@ -144,7 +144,7 @@ class Arguments(BaseModel):
 
     @classmethod
     def problems(cls, path: str, args: Mapping[str, Any]) -> list[Problem]:
-        """Return one problem per wrong, unknown or missing argument; ``path`` is where the arguments stand."""
+        """Return one problem per wrong, unknown or missing argument; ``path``: of the arguments."""
         try:
             # Through JSON: a list is a valid tuple there, while "3" is still not a valid int.
             cls.model_validate_json(json.dumps(args))

@@ -18,7 +18,7 @@ from utils.errors import UserError
 from utils.images.formats import decode, read_bytes
 from utils.progress import progress_bar
 
-DECODED = 100  # at most so many images are also examined as stored
+DECODED = 100  # at most this many images are also examined as stored
 
 
 @dataclass

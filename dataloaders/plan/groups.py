@@ -19,8 +19,8 @@ from utils.images.formats import decode, read_bytes
 _RUNS = (r"^(.+)/", r"^(.+?)[_\- ]?\d+$", r"^(.+?)[_\- ]", r"^(\d+)[_\- ]")
 _LARGEST = 0.4  # share of the samples that a group may have
 _CLEAR = 5  # as many groups by name can hardly be chance
-_STRETCHES, _LENGTH = 6, 10  # so many stretches of so many consecutive images are compared
-_APART = 4  # images with so many between them are not neighbors
+_STRETCHES, _LENGTH = 6, 10  # stretches that are compared, and consecutive images in each
+_APART = 4  # images with this many between them are not neighbors
 _FEWEST = 8
 # Median difference of neighbors, divided by that of other images: measured 0.3 to 0.5 for videos with a frame per
 # second or more, and 0.8 to 1.1 for frames 12 seconds apart and for images of different patients.

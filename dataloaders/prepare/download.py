@@ -44,7 +44,7 @@ def fetch(url: str, path: Path, checksum: str | None = None, attempts: int = 5, 
 
     Args:
         checksum: ``"algorithm:hexdigest"`` with an algorithm of hashlib, or None.
-        attempts: give up after so many connections without a new byte; they are ``pause`` seconds apart.
+        attempts: give up after this many connections without a new byte; they are ``pause`` seconds apart.
 
     Raises:
         Unreachable: there is no connection, the server refuses, or the connection was lost too often. The unfinished

@@ -32,7 +32,7 @@ class SeparableConv(nn.Module):
 
 
 class XceptionBlock(nn.Module):
-    """Three times [ReLU, separable convolution, BatchNorm], the last with the stride, beside a shortcut.
+    """Three times [ReLU, separable convolution, BatchNorm], the last with the stride, and a shortcut around them.
 
     Args:
         in_channels, out_channels: channels.

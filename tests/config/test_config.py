@@ -354,7 +354,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a key that is not Unicode": ({"\ud800": 1}, ["text must be valid Unicode"]),
     "a name that is too long": ({"name": "n" * 300}, ["the name becomes a folder: expected 1 to 200 bytes"]),
     "a folder's name that is too long": ({"trainer": {"save_dir": "s" * 300}}, ["cannot be made (File name too long)"]),
-    "no validation data": ({"val_loader": None}, ["val_loader: absent, and train_loader.args.val_split is not given"]),
+    "no validation data": ({"val_loader": None}, ["val_loader: missing, and train_loader.args.val_split is not given"]),
     "nothing to train on": ({"train_loader": None}, ["train_loader: found null; expected a section"]),
 }
 
@@ -461,7 +461,7 @@ def test_a_stage_without_data_is_told() -> None:
         val_loader=None,
         trainer={"val": False},
     )
-    with pytest.raises(UserError, match="test_loader: absent"):
+    with pytest.raises(UserError, match="test_loader: missing"):
         build_loader(lambda *args, **kwargs: None, config, "test")
 
 

@@ -211,7 +211,7 @@ def test_fitting_takes_what_training_held_out(tmp_path, monkeypatch, capsys) -> 
     assert "Fitted on 3 validation images (held out of Shapes train)" in run(monkeypatch, capsys, "-r", path, "--fit")
     quiet = {"monitor": "off", "val": False}
     path = write_checkpoint(tmp_path / "b.pth", val_loader=None, trainer=quiet)
-    with pytest.raises(UserError, match="val_loader: absent, and train_loader holds no images out"):
+    with pytest.raises(UserError, match="val_loader: missing, and train_loader holds out no images"):
         run(monkeypatch, capsys, "-r", path, "--fit")
 
 

@@ -131,7 +131,7 @@ def network_kind(path: str | Path) -> str | None:
 
 
 def _check_sums(path: Path) -> None:
-    """Compare the checksums that torch writes beside each tensor: torch itself reads damaged files without an error.
+    """Compare the checksums that torch stores with each tensor: torch itself reads damaged files without an error.
 
     Raises:
         UserError: the file is damaged.

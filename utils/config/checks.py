@@ -245,7 +245,7 @@ def _check_validation_and_folders(config: Config) -> list[Problem]:
     problems = []
     held_out = any(config.train_loader.args.get(name) for name in HOLDS_OUT)
     if config.trainer.val and config.val_loader is None and not held_out:
-        text = "absent, and train_loader.args.val_split is not given; add one, or set trainer.val to false"
+        text = "missing, and train_loader.args.val_split is not given; add one, or set trainer.val to false"
         problems.append(Problem("val_loader", text))
     folders = {"trainer.save_dir": config.trainer.save_dir}
     folders |= {"trainer.log_dir": config.trainer.log_dir} if config.trainer.tensorboard else {}

@@ -152,9 +152,9 @@ class Evaluation:
     """The outcome: metrics per decision, the losses, and what each decision cost.
 
     ``losses``: of each image with labeled pixels. ``laps``: seconds and images of decoding under each decision and of
-    the forward passes ("forward"), without the first batch, which warms up. ``peak_bytes``: the most memory a decision
-    took beside the probabilities; 0: not measured. ``sizes``: the (height, width) that occur. ``without_mask``: how
-    many images RankDice left without a mask, by decision.
+    the forward passes ("forward"), without the first batch, which warms up. ``peak_bytes``: peak memory of a
+    decision, without the probabilities; 0: not measured. ``sizes``: the (height, width) that occur. ``without_mask``:
+    how many images RankDice left without a mask, by decision.
     """
 
     metrics: dict[str, Metrics]

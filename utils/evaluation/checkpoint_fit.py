@@ -21,7 +21,7 @@ NEEDED = ("format", "arch", "epoch", "iteration", "state_dict", "ema", "monitor_
 
 
 def fit(loaded: LoadedModel, loader: Any, device: torch.device, limit: int | None = None) -> Fit:
-    """Fit on a loader of validation data, see :func:`utils.evaluation.fitting.fit`; ``limit``: so many images."""
+    """Fit on a loader of validation data (:func:`utils.evaluation.fitting.fit`), at most ``limit`` images."""
     predict = loaded.config.predict
     options = PredictOptions.from_config(predict)
     return fitting.fit(

@@ -21,7 +21,7 @@ BASELINE = "max"
 RESAMPLES, LEVEL, SEED = 10_000, 0.95, 0
 # Images whose mean Dice differs by no more count as the same: a tenth of a point.
 SAME = 0.001
-# Below so many images an interval says little.
+# With fewer images an interval says little.
 FEW_IMAGES = 20
 WORST_SHARE = 0.1
 # Procedures that give one label per pixel, as ``max`` does; the others give overlapping masks.
@@ -56,7 +56,7 @@ class Difference:
 
     @property
     def clear(self) -> int:
-        """1: the interval lies above 0; -1: below; 0: it does not tell."""
+        """1: the interval lies above 0; -1: below; 0: it contains 0."""
         return int(self.low > 0) - int(self.high < 0)
 
 

@@ -1,4 +1,4 @@
-"""What the steps of an evaluation cost: seconds, and the most memory they held at one time."""
+"""What the steps of an evaluation cost: seconds, and peak memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Clock:
         self.laps[name].append((time.perf_counter() - start, images))
 
     def measure_memory(self, name: str, step: Callable[[], _Result]) -> None:
-        """Run ``step`` for its memory alone, where laps cannot tell (on the CPU); it must return its result."""
+        """Run ``step`` to measure its memory, which laps do not know on the CPU; it must return its result."""
         if self.cuda is None:
             self.peak[name] = max(self.peak[name], cpu_peak(step) or 0)
 
@@ -59,7 +59,7 @@ class Clock:
 
 
 def cpu_peak(step: Callable[[], _Result]) -> int | None:
-    """Return the most bytes that CPU tensors made inside ``step`` held at one time; None where torch cannot say.
+    """Return the peak bytes of the CPU tensors created inside ``step``; None if torch cannot say.
 
     Exact for torch's own allocations, its kernels' temporaries included; it sees nothing of NumPy. This is the old
     profiler of torch: the new one takes seconds to start.

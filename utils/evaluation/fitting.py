@@ -94,7 +94,7 @@ def fit(
             image by its name.
         options: their threshold and pruning are what the fit is compared with; a presence fit in them is ignored.
         progress: from a title to a wrapper of the iteration.
-        limit: only so many images.
+        limit: at most this many images.
         procedure: "T", "max" or "rankdice": the one whose mDice decides.
 
     Raises:

@@ -32,7 +32,7 @@ def chosen_pixels(name: str, target: Tensor, ignore_index: int, count: int) -> T
         name: of the image; seeds the choice.
         target: ``(H, W)``.
         ignore_index: of pixels that do not count.
-        count: where there are more, so many are drawn (with replacement).
+        count: if there are more, this many are drawn (with replacement).
     """
     valid = (target.flatten() != ignore_index).nonzero()[:, 0]
     if len(valid) <= count:

@@ -215,7 +215,7 @@ def _decode_one(args: argparse.Namespace, job: Job, case: Case, folder: Path) ->
         missing = (tall == 0).all(0).numpy() if job.probs.activation == "softmax" else None
         probs = job.network.forward(tall[None])[1]
         found = Decider(job.procedure, job.options, args.masks)(probs, [missing])[0]
-    except ValueError as error:  # options that do not go together
+    except ValueError as error:  # options that cannot be combined
         raise UserError(f"{case.path}: {error}") from None
     write_labels(path, job.facts, case, found.labels.reshape(shape))
     if found.masks is not None:

@@ -50,7 +50,7 @@ class SavedProbs:
         ignore_index: of folders without ``probs.json``.
 
     Raises:
-        UserError: no probabilities there, a label is missing, or the files do not go together.
+        UserError: the folder contains no probabilities, a label is missing, or the files do not match.
     """
 
     def __init__(self, folder: Path, labels: Path | None = None, ignore_index: int = 255) -> None:
@@ -183,7 +183,7 @@ def write_labels(path: Path, facts: Facts, case: Case, labels: np.ndarray) -> No
 
 
 def output_path(folder: Path, case: Case, dimensions: int) -> Path:
-    """Return the file for a label map, or a volume: NIfTI if a ``NAME.nii.gz`` is beside its probabilities."""
+    """Return the file for a label map, or a volume: NIfTI if a ``NAME.nii.gz`` is next to its probabilities."""
     of_volume = ".nii.gz" if case.path.with_suffix(".nii.gz").is_file() else ".npy"
     return folder / f"{case.name}{'.png' if dimensions == 2 else of_volume}"
 

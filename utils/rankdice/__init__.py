@@ -210,7 +210,7 @@ def label_map(
         classes: the classes that take part: indices for all images, or bool ``(B, C)``, one row per image. None
             means all. An image for which no class is chosen takes all of them.
         smooth: the constant ``g``.
-        rounds: at most so many steps.
+        rounds: at most this many steps.
         max_bytes: working memory, as in :func:`rank_dice`.
         found: the result of ``rank_dice(probs, smooth=smooth, prune=None)`` for the same probabilities, if available.
 

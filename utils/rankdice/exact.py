@@ -22,7 +22,7 @@ from .integral import CPU, FAR_ORDERS, FAR_RATE, ORDERS, Goal
 from .table import Best, Table, best_volumes
 
 BLOCK = 32
-SORTED_PIXELS = 5000  # rows of at most so many pixels are sorted
+SORTED_PIXELS = 5000  # rows of at most this many pixels are sorted
 SORT_BYTES = 130  # of a pixel while its row is sorted and solved
 LEAST_SAMPLE = 1024
 STEPS = 5  # to the best cut of a sample

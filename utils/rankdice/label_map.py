@@ -65,7 +65,7 @@ def ascend(bands: Bands, pixels: int, classes: Classes, smooth: float, rounds: i
         pixels: how many there are.
         classes: the classes.
         smooth: the constant g.
-        rounds: at most so many times pixels are moved.
+        rounds: at most this many times pixels are moved.
     """
     fixed = classes.mean + (1 + smooth)
     size = classes.volumes + fixed

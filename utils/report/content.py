@@ -230,8 +230,8 @@ def _memory_note(outcome: Evaluation, loaded: LoadedModel) -> str:
     if not any(outcome.peak_bytes.values()):
         return "not measured"
     if next(loaded.model.parameters(), torch.zeros(0)).device.type == "cuda":
-        return "peak of torch's CUDA allocations in a procedure, beside the probabilities of a batch"
-    return "peak of torch's CPU allocations in a procedure (profiled), beside the probabilities of the largest batch"
+        return "peak of torch's CUDA allocations in a procedure, without the probabilities of a batch"
+    return "peak of torch's CPU allocations in a procedure (profiled), without the probabilities of the largest batch"
 
 
 def _plain(value: Any) -> Any:
