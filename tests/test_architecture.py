@@ -313,6 +313,20 @@ def test_no_tracked_file_names_a_place_of_one_machine() -> None:
             assert not found, f"{path.relative_to(ROOT)}:{number}: {found}"
 
 
+BRITISH = re.compile(
+    r"colour|grey|centre|neighbour|behaviour|(?:un)?labelle[dr]|labelling|(?:normal|initial|summar|recogn)is[ei]", re.I
+)
+
+
+def test_text_and_names_have_american_spelling() -> None:
+    """Both spellings would be two names for one thing."""
+    foreign = {"unlabelled"}  # a class name in data of others
+    for path in tracked():
+        if path.suffix in (".py", ".md", ".html") and path != Path(__file__).resolve():
+            found = set(BRITISH.findall(path.read_text(encoding="utf-8"))) - foreign
+            assert not found, f"{path.relative_to(ROOT)}: {sorted(found)}"
+
+
 def test_what_runs_leave_behind_is_not_tracked() -> None:
     for path in tracked():
         assert path.suffix not in (".pth", ".pyc", ".npz.tmp"), path

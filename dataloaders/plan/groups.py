@@ -111,8 +111,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _thumbnail(path: Path) -> np.ndarray | None:
     """Return an image as a few numbers of mean 0 and deviation 1; None if it cannot be read."""
     try:
-        grey = decode(read_bytes(path), path).array.mean(2, dtype=np.float32)
+        gray = decode(read_bytes(path), path).array.mean(2, dtype=np.float32)
     except UserError:
         return None
-    small = np.asarray(cv2.resize(np.nan_to_num(grey), (_SIDE, _SIDE), interpolation=cv2.INTER_AREA), np.float32)
+    small = np.asarray(cv2.resize(np.nan_to_num(gray), (_SIDE, _SIDE), interpolation=cv2.INTER_AREA), np.float32)
     return ((small - small.mean()) / (small.std() + 1e-6)).reshape(-1)
