@@ -184,6 +184,21 @@ def test_groups_are_not_divided_among_folds(scenes: Scenes) -> None:
     ]
 
 
+@pytest.mark.parametrize(("repeats", "grouped"), [(6, True), (1, False)])
+def test_the_frames_of_a_video_are_one_group_by_their_names(repeats: int, grouped: bool) -> None:
+    # Three videos, in which frames resemble their neighbors or not: only frames that do are held out together.
+    rows = list(_sample(Scenes(60 // repeats)).rows.values())
+    sample = held_out.LogitSample(FACTS, 60)
+    for i in range(60):
+        sample.rows[f"{'ABC'[i // 20]}1_f{i:05d}"] = rows[i // repeats]
+    calibrations = Calibrations(sample, "softmax", Calibration())
+    assert calibrations.example == ("A1_f" if grouped else None)
+    assert calibrations.folds.tolist() == [i // (20 if grouped else 12) for i in range(60)]
+    own = Calibrations(sample, "softmax", Calibration(), group_of=lambda name: name[-1])
+    assert len({own.fold[f"A1_f{i:05d}"] for i in (3, 13)}) == 1  # group_by goes first
+    assert own.groups == 10
+
+
 def test_one_clip_is_told() -> None:
     class Clip(Scenes):
         """Every scene is shown eight times, as the frames of a video are."""

@@ -289,6 +289,11 @@ def _notes(found: Fit, trials: dict[str, Trial], calibrations: Calibrations, pro
             f"These {found.images} images count as {own.worth:.0f}, because consecutive images are alike. So a fit "
             "must gain more to be kept."
         )
+    if calibrations.example is not None:
+        yield (
+            "Consecutive images are alike, so a fold holds out all images whose names begin alike, such as with "
+            f"{calibrations.example!r}. If they belong together in another way, set group_by of the loader."
+        )
     if calibrations.groups == 1:
         yield (
             "Warning: all validation images belong to one group (group_by), so nothing shows whether a fit carries "

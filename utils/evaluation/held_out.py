@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils import presence
+from utils import evidence, presence
 from utils.errors import UserError
 from utils.evaluation import Evaluator, Part
 from utils.evaluation.reliability import THRESHOLDS, Reliability, threshold_scores
@@ -19,6 +20,7 @@ from utils.predict import PROCEDURES, PredictOptions
 
 KEPT_BYTES = 2**30  # of logits, for the second look at an image
 TRIED_IMAGES = 24  # in single against multiscale
+LEAST_FRAMES = 4  # images of a group that names show, on average
 TRIED_PIXELS = 2**21  # larger images are not tried at twice their size
 
 OWN, SCALED, SHIFTED = "as trained", "temperature", "temperature and bias"
@@ -62,8 +64,13 @@ class Calibrations:
         sample: the pixels of all images.
         activation: see :class:`utils.evaluation.temperature.Calibration`.
         own: the calibration that the network has now.
-        group_of: returns the group of an image by its name (a patient, a drive). Groups are not divided among folds;
-            None, or a single group: folds of consecutive images.
+        group_of: returns the group of an image by its name (a patient, a drive). Groups are not divided among folds.
+            None: the groups that the names show, if consecutive images are alike (:func:`_named_groups`). Without
+            groups, or with a single one: folds of consecutive images.
+
+    Attributes:
+        groups: how many groups ``group_of`` finds.
+        example: a group that the names show, or None.
     """
 
     def __init__(
@@ -73,7 +80,10 @@ class Calibrations:
         self.images = sorted(sample.rows)
         groups = [group_of(name) for name in self.images] if group_of else []
         self.groups = len(set(groups))
-        self.folds = _grouped(groups) if self.groups > 1 else presence.consecutive(len(self.images))
+        shown = [] if group_of else _named_groups(sample)
+        self.example = min(shown, default=None)
+        groups = groups if self.groups > 1 else shown
+        self.folds = _grouped(groups) if groups else presence.consecutive(len(self.images))
         self.fold = dict(zip(self.images, self.folds.tolist(), strict=True))
         self.sample = sample
         self.final = self._fitted(self.images, own, {})
@@ -129,6 +139,21 @@ def _common(labels: Sequence[Tensor], classes: int) -> Tensor:
         found[target.unique()] += 1
     common = found >= presence.FEWEST_PER_CLASS
     return common[1:] if classes == 1 else common
+
+
+def _named_groups(sample: LogitSample) -> list[str]:
+    """Return the group of each image, sorted by name: what is before the last number of its name; or nothing.
+
+    Frames of a few videos are named so. A fit on some of them carries over to the rest of the same videos, but perhaps
+    not to others, so whole videos must be held out. Images that do not resemble their neighbors need no groups.
+    """
+    names, classes = sorted(sample.rows), max(sample.facts.num_classes, 2)
+    groups = [re.sub(r"\d+\D*$", "", name) for name in names]
+    if not 1 < len(set(groups)) <= len(names) / LEAST_FRAMES:
+        return []
+    labels = [sample.rows[name][1] for name in names]
+    areas = [torch.bincount(label, minlength=classes) / max(len(label), 1) for label in labels]
+    return groups if evidence.independent(torch.stack(areas)) < len(names) / 2 else []
 
 
 def _grouped(groups: Sequence[str]) -> Tensor:
