@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.cli import add_device, add_overrides, add_trust, end_quietly, select_devices, share_cores
 
@@ -60,7 +59,7 @@ from base.base_trainer import Data, Interrupted
 from base.resume import nothing_left
 from base.rng import seed_everything
 from base.signals import sigterm_as_ctrl_c
-from dataloaders.check.leaks import announce
+from dataloaders.check.leaks import warn_about_loaders
 from trainer import Trainer
 from utils import checkpoint, distributed
 from utils import config as configs
@@ -70,11 +69,35 @@ from utils.errors import UserError, run
 from utils.evaluation import checkpoint_fit
 from utils.facts import Facts
 from utils.files import expand
-from utils.losses.base import SegmentationLoss
 
 
-def is_over(state: Mapping[str, Any], path: Path, config: Config) -> bool:
+class Resumed(NamedTuple):
+    """The checkpoint of a run to continue."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+def open_config(args: argparse.Namespace) -> tuple[Config, Resumed | None]:
+    """Return the config of the run, and the checkpoint to continue; None for a new run."""
+    overrides = args.set + select_devices(args.device)
+    stages, resume = ("train", "val"), args.resume
+    if resume in (None, "auto"):
+        config = configs.load(args.config, overrides, models=models.MODELS, loaders=dataloaders.LOADERS, stages=stages)
+        if resume is None:
+            return config, None
+        resume = runs.newest(config)
+    path = expand(resume).resolve()
+    state = checkpoint_fit.without_fit(checkpoint.read(path))  # training goes on without what was fitted after it
+    config = checkpoint.config_of(state, path, args.config, overrides, stages=stages, trust_code=args.trust_code)
+    if not args.config and not any(item.startswith(("trainer.log_dir=", "trainer=")) for item in args.set):
+        config = runs.with_own_logs(config, path.parent)
+    return config, Resumed(path, state)
+
+
+def is_over(resumed: Resumed, config: Config) -> bool:
     """Print what has changed since a run was stopped; return whether it has nothing left to do."""
+    path, state = resumed
     if "processes" not in state or "scheduler" not in state:
         return False  # not a run of this framework; the trainer says so
     if state.get("arch", config.arch.type) != config.arch.type:
@@ -94,13 +117,10 @@ def is_over(state: Mapping[str, Any], path: Path, config: Config) -> bool:
     return done is not None
 
 
-def build(
-    config: Config, weights: str | None, state: Mapping[str, Any] | None
-) -> tuple[nn.Module, SegmentationLoss, Data]:
-    """Build the data, the model and the loss that the config names; start from ``weights`` if they are given.
+def build_data(config: Config, resumed: Resumed | None) -> Data:
+    """Build the loaders that the config names, and warn about what makes training worthless.
 
-    The model of a resumed run (``state``: its checkpoint) is built without pretrained weights, because the weights of
-    the checkpoint replace them.
+    A resumed run keeps the mean and std that it measured.
     """
     train = building.build_loader(dataloaders.build, config, "train")
     if config.val_loader is None:
@@ -109,21 +129,28 @@ def build(
         val = building.build_loader(dataloaders.build, config, "val")
     facts = Facts.of(train.dataset)
     data_checks.check_facts(config, facts, {"val_loader": Facts.of(val.dataset)} if val is not None else {})
-    if state is not None and "facts" in state:
-        facts = data_checks.resumed_facts(config, Facts.from_dict(state["facts"]), facts)
-    announce(train, val)
+    if resumed is not None and "facts" in resumed.state:
+        facts = data_checks.resumed_facts(config, Facts.from_dict(resumed.state["facts"]), facts)
+    warn_about_loaders(train, val)
     data_checks.warn_about_loss(config, [config.predict.train, config.predict.val])
     data_checks.warn_about_schedule(config, len(train))
+    return Data(train, val, facts)
+
+
+def build_model(config: Config, facts: Facts, weights: str | None, resumed: bool) -> nn.Module:
+    """Build the model that the config names, and start from ``weights`` if they are given.
+
+    The model of a resumed run is built without pretrained weights, because those of the checkpoint replace them.
+    """
     arguments = checkpoint.arch_arguments(config, facts)
-    if state is not None and "pretrained" in arguments:
+    if resumed and "pretrained" in arguments:
         arguments["pretrained"] = False
     model = building.build_section("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
     if weights:
         done = checkpoint.start_from(model, weights, facts.class_names)
         if distributed.is_main():
             print(done)
-    loss = building.build_loss(config, train.dataset, facts.ignore_index)
-    return model, loss, Data(train, val, facts)
+    return model
 
 
 def lacks_fit(folder: Path, config: Config) -> bool:
@@ -157,32 +184,23 @@ def fit_best(config: Config, data: Data, device: torch.device, folder: Path) -> 
 def main() -> int:
     """Train the model that the config describes, from the start or from a checkpoint."""
     args = parse_arguments()
-    overrides = args.set + select_devices(args.device)
-    stages = ("train", "val")
-    resume, state, over = args.resume, None, False
-    if resume in (None, "auto"):
-        config = configs.load(args.config, overrides, models=models.MODELS, loaders=dataloaders.LOADERS, stages=stages)
-        resume = runs.newest(config) if resume == "auto" else None
-    if resume:
-        resume = expand(resume).resolve()
-        state = checkpoint_fit.without_fit(checkpoint.read(resume))  # training goes on without what was fitted after it
-        config = checkpoint.config_of(state, resume, args.config, overrides, stages=stages, trust_code=args.trust_code)
-        if not args.config and not any(item.startswith(("trainer.log_dir=", "trainer=")) for item in args.set):
-            config = runs.with_own_logs(config, resume.parent)
-        over = is_over(state, resume, config)
-        if over and not lacks_fit(resume.parent, config):
-            return 0
+    config, resumed = open_config(args)
+    over = resumed is not None and is_over(resumed, config)
+    if resumed is not None and over and not lacks_fit(resumed.path.parent, config):
+        return 0
     if distributed.needs_processes(config.use_synch_bn, config.n_gpu):
         return distributed.launch(__file__, sys.argv[1:], distributed.usable_gpus(config.n_gpu))
 
     device = distributed.choose_device(config.n_gpu)
     with distributed.process_group(device):
         seed_everything(config.seed, config.deterministic)
-        model, loss, data = build(config, args.weights, state)
-        with runs.locked(resume.parent) if resume else runs.new(config) as folder:
+        data = build_data(config, resumed)
+        model = build_model(config, data.facts, args.weights, resumed is not None)
+        loss = building.build_loss(config, data.train.dataset, data.facts.ignore_index)
+        with runs.new(config) if resumed is None else runs.locked(resumed.path.parent) as folder:
             trainer = Trainer(config, model, loss, data, device, folder)
-            if state is not None:
-                trainer.restore(state)
+            if resumed is not None:
+                trainer.restore(resumed.state)
             try:
                 if not over:
                     trainer.train()

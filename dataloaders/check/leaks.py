@@ -27,7 +27,7 @@ _COPY = re.compile(
 _Files = list[tuple[Entry, os.stat_result]]
 
 
-def announce(train: BaseDataLoader, val: BaseDataLoader | None) -> None:
+def warn_about_loaders(train: BaseDataLoader, val: BaseDataLoader | None) -> None:
     """Print a warning for each mistake in the loaders that makes training or its scores worthless."""
     if is_first():
         for message in (
