@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from utils.config.schema import METRIC_NAMES
 from utils.predict import Prediction
 
 
@@ -143,6 +144,10 @@ class ImageScores(NamedTuple):
     iou: Tensor
     pixel_accuracy: Tensor
     accuracy: Tensor
+
+    def of(self, metric: str) -> Tensor:
+        """Return the scores that RankDice maximizes the expectation of with this metric, "dice" or "iou"."""
+        return {"dice": self.dice, "iou": self.iou}[metric]
 
 
 def image_scores(counts: Counts) -> ImageScores:
@@ -300,7 +305,7 @@ class Metrics:
         _, scores, expected = self.rows()
         if expected is None:
             return {}
-        kind, measured = ("IoU", scores.iou) if self.expects == "iou" else ("Dice", scores.dice)
+        kind, measured = METRIC_NAMES[self.expects], scores.of(self.expects)
         both = expected.isfinite() & measured.isfinite()
         result: dict[str, Any] = {}
         for name, values in (("Expected", expected), ("Measured", measured)):

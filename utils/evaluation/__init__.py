@@ -25,11 +25,9 @@ from utils.metrics import Counts, Metrics
 from utils.predict import PROCEDURES, Prediction, PredictOptions, label_map
 from utils.predict.network import AnyNetwork, check_finite
 from utils.progress import live_scores
+from utils.rankdice import IOU_SOLVERS
 
 Progress = Callable[[Any], Any]
-
-# Solvers of utils.rankdice that can maximize the expected IoU.
-IOU_SOLVERS = ("exact", "rma")
 
 
 @dataclass(frozen=True)

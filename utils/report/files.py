@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from utils.config.checks import unwritable
+from utils.config.schema import METRIC_NAMES
 from utils.errors import UserError
 from utils.evaluation import Evaluation
 from utils.facts import Facts
@@ -93,7 +94,7 @@ def _per_image(outcome: Evaluation, facts: Facts) -> str:
         header += [f"{name}_{key}" for key in ("mDice", "mIoU", "PixelAcc")]
         if expected is not None:
             values.append(expected[:, interest].nanmean(dim=1))
-            header.append(f"{name}_expected_{'IoU' if metrics.expects == 'iou' else 'Dice'}")
+            header.append(f"{name}_expected_{METRIC_NAMES[metrics.expects]}")
         header += [f"{name}_Dice_{facts.class_names[c]}" for c in interest]
         columns[name] = torch.cat([torch.stack(values, dim=1), scores.dice[:, interest]], dim=1).tolist()
     last = columns[names[-1]]
