@@ -1,13 +1,13 @@
-"""DenseNets for dense prediction: torchvision's blocks with dilation, stem and last norm as arguments."""
+"""DenseNets for dense prediction: torchvision's networks with dilation, stem and last norm as arguments."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.densenet import _DenseBlock, _Transition
 
 from models.backbones.common import Backbone, ImageNetWeights, load_pretrained
 from models.blocks import untie_norms
@@ -23,6 +23,48 @@ BOTTLENECK = 4  # a layer's 1x1 convolution makes this many times the growth rat
 POOLS = {32: (True, True, True), 16: (True, True, False), 8: (True, False, False)}
 
 
+class DenseLayer(nn.Module):
+    """BatchNorm, ReLU, 1x1 convolution, BatchNorm, ReLU, 3x3 convolution; its output joins its input."""
+
+    def __init__(self, in_channels: int, growth: int, dilation: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, BOTTLENECK * growth, kernel_size=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(BOTTLENECK * growth)
+        self.conv2 = nn.Conv2d(
+            BOTTLENECK * growth, growth, kernel_size=3, padding=dilation, dilation=dilation, bias=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, C + growth, h, w)."""
+        y = self.conv1(F.relu(self.norm1(x)))
+        y = self.conv2(F.relu(self.norm2(y)))
+        return torch.cat([x, y], dim=1)
+
+
+class DenseBlock(nn.Sequential):
+    """Dense layers, each seeing the outputs of all before."""
+
+    def __init__(self, in_channels: int, layers: int, growth: int, dilation: int) -> None:
+        super().__init__()
+        for i in range(layers):
+            self.add_module(f"denselayer{i + 1}", DenseLayer(in_channels + i * growth, growth, dilation))
+
+
+class Transition(nn.Module):
+    """BatchNorm, ReLU, 1x1 convolution to half the channels, 2x2 average pooling (unless dilation replaces it)."""
+
+    def __init__(self, in_channels: int, out_channels: int, pool: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+        self.pool = nn.AvgPool2d(kernel_size=2, stride=2) if pool else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, C / 2, h / 2, w / 2), sizes rounded down, or (B, C / 2, h, w)."""
+        return self.pool(self.conv(F.relu(self.norm(x))))
+
+
 class DenseNet(Backbone):
     """A DenseNet without its classifier: features after transition1 to transition3 and after the last block.
 
@@ -31,6 +73,8 @@ class DenseNet(Backbone):
 
     Args:
         name: densenet121, densenet161, densenet169 or densenet201.
+        in_channels: channels of the images.
+        pretrained: see :func:`models.backbones.common.load_pretrained`.
         output_stride: 32, 16 or 8: the last one or two transitions do not pool, and the 3x3 convolutions of
             the blocks after them are dilated instead.
         stem: "torchvision" (7x7), or "unpadded", the published code's stem for networks without ImageNet
@@ -38,6 +82,8 @@ class DenseNet(Backbone):
             weights*, all without padding and each with BatchNorm and ReLU; images must be at least 15 x 15.
         last_norm: whether the last block's features pass the network's last BatchNorm and ReLU.
     """
+
+    denseblock4: DenseBlock
 
     def __init__(
         self,
@@ -57,15 +103,10 @@ class DenseNet(Backbone):
         self.stem = _stem(stem, in_channels, width)
         channels, strides, stride, dilation = [], [], 4, 1
         for i, (count, pool) in enumerate(zip(layers, (*POOLS[output_stride], None), strict=True), start=1):
-            block = _DenseBlock(count, width, BOTTLENECK, growth, drop_rate=0)
-            for layer in block.values():
-                layer.conv2.padding = layer.conv2.dilation = (dilation, dilation)
-            self.add_module(f"denseblock{i}", block)
+            self.add_module(f"denseblock{i}", DenseBlock(width, count, growth, dilation))
             width += count * growth
             if pool is not None:
-                transition = _Transition(width, width // 2)
-                transition.pool = transition.pool if pool else nn.Identity()
-                self.add_module(f"transition{i}", transition)
+                self.add_module(f"transition{i}", Transition(width, width // 2, pool))
                 width //= 2
                 stride, dilation = (stride * 2, dilation) if pool else (stride, dilation * 2)
             channels.append(width)
@@ -94,7 +135,7 @@ class DenseNet(Backbone):
             x = getattr(self, f"denseblock{i}")(x)
             x = getattr(self, f"transition{i}")(x)
             features.append(x)
-        x = self.get_submodule("denseblock4")(x)
+        x = self.denseblock4(x)
         if self.norm5 is not None:
             x = F.relu(self.norm5(x))
         return [*features, x]
