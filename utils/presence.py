@@ -1,17 +1,16 @@
 """Decide which classes are in an image.
 
-RankDice finds the best mask of a class, but not whether the class is in the image. A mask for a class that is absent
-scores 0, and no mask for a class that is present scores 0 too. This module compares both risks.
+RankDice finds the best mask of a class, but not whether the class is in the image. A mask for an absent class scores
+0, and so does a missing mask for a present class. This module weighs the two risks.
 
-For one image, let class ``c`` be present with probability ``pi_c``, and let ``d_c`` be the Dice that its mask can
-expect if it is. The image's score is the mean over the classes that are in the target or in the prediction. With
-``m`` the mean score that the other classes can expect, giving ``c`` a mask
+For one image, let class ``c`` be present with probability ``pi_c``, and let ``d_c`` be the expected Dice of its mask if
+it is. The score of an image is the mean over the classes in the target or in the prediction. Let ``m`` be the expected
+mean score of the other classes. Giving ``c`` a mask
 
 * adds ``d_c`` to the sum of scores if the class is present;
 * adds a zero to the mean if it is absent, which costs ``m``.
 
-The class gets its mask when ``pi_c * d_c > (1 - pi_c) * m``. See docs/presence.md for the derivation and for what it
-gains.
+So the class gets a mask if ``pi_c * d_c > (1 - pi_c) * m``. docs/presence.md has the derivation and the gains.
 
 Without a fit, ``pi_c`` is the largest probability of the class and ``d_c`` the expected score that RankDice reports.
 :func:`fit` learns both from validation images. Rows are images and columns are the classes of interest everywhere.
