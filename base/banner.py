@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from base import parallel
-from utils.errors import warn
+from utils.errors import plural, warn
 
 
 def banner(run: Any) -> str:
@@ -20,12 +20,14 @@ def banner(run: Any) -> str:
     backbone = getattr(run.model, "backbone", None)
     validation = "none" if run.data.val is None else f"{len(run.data.val.dataset):,} images"
     weights = getattr(run.model, "weights_from", "") or getattr(backbone, "weights_from", "") or "random weights"
+    gpu = run.device.type == "cuda"
+    device = torch.cuda.get_device_name(run.device) if gpu else f"CPU, {plural(torch.get_num_threads(), 'thread')}"
     lines = {
         "run": str(run.folder) + (f", continued from iteration {run.iteration}" if run.iteration else ""),
         "model": f"{config.arch.type}, {run.data.facts.num_classes} classes, {trainable / 1e6:.2f} M parameters",
         "weights": f"of iteration {run.iteration}" if run.iteration else weights,
         "data": f"{plan.images:,} training images, validation {validation}",
-        "device": f"{_device_name(run.device)}, {spread}, amp {settings.amp}",
+        "device": f"{device}, {spread}, amp {settings.amp}",
         "batch": f"{plan.batch_size} per process x {plan.processes} x accumulate {plan.accumulate} = "
         f"{plan.batch_size * plan.processes * plan.accumulate} per optimizer step",
         "schedule": f"{settings.epochs} epochs of {plan.batches} batches, {config.lr_scheduler.type}, "
@@ -58,10 +60,3 @@ def hyper_parameters(run: Any) -> dict[str, Any]:
     flat |= {f"arch.{k}": v for k, v in config.arch.args.items() if isinstance(v, str | int | float | bool)}
     numbers = {k: v for k, v in config.optimizer.args.items() if isinstance(v, int | float | bool)}
     return flat | {f"optimizer.{k}": v for k, v in numbers.items()}
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"

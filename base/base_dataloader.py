@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -228,22 +229,17 @@ class EpochBatches(Sampler[list[Key]]):
 
     def keys(self, epoch: int) -> list[Key]:
         """Return the keys of this process in an epoch, in order."""
-        order, draws = self.indices, None
-        if self.shuffle:
-            rng = np.random.default_rng([self.seed, epoch, _ORDER])
-            if self.weights is not None:
-                order = rng.choice(order, size=len(order), p=self.weights)
-                draws = _times_drawn_before(order)
-            else:
-                order = rng.permutation(order)
-        mine = slice(self.rank, None, self.world)
-        indices = order[mine][: self.share].tolist()
-        if draws is None:
-            return [(epoch, index) for index in indices]
-        return [
-            (epoch, index, draw) if draw else (epoch, index)
-            for index, draw in zip(indices, draws[mine].tolist(), strict=False)
-        ]
+        order, rng = self.indices, np.random.default_rng([self.seed, epoch, _ORDER])
+        if self.weights is not None:
+            order = rng.choice(order, size=len(order), p=self.weights)
+        elif self.shuffle:
+            order = rng.permutation(order)
+        drawn: Counter[int] = Counter()
+        keys: list[Key] = []
+        for index in order.tolist():
+            keys.append((epoch, index, drawn[index]) if drawn[index] else (epoch, index))
+            drawn[index] += 1
+        return keys[self.rank :: self.world][: self.share]
 
     def __len__(self) -> int:
         return self._length
@@ -252,17 +248,6 @@ class EpochBatches(Sampler[list[Key]]):
         keys = self.keys(self.epoch)
         for batch in range(self.start_batch, self._length):
             yield keys[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-
-def _times_drawn_before(order: np.ndarray) -> np.ndarray:
-    """Return, for each place in ``order``, how often its value occurs before it."""
-    sorting = np.argsort(order, kind="stable")
-    values = order[sorting]
-    new = np.concatenate([[True], values[1:] != values[:-1]])
-    places = np.arange(len(order))
-    before = np.empty(len(order), np.int64)
-    before[sorting] = places - np.maximum.accumulate(np.where(new, places, 0))
-    return before
 
 
 _waiting = threading.Event()

@@ -83,7 +83,14 @@ class BaseTrainer:
         self.data, self.device, self.folder = data, device, folder
         self.loss = loss.to(device)
         self.amp = AMP_DTYPES[self.settings.amp]
-        self.plan = self._plan()
+        loader = data.train
+        self.plan = Plan(
+            batches=min(len(loader), self.settings.limit_batches or len(loader)),
+            accumulate=self.settings.accumulate,
+            images=len(loader.dataset),
+            batch_size=loader.batches.batch_size,
+            processes=distributed.world_size(),
+        )
         self.model = parallel.place(model, config, device)
         self.network = parallel.wrap(self.model, config, device)
         self.gpus = parallel.gpus_of(self.network, device)
@@ -105,16 +112,6 @@ class BaseTrainer:
         self._buffers: list[Tensor] = []  # of the model, as they were at self._point
         self._rng: Mapping[str, Any] | None = None
         self._processes: list[dict[str, Any]] | None = None
-
-    def _plan(self) -> Plan:
-        loader, settings = self.data.train, self.settings
-        return Plan(
-            batches=min(len(loader), settings.limit_batches or len(loader)),
-            accumulate=settings.accumulate,
-            images=len(loader.dataset),
-            batch_size=loader.batches.batch_size,
-            processes=distributed.world_size(),
-        )
 
     def _averaged(self) -> AveragedModel | None:
         if self.settings.ema is None:

@@ -90,7 +90,8 @@ class Plan:
         """Return the batch to continue with: that of the checkpoint, or the one at the same progress in this plan."""
         batch = int(state["batch"])
         before = state.get("plan") or {}
-        total = before.get("batches") or _batches_of(state) or self.batches
+        epoch, earlier = state["epoch"], state["iteration"] - batch  # for checkpoints without the number of batches
+        total = before.get("batches") or (epoch and earlier % epoch == 0 and earlier // epoch) or self.batches
         if total == self.batches and before.get("accumulate", self.accumulate) == self.accumulate:
             return min(batch, self.batches)
         if batch >= total:
@@ -115,12 +116,6 @@ class Plan:
             f"progress: {epoch} epochs and {batch} batches done, step {self.steps_until(epoch, batch)} of {total} of "
             "the learning rate schedule"
         )
-
-
-def _batches_of(state: Mapping[str, Any]) -> int | None:
-    """Return the number of batches per epoch of a checkpoint that does not contain it."""
-    epoch, batch, iteration = state["epoch"], state["batch"], state["iteration"]
-    return (iteration - batch) // epoch if epoch and (iteration - batch) % epoch == 0 else None
 
 
 def nothing_left(state: Mapping[str, Any], config: Config) -> str | None:

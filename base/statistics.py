@@ -140,24 +140,21 @@ class Statistics:
 
         return in_threads(attempt, chosen)
 
-    def class_pixel_counts(
-        self, limit: int | None = None, progress: Callable[[int, int], None] | None = None
-    ) -> np.ndarray:
+    def class_pixel_counts(self, limit: int | None = None) -> np.ndarray:
         """Count the pixels of each class in each sample, before augmentation: int64 ``(samples, label_count)``.
 
-        At most ``limit`` samples are taken, evenly spread. ``progress`` is called with (done, total) after each sample.
+        At most ``limit`` samples are taken, evenly spread.
         """
+
+        def count(index: int) -> np.ndarray:
+            label = self.label_at(index)
+            return np.bincount(label[label != self.ignore_index], minlength=self.label_count)
+
         chosen = spread(len(self.entries), limit)
         result = np.zeros((len(chosen), self.label_count), np.int64)
-        for row, counts in enumerate(self._each(chosen, self._count)):
+        for row, counts in enumerate(self._each(chosen, count)):
             result[row] = 0 if counts is None else counts
-            if progress is not None:
-                progress(row + 1, len(chosen))
         return result
-
-    def _count(self, index: int) -> np.ndarray:
-        label = self.label_at(index)
-        return np.bincount(label[label != self.ignore_index], minlength=self.label_count)
 
     def class_weights(self, limit: int | None = COUNTED_LABELS) -> Tensor:
         """Return weights that balance the classes, float32 ``(num_classes,)`` (label_count for one channel).

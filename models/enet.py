@@ -72,35 +72,32 @@ class Bottleneck(nn.Module):
         relu: bool = False,
     ) -> None:
         super().__init__()
-        width = in_channels // 4
+        width, halving = in_channels // 4, 2 if kind == "down" else 1
         activation = partial(_activation, published=published, relu=relu)
-        self.conv1 = self._projection(in_channels, width)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel_size=halving, stride=halving, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.prelu1 = activation(width)
-        dilation = kind if isinstance(kind, int) else 1
-        self.conv2 = _asymmetric(width, activation) if kind == "asymmetric" else self._main(width, dilation)
+        self.conv2: nn.Module
+        if kind == "asymmetric":
+            self.conv2 = _asymmetric(width, activation)
+        elif kind == "up":
+            self.conv2 = _doubling(width, width)
+        else:
+            dilation = kind if isinstance(kind, int) else 1
+            self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.prelu2 = activation(width)
         self.conv3 = nn.Conv2d(width, out_channels, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.prelu3 = activation(out_channels) if published else nn.Identity()
         self.regularizer = nn.Dropout2d(dropout)
-        self.shortcut = self._adapter(in_channels, out_channels)
+        self.shortcut: nn.Module = nn.Identity()  # what changes the channels before the sum (or the unpooling)
+        if kind == "down":  # append channels of zeros; the last three axes: C, h, w
+            self.shortcut = nn.ZeroPad3d((0, 0, 0, 0, 0, out_channels - in_channels))
+        elif kind == "up":
+            conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(out_channels))
         self.prelu_out = activation(out_channels)
-
-    @staticmethod
-    def _projection(in_channels: int, width: int) -> nn.Module:
-        return nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
-
-    @staticmethod
-    def _main(width: int, dilation: int) -> nn.Module:
-        """Return the convolution in the middle."""
-        return nn.Conv2d(width, width, kernel_size=3, padding=dilation, dilation=dilation, bias=False)
-
-    @staticmethod
-    def _adapter(in_channels: int, out_channels: int) -> nn.Module:
-        """Return what the shortcut does to the channels before the sum (or the unpooling)."""
-        return nn.Identity()
 
     def project(self, x: Tensor) -> Tensor:
         """Return (B, in_channels / 4, h, w)."""
@@ -122,15 +119,6 @@ class DownBottleneck(Bottleneck):
     An odd map gets a row or column of zeros at its end before the projection.
     """
 
-    @staticmethod
-    def _projection(in_channels: int, width: int) -> nn.Module:
-        return nn.Conv2d(in_channels, width, kernel_size=2, stride=2, bias=False)
-
-    @staticmethod
-    def _adapter(in_channels: int, out_channels: int) -> nn.Module:
-        """Append channels of zeros."""
-        return nn.ZeroPad3d((0, 0, 0, 0, 0, out_channels - in_channels))  # the last three axes: C, h, w
-
     def forward(self, x: Tensor) -> tuple[Tensor, Pooled]:  # type: ignore[override]  # blocks are called by kind
         """Map (B, in, h, w) to (B, out, ceil(h / 2), ceil(w / 2)); also return where the maxima were."""
         height, width = x.shape[-2:]
@@ -141,15 +129,6 @@ class DownBottleneck(Bottleneck):
 
 class UpBottleneck(Bottleneck):
     """A bottleneck that undoes a :class:`DownBottleneck`: transposed convolution; the shortcut unpools."""
-
-    @staticmethod
-    def _main(width: int, dilation: int) -> nn.Module:
-        return _doubling(width, width)
-
-    @staticmethod
-    def _adapter(in_channels: int, out_channels: int) -> nn.Module:
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
-        return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor, pooled: Pooled) -> Tensor:  # type: ignore[override]  # blocks are called by kind
         """Map (B, in, h, w) to (B, out, H, W), the size of the map that was pooled."""

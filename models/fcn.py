@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -48,8 +51,10 @@ class ConvolutionalVGG16(Backbone):
         self.dropout = nn.Dropout(0.5)
         for fc in (self.fc6, self.fc7):
             _init_classifier(fc)
-        weights = ImageNetWeights(name, "features.0.weight", ignore=("classifier.6.",))
-        load_pretrained(self._torchvision_names(), pretrained, weights)
+        weights = ImageNetWeights(
+            name, "vgg.stages.0.0.weight", ignore=("classifier.6.",), rename=self._from_torchvision
+        )
+        load_pretrained(self, pretrained, weights)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return pool3, pool4 and fc7."""
@@ -58,11 +63,18 @@ class ConvolutionalVGG16(Backbone):
         fc7 = self.dropout(self.relu(self.fc7(fc6)))
         return [pool3, pool4, fc7]
 
-    def _torchvision_names(self) -> nn.ModuleDict:
-        """Return the same layers under torchvision's names, fc6 and fc7 as matrices in the same memory."""
-        modules = self.vgg.torchvision_names()
-        modules["classifier"] = nn.ModuleDict({"0": _as_linear(self.fc6), "3": _as_linear(self.fc7)})
-        return modules
+    def _from_torchvision(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return torchvision's weights under the names here; the matrices of fc6 and fc7 become kernels."""
+        own, renamed = self.state_dict(), {}
+        for key, value in self.vgg.from_torchvision(weights).items():
+            name = (
+                re.sub(r"^stages\.", "vgg.stages.", key)
+                .replace("classifier.0.", "fc6.")
+                .replace("classifier.3.", "fc7.")
+            )
+            fits = name in own and own[name].numel() == value.numel()
+            renamed[name] = value.view_as(own[name]) if fits else value
+        return renamed
 
 
 class FCN8(BaseModel):
@@ -174,11 +186,3 @@ def _init_classifier(conv: nn.Conv2d) -> None:
     nn.init.normal_(conv.weight, std=0.01)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
-
-
-def _as_linear(conv: nn.Conv2d) -> nn.Linear:
-    assert conv.bias is not None
-    linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, device="meta")
-    linear.weight = nn.Parameter(conv.weight.detach().flatten(1))
-    linear.bias = nn.Parameter(conv.bias.detach())
-    return linear

@@ -161,10 +161,8 @@ class GCN(BaseModel):
             for path, name in ((1, "tall_wide"), (2, "wide_tall"))
             for step in (1, 2)
         ),
-        *((rf"br{i + 1}\.(conv[12])\.", rf"refine_levels.{i}.\1.") for i in range(LEVELS)),
-        *((rf"br{i + 1}\.(bn[12])\.", rf"refine_levels.{i}.\1.") for i in range(LEVELS)),
-        *((rf"br{i + 5}\.(conv[12])\.", rf"refine_sums.{i}.\1.") for i in range(LEVELS + 1)),
-        *((rf"br{i + 5}\.(bn[12])\.", rf"refine_sums.{i}.\1.") for i in range(LEVELS + 1)),
+        *((rf"br{i + 1}\.((?:conv|bn)[12])\.", rf"refine_levels.{i}.\1.") for i in range(LEVELS)),
+        *((rf"br{i + 5}\.((?:conv|bn)[12])\.", rf"refine_sums.{i}.\1.") for i in range(LEVELS + 1)),
         *((rf"decon{n}\.", f"upsamples.{i}.deconv.") for i, n in enumerate((4, 3, 2, 1, 5))),
         (r"br\d\.bn[12]\.", None),
         (r"final_conv\.", "classifier."),

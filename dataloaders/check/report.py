@@ -96,7 +96,7 @@ def _values(findings: Findings) -> str:
 
 
 def _class_table(dataset: BaseDataSet, findings: Findings) -> list[str]:
-    names = class_labels(dataset)
+    names = dataset.facts.label_names
     share = findings.pixels / max(1, findings.pixels.sum())
     weights = [f"{w:.3f}" for w in findings.weights] or [""] * len(names)
     width = max(len(name) for name in (*names, "not labeled"))
@@ -105,12 +105,6 @@ def _class_table(dataset: BaseDataSet, findings: Findings) -> list[str]:
     for position, (i, name, weight) in enumerate(rows):
         lines.append(f"{i:>4} {name:<{width}} {share[position]:>9.4%} {findings.images[position]:>7} {weight:>8}")
     return lines
-
-
-def class_labels(dataset: BaseDataSet) -> list[str]:
-    """Return a name per label id; before a single class comes the unnamed background."""
-    names = list(dataset.class_names)
-    return names if len(names) == dataset.label_count else ["(background)", *names]
 
 
 def _suggestions(stage: str, dataset: BaseDataSet, findings: Findings) -> list[str]:
@@ -130,7 +124,7 @@ def _numbers(values: Iterable[float]) -> str:
 def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
     """Return messages about things that are suspicious, but not errors."""
     found = []
-    names, total = class_labels(dataset), findings.pixels.sum()
+    names, total = dataset.facts.label_names, findings.pixels.sum()
     if 0 <= dataset.ignore_index < dataset.label_count:
         found.append(
             f"ignore_index {dataset.ignore_index} is also the id of {names[dataset.ignore_index]!r}: all pixels of "

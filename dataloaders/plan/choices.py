@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from base.entries import available_cores
-from dataloaders.check.report import class_labels
 from dataloaders.plan.survey import Survey
 from utils.errors import listed
 
@@ -56,7 +55,7 @@ def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
             "channels_last": True,
         },
     }
-    names = class_labels(found.dataset)
+    names = found.dataset.facts.label_names
     if len(names) == 2 and not single:
         config["predict"]["CoI"] = [1]
         reasons["predict", "CoI"] = f"scores are of {names[1]!r}; the background is large and easy"
@@ -144,14 +143,14 @@ def _batch(count: int, crop: int, width: int, device: str) -> tuple[int, str]:
 def _rare(found: Survey) -> list[str]:
     findings = found.findings
     share = findings.images[:-1] / max(1, len(findings.good))
-    names = class_labels(found.dataset)
+    names = found.dataset.facts.label_names
     return [names[i] for i in np.flatnonzero((share > 0) & (share < _RARE)).tolist()]
 
 
 def _loss_reason(found: Survey) -> str:
     findings = found.findings
     labeled = max(1, int(findings.pixels[:-1].sum()))
-    names = class_labels(found.dataset)
+    names = found.dataset.facts.label_names
     small = [names[i] for i in np.flatnonzero((findings.pixels[:-1] > 0) & (findings.pixels[:-1] < 0.02 * labeled))]
     text = "its probabilities are calibrated, as rankdice needs them"
     if small:

@@ -80,13 +80,7 @@ def window(mask: np.ndarray, left: int, top: int) -> Render:
 def runs(counts: Sequence[int], height: int, width: int, order: str = "C") -> np.ndarray:
     """Return the mask of alternating runs of 0 and 1, starting with 0: bool ``(height, width)``.
 
-    Args:
-        counts: the lengths of the runs.
-        height, width: of the mask.
-        order: "C" for row by row, "F" for column by column (COCO).
-
-    Raises:
-        ValueError: the runs do not fill the mask.
+    ``order``: "C" for row by row, "F" for column by column (COCO). ValueError: the runs do not fill the mask.
     """
     if any(count < 0 for count in counts) or sum(counts) != height * width:
         raise ValueError(f"the runs have {sum(counts)} pixels, expected {width} x {height}")
@@ -122,10 +116,7 @@ def label_studio_mask(code: Sequence[int], height: int, width: int) -> np.ndarra
     The code is a stream of bits: 32 for the number of values, 5 for the size of a value minus one, four times 4 for
     sizes of run lengths minus one, then the runs. A run has a bit (whether one value is repeated), 2 bits that choose
     the size of the length, the length minus one, and the value or values. The values are RGBA; the area is where A is
-    above 0.
-
-    Raises:
-        ValueError: the code does not fill the image.
+    above 0. ValueError: the code does not fill the image.
     """
     data, place = bytes(code), 0
 
@@ -139,9 +130,7 @@ def label_studio_mask(code: Sequence[int], height: int, width: int) -> np.ndarra
     count = read(32)
     if count != 4 * height * width:
         raise ValueError(f"the code has {count} values, expected 4 x {width} x {height}")
-    size, lengths = read(5) + 1, [0] * 4
-    for i in range(4):
-        lengths[i] = read(4) + 1
+    size, lengths = read(5) + 1, [read(4) + 1 for _ in range(4)]
     values, at = np.zeros(count, np.uint8), 0
     while at < count:
         if place > 8 * len(data):

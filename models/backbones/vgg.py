@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
@@ -58,17 +61,17 @@ class VGG(Backbone):
             features.append(x)
         return features
 
-    def torchvision_names(self) -> nn.ModuleDict:
-        """Return the same layers under torchvision's names (``features.0`` ...), for loading weights."""
-        layers: list[nn.Module] = []
-        for stage in self.stages:
-            layers += [*stage.children(), self.pool]
-        return nn.ModuleDict({"features": nn.Sequential(*layers)})
+    def from_torchvision(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return torchvision's weights (``features.0.weight`` ...) under the names here."""
+        places = [
+            f"stages.{s}.{i}." for s, stage in enumerate(self.stages) for i in range(len(list(stage.children())) + 1)
+        ]
+        return {re.sub(r"^features\.(\d+)\.", lambda m: places[int(m[1])], k): v for k, v in weights.items()}
 
 
 def vgg(name: str, in_channels: int = 3, pretrained: bool | str = False) -> VGG:
     """Build a VGG backbone; ``pretrained`` as in :func:`models.backbones.common.load_pretrained`."""
     backbone = VGG(name, in_channels)
-    weights = ImageNetWeights(name, "features.0.weight", ignore=("classifier.",))
-    load_pretrained(backbone.torchvision_names(), pretrained, weights)
+    rename = backbone.from_torchvision
+    load_pretrained(backbone, pretrained, ImageNetWeights(name, "stages.0.0.weight", ("classifier.",), rename=rename))
     return backbone

@@ -235,9 +235,9 @@ def test_enet_has_one_slope_per_feature_map_as_in_the_paper() -> None:
 def test_enet_bottlenecks_undo_each_others_sizes(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 16, *size)
-    y, pooled = DownBottleneck(16, 64)(x)
+    y, pooled = DownBottleneck(16, 64, "down")(x)
     assert y.shape == (2, 64, (size[0] + 1) // 2, (size[1] + 1) // 2)
-    assert UpBottleneck(64, 16)(y, pooled).shape == x.shape
+    assert UpBottleneck(64, 16, "up")(y, pooled).shape == x.shape
 
 
 @pytest.mark.parametrize("published", [False, True])
