@@ -22,7 +22,6 @@ class CityScapes(BaseDataSet):
 
     Args:
         mode: which annotations: "fine", or "coarse" (splits train, train_extra, val).
-        common: see :class:`base.base_dataset.BaseDataSet`.
     """
 
     class_names, palette = labels("cityscapes")

@@ -50,7 +50,6 @@ class COCO(BaseDataSet):
         partition: "CocoStuff164k" (PNG with class ids, 255: unlabeled; splits train2017, val2017) or "CocoStuff10k"
             (.mat with class ids plus one, 0: unlabeled; splits train, test, all; needs SciPy).
         compact: leave out the 11 unused ids: 171 classes, numbered without gaps.
-        common: see :class:`base.base_dataset.BaseDataSet`.
     """
 
     class_names, palette = _NAMES, _PALETTE

@@ -25,7 +25,6 @@ class DeepScene(BaseDataSet):
 
     Args:
         ignore_void: ignore void (class 0) in loss and scores, instead of training it as a class.
-        common: see :class:`base.base_dataset.BaseDataSet`.
     """
 
     class_names, palette = labels("deepscene")

@@ -57,7 +57,6 @@ class Folder(BaseDataSet):
         colors: whether masks are images in the colors of ``palette``: true: always; false: never; None: if the file is
             RGB.
         ignore_colors: colors of ignored pixels.
-        common: see :class:`base.base_dataset.BaseDataSet`.
     """
 
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test", "all")

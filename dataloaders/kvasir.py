@@ -27,7 +27,6 @@ class KvasirSEG(BaseDataSet):
     Args:
         val_fraction: fraction of the images for "val" (0.12 of 1000 gives the usual 880 and 120). If train.txt and
             val.txt exist (one name per line), they are used instead.
-        common: see :class:`base.base_dataset.BaseDataSet`.
     """
 
     class_names, palette = labels("kvasir")

@@ -24,15 +24,13 @@ class GlobalConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
+
+        def path(*kernels: tuple[int, int]) -> nn.Sequential:
+            first = nn.Conv2d(in_channels, out_channels, kernels[0], padding="same")
+            return nn.Sequential(first, nn.Conv2d(out_channels, out_channels, kernels[1], padding="same"))
+
         tall, wide = (kernel_size, 1), (1, kernel_size)
-        self.tall_wide = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, tall, padding="same"),
-            nn.Conv2d(out_channels, out_channels, wide, padding="same"),
-        )
-        self.wide_tall = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, wide, padding="same"),
-            nn.Conv2d(out_channels, out_channels, tall, padding="same"),
-        )
+        self.tall_wide, self.wide_tall = path(tall, wide), path(wide, tall)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, h, w) to (B, out_channels, h, w)."""

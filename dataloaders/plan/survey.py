@@ -40,25 +40,16 @@ _NO_DATA = -99  # negative numbers from here on usually mean "no data"
 
 @dataclass
 class Survey:
-    """A folder of data, and the loader that reads it.
-
-    Attributes:
-        loader: name of the loader.
-        args: arguments of the loader that all splits share.
-        why: argument (or "loader", "split") -> the reason, as text.
-        train, val, test: further arguments of each split; None if there is no such split.
-        dataset: the training data.
-        findings: facts and problems of some of its samples.
-    """
+    """A folder of data, and the loader that reads it."""
 
     loader: str
-    args: dict[str, Any]
-    why: dict[str, str] = field(default_factory=dict)
-    train: dict[str, Any] = field(default_factory=dict)
-    val: dict[str, Any] | None = None
+    args: dict[str, Any]  # of the loader, shared by all splits
+    why: dict[str, str] = field(default_factory=dict)  # argument (or "loader", "split") -> the reason, as text
+    train: dict[str, Any] = field(default_factory=dict)  # further arguments
+    val: dict[str, Any] | None = None  # the same; None if there is no such split
     test: dict[str, Any] | None = None
-    dataset: BaseDataSet = field(init=False)
-    findings: Findings = field(init=False)
+    dataset: BaseDataSet = field(init=False)  # the training data
+    findings: Findings = field(init=False)  # of some of its samples
 
     def take(self, argument: str, value: Any, why: str) -> None:
         """Set an argument of the loader and give the reason."""

@@ -34,22 +34,16 @@ class Recipe:
 
 def run(args: argparse.Namespace) -> None:
     """Download the data set that the command line names."""
-    recipe = RECIPES[recipe_name(args.name, args.aug, args.partition)]
+    if args.aug and args.name != "voc":
+        raise UserError(f"--aug: only voc has augmented lists, not {args.name}")
+    editions = {"voc": "_aug" if args.aug else "", "coco_stuff": args.partition.removeprefix("CocoStuff")}
+    recipe = RECIPES[args.name + editions.get(args.name, "")]
     print(recipe.note)
     prepare(recipe, expand(args.dir), args.mirror, not args.no_verify, args.delete_archives)
     print(
         f"\nready: {args.dir}\nlook at it:  python -m dataloaders check --config {recipe.config} "
         f"--set train_loader.args.data_dir={args.dir} --set val_loader.args.data_dir={args.dir}"
     )
-
-
-def recipe_name(name: str, aug: bool = False, partition: str = "CocoStuff164k") -> str:
-    """Return the key in :data:`RECIPES` for the arguments of the command line."""
-    if aug and name != "voc":
-        raise UserError(f"--aug: only voc has augmented lists, not {name}")
-    if name == "coco_stuff":
-        return "coco_stuff10k" if partition == "CocoStuff10k" else "coco_stuff164k"
-    return "voc_aug" if aug else name
 
 
 def prepare(

@@ -53,7 +53,12 @@ class MaskReader:
         if len(colors) < self.count:  # one class against an unnamed background
             colors = [(0, 0, 0), *colors]
         self._class_colors = np.array(colors, np.uint8)
-        self._colors = _color_table(colors, options.ignore_colors or (), facts.ignore_index)
+        ids = dict.fromkeys(((r, g, b) for r, g, b in options.ignore_colors or ()), facts.ignore_index)
+        self._colors = ColorTable(
+            ids | {color: i for i, color in enumerate(colors)},
+            f"The palette has {listed(map(list, colors), _SHOWN_COLORS)}: correct `palette` in the loader's args, or "
+            "list colors that are not labeled as `ignore_colors`.",
+        )
         self._by_color = bool(options.colors)
         self._palettes = PaletteReference()
 
@@ -63,10 +68,9 @@ class MaskReader:
         return self.options.threshold is not None or self.values.given or self._by_color
 
     def probe(self, paths: Iterable[Path]) -> set[int]:
-        """Read a few masks. If one is RGB and the options do not say otherwise, all masks are read by color.
+        """Return the values in a few masks that are not RGB; unreadable files are skipped.
 
-        Returns:
-            The values in the masks that are not RGB; unreadable files are skipped.
+        If one is RGB and the options do not say otherwise, all masks are read by color.
         """
         seen: set[int] = set()
         for path in paths:
@@ -169,14 +173,3 @@ class _ValueTable:
                 f"are neither in mask_values {self._shown} nor in ignore_values"
             )
         return self._ids[places]
-
-
-def _color_table(colors: Sequence[Color], ignored: Sequence[Color], ignore_index: int) -> ColorTable:
-    shown = listed(map(list, colors), _SHOWN_COLORS)
-    hint = (
-        f"The palette has {shown}: correct `palette` in the loader's args, or list colors that are not labeled as "
-        "`ignore_colors`."
-    )
-    ids = dict.fromkeys(((r, g, b) for r, g, b in ignored), ignore_index)
-    ids |= {color: i for i, color in enumerate(colors)}
-    return ColorTable(ids, hint)

@@ -77,6 +77,7 @@ def test_vgg_has_torchvisions_weights_and_features(name: str, tmp_path: Path) ->
     weights = reference.state_dict() | {"classifier.0.weight": torch.zeros(1)}
     torch.save(weights, tmp_path / "vgg.pth")
     backbone = vgg(name, pretrained=str(tmp_path / "vgg.pth")).eval()
+    assert backbone.weights_from == f"backbone from {tmp_path / 'vgg.pth'}"
     x = torch.randn(1, 3, 65, 70)
     expected, y = [], x
     for layer in reference["features"]:
@@ -365,6 +366,7 @@ def test_fcn8_takes_fc6_and_fc7_from_the_classifier(monkeypatch: pytest.MonkeyPa
     assert torch.equal(model.backbone.fc7.weight[7, :, 0, 0], rows(1, 4096)[0])
     assert (model.backbone.fc6.bias == 1).all()
     assert torch.equal(model.backbone.vgg.stages[0][0].weight, features["features.0.weight"])
+    assert model.backbone.weights_from == "backbone from vgg16.pth"
 
 
 def test_fcn8_explains_the_backbone_that_published_configs_name() -> None:

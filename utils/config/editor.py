@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from utils.config.schema import EDITORS_KEY, Config
@@ -41,21 +40,16 @@ def schema(models: Registry, loaders: Registry) -> dict[str, Any]:
         }
     for field in ("arch", "train_loader", "val_loader", "test_loader", "loss", "optimizer", "lr_scheduler"):
         described = {"description": fields[field]["description"]} if "description" in fields[field] else {}
-        fields[field] = described | _choice(field, "loader" if field.endswith("_loader") else field, tables)
+        choice: dict[str, Any] = {"$ref": f"#/$defs/{'loader' if field.endswith('_loader') else field}"}
+        if field in ("val_loader", "test_loader"):
+            choice = {"anyOf": [choice, {"type": "null"}], "default": None}
+        elif field == "loss":  # a name alone is enough
+            choice = {"anyOf": [{"enum": list(LOSSES)}, choice]}
+        fields[field] = described | choice
     fields[EDITORS_KEY] = {"description": "the path or address of this schema, for editors", "type": "string"}
     torch = ".".join(importlib.metadata.version("torch").split(".")[:2])
     draft = "https://json-schema.org/draft/2020-12/schema"
     return {"$schema": draft, "$comment": f"optimizers and schedules of torch {torch}", **result}
-
-
-def _choice(field: str, kind: str, tables: Mapping[str, Registry]) -> dict[str, Any]:
-    """Return what a field may contain: a section, or also null, or also a name alone."""
-    section = {"$ref": f"#/$defs/{kind}"}
-    if field in ("val_loader", "test_loader"):
-        return {"anyOf": [section, {"type": "null"}], "default": None}
-    if field == "loss":
-        return {"anyOf": [{"enum": list(tables["loss"])}, section]}
-    return section
 
 
 def _when(name: str, definition: str) -> dict[str, Any]:

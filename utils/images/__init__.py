@@ -133,15 +133,11 @@ def write_png(
 def voc_colormap(n: int = 256) -> tuple[tuple[int, int, int], ...]:
     """Return the first ``n`` colors of the Pascal VOC color map (index 255 is its void color)."""
 
-    def color(index: int) -> tuple[int, int, int]:
-        channels = [0, 0, 0]
-        for bit in range(8):
-            # Three bits of the index at a time become the next lower bit of red, green and blue.
-            for channel in range(3):
-                channels[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-        return channels[0], channels[1], channels[2]
+    def value(index: int, channel: int) -> int:
+        # Three bits of the index at a time become the next lower bit of red, green and blue.
+        return sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
 
-    return tuple(color(index) for index in range(n))
+    return tuple((value(i, 0), value(i, 1), value(i, 2)) for i in range(n))
 
 
 def _select(raster: Raster, channels: int, source: str) -> np.ndarray:

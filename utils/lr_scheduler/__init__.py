@@ -19,6 +19,7 @@ epochs with ``steps_per_epoch``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
@@ -66,10 +67,7 @@ def build(
         TypeError, ValueError: an unknown argument, or a value out of range.
     """
     SCHEDULERS.check_names(type, args)
-
-    def make(optimizer: Optimizer, length: int) -> Schedule:
-        return SCHEDULERS[type](optimizer, length, **args)
-
+    make = partial(SCHEDULERS[type], **args)
     if steps_per_epoch is None:
         return make(optimizer, total_steps)
     return PerEpoch(optimizer, total_steps, steps_per_epoch, make)
