@@ -207,16 +207,8 @@ class Trainer(BaseTrainer):
 
     def evaluator(self) -> Evaluator:
         """Return the evaluator of the deployed weights."""
-        network = Network(
-            self.deployed_model,
-            self.data.facts,
-            self.loss.activation,
-            self.device,
-            temperature=self.config.predict.temperature,
-            bias=self.config.predict.bias,
-            amp=self.amp,
-            channels_last=self.settings.channels_last,
-        )
+        facts, activation = self.data.facts, self.loss.activation
+        network = Network.from_config(self.deployed_model, facts, activation, self.config, device=self.device)
         return Evaluator(network, self.options.classes, self.config.predict.count_ignored, self.loss)
 
     def _validate(self, epoch: int) -> dict[str, float]:

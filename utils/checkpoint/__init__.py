@@ -36,7 +36,7 @@ from utils.errors import UserError
 from utils.facts import Facts
 from utils.losses import LOSSES
 from utils.predict import Activation
-from utils.predict.network import AMP_DTYPES, Ensemble, Network
+from utils.predict.network import Ensemble, Network
 from utils.registry import Registry
 
 __all__ = [
@@ -92,17 +92,11 @@ class LoadedModel:
             device: where the model is moved to; None: it stays where it is.
             changes: other values for fields of :class:`utils.predict.network.Network`.
         """
-        trainer = self.config.trainer
-        settings: dict[str, Any] = {
-            "temperature": self.config.predict.temperature,
-            "bias": self.config.predict.bias,
-            "amp": AMP_DTYPES[trainer.amp],
-            "channels_last": trainer.channels_last,
-        } | changes
-        layout = torch.channels_last if settings["channels_last"] else torch.preserve_format
+        channels_last = changes.get("channels_last", self.config.trainer.channels_last)
+        layout = torch.channels_last if channels_last else torch.preserve_format
         model = self.model.to(device).to(memory_format=layout).eval()
         where = torch.device(device) if device is not None else next(model.parameters()).device
-        return Network(model, self.facts, self.activation, where, **settings)
+        return Network.from_config(model, self.facts, self.activation, self.config, device=where, **changes)
 
 
 def config_of(

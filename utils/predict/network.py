@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.batch import Normalize
+from utils.config.schema import Config
 from utils.errors import UserError
 from utils.facts import Facts
 from utils.predict import Activation, probabilities, tiling
@@ -62,6 +63,19 @@ class Network:
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected a number above 0, found {self.temperature}")
         object.__setattr__(self, "normalize", Normalize(self.facts.mean, self.facts.std).to(self.device))
+
+    @classmethod
+    def from_config(
+        cls, model: nn.Module, facts: Facts, activation: Activation, config: Config, **changes: Any
+    ) -> Network:
+        """Return a network set up as a config says; ``changes``: other values for fields."""
+        settings: dict[str, Any] = {
+            "temperature": config.predict.temperature,
+            "bias": config.predict.bias,
+            "amp": AMP_DTYPES[config.trainer.amp],
+            "channels_last": config.trainer.channels_last,
+        }
+        return cls(model, facts, activation, **(settings | changes))
 
     @property
     def averages(self) -> bool:
