@@ -15,6 +15,7 @@ from utils.bounds import AboveZero, ClassId, Count, Label, NonNegative, Number, 
 
 Procedure = Literal["T", "max", "rankdice"]
 Presence = Literal["auto", "fitted", "rule", "prune", "all"]
+Solver = Literal["exact", "ba", "trna", "paper", "rma"]
 Metric = Literal["dice", "iou"]
 METRIC_NAMES: dict[str, str] = {"dice": "Dice", "iou": "IoU"}  # in results and texts
 
@@ -64,7 +65,7 @@ class Schedule(Component):
 class RankDiceOptions(Section):
     """How procedure rankdice finds its masks (see docs/rankdice.md)."""
 
-    solver: Literal["exact", "ba", "trna", "paper", "rma"] = Field(
+    solver: Solver = Field(
         "exact", description="how the mask's volume is found: exactly, or by a published approximation"
     )
     metric: Metric = Field("dice", description="the score to maximize in expectation")

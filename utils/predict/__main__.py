@@ -26,7 +26,7 @@ from utils.checkpoint import LoadedModel
 from utils.cli import PROCEDURES
 from utils.config.errors import explain
 from utils.config.errors import report as report_problems
-from utils.config.schema import Component, Config, Metric, Predict, Presence
+from utils.config.schema import Component, Config, Metric, Predict, Presence, Solver
 from utils.errors import UserError, run
 from utils.evaluation import Evaluator, all_decisions, evaluate, fitting, single_decision
 from utils.facts import Facts
@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     ).add_argument
     options("--threshold", type=float, help="threshold of procedure T")
     options("--metric", choices=get_args(Metric), help="the score whose expected value rankdice maximizes")
-    options("--solver", choices=("exact", "ba", "trna", "paper", "rma"), help="solver of rankdice")
+    options("--solver", choices=get_args(Solver), help="solver of rankdice")
     options("--smooth", type=float, help="smoothing of rankdice's Dice or IoU")
     options(
         "--prune", type=prune, metavar="P", help="no rankdice mask for classes that are at most P everywhere; or off"
