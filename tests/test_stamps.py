@@ -14,7 +14,7 @@ from PIL import Image
 from utils import stamps
 from utils.errors import UserError
 from utils.images.palette import write_mask
-from utils.inference.outputs import OverlayVideo
+from utils.inference.outputs import overlay_video
 from utils.predict.files import read_probs, write_probs
 
 RUN = stamps.digest({"model": "a", "flip": True})
@@ -55,9 +55,9 @@ def test_npz(tmp_path: Path) -> None:
 
 def test_mp4(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
-    with OverlayVideo(path, 10, RUN) as video:
+    with overlay_video(path, 10, RUN) as append:
         for value in range(3):
-            video.append(np.full((48, 64, 3), 80 * value, np.uint8))
+            append(np.full((48, 64, 3), 80 * value, np.uint8))
     assert stamps.stamp_of(path) == RUN
     capture = cv2.VideoCapture(str(path))
     assert [capture.read()[0] for _ in range(4)] == [True, True, True, False]

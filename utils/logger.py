@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -130,25 +131,25 @@ class RunLog:
             if kind == "epoch":
                 self._write_csv(self._records())
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write scalars to TensorBoard, by their full tags."""
+    def _write(self, method: str, *args: Any, **options: Any) -> None:
+        """Call a method of TensorBoard's writer, if there is one."""
         if self.writer is not None:
             with _explained(Path(self.writer.log_dir)):
-                for tag, value in values.items():
-                    if math.isfinite(value):
-                        self.writer.add_scalar(tag, value, step)
+                getattr(self.writer, method)(*args, **options)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Write scalars to TensorBoard, by their full tags."""
+        for tag, value in values.items():
+            if math.isfinite(value):
+                self._write("add_scalar", tag, value, step)
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
         """Write an RGB image, uint8 ``(H, W, 3)``, to TensorBoard."""
-        if self.writer is not None:
-            with _explained(Path(self.writer.log_dir)):
-                self.writer.add_image(tag, image, step, dataformats="HWC")
+        self._write("add_image", tag, image, step, dataformats="HWC")
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Write preformatted text to TensorBoard."""
-        if self.writer is not None:
-            indented = "\n".join("    " + line for line in text.splitlines())
-            self.writer.add_text(tag, indented, step)
+        self._write("add_text", tag, textwrap.indent(text, "    "), step)
 
     def hparams(self, settings: Mapping[str, Any], scores: Iterable[str]) -> None:
         """Write the hyper-parameters to TensorBoard, and the tags of the scalars that runs are compared by."""
@@ -159,9 +160,7 @@ class RunLog:
 
     def flush(self) -> None:
         """Write everything to the disk, before a checkpoint refers to it."""
-        if self.writer is not None:
-            with _explained(Path(self.writer.log_dir)):
-                self.writer.flush()
+        self._write("flush")
 
     def close(self, finished: bool = False) -> None:
         """Close the files; ``finished``: the run has come to its end."""

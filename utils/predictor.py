@@ -93,6 +93,14 @@ class Predictor:
         keep_probs: bool = False,
         values: ValueRange | None = None,
     ) -> None:
+        amp_name = amp if isinstance(amp, str) else "off"
+        for name, value, known in (
+            ("predict", predict or "max", PROCEDURES),
+            ("mode", mode or "single", MODES),
+            ("amp", amp_name, AMP_DTYPES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}{did_you_mean(value, known)}")
         self.device = choose_device(device)
         models = [model] if isinstance(model, str | Path | LoadedModel) else model
         members = [m if isinstance(m, LoadedModel) else load_model(m, self.device) for m in models]
@@ -100,7 +108,8 @@ class Predictor:
         settings = loaded.config.predict
         self.facts, self.config = loaded.facts, loaded.config
         self.mode: str = mode if mode is not None else loaded.config.predict.mode
-        changes: dict[str, Any] = {} if amp is None else {"amp": _amp(amp, self.device)}
+        half = torch.bfloat16 if self.device.type == "cpu" else torch.float16
+        changes: dict[str, Any] = {} if amp is None else {"amp": half if amp is True else AMP_DTYPES[amp_name]}
         if temperature is not None:
             changes["temperature"] = temperature
         seen = tuple(scales) if self.mode == "multiscale" else (1.0,)
@@ -121,9 +130,6 @@ class Predictor:
         )
 
     def _check(self) -> None:
-        for name, value, known in (("predict", self.procedure, PROCEDURES), ("mode", self.mode, MODES)):
-            if value not in known:
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}{did_you_mean(value, known)}")
         for name in ("max_pixels", "memory"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -158,17 +164,16 @@ class Predictor:
         Pixels without data have the mean color.
         """
         channels = self.facts.in_channels
-        if isinstance(image, str | Path):
-            return self._filled(read_pixels(image, channels, self.values))
         if isinstance(image, Tensor):
             if image.ndim != 3:
                 raise ValueError(f"images: expected a tensor (channels, H, W), got shape {tuple(image.shape)}")
             image = image.detach().cpu().permute(1, 2, 0).numpy()
-        if not isinstance(image, np.ndarray | Image.Image):
+        if isinstance(image, str | Path):
+            pixels = read_pixels(image, channels, self.values)
+        elif isinstance(image, np.ndarray | Image.Image):
+            pixels = to_pixels(image, channels, self.values)
+        else:
             raise TypeError(f"images: a path, PIL image, array or tensor expected, got {type(image).__name__}")
-        return self._filled(to_pixels(image, channels, self.values))
-
-    def _filled(self, pixels: Pixels) -> Pixels:
         return pixels._replace(image=pixels.filled(self.facts.mean))
 
     @torch.inference_mode()
@@ -189,12 +194,16 @@ class Predictor:
     def _segment_equal(self, images: list[Pixels]) -> list[Segmentation]:
         """Segment images of one size in one batch."""
         height, width = images[0].image.shape[:2]
-        tensors = [_to_tensor(pixels.image) for pixels in images]
-        if self.streams(height, width):
-            found = [self._stream(image, pixels.missing) for image, pixels in zip(tensors, images, strict=True)]
-            return [replace(one, tiled=self.mode != "sliding") for one in found]
-        probs = self.probabilities(torch.stack(tensors))
-        check_finite(probs)
+        # Arrays of PIL images are read-only, which torch would warn of.
+        arrays = [image if image.flags.writeable else image.copy() for image, _ in images]
+        tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
+        if self.streams(height, width):  # one image, whose probabilities are never in memory as a whole
+            classes, cut = self.facts.num_classes, replace(self.cut, max_bytes=self.memory)
+            forward = lambda tiles: check_finite(self.network.probabilities(tiles))  # noqa: E731
+            blocks = tiling.sliding_blocks(forward, tensors[0], classes, cut)
+            result = self.decide.stream(blocks, (classes, height, width), images[0].missing)
+            return [replace(result, tiled=self.mode != "sliding")]
+        probs = check_finite(self.probabilities(torch.stack(tensors)))
         found = self.decide(probs, [pixels.missing for pixels in images])
         return [replace(one, tiled=self.tiles(height, width)) for one in found]
 
@@ -227,26 +236,6 @@ class Predictor:
             return probs.clamp_(max=1.0)
         return self.network.probabilities(images)
 
-    def _checked(self, images: Tensor) -> Tensor:
-        probs = self.network.probabilities(images)
-        check_finite(probs)
-        return probs
-
-    def _stream(self, image: Tensor, missing: np.ndarray | None) -> Segmentation:
-        """Segment one image ``(channels, H, W)`` whose probabilities are never in memory as a whole."""
-        classes, (height, width) = self.facts.num_classes, image.shape[-2:]
-        blocks = tiling.sliding_blocks(self._checked, image, classes, replace(self.cut, max_bytes=self.memory))
-        return self.decide.stream(blocks, (classes, height, width), missing)
-
-
-def _amp(amp: bool | str, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of autocast."""
-    if isinstance(amp, str):
-        if amp not in AMP_DTYPES:
-            raise ValueError(f"amp: {amp!r} is not one of {', '.join(AMP_DTYPES)}{did_you_mean(amp, AMP_DTYPES)}")
-        return AMP_DTYPES[amp]
-    return None if not amp else torch.bfloat16 if device.type == "cpu" else torch.float16
-
 
 def _training_crop(loaded: LoadedModel) -> int | tuple[int, int]:
     """Return the side of the crops in training, or their (height, width); 512 if images were not cropped."""
@@ -254,10 +243,3 @@ def _training_crop(loaded: LoadedModel) -> int | tuple[int, int]:
     if isinstance(crop, Sequence) and len(crop) == 2 and min(crop) > 0:
         return int(crop[0]), int(crop[1])
     return crop if isinstance(crop, int) and crop > 0 else 512
-
-
-def _to_tensor(image: np.ndarray) -> Tensor:
-    """Return ``(H, W, C)`` as a tensor ``(C, H, W)`` that shares its memory."""
-    if not image.flags.writeable:
-        image = image.copy()  # torch would warn of it; arrays of PIL images are read-only
-    return torch.from_numpy(image).permute(2, 0, 1)

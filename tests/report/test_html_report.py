@@ -173,7 +173,7 @@ def test_only_the_biggest_are_kept_whatever_the_order_and_the_processes() -> Non
     whole.add(cases(changes))
     assert [c.name for c in whole.gains] == ["image008", "image001"]
     assert [c.name for c in whole.losses] == ["image005", "image002"]
-    assert len(whole._gains) == len(whole._losses) == 2
+    assert len(whole.gains) == len(whole.losses) == 2
     names = [f"image{i:03}" for i in range(9)]
     shares = []
     for members in ((8, 2, 5), (7, 0, 1), (3, 4, 6)):

@@ -251,7 +251,10 @@ def build_model(
             facts = _facts_of_config(config)
             arch, args, num_classes = config.arch.type, arch_arguments(config, facts), facts.num_classes
         elif "facts" in state:
-            facts = _stored_facts(state["facts"])
+            try:
+                facts = Facts.from_dict(state["facts"])
+            except (TypeError, ValueError, KeyError) as error:
+                raise UserError(f"its 'facts' (classes, palette, mean, std) are malformed: {error}") from None
             arch, args, num_classes = config.arch.type, arch_arguments(config, facts), facts.num_classes
             if models.MODELS[arch].published_entry in weights:
                 args["published"] = True  # written when this form was the default
@@ -306,13 +309,6 @@ def arch_arguments(config: Config, facts: Facts) -> dict[str, Any]:
             "(train_loader.args.in_channels); give both the same"
         )
     return args if facts.in_channels == 3 else args | {"in_channels": channels}
-
-
-def _stored_facts(values: Any) -> Facts:
-    try:
-        return Facts.from_dict(values)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"its 'facts' (classes, palette, mean, std) are malformed: {error}") from None
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any], source: str | Path = "the weights") -> None:

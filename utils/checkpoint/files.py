@@ -33,16 +33,11 @@ def save(state: Mapping[str, Any], path: str | Path) -> None:
     with files.atomic(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(dict(state), file)
-        except RuntimeError as error:
-            raise _write_failure(error) from None
-
-
-def _write_failure(error: BaseException) -> OSError:
-    """Return why writing failed; torch's zip writer hides the system's error behind its own."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return cause or OSError(f"{error} (is the disk full?)")
+        except RuntimeError as error:  # torch's zip writer hides the system's error behind its own
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or OSError(f"{error} (is the disk full?)") from None
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.evaluation import Part
+from utils.files import csv_text
 
 
 class Confusion:
@@ -51,11 +50,8 @@ class Confusion:
 
 def as_csv(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
     """Return a confusion matrix as CSV: a row per class of the target, a column per class of the prediction."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["target \\ prediction", *class_names])
-    writer.writerows([name, *row] for name, row in zip(class_names, matrix, strict=True))
-    return stream.getvalue()
+    rows = ([name, *row] for name, row in zip(class_names, matrix, strict=True))
+    return csv_text([["target \\ prediction", *class_names], *rows])
 
 
 def shares(matrix: Sequence[Sequence[int]]) -> list[list[float | None]]:

@@ -94,18 +94,13 @@ class Reliability:
         size = (classes + 1) * BINS
         found = [torch.bincount(where, weights, size) for weights in (None, everything.flatten(), hits.flatten())]
         self.sums += torch.stack([f.double() for f in found]).view(3, classes + 1, BINS).cpu()
-        self.totals += torch.tensor([self._nll(probs, truth), self._brier(probs, truth), count], dtype=torch.float64)
-
-    def _nll(self, probs: Tensor, truth: Tensor) -> float:
-        probs = probs.double()
-        if not self.binary:
-            return float(-(probs * truth).sum(dim=1).clamp_min(_TINY).log().sum())
-        said = torch.where(truth > 0, probs, 1 - probs)
-        return float(-said.clamp_min(_TINY).log().mean(dim=1).sum())
-
-    def _brier(self, probs: Tensor, truth: Tensor) -> float:
-        squares = (probs - truth).double().square()
-        return float((squares.mean(dim=1) if self.binary else squares.sum(dim=1)).sum())
+        double, squares = probs.double(), (probs - truth).double().square()
+        if self.binary:
+            said, brier = torch.where(truth > 0, double, 1 - double), squares.mean(dim=1)
+            nll = -said.clamp_min(_TINY).log().mean(dim=1)
+        else:
+            nll, brier = -(double * truth).sum(dim=1).clamp_min(_TINY).log(), squares.sum(dim=1)
+        self.totals += torch.tensor([float(nll.sum()), float(brier.sum()), count], dtype=torch.float64)
 
     def merge(self, others: Sequence[Reliability]) -> None:
         """Add what other processes have gathered."""

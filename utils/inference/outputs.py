@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from utils import stamps
 from utils.errors import UserError
 from utils.facts import Facts
 from utils.files import atomic, reason, write_bytes, write_text
-from utils.images import write_png
 from utils.images.palette import overlay, write_mask
 from utils.inference.table import Row, Table
-from utils.predict.files import class_file, write_class_masks, write_probs
+from utils.predict.files import write_classes, write_probs
 from utils.predict.segmentation import Segmentation
 from utils.predict.spool import Spool
 
@@ -63,8 +62,8 @@ class Run:
 
     procedure: str
     metric: str = "dice"
-    digest: str = "0" * 16
-    probs_digest: str = "0" * 16
+    digest: str = stamps.NO_RUN
+    probs_digest: str = stamps.NO_RUN
     why_empty: str = ""
 
 
@@ -86,7 +85,7 @@ class Outputs:
     run: Run
     wanted: Wanted = Wanted()
     force: bool = False
-    video: OverlayVideo | None = None
+    video: Callable[[np.ndarray], None] | None = None
 
     @property
     def table(self) -> Table:
@@ -97,60 +96,51 @@ class Outputs:
         """Return where the mask of an image goes."""
         return self.folder / f"{name}.png"
 
-    def _files(self, name: str) -> dict[Path, str | None]:
-        """Return every file that an image may have, with the stamp that this run gives it; None: not wanted."""
-        wanted, digest = self.wanted, self.run.digest
+    def _outputs(self, name: str) -> dict[Path, str | None]:
+        """Return every output that an image may have, with the stamp that this run gives it; None: not wanted.
+
+        ``NAME_probs`` and ``NAME_masks`` are folders with a PNG per class.
+        """
+        wanted, run = self.wanted, self.run
         shown = wanted.opacity is not None and self.video is None
-        return {
-            self.folder / f"{name}.npz": self.run.probs_digest if wanted.probs == "npz" else None,
-            self.folder / f"{name}.json": digest if wanted.json else None,
-            self.folder / f"{name}_overlay.jpg": self._overlay_digest if shown else None,
-            self.mask_path(name): digest,
+        outputs = {
+            ".npz": run.probs_digest if wanted.probs == "npz" else None,
+            "_probs": run.probs_digest if wanted.probs == "png" else None,
+            "_masks": run.digest if wanted.masks else None,
+            ".json": run.digest if wanted.json else None,
+            "_overlay.jpg": self._overlay_digest if shown else None,
+            ".png": run.digest,
         }
+        return {self.folder / f"{name}{end}": stamp for end, stamp in outputs.items()}
 
     @property
     def _overlay_digest(self) -> str:
         return stamps.digest({"run": self.run.digest, "opacity": self.wanted.opacity})
 
-    def _folders(self, name: str) -> dict[Path, str | None]:
-        """Return the folders of files per class that an image may have, as :meth:`_files`."""
-        wanted = self.wanted
-        return {
-            self.folder / f"{name}_probs": self.run.probs_digest if wanted.probs == "png" else None,
-            self.folder / f"{name}_masks": self.run.digest if wanted.masks else None,
-        }
-
     def exists(self, name: str) -> bool:
         """Return whether a run with this model and these options has written all that is wanted of an image."""
-        files = all(run is None or stamps.stamp_of(path) == run for path, run in self._files(name).items())
-        return files and all(
-            run is None or path.is_dir() and all(stamps.stamp_of(p) == run for p in path.glob("*.png"))
-            for path, run in self._folders(name).items()
-        )
+        outputs = self._outputs(name).items()
+        return all(run is None or all(stamps.stamp_of(p) == run for p in _files(path)) for path, run in outputs)
 
     def refuse_foreign(self, names: Iterable[str]) -> None:
         """Raise UserError if an output of these images would replace a file that this program did not write."""
         if not self.force:
-            stamps.refuse_foreign((path for name in names for path in self._replaced(name)), self.folder)
+            wanted = (path for name in names for path, run in self._outputs(name).items() if run is not None)
+            stamps.refuse_foreign((file for path in wanted for file in _files(path, "*")), self.folder)
 
-    def _replaced(self, name: str) -> Iterator[Path]:
-        yield from (path for path, run in self._files(name).items() if run is not None)
-        for path, run in self._folders(name).items():
-            if run is not None:
-                yield from path.glob("*")
-
-    def _remove_stale(self, name: str) -> None:
-        """Remove what an earlier run wrote for an image and this one does not: it would not go with the new mask."""
-        for path, run in self._files(name).items():
-            if run is None and stamps.stamp_of(path) not in (None, self.run.digest, self.run.probs_digest):
-                path.unlink(missing_ok=True)
-        for folder, run in self._folders(name).items():
-            if run is None and folder.is_dir():
-                for path in folder.glob("*.png"):
-                    if stamps.stamp_of(path) is not None:
-                        path.unlink(missing_ok=True)
+    def _remove(self, name: str, failed: bool = False) -> None:
+        """Remove what earlier runs wrote for an image and this one does not; if it failed, what this run wrote."""
+        for path, run in self._outputs(name).items():
+            if failed == (run is None):
+                continue
+            kept = (None,) if path.is_dir() else (None, self.run.digest, self.run.probs_digest)
+            for file in _files(path):
+                stamp = stamps.stamp_of(file)
+                if stamp == run if failed else stamp not in kept:
+                    file.unlink(missing_ok=True)
+            if path.is_dir():
                 with suppress(OSError):
-                    folder.rmdir()
+                    path.rmdir()
 
     def write(self, name: str, source: str, image: np.ndarray | None, result: Segmentation) -> Row | None:
         """Write everything of one image; return its line for the table, if the procedure expects a score.
@@ -160,71 +150,60 @@ class Outputs:
         Raises:
             UserError: a file could not be written, or one is in the way.
         """
-        written: list[Path] = []
-        try:
+        with closing(result):
             self.refuse_foreign([name])
-            if self.wanted.opacity is not None:
-                assert image is not None
-                self._write_overlay(name, image, result.labels, self.wanted.opacity, written)
-            if self.wanted.probs:
-                assert result.probs is not None
-                self._write_probs(name, result.probs, written)
-            if self.wanted.masks:
-                self._write_class_masks(name, result, written)
-            row = self._row(source, result)
-            if self.wanted.json:
-                written.append(self.folder / f"{name}.json")
-                text = json.dumps(self._describe(source, result, row), indent=2, ensure_ascii=False)
-                write_text(written[-1], f"{text}\n")
-            write_mask(self.mask_path(name), result.labels, self.facts.palette, stamps.text(self.run.digest))
-            self._remove_stale(name)
-        except (OSError, UserError) as error:
-            cause = reason(error) if isinstance(error, OSError) else error
-            for path in written:
-                path.unlink(missing_ok=True)
-            for folder in self._folders(name):
-                with suppress(OSError):
-                    folder.rmdir()
-            raise UserError(f"{source}: its outputs could not be written: {cause}") from None
-        finally:
-            result.close()
+            try:
+                if self.wanted.opacity is not None:
+                    assert image is not None
+                    self._write_overlay(name, image, result.labels, self.wanted.opacity)
+                if self.wanted.probs:
+                    assert result.probs is not None
+                    self._write_probs(name, result.probs)
+                if self.wanted.masks:
+                    self._write_class_masks(name, result)
+                row = self._row(source, result)
+                if self.wanted.json:
+                    text = json.dumps(self._describe(source, result, row), indent=2, ensure_ascii=False)
+                    write_text(self.folder / f"{name}.json", f"{text}\n")
+                write_mask(self.mask_path(name), result.labels, self.facts.palette, stamps.text(self.run.digest))
+                self._remove(name)
+            except (OSError, UserError) as error:
+                self._remove(name, failed=True)
+                cause = reason(error) if isinstance(error, OSError) else error
+                raise UserError(f"{source}: its outputs could not be written: {cause}") from None
         return row
 
-    def _write_overlay(
-        self, name: str, image: np.ndarray, labels: np.ndarray, opacity: float, written: list[Path]
-    ) -> None:
+    def _write_overlay(self, name: str, image: np.ndarray, labels: np.ndarray, opacity: float) -> None:
         picture = overlay(image, labels, self.facts.palette, opacity, in_place=True)
         cv2.cvtColor(picture, cv2.COLOR_RGB2BGR, dst=picture)
         if self.video is not None:
-            self.video.append(picture)
+            self.video(picture)
             return
-        written.append(self.folder / f"{name}_overlay.jpg")
         shrink = max(picture.shape[:2]) / _JPEG_LARGEST_SIDE
         if shrink > 1:
             picture = cv2.resize(picture, None, fx=1 / shrink, fy=1 / shrink, interpolation=cv2.INTER_AREA)
         data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
-        write_bytes(written[-1], stamps.jpeg(data, self._overlay_digest))
+        write_bytes(self.folder / f"{name}_overlay.jpg", stamps.jpeg(data, self._overlay_digest))
 
-    def _write_probs(self, name: str, probs: Tensor | Spool, written: list[Path]) -> None:
+    def _write_probs(self, name: str, probs: Tensor | Spool) -> None:
         if self.wanted.probs == "npz":
-            written.append(self.folder / f"{name}.npz")
-            write_probs(written[-1], probs, self.run.probs_digest)
+            write_probs(self.folder / f"{name}.npz", probs, self.run.probs_digest)
             return
-        for c in range(probs.shape[0]):
+
+        def picture(c: int) -> np.ndarray:
             planes = probs.planes(c) if isinstance(probs, Spool) else [probs[c].numpy()]
             # rounded, so that 0 and 1 stay what they are
-            plane = np.concatenate([np.rint(p.astype(np.float32) * 255).astype(np.uint8) for p in planes])
-            written.append(self.folder / f"{name}_probs" / class_file(self.facts, c))
-            write_png(written[-1], plane, software=stamps.text(self.run.probs_digest))
+            return np.concatenate([np.rint(p.astype(np.float32) * 255).astype(np.uint8) for p in planes])
 
-    def _write_class_masks(self, name: str, result: Segmentation, written: list[Path]) -> None:
-        folder = self.folder / f"{name}_masks"
-        folder.mkdir(parents=True, exist_ok=True)  # also without any mask: an empty folder shows that
-        assert result.masks is not None
-        every = range(self.facts.num_classes)
-        found = [c for c in every if (result.masks[c].any() if result.volumes is None else result.volumes[c])]
-        written += [folder / class_file(self.facts, c) for c in found]
-        write_class_masks(folder, self.facts, result.masks, found, self.run.digest)
+        pictures = ((c, picture(c)) for c in range(probs.shape[0]))
+        write_classes(self.folder / f"{name}_probs", self.facts, pictures, self.run.probs_digest)
+
+    def _write_class_masks(self, name: str, result: Segmentation) -> None:
+        masks, volumes = result.masks, result.volumes
+        assert masks is not None
+        found = (c for c in range(self.facts.num_classes) if volumes is None or volumes[c])
+        pictures = ((c, mask.astype(np.uint8) * 255) for c in found if (mask := masks[c]).any())
+        write_classes(self.folder / f"{name}_masks", self.facts, pictures, self.run.digest)
 
     def _label_name(self, label: int) -> str:
         """Return a label's name: with one channel, label 1 is the class and 0 its background."""
@@ -270,40 +249,36 @@ class Outputs:
         return described | {"classes": classes, "unassigned_pixels": unassigned}
 
 
-class OverlayVideo:
-    """Overlays of frames as a video file, a context manager: the file has its name only once all went well.
+@contextmanager
+def overlay_video(path: Path, rate: float, digest: str = stamps.NO_RUN) -> Iterator[Callable[[np.ndarray], None]]:
+    """Give a function that adds a picture, uint8 ``(H, W, 3)`` BGR, to a video; the file is there if all went well.
 
     Args:
         path: where to; ``.mp4``.
         rate: frames per second.
         digest: of the run, for the stamp.
     """
+    writer: cv2.VideoWriter | None = None
+    with ExitStack() as files:
 
-    def __init__(self, path: Path, rate: float, digest: str = "0" * 16) -> None:
-        self.path, self.rate, self.digest = path, rate, digest
-        self._writer: cv2.VideoWriter | None = None
-        self._temporary = path
-        self._file = ExitStack()
+        def append(picture: np.ndarray) -> None:
+            nonlocal writer
+            if writer is None:
+                temporary = files.enter_context(atomic(path, path.suffix))
+                size = (picture.shape[1], picture.shape[0])
+                writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), rate, size)
+                files.callback(stamps.append_mp4, temporary, digest)
+                files.callback(writer.release)
+                if not writer.isOpened():
+                    raise UserError(f"{path}: this build of OpenCV cannot write mp4 video; remove --overlay")
+            writer.write(picture)
 
-    def __enter__(self) -> OverlayVideo:
-        return self
+        yield append
 
-    def __exit__(self, *error: Any) -> None:
-        if self._writer is not None:
-            self._writer.release()
-            self._writer = None
-            stamps.append_mp4(self._temporary, self.digest)
-        self._file.__exit__(*error)
 
-    def append(self, picture: np.ndarray) -> None:
-        """Add a picture, uint8 ``(H, W, 3)`` BGR."""
-        if self._writer is None:
-            self._temporary = self._file.enter_context(atomic(self.path, self.path.suffix))
-            size = (picture.shape[1], picture.shape[0])
-            self._writer = cv2.VideoWriter(str(self._temporary), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
-            if not self._writer.isOpened():
-                raise UserError(f"{self.path}: this build of OpenCV cannot write mp4 video; remove --overlay")
-        self._writer.write(picture)
+def _files(path: Path, pattern: str = "*.png") -> list[Path]:
+    """Return the files of an output: the file itself, or those in a folder."""
+    return list(path.glob(pattern)) if path.is_dir() else [path]
 
 
 def _presence(result: Segmentation) -> tuple[float | None, ...]:

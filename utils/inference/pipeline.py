@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 
 import numpy as np
 import torch
@@ -15,7 +17,6 @@ from utils.images import Pixels
 from utils.inference.outputs import Outputs
 from utils.inference.sources import Item
 from utils.inference.table import Row
-from utils.predict.segmentation import Segmentation
 from utils.predictor import Predictor
 
 # The most pixels of all images between reading and writing; a single larger image is also processed.
@@ -49,6 +50,11 @@ class Report:
     empty: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     interrupted: bool = False
+
+    @classmethod
+    def merged(cls, reports: Sequence[Report]) -> Report:
+        """Return the reports of all processes as one."""
+        return cls(*(reduce(add, values) for values in zip(*(vars(one).values() for one in reports), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -175,16 +181,13 @@ class Pipeline:
                 without_class &= ~pixels.missing
             self.report.unassigned += int(np.count_nonzero(without_class))
             shown = pixels.image if self.outputs.wanted.opacity is not None else None
-            future = self._writer.submit(self._write, job.item, shown, result)
+            future = self._writer.submit(self.outputs.write, job.item.name, job.item.source, shown, result)
             self._writing.append(_Job(job.item, job.pixels, future))
         batch.clear()
         while self._writing and (self._writing[0].future.done() or len(self._writing) > 2 * self.predictor.batch_size):
             self._finish_oldest()
 
     # ------------------------------------------------------------------------------------------- writing
-
-    def _write(self, item: Item, image: np.ndarray | None, result: Segmentation) -> Row | None:
-        return self.outputs.write(item.name, item.source, image, result)
 
     def _finish_oldest(self) -> None:
         job = self._writing.popleft()

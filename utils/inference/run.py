@@ -6,9 +6,9 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from utils import checkpoint, distributed, stamps
 from utils.config.schema import METRIC_NAMES
 from utils.errors import USER_ERROR_EXIT_CODE, UserError, listed, plural
 from utils.files import expand
-from utils.inference.outputs import Outputs, OverlayVideo, Run, Wanted, check_folder
+from utils.inference.outputs import Outputs, Run, Wanted, check_folder, overlay_video
 from utils.inference.pipeline import Pipeline, Report
 from utils.inference.sources import Found, Item, Video, find_images, is_video, printable
 from utils.predict.files import Index, prepare_folder, run_of
@@ -29,23 +29,6 @@ from utils.predictor import SCALES, Predictor
 from utils.progress import progress_bar
 
 _SHOWN = 20  # failures that the summary repeats
-
-
-@dataclass(frozen=True)
-class Source:
-    """The images of one process.
-
-    Attributes:
-        items: its share of them.
-        total: how many, if that is known.
-        video: the video they are frames of.
-        found: what was found in the folder.
-    """
-
-    items: Iterable[Item]
-    total: int | None
-    video: Video | None = None
-    found: Found | None = None
 
 
 def segment_all(args: argparse.Namespace) -> int:
@@ -59,41 +42,40 @@ def segment_all(args: argparse.Namespace) -> int:
     source = open_source(args, rank, world)
     predictor = load(args)
     outputs = open_outputs(args, predictor, source)
-    if source.video is not None and args.overlay is not None and world == 1:
-        path = outputs.folder / f"{source.video.name}_overlay.mp4"
+    video: AbstractContextManager = nullcontext()
+    if isinstance(source, Video) and args.overlay is not None and world == 1:
+        path = outputs.folder / f"{source.name}_overlay.mp4"
         if not args.force:
             stamps.refuse_foreign([path], outputs.folder)
-        outputs.video = OverlayVideo(path, source.video.rate, outputs.run.digest)
+        video = overlay_video(path, source.rate, outputs.run.digest)
 
     started = time.monotonic()
-    problems = source.found.problems if source.found is not None and rank == 0 else []
-    with image_bar(source.total) as (advance, say), outputs.video or nullcontext():
+    problems = source.problems if rank == 0 else []
+    most = source.total and min(source.total, args.limit or source.total)
+    with image_bar(most) as (advance, say), video as outputs.video:
         for problem in problems:
             say(problem)
         pipeline = Pipeline(predictor, outputs, advance, args.skip_existing)
-        report = pipeline.run(islice(source.items, args.limit))
+        report = pipeline.run(islice(source, args.limit))
     report.failures[:0] = problems
     with distributed.process_group(torch.device("cpu"), timeout=timedelta(days=7)):  # the slowest may take long
-        reports = distributed.gather(report)
+        total = Report.merged(distributed.gather(report))
     if rank == 0:
-        summarize(reports, outputs, predictor.mode, time.monotonic() - started)
-        if source.found is not None and source.found.passed_over:
-            print(source.found.passed_over)
+        summarize(total, outputs, predictor.mode, time.monotonic() - started)
+        if source.passed_over:
+            print(source.passed_over)
     if report.interrupted:
         return 130
-    return USER_ERROR_EXIT_CODE if any(r.failures for r in reports) else 0
+    return USER_ERROR_EXIT_CODE if total.failures else 0
 
 
-def open_source(args: argparse.Namespace, rank: int, world: int) -> Source:
+def open_source(args: argparse.Namespace, rank: int, world: int) -> Found | Video:
     """Find the images of this process."""
     args.images = str(expand(args.images))
     if is_video(args.images):
-        video = Video(args.images, (rank, world))
-        total = video.frames and -(-(video.frames - rank) // world)
-        return Source(video, min(total, args.limit) if total and args.limit else total, video)
+        return Video(args.images, (rank, world))
     found = find_images(args.images, args.output, args.extension)
-    items = found.items[rank::world]
-    return Source(items, min(len(items), args.limit or len(items)), found=found)
+    return replace(found, items=found.items[rank::world])
 
 
 def load(args: argparse.Namespace) -> Predictor:
@@ -128,7 +110,7 @@ def load(args: argparse.Namespace) -> Predictor:
     return predictor
 
 
-def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Source) -> Outputs:
+def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Found | Video) -> Outputs:
     """Prepare the output folder.
 
     Raises:
@@ -143,8 +125,8 @@ def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Source)
     outputs = Outputs(folder, predictor.facts, run, wanted, args.force)
     if not args.force:
         outputs.table.refuse_foreign()
-    if source.video is None:
-        outputs.refuse_foreign(item.name for item in source.items)
+    if isinstance(source, Found):
+        outputs.refuse_foreign(item.name for item in source)
     check_folder(folder)
     if args.probs == "npz":
         temperature = predictor.network.temperature
@@ -171,47 +153,40 @@ def image_bar(total: int | None) -> Iterator[tuple[Callable, Callable]]:
         yield advance, say
 
 
-def summarize(reports: Sequence[Report], outputs: Outputs, mode: str, seconds: float) -> None:
+def summarize(report: Report, outputs: Outputs, mode: str, seconds: float) -> None:
     """Print what was done, what failed, and where everything is; write the table of expected scores."""
-    done, skipped = sum(r.done for r in reports), [s for r in reports for s in r.skipped]
-    tiled = [t for r in reports for t in r.tiled]
-    run, folder = outputs.run, printable(outputs.folder)
-    speed = f", {done / seconds:.2f} images/s" if done else ""
-    print(
-        f"segmented {plural(done, 'image')} by {run.procedure}, mode {mode}, in {seconds:.1f} s{speed}; masks: {folder}"
-    )
-    if skipped:
-        print(f"skipped {plural(len(skipped), 'image')} with outputs of this model and these options")
-    if outdated := sum(r.outdated for r in reports):
-        print(
-            f"replaced the outputs of {plural(outdated, 'image')}: of another model, other options or another program"
-        )
-    if tiled:
-        print(f"cut {plural(len(tiled), 'image')} into tiles, too large for one pass: {listed(tiled, 3)}")
-    if unassigned := sum(r.unassigned for r in reports):
-        share = 100 * unassigned / sum(r.pixels for r in reports)
+    run, done, folder = outputs.run, plural(report.done, "image"), printable(outputs.folder)
+    speed = f", {report.done / seconds:.2f} images/s" if report.done else ""
+    print(f"segmented {done} by {run.procedure}, mode {mode}, in {seconds:.1f} s{speed}; masks: {folder}")
+    if report.skipped:
+        print(f"skipped {plural(len(report.skipped), 'image')} with outputs of this model and these options")
+    if report.outdated:
+        replaced = plural(report.outdated, "image")
+        print(f"replaced the outputs of {replaced}: of another model, other options or another program")
+    if report.tiled:
+        print(f"cut {plural(len(report.tiled), 'image')} into tiles, too large for one pass: {listed(report.tiled, 3)}")
+    if report.unassigned:
+        share = 100 * report.unassigned / report.pixels
         print(f"{share:.1f} % of the pixels are unassigned: no class was chosen for them by {run.procedure}")
-    if empty := [source for report in reports for source in report.empty]:
-        print(f"no RankDice mask in {plural(len(empty), 'image')}, because {outputs.run.why_empty}: {listed(empty, 3)}")
-    print_table(outputs, [row for report in reports for row in report.rows], skipped)
-    if any(r.interrupted for r in reports):
+    if report.empty:
+        empty = plural(len(report.empty), "image")
+        print(f"no RankDice mask in {empty}, because {run.why_empty}: {listed(report.empty, 3)}")
+    print_table(outputs, report)
+    if report.interrupted:
         print("interrupted: --skip-existing continues where this run stopped")
-    failures = [f for r in reports for f in r.failures]
-    if failures:
-        print(f"{len(failures)} failed:")
-        for failure in failures[:_SHOWN]:
-            print(f"  {failure}")
-        if len(failures) > _SHOWN:
-            print(f"  ... and {len(failures) - _SHOWN} more, see above")
+    if report.failures:
+        print(f"{len(report.failures)} failed:", *report.failures[:_SHOWN], sep="\n  ")
+        if len(report.failures) > _SHOWN:
+            print(f"  ... and {len(report.failures) - _SHOWN} more, see above")
 
 
-def print_table(outputs: Outputs, rows: list, skipped: Sequence[str]) -> None:
+def print_table(outputs: Outputs, report: Report) -> None:
     """Write the table of expected scores and say where it is; without scores, remove that of an earlier run."""
-    if not rows:
-        if not skipped:
+    if not report.rows:
+        if not report.skipped:
             outputs.table.remove()
         return
-    written = outputs.table.write(rows, keep=skipped)
+    written = outputs.table.write(report.rows, keep=report.skipped)
     lowest = next((row for row in written if row.expected is not None), None)
     name = METRIC_NAMES[outputs.run.metric]
     found = f" (lowest: {lowest.expected:.3f}, {lowest.image})" if lowest else ""

@@ -37,17 +37,12 @@ class Item:
     name: str
     image: Path | np.ndarray
 
-    @property
-    def file(self) -> Path | None:
-        """The image file, if it is one."""
-        return self.image if isinstance(self.image, Path) else None
-
     def pixels(self) -> int:
         """Return the number of pixels that the file's header states; 0 if unknown."""
-        if self.file is None:
+        if not isinstance(self.image, Path):
             return 0
         try:
-            with Image.open(self.file) as image:
+            with Image.open(self.image) as image:
                 return image.width * image.height
         except Exception:  # reading the file reports what is wrong with it
             return 0
@@ -68,6 +63,14 @@ class Found:
     problems: list[str]
     others: Counter[str]
     links: int = 0
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+    @property
+    def total(self) -> int:
+        """How many images there are."""
+        return len(self.items)
 
     @property
     def passed_over(self) -> str:
@@ -126,7 +129,11 @@ def find_images(images: str | Path, output: str | Path, extensions: Sequence[str
         raise UserError(f"--images {images}: there is no such file or folder{looked_in(images)}")
     names = output_names([file.relative_to(root) for file in files])
     found.items = [Item(source=printable(file), name=name, image=file) for file, name in zip(files, names, strict=True)]
-    _refuse_to_overwrite(found.items, Path(output))
+    inputs = {file.resolve() for file in files}
+    for item in found.items:
+        mask = (Path(output) / f"{item.name}.png").resolve()
+        if mask in inputs:
+            raise UserError(f"--output {output}: the mask of {item.source} would overwrite the image {mask}")
     return found
 
 
@@ -161,20 +168,14 @@ def _walk(root: Path, wanted: Sequence[str], found: Found) -> list[Path]:
                 files.append(here / name)
             else:
                 found.others[extension or "(none)"] += 1
-    return _without_doubles(files, found)
-
-
-def _without_doubles(files: list[Path], found: Found) -> list[Path]:
-    """Drop links to files that are listed anyway, by their own name or an earlier link."""
-    own = {file.resolve() for file in files if not file.is_symlink()}
-    kept = []
+    # Links to files that are listed anyway, by their own name or by an earlier link, are left out.
+    listed, kept = {file.resolve() for file in files if not file.is_symlink()}, []
     for file in files:
         if file.is_symlink():
-            target = file.resolve()
-            if target in own:
+            if (target := file.resolve()) in listed:
                 found.links += 1
                 continue
-            own.add(target)
+            listed.add(target)
         kept.append(file)
     return kept
 
@@ -217,19 +218,11 @@ def _own_folders(name: str) -> set[str]:
     return {_folded(f"{name}{end}") for end in (".png", ".json", ".npz", "_overlay.jpg", "_probs", "_masks")}
 
 
-def _refuse_to_overwrite(items: Sequence[Item], output: Path) -> None:
-    inputs = {item.file.resolve() for item in items if item.file}
-    for item in items:
-        mask = (output / f"{item.name}.png").resolve()
-        if mask in inputs:
-            raise UserError(f"--output {output}: the mask of {item.source} would overwrite the image {mask}")
-
-
 # ------------------------------------------------------------------------------------------------------ frames
 
 
 class Video:
-    """Frames of a video file or of a camera, through OpenCV.
+    """Frames of a video file or of a camera, through OpenCV; used as :class:`Found` is.
 
     Args:
         source: a path, or ``camera:N``.
@@ -238,6 +231,9 @@ class Video:
     Raises:
         UserError: OpenCV cannot open it.
     """
+
+    problems: Sequence[str] = ()
+    passed_over = ""
 
     def __init__(self, source: str, shard: tuple[int, int] = (0, 1)) -> None:
         self.source, self.shard = source, shard
@@ -257,6 +253,12 @@ class Video:
             raise UserError(f"--images {source}: the {kind}")
         self.rate = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
         self.frames = None if self.is_camera else int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)) or None
+
+    @property
+    def total(self) -> int | None:
+        """How many frames this process takes, if it is known."""
+        rank, world = self.shard
+        return self.frames and -(-(self.frames - rank) // world)
 
     def __iter__(self) -> Iterator[Item]:
         """Yield frames until the video or the camera ends; release it then.

@@ -191,8 +191,10 @@ def choose_classes(highest: Tensor, scores: Tensor, options: PredictOptions) -> 
     seen = highest
     if how == "fitted":
         assert options.fit is not None  # the config is checked, and auto is resolved
-        fit = _columns_of(options.fit, list(columns))
-        metrics = options.metric, options.fit["metric"]
+        # The fit for these classes; the offset of a class that it has not seen is 0.
+        place, names = {c: i for i, c in enumerate(options.fit["classes"])}, ("class_bias", "mask_class")
+        offsets = {name: [options.fit[name][place[c]] if c in place else 0.0 for c in columns] for name in names}
+        fit, metrics = {**options.fit, **offsets}, (options.metric, options.fit["metric"])
         chosen, seen = presence.choose(highest, _converted(expected, *metrics), fit)
         found = presence.estimate(highest, _converted(expected, *metrics), fit).expected
         expected = _converted(found, *reversed(metrics))
@@ -208,15 +210,6 @@ def choose_classes(highest: Tensor, scores: Tensor, options: PredictOptions) -> 
         torch.full_like(every, torch.nan).index_copy_(1, own, seen),
         every.index_copy_(1, own, expected),
     )
-
-
-def _columns_of(fit: Mapping[str, Any], columns: list[int]) -> dict[str, Any]:
-    """Return a fit for these classes; the offset of a class that it has not seen is 0."""
-    place = {c: i for i, c in enumerate(fit["classes"])}
-    lists = {
-        name: [fit[name][place[c]] if c in place else 0.0 for c in columns] for name in ("class_bias", "mask_class")
-    }
-    return {**fit, **lists}
 
 
 def _converted(scores: Tensor, metric: str, wanted: str) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -32,7 +33,7 @@ from utils.evaluation import Evaluator, all_decisions, evaluate, fitting, single
 from utils.facts import Facts
 from utils.files import expand, write_text
 from utils.predict import PredictOptions
-from utils.predict.files import write_class_masks
+from utils.predict.files import write_classes
 from utils.predict.network import SavedNetwork, choose_device
 from utils.predict.saved_probs import Case, SavedProbs, flat, output_path, write_labels
 from utils.predict.segmentation import Decider
@@ -218,9 +219,9 @@ def _decode_one(args: argparse.Namespace, job: Job, case: Case, folder: Path) ->
     except ValueError as error:  # options that cannot be combined
         raise UserError(f"{case.path}: {error}") from None
     write_labels(path, job.facts, case, found.labels.reshape(shape))
-    if found.masks is not None:
-        classes = [c for c in range(job.facts.num_classes) if found.masks[c].any()]
-        write_class_masks(folder / f"{case.name}_masks", job.facts, found.masks, classes)
+    if isinstance(found.masks, np.ndarray):
+        masks = ((c, mask.astype(np.uint8) * 255) for c, mask in enumerate(found.masks) if mask.any())
+        write_classes(folder / f"{case.name}_masks", job.facts, masks)
     return found.expected
 
 

@@ -190,27 +190,24 @@ def label_type(classes: int) -> type[np.uint8 | np.uint16]:
     return np.uint8 if classes <= 255 else np.uint16
 
 
-def write_class_masks(folder: Path, facts: Facts, masks: Any, classes: Iterable[int], run: str = stamps.NO_RUN) -> None:
-    """Write the overlapping masks of one image as ``folder/003_car.png``: gray PNGs, 255 inside and 0 outside.
-
-    Masks that an earlier run left in the folder are removed.
+def write_classes(
+    folder: Path, facts: Facts, pictures: Iterable[tuple[int, NDArray[Any]]], run: str = stamps.NO_RUN
+) -> None:
+    """Write gray PNGs of classes, ``folder/003_car.png``; those that an earlier run left in the folder are removed.
 
     Args:
-        folder: of this image alone.
+        folder: of one image alone; is created.
         facts: for the classes' names.
-        masks: bool ``(H, W)`` by class id.
-        classes: those whose masks are written.
+        pictures: class id and uint8 ``(H, W)``.
         run: for the stamp.
     """
-    wanted = {folder / class_file(facts, c): c for c in classes}
+    folder.mkdir(parents=True, exist_ok=True)
+    written = set()
+    for c, picture in pictures:
+        plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in facts.class_name(c))
+        path = folder / f"{c:03d}_{plain}.png"
+        write_png(path, picture, software=stamps.text(run))
+        written.add(path)
     for path in folder.glob("*.png"):
-        if path not in wanted and stamps.stamp_of(path) is not None:
+        if path not in written and stamps.stamp_of(path) is not None:
             path.unlink()
-    for path, c in wanted.items():
-        write_png(path, np.asarray(masks[c]).astype(np.uint8) * 255, software=stamps.text(run))
-
-
-def class_file(facts: Facts, c: int) -> str:
-    """Return the name of a file about one class, such as ``003_car.png``."""
-    plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in facts.class_name(c))
-    return f"{c:03d}_{plain}.png"

@@ -238,8 +238,8 @@ def unlink(probs: Tensor, activation: Activation) -> Tensor:
     return logits
 
 
-def check_finite(probs: Tensor, names: Sequence[str] = ()) -> None:
-    """Refuse probabilities ``(B, C, H, W)`` that contain NaN or infinity.
+def check_finite(probs: Tensor, names: Sequence[str] = ()) -> Tensor:
+    """Return probabilities ``(B, C, H, W)`` as they are, unless they contain NaN or infinity.
 
     Raises:
         UserError: names the first such image, if names are given, and the usual causes.
@@ -252,6 +252,7 @@ def check_finite(probs: Tensor, names: Sequence[str] = ()) -> None:
             "such values, or the weights do (the training diverged), or half precision overflows (try trainer.amp "
             "bf16 or off)"
         )
+    return probs
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

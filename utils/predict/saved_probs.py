@@ -56,7 +56,11 @@ class SavedProbs:
     def __init__(self, folder: Path, labels: Path | None = None, ignore_index: int = 255) -> None:
         self.folder = folder
         known = (folder / INDEX).is_file()
-        self.cases = [Case(name, path, _label_of(labels, name)) for name, path in _files(folder, known)]
+        self.cases = []
+        for name, path in _files(folder, known):
+            ends = LABELS if labels is not None else ()
+            label = next((file for end in ends if (file := Path(labels or "", f"{name}{end}")).is_file()), None)
+            self.cases.append(Case(name, path, label))
         if not self.cases:
             raise UserError(f"{folder}: contains no probabilities (*.npz or *.npy)")
         missing = [case.name for case in self.cases if case.label is None]
@@ -134,12 +138,6 @@ def _files(folder: Path, known: bool) -> list[tuple[str, Path]]:
         for path in found
         if folder / "masks" not in path.parents
     ]
-
-
-def _label_of(labels: Path | None, name: str) -> Path | None:
-    if labels is None:
-        return None
-    return next((path for end in LABELS if (path := labels / f"{name}{end}").is_file()), None)
 
 
 def _plain_index(folder: Path, classes: int, ignore_index: int) -> Index:

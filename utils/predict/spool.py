@@ -81,10 +81,11 @@ class Spool:
             for top in range(0, tall, step):
                 rows = min(step, tall - top)
                 band = np.empty((len(classes), rows, width), np.float16)
-                for block in row:
-                    x, wide = block[1], block[3]
+                for _, x, _, wide, start in row:
                     for plane, c in zip(band, classes, strict=True):
-                        plane[:, x : x + wide] = self._read(block, c, top, rows)
+                        at = start + 2 * wide * (c * tall + top)
+                        data = np.frombuffer(os.pread(self._file.fileno(), 2 * wide * rows, at), np.float16)
+                        plane[:, x : x + wide] = data.reshape(rows, wide)
                 yield y + top, band
 
     def planes(self, c: int) -> Iterator[np.ndarray]:
@@ -94,12 +95,6 @@ class Spool:
     def above(self, c: int, threshold: float) -> np.ndarray:
         """Return the pixels where class ``c`` is more probable than ``threshold``, bool ``(H, W)``."""
         return np.concatenate([plane.astype(np.float32) > threshold for plane in self.planes(c)])
-
-    def _read(self, block: tuple[int, int, int, int, int], c: int, top: int, rows: int) -> np.ndarray:
-        """Return some rows of class ``c`` in a block."""
-        _, _, tall, wide, offset = block
-        data = os.pread(self._file.fileno(), 2 * wide * rows, offset + 2 * wide * (c * tall + top))
-        return np.frombuffer(data, np.float16).reshape(rows, wide)
 
     def counts(self) -> np.ndarray:
         """Return how often each float16 value occurs: int64 ``(classes, 15361)``, ascending (``HALF_VALUES``)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,9 +43,16 @@ class Case:
         """How much rankdice gains."""
         return self.rankdice - self.baseline
 
+    @property
+    def rank(self) -> tuple[float, str]:
+        """What cases are sorted by: the size of the change; of equal ones, the name decides."""
+        return abs(self.gain), self.name
+
 
 class Gallery:
-    """Keeps the images with the biggest gains and losses; memory is bounded by ``2 * kept`` sets of pictures.
+    """Keeps the images with the biggest ``gains`` and ``losses``, the biggest first.
+
+    Memory is bounded by ``2 * kept`` sets of pictures.
 
     Args:
         facts: classes and palette.
@@ -60,9 +66,8 @@ class Gallery:
         self.facts, self.kept = facts, kept
         self.classes = list(range(facts.num_classes)) if classes is None else list(classes)
         self.palette = contrasting(complete_palette(facts.palette, max(facts.num_classes, 256)), facts.num_classes)
-        # Heaps of (size of the change, name, case): the smallest is the first to go. Equal ones: the name decides.
-        self._gains: list[tuple[float, str, Case]] = []
-        self._losses: list[tuple[float, str, Case]] = []
+        self.gains: list[Case] = []
+        self.losses: list[Case] = []
 
     def add(self, part: Part) -> None:
         """Look at the images of a part."""
@@ -74,32 +79,21 @@ class Gallery:
             change = ranked - base
             if not math.isfinite(change) or change == 0:
                 continue
-            heap, name = (self._gains if change > 0 else self._losses), part.batch.names[i]
-            if len(heap) < self.kept or (abs(change), name) > heap[0][:2]:
-                self._keep(heap, Case(name, base, ranked, self._draw(part, i)))
+            cases, name = (self.gains if change > 0 else self.losses), part.batch.names[i]
+            if len(cases) < self.kept or (abs(change), name) > cases[-1].rank:
+                self._keep(Case(name, base, ranked, self._draw(part, i)))
 
-    def _keep(self, heap: list[tuple[float, str, Case]], case: Case) -> None:
-        heapq.heappush(heap, (abs(case.gain), case.name, case))
-        if len(heap) > self.kept:
-            heapq.heappop(heap)
+    def _keep(self, case: Case) -> None:
+        cases = self.gains if case.gain > 0 else self.losses
+        cases.append(case)
+        cases.sort(key=lambda one: one.rank, reverse=True)
+        del cases[self.kept :]
 
     def merge(self, others: Iterable[Gallery]) -> None:
         """Add what other processes have kept."""
         for other in others:
-            for _, _, case in other._gains:
-                self._keep(self._gains, case)
-            for _, _, case in other._losses:
-                self._keep(self._losses, case)
-
-    @property
-    def gains(self) -> list[Case]:
-        """The images where rankdice gains most, the biggest gain first."""
-        return [case for _, _, case in sorted(self._gains, reverse=True)]
-
-    @property
-    def losses(self) -> list[Case]:
-        """The images where rankdice loses most, the biggest loss first."""
-        return [case for _, _, case in sorted(self._losses, reverse=True)]
+            for case in (*other.gains, *other.losses):
+                self._keep(case)
 
     # ------------------------------------------------------------------------------------------ pictures
 

@@ -23,7 +23,7 @@ from utils.evaluation.confusion import shares
 from utils.metrics import Metrics
 from utils.report import charts
 from utils.report.content import COLUMNS, EXPLAINED
-from utils.report.gallery import BOTH_WRONG, MAX_RIGHT, RANKDICE_RIGHT, Case, Gallery
+from utils.report.gallery import BOTH_WRONG, MAX_RIGHT, RANKDICE_RIGHT, Gallery
 from utils.report.text import difference_rows, images
 from utils.tables import number
 
@@ -56,32 +56,38 @@ def page(content: Mapping[str, Any], evidence: Evidence, config: Config, command
     """
     protocol, procedures = content["protocol"], content["procedures"]
     comparison, reliability = content.get("comparison") or {}, content.get("reliability") or {}
-    metrics, gallery = evidence.metrics, evidence.gallery
+    gallery = evidence.gallery
     shown = {name: charts.COLORS[name] for name in SHOWN if name in procedures}
     split = f" {protocol['split']}" if protocol["split"] else ""
-    environment_ = Environment(
+    points = expected_points(evidence.metrics["rankdice"]) if "rankdice" in evidence.metrics else []
+    every = max(1, -(-len(points) // MAX_POINTS))
+    counts = (f"{cls} {images(of_class)}" for cls, of_class in protocol["images_per_class_mean"].items())
+    template = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    return environment_.get_template("page.html").render(
+    template.filters |= {"number": number, "source": _source}
+    return template.get_template("page.html").render(
         title=f"{config.name}: {protocol['model']} on {protocol['data']}{split}",
+        content=content,
         protocol=protocol,
         comparison=comparison or {"verdict": ""},
+        reliability=reliability,
         notes=[text for text in (protocol["note"], content.get("advice")) if text],
         procedures=_procedures(procedures),
         explained={name: what for name, what in EXPLAINED.items() if name in procedures},
         differences=difference_rows(comparison) if comparison else None,
         shown=shown,
         classes=_classes(procedures, protocol, comparison),
-        charts={
-            name: Markup(chart) for name, chart in _charts(procedures, metrics, shown, comparison, reliability).items()
-        },
+        charts={name: Markup(chart) for name, chart in _charts(content, points[::every], shown).items()},
+        every=every,
         reliability_colors={DIAGRAMS["classes"]: charts.COLORS["max"], DIAGRAMS["confidence"]: charts.COLORS["T"]},
-        calibration=_calibration(reliability, protocol),
-        expected=_expected(metrics, procedures),
-        confusion=_confusion(content, evidence, gallery.facts.label_names),
+        confusion={
+            name: Markup(charts.heat_map(shares(matrix), gallery.facts.label_names))
+            for name, matrix in evidence.confusion.items()
+        },
         galleries={
-            "Where rankdice gains most": [_case(case) for case in gallery.gains],
-            "Where rankdice loses most": [_case(case) for case in gallery.losses],
+            "Where rankdice gains most": gallery.gains,
+            "Where rankdice loses most": gallery.losses,
         },
         disagreement={
             "rankdice right, max wrong": _rgb(RANKDICE_RIGHT),
@@ -89,7 +95,11 @@ def page(content: Mapping[str, Any], evidence: Evidence, config: Config, command
             "both wrong, differently": _rgb(BOTH_WRONG),
         },
         palette={n: _rgb(c) for n, c in zip(gallery.facts.label_names, gallery.palette.tolist(), strict=False)},
-        shown_protocol=_protocol(protocol),
+        shown_protocol={
+            key.replace("_", " "): value
+            for key, value in (protocol | {"images_per_class_mean": ", ".join(counts)}).items()
+            if value is not None
+        },
         config=dump(config),
         environment=environment(command),
     )
@@ -126,15 +136,11 @@ def _procedures(procedures: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, scores in procedures.items():
         cells = [number(scores.get(key), digits.get(key, 4), missing="–") for key, _ in columns]
         best = [scores.get(key) is not None and scores[key] == top.get(key) for key, _ in columns]
-        rows.append([name, *({"best": c} if b else c for c, b in zip(cells, best, strict=True)), _forecast(scores)])
+        kind = "IoU" if scores.get("Expected_IoU") is not None else "Dice"
+        both = [number(scores.get(f"{what}_{kind}")) for what in ("Expected", "Measured")]
+        forecast = f"{kind} {both[0]} / {both[1]}" if scores.get(f"Expected_{kind}") is not None else "–"
+        rows.append([name, *({"best": c} if b else c for c, b in zip(cells, best, strict=True)), forecast])
     return ["", *(name for _, name in columns), "expected / measured"], rows
-
-
-def _forecast(scores: Mapping[str, Any]) -> str:
-    for kind in ("Dice", "IoU"):
-        if scores.get(f"Expected_{kind}") is not None:
-            return f"{kind} {number(scores[f'Expected_{kind}'])} / {number(scores[f'Measured_{kind}'])}"
-    return "–"
 
 
 def _classes(
@@ -153,26 +159,6 @@ def _classes(
     return [*header, *["Dice rankdice − max"] * bool(change), "images"], rows
 
 
-def _calibration(found: Mapping[str, Any], protocol: Mapping[str, Any]) -> dict[str, str]:
-    if not found:
-        return {}
-    return {
-        "ECE of the most probable class": number(found["ECE"]),
-        "ECE per class, mean": number(found["Class_ECE"]),
-        "NLL": number(found["NLL"]),
-        "Brier score": number(found["Brier"]),
-        "pixels": f"{found['pixels']:,}",
-        "temperature": number(float(protocol["temperature"])),
-        "fitted": str(protocol["fitted"]),
-    }
-
-
-def _protocol(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    shown = {key.replace("_", " "): value for key, value in protocol.items() if value is not None}
-    counts = (f"{cls} {images(of_class)}" for cls, of_class in protocol["images_per_class_mean"].items())
-    return shown | {"images per class mean": ", ".join(counts)}
-
-
 KINDS = {"Class_Dice": "Dice", "Class_IoU": "IoU"}
 DIAGRAMS = {"classes": "every class at every pixel", "confidence": "the most probable class"}
 
@@ -181,55 +167,20 @@ DIAGRAMS = {"classes": "every class at every pixel", "confidence": "the most pro
 
 
 def _charts(
-    procedures: Mapping[str, Mapping[str, Any]],
-    metrics: Mapping[str, Metrics],
-    shown: Mapping[str, str],
-    comparison: Mapping[str, Any],
-    reliability: Mapping[str, Any],
+    content: Mapping[str, Any], points: Sequence[tuple[str, float, float]], shown: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the SVG of each chart, empty if there is nothing to draw."""
-    rows = comparison.get("Mean_Dice", {}).items()
+    """Return the SVG of each chart, empty if there is nothing to draw; ``points``: of :func:`expected_points`."""
+    rows = (content.get("comparison") or {}).get("Mean_Dice", {}).items()
+    reliability = content.get("reliability") or {}
     intervals = [(name, d["mean"], d["low"], d["high"]) for name, d in rows if d["low"] is not None]
-    dice = {name: procedures[name]["Class_Dice"] for name in shown}
-    points = expected_points(metrics["rankdice"]) if "rankdice" in metrics else []
-    drawn = points[:: _every(points)]
+    dice = {name: content["procedures"][name]["Class_Dice"] for name in shown}
     diagrams = {title: reliability[key] for key, title in DIAGRAMS.items()} if reliability.get("pixels") else {}
     color = charts.COLORS["rankdice"]
     return {
         "intervals": charts.intervals(intervals) if intervals else "",
         "bars": charts.bars(dice, list(next(iter(dice.values())))) if dice else "",
         "reliability": charts.reliability(diagrams) if diagrams else "",
-        "expected": charts.scatter(drawn, "expected without labels", "measured", color) if drawn else "",
-    }
-
-
-def _confusion(
-    content: Mapping[str, Any], evidence: Evidence, names: Sequence[str]
-) -> dict[str, tuple[Markup, list[str]]]:
-    """Return the drawn matrix and the worst confusions of each procedure, in words."""
-    return {
-        name: (
-            Markup(charts.heat_map(shares(matrix), names)),
-            [f"{c['share']:.1%} of {c['target']} predicted as {c['prediction']}" for c in content["confusion"][name]],
-        )
-        for name, matrix in evidence.confusion.items()
-    }
-
-
-def _every(points: Sequence[Any]) -> int:
-    """Return n if every n-th point is to be drawn."""
-    return max(1, -(-len(points) // MAX_POINTS))
-
-
-def _expected(metrics: Mapping[str, Metrics], procedures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    if "rankdice" not in metrics:
-        return {}
-    every = _every(expected_points(metrics["rankdice"]))
-    scores = procedures["rankdice"]
-    return {
-        "mean": number(scores.get("Expected_Dice")),
-        "measured": number(scores.get("Measured_Dice")),
-        "drawn": f" The chart shows every {every}th image." if every > 1 else "",
+        "expected": charts.scatter(points, "expected without labels", "measured", color) if points else "",
     }
 
 
@@ -249,21 +200,13 @@ def expected_points(metrics: Metrics) -> list[tuple[str, float, float]]:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _case(case: Case) -> dict[str, Any]:
-    photographs = ("image", "rankdice against max")
-    pictures = [
-        {"name": name, "source": _source(picture, photo=name in photographs)} for name, picture in case.pictures.items()
-    ]
-    scores = {"gain": case.gain, "baseline": case.baseline, "rankdice": case.rankdice}
-    return {"name": case.name, "pictures": pictures, **scores}
-
-
 def _rgb(color: Sequence[int]) -> str:
     return f"rgb({color[0]},{color[1]},{color[2]})"
 
 
-def _source(picture: NDArray[Any], photo: bool) -> str:
+def _source(picture: NDArray[Any], name: str) -> str:
     """Return a picture as a data address: JPEG for photographs, PNG for label maps."""
+    photo = name in ("image", "rankdice against max")
     kind, options = (".jpg", [cv2.IMWRITE_JPEG_QUALITY, 85]) if photo else (".png", [cv2.IMWRITE_PNG_COMPRESSION, 9])
     data = cv2.imencode(kind, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), options)[1]
     media = "jpeg" if photo else "png"
