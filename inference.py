@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from utils.cli import PROCEDURES, add_overrides, add_trust, end_quietly, share_cores
+from utils.cli import MODES, PROCEDURES, add_overrides, add_trust, end_quietly, share_cores
 from utils.errors import UserError, run
 
 
@@ -28,18 +28,8 @@ def parse_arguments() -> argparse.Namespace:
     add("-o", "--output", default="outputs", help="folder for the masks (default: outputs)")
     add("-c", "--config", help="config to use in place of the one in the checkpoint")
     add("-e", "--extension", nargs="+", metavar="EXT", help="only files with these extensions (default: all known)")
-    add(
-        "-mo",
-        "--mode",
-        choices=("multiscale", "sliding", "single"),
-        help="how to view an image (default: predict.mode of the config)",
-    )
-    add(
-        "-p",
-        "--predict",
-        choices=PROCEDURES,
-        help="procedure (default: rankdice if the config's predict.test says so, else max)",
-    )
+    add("-mo", "--mode", choices=MODES, help="how to view an image (default: predict.mode of the config)")
+    add("-p", "--predict", choices=PROCEDURES, help="procedure (default: rankdice if predict.test says so, else max)")
     add("-d", "--device", help="cpu, cuda, or a GPU's number (default: the GPU if there is one)")
     add_overrides(parser)
     add_trust(parser)
@@ -50,13 +40,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def _add_views(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add(
-        "--scales",
-        type=float,
-        nargs="+",
-        metavar="S",
-        help="scales of mode multiscale (default: 0.75 to 2 in steps of 0.25)",
-    )
+    add("--scales", type=float, nargs="+", metavar="S", help="of mode multiscale (default: 0.75 to 2 in steps of 0.25)")
     add("--flip", action="store_true", help="also average over the mirror image of every view")
     add(
         "--tile",
@@ -74,31 +58,16 @@ def _add_views(group: argparse._ArgumentGroup) -> None:
         metavar="GIB",
         help="probabilities larger than this are kept on disk (default: 0.5 on the CPU, a tenth of a GPU's memory)",
     )
-    add(
-        "--amp",
-        choices=("off", "bf16", "fp16"),
-        help="precision of the network (default: trainer.amp of the config, as in test.py)",
-    )
+    add("--amp", choices=("off", "bf16", "fp16"), help="precision (default: trainer.amp of the config, as in test.py)")
 
 
 def _add_outputs(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add(
-        "--overlay",
-        type=float,
-        nargs="?",
-        const=0.5,
-        metavar="OPACITY",
-        help="also write the masks drawn over the images (default opacity: 0.5)",
-    )
+    opacity = "also write the masks drawn over the images (default opacity: 0.5)"
+    add("--overlay", type=float, nargs="?", const=0.5, metavar="OPACITY", help=opacity)
     add("--masks", action="store_true", help="also write the overlapping masks of T and rankdice, one PNG per class")
-    add(
-        "--probs",
-        choices=("npz", "png"),
-        nargs="?",
-        const="npz",
-        help="also write the probabilities: npz, or one PNG per class",
-    )
+    kinds = "also write the probabilities: npz, or one PNG per class"
+    add("--probs", choices=("npz", "png"), nargs="?", const="npz", help=kinds)
     add("--json", action="store_true", help="also write classes, pixels and expected scores per image")
     add("--skip-existing", action="store_true", help="skip images that already have the outputs of this run")
     add("--force", action="store_true", help="replace files that inference.py did not write, or of another checkpoint")

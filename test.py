@@ -209,19 +209,24 @@ def score(
     args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device, folder: Path
 ) -> None:
     """Score the test data under one procedure, or under all of them."""
-    setup = prepare(args, loaded, device)
-    watcher = watch(args, setup, folder)
+    setup = prepare(args, state, loaded, device)
+    # Keeps masks, probabilities and the pictures of the report while images are scored.
+    watcher = Watcher(loaded, setup.decisions, setup.evaluator, report=setup.everything, boundary=args.boundary)
+    if args.save_masks:
+        watcher.save_masks(folder / "masks")
+    if args.save_probs:
+        watcher.save_probs(expand(args.save_probs), setup.options, setup.procedure, args.force)
     outcome = evaluate(
         setup.evaluator,
         Limited(setup.loader, images=args.limit),
         setup.decisions,
-        progress=lambda loader: progress_bar(loader, desc="TEST"),
+        progress=partial(progress_bar, desc="TEST"),
         on_part=watcher.look if watcher.watches else None,
         measure_memory=setup.everything,
     )
     watcher.gather()
     if distributed.is_main():
-        write_results(setup, state, outcome, watcher, folder)
+        write_results(setup, outcome, watcher, folder)
 
 
 class Setup(NamedTuple):
@@ -234,6 +239,7 @@ class Setup(NamedTuple):
     procedure: str  # or "all"
     decisions: dict[str, Decision]
     views: str
+    fitted: str | None  # where temperature, threshold and presence come from
     details: bool  # for the screen
 
     @property
@@ -241,8 +247,13 @@ class Setup(NamedTuple):
         """Whether all procedures are compared."""
         return self.procedure == "all"
 
+    def results(self, outcome: Evaluation, gathered: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the content of ``results.json``; ``gathered``: by the watcher."""
+        dataset = self.loader.dataset
+        return report.results(outcome, self.loaded, dataset, views=self.views, gathered=gathered, fitted=self.fitted)
 
-def prepare(args: argparse.Namespace, loaded: LoadedModel, device: torch.device) -> Setup:
+
+def prepare(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device) -> Setup:
     """Build the loader, the loss and the evaluator, and list the procedures."""
     config, facts = loaded.config, loaded.facts
     loader = building.build_loader(dataloaders.build, config, "test")
@@ -264,41 +275,24 @@ def prepare(args: argparse.Namespace, loaded: LoadedModel, device: torch.device)
     words += " and their mirror images" if flip else ""
     if mode != ("multiscale" if "multiscale" in views else "single"):
         words += f" (inference.py: predict.mode {mode})"
-    return Setup(loaded, loader, evaluator, options, procedure, decisions, words, args.details)
+    note = checkpoint_fit.note(state, config)
+    return Setup(loaded, loader, evaluator, options, procedure, decisions, words, note, args.details)
 
 
-def watch(args: argparse.Namespace, setup: Setup, folder: Path) -> Watcher:
-    """Return the watcher that keeps masks, probabilities and the pictures of the report while images are scored."""
-    watcher = Watcher(setup.loaded, setup.decisions, setup.evaluator, report=setup.everything, boundary=args.boundary)
-    if args.save_masks:
-        watcher.save_masks(folder / "masks")
-    if args.save_probs:
-        watcher.save_probs(expand(args.save_probs), setup.options, setup.procedure, args.force)
-    return watcher
-
-
-def write_results(setup: Setup, state: Mapping[str, Any], outcome: Evaluation, watcher: Watcher, folder: Path) -> None:
+def write_results(setup: Setup, outcome: Evaluation, watcher: Watcher, folder: Path) -> None:
     """Print the scores and write them."""
-    loaded, config = setup.loaded, setup.loaded.config
-    results = report.results(
-        outcome,
-        loaded,
-        setup.loader.dataset,
-        views=setup.views,
-        gathered=watcher.compute(),
-        fitted=checkpoint_fit.note(state, config),
-    )
+    results = setup.results(outcome, watcher.compute())
     print(report.text(results, setup.details))
     replaced = report.to_be_replaced(folder, results["protocol"])
     stale = not setup.everything and (folder / report.PAGE).exists()
-    written = report.write(results, outcome, loaded.facts, folder)
+    written = report.write(results, outcome, setup.loaded.facts, folder)
     if replaced:
         print(f"replaced: {replaced}")
     if stale:
         print(f"removed: {folder / report.PAGE}, from an earlier run; -p all writes a new one")
     if setup.everything:
         written += watcher.write_page(folder, results, outcome, sys.argv)
-    if config.tester.tensorboard:
+    if setup.loaded.config.tester.tensorboard:
         report.write_scalars(results, folder)
     for path in [*written, *watcher.folders]:
         print(f"written: {path}")
@@ -321,7 +315,7 @@ def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
         seed_everything(first.seed, first.deterministic)
         models = [checkpoint.build_model(*one, device) for one in zip(states, paths, of_folds, strict=True)]
         folds.check_models(models)
-        setups = [prepare(args, loaded, device) for loaded in models]
+        setups = [prepare(args, state, loaded, device) for state, loaded in zip(states, models, strict=True)]
         decisions = folds.aligned([s.decisions for s in setups], [s.options for s in setups], args.predict)
         outcomes = [
             evaluate(s.evaluator, s.loader, d, progress=partial(progress_bar, desc=f"TEST {k} of {len(setups)}"))
@@ -329,12 +323,8 @@ def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
         ]
         if distributed.is_main():
             pooled = Evaluation.merged(outcomes)
-            notes = [checkpoint_fit.note(state, config) for state, config in zip(states, of_folds, strict=True)]
-            whole, *each = [
-                report.results(o, s.loaded, s.loader.dataset, views=s.views, fitted=note)
-                for o, s, note in zip([pooled, *outcomes], [setups[0], *setups], [notes[0], *notes], strict=True)
-            ]
-            results = folds.combined(whole, each)
+            each = [setup.results(outcome) for setup, outcome in zip(setups, outcomes, strict=True)]
+            results = folds.combined(setups[0].results(pooled), each)
             print(report.text(results, args.details), folds.text(results, args.details), sep="\n")
             for path in report.write(results, pooled, models[0].facts, folder):
                 print(f"written: {path}")

@@ -11,6 +11,8 @@ from utils.errors import UserError
 
 PROCEDURES = ("T", "max", "rankdice")
 """The prediction procedures (:mod:`utils.predict`)."""
+MODES = ("multiscale", "sliding", "single")
+"""How an image is seen (:class:`utils.predictor.Predictor`)."""
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

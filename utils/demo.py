@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import torch
 
+from utils.cli import MODES
 from utils.config.schema import METRIC_NAMES
 from utils.errors import UserError, not_installed, run
 from utils.facts import Facts
@@ -58,7 +59,7 @@ def main() -> int:
         prog="python -m utils.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-m", "--model", required=True, help="checkpoint, such as saved/.../best_model.pth")
-    parser.add_argument("-mo", "--mode", choices=("multiscale", "sliding", "single"), help="default: predict.mode")
+    parser.add_argument("-mo", "--mode", choices=MODES, help="default: predict.mode")
     parser.add_argument("-d", "--device", help="cpu, cuda, or a GPU's number (default: the GPU if there is one)")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: every one (default: 127.0.0.1)"

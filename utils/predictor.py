@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.checkpoint import LoadedModel, load_model
+from utils.cli import MODES
 from utils.errors import UserError, did_you_mean
 from utils.images import Pixels, ValueRange, read_pixels, to_pixels
 from utils.predict import PROCEDURES, PredictOptions, tiling
@@ -34,7 +35,6 @@ from utils.predict.segmentation import Decider, Segmentation
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
-MODES = ("multiscale", "sliding", "single")
 # The largest view of an image that is predicted at once, not in tiles: 1024 x 2048 pixels at scale 2.
 MAX_PIXELS = 2**23
 

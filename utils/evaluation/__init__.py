@@ -97,19 +97,12 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
 
 @dataclass
 class Evaluator:
-    """What stays the same from batch to batch of an evaluation.
+    """What stays the same from batch to batch of an evaluation."""
 
-    Args:
-        network: from images to probabilities; is put into evaluation mode.
-        classes: the classes of interest; None: all.
-        count_ignored: see :class:`utils.metrics.Metrics`.
-        loss: scored per image and averaged over the images with labeled pixels, so that it does not depend on the
-            batches; None: no loss.
-    """
-
-    network: AnyNetwork
-    classes: tuple[int, ...] | None = None
-    count_ignored: bool = False
+    network: AnyNetwork  # from images to probabilities; is put into evaluation mode
+    classes: tuple[int, ...] | None = None  # of interest; None: all
+    count_ignored: bool = False  # see utils.metrics.Metrics
+    # Scored per image and averaged over the images with labeled pixels, so that it does not depend on the batches.
     loss: nn.Module | None = None
 
     @property
@@ -117,52 +110,33 @@ class Evaluator:
         """The facts of the data that the network was trained on."""
         return self.network.facts
 
-    def new_metrics(self, decision: Decision) -> Metrics:
-        """Return empty metrics for what is decided so, which keep their images."""
-        return Metrics(
-            self.facts.num_classes,
-            self.facts.ignore_index,
-            classes=self.classes,
-            count_ignored=self.count_ignored,
-            keep_images=True,
-            expects=decision.expects or "dice",
-        )
-
 
 @dataclass
 class Part:
-    """Images of equal size after their forward pass, with probabilities and predictions, for observers.
-
-    ``logits``, ``probs``: ``(B, C, H, W)``, probabilities float32; ``target``: ``(B, H, W)``; ``predictions`` and
-    ``counts``: per decision.
-    """
+    """Images of equal size after their forward pass, with probabilities and predictions, for observers."""
 
     batch: Batch
-    logits: Tensor
-    probs: Tensor
-    target: Tensor
-    predictions: dict[str, Prediction]
+    logits: Tensor  # (B, C, H, W)
+    probs: Tensor  # float32 (B, C, H, W)
+    target: Tensor  # (B, H, W)
+    predictions: dict[str, Prediction]  # per decision
     counts: dict[str, Counts]
 
 
 @dataclass
 class Evaluation:
-    """The outcome: metrics per decision, the losses, and what each decision cost.
-
-    ``losses``: of each image with labeled pixels. ``laps``: seconds and images of decoding under each decision and of
-    the forward passes ("forward"), without the first batch, which warms up. ``peak_bytes``: peak memory of a
-    decision, without the probabilities; 0: not measured. ``sizes``: the (height, width) that occur. ``without_mask``:
-    how many images RankDice left without a mask, by decision.
-    """
+    """The outcome: metrics per decision, the losses, and what each decision cost."""
 
     metrics: dict[str, Metrics]
-    losses: dict[str, float]
+    losses: dict[str, float]  # of each image with labeled pixels
+    # Seconds and images of decoding under each decision, and of the forward passes ("forward"); the first batch, which
+    # warms up, is not counted.
     laps: dict[str, tuple[float, int]]
-    peak_bytes: dict[str, int]
+    peak_bytes: dict[str, int]  # the most memory a decision took beside the probabilities; 0: not measured
     images: int = 0
     decisions: dict[str, Decision] = field(default_factory=dict)
-    sizes: set[tuple[int, int]] = field(default_factory=set)
-    without_mask: Counter[str] = field(default_factory=Counter)
+    sizes: set[tuple[int, int]] = field(default_factory=set)  # the (height, width) that occur
+    without_mask: Counter[str] = field(default_factory=Counter)  # images that RankDice left without one, by decision
 
     @property
     def loss(self) -> float:
@@ -245,13 +219,14 @@ class _Work:
         measure_memory: bool,
     ) -> None:
         self.evaluator, self.on_part = evaluator, on_part
-        self.found = Evaluation(
-            {name: evaluator.new_metrics(decision) for name, decision in decisions.items()}, {}, {}, {}
-        )
-        self.found.decisions = dict(decisions)
+        facts = evaluator.facts
+        counted = (facts.num_classes, facts.ignore_index, evaluator.classes, evaluator.count_ignored)
+        new = partial(Metrics, *counted, keep_images=True)
+        metrics = {name: new(expects=decision.expects or "dice") for name, decision in decisions.items()}
+        self.found = Evaluation(metrics, {}, {}, {}, decisions=dict(decisions))
         # What the progress bar shows: of RankDice, if it is among the decisions.
         self.shown = "rankdice" if "rankdice" in decisions else next(iter(decisions), None)
-        self.live = Metrics(evaluator.facts.num_classes, classes=evaluator.classes)
+        self.live = Metrics(facts.num_classes, classes=evaluator.classes)
         self.clock = Clock(evaluator.network.device, [*decisions, "forward"])
         self.measured = 0 if measure_memory else float("inf")  # elements of the largest map that was measured
 

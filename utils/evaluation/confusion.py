@@ -35,13 +35,13 @@ class Confusion:
                 continue
             index = target * self.size + prediction.labels[valid].long()
             joint = torch.bincount(index, minlength=self.size**2).view(self.size, self.size).cpu()
-            self.counts[name] = self.counts[name] + joint if name in self.counts else joint
+            self.counts[name] = self.counts.get(name, 0) + joint
 
     def merge(self, others: Iterable[Confusion]) -> None:
         """Add what other processes have counted."""
         for other in others:
             for name, counts in other.counts.items():
-                self.counts[name] = self.counts[name] + counts if name in self.counts else counts
+                self.counts[name] = self.counts.get(name, 0) + counts
 
     def compute(self) -> dict[str, list[list[int]]]:
         """Return procedure -> pixels by target (row) and prediction (column)."""

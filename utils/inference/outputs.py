@@ -33,59 +33,35 @@ _JPEG_LARGEST_SIDE = 65500
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is written in addition to the masks.
+    """What is written in addition to the masks."""
 
-    Attributes:
-        opacity: of overlays; None: no overlays.
-        probs: "npz" (see :mod:`utils.predict.files`), "png" (8 bits per class), or None.
-        json: a JSON file per image.
-        masks: the overlapping masks, a PNG per class.
-    """
-
-    opacity: float | None = None
-    probs: str | None = None
-    json: bool = False
-    masks: bool = False
+    opacity: float | None = None  # of overlays; None: no overlays
+    probs: str | None = None  # "npz" (see utils.predict.files), "png" (8 bits per class), or None
+    json: bool = False  # a JSON file per image
+    masks: bool = False  # the overlapping masks, a PNG per class
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the outputs say about the run.
-
-    Attributes:
-        procedure: its name.
-        metric: what expected scores are of, "dice" or "iou".
-        digest: of the model and all options that masks depend on.
-        probs_digest: of those that probabilities depend on.
-        why_empty: why RankDice may leave an image without a mask.
-    """
+    """What the outputs say about the run."""
 
     procedure: str
-    metric: str = "dice"
-    digest: str = stamps.NO_RUN
-    probs_digest: str = stamps.NO_RUN
-    why_empty: str = ""
+    metric: str = "dice"  # what expected scores are of, or "iou"
+    digest: str = stamps.NO_RUN  # of the model and all options that masks depend on
+    probs_digest: str = stamps.NO_RUN  # of those that probabilities depend on
+    why_empty: str = ""  # why RankDice may leave an image without a mask
 
 
 @dataclass
 class Outputs:
-    """Writes the outputs of images into a folder.
+    """Writes the outputs of images into a folder."""
 
-    Args:
-        folder: is created as needed.
-        facts: the classes' names and colors.
-        run: what the files say about the run.
-        wanted: what is written in addition to the masks.
-        force: replace files that this program did not write.
-        video: takes the overlays of frames, instead of a picture each.
-    """
-
-    folder: Path
-    facts: Facts
+    folder: Path  # is created as needed
+    facts: Facts  # the classes' names and colors
     run: Run
     wanted: Wanted = Wanted()
-    force: bool = False
-    video: Callable[[np.ndarray], None] | None = None
+    force: bool = False  # replace files that this program did not write
+    video: Callable[[np.ndarray], None] | None = None  # takes the overlays of frames, instead of a picture each
 
     @property
     def table(self) -> Table:

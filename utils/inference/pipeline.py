@@ -26,30 +26,18 @@ READERS = 2
 
 @dataclass
 class Report:
-    """What became of the images.
+    """What became of the images."""
 
-    Attributes:
-        done: how many were segmented.
-        skipped: those that have all outputs already, from this model with these options.
-        outdated: how many of those done had outputs of another model or other options.
-        failures: one message each.
-        tiled: those that were predicted in tiles because the mode's views of them would not fit.
-        unassigned: pixels without a class, and ``pixels``: all pixels, of the images done.
-        empty: those in which RankDice found no mask.
-        rows: lines of the table of expected scores.
-        interrupted: the user stopped the run.
-    """
-
-    done: int = 0
-    outdated: int = 0
-    unassigned: int = 0
+    done: int = 0  # how many were segmented
+    outdated: int = 0  # how many of them had outputs of another model or other options
+    unassigned: int = 0  # pixels without a class, and all pixels, of the images done
     pixels: int = 0
-    skipped: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    tiled: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    interrupted: bool = False
+    skipped: list[str] = field(default_factory=list)  # those with all outputs of this model and these options
+    failures: list[str] = field(default_factory=list)  # one message each
+    tiled: list[str] = field(default_factory=list)  # predicted in tiles: the mode's views of them would not fit
+    empty: list[str] = field(default_factory=list)  # those in which RankDice found no mask
+    rows: list[Row] = field(default_factory=list)  # of the table of expected scores
+    interrupted: bool = False  # by the user
 
     @classmethod
     def merged(cls, reports: Sequence[Report]) -> Report:

@@ -25,17 +25,11 @@ VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".m
 
 @dataclass(frozen=True)
 class Item:
-    """One image to segment.
+    """One image to segment."""
 
-    Attributes:
-        source: its name in messages, always printable.
-        name: where its outputs go below the output folder, without extension.
-        image: the image file, or a frame ``(H, W, 3)``.
-    """
-
-    source: str
-    name: str
-    image: Path | np.ndarray
+    source: str  # its name in messages, always printable
+    name: str  # where its outputs go below the output folder, without extension
+    image: Path | np.ndarray  # the image file, or a frame (H, W, 3)
 
     def pixels(self) -> int:
         """Return the number of pixels that the file's header states; 0 if unknown."""
@@ -50,19 +44,12 @@ class Item:
 
 @dataclass
 class Found:
-    """The images of a file or folder, and what was not taken.
+    """The images of a file or folder, and what was not taken."""
 
-    Attributes:
-        items: the images, sorted.
-        problems: one message per folder that cannot be read.
-        others: files of other types, by extension.
-        links: linked folders, and links to files that are listed anyway.
-    """
-
-    items: list[Item]
-    problems: list[str]
-    others: Counter[str]
-    links: int = 0
+    items: list[Item]  # sorted
+    problems: list[str]  # one message per folder that cannot be read
+    others: Counter[str]  # files of other types, by extension
+    links: int = 0  # linked folders, and links to files that are listed anyway
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)

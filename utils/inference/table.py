@@ -14,20 +14,12 @@ from utils.files import csv_text, unescape, write_text
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One line of the table."""
 
-    Attributes:
-        image: its file.
-        expected: the mean over the classes that have a mask; None if none has.
-        per_class: the score of each class's mask; None without a mask.
-        presence: the probability that each class is in the image, None for classes of no interest; empty without a
-            presence fit.
-    """
-
-    image: str
-    expected: float | None
-    per_class: tuple[float | None, ...]
-    presence: tuple[float | None, ...]
+    image: str  # its file
+    expected: float | None  # the mean over the classes that have a mask; None if none has
+    per_class: tuple[float | None, ...]  # the score of each class's mask; None without a mask
+    presence: tuple[float | None, ...]  # of each class; None if it is of no interest; empty without a fit
 
 
 @dataclass(frozen=True)

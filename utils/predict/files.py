@@ -97,22 +97,15 @@ def file_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """What a folder of probabilities says about itself: the content of ``probs.json``.
-
-    Attributes:
-        facts, options, procedure, temperature: of the run.
-        checkpoint: its file.
-        run: a digest of the weights and of the views of the images, see :func:`run_of`.
-        data: the data that was predicted, if a folder must not contain several.
-    """
+    """What a folder of probabilities says about itself: the content of ``probs.json``."""
 
     facts: Facts
     options: PredictOptions
     procedure: str
     temperature: float
-    checkpoint: str
-    run: str = stamps.NO_RUN
-    data: str = ""
+    checkpoint: str  # its file
+    run: str = stamps.NO_RUN  # a digest of the weights and of the views of the images, see run_of
+    data: str = ""  # what was predicted, if a folder must not contain several data sets
 
 
 def run_of(weights: Iterable[Path], network: AnyNetwork, **views: Any) -> str:

@@ -33,30 +33,18 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network, called with images as the loaders yield them.
+    """A trained network, called with images as the loaders yield them."""
 
-    Args:
-        model: returns logits ``(B, C, H, W)`` for normalized images, or ``{"out": logits}``.
-        facts: of the data the model was trained on.
-        activation: "softmax" or "sigmoid", see :func:`utils.predict.probabilities`.
-        device: where the model is. Images are moved to it.
-        temperature: logits are divided by it.
-        bias: added to the logits after that, one number per class; None: nothing is added.
-        amp: dtype of autocast; None: float32.
-        channels_last: memory format of the images in the network.
-        scales, flip: the probabilities of an image are the mean over these views, see :func:`tiling.views`.
-    """
-
-    model: nn.Module
-    facts: Facts
-    activation: Activation
-    device: torch.device = _CPU
-    temperature: float = 1.0
-    bias: Sequence[float] | None = None
-    amp: torch.dtype | None = None
-    channels_last: bool = False
-    scales: Sequence[float] = (1.0,)
-    flip: bool = False
+    model: nn.Module  # returns logits (B, C, H, W) for normalized images, or {"out": logits}
+    facts: Facts  # of the data the model was trained on
+    activation: Activation  # see utils.predict.probabilities
+    device: torch.device = _CPU  # where the model is; images are moved to it
+    temperature: float = 1.0  # logits are divided by it
+    bias: Sequence[float] | None = None  # added to the logits after that, one number per class; None: nothing is added
+    amp: torch.dtype | None = None  # of autocast; None: float32
+    channels_last: bool = False  # memory format of the images in the network
+    scales: Sequence[float] = (1.0,)  # probabilities are the mean over these views and their mirror images
+    flip: bool = False  # (tiling.views)
     normalize: Normalize = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -192,19 +180,12 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class SavedNetwork:
-    """Has the interface of :class:`Network`; its "images" are saved probabilities.
-
-    Attributes:
-        facts: the classes.
-        activation: how logits are made from the probabilities.
-        device: where they are moved to.
-        temperature, bias: applied to those logits (:func:`utils.predict.probabilities`).
-    """
+    """Has the interface of :class:`Network`; its "images" are saved probabilities."""
 
     facts: Facts
-    activation: Activation
-    device: torch.device
-    temperature: float = 1.0
+    activation: Activation  # how logits are made from the probabilities
+    device: torch.device  # where they are moved to
+    temperature: float = 1.0  # and bias: applied to those logits (utils.predict.probabilities)
     bias: Sequence[float] | None = None
 
     averages = False

@@ -103,20 +103,13 @@ class StreamedMasks:
 
 @dataclass(frozen=True)
 class Decider:
-    """A procedure with its options, and what is kept of an image.
+    """A procedure with its options, and what is kept of an image."""
 
-    Attributes:
-        procedure: "T", "max" or "rankdice".
-        options: of the procedures.
-        keep_masks, keep_probs: whether results carry ``masks`` and ``probs``.
-        stream_masks: whether streamed images also carry ``masks``, which keeps their probabilities on disk.
-    """
-
-    procedure: str
+    procedure: str  # "T", "max" or "rankdice"
     options: PredictOptions
-    keep_masks: bool = False
-    keep_probs: bool = False
-    stream_masks: bool = False
+    keep_masks: bool = False  # whether results carry masks
+    keep_probs: bool = False  # whether results carry probs
+    stream_masks: bool = False  # whether streamed images also carry masks, which keeps their probabilities on disk
 
     def __call__(self, probs: Tensor, missing: Sequence[np.ndarray | None] = ()) -> list[Segmentation]:
         """Decide on a batch.

@@ -24,22 +24,12 @@ BAND_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Tiles:
-    """How an image is cut into overlapping tiles.
+    """How an image is cut into overlapping tiles; ValueError if a value is out of its range."""
 
-    Attributes:
-        size: side of a tile in pixels, or its (height, width). Tiles are never larger than the image.
-        overlap: the least share of a tile that its neighbor covers too, in [0, 1).
-        batch_size: tiles per forward pass.
-        max_bytes: memory of a band of scores.
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
-
-    size: int | tuple[int, int] = 512
-    overlap: float = 0.25
-    batch_size: int = 4
-    max_bytes: int = BAND_BYTES
+    size: int | tuple[int, int] = 512  # side of a tile in pixels, or its (height, width); at most those of the image
+    overlap: float = 0.25  # the least share of a tile that its neighbor covers too, in [0, 1)
+    batch_size: int = 4  # tiles per forward pass
+    max_bytes: int = BAND_BYTES  # memory of a band of scores
 
     def __post_init__(self) -> None:
         if min(self.sides) < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -95,7 +96,7 @@ def results(
         what = advice(procedures.get("rankdice", {}), outcome.images, fitted is not None)
         if what:
             content["advice"] = what
-    return _plain(content)
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
 
 
 def advice(scores: Mapping[str, Any], images: int, fitted: bool = False) -> str | None:
@@ -220,8 +221,7 @@ def optimism(config: Config) -> str | None:
 def _sizes(sizes: Collection[tuple[int, int]]) -> str | None:
     if not sizes:
         return None
-    by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
-    smallest, largest = by_area[0], by_area[-1]
+    smallest, *_, largest = sorted([*sizes, *sizes], key=lambda size: (size[0] * size[1], size))
     text = f"{smallest[0]} x {smallest[1]}"
     return text if smallest == largest else f"{text} to {largest[0]} x {largest[1]} (height x width)"
 
@@ -232,13 +232,3 @@ def _memory_note(outcome: Evaluation, loaded: LoadedModel) -> str:
     if next(loaded.model.parameters(), torch.zeros(0)).device.type == "cuda":
         return "peak of torch's CUDA allocations in a procedure, without the probabilities of a batch"
     return "peak of torch's CPU allocations in a procedure (profiled), without the probabilities of the largest batch"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
