@@ -19,7 +19,7 @@ from tests.shapes_checkpoint import loader, write_checkpoint
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, Prediction
 from utils.predict import __main__ as decode
-from utils.predict.files import pictures
+from utils.predict.files import labels_for_png
 from utils.predictor import Predictor
 
 IMAGES, SIZE = 5, 48
@@ -126,4 +126,4 @@ def test_python_gives_the_same_masks(run: Run, model: Path, tmp_path: Path, proc
         np.testing.assert_array_equal(labels, result.labels)
         probs = result.probs[None]
         found = PROCEDURES[procedure](probs, predict.options)
-        np.testing.assert_array_equal(labels, pictures(procedure, probs, found, predict.options)[0])
+        np.testing.assert_array_equal(labels, labels_for_png(procedure, probs, found, predict.options)[0])

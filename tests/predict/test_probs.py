@@ -103,7 +103,7 @@ def test_decoded_masks_are_those_of_the_run(procedure, metric, folder, tmp_path,
     for seed, name in enumerate(("one", "city/two", "three.v2")):
         expected = PROCEDURES[procedure](maps(seed), options)
         picture = np.asarray(Image.open(tmp_path / "out" / f"{name}.png"))
-        assert np.array_equal(picture, probs.pictures(procedure, maps(seed), expected, options)[0])
+        assert np.array_equal(picture, probs.labels_for_png(procedure, maps(seed), expected, options)[0])
         masks = tmp_path / "out" / f"{name}_masks"
         assert masks.exists() == (procedure != "max")
         if procedure != "max":

@@ -17,7 +17,7 @@ from utils.images.palette import write_mask
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, PredictOptions, probabilities
 from utils.predict import __main__ as command
-from utils.predict.files import pictures
+from utils.predict.files import labels_for_png
 from utils.predict.saved_probs import SavedProbs
 
 
@@ -54,7 +54,7 @@ def test_plain_files_become_masks(procedure: str, plain: Path, tmp_path: Path, m
     options = PredictOptions()
     for seed in range(4):
         probs = drawn(seed, 3, 12, 16)[None]
-        expected = pictures(procedure, probs, PROCEDURES[procedure](probs, options), options)[0]
+        expected = labels_for_png(procedure, probs, PROCEDURES[procedure](probs, options), options)[0]
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / f"im{seed}.png")), expected)
 
 
@@ -92,7 +92,7 @@ def test_volumes_are_decided_as_a_whole(tmp_path: Path, monkeypatch) -> None:
     nibabel.save(image, folder / "case.nii.gz")  # the prediction that nnU-Net writes beside it
     run(monkeypatch, "--probs", folder, "-p", "rankdice", "-o", tmp_path / "out")
     tall = probs.reshape(3, 48, 16)[None]
-    expected = pictures("rankdice", tall, PROCEDURES["rankdice"](tall, PredictOptions()), PredictOptions())
+    expected = labels_for_png("rankdice", tall, PROCEDURES["rankdice"](tall, PredictOptions()), PredictOptions())
     expected = expected.reshape(4, 12, 16)
     written = nibabel.load(tmp_path / "out" / "case.nii.gz")
     assert np.array_equal(written.affine, affine)
@@ -128,7 +128,7 @@ def test_a_fit_is_applied_to_other_probabilities(tmp_path: Path, monkeypatch, ca
     for i in range(12):
         saved = torch.from_numpy(np.load(tmp_path / "test" / f"{i}.npy"))[None]
         probs = probabilities(saved.log(), "softmax", section.temperature, section.bias)
-        expected = pictures("rankdice", probs, PROCEDURES["rankdice"](probs, options), options)[0]
+        expected = labels_for_png("rankdice", probs, PROCEDURES["rankdice"](probs, options), options)[0]
         written = np.asarray(Image.open(tmp_path / "out" / f"{i}.png"))
         assert (written == expected).mean() > 0.99
     scores = []

@@ -23,7 +23,7 @@ from utils.files import expand
 from utils.inference.outputs import Outputs, Run, Wanted, check_folder, overlay_video
 from utils.inference.pipeline import Pipeline, Report
 from utils.inference.sources import Found, Item, Video, find_images, is_video, printable
-from utils.predict.files import Index, prepare_folder, run_of
+from utils.predict.files import Index, digest_of_run, prepare_folder
 from utils.predict.network import choose_device
 from utils.predictor import SCALES, Predictor
 from utils.progress import progress_bar
@@ -117,7 +117,7 @@ def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Found |
         UserError: it cannot be written to, or contains files of another program or another checkpoint.
     """
     folder = expand(args.output)
-    probs_digest = run_of(map(Path, args.model), predictor.network, **predictor.views())
+    probs_digest = digest_of_run(map(Path, args.model), predictor.network, **predictor.views())
     options = asdict(predictor.options)
     digest = stamps.digest({"probs": probs_digest, "procedure": predictor.procedure, "options": options})
     run = Run(predictor.procedure, predictor.options.metric, digest, probs_digest, predictor.options.why_empty)

@@ -104,11 +104,11 @@ class Index:
     procedure: str
     temperature: float
     checkpoint: str  # its file
-    run: str = stamps.NO_RUN  # a digest of the weights and of the views of the images, see run_of
+    run: str = stamps.NO_RUN  # a digest of the weights and of the views of the images: digest_of_run
     data: str = ""  # what was predicted, if a folder must not contain several data sets
 
 
-def run_of(weights: Iterable[Path], network: AnyNetwork, **views: Any) -> str:
+def digest_of_run(weights: Iterable[Path], network: AnyNetwork, **views: Any) -> str:
     """Return a digest of all that probabilities depend on, except the image."""
     digests = [stamps.file_digest(path) for path in weights]
     return stamps.digest({"weights": digests, "network": network.settings(), **views})
@@ -168,7 +168,7 @@ def read_index(folder: Path) -> Index:
 # ---------------------------------------------------------------------------------------------------- masks
 
 
-def pictures(procedure: str, probs: Tensor, prediction: Prediction, options: PredictOptions) -> NDArray[Any]:
+def labels_for_png(procedure: str, probs: Tensor, prediction: Prediction, options: PredictOptions) -> NDArray[Any]:
     """Return the label map ``(B, H, W)`` for palette PNGs, uint8 (uint16 with more than 255 classes).
 
     See :func:`utils.predict.label_map`. Pixels without a class get 255 (65535).

@@ -26,7 +26,7 @@ from utils.predict import (
     spool,
     taking_part_in_labels,
 )
-from utils.predict.files import label_type, pictures
+from utils.predict.files import label_type, labels_for_png
 from utils.predict.spool import HALF_VALUES, Spool
 from utils.predict.tiling import Block
 from utils.rankdice import rank_counts
@@ -121,7 +121,7 @@ class Decider:
         for image, where in zip(probs, missing, strict=False):
             erase(image, where)
         found = PROCEDURES[self.procedure](probs, self.options)
-        labels = pictures(self.procedure, probs, found, self.options)
+        labels = labels_for_png(self.procedure, probs, found, self.options)
         for image, where in zip(labels, missing, strict=False):
             if where is not None:
                 image[where] = np.iinfo(labels.dtype).max

@@ -16,7 +16,7 @@ from utils.evaluation.reliability import Reliability
 from utils.files import write_text
 from utils.images.palette import write_mask
 from utils.predict import PredictOptions
-from utils.predict.files import Index, file_name, pictures, prepare_folder, run_of, write_probs
+from utils.predict.files import Index, digest_of_run, file_name, labels_for_png, prepare_folder, write_probs
 from utils.report.files import PAGE
 from utils.report.gallery import Gallery
 from utils.report.page import Evidence, page
@@ -58,7 +58,7 @@ class Watcher:
 
         def write(part: Part) -> None:
             for name, decision in self.decisions.items():
-                labels = pictures(decision.procedure, part.probs, part.predictions[name], decision.options)
+                labels = labels_for_png(decision.procedure, part.probs, part.predictions[name], decision.options)
                 for image, one in zip(part.batch.names, labels, strict=True):
                     path = folder / name / f"{file_name(image)}.png"
                     write_mask(path, one, self.loaded.facts.palette, stamps.text())
@@ -81,7 +81,7 @@ class Watcher:
             procedure=self.loaded.config.predict.test if procedure == "all" else procedure,
             temperature=self.evaluator.network.temperature,
             checkpoint=", ".join(map(str, self.loaded.paths)),
-            run=run_of(self.loaded.paths, self.evaluator.network),
+            run=digest_of_run(self.loaded.paths, self.evaluator.network),
             data="" if scored is None else f"{scored.type} {json.dumps(scored.args, sort_keys=True)}",
         )
         prepare_folder(folder, index, force)
