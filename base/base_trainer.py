@@ -16,9 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from base import parallel, rng, runs
 from base.banner import banner, hyper_parameters, warn_about_precision
 from base.base_dataloader import BaseDataLoader
-from base.meter import Meter
-from base.monitor import Monitor
-from base.rescue import explained
+from base.meter import Meter, Monitor
 from base.resume import Plan, fingerprint, restore
 from base.runs import BEST, EPOCH, LATEST
 from base.signals import StopSignals
@@ -320,3 +318,23 @@ class BaseTrainer:
     def _validate(self, epoch: int) -> dict[str, float]:
         """Return the validation scores."""
         raise NotImplementedError
+
+
+def explained(error: Exception) -> str | None:
+    """Return a message that tells the user the cause of an error and its fix; None if the error is a bug."""
+    text = str(error).strip()
+    if isinstance(error, UserError):
+        return text
+    if distributed.lost_process(error):
+        return "another process of this run has ended, so this one cannot continue; its message gives the cause"
+    if "DataLoader worker (pid" in text:
+        return (
+            f"a process that loads the data was killed ({text.splitlines()[0]}); most often the memory is full: "
+            "lower num_workers, batch_size or crop_size in train_loader.args"
+        )
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        first = text.splitlines()[0] if text else "no memory left"
+        return f"out of memory: {first[:300]}; lower batch_size or crop_size, raise trainer.accumulate, or use amp bf16"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the system'}: {error.strerror or error}"
+    return None
