@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +10,9 @@ import numpy as np
 from base.base_dataset import BaseDataSet
 from base.entries import Entry
 from dataloaders.labels import labels
-from dataloaders.reading.pairing import pair
+from dataloaders.reading.pairing import pair_folders
+
+_KIND = re.compile(r"_(leftImg8bit|gt(Fine|Coarse)_labelIds)$")  # the end of the file names
 
 # trainId of each labelId 0..33 as the publisher's label definitions have it; 255 is ignored. The remaining
 # labelId, -1 (license plate), is not drawn into the label images.
@@ -58,11 +61,5 @@ for train_extra and mode "coarse"
         archive = "leftImg8bit_trainextra" if extra else "leftImg8bit_trainvaltest"
         images = self.root(archive, holds=[inside]) / inside
         masks = self.root("gtFine_trainvaltest" if self.mode == "fine" else "gtCoarse", holds=[labels_inside])
-        pairs = pair(
-            sorted(images.glob("*/*_leftImg8bit.png")),
-            sorted(masks.glob(f"{labels_inside}/*/*_{kind}_labelIds.png")),
-            lambda path: path.name.removesuffix("_leftImg8bit.png"),
-            lambda path: path.name.removesuffix(f"_{kind}_labelIds.png"),
-        )
-        self.alone = pairs.warn()
-        return pairs.entries
+        masks = masks / labels_inside
+        return pair_folders(self, images, masks, lambda p: _KIND.sub("", p.stem), suffix=f"_{kind}_labelIds")

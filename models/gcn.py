@@ -102,11 +102,8 @@ def make_global(resnet: ResNet) -> None:
 class Upsample(nn.Module):
     """Bring scores to the next resolution: bilinearly, or by a transposed convolution and a crop.
 
-    Args:
-        channels: of the scores.
-        use_deconv: whether to learn it.
-        crop_top_left: the published code crops the transposed convolution's result at the top and left; by default
-            it is cropped at the bottom and right, where the backbone rounded up.
+    ``crop_top_left``: the published code crops the transposed convolution's result at the top and left; by default it
+    is cropped at the bottom and right, where the backbone rounded up.
     """
 
     def __init__(self, channels: int, use_deconv: bool, crop_top_left: bool) -> None:

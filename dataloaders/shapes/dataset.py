@@ -50,12 +50,10 @@ class Shapes(BaseDataSet):
         **common: Any,
     ) -> None:
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
-        if length < 1:
-            raise ValueError(f"length must be at least 1, got {length}")
-        if min(self.size) < scene.SMALLEST:
-            raise ValueError(f"size must be at least {scene.SMALLEST}, got {size}")
-        if scene_seed < 0:
-            raise ValueError(f"scene_seed must not be negative, got {scene_seed}")
+        least = {"length": (length, 1), "size": (min(self.size), scene.SMALLEST), "scene_seed": (scene_seed, 0)}
+        for name, (value, limit) in least.items():
+            if value < limit:
+                raise ValueError(f"{name} must be at least {limit}, got {value}")
         self.length, self.scene_seed = length, scene_seed
         self.endless = endless and split == "train"
         super().__init__(split=split, **common)

@@ -42,12 +42,7 @@ class TimmEncoder(Backbone):
     """
 
     def __init__(
-        self,
-        name: str,
-        in_channels: int = 3,
-        pretrained: bool | str = False,
-        output_stride: int = 32,
-        finest: int = 4,
+        self, name: str, in_channels: int = 3, pretrained: bool | str = False, output_stride: int = 32, finest: int = 4
     ) -> None:
         super().__init__()
         name = name.removeprefix(PREFIX)

@@ -35,8 +35,6 @@ class XceptionBlock(nn.Module):
     """Three times [ReLU, separable convolution, BatchNorm], the last with the stride, and a shortcut around them.
 
     Args:
-        in_channels, out_channels: channels.
-        stride, dilation: of the block and of its convolutions.
         leading_relu: whether the first separable convolution has its ReLU.
         widen_first: whether the first separable convolution changes the channels, or the second.
         published: the published departures: no ReLU after depthwise convolutions, and a leading ReLU that works in
@@ -96,11 +94,7 @@ class Xception(Backbone):
     channels = (128, 2048)
 
     def __init__(
-        self,
-        in_channels: int = 3,
-        pretrained: bool | str = False,
-        output_stride: int = 16,
-        published: bool = False,
+        self, in_channels: int = 3, pretrained: bool | str = False, output_stride: int = 16, published: bool = False
     ) -> None:
         super().__init__()
         if output_stride not in (8, 16):

@@ -83,15 +83,10 @@ def known_args(type: str, args: Mapping[str, Any] | None) -> dict[str, Any]:
 def infer(
     state_dict: Mapping[str, Tensor], type: str, args: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any], int]:
-    """Find out how to build the model of a checkpoint that has no facts of ours: a published one, or bare
-    weights.
+    """Find out how to build the model of a checkpoint that has no facts of ours: a published one, or bare weights.
 
-    Args:
-        state_dict: its weights.
-        type: ``arch.type`` of its config.
-        args: ``arch.args`` of its config. What the model here does not take is left out (the published
-            constructors ignored unknown arguments), and where the weights show another backbone, stem or
-            up-sampling than the config, the weights decide.
+    What the model here does not take of ``arch.args`` is left out (the published constructors ignored unknown
+    arguments). Where the weights show another backbone, stem or up-sampling than the config, the weights decide.
 
     Returns:
         the model's name, the constructor's arguments, the number of classes. For published weights,

@@ -38,10 +38,7 @@ _NAMED = 30  # classes in a message
 
 
 def check(
-    config: Config,
-    models: Registry | None = None,
-    loaders: Registry | None = None,
-    stages: Sequence[str] = STAGES,
+    config: Config, models: Registry | None = None, loaders: Registry | None = None, stages: Sequence[str] = STAGES
 ) -> list[Problem]:
     """Return every problem that the schema alone cannot see.
 

@@ -71,8 +71,7 @@ class RankDiceOptions(Section):
     metric: Metric = Field("dice", description="the score to maximize in expectation")
     smooth: float = Field(0.0, ge=0, le=100_000, description="added to numerator and denominator of the score")
     prune: Share | None = Field(
-        0.5,
-        description="a class with no probability above this in an image gets no mask there; null: no pruning",
+        0.5, description="a class with no probability above this in an image gets no mask there; null: no pruning"
     )
 
     @model_validator(mode="after")
@@ -184,10 +183,7 @@ class Trainer(Section):
     )
     profile: bool = Field(False, description="write a profiler trace of a few iterations to log_dir")
     limit_batches: Positive | None = Field(None, description="at most this many batches per epoch, for quick tests")
-    fit: bool = Field(
-        True,
-        description="after training, fit temperature, presence and threshold on validation data into the best model",
-    )
+    fit: bool = Field(True, description="after training, fit temperature, presence and threshold on validation data")
 
 
 class Tester(Section):

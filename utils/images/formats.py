@@ -66,12 +66,9 @@ def fast_label(data: bytes) -> np.ndarray | None:
 
 
 def decode(data: bytes, path: Path, channels: int = 1) -> Raster:
-    """Decode a file of any known format.
+    """Decode the content of a file of any known format.
 
-    Args:
-        data: the content.
-        path: for messages.
-        channels: how many channels are wanted: decides whether the pages of a TIFF file are bands.
+    The number of ``channels`` that are wanted decides whether the pages of a TIFF file are bands.
 
     Raises:
         UserError: the file is damaged, of an unknown format, or needs a package that is not installed.

@@ -169,11 +169,7 @@ class BCEWithLogitsFocalLoss2d(SegmentationLoss):
     weight: Tensor | None
 
     def __init__(
-        self,
-        ignore_index: int = 255,
-        gamma: NonNegative = 2.0,
-        alpha: Share | None = None,
-        weight: Weights = None,
+        self, ignore_index: int = 255, gamma: NonNegative = 2.0, alpha: Share | None = None, weight: Weights = None
     ) -> None:
         super().__init__(ignore_index)
         self.gamma = non_negative("gamma", gamma)

@@ -13,7 +13,7 @@ from utils.cli import add_overrides
 from utils.config import building
 from utils.config.schema import Config
 from utils.errors import UserError, not_installed, run, warn
-from utils.files import expand
+from utils.files import atomic, expand
 
 ASSUMED = 100  # batches per epoch where the data cannot be read
 
@@ -65,9 +65,9 @@ def draw(panels: dict[str, dict[str, list[float]]], title: str, path: Path) -> N
         if len(lines) > 1:
             axes.legend()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: a kind of file that matplotlib does not write
+        with atomic(path, path.suffix) as temporary:
+            figure.savefig(temporary)
+    except ValueError as error:  # a kind of file that matplotlib does not write
         raise UserError(f"--out {path}: cannot write the picture: {error}") from None
 
 
