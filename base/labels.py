@@ -37,12 +37,7 @@ class LabelTable:
         self._ignore_index, self._void, self._lut = ignore_index, void, lut
         fits = 0 <= ignore_index <= 255 and self._count <= 256
         self.dtype: type[np.generic] = np.uint8 if fits else np.int32
-        ids = np.arange(256, dtype=np.int64)
-        if lut is not None:
-            ids[: len(lut)] = lut[:256]
-        if void is not None:
-            ids[ids == void] = ignore_index
-        legal = ((ids >= 0) & (ids < self._count)) | (ids == ignore_index)
+        ids, legal = self._ids_of(np.arange(256))
         self._as_stored = self.dtype == np.uint8 and np.array_equal(ids[legal], np.flatnonzero(legal))
         self._ids = np.where(legal, ids, 0).astype(self.dtype)
         self._illegal = np.uint8(255) * ~legal
@@ -55,19 +50,20 @@ class LabelTable:
                 values = np.unique(label)
                 raise self._error(label, values[self._illegal[values] > 0], path)
             return label if self._as_stored else self._ids[label]
-        return self._translate_wide(label, path)
+        ids, legal = self._ids_of(label)
+        if not legal.all():
+            raise self._error(label, np.unique(label[~legal]), path)
+        return ids.astype(self.dtype)
 
-    def _translate_wide(self, label: np.ndarray, path: Path | str) -> np.ndarray:
-        stored = label
+    def _ids_of(self, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what stored values become, and where that is a class or ignored."""
+        ids = stored
         if self._lut is not None:
-            inside = (label >= 0) & (label < len(self._lut))
-            label = np.where(inside, self._lut[np.where(inside, label, 0)], label)
+            inside = (ids >= 0) & (ids < len(self._lut))
+            ids = np.where(inside, self._lut[np.where(inside, ids, 0)], ids)
         if self._void is not None:
-            label = np.where(label == self._void, self._ignore_index, label)
-        illegal = ((label < 0) | (label >= self._count)) & (label != self._ignore_index)
-        if illegal.any():
-            raise self._error(stored, np.unique(stored[illegal]), path)
-        return label.astype(self.dtype)
+            ids = np.where(ids == self._void, self._ignore_index, ids)
+        return ids, ((ids >= 0) & (ids < self._count)) | (ids == self._ignore_index)
 
     def _error(self, label: np.ndarray, values: np.ndarray, path: Path | str) -> UserError:
         pixels = int(np.isin(label, values).sum())
