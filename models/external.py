@@ -73,7 +73,10 @@ class External(BaseModel):
                 outputs not in ("logits", "probabilities"),
                 f'outputs must be "logits" or "probabilities", got {outputs!r}',
             ),
-            (pretrained is True, 'pretrained takes arguments of the factory, such as {"encoder_weights": "imagenet"}'),
+            (
+                pretrained is True,
+                'pretrained takes arguments such as {"encoder_weights": "imagenet"}; or write pretrained: false',
+            ),
             (
                 file and (args or pretrained or backbone),
                 "args, pretrained and backbone belong to a factory, not to a file",
