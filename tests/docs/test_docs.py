@@ -308,6 +308,22 @@ def test_files_and_names_that_sentences_mention_exist(page: str) -> None:
             resolve(span)
 
 
+def test_contributing_names_what_is_in_the_files() -> None:
+    """Its recipes say where something is added: a name in a row of a table is in one of the files of the row."""
+    recipes = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Adding something")[2]
+    checked = 0
+    for row in re.findall(r"^\| .*", recipes, re.MULTILINE):
+        named = re.findall(r"`([\w./]+)`", row)
+        files = [ROOT / name for name in named if "/" in name and (ROOT / name).is_file()]
+        files += [path for name in named if name.endswith("/") for path in (ROOT / name).glob("*.py")]
+        code = "\n".join(path.read_text(encoding="utf-8") for path in files)
+        for name in named if files else ():
+            if "/" not in name and not (ROOT / name).exists():
+                assert re.search(rf"\b{name.rpartition('.')[2]}\b", code), f"{name}: {row}"
+                checked += 1
+    assert checked > 20
+
+
 # -- the quickstart and the page about own data, run ---------------------------------------------------------------
 
 TINY = """
