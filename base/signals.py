@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ class StopSignals:
         if self.received is not None and (number == self.received or not distributed.under_torchrun()):
             raise KeyboardInterrupt
         self.received = number
+        if distributed.is_main():  # not print, which must not be called while it is interrupted
+            os.write(2, b"\nstopping after this step, then saving; once more: stop at once\n")
 
 
 @contextmanager

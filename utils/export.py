@@ -14,6 +14,8 @@ import argparse
 import inspect
 import json
 import logging
+import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +42,7 @@ from utils.predict.network import Network
 Runner = Callable[[np.ndarray], np.ndarray]
 
 STEPS = ("trace the network", "write the file", "compare its outputs with those of PyTorch")
+SECONDS_OF_SILENCE = 20.0
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
 # One more than a multiple of 32: no level of a network divides evenly, so every resize in it is traced as one.
@@ -72,12 +75,31 @@ def main() -> int:
 
     loaded = load_model(args.model, config=args.config, trust_code=args.trust_code, overrides=args.set)
     print(f"exporting {loaded.config.arch.type} in {len(STEPS)} steps; large networks take minutes", flush=True)
-    worst = export(loaded, output, args.format, args.logits, progress=steps())
+    with signs_of_life():
+        worst = export(loaded, output, args.format, args.logits, progress=steps())
     sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB; largest difference to PyTorch {worst:.1e} (on {sizes})")
     if loaded.config.predict.mode != "single":
         print(f"note: the program sees an image in one view; inference.py uses mode {loaded.config.predict.mode}")
     return 0
+
+
+@contextmanager
+def signs_of_life() -> Iterator[None]:
+    """Print every now and then how long it has taken: tracing a large network is silent for minutes."""
+    start, done, screen = time.perf_counter(), threading.Event(), sys.stdout
+
+    def show() -> None:
+        while not done.wait(SECONDS_OF_SILENCE):
+            print(f"   {time.perf_counter() - start:.0f} s so far", file=screen, flush=True)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def steps() -> Callable[[str], None]:

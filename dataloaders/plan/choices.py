@@ -78,7 +78,7 @@ def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
 
 def _loaders(found: Survey, arch: dict[str, Any], crop: int, batch: int) -> tuple[dict[str, Any], Reasons]:
     """Return the sections of the loaders, and reasons for their arguments."""
-    findings, why = found.findings, dict(found.why)
+    findings, why = found.findings, {name: text for name, text in found.why.items() if name != "loader"}
     mean, std = [round(float(v), 4) for v in findings.mean], [max(round(float(v), 4), 0.0001) for v in findings.std]
     why["mean"] = f"mean and std are measured on {len(findings.good)} of the images"
     if arch["args"].get("pretrained") == _WEIGHTS:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
@@ -57,6 +59,17 @@ def run(kind: str, source: Path, out: Path, options: Options) -> None:
     """
     if not source.exists():
         raise UserError(f"--from: there is no file or folder {source}")
+    if not zipfile.is_zipfile(source):
+        _run(kind, source, out, options)
+        return
+    if options.link and options.images is None:
+        raise UserError(f"--link: {source} is an archive; unpack it and give its folder to --from")
+    with TemporaryDirectory() as folder, zipfile.ZipFile(source) as archive:
+        archive.extractall(folder)
+        _run(kind, Path(folder), out, options)
+
+
+def _run(kind: str, source: Path, out: Path, options: Options) -> None:
     for name in ("images", "masks"):
         if (out / name).exists() and any((out / name).iterdir()):
             raise UserError(f"--dir: {out / name} already contains files; give an empty folder")

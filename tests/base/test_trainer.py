@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from base.base_trainer import Data, Interrupted
 from base.rng import seed_everything
 from base.runs import BEST, LATEST
+from base.signals import StopSignals
 from trainer import Trainer
 from utils import checkpoint, losses
 from utils.batch import Batch
@@ -294,6 +297,15 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, accumulate: int, saved: int) 
     whole = make_trainer(tmp_path / "whole", epochs=3, accumulate=accumulate)
     whole.train()
     assert same_weights(whole.model, resumed.model)
+
+
+def test_a_signal_is_answered_at_once_and_a_second_one_interrupts(capfd) -> None:
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        assert capfd.readouterr().err == "\nstopping after this step, then saving; once more: stop at once\n"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_loss_that_is_not_finite_stops_and_explains(tmp_path: Path) -> None:

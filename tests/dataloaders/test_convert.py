@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,17 @@ def test_cvat_xml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "export/annotations.xml", CVAT.replace("<image", "<track/><image", 1))
     with pytest.raises(UserError, match="CVAT for images"):
         prepare("cvat", tmp_path / "export", tmp_path / "out2")
+
+
+def test_the_archive_that_a_tool_exports(tmp_path: Path) -> None:
+    photo(tmp_path / "export/images/day/a.jpg")
+    write(tmp_path / "export/annotations.xml", CVAT)
+    archive = shutil.make_archive(str(tmp_path / "task"), "zip", tmp_path / "export")
+    with pytest.raises(UserError, match=r"--link: .*task\.zip is an archive; unpack it and give its folder to --from"):
+        prepare("cvat", archive, tmp_path / "out", "--link")
+    prepare("cvat", archive, tmp_path / "out")
+    assert np.array_equal(mask(tmp_path / "out", "a"), expected())
+    assert (tmp_path / "out/images/a.jpg").is_file()
 
 
 def test_cvat_masks(tmp_path: Path) -> None:

@@ -188,12 +188,14 @@ def test_the_program_and_its_metadata_decide_as_the_predictor_does(
 
     model = write_checkpoint(tmp_path / "best.pth", **everything_fitted(), mode="multiscale")
     monkeypatch.setattr(sys, "argv", ["export", "--model", str(model), "--format", "onnx"])
+    monkeypatch.setattr(export, "SECONDS_OF_SILENCE", 0.2)
     assert export.main() == 0
     said = capsys.readouterr().out
     first, second, third = (line for line in said.splitlines() if " of 3: " in line)
     assert first == "1 of 3: trace the network"
     assert re.fullmatch(r"2 of 3: write the file \(\d+ s for the step before\)", second)
     assert re.fullmatch(r"3 of 3: compare its outputs with those of PyTorch \(\d+ s for the step before\)", third)
+    assert re.search(r"\n   \d+ s so far\n", said)
     assert "largest difference to PyTorch" in said
     assert "the program sees an image in one view; inference.py uses mode multiscale" in said
     session = onnxruntime.InferenceSession(str(tmp_path / "best.onnx"))
