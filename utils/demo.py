@@ -36,21 +36,13 @@ SMALLEST_SHOWN, LARGEST_SHOWN = 480, 1600  # pixels of the longer side of pictur
 
 
 class Comparison(NamedTuple):
-    """One image under the three procedures.
+    """One image under the three procedures."""
 
-    Attributes:
-        image: uint8 RGB ``(H, W, 3)``.
-        labels: per procedure ``(H, W)``.
-        pixels: per procedure, the pixels of each class's mask.
-        scores: the expected Dice of each class's rankdice mask.
-        presence: the probability that each class is in the image; NaN for classes of no interest, and without a fit.
-    """
-
-    image: np.ndarray
-    labels: dict[str, np.ndarray]
-    pixels: dict[str, list[int]]
-    scores: list[float]
-    presence: list[float]
+    image: np.ndarray  # uint8 RGB (H, W, 3)
+    labels: dict[str, np.ndarray]  # per procedure (H, W)
+    pixels: dict[str, list[int]]  # per procedure, those of each class's mask
+    scores: list[float]  # the expected Dice of each class's rankdice mask
+    presence: list[float]  # of each class in the image; NaN for classes of no interest, and without a fit
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -151,7 +152,8 @@ def export(
         with atomic(path, path.suffix) as temporary:
             write, start = (_write_onnx, _start_onnx) if kind == "onnx" else (_write_program, _start_program)
             progress(STEPS[0])
-            with _quiet(), _portable_pooling(), torch.no_grad():
+            # Adaptive pooling is traced as two matrix products, which exist everywhere for free sizes.
+            with _quiet(), patch.object(F, "adaptive_avg_pool2d", adaptive_average), torch.no_grad():
                 program = _trace(deployed, loaded.facts.in_channels)
             progress(STEPS[1])
             with _quiet(), torch.no_grad():
@@ -267,17 +269,6 @@ def _drop_size_assertions(program) -> None:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
-
-
-@contextmanager
-def _portable_pooling() -> Iterator[None]:
-    """Let adaptive average pooling be traced as two matrix products, which exist everywhere for free sizes."""
-    original = F.adaptive_avg_pool2d
-    F.adaptive_avg_pool2d = adaptive_average  # type: ignore[assignment]  # sizes as our models give them
-    try:
-        yield
-    finally:
-        F.adaptive_avg_pool2d = original
 
 
 def adaptive_average(x: Tensor, output_size: int | Sequence[int | None]) -> Tensor:

@@ -68,7 +68,8 @@ class Facts:
     @property
     def label_names(self) -> tuple[str, ...]:
         """The names of the labels; with one class there are two, the background and the class."""
-        return self.class_names if self.num_classes > 1 else ("background", *self.class_names)
+        names = tuple(self.class_name(c) for c in range(max(self.num_classes, len(self.class_names))))
+        return names if len(names) > 1 else ("background", *names)
 
     def class_name(self, c: int) -> str:
         """Return the name of a class; "class 7" where the data set names fewer."""

@@ -184,15 +184,9 @@ def test_views_leave_their_input_alone() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 40), (40, 5), (40, 40)])
 def test_small_images_are_padded_for_the_network(height: int, width: int) -> None:
-    seen = []
-
-    def forward(images: Tensor) -> Tensor:
-        seen.append(tuple(images.shape[-2:]))
-        return images
-
     image = picture(height, width)
-    assert torch.equal(tiling.padded(forward, 32)(image), image)
-    assert seen == [(max(32, height), max(32, width))]
+    assert tiling.pad_to(image, 32).shape[-2:] == (max(32, height), max(32, width))
+    assert torch.equal(tiling.pad_to(image, 32)[..., :height, :width], image)
     assert tiling.pad_to(image, 1, 8).shape[-2:] == (-(-height // 8) * 8, -(-width // 8) * 8)
     right = tiling.pad_to(image, 32)[..., :height, width:]
     assert torch.equal(right, image[..., -1:].expand_as(right))  # the border goes on: no edge is invented

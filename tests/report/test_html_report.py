@@ -27,7 +27,7 @@ from utils.predict import Prediction, PredictOptions
 from utils.predict.network import Network
 from utils.report import charts as html_charts
 from utils.report.gallery import BOTH_WRONG, MAX_RIGHT, PALEST, RANKDICE_RIGHT, UNASSIGNED, Gallery
-from utils.report.page import Evidence, expected_points, page
+from utils.report.page import expected_points, page
 
 FACTS = Facts(3, ("road", "cat & <dog>", "c"), ((0, 0, 0), (255, 0, 0), (0, 255, 0)), (0.4,) * 3, (0.2,) * 3, 255)
 VOID = {"meta", "link", "img", "input"}
@@ -79,7 +79,7 @@ def made() -> tuple[str, Gallery, dict]:
         gathered={"reliability": reliability.compute(), "confusion": confusion.compute()},
     )
     return (
-        page(content, Evidence(outcome.metrics, gallery, confusion.compute()), settings, ["test.py", "-p", "all"]),
+        page(content, outcome.metrics, gallery, confusion.compute(), settings, ["test.py", "-p", "all"]),
         gallery,
         content,
     )

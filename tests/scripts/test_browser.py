@@ -30,7 +30,7 @@ from utils.images.palette import default_palette
 from utils.predict import PredictOptions
 from utils.predict.network import Network
 from utils.report.gallery import Gallery
-from utils.report.page import Evidence, page
+from utils.report.page import page
 
 CLASSES = 12
 IMAGES = 2 * 12 * 6  # gains and losses, six pictures each
@@ -76,8 +76,7 @@ def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = report.results(outcome, loaded, None, gathered=gathered)
     command = ["test.py", "-r", "saved/" + "folder/" * 12 + "best_model.pth", "-p", "all"]
     path = tmp_path_factory.mktemp("report") / "report.html"
-    evidence = Evidence(outcome.metrics, gallery, confusion.compute())
-    path.write_text(page(content, evidence, settings, command), encoding="utf-8")
+    path.write_text(page(content, outcome.metrics, gallery, confusion.compute(), settings, command), encoding="utf-8")
     return path
 
 

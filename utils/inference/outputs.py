@@ -181,12 +181,6 @@ class Outputs:
         pictures = ((c, mask.astype(np.uint8) * 255) for c in found if (mask := masks[c]).any())
         write_classes(self.folder / f"{name}_masks", self.facts, pictures, self.run.digest)
 
-    def _label_name(self, label: int) -> str:
-        """Return a label's name: with one channel, label 1 is the class and 0 its background."""
-        if self.facts.num_classes == 1 and len(self.facts.class_names) < 2:
-            return ["background", self.facts.class_name(0)][label]
-        return self.facts.class_name(label)
-
     def _row(self, source: str, result: Segmentation) -> Row | None:
         if result.scores is None or result.volumes is None:
             return None
@@ -196,33 +190,22 @@ class Outputs:
         return Row(source, result.expected, scores, _presence(result))
 
     def _describe(self, source: str, result: Segmentation, row: Row | None) -> dict[str, Any]:
-        labels = _count_labels(result.labels)
-        single = self.facts.num_classes == 1
-        presence = _presence(result)
-        classes = []
-        for label in range(2 if single else self.facts.num_classes):
-            pixels = int(labels[label])
-            entry: dict[str, Any] = {"id": label, "name": self._label_name(label), "pixels": pixels}
-            channel = label - 1 if single else label
-            if row is not None and result.volumes is not None and channel >= 0:
-                entry[f"expected_{self.run.metric}"] = row.per_class[channel]
-                entry["mask_pixels"] = int(result.volumes[channel])
-            if presence and channel >= 0:
-                entry["presence"] = presence[channel]
+        classes, metric = self.facts.num_classes, f"expected_{self.run.metric}"
+        labels, presence, entries = _count_labels(result.labels), _presence(result), []
+        for label in range(max(2, classes)):
+            pixels, c = int(labels[label]), label - (classes == 1)
+            entry: dict[str, Any] = {"id": label, "name": self.facts.label_names[label], "pixels": pixels}
+            if row is not None and result.volumes is not None and c >= 0:
+                entry |= {metric: row.per_class[c], "mask_pixels": int(result.volumes[c])}
+            if presence and c >= 0:
+                entry["presence"] = presence[c]
             if pixels or entry.get("mask_pixels"):
-                classes.append(entry)
+                entries.append(entry)
         height, width = result.labels.shape
-        size = {"width": width, "height": height}
-        described = {
-            "written_by": stamps.text(self.run.digest),
-            "image": source,
-            **size,
-            "procedure": self.run.procedure,
-        }
-        if row is not None:
-            described[f"expected_{self.run.metric}"] = row.expected
-        unassigned = int(labels[max(2, self.facts.num_classes) :].sum())
-        return described | {"classes": classes, "unassigned_pixels": unassigned}
+        described = {"written_by": stamps.text(self.run.digest), "image": source, "width": width, "height": height}
+        described |= {"procedure": self.run.procedure} | ({} if row is None else {metric: row.expected})
+        unassigned = int(labels[max(2, classes) :].sum())
+        return described | {"classes": entries, "unassigned_pixels": unassigned}
 
 
 @contextmanager

@@ -33,50 +33,31 @@ Activation = Literal["softmax", "sigmoid"]
 
 
 class Prediction(NamedTuple):
-    """What a procedure decided; exactly one of ``masks`` and ``labels`` is given.
+    """What a procedure decided; exactly one of ``masks`` and ``labels`` is given."""
 
-    Attributes:
-        masks: bool ``(B, C, H, W)``.
-        labels: int64 ``(B, H, W)``, class ids (with one channel: 0 or 1).
-        scores: float64 ``(B, C)``, the expected score of each mask, 0 without a mask; None where the procedure does
-            not know it.
-        volumes: int64 ``(B, C)``, pixels per mask.
-        chosen: bool ``(B, C)``, the classes of interest that are taken to be in the image; None: not decided.
-        presence: float64 ``(B, C)``, the probability that the class is in the image; NaN for classes of no interest.
-        ranked: what RankDice found for all classes before the decision, if a label map can start from it.
-        unfitted: float64 ``(B, C)``, the expected scores before the presence fit corrected them; None without a fit.
-    """
-
-    masks: Tensor | None = None
-    labels: Tensor | None = None
-    scores: Tensor | None = None
-    volumes: Tensor | None = None
-    chosen: Tensor | None = None
-    presence: Tensor | None = None
-    unfitted: Tensor | None = None
-    ranked: rd.RankDice | None = None
+    masks: Tensor | None = None  # bool (B, C, H, W)
+    labels: Tensor | None = None  # int64 (B, H, W), class ids (with one channel: 0 or 1)
+    scores: Tensor | None = None  # float64 (B, C), the expected score of each mask, 0 without a mask; None: not known
+    volumes: Tensor | None = None  # int64 (B, C), pixels per mask
+    chosen: Tensor | None = None  # bool (B, C), the classes of interest taken to be in the image; None: not decided
+    presence: Tensor | None = None  # float64 (B, C), the probability that a class is in the image; NaN: of no interest
+    unfitted: Tensor | None = None  # float64 (B, C), scores before the presence fit corrected them; None without a fit
+    ranked: rd.RankDice | None = None  # what RankDice found for all classes, if a label map can start from it
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Options of the procedures: the fields of ``predict`` in the config.
+    """Options of the procedures: the fields of ``predict`` in the config."""
 
-    Attributes:
-        threshold: of procedure T.
-        solver, metric, smooth, prune: of RankDice, see :func:`utils.rankdice.rank_dice`.
-        classes: the classes of interest; the others get no mask from rankdice, which saves their cost. None: all.
-        presence: which classes get a mask: "auto", "fitted", "rule", "prune" or "all".
-        fit: the fit behind "fitted", as the config's ``presence_fit`` contains it.
-    """
-
-    threshold: float = 0.5
-    solver: str = "exact"
+    threshold: float = 0.5  # of procedure T
+    solver: str = "exact"  # and metric, smooth, prune: of RankDice, see utils.rankdice.rank_dice
     metric: str = "dice"
     smooth: float = 0.0
     prune: float | None = 0.5
+    # The classes of interest; the others get no mask from rankdice, which saves their cost. None: all.
     classes: tuple[int, ...] | None = None
-    presence: str = "auto"
-    fit: Mapping[str, Any] | None = field(default=None, hash=False)
+    presence: str = "auto"  # which classes get a mask: "auto", "fitted", "rule", "prune" or "all"
+    fit: Mapping[str, Any] | None = field(default=None, hash=False)  # behind "fitted", as the config's presence_fit
 
     @classmethod
     def from_config(cls, predict: Predict) -> PredictOptions:

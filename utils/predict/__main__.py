@@ -49,11 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--probs", metavar="FOLDER", required=True, help="the saved probabilities")
     add("-p", "--predict", choices=(*PROCEDURES, "all"), help="prediction procedure; all: score every one")
     add("-o", "--output", metavar="FOLDER", help="where masks and scores go (default: masks/PROCEDURE in the folder)")
-    add(
-        "--labels",
-        metavar="DIR",
-        help="score against label files with the same names as the probabilities; writes no masks",
-    )
+    add("--labels", metavar="DIR", help="score against label files of the same names; writes no masks")
     add("--fit", metavar="FILE", help="fit temperature, threshold and presence on the labels and write them to a file")
     add("--use", metavar="FILE", help="apply what --fit wrote")
     add("--class-names", nargs="+", metavar="NAME", help="class names for plain files, in the order of their channels")
@@ -61,12 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--ignore-index", type=int, default=255, help="label that is ignored, for plain files (default: 255)")
     add("--masks", action="store_true", help="also write the overlapping masks of T and rankdice, one PNG per class")
     add("--force", action="store_true", help="replace files in the output folder that this program did not write")
-    add(
-        "-d",
-        "--device",
-        default="cpu",
-        help="cpu or cuda (default: cpu); on the device of the run, the masks are identical to those of the run",
-    )
+    add("-d", "--device", default="cpu", help="default: cpu; on the device of the run, the masks are those of the run")
     options = parser.add_argument_group(
         "options of the procedures (default: those of the run)", argument_default=argparse.SUPPRESS
     ).add_argument

@@ -87,13 +87,13 @@ class Network:
                 are not multiples of the model's ``size_divisor``, are padded with the border's pixels; the logits
                 are cropped back.
         """
-        return self._padded(self._normalized(images))
+        return self._seen(self._normalized(images))
 
     def probabilities(self, images: Tensor) -> Tensor:
         """Return float32 probabilities ``(B, C, H, W)``, the mean over the views; ``images`` as in :meth:`logits`."""
         if not self.averages:
             return self._link(self.logits(images))
-        probs = tiling.views(self._padded, self._normalized(images), self.scales, self.flip, link=self._link)
+        probs = tiling.views(self._seen, self._normalized(images), self.scales, self.flip, link=self._link)
         return probs.clamp_(max=1.0)  # the mean of ones may round to slightly more
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,15 +107,15 @@ class Network:
     def _normalized(self, images: Tensor) -> Tensor:
         return self.normalize(images.to(self.device, non_blocking=True))
 
-    def _padded(self, images: Tensor) -> Tensor:
-        return tiling.padded(self._model, SMALLEST_SIDE, getattr(self.model, "size_divisor", 1))(images)
-
-    def _model(self, images: Tensor) -> Tensor:
+    def _seen(self, images: Tensor) -> Tensor:
+        """Return the logits of normalized images; those of sizes that the model does not take are padded for it."""
+        height, width = images.shape[-2:]
+        images = tiling.pad_to(images, SMALLEST_SIDE, getattr(self.model, "size_divisor", 1))
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.amp) if self.amp is not None else nullcontext():
             output = self.model(images)
-        return output["out"] if isinstance(output, dict) else output
+        return (output["out"] if isinstance(output, dict) else output)[..., :height, :width]
 
     def _link(self, logits: Tensor) -> Tensor:
         return probabilities(logits, self.activation, self.temperature, self.bias)

@@ -68,16 +68,6 @@ def pad_to(images: Tensor, smallest: int, multiple: int = 1) -> Tensor:
     return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
 
 
-def padded(forward: Forward, smallest: int, multiple: int = 1) -> Forward:
-    """Return ``forward`` for images of any size: others are padded for it, and its scores cut back."""
-
-    def call(images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        return forward(pad_to(images, smallest, multiple))[..., :height, :width]
-
-    return call
-
-
 def views(
     forward: Forward,
     images: Tensor,

@@ -10,7 +10,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from utils.evaluation import Part
 from utils.facts import Facts
@@ -119,7 +118,11 @@ class Gallery:
         if prediction.labels is not None:
             return prediction.labels[i].cpu().numpy()
         assert prediction.masks is not None
-        return _mask_labels(part.probs[i], prediction.masks[i]).cpu().numpy()
+        masks = prediction.masks[i]
+        if len(masks) == 1:
+            return masks[0].long().cpu().numpy()
+        best, labels = part.probs[i].masked_fill(~masks, -1.0).max(dim=0)
+        return torch.where(best >= 0, labels, NO_CLASS).cpu().numpy()
 
     def _colors(self, labels: NDArray[np.int64]) -> Picture:
         known = max(self.facts.num_classes, 2)
@@ -153,14 +156,6 @@ def contrasting(palette: NDArray[np.uint8], classes: int) -> NDArray[np.uint8]:
     if max(first, second) / min(first, second) >= CONTRAST:
         return palette
     return np.concatenate([palette[:1], np.full((1, 3), 255 if first < 0.18 else 0, np.uint8), palette[2:]])
-
-
-def _mask_labels(probs: Tensor, masks: Tensor) -> Tensor:
-    """Return one label per pixel ``(H, W)``: the most probable class among those whose mask contains it, or none."""
-    if len(probs) == 1:
-        return masks[0].long()
-    best, labels = probs.masked_fill(~masks, -1.0).max(dim=0)
-    return torch.where(best >= 0, labels, NO_CLASS)
 
 
 def _smaller(labels: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.int64]:

@@ -8,8 +8,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import torch
@@ -37,29 +36,29 @@ RANKED = ("Mean_Dice", "Mean_IoU", "Worst_Tenth_Dice", "Dataset_mDice", "Dataset
 Table = tuple[list[str], list[list[Any]]]
 
 
-class Evidence(NamedTuple):
-    """What a test has gathered for the page: scores of each image, pictures, and confusion matrices by procedure."""
-
-    metrics: Mapping[str, Metrics]
-    gallery: Gallery
-    confusion: Mapping[str, Sequence[Sequence[int]]] = MappingProxyType({})
-
-
-def page(content: Mapping[str, Any], evidence: Evidence, config: Config, command: Sequence[str] = ()) -> str:
+def page(
+    content: Mapping[str, Any],
+    metrics: Mapping[str, Metrics],
+    gallery: Gallery,
+    confusion: Mapping[str, Sequence[Sequence[int]]],
+    config: Config,
+    command: Sequence[str] = (),
+) -> str:
     """Return the report as one HTML document.
 
     Args:
         content: of ``results.json`` (:func:`utils.report.content`), with ``comparison`` and ``reliability``.
-        evidence: gathered by the test; the metrics keep their images.
+        metrics: by procedure; they keep their images.
+        gallery: pictures.
+        confusion: matrices by procedure.
         config: of the run.
         command: the command line.
     """
     protocol, procedures = content["protocol"], content["procedures"]
     comparison, reliability = content.get("comparison") or {}, content.get("reliability") or {}
-    gallery = evidence.gallery
     shown = {name: charts.COLORS[name] for name in SHOWN if name in procedures}
     split = f" {protocol['split']}" if protocol["split"] else ""
-    points = expected_points(evidence.metrics["rankdice"]) if "rankdice" in evidence.metrics else []
+    points = expected_points(metrics["rankdice"]) if "rankdice" in metrics else []
     every = max(1, -(-len(points) // MAX_POINTS))
     counts = (f"{cls} {images(of_class)}" for cls, of_class in protocol["images_per_class_mean"].items())
     template = Environment(
@@ -83,7 +82,7 @@ def page(content: Mapping[str, Any], evidence: Evidence, config: Config, command
         reliability_colors={DIAGRAMS["classes"]: charts.COLORS["max"], DIAGRAMS["confidence"]: charts.COLORS["T"]},
         confusion={
             name: Markup(charts.heat_map(shares(matrix), gallery.facts.label_names))
-            for name, matrix in evidence.confusion.items()
+            for name, matrix in confusion.items()
         },
         galleries={
             "Where rankdice gains most": gallery.gains,

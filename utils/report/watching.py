@@ -19,7 +19,7 @@ from utils.predict import PredictOptions
 from utils.predict.files import Index, digest_of_run, file_name, labels_for_png, prepare_folder, write_probs
 from utils.report.files import PAGE
 from utils.report.gallery import Gallery
-from utils.report.page import Evidence, page
+from utils.report.page import page
 
 
 class Watcher:
@@ -121,8 +121,10 @@ class Watcher:
         if "gallery" not in self._gathered:
             raise ValueError("a Watcher without report has no pictures for the page")
         matrices = self._gathered["confusion"].compute()
-        evidence = Evidence(outcome.metrics, self._gathered["gallery"], matrices)
-        write_text(folder / PAGE, page(content, evidence, self.loaded.config, command))
+        write_text(
+            folder / PAGE,
+            page(content, outcome.metrics, self._gathered["gallery"], matrices, self.loaded.config, command),
+        )
         paths = [folder / PAGE]
         names = self.loaded.facts.label_names
         for name, matrix in matrices.items():
