@@ -121,7 +121,7 @@ from utils.evaluation import (
     single_decision,
 )
 from utils.facts import Facts
-from utils.files import expand
+from utils.files import check_folder, expand
 from utils.predict import PredictOptions
 from utils.predict.network import SCALES
 from utils.progress import progress_bar
@@ -143,7 +143,7 @@ def main() -> int:
     stages = ("test",) if not args.fit else ("val",)
     overrides = from_val_loader(state.get("config"), args.config, overrides)
     config = checkpoint.config_of(state, args.resume, args.config, overrides, stages=stages, trust_code=args.trust_code)
-    folder = report.prepare_folder(results_folder(args, config))
+    folder = check_folder(results_folder(args, config))
     device = distributed.choose_device(config.n_gpu)
     with distributed.process_group(device):
         seed_everything(config.seed, config.deterministic)
@@ -301,7 +301,7 @@ def write_results(setup: Setup, outcome: Evaluation, watcher: Watcher, folder: P
 def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
     """Score the checkpoint of each fold on the images that it held out; see :mod:`utils.report.folds`."""
     paths = [str(expand(path)) for path in args.folds]
-    folder = report.prepare_folder(expand(args.output) if args.output else folds.folder_of(paths))
+    folder = check_folder(expand(args.output) if args.output else folds.folder_of(paths))
     states = [checkpoint.read(path) for path in paths]
     of_folds = [
         checkpoint.config_of(state, path, args.config, overrides, stages=("test",), trust_code=args.trust_code)

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -109,3 +110,39 @@ def expand(path: str | Path) -> Path:
 def looked_in(path: str | Path) -> str:
     """Return where a relative path was looked for, for messages; nothing for an absolute path."""
     return "" if Path(path).is_absolute() else f" (looked in {Path.cwd()})"
+
+
+def unwritable(folder: str | Path) -> str | None:
+    """Return why a folder cannot be made or written to, None if it can. Nothing is made."""
+    if not str(folder):
+        return "expected a folder"
+    try:
+        path = Path(os.path.abspath(expand(folder)))
+        path.stat()
+    except UserError as error:  # a variable that is not set
+        return str(error)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if not isinstance(error, NotADirectoryError | PermissionError):
+            return f"{path} cannot be made ({error.strerror})"  # a name that is too long, links in a circle
+    nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not nearest.is_dir():
+        return f"{nearest} is a file, not a folder"
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return None
+    except OSError as error:
+        return f"{nearest} cannot be written to ({error.strerror})"
+
+
+def check_folder(folder: str | Path) -> Path:
+    """Check that results can be written to a folder, before the work and not after it; create nothing yet.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    why = unwritable(folder)
+    if why is not None:
+        raise UserError(f"{folder}: results cannot be written there: {why}; choose another folder with --output")
+    return Path(folder)

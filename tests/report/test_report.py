@@ -18,6 +18,7 @@ from utils.config import resolve
 from utils.errors import UserError
 from utils.evaluation import Evaluation
 from utils.facts import Facts
+from utils.files import check_folder
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, PredictOptions
 from utils.report import content as contents
@@ -234,7 +235,7 @@ def test_tables_are_aligned() -> None:
 
 
 def test_files(tmp_path) -> None:
-    folder = report.prepare_folder(tmp_path / "new" / "results")
+    folder = check_folder(tmp_path / "new" / "results")
     assert list(tmp_path.iterdir()) == []  # nothing before there is something to write
     paths = report.write(content(), outcome(), FACTS, folder)
     assert [p.name for p in paths] == ["results.json", "per_image.csv"]
@@ -289,7 +290,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_test(tmp_path) -> No
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "results"):
         with pytest.raises(UserError, match="results cannot be written there: .* is a file, not a folder"):
-            report.prepare_folder(folder)
+            check_folder(folder)
 
 
 def test_no_image_at_all_is_reported_without_an_error(tmp_path) -> None:

@@ -642,7 +642,7 @@ MISTAKES = {
     "overlap": (["--overlap", "1"], "--overlap 1.0: expected"),
     "opacity": (["--overlay", "50"], "--overlay 50.0: expected"),
     "scales": (["--scales", "1", "-2"], "--scales -2.0: expected"),
-    "the output is a file": (["-o", "texts/notes.txt"], "this is a file; expected a folder"),
+    "the output is a file": (["-o", "texts/notes.txt"], "is a file, not a folder"),
     "the output is the images' folder": (["-o", "photos"], "--output photos is the folder of the images"),
     "the output overwrites the image": (["-i", "photos/a.png", "-o", "photos"], "would overwrite the image"),
     "an unknown class": (["--set", "predict.CoI=[9]"], "predict.CoI: found [9]"),

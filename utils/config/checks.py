@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from utils.bounds import LARGEST
 from utils.config.published import adapt
 from utils.config.schema import METRIC_NAMES, Component, Config
 from utils.errors import UserError, did_you_mean
-from utils.files import expand, looked_in
+from utils.files import expand, looked_in, unwritable
 from utils.losses import LOSSES
 from utils.losses import build as build_loss
 from utils.registry import Problem, Registry, found
@@ -248,27 +246,3 @@ def _check_validation_and_folders(config: Config) -> list[Problem]:
     folders |= {"trainer.log_dir": config.trainer.log_dir} if config.trainer.tensorboard else {}
     reasons = ((path, folder, unwritable(folder)) for path, folder in folders.items())
     return problems + [Problem(path, f"found {found(folder)}; {why}") for path, folder, why in reasons if why]
-
-
-def unwritable(folder: str) -> str | None:
-    """Return why a folder cannot be made or written to, None if it can. Nothing is made."""
-    if not folder:
-        return "expected a folder"
-    try:
-        path = Path(os.path.abspath(expand(folder)))
-        path.stat()
-    except UserError as error:  # a variable that is not set
-        return str(error)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        if not isinstance(error, NotADirectoryError | PermissionError):
-            return f"{path} cannot be made ({error.strerror})"  # a name that is too long, links in a circle
-    nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
-    if not nearest.is_dir():
-        return f"{nearest} is a file, not a folder"
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            return None
-    except OSError as error:
-        return f"{nearest} cannot be written to ({error.strerror})"

@@ -7,7 +7,6 @@ is written last, so an image with a mask has all of its outputs.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -252,15 +251,3 @@ def _count_labels(labels: np.ndarray, rows: int = 256) -> np.ndarray:
     for y in range(0, len(labels), rows):
         counts += np.bincount(labels[y : y + rows].ravel(), minlength=len(counts))
     return counts
-
-
-def check_folder(folder: Path) -> None:
-    """Make the output folder; raise UserError if files cannot be written into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--output {folder}: this is a file; expected a folder") from None
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to: {reason(error)}") from None

@@ -19,8 +19,8 @@ from PIL import Image
 from utils import checkpoint, distributed, stamps
 from utils.config.schema import METRIC_NAMES
 from utils.errors import USER_ERROR_EXIT_CODE, UserError, listed, plural
-from utils.files import expand
-from utils.inference.outputs import Outputs, Run, Wanted, check_folder, overlay_video
+from utils.files import check_folder, expand
+from utils.inference.outputs import Outputs, Run, Wanted, overlay_video
 from utils.inference.pipeline import Pipeline, Report
 from utils.inference.sources import Found, Item, Video, find_images, is_video, printable
 from utils.predict.files import Index, digest_of_run, prepare_folder

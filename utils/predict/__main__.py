@@ -31,7 +31,7 @@ from utils.config.schema import Component, Config, Metric, Predict, Presence, So
 from utils.errors import UserError, run
 from utils.evaluation import Evaluator, all_decisions, evaluate, fitting, single_decision
 from utils.facts import Facts
-from utils.files import expand, write_text
+from utils.files import check_folder, expand, write_text
 from utils.predict import PredictOptions
 from utils.predict.files import write_classes
 from utils.predict.network import SavedNetwork, choose_device
@@ -242,7 +242,7 @@ def score(args: argparse.Namespace, job: Job) -> None:
         results["advice"] = results["advice"].replace(report.FIT_COMMAND, "--labels DIR --fit FILE")
     print(report.text(results))
     if args.output:
-        for path in report.write(results, outcome, job.facts, report.prepare_folder(args.output)):
+        for path in report.write(results, outcome, job.facts, check_folder(args.output)):
             print(f"written: {path}")
 
 

@@ -1,7 +1,7 @@
 """The report of ``test.py``: on the screen, as files for programs, and as one HTML page."""
 
 from utils.report.content import FIT_COMMAND, ONE_VIEW, results
-from utils.report.files import PAGE, prepare_folder, to_be_replaced, write, write_scalars
+from utils.report.files import PAGE, to_be_replaced, write, write_scalars
 from utils.report.page import page
 from utils.report.text import text
 
@@ -10,7 +10,6 @@ __all__ = [
     "ONE_VIEW",
     "PAGE",
     "page",
-    "prepare_folder",
     "results",
     "text",
     "to_be_replaced",

@@ -11,27 +11,13 @@ from typing import Any
 
 import torch
 
-from utils.config.checks import unwritable
 from utils.config.schema import METRIC_NAMES
-from utils.errors import UserError
 from utils.evaluation import Evaluation
 from utils.facts import Facts
 from utils.files import csv_text, write_text
 
 # The page of a test of all procedures; written by :mod:`utils.report.page`, removed if an earlier run left it.
 PAGE = "report.html"
-
-
-def prepare_folder(folder: str | Path) -> Path:
-    """Check that results can be written to a folder, before the test and not after it; create nothing yet.
-
-    Raises:
-        UserError: the folder cannot be made or written.
-    """
-    why = unwritable(str(folder))
-    if why is not None:
-        raise UserError(f"{folder}: results cannot be written there: {why}; choose another folder with --output")
-    return Path(folder)
 
 
 def write(content: Mapping[str, Any], outcome: Evaluation, facts: Facts, folder: Path) -> list[Path]:
