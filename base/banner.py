@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import torch
@@ -30,12 +31,15 @@ def banner(run: Any) -> str:
         "device": f"{device}, {spread}, amp {settings.amp}",
         "batch": f"{plan.batch_size} per process x {plan.processes} x accumulate {plan.accumulate} = "
         f"{plan.batch_size * plan.processes * plan.accumulate} per optimizer step",
-        "schedule": f"{settings.epochs} epochs of {plan.batches} batches, {config.lr_scheduler.type}, "
-        f"{config.optimizer.type}, loss {config.loss.type}",
+        "schedule": f"{plural(settings.epochs, 'epoch')} of {plural(plan.batches, 'iteration')}, "
+        f"{config.lr_scheduler.type}, {config.optimizer.type}, loss {config.loss.type}",
         "predict": f"train {config.predict.train}, val {config.predict.val}; monitor {settings.monitor}",
     }
-    notes = [("note", text) for text in config.notes]
-    return "\n".join(f"    {name:<9}: {text}" for name, text in [*lines.items(), *notes])
+    shown = [f"    {name:<9}: {text}" for name, text in lines.items()]
+    notes = [
+        textwrap.fill(text, 100, initial_indent="    note     : ", subsequent_indent=" " * 15) for text in config.notes
+    ]
+    return "\n".join([*shown, *notes])
 
 
 def warn_about_precision(run: Any) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from base.banner import banner
 from base.base_trainer import Data, Interrupted
 from base.rng import seed_everything
 from base.runs import BEST, LATEST
@@ -297,6 +298,17 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, accumulate: int, saved: int) 
     whole = make_trainer(tmp_path / "whole", epochs=3, accumulate=accumulate)
     whole.train()
     assert same_weights(whole.model, resumed.model)
+
+
+def test_the_summary_of_a_run_counts_in_words_and_fits_a_screen(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, epochs=1)
+    trainer.config.notes.append("a long note " * 20)
+    lines = banner(trainer).splitlines()
+    assert any(line.startswith("    schedule : 1 epoch of 4 iterations, ") for line in lines)
+    notes = [line for line in lines if "a long note" in line]
+    assert notes[0].startswith("    note     : a long note")
+    assert len(notes) > 1
+    assert max(map(len, notes)) <= 100
 
 
 def test_a_signal_is_answered_at_once_and_a_second_one_interrupts(capfd) -> None:

@@ -43,6 +43,9 @@ ELSEWHERE = {
     r"python -m dataloaders prepare coco_stuff": (
         "tests/dataloaders/test_prepare.py::test_coco_stuff_lands_where_its_loader_looks"
     ),
+    r"python -m dataloaders prepare cvat --from export.zip": (
+        "tests/dataloaders/test_convert.py::test_the_archive_that_a_tool_exports"
+    ),
     r"python -m dataloaders prepare (coco|labelme) --from": (
         "tests/dataloaders/test_convert.py::test_coco_polygons_and_what_overlaps"
     ),
