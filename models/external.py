@@ -64,30 +64,17 @@ class External(BaseModel):
         freeze_backbone: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels)
-        for wrong, problem in (
-            (
-                (factory is None) == (file is None),
-                'give either factory ("package.module:function") or file ("net.pt2")',
-            ),
-            (
-                outputs not in ("logits", "probabilities"),
-                f'outputs must be "logits" or "probabilities", got {outputs!r}',
-            ),
-            (
-                pretrained is True,
-                'pretrained takes arguments such as {"encoder_weights": "imagenet"}; or write pretrained: false',
-            ),
-            (
-                file and (args or pretrained or backbone),
-                "args, pretrained and backbone belong to a factory, not to a file",
-            ),
-            (factory and resize, "resize belongs to a file; leave it out with factory"),
-            (
-                freeze_backbone and not backbone,
-                'freeze_backbone needs the backbone\'s name, such as backbone: "encoder"',
-            ),
-        ):
-            if wrong:
+        problems = {
+            'give either factory ("package.module:function") or file ("net.pt2")': (factory is None) == (file is None),
+            f'outputs must be "logits" or "probabilities", got {outputs!r}': outputs not in ("logits", "probabilities"),
+            "pretrained takes a section of arguments of the factory; or write pretrained: false": pretrained is True,
+            "args, pretrained and backbone belong to a factory, not to a file": file
+            and (args or pretrained or backbone),
+            "resize belongs to a file; leave it out with factory": factory and resize,
+            'freeze_backbone needs the backbone\'s name, such as backbone: "encoder"': freeze_backbone and not backbone,
+        }
+        for problem, is_so in problems.items():
+            if is_so:
                 raise ValueError(problem)
         self.outputs, self.size_divisor, self.resize = outputs, size_divisor, resize
         self.source = file or str(factory)

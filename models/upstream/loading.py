@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -69,8 +69,7 @@ def reasons(model: BaseModel, weights: Mapping[str, Tensor]) -> list[str]:
 # -- fine-tuning -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Transfer:
+class Transfer(NamedTuple):
     """What :func:`transfer` did with each tensor, by name."""
 
     taken: tuple[str, ...]  # loaded as they are
@@ -82,15 +81,11 @@ class Transfer:
 
     def text(self) -> str:
         """Return one line per kind, names grouped by the part of the network."""
-        kinds = {
-            "taken": self.taken,
-            "first layer adapted to the image channels": self.adapted,
-            "classes of the same name taken": self.by_class,
-            "start afresh, of another shape in the file": self.reshaped,
-            "start afresh, not in the file": self.missing,
-            "in the file, not used": self.unused,
-        }
-        return "\n".join(f"    {what}: {_grouped(names)}" for what, names in kinds.items() if names)
+        kinds = (
+            *("taken", "first layer adapted to the image channels", "classes of the same name taken"),
+            *("start afresh, of another shape in the file", "start afresh, not in the file", "in the file, not used"),
+        )
+        return "\n".join(f"    {what}: {_grouped(names)}" for what, names in zip(kinds, self, strict=True) if names)
 
 
 def transfer(
@@ -163,11 +158,10 @@ def _renamings(model: BaseModel, own: Mapping[str, Tensor], weights: Mapping[str
 
 def _adapted(weight: Tensor, like: Tensor, in_channels: int) -> Tensor | None:
     """Return a convolution's weights for the model's image channels, if only these differ."""
-    if weight.dim() != 4 or like.dim() != 4 or like.shape[1] != in_channels:
+    if not weight.dim() == like.dim() == 4 or like.shape[1] != in_channels:
         return None
-    if weight.shape[0] != like.shape[0] or weight.shape[2:] != like.shape[2:]:
-        return None
-    return adapt_first_conv(weight, in_channels)
+    adapted = adapt_first_conv(weight, in_channels)
+    return adapted if adapted.shape == like.shape else None
 
 
 def _by_class(weight: Tensor, like: Tensor, classes: Sequence[str], theirs: Sequence[str]) -> Tensor | None:
