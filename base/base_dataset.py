@@ -80,24 +80,15 @@ class BaseDataSet(Statistics, Dataset[Any]):
     ignore_index: int = 255
     in_channels: int = 3
     splits: ClassVar[tuple[str, ...]] = ("train", "val")
-    # The value that means "not labeled" in what load_label returns; it becomes ignore_index.
-    void_label: int | None = 255
-    # The expected folders and files below data_dir, for messages.
-    layout: str = ""
-    # Table from stored label to class id or ignore index.
-    lut: np.ndarray | None = None
-    # Added to the message about label values that are not a class.
-    label_hint: str = ""
-    # Samples that samples() left out of the training split for validation.
-    held_out: Sequence[Entry] | None = None
-    # The files that samples() skipped because they have no partner.
-    alone: Sequence[Path] = ()
-    # The regular expression of base.splits.grouping, for data sets that take it as an argument.
-    group_by: str | None = None
-    # Which part of the samples on disk this split is, for reports; None: all of them.
-    part: str | None = None
-    # Whether each epoch has new images, which then cannot be counted or cached.
-    endless: bool = False
+    void_label: int | None = 255  # means "not labeled" in what load_label returns; it becomes ignore_index
+    layout: str = ""  # the expected folders and files below data_dir, for messages
+    lut: np.ndarray | None = None  # table from stored label to class id or ignore index
+    label_hint: str = ""  # added to the message about label values that are not a class
+    held_out: Sequence[Entry] | None = None  # what samples() left out of the training split for validation
+    alone: Sequence[Path] = ()  # files that samples() skipped because they have no partner
+    group_by: str | None = None  # of base.splits.grouping, for data sets that take it as an argument
+    part: str | None = None  # which part of the samples on disk this split is, for reports; None: all of them
+    endless: bool = False  # each epoch has new images, which then cannot be counted or cached
 
     def __init__(
         self,

@@ -92,7 +92,8 @@ class BaseTrainer:
         self.model = parallel.place(model, config, device)
         self.network = parallel.wrap(self.model, config, device)
         self.gpus = parallel.gpus_of(self.network, device)
-        self.ema = self._averaged()
+        average = None if self.settings.ema is None else get_ema_multi_avg_fn(self.settings.ema)
+        self.ema = average and AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         self.optimizer = building.build_optimizer(config, self.model)
         self.scheduler = building.build_schedule(config, self.optimizer, self.plan.steps)
         self.rates = optim.learning_rates(self.optimizer)  # those that the last batch was trained with
@@ -110,11 +111,6 @@ class BaseTrainer:
         self._buffers: list[Tensor] = []  # of the model, as they were at self._point
         self._rng: Mapping[str, Any] | None = None
         self._processes: list[dict[str, Any]] | None = None
-
-    def _averaged(self) -> AveragedModel | None:
-        if self.settings.ema is None:
-            return None
-        return AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
 
     @property
     def deployed_model(self) -> nn.Module:

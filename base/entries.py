@@ -194,10 +194,7 @@ def spread(count: int, limit: int | None) -> list[int]:
 
 def available_cores() -> int:
     """Return how many CPU cores this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterable[R]:

@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from base.base_dataset import BaseDataSet
 from base.entries import Entry
@@ -17,22 +16,6 @@ from utils.images import IMAGE_EXTENSIONS
 log = logging.getLogger("data")
 
 _SHOWN = 5
-
-
-class Pairs(NamedTuple):
-    """Pairs of images and masks, and the files without a partner, each sorted."""
-
-    entries: list[Entry]
-    images_alone: list[Path]
-    masks_alone: list[Path]
-
-    def warn(self) -> list[Path]:
-        """Warn about files without a partner; return them."""
-        for what, missing, files in (("image", "mask", self.images_alone), ("mask", "image", self.masks_alone)):
-            if files:
-                left_out = f"has no {missing} and is" if len(files) == 1 else f"have no {missing} and are"
-                _warn(f"{plural(len(files), what)} {left_out} skipped: {listed(files, _SHOWN)}")
-        return [*self.images_alone, *self.masks_alone]
 
 
 _warn = functools.cache(log.warning)  # once per message, because several splits may list the same folder
@@ -81,23 +64,6 @@ def relative_stem(folder: Path, suffix: str = "") -> Callable[[Path], str]:
     return key
 
 
-def pair(
-    images: Iterable[Path], masks: Iterable[Path], image_key: Callable[[Path], str], mask_key: Callable[[Path], str]
-) -> Pairs:
-    """Match images and masks with equal keys; entries are named by their keys and sorted.
-
-    Raises:
-        UserError: two images, or two masks, have the same key.
-    """
-    by_key, masks_by_key = index_files(images, image_key), index_files(masks, mask_key)
-    both = sorted(by_key.keys() & masks_by_key.keys())
-    return Pairs(
-        [Entry(by_key[key], masks_by_key[key], key) for key in both],
-        sorted(by_key[key] for key in by_key.keys() - masks_by_key.keys()),
-        sorted(masks_by_key[key] for key in masks_by_key.keys() - by_key.keys()),
-    )
-
-
 def pair_folders(
     data: BaseDataSet,
     images: Path,
@@ -126,15 +92,27 @@ def pair_folders(
             raise data.layout_error(f"there is no folder {folder}")
     mask_files = [path for path in image_files(masks) if path.stem.endswith(suffix)]
     own = set(mask_files) if images == masks else set()
-    pairs = pair((path for path in image_files(images) if path not in own), mask_files, image_key, mask_key)
-    if not pairs.entries and pairs.images_alone and pairs.masks_alone:
+    by_key = index_files((path for path in image_files(images) if path not in own), image_key)
+    masks_by_key = index_files(mask_files, mask_key)
+    both = sorted(by_key.keys() & masks_by_key.keys())
+    images_alone = sorted(path for key, path in by_key.items() if key not in masks_by_key)
+    masks_alone = sorted(path for key, path in masks_by_key.items() if key not in by_key)
+    if not both and images_alone and masks_alone:
         raise UserError(
             f"no image in {images} has a mask with the same name in {masks}; for instance, there are "
-            f"{pairs.images_alone[0].name} and {pairs.masks_alone[0].name}. If the mask names have a "
+            f"{images_alone[0].name} and {masks_alone[0].name}. If the mask names have a "
             "suffix, set mask_suffix of the Folder loader; otherwise give it a list_file"
         )
-    data.alone = [*data.alone, *pairs.warn()]
-    return pairs.entries
+    _warn_of_skipped("image", images_alone, "mask")
+    _warn_of_skipped("mask", masks_alone, "image")
+    data.alone = [*data.alone, *images_alone, *masks_alone]
+    return [Entry(by_key[key], masks_by_key[key], key) for key in both]
+
+
+def _warn_of_skipped(what: str, files: Sequence[Path], missing: str) -> None:
+    if files:
+        left_out = f"has no {missing} and is" if len(files) == 1 else f"have no {missing} and are"
+        _warn(f"{plural(len(files), what)} {left_out} skipped: {listed(files, _SHOWN)}")
 
 
 def index_files(files: Iterable[Path], key: Callable[[Path], str]) -> dict[str, Path]:
