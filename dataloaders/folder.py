@@ -14,7 +14,7 @@ from base.entries import Entry, distinct, spread
 from base.splits import grouping, split_by_fold, split_by_fraction
 from dataloaders.reading.lists import native, read_rows
 from dataloaders.reading.masks import MaskOptions, MaskReader
-from dataloaders.reading.pairing import find_folder, image_files, index_files, pair_folders, relative_stem
+from dataloaders.reading.pairing import find_folder, image_files, index_files, pair_folders, relative_stem, subfolders
 from utils.bounds import Count, Label, Positive, Seed, ShareBelowOne
 from utils.errors import UserError
 from utils.files import expand
@@ -166,12 +166,12 @@ or, split by folders,
         """Return the (images, masks) folders of each split; None if the data is not split by folders."""
         images, masks = self._folders(self.data_dir)
         found: dict[str, tuple[Path, Path]] = {}
-        for folder in (*_subfolders(images), *_subfolders(self.data_dir)):
+        for folder in (*subfolders(images), *subfolders(self.data_dir)):
             split = SPLIT_OF_FOLDER.get(folder.name.lower())
             if split is None:
                 continue
             if folder.parent == images:
-                alike = [f for f in _subfolders(masks) if SPLIT_OF_FOLDER.get(f.name.lower()) == split]
+                alike = [f for f in subfolders(masks) if SPLIT_OF_FOLDER.get(f.name.lower()) == split]
                 same_name = find_folder(masks / folder.name)
                 pair_of_folders = folder, alike[0] if len(alike) == 1 and not same_name.is_dir() else same_name
             else:
@@ -253,7 +253,3 @@ or, split by folders,
                 f"labeled' ({self.ignore_index}, ignore_index). If it means {self.class_names[-1]!r}, set "
                 "`mask_values: [0, 255]` in the loader's args; if not, `mask_values: [0, 1]`"
             )
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []

@@ -19,7 +19,7 @@ from base.text import read_lines
 from dataloaders.check.findings import Findings, inspect
 from dataloaders.folder import SPLIT_OF_FOLDER
 from dataloaders.plan.groups import find_groups
-from dataloaders.reading.pairing import find_folder, image_files
+from dataloaders.reading.pairing import find_folder, image_files, subfolders
 from utils.errors import UserError
 from utils.images import read_mask
 from utils.images.formats import decode, read_bytes
@@ -118,8 +118,8 @@ def _published(root: Path) -> Survey | None:
 
 def _folder(root: Path, images: str | None, masks: str | None) -> Survey:
     """Return the arguments of the Folder loader for images and masks below ``root``."""
-    parents = [root, *(p for p in sorted(root.iterdir()) if p.is_dir() and p.name.lower() in SPLIT_OF_FOLDER)]
-    names = [{p.name.lower(): p.name for p in parent.iterdir() if p.is_dir()} for parent in parents]
+    parents = [root, *(path for path in subfolders(root) if path.name.lower() in SPLIT_OF_FOLDER)]
+    names = [{path.name.lower(): path.name for path in subfolders(parent)} for parent in parents]
     merged = {key: name for level in reversed(names) for key, name in level.items()}
     images = images or next((merged[key] for key in _IMAGE_FOLDERS if key in merged), None)
     masks = masks or next((merged[key] for key in _MASK_FOLDERS if key in merged and merged[key] != images), None)
@@ -133,8 +133,8 @@ def _folder(root: Path, images: str | None, masks: str | None) -> Survey:
     suffix = _mask_suffix(root, images, masks)
     if suffix:
         found.take("mask_suffix", suffix, "masks are named like their images, with this added")
-    every = {key for level in (*names, _names_in(root / images)) for key in level}
-    splits = {SPLIT_OF_FOLDER[key] for key in every if key in SPLIT_OF_FOLDER}
+    below = [path.name.lower() for path in subfolders(root / images)]
+    splits = {SPLIT_OF_FOLDER[key] for level in (*names, below) for key in level if key in SPLIT_OF_FOLDER}
     if "train" in splits:
         found.train, found.why["split"] = {"split": "train"}, "its folders"
         found.val = {"split": "val"} if "val" in splits else None
@@ -150,14 +150,9 @@ def _holding_out(found: Survey, why: str) -> Survey:
     return found
 
 
-def _names_in(folder: Path) -> set[str]:
-    return {path.name.lower() for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
-
-
 def _mask_suffix(root: Path, images: str, masks: str) -> str:
     """Return what mask names have after the name of the image; empty if the names are equal."""
-    parents = [root, *(path for path in root.iterdir() if path.is_dir())]
-    folders = ((find_folder(parent / images), find_folder(parent / masks)) for parent in parents)
+    folders = ((find_folder(parent / images), find_folder(parent / masks)) for parent in (root, *subfolders(root)))
     pairs = [(a, b) for a, b in folders if a.is_dir() and b.is_dir()]
     stems = {path.stem for a, _ in pairs for path in image_files(a)}
     mask_stems = {path.stem for _, b in pairs for path in image_files(b)}
@@ -216,8 +211,7 @@ def _take_masks(found: Survey, paths: list[Path]) -> None:
             continue
         if mask.values.ndim == 3 and (mask.values[:, :, :1] != mask.values).any():
             unique, counts = np.unique(mask.values.reshape(-1, 3), axis=0, return_counts=True)
-            for color, count in zip(unique.tolist(), counts.tolist(), strict=True):
-                colors[(color[0], color[1], color[2])] += count
+            colors.update({(r, g, b): count for (r, g, b), count in zip(unique.tolist(), counts.tolist(), strict=True)})
         else:
             plane = mask.values if mask.values.ndim == 2 else mask.values[:, :, 0]
             unique, counts = np.unique(plane, return_counts=True)

@@ -47,6 +47,11 @@ def image_files(folder: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> l
     return sorted(found)
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, sorted; none if it does not exist."""
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
 def find_folder(path: Path) -> Path:
     """Return the folder; if it does not exist, the one whose name differs only in upper and lower case."""
     if path.exists() or not path.parent.is_dir():
