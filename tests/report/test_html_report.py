@@ -196,6 +196,28 @@ def test_disagreement_says_who_is_right() -> None:
     assert found[0].tolist() == found[4].tolist() == [224] * 3  # alike, or ignored
 
 
+def test_one_class_of_interest_is_drawn_as_inference_writes_it() -> None:
+    """Rankdice then has no mask of the background, which is neither an error nor without a class."""
+    facts = Facts(2, ("rest", "vessel"), ((0, 0, 0), (255, 255, 255)), (0.4,) * 3, (0.2,) * 3, 255)
+    gallery = Gallery(facts, classes=[1])
+    target = torch.tensor([[[0, 0, 0, 1, 1, 255]]])
+    base, ranked = torch.tensor([[[0, 0, 1, 1, 0, 0]]]), torch.tensor([[[0, 1, 0, 1, 1, 1]]])
+    masks = torch.stack([torch.zeros(1, 1, 6, dtype=torch.bool), ranked == 1], dim=1)
+    found = {"T": Prediction(masks=masks), "max": Prediction(labels=base), "rankdice": Prediction(masks=masks)}
+    batch = Batch(torch.zeros(1, 3, 1, 6, dtype=torch.uint8), target, ["x"])
+    drawn = gallery._draw(Part(batch, masks.float(), masks.float(), target, found, {}), 0)
+    assert drawn["rankdice"][0, :, 0].tolist() == [0, 255, 0, 255, 255, 255]
+    colors = [tuple(color) for color in drawn["rankdice against max"][0].tolist()]
+    pale = (PALEST,) * 3
+    assert colors == [pale, MAX_RIGHT, RANKDICE_RIGHT, pale, RANKDICE_RIGHT, pale]
+    # Of more classes, those of no interest are no class.
+    gallery = Gallery(FACTS, classes=[1])
+    found = gallery._disagreement(
+        np.zeros((1, 4, 3), np.uint8), np.array([[-1, -1, 1, -1]]), np.array([[0, 2, 2, 1]]), np.array([[0, 2, 1, 1]])
+    )[0]
+    assert [tuple(color) for color in found.tolist()] == [pale, pale, RANKDICE_RIGHT, MAX_RIGHT]
+
+
 def contrast(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     """Return the contrast of two colors as the Web Content Accessibility Guidelines define it."""
 

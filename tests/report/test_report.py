@@ -190,6 +190,8 @@ def test_rows_of_equal_scores_are_named_once() -> None:
     found["comparison"]["Mean_Dice"]["rankdice_paper"] = found["comparison"]["Mean_Dice"]["rankdice"]
     text = report.text(found)
     assert "\n    rankdice_paper: the same scores as rankdice\n" in text
+    found["procedures"]["T"] = found["procedures"]["max_present"] = found["procedures"]["max"]
+    assert "\n    max_present: the same scores as max\n" in report.text(found)
     assert "\n    rankdice_paper  " not in text
     assert "\n    rankdice_iou  " in text
     assert report.text(found, details=True).count("\n    rankdice_paper  ") == 2

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -219,7 +220,8 @@ def verdict(
         if names:
             said.append(_best(kind, {name: overall[name] for name in names}, scores, images, decisive=not doubt))
     worse = sorted((name for name, d in overall.items() if d.clear < 0), key=lambda name: name != configured)
-    return " ".join([*said, *(_is_worse(name, overall[name], configured) for name in worse)])
+    alike = groupby(worse, key=lambda name: overall[name])  # names in a row with equal scores share a sentence
+    return " ".join([*said, *(_is_worse(list(names), d, configured) for d, names in alike)])
 
 
 def _best(
@@ -266,9 +268,10 @@ def _lower(name: str, key: str, title: str, scores: Mapping[str, Mapping[str, An
     return f" Its {title} is lower: {new:.4f}, {BASELINE} {old:.4f}."
 
 
-def _is_worse(name: str, d: Difference, configured: str | None) -> str:
-    of_config = ", the config's predict.test," if name == configured else ""
-    return f"{name}{of_config} is worse than {BASELINE} here: {d.mean:+.4f} ({_interval(d)})."
+def _is_worse(names: Sequence[str], d: Difference, configured: str | None) -> str:
+    of_config = ", the config's predict.test," if names[0] == configured else ""
+    others = f" So {'are' if len(names) > 2 else 'is'} {' and '.join(names[1:])}." if len(names) > 1 else ""
+    return f"{names[0]}{of_config} is worse than {BASELINE} here: {d.mean:+.4f} ({_interval(d)}).{others}"
 
 
 def _interval(d: Difference) -> str:

@@ -113,7 +113,10 @@ class Gallery:
         return pictures
 
     def _labels(self, part: Part, name: str, i: int) -> NDArray[np.int64]:
-        """Return what was scored as one label per pixel: of masks that overlap, the most probable class."""
+        """Return what was scored as one label per pixel: of masks that overlap, the most probable class.
+
+        Of two classes with one of interest, it is the mask of that class and the rest, as in inference.py.
+        """
         prediction = part.predictions[name]
         if prediction.labels is not None:
             return prediction.labels[i].cpu().numpy()
@@ -121,6 +124,9 @@ class Gallery:
         masks = prediction.masks[i]
         if len(masks) == 1:
             return masks[0].long().cpu().numpy()
+        if len(masks) == 2 and len(self.classes) == 1:
+            only = self.classes[0]
+            return torch.where(masks[only], only, 1 - only).cpu().numpy()
         best, labels = part.probs[i].masked_fill(~masks, -1.0).max(dim=0)
         return torch.where(best >= 0, labels, NO_CLASS).cpu().numpy()
 
@@ -133,11 +139,17 @@ class Gallery:
     def _disagreement(
         self, image: Picture, ranked: NDArray[np.int64], base: NDArray[np.int64], target: NDArray[np.int64]
     ) -> Picture:
-        """Return the image in pale gray with colored pixels where the two label maps differ."""
+        """Return the image in pale gray with colored pixels where the two label maps differ.
+
+        Classes of no interest, of which rankdice makes no masks, count as no class.
+        """
         gray = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
         pale = (PALEST + gray * ((255 - PALEST) / 255)).astype(np.uint8)
         canvas = np.repeat(pale[..., None], 3, axis=2)
-        differ = (ranked != base) & (target != self.facts.ignore_index)
+        labeled = target != self.facts.ignore_index
+        if self.facts.num_classes > 1:
+            ranked, base, target = (np.where(np.isin(x, self.classes), x, NO_CLASS) for x in (ranked, base, target))
+        differ = (ranked != base) & labeled
         canvas[differ] = BOTH_WRONG
         canvas[differ & (ranked == target)] = RANKDICE_RIGHT
         canvas[differ & (base == target)] = MAX_RIGHT

@@ -108,11 +108,11 @@ def _same(procedures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     same: dict[str, str] = {}
     for name, scores in procedures.items():
         values = [scores["Class_Dice"], *(scores.get(key) for key, _ in COLUMNS if key not in COSTS)]
-        earlier = next((other for other, found in known.items() if found == values), None)
-        if earlier is None or name in PROCEDURES:
+        equal = [other for other, found in known.items() if found == values]
+        if not equal or name in PROCEDURES:
             known[name] = values
         else:
-            same[name] = earlier
+            same[name] = next((other for other in equal if name.startswith(other)), equal[0])
     return same
 
 
