@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from utils.config.schema import METRIC_NAMES
 from utils.evaluation import Evaluation
 from utils.facts import Facts
@@ -65,28 +63,17 @@ def write_scalars(content: Mapping[str, Any], folder: Path) -> None:
 
 def _per_image(outcome: Evaluation, facts: Facts) -> str:
     """Return one line per image, worst mean Dice of the last procedure first."""
-    names = list(outcome.metrics)
-    header = ["image"]
-    columns: dict[str, list[list[float]]] = {}
-    for name in names:
-        metrics = outcome.metrics[name]
+    columns: dict[str, list[float]] = {}
+    for name, metrics in outcome.metrics.items():
         images, scores, expected = metrics.rows()
-        interest = metrics.classes
-        values = [
-            scores.dice[:, interest].nanmean(dim=1),
-            scores.iou[:, interest].nanmean(dim=1),
-            scores.pixel_accuracy.nanmean(dim=1),
-        ]
-        header += [f"{name}_{key}" for key in ("mDice", "mIoU", "PixelAcc")]
+        own = metrics.classes
+        found = {"mDice": scores.dice[:, own].nanmean(dim=1), "mIoU": scores.iou[:, own].nanmean(dim=1)}
+        found["PixelAcc"] = scores.pixel_accuracy.nanmean(dim=1)
         if expected is not None:
-            values.append(expected[:, interest].nanmean(dim=1))
-            header.append(f"{name}_expected_{METRIC_NAMES[metrics.expects]}")
-        header += [f"{name}_Dice_{facts.class_names[c]}" for c in interest]
-        columns[name] = torch.cat([torch.stack(values, dim=1), scores.dice[:, interest]], dim=1).tolist()
-    last = columns[names[-1]]
-    order = sorted(range(len(images)), key=lambda i: (math.isnan(last[i][0]), last[i][0], images[i]))
-    rows: list[list[str]] = [header]
-    for i in order:
-        cells = ["" if math.isnan(v) else f"{v:.6f}" for name in names for v in columns[name][i]]
-        rows.append([images[i], *cells])
-    return csv_text(rows)
+            found[f"expected_{METRIC_NAMES[metrics.expects]}"] = expected[:, own].nanmean(dim=1)
+        found |= {f"Dice_{facts.class_names[c]}": scores.dice[:, c] for c in own}
+        columns |= {f"{name}_{key}": values.tolist() for key, values in found.items()}
+        last = columns[f"{name}_mDice"]
+    order = sorted(range(len(images)), key=lambda i: (math.isnan(last[i]), last[i], images[i]))
+    rows = [[images[i], *("" if math.isnan(v[i]) else f"{v[i]:.6f}" for v in columns.values())] for i in order]
+    return csv_text([["image", *columns], *rows])
