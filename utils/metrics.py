@@ -201,7 +201,7 @@ class Metrics:
     def reset(self) -> None:
         """Forget everything counted so far."""
         self._images: list[dict[str, Any]] = []
-        self._sums: dict[str, Tensor] | None = None
+        self._sums: dict[str, Tensor] = {}
 
     def update(self, prediction: Prediction, target: Tensor, names: Sequence[str] | None = None) -> Counts:
         """Add one batch; ``names`` identify the images when they are kept. Returns the batch's counts."""
@@ -218,24 +218,20 @@ class Metrics:
         self._add(_reduce(counts, self.classes))
 
     def _keep(self, counts: Counts, prediction: Prediction, names: Sequence[str]) -> None:
-        expected = unfitted = None
-        if prediction.scores is not None and prediction.volumes is not None:
-            # Where there is no mask, its expected score of 0 says nothing: see Expected_Dice.
-            expected = torch.where(prediction.volumes > 0, prediction.scores.double(), torch.nan).cpu()
-            if prediction.unfitted is not None:
-                unfitted = torch.where(prediction.volumes > 0, prediction.unfitted.double(), torch.nan).cpu()
-        on_cpu = Counts(*(c.cpu() for c in counts))
+        # Where there is no mask, its expected score of 0 says nothing: see Expected_Dice.
+        expected, unfitted = (
+            [None] * len(names)
+            if scores is None or prediction.volumes is None
+            else torch.where(prediction.volumes > 0, scores.double(), torch.nan).cpu()
+            for scores in (prediction.scores, prediction.unfitted)
+        )
+        on_cpu = [c.cpu() for c in counts]
         for i, name in enumerate(names):
-            row: dict[str, Any] = {"name": name, "counts": Counts(*(c[i] for c in on_cpu))}
-            row["expected"] = None if expected is None else expected[i]
-            row["unfitted"] = None if unfitted is None else unfitted[i]
-            self._images.append(row)
+            own = Counts(*(c[i] for c in on_cpu))
+            self._images.append({"name": name, "counts": own, "expected": expected[i], "unfitted": unfitted[i]})
 
     def _add(self, sums: dict[str, Tensor]) -> None:
-        if self._sums is None:
-            self._sums = sums
-        else:
-            self._sums = {key: self._sums[key] + value for key, value in sums.items()}
+        self._sums |= {key: value + self._sums.get(key, 0) for key, value in sums.items()}
 
     @property
     def images(self) -> list[dict[str, Any]]:
@@ -246,16 +242,15 @@ class Metrics:
         """Add what other processes have counted."""
         for other in others:
             self._images += other._images
-            if other._sums is not None:
-                self._add(other._sums)
+            self._add(other._sums)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the running sums, for a checkpoint in the middle of an epoch."""
-        return dict(self._sums or {})
+        return dict(self._sums)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from :meth:`state_dict`."""
-        self._sums = dict(state) or None
+        self._sums = dict(state)
 
     def rows(self) -> tuple[list[str], ImageScores, Tensor | None]:
         """Return names, scores ``(N, C)`` and expected scores ``(N, C)`` or None, of the kept images."""

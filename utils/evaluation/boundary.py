@@ -19,9 +19,9 @@ from utils.facts import Facts
 RATIO = 0.02  # of the image's diagonal, as in the paper
 
 
-def distance_of(height: int, width: int, ratio: float = RATIO) -> int:
+def distance_of(height: int, width: int) -> int:
     """Return the distance ``d`` in pixels for an image: a share of its diagonal, at least 1."""
-    return max(1, round(ratio * (height**2 + width**2) ** 0.5))
+    return max(1, round(RATIO * (height**2 + width**2) ** 0.5))
 
 
 def boundary(masks: Tensor, distance: int) -> Tensor:
@@ -49,17 +49,15 @@ class BoundaryIoU:
     Args:
         facts: classes and ignore index of the data.
         classes: the classes of interest.
-        ratio: distance from the contour, as a share of the image's diagonal.
     """
 
-    def __init__(self, facts: Facts, classes: Iterable[int], ratio: float = RATIO) -> None:
-        self.facts, self.classes, self.ratio = facts, list(classes), ratio
+    def __init__(self, facts: Facts, classes: Iterable[int]) -> None:
+        self.facts, self.classes = facts, list(classes)
         self.rows: dict[str, dict[str, Tensor]] = {}
 
     def add(self, part: Part) -> None:
         """Score the images of a part."""
-        height, width = part.target.shape[-2:]
-        distance = distance_of(height, width, self.ratio)
+        distance = distance_of(*part.target.shape[-2:])
         valid = (part.target != self.facts.ignore_index)[:, None]
         labels = [1] if self.facts.num_classes == 1 else list(range(self.facts.num_classes))
         target = boundary(_masks(part.target, labels) & valid, distance)

@@ -59,12 +59,12 @@ def shares(matrix: Sequence[Sequence[int]]) -> list[list[float | None]]:
     return [[value / sum(row) if sum(row) else None for value in row] for row in matrix]
 
 
-def worst(matrix: Sequence[Sequence[int]], class_names: Sequence[str], most: int = 5) -> list[dict[str, Any]]:
-    """Return the confusions that cost a class the largest share of its pixels, the largest first."""
+def worst(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the five confusions that cost a class the largest share of its pixels, the largest first."""
     found: list[dict[str, Any]] = [
         {"target": class_names[t], "prediction": class_names[p], "share": share, "pixels": matrix[t][p]}
         for t, row in enumerate(shares(matrix))
         for p, share in enumerate(row)
         if t != p and share
     ]
-    return sorted(found, key=lambda f: -f["share"])[:most]
+    return sorted(found, key=lambda f: -f["share"])[:5]
