@@ -154,6 +154,11 @@ def test_the_verdict_names_what_is_worse_and_the_configured_procedure_first() ->
         "rankdice, the config's predict.test, is worse than max here: -0.0013 (95% interval -0.0020 to -0.0005)"
     )
     assert said.endswith(f"{configured}. So is T.")  # the same scores are said once
+    four = dict.fromkeys(("T", "rankdice", "rankdice_paper", "rankdice_iou"), down)
+    assert verdict(dict.fromkeys(("max", *four), {"Mean_Dice": 0.5}), four, 50).endswith(
+        "T is worse than max here: -0.0013 (95% interval -0.0020 to -0.0005). So are rankdice, rankdice_paper and "
+        "rankdice_iou."
+    )
     lower = difference(-0.0014, -0.002, -0.0005)
     said = verdict(scores | {"T": {"Mean_Dice": 0.4986}}, {"T": lower, "rankdice": down}, 50, "rankdice")
     assert said.index(configured) < said.index("T is worse than max here: -0.0014")

@@ -270,7 +270,8 @@ def _lower(name: str, key: str, title: str, scores: Mapping[str, Mapping[str, An
 
 def _is_worse(names: Sequence[str], d: Difference, configured: str | None) -> str:
     of_config = ", the config's predict.test," if names[0] == configured else ""
-    others = f" So {'are' if len(names) > 2 else 'is'} {' and '.join(names[1:])}." if len(names) > 1 else ""
+    *some, last = names[1:] or [""]
+    others = f" So {'are' if some else 'is'} {' and '.join(filter(None, [', '.join(some), last]))}." if last else ""
     return f"{names[0]}{of_config} is worse than {BASELINE} here: {d.mean:+.4f} ({_interval(d)}).{others}"
 
 
