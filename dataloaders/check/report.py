@@ -38,9 +38,15 @@ def report(stage: str, component: Component, dataset: BaseDataSet, findings: Fin
     )
     lines += _beside("stored as", kinds)
     if findings.stored:
-        lines.append(f"stored values   {_values(findings)}")
+        values = [f"{v}{' (ILLEGAL)' if v in findings.illegal else ''}" for v in sorted(findings.stored)]
+        count = f", ... ({len(values)} values)" if len(values) > 40 else ""
+        lines += _beside("stored values", [", ".join(values[:40]) + count])
     if findings.good:
-        lines += ["", *_class_table(dataset, findings), "", *_suggestions(stage, dataset, findings)]
+        weights = json.dumps([round(w, 3) for w in findings.weights])
+        of_loss = [f'weights         loss args {{"weight": {weights}}}, or "balanced"'] if stage == "train" else []
+        lines += ["", *_class_table(dataset, findings), "", *of_loss]
+        lines.append(f'mean and std    "mean": {_numbers(findings.mean)}, "std": {_numbers(findings.std)}')
+        lines.append(f"used at present {_numbers(dataset.mean)}, {_numbers(dataset.std)}")
     lines += [f"warning: {text}" for text in warnings(dataset, findings)]
     return "\n".join([*lines, *_problems(findings)])
 
@@ -90,11 +96,6 @@ def _sizes(sizes: Counter[tuple[int, int]]) -> str:
     )
 
 
-def _values(findings: Findings) -> str:
-    shown = [f"{v}{' (ILLEGAL)' if v in findings.illegal else ''}" for v in sorted(findings.stored)]
-    return ", ".join(shown[:40]) + (f", ... ({len(shown)} values)" if len(shown) > 40 else "")
-
-
 def _class_table(dataset: BaseDataSet, findings: Findings) -> list[str]:
     names = dataset.facts.label_names
     share = findings.pixels / max(1, findings.pixels.sum())
@@ -105,16 +106,6 @@ def _class_table(dataset: BaseDataSet, findings: Findings) -> list[str]:
     for position, (i, name, weight) in enumerate(rows):
         lines.append(f"{i:>4} {name:<{width}} {share[position]:>9.4%} {findings.images[position]:>7} {weight:>8}")
     return lines
-
-
-def _suggestions(stage: str, dataset: BaseDataSet, findings: Findings) -> list[str]:
-    """Return arguments to copy into a config; class weights only for the training data."""
-    weights = json.dumps([round(w, 3) for w in findings.weights])
-    return [
-        *([f'weights         loss args {{"weight": {weights}}}, or "balanced"'] if stage == "train" else []),
-        f'mean and std    "mean": {_numbers(findings.mean)}, "std": {_numbers(findings.std)}',
-        f"used at present {_numbers(dataset.mean)}, {_numbers(dataset.std)}",
-    ]
 
 
 def _numbers(values: Iterable[float]) -> str:

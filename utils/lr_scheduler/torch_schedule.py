@@ -100,9 +100,15 @@ def _silence() -> Iterator[None]:
 
 
 def _make(name: str, optimizer: Optimizer, length: int, args: dict[str, Any]) -> Any:
-    """Return torch's scheduler ``name`` for a stretch of ``length`` steps."""
-    defaults = _defaults(name, optimizer, length)
-    args = {**args, **{key: value for key, value in defaults.items() if args.get(key) is None}}
+    """Return torch's scheduler ``name`` for a stretch of ``length`` steps, with the arguments that follow from the run."""
+    # Within SequentialLR, the scheduler before has changed the rate already.
+    peaks = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    defaults: dict[str, dict[str, Any]] = {
+        "CosineAnnealingLR": {"T_max": length},
+        "PolynomialLR": {"total_iters": length},
+        "OneCycleLR": {"total_steps": length, "max_lr": peaks},
+    }
+    args = {**args, **{key: value for key, value in defaults.get(name, {}).items() if args.get(key) is None}}
     if name == "SequentialLR":
         ends = [*args["milestones"], length]
         lengths = [end - start for start, end in zip([0, *args["milestones"]], ends, strict=True)]
@@ -122,21 +128,5 @@ def _make_all(name: str, specs: list[dict[str, Any]], optimizer: Optimizer, leng
             raise ValueError(f'{name}: a part is {spec}; expected {{"type": NAME, "args": {{...}}}}')
         if spec["type"] not in CLASSES.keys() - _NOT_A_PART:
             raise ValueError(f"{name} combines torch's schedulers; {spec['type']} is not one that it can use")
-    return [
-        _make(spec["type"], optimizer, length, spec.get("args", {}))
-        for spec, length in zip(specs, lengths, strict=True)
-    ]
-
-
-def _defaults(name: str, optimizer: Optimizer, length: int) -> dict[str, Any]:
-    """Return arguments that follow from the run: its length, and the optimizer's rates as peaks."""
-    defaults: dict[str, dict[str, Any]] = {
-        "CosineAnnealingLR": {"T_max": length},
-        "PolynomialLR": {"total_iters": length},
-        "OneCycleLR": {
-            "total_steps": length,
-            # Within SequentialLR, the scheduler before has changed the rate already.
-            "max_lr": [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups],
-        },
-    }
-    return defaults.get(name, {})
+    pairs = zip(specs, lengths, strict=True)
+    return [_make(spec["type"], optimizer, length, spec.get("args", {})) for spec, length in pairs]
