@@ -39,15 +39,12 @@ class ColorTable:
         rows = table[_packed(mask)]
         unknown = rows == self._UNKNOWN
         if unknown.any():
-            raise self._unknown(mask[unknown], path)
+            colors, counts = np.unique(mask[unknown], axis=0, return_counts=True)
+            order = np.argsort(-counts, kind="stable")[:_SHOWN]
+            shown = ", ".join(f"{colors[i].tolist()} ({plural(counts[i], 'pixel')})" for i in order)
+            more = f" and {len(colors) - _SHOWN} more" if len(colors) > _SHOWN else ""
+            raise UserError(f"{path} contains colors that are not a class: {shown}{more}. {self._hint}".rstrip())
         return self._values[rows]
-
-    def _unknown(self, pixels: np.ndarray, path: Path | str) -> UserError:
-        colors, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
-        order = np.argsort(-counts, kind="stable")[:_SHOWN]
-        shown = ", ".join(f"{colors[i].tolist()} ({plural(counts[i], 'pixel')})" for i in order)
-        more = f" and {len(colors) - _SHOWN} more" if len(colors) > _SHOWN else ""
-        return UserError(f"{path} contains colors that are not a class: {shown}{more}. {self._hint}".rstrip())
 
 
 def _packed(mask: np.ndarray) -> np.ndarray:

@@ -92,7 +92,12 @@ class MaskReader:
         if self._by_color:
             return self._from_colors(mask, path)
         if mask.values.ndim == 3:
-            return self.values.apply(_gray(mask.values, path), path)
+            if (mask.values[:, :, :1] != mask.values).any():
+                raise UserError(
+                    f"{path} is painted in colors: set `palette` in the loader's args to one RGB color per class, in "
+                    "the order of `classes` (and leave `colors` and `mask_values` out)"
+                )
+            return self.values.apply(np.ascontiguousarray(mask.values[:, :, 0]), path)
         if self.options.colors is None and not self.values.given:
             self._palettes.check(mask, path, '`"colors": true` with a palette reads colors, `"colors": false` values')
             if self.options.painted and mask.palette is not None:
@@ -122,15 +127,6 @@ class MaskReader:
                 'Set `"colors": true` in the loader\'s args if the colors are right, `"colors": false` if the '
                 "values are"
             )
-
-
-def _gray(values: np.ndarray, path: Path) -> np.ndarray:
-    if (values[:, :, :1] != values).any():
-        raise UserError(
-            f"{path} is painted in colors: set `palette` in the loader's args to one RGB color per class, in "
-            "the order of `classes` (and leave `colors` and `mask_values` out)"
-        )
-    return np.ascontiguousarray(values[:, :, 0])
 
 
 class _ValueTable:

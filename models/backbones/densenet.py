@@ -31,9 +31,7 @@ class DenseLayer(nn.Module):
         self.norm1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, BOTTLENECK * growth, kernel_size=1, bias=False)
         self.norm2 = nn.BatchNorm2d(BOTTLENECK * growth)
-        self.conv2 = nn.Conv2d(
-            BOTTLENECK * growth, growth, kernel_size=3, padding=dilation, dilation=dilation, bias=False
-        )
+        self.conv2 = nn.Conv2d(BOTTLENECK * growth, growth, 3, padding=dilation, dilation=dilation, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, h, w) to (B, C + growth, h, w)."""

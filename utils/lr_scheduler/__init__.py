@@ -25,7 +25,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from utils.lr_scheduler.schedules import OneCycle, PerEpoch, Poly, Schedule, one_cycle, optimizer_steps, poly
-from utils.lr_scheduler.torch_schedule import find_schedulers
+from utils.lr_scheduler.torch_schedule import CONSTRUCTORS
 from utils.registry import Registry
 
 __all__ = ["SCHEDULERS", "Schedule", "build", "needs_momentum", "one_cycle", "optimizer_steps", "poly", "walk"]
@@ -33,7 +33,7 @@ __all__ = ["SCHEDULERS", "Schedule", "build", "needs_momentum", "one_cycle", "op
 
 SCHEDULERS = Registry(
     "scheduler",
-    {"Poly": Poly, "OneCycle": OneCycle, **find_schedulers()},
+    {"Poly": Poly, "OneCycle": OneCycle, **CONSTRUCTORS},
     refused={
         "ReduceLROnPlateau": "it waits for a metric to stall, while schedules here are functions of the step, "
         "known before the run; use Poly, OneCycle or CosineAnnealingLR"

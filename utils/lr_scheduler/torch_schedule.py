@@ -22,11 +22,6 @@ _FROM_THE_RUN = {"CosineAnnealingLR": {"T_max"}, "OneCycleLR": {"max_lr"}, "Poly
 CLASSES = subclasses_in(lr_scheduler, lr_scheduler.LRScheduler)
 
 
-def find_schedulers() -> dict[str, Callable[..., Schedule]]:
-    """Return a constructor for each of torch's schedulers, called as ``(optimizer, total_steps, **args)``."""
-    return {name: _factory(name, scheduler) for name, scheduler in CLASSES.items()}
-
-
 def _factory(name: str, scheduler: type) -> Callable[..., Schedule]:
     """Return a constructor whose signature shows what a config may give the torch schedule ``name``."""
 
@@ -47,6 +42,10 @@ def _factory(name: str, scheduler: type) -> Callable[..., Schedule]:
     make.__doc__ = f"torch.optim.lr_scheduler.{name}, stepped once per optimizer step."
     make.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]  # PEP 362; unknown to stubs
     return make
+
+
+# A constructor for each of torch's schedulers, called as (optimizer, total_steps, **args).
+CONSTRUCTORS = {name: _factory(name, scheduler) for name, scheduler in CLASSES.items()}
 
 
 class TorchSchedule(Schedule):
@@ -100,7 +99,7 @@ def _silence() -> Iterator[None]:
 
 
 def _make(name: str, optimizer: Optimizer, length: int, args: dict[str, Any]) -> Any:
-    """Return torch's scheduler ``name`` for a stretch of ``length`` steps, with the arguments that follow from the run."""
+    """Return torch's scheduler ``name`` for a stretch of ``length`` steps; arguments may follow from the run."""
     # Within SequentialLR, the scheduler before has changed the rate already.
     peaks = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     defaults: dict[str, dict[str, Any]] = {
