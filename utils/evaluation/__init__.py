@@ -198,7 +198,7 @@ def evaluate(
         UserError: a label of the data that the model has no class for.
     """
     evaluator.network.eval()
-    work = _Work(evaluator, decisions, on_part, measure_memory)
+    work = _Work(evaluator, decisions, on_part, 0 if measure_memory else float("inf"))
     bar = progress(loader)
     for batch in bar:
         for part in equal_sizes(batch):
@@ -208,17 +208,17 @@ def evaluate(
     return Evaluation.merged(distributed.gather(work.finished()))
 
 
+@dataclass
 class _Work:
     """One process's share of an evaluation."""
 
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        decisions: Mapping[str, Decision],
-        on_part: Callable[[Part], None] | None,
-        measure_memory: bool,
-    ) -> None:
-        self.evaluator, self.on_part = evaluator, on_part
+    evaluator: Evaluator
+    decisions: Mapping[str, Decision]
+    on_part: Callable[[Part], None] | None
+    measured: float  # elements of the largest map whose decisions' memory was measured; infinite: do not measure
+
+    def __post_init__(self) -> None:
+        evaluator, decisions = self.evaluator, self.decisions
         facts = evaluator.facts
         counted = (facts.num_classes, facts.ignore_index, evaluator.classes, evaluator.count_ignored)
         new = partial(Metrics, *counted, keep_images=True)
@@ -228,7 +228,6 @@ class _Work:
         self.shown = "rankdice" if "rankdice" in decisions else next(iter(decisions), None)
         self.live = Metrics(facts.num_classes, classes=evaluator.classes)
         self.clock = Clock(evaluator.network.device, [*decisions, "forward"])
-        self.measured = 0 if measure_memory else float("inf")  # elements of the largest map that was measured
 
     def add(self, batch: Batch) -> None:
         """Score a batch of images of equal size."""
@@ -265,7 +264,7 @@ class _Work:
         if largest:
             self.measured = probs.numel()
         predictions, counts = {}, {}
-        for name, decide in self.found.decisions.items():
+        for name, decide in self.decisions.items():
             if largest:
                 self.clock.measure_memory(name, partial(decide, probs))
             with self.clock.measure(name, len(probs)):
@@ -280,7 +279,7 @@ class _Work:
 
     def finished(self) -> Evaluation:
         """Return the outcome of this process."""
-        peaks = {name: self.clock.peak[name] for name in self.found.decisions}
+        peaks = {name: self.clock.peak[name] for name in self.decisions}
         return replace(self.found, laps=self.clock.totals(), peak_bytes=peaks)
 
 

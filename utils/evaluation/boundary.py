@@ -6,7 +6,8 @@ boundaries of prediction and target. Plain IoU hardly sees the outline of a larg
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,19 +42,16 @@ def boundary(masks: Tensor, distance: int) -> Tensor:
     return masks & near.bool().view_as(masks)
 
 
+@dataclass
 class BoundaryIoU:
     """Gathers the boundary IoU per image and class of each procedure.
 
     Ignored pixels belong to no mask: they are taken out of prediction and target before the boundaries are drawn.
-
-    Args:
-        facts: classes and ignore index of the data.
-        classes: the classes of interest.
     """
 
-    def __init__(self, facts: Facts, classes: Iterable[int]) -> None:
-        self.facts, self.classes = facts, list(classes)
-        self.rows: dict[str, dict[str, Tensor]] = {}
+    facts: Facts  # classes and ignore index of the data
+    classes: Sequence[int]  # of interest
+    rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # procedure -> image -> scores (C,)
 
     def add(self, part: Part) -> None:
         """Score the images of a part."""
@@ -84,7 +82,7 @@ class BoundaryIoU:
         for name, rows in self.rows.items():
             scores = torch.stack([rows[image] for image in sorted(rows)])
             found[name] = {
-                "Mean_Boundary_IoU": scores[:, self.classes].nanmean(dim=1).nanmean().item(),
+                "Mean_Boundary_IoU": scores[:, list(self.classes)].nanmean(dim=1).nanmean().item(),
                 "Class_Boundary_IoU": scores.nanmean(dim=0).tolist(),
             }
         return found

@@ -52,29 +52,19 @@ class _Job:
     future: Future
 
 
+@dataclass
 class Pipeline:
-    """Segments items and writes their outputs.
+    """Segments items and writes their outputs."""
 
-    Args:
-        predictor: makes the masks.
-        outputs: writes them.
-        advance: called with each finished, skipped or failed item, and its error message or None.
-        skip_existing: skip items that already have all outputs of this run.
-    """
-
-    def __init__(
-        self,
-        predictor: Predictor,
-        outputs: Outputs,
-        advance: Callable[[Item, str | None], None] = lambda item, problem: None,
-        skip_existing: bool = False,
-    ) -> None:
-        self.predictor, self.outputs, self.advance = predictor, outputs, advance
-        self.skip_existing = skip_existing
-        self.report = Report()
-        self._reading: deque[_Job] = deque()
-        self._writing: deque[_Job] = deque()
-        self._in_flight = 0
+    predictor: Predictor
+    outputs: Outputs
+    # Called with each finished, skipped or failed item, and its error message or None.
+    advance: Callable[[Item, str | None], None] = lambda item, problem: None
+    skip_existing: bool = False  # skip items that already have all outputs of this run
+    report: Report = field(default_factory=Report, init=False)
+    _reading: deque[_Job] = field(default_factory=deque, init=False)
+    _writing: deque[_Job] = field(default_factory=deque, init=False)
+    _in_flight: int = field(default=0, init=False)  # pixels
 
     def run(self, items: Iterable[Item]) -> Report:
         """Segment all items, in order; Ctrl-C finishes what is being written and returns what is done."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +23,27 @@ from utils.report.gallery import Gallery
 from utils.report.page import page
 
 
+@dataclass
 class Watcher:
-    """Sees every part of an evaluation, and gathers or writes what is asked for.
+    """Sees every part of an evaluation, and gathers or writes what is asked for."""
 
-    Args:
-        loaded: the model.
-        decisions: of the evaluation.
-        evaluator: of the evaluation.
-        report: gather what ``report.html`` shows.
-        boundary: gather the boundary IoU.
-    """
+    loaded: LoadedModel
+    decisions: Mapping[str, Decision]
+    evaluator: Evaluator
+    report: bool = False  # gather what report.html shows
+    boundary: bool = False  # gather the boundary IoU
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        decisions: Mapping[str, Decision],
-        evaluator: Evaluator,
-        report: bool = False,
-        boundary: bool = False,
-    ) -> None:
-        self.loaded, self.decisions, self.evaluator = loaded, dict(decisions), evaluator
-        facts, classes = loaded.facts, evaluator.classes
+    def __post_init__(self) -> None:
+        loaded = self.loaded
+        facts, classes = loaded.facts, self.evaluator.classes
         self.folders: list[Path] = []
         self._gathered: dict[str, Any] = {}
-        if report:
+        if self.report:
             self._gathered["reliability"] = Reliability(facts.num_classes, facts.ignore_index, loaded.activation)
             self._gathered["gallery"] = Gallery(facts, classes)
             self._gathered["confusion"] = Confusion(facts.num_classes, facts.ignore_index)
-        if boundary:
-            self._gathered["boundary"] = BoundaryIoU(facts, range(facts.num_classes) if classes is None else classes)
+        if self.boundary:
+            self._gathered["boundary"] = BoundaryIoU(facts, classes or range(facts.num_classes))
         self._on_part: list[Callable[[Part], None]] = [one.add for one in self._gathered.values()]
 
     def save_masks(self, folder: Path) -> None:
