@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
 from io import StringIO
@@ -152,8 +152,7 @@ def export(
         with atomic(path, path.suffix) as temporary:
             write, start = (_write_onnx, _start_onnx) if kind == "onnx" else (_write_program, _start_program)
             progress(STEPS[0])
-            # Adaptive pooling is traced as two matrix products, which exist everywhere for free sizes.
-            with _quiet(), patch.object(F, "adaptive_avg_pool2d", adaptive_average), torch.no_grad():
+            with _quiet(), _traceable(), torch.no_grad():
                 program = _trace(deployed, loaded.facts.in_channels)
             progress(STEPS[1])
             with _quiet(), torch.no_grad():
@@ -269,6 +268,26 @@ def _drop_size_assertions(program) -> None:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Compute with forms that can be traced for free sizes, in place of torch's and timm's own."""
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(F, "adaptive_avg_pool2d", adaptive_average))
+        if "timm.layers.padding" in sys.modules:
+            patches.enter_context(patch.object(sys.modules["timm.layers.padding"], "get_same_padding", same_padding))
+        yield
+
+
+def same_padding(length: int, kernel_size: int, stride: int, dilation: int) -> int:
+    """Do what timm's ``get_same_padding`` does, of TensorFlow's padding "same", with whole numbers only.
+
+    Its floating-point division stays in the sizes of every later layer, so that tracing took more than ten minutes.
+    """
+    reach = (kernel_size - 1) * dilation + 1
+    missing = ((length + stride - 1) // stride - 1) * stride + reach - length
+    return missing if reach >= stride else max(missing, 0)
 
 
 def adaptive_average(x: Tensor, output_size: int | Sequence[int | None]) -> Tensor:

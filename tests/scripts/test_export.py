@@ -214,6 +214,29 @@ def test_the_program_and_its_metadata_decide_as_the_predictor_does(
     assert not found.chosen.all()  # presence has decided
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_the_padding_same_of_timm(stride: int) -> None:
+    padding = pytest.importorskip("timm.layers.padding", reason="timm is not installed")
+    for length in range(1, 40):
+        for kernel in (1, 2, 3, 5):
+            for dilation in (1, 2):
+                arguments = length, kernel, stride, dilation
+                assert export.same_padding(*arguments) == padding.get_same_padding(*arguments), arguments
+
+
+def test_padding_of_timm_leaves_simple_sizes() -> None:
+    """A network of ten such layers whose sizes hold divisions of floats takes longer than anybody waits."""
+    layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+    network = nn.Sequential(*(layers.create_conv2d(c, 4, 3, stride=2, padding="same") for c in (3, 4, 4)))
+    with export._traceable(), torch.no_grad():
+        program = export._trace(network, 3)
+    sizes = [str(n.meta["val"].shape) for n in program.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+    assert any("//" in size for size in sizes)
+    assert not any("Div" in size or "Max" in size for size in sizes), sizes[-1]
+    images = torch.rand(1, 3, 75, 90)
+    torch.testing.assert_close(program.module()(images), network(images))
+
+
 MISTAKES = {
     "no such checkpoint": (["--model", "missing.pth"], "missing.pth: there is no such checkpoint"),
     "another suffix": (["--output", "model.pb"], "is named .onnx"),
