@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,23 +51,22 @@ def pixels(part: Part, maps: Tensor, i: int, ignore_index: int, count: int) -> t
 # ---------------------------------------------------------------------------------------------------- reliability
 
 
+@dataclass
 class Reliability:
     """Accumulates how often predictions with probability p are correct.
 
     Two views: *pixels and classes*, each class's probability at each pixel against whether the pixel is of the class
     (what RankDice uses), and *confidence*, the highest probability of a pixel against whether its class is right.
-
-    Args:
-        num_classes: 1 stands for a sigmoid of one class over its background.
-        ignore_index: of pixels that do not count.
-        activation: "softmax", or "sigmoid": NLL and Brier score are then means over the channels.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int, activation: Activation) -> None:
-        self.num_classes, self.ignore_index = num_classes, ignore_index
-        self.binary = activation == "sigmoid" or num_classes == 1
+    num_classes: int  # 1 stands for a sigmoid of one class over its background
+    ignore_index: int  # of pixels that do not count
+    activation: Activation  # of "sigmoid", NLL and Brier score are means over the channels
+
+    def __post_init__(self) -> None:
+        self.binary = self.activation == "sigmoid" or self.num_classes == 1
         # Per class, and one row more for the confidence: pixels, sum of probabilities, pixels that are true.
-        self.sums = torch.zeros(3, num_classes + 1, BINS, dtype=torch.float64)
+        self.sums = torch.zeros(3, self.num_classes + 1, BINS, dtype=torch.float64)
         self.totals = torch.zeros(3, dtype=torch.float64)  # NLL, Brier score, pixels
 
     def add(self, part: Part) -> None:

@@ -57,10 +57,13 @@ class SavedProbs:
         self.folder = folder
         known = (folder / INDEX).is_file()
         self.cases = []
-        for name, path in _files(folder, known):
-            ends = LABELS if labels is not None else ()
-            label = next((file for end in ends if (file := Path(labels or "", f"{name}{end}")).is_file()), None)
-            self.cases.append(Case(name, path, label))
+        found = sorted(path for kind in (("*.npz",) if known else ("*.npz", "*.npy")) for path in folder.rglob(kind))
+        for path in found:
+            if path.name.startswith(".") or folder / "masks" in path.parents:  # the outputs of earlier calls
+                continue
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            files = () if labels is None else (labels / f"{name}{end}" for end in LABELS)
+            self.cases.append(Case(name, path, next((file for file in files if file.is_file()), None)))
         if not self.cases:
             raise UserError(f"{folder}: contains no probabilities (*.npz or *.npy)")
         missing = [case.name for case in self.cases if case.label is None]
@@ -127,17 +130,6 @@ class SavedProbs:
 def flat(probs: Tensor) -> Tensor:
     """Return ``(C, H, W)``; a volume ``(C, D, H, W)`` becomes ``(C, D * H, W)``."""
     return probs.flatten(1, -2)
-
-
-def _files(folder: Path, known: bool) -> list[tuple[str, Path]]:
-    """Return name and file of every case; below a folder of ours, without the outputs of earlier calls."""
-    kinds = ("*.npz",) if known else ("*.npz", "*.npy")
-    found = sorted(path for kind in kinds for path in folder.rglob(kind) if not path.name.startswith("."))
-    return [
-        (path.relative_to(folder).with_suffix("").as_posix(), path)
-        for path in found
-        if folder / "masks" not in path.parents
-    ]
 
 
 def _plain_index(folder: Path, classes: int, ignore_index: int) -> Index:

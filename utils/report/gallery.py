@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -48,25 +49,25 @@ class Case:
         return abs(self.gain), self.name
 
 
+@dataclass
 class Gallery:
     """Keeps the images with the biggest ``gains`` and ``losses``, the biggest first.
 
     Memory is bounded by ``2 * kept`` sets of pictures.
-
-    Args:
-        facts: classes and palette.
-        classes: the classes of interest; None: all.
-        kept: how many gains, and how many losses.
     """
 
-    shown = ("T", "max", "rankdice")
+    facts: Facts  # classes and palette
+    classes: Sequence[int] = ()  # of interest; none given: all
+    kept: int = KEPT  # so many gains, and so many losses
+    gains: list[Case] = field(default_factory=list)
+    losses: list[Case] = field(default_factory=list)
 
-    def __init__(self, facts: Facts, classes: Sequence[int] | None = None, kept: int = KEPT) -> None:
-        self.facts, self.kept = facts, kept
-        self.classes = list(range(facts.num_classes)) if classes is None else list(classes)
-        self.palette = contrasting(complete_palette(facts.palette, max(facts.num_classes, 256)), facts.num_classes)
-        self.gains: list[Case] = []
-        self.losses: list[Case] = []
+    shown: ClassVar = ("T", "max", "rankdice")
+
+    def __post_init__(self) -> None:
+        number = self.facts.num_classes
+        self.classes = list(self.classes or range(number))
+        self.palette = contrasting(complete_palette(self.facts.palette, max(number, 256)), number)
 
     def add(self, part: Part) -> None:
         """Look at the images of a part."""

@@ -40,7 +40,7 @@ class Watcher:
         self._gathered: dict[str, Any] = {}
         if self.report:
             self._gathered["reliability"] = Reliability(facts.num_classes, facts.ignore_index, loaded.activation)
-            self._gathered["gallery"] = Gallery(facts, classes)
+            self._gathered["gallery"] = Gallery(facts, classes or ())
             self._gathered["confusion"] = Confusion(facts.num_classes, facts.ignore_index)
         if self.boundary:
             self._gathered["boundary"] = BoundaryIoU(facts, classes or range(facts.num_classes))
