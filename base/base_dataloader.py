@@ -82,14 +82,8 @@ class BaseDataLoader(DataLoader[Any]):
             raise ValueError("sampler 'weighted' needs shuffle: true (it is for training)")
         dataset.replace_broken = shuffle
         train, self._held_out = _split(dataset, val_split, val_fold, group_by, seed)
-        batches = EpochBatches(
-            train,
-            batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            seed=seed,
-            weights=dataset.sample_weights()[train] if sampler else None,
-        )
+        weights = dataset.sample_weights()[train] if sampler else None
+        batches = EpochBatches(train, batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed, weights=weights)
         self._group_by = group_by or dataset.group_by
         self._build(dataset, batches, num_workers, pin_memory)
 

@@ -98,14 +98,8 @@ class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
         if output_stride not in (4, 8):
             raise ValueError(f"output_stride must be 8 or 4, got {output_stride}")
         self.output_stride = output_stride
-        self.backbone = ResNet(
-            backbone,
-            in_channels,
-            pretrained,
-            output_stride=8,
-            dilations=hybrid_dilations(backbone),
-            stem_stride=output_stride // 4,
-        )
+        dilations, stem_stride = hybrid_dilations(backbone), output_stride // 4
+        self.backbone = ResNet(backbone, in_channels, pretrained, 8, dilations, stem_stride=stem_stride)
         low, *_, high = self.backbone.channels
         if published:
             self.aspp = ASPP(high, PUBLISHED_RATES)

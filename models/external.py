@@ -82,9 +82,8 @@ class External(BaseModel):
             self.network: nn.Module = load_network(file)
         else:
             numbers = {"$num_classes": num_classes, "$in_channels": in_channels}
-            self.network = _build(
-                self.source, {**(args or {}), **(pretrained if isinstance(pretrained, dict) else {})}, numbers
-            )
+            given = (args or {}) | (pretrained if isinstance(pretrained, dict) else {})
+            self.network = _build(self.source, given, numbers)
             if not isinstance(self.network, nn.Module):
                 raise UserError(f"arch.args.factory: {factory} gives {type(self.network).__name__}, not an nn.Module")
         if backbone is not None:

@@ -51,9 +51,8 @@ class ConvolutionalVGG16(Backbone):
         self.dropout = nn.Dropout(0.5)
         for fc in (self.fc6, self.fc7):
             _init_classifier(fc)
-        weights = ImageNetWeights(
-            name, "vgg.stages.0.0.weight", ignore=("classifier.6.",), rename=self._from_torchvision
-        )
+        rename = self._from_torchvision
+        weights = ImageNetWeights(name, "vgg.stages.0.0.weight", ignore=("classifier.6.",), rename=rename)
         load_pretrained(self, pretrained, weights)
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -84,10 +84,8 @@ def _conv1x1(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
 
 def make_global(resnet: ResNet) -> None:
     """Replace the blocks of the last two stages of ``resnet`` by :class:`GlobalBottleneck`, with random weights."""
-    before = resnet.channels[1:3]
-    for in_channels, out_channels, (name, (kernel_size, width)) in zip(
-        before, resnet.channels[2:], RESNET_GCN.items(), strict=True
-    ):
+    for i, (name, (kernel_size, width)) in enumerate(RESNET_GCN.items(), start=2):
+        in_channels, out_channels = resnet.channels[i - 1 : i + 1]
         blocks = len(getattr(resnet, name))
         stage = nn.Sequential(
             GlobalBottleneck(in_channels, out_channels, kernel_size, width, stride=2),

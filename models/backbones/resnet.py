@@ -135,16 +135,9 @@ def _stem(kind: str, in_channels: int, stride: int) -> tuple[nn.Module, int]:
     if kind == "torchvision":
         return nn.Conv2d(in_channels, 64, kernel_size=7, stride=stride, padding=3, bias=False), 64
     if kind == "deep":
-        stem = nn.Sequential(
-            conv3x3(in_channels, 64, stride),
-            nn.BatchNorm2d(64),
-            nn.ReLU(inplace=True),
-            conv3x3(64, 64),
-            nn.BatchNorm2d(64),
-            nn.ReLU(inplace=True),
-            conv3x3(64, 128),
-        )
-        return stem, 128
+        first = (conv3x3(in_channels, 64, stride), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+        second = (conv3x3(64, 64), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+        return nn.Sequential(*first, *second, conv3x3(64, 128)), 128
     raise ValueError(f'stem must be "torchvision" or "deep", got {kind!r}')
 
 

@@ -101,15 +101,9 @@ def build_schedule(
         UserError: the schedule does not accept its arguments.
     """
     section = config.lr_scheduler
-    return build_section(
-        "lr_scheduler.args",
-        lr_scheduler.build,
-        section.type,
-        optimizer,
-        steps_per_epoch * (epochs or config.trainer.epochs),
-        steps_per_epoch=steps_per_epoch if section.step == "epoch" else None,
-        **section.args,
-    )
+    args = (section.type, optimizer, steps_per_epoch * (epochs or config.trainer.epochs))
+    unit = {"steps_per_epoch": steps_per_epoch if section.step == "epoch" else None}
+    return build_section("lr_scheduler.args", lr_scheduler.build, *args, **unit, **section.args)
 
 
 def schedule_alone(config: Config, batches: int, epochs: int | None = None) -> lr_scheduler.Schedule:

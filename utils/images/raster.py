@@ -66,14 +66,8 @@ def from_pillow(image: Image.Image, path: Path | str) -> Raster:
         raise UserError(f"{path} contains colors of a kind that is not supported ({mode}); convert it to RGB")
     array = np.array(image)  # a copy: Pillow's own arrays cannot be written to
     array = upright(array if array.ndim == 3 else array[:, :, None], orientation)
-    return Raster(
-        array,
-        colors=3 if array.shape[2] >= 3 else 1,
-        alpha=mode.endswith("A"),
-        # Mode I is 16 bit data in a wider type.
-        largest=65535 if mode == "I" else None,
-        palette=palette,
-    )
+    largest = 65535 if mode == "I" else None  # 16 bit data in a wider type
+    return Raster(array, 3 if array.shape[2] >= 3 else 1, mode.endswith("A"), largest, palette)
 
 
 def named_colors(channels: int) -> int:
