@@ -83,7 +83,8 @@ def _summary(found: Survey, config: dict[str, Any], reasons: Reasons, out: Path)
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
         shown = json.dumps(value) if value is not None and not isinstance(value, dict) else ""
-        head = f"  {path[-1] if path[0] != 'arch' else 'network'}{': ' + shown if shown and len(shown) < 60 else ''}"
+        name = {"arch": "network", "train_loader": "data"}.get(path[-1], path[-1])
+        head = f"  {name}{': ' + shown if shown and len(shown) < 60 else ''}"
         lines += textwrap.wrap(f"{head} - {why}", _WIDTH, subsequent_indent="      ")
     if found.findings.problems:
         lines.append(f"  {plural(len(found.findings.problems), 'sample')} could not be read: see dataloaders check")

@@ -266,7 +266,7 @@ def _take_values(found: Survey, values: list[int]) -> None:
             why = f"masks hold the values 0 to {count - 1}; put your names here, in this order"
             found.take("classes", ["background", "object"] if count == 2 else count, why)
         if 255 in values:
-            found.why["masks_hold"] = "class ids; 255 is not labeled and ignored"
+            found.why["masks"] = "class ids; 255 is not labeled and ignored"
         return
     if names is not None and names != len(ids):
         raise UserError(f"--classes: {names} names, but the masks hold the values {ids[:20]}")

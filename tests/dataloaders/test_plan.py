@@ -85,7 +85,10 @@ def test_a_complete_commented_config(tmp_path: Path, capsys: pytest.CaptureFixtu
     for reason in ("masks hold the values 0 to 2", "the shorter side of the images is 40 pixels", "chosen by", "U-Net"):
         assert reason in text, reason
     assert text.count("// ") > 15
-    assert "next: python -m dataloaders check --config" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "next: python -m dataloaders check --config" in said
+    assert "  data - images in images, masks in masks\n" in said
+    assert said.count("images in images") == 1
     with pytest.raises(UserError, match="exists already"):
         main(["plan", "--data-dir", str(root), "--out", str(tmp_path / "mine.json")])
     named = plan(root, "--classes", "sky, tree ,road")
