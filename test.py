@@ -13,7 +13,6 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,7 +123,6 @@ from utils.facts import Facts
 from utils.files import check_folder, expand
 from utils.predict import PredictOptions
 from utils.predict.network import SCALES
-from utils.progress import progress_bar
 from utils.report import folds
 from utils.report.watching import Watcher
 
@@ -220,7 +218,7 @@ def score(
         setup.evaluator,
         Limited(setup.loader, images=args.limit),
         setup.decisions,
-        progress=partial(progress_bar, desc="TEST"),
+        title="TEST",
         on_part=watcher.look if watcher.watches else None,
         measure_memory=setup.everything,
     )
@@ -318,7 +316,7 @@ def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
         setups = [prepare(args, state, loaded, device) for state, loaded in zip(states, models, strict=True)]
         decisions = folds.aligned([s.decisions for s in setups], [s.options for s in setups], args.predict)
         outcomes = [
-            evaluate(s.evaluator, s.loader, d, progress=partial(progress_bar, desc=f"TEST {k} of {len(setups)}"))
+            evaluate(s.evaluator, s.loader, d, title=f"TEST {k} of {len(setups)}")
             for k, (s, d) in enumerate(zip(setups, decisions, strict=True), 1)
         ]
         if distributed.is_main():

@@ -229,7 +229,7 @@ class Trainer(BaseTrainer):
             self.evaluator(),
             Limited(self.data.val, batches=self.settings.limit_batches),
             {name: Decision(name, self.options)},
-            progress=lambda loader: progress_bar(loader, desc=f"EVAL ({epoch})"),
+            title=f"EVAL ({epoch})",
             on_part=look,
         )
         if any(distributed.any_process(self.stop.received is not None)):

@@ -148,7 +148,7 @@ class Study:
         return model
 
     def _temperature(self, evaluator: Evaluator) -> float:
-        return fit(evaluator, self.val_loader, PredictOptions(), progress=lambda title: iter).temperature
+        return fit(evaluator, self.val_loader, PredictOptions()).temperature
 
     def _test(self, evaluator: Evaluator) -> dict[str, dict[str, float]]:
         outcome = evaluate(evaluator, self.test_loader, {name: Decision(name) for name in PROCEDURES})

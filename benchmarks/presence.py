@@ -151,7 +151,7 @@ def network_of(images: Images, found: Fit | None = None) -> SavedNetwork:
 
 def fitted(images: Images) -> Fit:
     """Fit as ``train.py`` does."""
-    return fit(Evaluator(network_of(images)), Loader(images), PredictOptions(), lambda title: iter)
+    return fit(Evaluator(network_of(images)), Loader(images), PredictOptions())
 
 
 # ------------------------------------------------------------------------------------------------------ by drive

@@ -218,7 +218,7 @@ def fitting(shape: Shape, rounds: int) -> dict[str, list[float]]:
         Batch(images[i : i + step], target[i : i + step], [f"image{j:04d}" for j in range(i, min(count, i + step))])
         for i in range(0, count, step)
     ])  # fmt: skip
-    ours = partial(fit, Evaluator(network), batches, PredictOptions(), lambda title: iter)
+    ours = partial(fit, Evaluator(network), batches, PredictOptions())
     return race({"ours": ours, "temperature scaling, L-BFGS": partial(lbfgs, network, batches)}, rounds, "cpu")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from utils import evaluation
 from utils.batch import Batch
 from utils.errors import UserError
 from utils.evaluation import Decision, Evaluator, Limited, Part, all_decisions, evaluate, single_decision
@@ -220,15 +221,16 @@ def test_probabilities_that_are_not_finite_stop_every_procedure(name) -> None:
         evaluate(used, data(), {name: Decision(name)})
 
 
-def test_the_bar_shows_the_scores_so_far() -> None:
+def test_the_bar_shows_the_scores_so_far(monkeypatch) -> None:
     shown: list[str] = []
 
     class Bar(list[Batch]):
         def set_postfix_str(self, text: str, refresh: bool = True) -> None:
             shown.append(text)
 
+    monkeypatch.setattr(evaluation, "progress_bar", lambda loader, desc: Bar(loader))
     outcome = evaluate(
-        evaluator(build("CrossEntropyLoss2d", 255)), data(), single_decision("max", PredictOptions()), progress=Bar
+        evaluator(build("CrossEntropyLoss2d", 255)), data(), single_decision("max", PredictOptions()), title="TEST"
     )
     scores = next(iter(outcome.metrics.values())).compute()
     assert len(shown) == len(data())

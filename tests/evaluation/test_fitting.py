@@ -97,7 +97,7 @@ class Unsure(Scenes):
 
 
 def fitted_on(scenes: Scenes, **network: Any) -> Fit:
-    return fit(evaluator(scenes, **network), scenes, PredictOptions(), progress=lambda title: iter)
+    return fit(evaluator(scenes, **network), scenes, PredictOptions())
 
 
 def evaluator(scenes: Scenes, **network: Any) -> Evaluator:

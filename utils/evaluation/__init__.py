@@ -24,10 +24,8 @@ from utils.facts import Facts
 from utils.metrics import Counts, Metrics
 from utils.predict import PROCEDURES, Prediction, PredictOptions, label_map
 from utils.predict.network import AnyNetwork, check_finite
-from utils.progress import live_scores
+from utils.progress import live_scores, progress_bar
 from utils.rankdice import IOU_SOLVERS
-
-Progress = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ def evaluate(
     loader: Any,
     decisions: Mapping[str, Decision],
     *,
-    progress: Progress = iter,
+    title: str | None = None,
     on_part: Callable[[Part], None] | None = None,
     measure_memory: bool = False,
 ) -> Evaluation:
@@ -190,7 +188,7 @@ def evaluate(
         evaluator: the model and how it is used.
         loader: yields :class:`utils.batch.Batch`; see :class:`Limited`.
         decisions: name -> decision; none if only ``on_part`` looks.
-        progress: wraps the iteration (tqdm).
+        title: of the progress bar; None: no bar.
         on_part: called with the images, probabilities and predictions of each forward pass.
         measure_memory: on the CPU, too, measure each decision's memory: once more per larger batch than before.
 
@@ -199,11 +197,11 @@ def evaluate(
     """
     evaluator.network.eval()
     work = _Work(evaluator, decisions, on_part, 0 if measure_memory else float("inf"))
-    bar = progress(loader)
-    for batch in bar:
+    bar = None if title is None else progress_bar(loader, desc=title)
+    for batch in loader if bar is None else bar:
         for part in equal_sizes(batch):
             work.add(part)
-        if decisions and hasattr(bar, "set_postfix_str"):
+        if decisions and bar is not None:
             bar.set_postfix_str(live_scores(work.live_scores()), refresh=False)
     return Evaluation.merged(distributed.gather(work.finished()))
 

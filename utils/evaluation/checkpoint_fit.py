@@ -14,7 +14,6 @@ from utils.config.schema import Config
 from utils.evaluation import Evaluator, fitting
 from utils.evaluation.fitting import Fit
 from utils.predict import PredictOptions
-from utils.progress import progress_bar
 
 # What a checkpoint needs to be used. What a run needs to continue stays in the original.
 NEEDED = ("format", "arch", "epoch", "iteration", "state_dict", "ema", "monitor_best", "facts")
@@ -28,7 +27,6 @@ def fit(loaded: LoadedModel, loader: Any, device: torch.device, limit: int | Non
         Evaluator(loaded.network(device), options.classes, predict.count_ignored),
         loader,
         options,
-        lambda title: lambda batches: progress_bar(batches, desc=title),
         limit,
         predict.test,
     )

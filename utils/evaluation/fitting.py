@@ -19,7 +19,7 @@ from torch import Tensor
 
 from utils import distributed, evidence, presence, tables
 from utils.config.schema import Predict
-from utils.evaluation import Evaluator, Limited, Progress, evaluate
+from utils.evaluation import Evaluator, Limited, evaluate
 from utils.evaluation.held_out import OWN, SCALED, TRIED_IMAGES, Calibrations, Look, Row, Seen, stacked, thresholds
 from utils.evaluation.temperature import Calibration, LogitSample
 from utils.metrics import count, image_scores
@@ -82,7 +82,6 @@ def fit(
     evaluator: Evaluator,
     loader: Any,
     options: PredictOptions,
-    progress: Callable[[str], Progress],
     limit: int | None = None,
     procedure: str = "rankdice",
 ) -> Fit:
@@ -93,7 +92,6 @@ def fit(
         loader: of the validation data. Its ``group_of``, if it has one and it is not None, returns the group of an
             image by its name.
         options: their threshold and pruning are what the fit is compared with; a presence fit in them is ignored.
-        progress: from a title to a wrapper of the iteration.
         limit: at most this many images.
         procedure: "T", "max" or "rankdice": the one whose mDice decides.
 
@@ -107,7 +105,7 @@ def fit(
     total = min(total, limit or total)
 
     seen = Seen(LogitSample(evaluator.facts, total), max(1, total // TRIED_IMAGES))
-    evaluate(evaluator, Limited(loader, images=limit), {}, progress=progress("FIT"), on_part=seen.add)
+    evaluate(evaluator, Limited(loader, images=limit), {}, title="FIT", on_part=seen.add)
     seen.sample.merge(distributed.gather(seen.sample))
 
     def rows(calibrations_of: Callable[[str], Sequence[Calibration]], title: str, each: int) -> list[Row]:
@@ -116,7 +114,7 @@ def fit(
             for name, (logits, target) in seen.maps.items():
                 look.at(name, logits.to(network.device), target.to(network.device))
         else:
-            evaluate(evaluator, Limited(loader, images=limit), {}, progress=progress(title), on_part=look.add)
+            evaluate(evaluator, Limited(loader, images=limit), {}, title=title, on_part=look.add)
         return stacked({name: found for share in distributed.gather(look.rows) for name, found in share.items()}, each)
 
     own = Calibration(network.temperature, None if network.bias is None else tuple(network.bias))

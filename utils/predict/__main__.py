@@ -150,8 +150,7 @@ def fit(args: argparse.Namespace, job: Job) -> None:
     """Fit on labeled images, and write what was found: fields of the config's ``predict``."""
     procedure = job.procedure if job.procedure in PROCEDURES else "rankdice"
     evaluator = Evaluator(job.network, job.options.classes)
-    bar = lambda title: lambda loader: progress_bar(loader, desc=title)  # noqa: E731
-    found = fitting.fit(evaluator, job.probs, job.options, bar, procedure=procedure)
+    found = fitting.fit(evaluator, job.probs, job.options, procedure=procedure)
     print(fitting.text(found, args.probs))
     path = expand(args.fit)
     write_text(path, json.dumps({k: v for k, v in found.fields().items() if k != "mode"}, indent=2) + "\n")
@@ -227,7 +226,7 @@ def score(args: argparse.Namespace, job: Job) -> None:
         Evaluator(job.network, job.options.classes),
         job.probs,
         decisions,
-        progress=lambda loader: progress_bar(loader, desc="SCORE"),
+        title="SCORE",
     )
     arch, none = Component(type=job.probs.index.checkpoint), Component(type="none")
     labels = Component(type="labels", args={"data_dir": args.labels})
