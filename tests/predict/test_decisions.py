@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,7 +113,7 @@ def test_presence_looks_at_classes_of_interest_only_and_a_fit_serves_others() ->
 
 
 def test_a_fit_on_dice_serves_iou() -> None:
-    dice, iou = (PROCEDURES["rankdice"](probs(), options("fitted").with_metric(m)) for m in ("dice", "iou"))
+    dice, iou = (PROCEDURES["rankdice"](probs(), replace(options("fitted"), metric=m)) for m in ("dice", "iou"))
     assert (dice.chosen == iou.chosen).double().mean() > 0.9
     both = dice.chosen & iou.chosen
     assert torch.allclose(iou.scores[both], (dice.scores / (2 - dice.scores))[both], atol=0.05)

@@ -125,7 +125,7 @@ def test_rankdice_passes_on_every_option() -> None:
         PredictOptions(metric="iou"),
         PredictOptions(smooth=3.0),
         PredictOptions(prune=0.89),
-        PredictOptions(prune=None).with_metric("iou"),
+        PredictOptions(prune=None, metric="iou"),
     ):
         found = PROCEDURES["rankdice"](probs, options)
         expected = rank_dice(probs, options.metric, options.solver, options.smooth, options.prune)

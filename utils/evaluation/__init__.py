@@ -81,7 +81,7 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
     decisions = {"T": Decision("T", replace(options, threshold=0.5))}
     if options.threshold != 0.5:
         decisions["T_tuned"] = Decision("T", options)
-    dice = options.with_metric("dice")
+    dice = replace(options, metric="dice")
     solver = options.solver if options.solver in IOU_SOLVERS else "exact"
     return decisions | {
         "max": Decision("max", replace(options, presence="all")),

@@ -190,10 +190,10 @@ class Outputs:
 
     def _describe(self, source: str, result: Segmentation, row: Row | None) -> dict[str, Any]:
         classes, metric = self.facts.num_classes, f"expected_{self.run.metric}"
-        labels, presence, entries = _count_labels(result.labels), _presence(result), []
+        labels, names, presence, entries = _count_labels(result.labels), self.facts.label_names, _presence(result), []
         for label in range(max(2, classes)):
             pixels, c = int(labels[label]), label - (classes == 1)
-            entry: dict[str, Any] = {"id": label, "name": self.facts.label_names[label], "pixels": pixels}
+            entry: dict[str, Any] = {"id": label, "name": names[label], "pixels": pixels}
             if row is not None and result.volumes is not None and c >= 0:
                 entry |= {metric: row.per_class[c], "mask_pixels": int(result.volumes[c])}
             if presence and c >= 0:

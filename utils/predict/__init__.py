@@ -19,7 +19,7 @@ With one output channel (a binary task), the channel is the probability of the c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -73,10 +73,6 @@ class PredictOptions:
             presence=predict.presence,
             fit=None if predict.presence_fit is None else predict.presence_fit.model_dump(),
         )
-
-    def with_metric(self, metric: str) -> PredictOptions:
-        """Return the same options for another rankdice metric."""
-        return replace(self, metric=metric)
 
     @property
     def chooses_by(self) -> str:
