@@ -14,6 +14,7 @@ from pathlib import Path
 from base.base_dataloader import BaseDataLoader
 from base.entries import Entry, in_threads, spread
 from base.splits import grouping
+from dataloaders.check.neighbors import natural_order, neighbors_are_alike
 from utils.distributed import is_first
 from utils.errors import UserError, plural, warn
 
@@ -91,6 +92,22 @@ def _between(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> Iterator[str]
             f"{equal[0][0].image} and {equal[0][1].image}: {advice}"
         )
     yield from _common_groups(stages, a.dataset.group_by or b.dataset.group_by, left, right)
+    if a.group_of is None and b.group_of is None and _are_mixed(left, right):
+        every = [(entry.name, entry.image) for entry in (*left, *right) if entry.image is not None]
+        if neighbors_are_alike([name for name, _ in every], [path for _, path in every]):
+            yield (
+                f"{stages}: images that follow each other by name look alike, as frames of a video or slices of a "
+                f"patient do, and are on both sides: {advice}. Keep them together with `group_by`, which python -m "
+                "dataloaders plan suggests"
+            )
+
+
+def _are_mixed(left: list[Entry], right: list[Entry]) -> bool:
+    """Return whether most samples of the second part follow or precede one of the first, by name."""
+    sides = [(entry.name, part is left) for part in (left, right) for entry in part]
+    first = [side for _, side in sorted(sides, key=lambda side: natural_order(side[0]))]
+    beside = [a or b for a, b in zip([False, *first[:-1]], [*first[1:], False], strict=True)]
+    return sum(near for near, own in zip(beside, first, strict=True) if not own) > len(right) / 2
 
 
 def _with_status(entries: Iterable[Entry]) -> list[tuple[Entry, os.stat_result]]:

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -90,6 +91,26 @@ def test_augmented_copies_of_one_picture(tmp_path: Path) -> None:
     write(train, "p7_slice1")
     found = messages(loader(train, group_by="^[a-z0-9]+"), loader(val))
     assert "share groups (group_by '^[a-z0-9]+')" in found
+
+
+def test_frames_of_one_video_on_both_sides(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    scene = cv2.resize(rng.integers(0, 256, (8, 40, 3), np.uint8), (200, 32), interpolation=cv2.INTER_CUBIC)
+    for i in range(40):
+        write(tmp_path, f"f{i}")
+        write_png(tmp_path / f"images/f{i}.png", np.ascontiguousarray(scene[:, 3 * i : 3 * i + 32]))
+    options: dict[str, Any] = {"val_fraction": 0.25}
+    said = messages(loader(tmp_path, **options), loader(tmp_path, "val", **options))
+    assert "train and val: images that follow each other by name look alike" in said
+    assert "Keep them together with `group_by`" in said
+    whole = loader(tmp_path, val_split=0.25)
+    assert "look alike" in messages(whole, whole.get_val_loader())
+    grouped = options | {"group_by": r"^(.*?)\d?$"}
+    assert messages(loader(tmp_path, **grouped), loader(tmp_path, "val", **grouped)) == ""
+    # The end of the video for validation: only one pair of neighbors is divided.
+    for split, part in (("train", range(30)), ("val", range(30, 40))):
+        (tmp_path / f"{split}.txt").write_text("\n".join(f"f{i}" for i in part))
+    assert messages(*(loader(tmp_path, split, list_file="{split}.txt") for split in ("train", "val"))) == ""
 
 
 def test_generated_data() -> None:
