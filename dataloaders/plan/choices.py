@@ -87,9 +87,9 @@ def _loaders(found: Survey, arch: dict[str, Any], crop: int, batch: int) -> tupl
     shared = found.args | {"mean": mean, "std": std, "num_workers": max(0, min(4, available_cores() - 1))}
     train = shared | found.train | {"batch_size": batch, "shuffle": True, "augment": True, "crop_size": crop}
     one_size = len(findings.sizes) == 1
-    if one_size:
-        train["scale"] = [0.75, 1.5]
-        why["scale"] = "all images have one size, so objects hardly differ in scale"
+    train |= {"flip": True, "rotate": True, "scale": [0.75, 1.5] if one_size else [0.5, 2.0]}
+    why["flip"] = "half of the images are mirrored, and each is turned by up to 10 degrees"
+    why["scale"] = "images have one size: objects hardly differ in scale" if one_size else "images differ in size"
     if rare := _rare(found):
         train["sampler"] = "weighted"
         why["sampler"] = f"{', '.join(rare)}: in fewer than {_RARE:.0%} of the images, so these are shown more often"

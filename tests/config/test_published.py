@@ -113,6 +113,7 @@ def test_val_without_crop_size_and_arguments_of_schedules_that_had_no_effect() -
         ({"flip": True, "rotate": False, "base_size": 400}, None),
         ({"flip": True, "rotate": True, "scale": True}, "scale (around each image's own size)"),
         ({"flip": True, "rotate": True, "scale": False}, None),
+        ({"flip": True, "rotate": True, "scale": [0.5, 2.0]}, None),
     ],
 )
 def test_augmentations_that_were_off_are_told(args: dict[str, Any], told: str | None) -> None:

@@ -51,6 +51,7 @@ def plan(root: Path, *options: str) -> dict[str, Any]:
     out = root.parent / f"{root.name}.json"
     assert main(["plan", "--data-dir", str(root), "--out", str(out), "--force", *options]) == 0
     config = load(out, models=MODELS, loaders=dataloaders.LOADERS)
+    assert not config.notes, "nothing is on that the config does not name"
     train = dataloaders.build(config.train_loader.type, **config.train_loader.args | {"num_workers": 0})
     batch = next(iter(train))
     assert batch.images.shape[-1] == config.train_loader.args["crop_size"]
