@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, interpolate
 
 from utils.rankdice import rank_dice
-from utils.rankdice.integral import Goal, Window, integrate
+from utils.rankdice.integral import ORDERS, Goal, Window, integrate
 
 TABLE: list[tuple[int, ...]] = [
     (1, 1, 64, 64),
@@ -156,7 +156,7 @@ def exact_score(row: Tensor, volume: int, metric: str) -> float:
     """Return the exact expected score of the top ``volume`` pixels of a row (N,), all pixels taken one by one."""
     values = row.double().sort(descending=True).values.unsqueeze(0)
     values = torch.cat([torch.zeros_like(values[:, :1]), values], 1)
-    steps, none = torch.arange(values.shape[1], device=row.device).double().unsqueeze(0), values.new_zeros(1, 4)
+    steps, none = torch.arange(values.shape[1], device=row.device).double().unsqueeze(0), values.new_zeros(1, ORDERS)
     goal = Goal(metric, 0.0)
     _, rate = goal.lead(values.sum(1, keepdim=True), steps, values.cumsum(1))
     window = Window(steps, values, none, none, rate[:, volume, None], rate[:, volume, None])

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.rankdice.test_rankdice import check_masks, odd_rows, smooth_maps
 from utils import presence, rankdice
-from utils.rankdice import METRICS, integral, label_map, rank_dice
+from utils.rankdice import METRICS, label_map, rank_dice
 
 VIEWS = {
     "view", "_unsafe_view", "unsqueeze", "squeeze", "expand", "slice", "select", "t", "transpose", "permute",
@@ -47,7 +47,6 @@ class Count(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> type[Count]:
-    monkeypatch.setattr(integral, "CPU", set())
     for module in (rankdice, rankdice.exact, rankdice.table):
         monkeypatch.setattr(module, "CPU", set())
     tolist = Tensor.tolist

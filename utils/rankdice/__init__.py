@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from . import approximations, exact
-from .integral import CPU, Goal
+from .integral import Goal
 from .label_map import ROUNDS, Classes, ascend, check_classes
-from .table import Table, best_volumes
+from .table import CPU, Table, best_volumes, merge
 
 __all__ = ["METRICS", "SOLVERS", "Options", "RankDice", "label_map", "rank_counts", "rank_dice"]
 
@@ -124,7 +124,7 @@ def rank_dice(
             never in a mask (padding, outside the field of view). Their values are not read.
         max_bytes: approximate working memory in addition to the result. None: the size of ``probs`` in float32, at
             least 16 MiB and at most 256 MiB; on a GPU 128 bytes per value, at most 4 GiB. It only affects the speed. A
-            row that must be sorted as a whole takes about 130 bytes per pixel.
+            row that must be sorted as a whole takes about 170 bytes per pixel.
 
     Returns:
         The masks, volumes, cut-off probabilities, expected scores and largest probabilities. An empty mask scores 0
@@ -139,52 +139,37 @@ def rank_dice(
         raise ValueError(f"max_bytes: expected a positive number, got {max_bytes!r}")
     rows = _as_rows(probs, valid)  # (B * C, N)
     max_bytes = _budget(probs) if max_bytes is None else max_bytes
-    shape = probs.shape[:2]
-    if not rows.numel():
-        none = rows.new_zeros(shape)
-        return RankDice(probs.bool(), *_nothing(none, smooth), none)
-    highest = rows.amax(1)
-    extremes = torch.stack([rows.amin(), highest.amax()])  # both hand NaN on
-    if rows.device.type in CPU or solver != "exact":
-        exact.check_range(*extremes.tolist())
-    skipped = highest <= (0.0 if prune is None else prune)
+    count, shape, on_cpu = rows.shape[0], probs.shape[:2], rows.device.type in CPU
     masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
-    step = max(1, max_bytes // ((_CHUNK_BYTES if rows.device.type in CPU else _GPU_CHUNK_BYTES) * rows.shape[1]))
-    found = []
-    for first in range(0, rows.shape[0], step):
-        some = slice(first, first + step)
-        found.append(_solve(rows[some], skipped[some], masks[some], options, max_bytes, extremes))
-    results = found[0] if len(found) == 1 else tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-    volumes, cutoffs, scores = (result.view(shape) for result in results)
+    highest = rows.amax(1) if rows.shape[1] else rows.new_zeros(count)
+    skipped = highest <= (0.0 if prune is None else prune)
+    chosen = None  # all rows
+    if (
+        on_cpu and not smooth
+    ):  # an empty mask scores 0; on a GPU, asking which rows are active costs more than doing all
+        active = skipped.logical_not().nonzero().view(-1)
+        chosen = active if 2 * active.numel() < count else None
+    results: list[tuple[Tensor | slice, tuple[Tensor, ...]]] = []
+    if chosen is not None or not rows.numel():
+        empty = torch.zeros(count, dtype=torch.float64, device=rows.device)
+        results = [(slice(None), (empty, empty + torch.inf, empty + float(smooth > 0)))]
+    if rows.numel():
+        extremes = torch.stack([rows.amin(), highest.amax()])  # both hand NaN on
+        if on_cpu or solver != "exact":
+            exact.check_range(*extremes.tolist())
+        step = max(1, max_bytes // ((_CHUNK_BYTES if on_cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
+        for first in range(0, count if chosen is None else chosen.numel(), step):
+            which = slice(first, first + step) if chosen is None else chosen[first : first + step]
+            own, some = masks[which], (rows[which], skipped[which])
+            if solver == "exact":
+                found = exact.solve(*some, own, options.goal, max_bytes, extremes)
+            else:
+                found = approximations.solve(*some, own, solver, options.goal, max_bytes)
+            if chosen is not None:
+                masks[which] = own
+            results.append((which, found))
+    volumes, cutoffs, scores = (part.view(shape) for part in merge(results, count))
     return RankDice(masks.view(probs.shape), volumes.long(), cutoffs.to(probs.dtype), scores, highest.view(shape))
-
-
-def _solve(
-    rows: Tensor, skipped: Tensor, masks: Tensor, options: Options, budget: int, extremes: Tensor
-) -> tuple[Tensor, ...]:
-    """Fill in the masks of some rows; return volumes, cut-offs and scores."""
-    # An empty mask scores 0 without smoothing. On a GPU, asking which rows are active costs more than doing all.
-    if rows.device.type in CPU and not options.smooth:
-        names = skipped.logical_not().nonzero().view(-1)
-        if 2 * names.numel() < rows.shape[0]:
-            results = _nothing(skipped.double(), 0)
-            if names.numel():
-                own = masks.new_zeros(names.numel(), rows.shape[1])
-                some = _solve(rows[names], skipped[names], own, options, budget, extremes)
-                masks[names] = own
-                for result, value in zip(results, some, strict=True):
-                    result[names] = value.to(result.dtype)
-            return results
-    if options.solver != "exact":
-        return approximations.solve(rows, skipped, masks, options.solver, options.goal, budget)[:3]
-    checked = rows.device.type in CPU
-    return exact.solve(rows, skipped, masks, options.goal, budget, None if checked else extremes)[:3]
-
-
-def _nothing(highest: Tensor, smooth: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return volumes, cut-offs and scores of empty masks."""
-    scores = torch.full(highest.shape, float(smooth > 0), dtype=torch.float64, device=highest.device)
-    return torch.zeros_like(highest, dtype=torch.int64), torch.full_like(highest, torch.inf), scores
 
 
 @torch.no_grad()

@@ -21,14 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ORDERS = 8  # power sums that stand for pixels of a table: at a decay rate m they leave out less than 8! / m^8
-FAR_ORDERS = 4  # the same for pixels outside a table, which have p < m / FAR_RATE
-FAR_RATE = 600.0  # so that they leave out less than 4! / FAR_RATE^4
-LAGUERRE_NODES = 16  # exact up to rounding for rates within LAGUERRE_SPAN
-LAGUERRE_SPAN = 3.0
+ORDERS = 8  # power sums that stand for pixels: at a decay rate m they leave out less than 8! / m^8 of the score
+LAGUERRE_NODES, LAGUERRE_SPAN = 12, 2.0  # exact up to rounding for rates within this factor
 SLACK = 1e-12  # relative, for rounding in the bounds
-CACHE = 1 << 17  # float64 values that fit in a core's cache
-CPU = {"cpu"}  # where the host need not wait for results, and work is split to fit the cache
 
 
 @dataclass(frozen=True)
@@ -50,11 +45,20 @@ class Goal:
             mass = mass * 2
         return (mass + self.smooth if self.smooth else mass) / rate, rate
 
-    def least(self, lead: Tensor, rate: Tensor, volume: Tensor, mass: Tensor) -> Tensor:
-        """Return a lower bound of the score, for volumes of at least 1."""
-        if self.metric == "iou":
-            return lead
-        return torch.addcdiv(lead, mass - mass * mass / volume, rate * rate, value=-2)
+    def most(self, total: Tensor, volume: Tensor, mass: Tensor, cut: Tensor) -> Tensor:
+        """Return at least the largest leading term, by the ``volume`` pixels with ``p > cut`` and their sum ``mass``.
+
+        ``2 C + g - x (t + mu + g)``, maximized over the volumes t, is known for ``x = 2 cut``. It falls in x by at
+        least ``mu + g``, to 0 at the largest leading term of Dice (Dinkelbach 1967). That of IoU grows with it.
+        """
+        g = self.smooth if self.metric == "dice" else 2 * self.smooth
+        base = total if self.metric == "dice" else total + self.smooth
+        dice = (2 * (cut + (mass - cut * (volume + base) + g / 2).clamp_(min=0) / base)).clamp_(max=1)
+        return dice if self.metric == "dice" else dice / (2 - dice)
+
+    def least(self, lead: Tensor, rate: Tensor, spread: Tensor) -> Tensor:
+        """Return a lower bound of the score; ``spread`` is at least ``sum p (1 - p)`` of the pixels in the mask."""
+        return lead if self.metric == "iou" else torch.addcdiv(lead, spread, rate * rate, value=-2)
 
     def cuts(
         self, total: Tensor, variance: Tensor, volume: Tensor, least: Tensor, lead: Tensor
@@ -67,24 +71,24 @@ class Goal:
         Args:
             total: mu + g of the row.
             variance: v of the row.
-            volume: any volume of at least 1.
+            volume: any volume.
             least: a lower bound of its score.
-            lead: the largest leading term.
+            lead: at least the largest leading term.
         """
         g, dice = self.smooth, self.metric == "dice"
         rest = variance / (total * total)
-        few = (least - rest) * total  # volumes below this one score less than `least`
-        few = few - g if g else few
-        few = (few / (2 + rest - least) if dice else few).clamp_(min=1)
-        base = volume + g if g else volume
-        few = few + g if g else few
-        low = torch.addcdiv(least, variance, base * base, value=-2).clamp_(min=0) if dice else least
-        spread = 2 * variance / (few * few)
-        high = lead + rest + (spread if dice else spread * ((total + 1) / few + 1) / 2)
-        high /= (1 - (spread + 1) / few).clamp_(min=1e-100)
+        worth = least - rest
+        few = worth * total  # as for the volume h - g, below which all score less than `least`
+        few = ((few + g if g else few) / 2 if dice else few).clamp_(min=g or 1)
+        spread = variance / (few * few)
+        high = lead + rest
+        high.add_(spread, alpha=2) if dice else high.addcmul_(spread, (total + 1) / few + 1)
+        high = high * few / torch.sub(few - 1, spread, alpha=2).clamp_(min=1e-100)
         if dice:
+            base = volume + g if g else volume.clamp(min=1)
+            low = torch.addcdiv(least, variance, base * base, value=-2).clamp_(min=0)
             return low * (0.5 - SLACK), high * (0.5 + SLACK)
-        return low / (low + (1 + SLACK)), high / (high + (1 - SLACK))
+        return least / (least + (1 + SLACK)), high / (high + (1 - SLACK))
 
 
 class Window(NamedTuple):
@@ -93,7 +97,7 @@ class Window(NamedTuple):
     Attributes:
         volume: ``(R, W)``; the first column's is the base, each further one takes one pixel more.
         values: ``(R, W)`` probability of that pixel, 0 in the first column and behind the last volume.
-        above, below: ``(R, orders)`` power sums of the pixels before and behind the window.
+        above, below: ``(R, ORDERS)`` power sums of the pixels before and behind the window.
         slow, fast: ``(R, 1)`` the range of the integrands' rates.
     """
 
@@ -106,105 +110,69 @@ class Window(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _laguerre(nodes: int) -> tuple[list[float], list[float]]:
-    """Return nodes x and ``log(w exp(x))``, w being the weights of Gauss-Laguerre quadrature."""
-    steps = torch.arange(1.0, nodes, dtype=torch.float64)
-    jacobi = torch.diag(2 * torch.arange(nodes, dtype=torch.float64) + 1) + torch.diag(steps, 1) + torch.diag(steps, -1)
-    points, logs = [], []
-    for x in torch.linalg.eigvalsh(jacobi).tolist():
-        for _ in range(3):  # Newton steps: L'_n(x) = n (L_n - L_{n-1}) / x
-            before, value = 1.0, 1.0 - x
-            for n in range(1, nodes):
-                before, value = value, ((2 * n + 1 - x) * value - n * before) / (n + 1)
-            x -= value * x / (nodes * (value - before))
-        points.append(x)
-        logs.append(math.log(x) + x - 2 * math.log(nodes * abs(before)))
-    return points, logs
+def nodes(octaves: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return nodes and logarithms of weights ``(2, K, 1, 1)``, for rates from 1 to ``2^octaves``, and 1 to ``ORDERS``.
+
+    0 stands for Gauss-Laguerre quadrature: the rates are between ``1 / r`` and ``r``, ``r^2 = LAGUERRE_SPAN``. For
+    more, the trapezoidal rule after ``s = exp(t - exp(-t))`` (Takahasi & Mori 1974), to about 1e-13.
+    """
+    if octaves:
+        step = 0.1 / max(1.0, octaves / 6.5)
+        left, right = -math.log(37 + octaves * math.log(2)), math.log(40)
+        t = left + step * torch.arange(math.ceil((right - left) / step) + 1, dtype=torch.float64)
+        points, logs = (t - (-t).exp()).exp(), (step * (1 + (-t).exp())).log() + t - (-t).exp()
+    else:
+        n = torch.arange(LAGUERRE_NODES, dtype=torch.float64)
+        points, vectors = torch.linalg.eigh((2 * n + 1).diag() + n[1:].diag(1) + n[1:].diag(-1))  # Golub & Welsch 1969
+        logs = 2 * vectors[0].abs().log() + points
+    return torch.stack([points, logs]).view(2, -1, 1, 1).to(device), torch.arange(1, ORDERS + 1, device=device)
 
 
 @lru_cache(maxsize=64)
-def _double_exponential(octaves: int) -> tuple[list[float], list[float]]:
-    """Return nodes and log weights for integrands that decay at rates from 1 to ``2^octaves``.
-
-    The trapezoidal rule after ``s = exp(t - exp(-t))`` (Takahasi & Mori 1974), to about 1e-13.
-    """
-    step = 0.1 / max(1.0, octaves / 6.5)
-    left, right = -math.log(37 + octaves * math.log(2)), math.log(40)
-    t = [left + step * k for k in range(math.ceil((right - left) / step) + 1)]
-    return [math.exp(x - math.exp(-x)) for x in t], [math.log(step * (1 + math.exp(-x))) + x - math.exp(-x) for x in t]
+def _lost(octaves: int, smooth: float) -> float:
+    """Return what the rule leaves out of ``int g exp(-g s) ds`` at the rate 1 + g, for ``g = smooth``."""
+    points, logs = nodes(octaves, torch.device("cpu"))[0].flatten(1)
+    scale = smooth / (1 + smooth)
+    return 1 - float((logs - points * scale).exp().sum() * scale)
 
 
-def nodes(span: float, like: Tensor, *more: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Return ``(K, 1, 1)`` nodes and log weights for rates from 1 to ``span``, and ``more`` of them."""
-    if span <= LAGUERRE_SPAN:
-        points, logs = _laguerre(LAGUERRE_NODES)
-        points, logs = [x / math.sqrt(span) for x in points], [w - math.log(span) / 2 for w in logs]
-    else:
-        points, logs = _double_exponential(min(60, math.ceil(math.log2(span))))
-    points, logs = ([*own, *(pair[k] for pair in more)] for k, own in enumerate((points, logs)))
-    table = torch.tensor([points, logs], dtype=torch.float64, device=like.device).view(2, -1, 1, 1)
-    return table[0], table[1]
-
-
-def _log_series(power: Tensor, powers: Tensor, steps: Tensor) -> Tensor:
-    """Return ``-sum log(1 - p u)`` ``(K, R, 1)`` of pixels with power sums ``(R, n)``; ``powers`` are ``u^n``."""
-    return (powers * (power / steps)).sum(-1, keepdim=True)
-
-
-def integrate(goal: Goal, window: Window, span: float, step: int) -> Tensor:
+def integrate(goal: Goal, window: Window, span: float, size: int) -> Tensor:
     """Return the exact scores ``(R, W)`` of the volumes of a window.
 
     Args:
         goal: what is maximized.
         window: the volumes.
         span: at least the largest ``fast / slow`` of the rows.
-        step: how many nodes at a time.
+        size: how many values ``(nodes, R, W)`` to work on at a time.
     """
-    points, logs = nodes(span, window.values)
-    steps = torch.arange(1, window.above.shape[1] + 1, device=points.device)
+    wide = span > LAGUERRE_SPAN
+    base = window.slow if wide else (window.slow * window.fast).sqrt_()
+    octaves = min(60, math.ceil(math.log2(span))) if wide else 0
+    both, steps = nodes(octaves, base.device)
+    rest = (window.below if goal.metric == "iou" else window.below + window.above) / steps
     volume = window.volume + goal.smooth if goal.smooth else window.volume
     absent, total = 1 - window.values, None
-    for x, log_weight in zip(points.split(step), logs.split(step), strict=True):
-        s = x / -window.slow  # (K, R, 1), negative
+    for x, log_weight in both.split(max(1, size // window.values.numel()), 1):
+        s = x / -base  # (K, R, 1), negative
         e, minus = s.exp(), s.expm1()  # -u; 1 - e would cancel
-        powers = (-minus) ** steps  # (K, R, n)
+        powers = (-minus).expand(-1, -1, ORDERS).cumprod(2)
         q = torch.addcmul(absent, window.values, e)  # 1 - p u without cancellation, (K, R, W)
         exponent = torch.addcmul(log_weight, s, volume)
         if goal.metric == "iou":
             own = q.log_().cumsum(2)
-            exponent -= _log_series(window.below, powers, steps) - own[..., -1:] + own
+            exponent -= (powers * rest).sum(2, keepdim=True) - own[..., -1:] + own
             part = exponent.exp_().sum(0)
         else:
             inside = (powers * window.above).sum(2, keepdim=True) / minus  # -sum p / (1 - p u) before the window
             ratios = ((window.values / q).cumsum(2) - inside) * (2 * e)
-            exponent += q.log_().sum(2, keepdim=True) - _log_series(window.above + window.below, powers, steps)
+            exponent += q.log_().sum(2, keepdim=True) - (powers * rest).sum(2, keepdim=True)
             part = (exponent.exp_() * (ratios + goal.smooth if goal.smooth else ratios)).sum(0)
         total = part if total is None else total + part
     assert total is not None
-    total = total / window.slow
+    total = total / base
     if goal.metric == "iou":
         total = total * (window.above[:, :1] + window.values.cumsum(1) + goal.smooth)
+    if goal.smooth and wide:  # the empty mask: F does not decay below P(no positive pixel)
+        never = (absent.log().sum(1, keepdim=True) - rest.sum(1, keepdim=True)).exp_()
+        total[:, :1].add_(never * (window.slow <= 1 + goal.smooth), alpha=_lost(octaves, goal.smooth))
     return total
-
-
-def empty_score(smooth: float, mean: Tensor, values: Tensor, rest: Tensor) -> Tensor:
-    """Return ``E[g / (g + |Y|)]`` ``(R, 1)``, the score of the empty mask, for ``g = smooth > 0``.
-
-    With ``F(inf) = P(|Y| = 0)`` taken out, the rest of the integrand decays at least like exp(-s).
-
-    Args:
-        smooth: the constant g.
-        mean: mu, ``(R, 1)``.
-        values: ``(R, E)`` the most probable pixels.
-        rest: ``(R, ORDERS)`` power sums of the other pixels.
-    """
-    few = mean < 100  # else P(|Y| = 0) <= exp(-mean) is negligible, and the series holds for small u only
-    slow = mean.masked_fill(few, 1) + smooth
-    points, logs = nodes(128.0, mean, (torch.inf, -torch.inf))  # the last node is P(|Y| = 0)
-    s = points / -slow  # (K, R, 1), negative
-    minus = s.expm1()
-    absent = torch.addcmul(1 - values, values, s.exp()).log_()
-    steps = torch.arange(1, rest.shape[1] + 1, device=mean.device)
-    some = (absent.sum(2, keepdim=True) - _log_series(rest, (-minus) ** steps, steps)).exp()
-    never = some[-1] * few
-    return never + (torch.add(logs, s, alpha=smooth).exp() * (some - never)).sum(0) * smooth / slow

@@ -1,100 +1,106 @@
 """The best volume of rows given as tables: probabilities in descending order, and how many pixels have each.
 
-A table may hold a whole row (sorted, or as counts of its values) or only the pixels around the cut of the best mask.
-The other pixels enter through their power sums, and :func:`best_volumes` says whether the best volume is proven to
-lie inside.
+A table holds a whole row (sorted, or as counts of its values), or the pixels around the cut of the best mask. Then the
+other pixels enter through their power sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .integral import CACHE, CPU, FAR_ORDERS, FAR_RATE, LAGUERRE_SPAN, ORDERS, Goal, Window, empty_score, integrate
+from .integral import LAGUERRE_SPAN, ORDERS, Goal, Window, integrate
 
+CPU = {"cpu"}  # where the host need not wait for results, and work is split to fit the cache
+CACHE = 1 << 17  # float64 values that fit in a core's cache
 TIE = 1e-14  # relative: if scores differ less, the smallest volume is chosen
 SERIES_RATE = 80.0  # at slower decay, the most probable pixels are taken one by one
 ONE_BY_ONE = 96
-WIDE, MOST_PADDED = 48, 1 << 13  # volumes of a window, and of all windows if they are as wide as the widest
+MOST_PADDED = 1 << 13  # if padded tables or windows of rows are larger in all, rows of about the same size go together
 NODE_BYTES = 5 * 8  # of a volume at one node
+
+
+class Best(NamedTuple):
+    """What was found for each row, float64 ``(R,)``.
+
+    Attributes:
+        volumes: pixels in the best mask.
+        cutoffs: the smallest probability in the mask, ``inf`` where it is empty; NaN: no pixel of the table.
+        scores: expected score.
+    """
+
+    volumes: Tensor
+    cutoffs: Tensor
+    scores: Tensor
 
 
 class Table(NamedTuple):
     """Rows of probabilities, float64 ``(R, 1)`` unless stated otherwise.
 
     Attributes:
-        values: ``(R, W)`` descending, padded with zeros.
-        counts: ``(R, W)`` how many pixels have each value; None: one each.
+        values: ``(R, W)`` descending.
+        counts: ``(R, W)`` how many pixels have each value; 0 in padding.
         mean, variance: of the number of positive pixels in the whole row.
+        powers: ``(R, ORDERS, W)`` powers of the values.
         rank: number of pixels above the table.
         above, below: ``(R, ORDERS)`` power sums of the pixels above and below the table.
-        low, high: pixels below the table have ``p < low``, pixels above it ``p > high``; None if there are none.
     """
 
     values: Tensor
-    counts: Tensor | None
+    counts: Tensor
     mean: Tensor
     variance: Tensor
+    powers: Tensor
     rank: Tensor
     above: Tensor
     below: Tensor
-    low: Tensor | None
-    high: Tensor | None
 
     @classmethod
-    def whole(cls, values: Tensor, counts: Tensor | None = None) -> Table:
+    def whole(cls, values: Tensor, counts: Tensor) -> Table:
         """Return the table of complete rows."""
-        mass = values if counts is None else values * counts
-        mean = mass.sum(1, keepdim=True)
-        variance = (mean - (mass * values).sum(1, keepdim=True)).clamp_(min=0)
+        all_powers = powers(values)
+        mean, square = (all_powers[:, :2] @ counts.unsqueeze(2)).unbind(1)
         none = values.new_zeros(values.shape[0], ORDERS)
-        return cls(values, counts, mean, variance, none[:, :1], none, none, None, None)
+        return cls(values, counts, mean, (mean - square).clamp_(min=0), all_powers, none[:, :1], none, none)
 
-    def rows(self, names: Tensor) -> Table:
-        """Return some of the rows."""
-        return Table(*(None if part is None else part[names] for part in self))  # type: ignore[arg-type] # by field
-
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``(R, W + 1)`` for no value, the first, the first two, ...: volume, mass; and the last value taken."""
-        last = torch.cat([self.above[:, :1], self.values], 1)
-        if self.counts is None:
-            return self.rank + torch.arange(last.shape[1], device=last.device), last.cumsum(1), last
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Return volume and mass ``(R, W + 1)`` of the pixels above the table, also with the first value, ..."""
         mass = torch.cat([self.above[:, :1], self.values * self.counts], 1)
-        return torch.cat([self.rank, self.counts], 1).cumsum(1), mass.cumsum(1), last
+        return torch.cat([self.rank, self.counts], 1).cumsum_(1), mass.cumsum_(1)
+
+    def choose(self, volumes: Tensor, volume: Tensor, score: Tensor) -> Best:
+        """Return the result for ``volume`` and ``score`` ``(R, 1)``, with its cut-off."""
+        run = torch.searchsorted(volumes, volume)
+        cut = self.values.gather(1, (run - 1).clamp_(min=0)).masked_fill_(run < 1, torch.nan)
+        return Best(volume.squeeze(1), cut.masked_fill_(volume < 1, torch.inf).squeeze(1), score.squeeze(1))
 
 
-class Best(NamedTuple):
-    """What was found for each row.
-
-    Attributes:
-        volumes: float64 ``(R,)``.
-        cutoffs: float64 ``(R,)``, the smallest probability in the mask, ``inf`` where it is empty; NaN where it has no
-            pixel of the table.
-        scores: float64 ``(R,)``.
-        unproven: bool ``(R,)``: these rows need a table of more pixels.
-        left: how many rows that are.
-    """
-
-    volumes: Tensor
-    cutoffs: Tensor
-    scores: Tensor
-    unproven: Tensor
-    left: int
+def alike(costs: list[float], device: torch.device) -> list[list[int] | range]:
+    """Return groups of rows with about the same cost; a GPU takes all: there, waiting costs more than padding."""
+    if device.type not in CPU or len(costs) * max(costs) <= MOST_PADDED:
+        return [range(len(costs))]
+    groups: dict[int, list[int]] = {}
+    for row, cost in enumerate(costs):
+        groups.setdefault(round(math.log(max(cost, 64), 64)), []).append(row)
+    return list(groups.values())
 
 
-class _Range(NamedTuple):
-    """Volumes to be scored, ``first`` to ``last``, and the range of their rates, float64 ``(R, 1)``."""
+def merge(found: Sequence[tuple[Tensor | slice, tuple[Tensor, ...]]], count: int) -> tuple[Tensor, ...]:
+    """Return the results of ``count`` rows from those of some rows each."""
+    if len(found) == 1 and len(found[0][1][0]) == count:
+        return found[0][1]
+    whole = tuple(part.new_zeros(count, *part.shape[1:]) for part in found[0][1])
+    for rows, some in found:
+        for mine, part in zip(whole, some, strict=True):
+            mine[rows] = part
+    return whole
 
-    first: Tensor
-    last: Tensor
-    slow: Tensor
-    fast: Tensor
 
-
-def best_volumes(table: Table, skipped: Tensor, goal: Goal, budget: int) -> Best:
+def best_volumes(table: Table, skipped: Tensor, goal: Goal, budget: int, cut: bool = True) -> Best:
     """Find the best volume of each row.
 
     Args:
@@ -102,136 +108,71 @@ def best_volumes(table: Table, skipped: Tensor, goal: Goal, budget: int) -> Best
         skipped: bool ``(R,)``: these rows get the empty mask.
         goal: what is maximized.
         budget: bytes of working memory, about.
+        cut: whether the cut-offs are needed.
     """
-    skipped = skipped.unsqueeze(1)
-    volumes, mass, values = table.sums()
-    wanted, unproven = _candidates(table, volumes, mass, skipped, goal)
+    skipped, device = skipped.unsqueeze(1), table.values.device
+    volumes, mass = table.sums()
+    first, last, slow, fast = _candidates(table, volumes, mass, skipped, goal)
     del mass
-    width, span = wanted.last - wanted.first, wanted.fast / wanted.slow
-    largest = torch.cat([width, span, -wanted.slow], 1).amax(0)
-    if unproven is not None:
-        largest = torch.cat([largest, unproven.sum(0)])
-    most, reach, slowest, *left = largest.tolist()
-    orders = FAR_ORDERS if -slowest >= FAR_RATE else ORDERS
-    volume = score = table.mean
-    for rows, size, factor in _groups(width, span, int(most), reach):
-        some, part, known = table, wanted, (volumes, values)
-        if rows is not None:
-            some, part, known = table.rows(rows), _Range(*(v[rows] for v in wanted)), (volumes[rows], values[rows])
-        window = _window(some, *known, part, size + 1, orders)
-        step = CACHE if values.device.type in CPU else budget // NODE_BYTES
-        scores = integrate(goal, window, factor, max(1, step // window.values.numel()))
-        scores[:, :1].masked_fill_(part.first < 1, 0)
-        found = scores.amax(1, keepdim=True)
-        found, first = found.clamp(max=1), (scores >= found * (1 - TIE)).view(torch.uint8).argmax(1, keepdim=True)
-        if rows is None:
-            volume, score = part.first + first, found
-        else:
-            volume, score = volume.index_copy(0, rows, part.first + first), score.index_copy(0, rows, found)
-    if goal.smooth:
-        empty = _empty_score(table, volumes, values, goal.smooth)
-        none = skipped | (empty >= score * (1 - TIE)).gt(table.rank)  # and no pixel above the table
-        volume, score = volume.masked_fill(none, 0), torch.where(none, empty, score)
-    else:
-        volume, score = volume.masked_fill(skipped, 0), score.masked_fill(skipped, 0)
-    on_cpu = values.device.type in CPU or table.low is None
-    cut = cutoffs(table, volumes, values, volume) if on_cpu else volume.squeeze(1)  # of the mask itself later
-    unproven = skipped if unproven is None else unproven
-    return Best(volume.squeeze(1), cut, score.squeeze(1), unproven.squeeze(1), int(left[0]) if left else 0)
+    facts = torch.cat([last - first, fast / slow], 1).tolist()
+    result = []
+    size = CACHE if device.type in CPU else budget // NODE_BYTES
+    for names in alike([width * (64 if span > LAGUERRE_SPAN else 1) for width, span in facts], device):
+        rows = slice(None) if len(names) == len(facts) else torch.tensor(names)
+        width, span = (max(column) for column in zip(*(facts[name] for name in names), strict=True))
+        some = Table(*(part[rows] for part in table))
+        window = _window(some, volumes[rows], first[rows], last[rows], int(width) + 1)
+        window = window._replace(slow=slow[rows], fast=fast[rows])
+        scores = integrate(goal, window, span, size)
+        if goal.smooth:
+            scores[:, 1:].masked_fill_(skipped[rows], 0)
+        found = scores.amax(1, keepdim=True).clamp_(max=1)
+        index = (scores >= found * (1 - TIE)).view(torch.uint8).argmax(1, keepdim=True)
+        result.append((rows, (index + window.volume[:, :1], found)))
+    volume, score = merge(result, len(facts))
+    return table.choose(volumes, volume, score) if cut else Best(volume.squeeze(1), volume.squeeze(1), score.squeeze(1))
 
 
-def _candidates(
-    table: Table, volumes: Tensor, mass: Tensor, skipped: Tensor, goal: Goal
-) -> tuple[_Range, Tensor | None]:
-    """Return the volumes that can be best, and for which rows they may lie outside the table; None: for no row."""
-    total, variance = (table.mean + goal.smooth).clamp(min=1e-100), table.variance
+def _candidates(table: Table, volumes: Tensor, mass: Tensor, skipped: Tensor, goal: Goal) -> list[Tensor]:
+    """Return the first and last volume that can be best, and the range of the rates, ``(R, 1)``."""
+    total = (table.mean + goal.smooth).clamp_(min=1e-100)
     lead, rate = goal.lead(total, volumes, mass)
     top, at = lead.max(1, keepdim=True)
-    known = volumes.gather(1, at).clamp_(min=1)
-    least = goal.least(top, rate.gather(1, at), known, mass.gather(1, at))
-    low, high = goal.cuts(total, variance, known, least, top)
-    borders = torch.searchsorted(-table.values, -torch.cat([high, low, torch.zeros_like(low)], 1))
-    idle, unproven = skipped, None
-    if table.low is not None and table.high is not None:
-        # Behind the table the bound falls, if it holds pixels down to where one more lowers the leading term.
-        end = borders[:, 2:]
-        lead, last = lead.gather(1, end), rate.gather(1, end)
-        done = (lead + variance / (last * last) < least) & (2 * table.low <= lead)
-        unproven = (table.low > low).gt(done) | ((table.high < high) & (table.rank > 0))
-        unproven = unproven.gt(skipped)  # and not
-        idle = idle | unproven
-    borders = torch.cat([borders[:, :1].minimum(at), borders[:, 1:2].maximum(at)], 1)
-    borders.masked_fill_(idle, 0)
+    known, own = volumes.gather(1, at).clamp_(min=1), mass.gather(1, at)
+    least = goal.least(top, rate.gather(1, at), torch.addcmul(own, own, own / known, value=-1))
+    low, high = goal.cuts(total, table.variance, known, least, top)
+    start, end = torch.searchsorted(-table.values, -torch.cat([high, low], 1)).split(1, 1)
+    borders = torch.cat([start.minimum(at), end.maximum(at)], 1).masked_fill_(skipped, 0)
     first, last = volumes.gather(1, borders).split(1, 1)
     slow = rate.gather(1, borders[:, :1])
     # Where the integrand decays slowly, the most probable pixels must be in the window, one by one.
-    tiny = (slow < SERIES_RATE).gt(idle)  # and not
+    tiny = slow < SERIES_RATE
+    if not goal.smooth:
+        tiny = tiny.gt(skipped)  # and not
     last = torch.maximum(last, volumes[:, -1:].clamp(max=ONE_BY_ONE) * tiny)
-    return _Range(first.masked_fill(tiny, 0), last, slow.masked_fill(tiny, 1 + goal.smooth), last + total), unproven
+    fast = torch.add(last + total, tiny, alpha=2 + 2 * goal.smooth)  # so far from `slow` that they get many nodes
+    return [first.masked_fill(tiny, 0), last, slow.masked_fill_(tiny, 1 + goal.smooth), fast]
 
 
-def _groups(width: Tensor, span: Tensor, most: int, reach: float) -> Iterator[tuple[Tensor | None, int, float]]:
-    """Yield rows (None: all) whose windows have about the same width and need the same nodes.
-
-    On a GPU all rows go together: waiting for the sizes costs more than the padding.
-    """
-    wide = width.numel() * most > MOST_PADDED
-    if width.device.type not in CPU or not (wide or reach > LAGUERRE_SPAN) or width.numel() == 1:
-        yield None, most, reach
-        return
-    kind = ((span > LAGUERRE_SPAN).int() + 2 * (width > WIDE if wide else width < 0)).squeeze(1)
-    for one in kind.unique().tolist():
-        rows = (kind == one).nonzero().view(-1)
-        yield rows, int(width[rows].max()), float(span[rows].max())
-
-
-def _window(table: Table, volumes: Tensor, values: Tensor, wanted: _Range, width: int, orders: int) -> Window:
-    """Return the volumes ``wanted`` pixel by pixel, and power sums of the other pixels."""
-    first, last = wanted.first, wanted.last
+def _window(table: Table, volumes: Tensor, first: Tensor, last: Tensor, width: int) -> Window:
+    """Return the volumes ``first`` to ``last``, pixel by pixel, and power sums of the other pixels."""
     volume = first + torch.arange(width, device=first.device)
-    own = values.gather(1, _run(table, volumes, volume)).masked_fill_(volume > last, 0)
+    run = torch.searchsorted(volumes, volume).sub_(1).clamp_(0, table.values.shape[1] - 1)
+    own = table.values.gather(1, run).masked_fill_(volume > last, 0)
     own[:, 0] = 0
-    # How many pixels of each value are before and behind the window, by arithmetic, which is faster than comparisons.
-    ends, counts = volumes[:, 1:], 1 if table.counts is None else table.counts
-    outside = torch.stack([first + counts - ends, ends - last], 1)
-    outside = outside.clamp_(0, 1) if table.counts is None else outside.clamp_(min=0).minimum(table.counts.unsqueeze(1))
-    outside = outside.mT
-    above, below = (_powers_of(table.values, orders) @ outside).unbind(2)
-    if table.low is not None:
-        above, below = above + table.above[:, :orders], below + table.below[:, :orders]
-    return Window(volume, own, above, below, wanted.slow, wanted.fast)
+    outside = torch.stack([first - volumes[:, :-1], volumes[:, 1:] - last], 1)  # of each value before and behind
+    outside = outside.clamp_(min=0).minimum(table.counts.unsqueeze(1)).mT
+    above, below = (table.powers @ outside).unbind(2)
+    return Window(volume, own, above + table.above, below + table.below, first, last)
 
 
-def _powers_of(values: Tensor, orders: int) -> Tensor:
-    """Return the powers 1 to 4 or 8 of values ``(R, W)``, ``(R, orders, W)``."""
+def powers(values: Tensor) -> Tensor:
+    """Return the powers 1 to ``ORDERS`` of values ``(R, W)``, ``(R, ORDERS, W)``."""
     square = values * values
-    powers = torch.stack([values, square, square * values, square * square], 1)
-    return powers if orders == 4 else torch.cat([powers, powers * powers[:, 3:]], 1)
+    four = torch.stack([values, square, square * values, square * square], 1)
+    return torch.cat([four, four * four[:, 3:]], 1)
 
 
-def _empty_score(table: Table, volumes: Tensor, values: Tensor, smooth: float) -> Tensor:
-    """Return the score of the empty mask, ``(R, 1)``."""
-    if table.counts is not None:  # the most probable pixels, one by one
-        last = volumes[:, -1:].clamp(max=ONE_BY_ONE)
-        top = _window(table, volumes, values, _Range(table.rank, last, last, last), ONE_BY_ONE + 1, ORDERS)
-        return empty_score(smooth, table.mean, top.values, top.below)
-    rest = table.above + table.below
-    if table.values.shape[1] > ONE_BY_ONE:
-        rest = rest + _powers_of(table.values[:, ONE_BY_ONE:], ORDERS).sum(2)
-    return empty_score(smooth, table.mean, table.values[:, :ONE_BY_ONE], rest)
-
-
-def _run(table: Table, volumes: Tensor, volume: Tensor) -> Tensor:
-    """Return the column of ``Table.sums`` that reaches a volume, int64; the nearest column where none does."""
-    if table.counts is None:
-        return (volume - table.rank if table.low is not None else volume).long().clamp_(0, volumes.shape[1] - 1)
-    return torch.searchsorted(volumes, volume).clamp_(max=volumes.shape[1] - 1)
-
-
-def cutoffs(table: Table, volumes: Tensor, values: Tensor, volume: Tensor) -> Tensor:
-    """Return ``Best.cutoffs`` for volumes ``(R, 1)``."""
-    run = _run(table, volumes, volume)
-    cut = values.gather(1, run)
-    if table.low is not None:
-        cut.masked_fill_(run < 1, torch.nan)
-    return cut.masked_fill_(volume < 1, torch.inf).squeeze(1)
+def draw(masks: Tensor, columns: Tensor, volumes: Tensor) -> None:
+    """Fill masks ``(R, N)`` with the first ``volumes`` ``(R, 1)`` of the sorted pixels ``columns`` ``(R, N)``."""
+    masks.scatter_(1, columns, torch.arange(columns.shape[1], device=masks.device) < volumes)
