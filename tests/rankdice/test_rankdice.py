@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -349,6 +350,16 @@ def test_paper_is_the_program_behind_the_published_tables() -> None:
         expected = [program_volume(row.numpy(), smooth) for row in rows[0]]
         assert found.volumes[0].tolist() == expected
         check_masks(rows, found)
+
+
+def test_paper_on_a_networks_probabilities(shared_dir: Path) -> None:
+    """Every class of one real image; docs/rankdice.md has the result for six."""
+    with np.load(shared_dir / "data" / "camvid_probs" / "val.npz") as data:
+        logits = torch.from_numpy(data["logits8"][:1, :, ::2, ::2].astype(np.float64))
+    probs = (logits / 255 * 16 - 8).sigmoid()
+    found = rank_dice(probs, solver="paper", prune=None)
+    assert found.volumes[0].tolist() == [program_volume(row.numpy()) for row in probs[0].flatten(1)]
+    check_masks(probs, found)
 
 
 @pytest.mark.parametrize("solver", ["ba", "trna", "rma"])
