@@ -631,6 +631,14 @@ def test_a_huge_smooth_is_refused() -> None:
     assert scores[int(most.volumes[0, 0]) - 1] == scores.max()
 
 
+def test_results_are_ordinary_tensors() -> None:
+    probs = smooth_maps(2, 3, 80, 90).requires_grad_()
+    for part in rank_dice(probs):
+        assert not part.is_inference()
+        part.zero_()
+    assert (rank_dice(probs).masks * probs).sum().requires_grad
+
+
 def test_the_largest_probability_is_returned() -> None:
     probs = smooth_maps(2, 3, 20, 30)
     found = rank_dice(probs)

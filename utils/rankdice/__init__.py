@@ -139,14 +139,22 @@ def rank_dice(
         raise ValueError(f"max_bytes: expected a positive number, got {max_bytes!r}")
     rows = _as_rows(probs, valid)  # (B * C, N)
     max_bytes = _budget(probs) if max_bytes is None else max_bytes
-    count, shape, on_cpu = rows.shape[0], probs.shape[:2], rows.device.type in CPU
     masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+    with torch.inference_mode(rows.device.type in CPU):  # less work per operation, which counts on small maps
+        found = _solve(rows, masks, options, max_bytes)
+    # Tensors made in inference mode cannot be changed elsewhere.
+    found = tuple(part.clone() if part.is_inference() else part for part in found)
+    volumes, cutoffs, scores, highest = (part.view(probs.shape[:2]) for part in found)
+    return RankDice(masks.view(probs.shape), volumes, cutoffs, scores, highest)
+
+
+def _solve(rows: Tensor, masks: Tensor, options: Options, max_bytes: int) -> tuple[Tensor, ...]:
+    """Fill the masks of rows ``(R, N)``; return volumes, cut-offs, scores and the largest probabilities ``(R,)``."""
+    count, on_cpu, smooth = rows.shape[0], rows.device.type in CPU, options.smooth
     highest = rows.amax(1) if rows.shape[1] else rows.new_zeros(count)
-    skipped = highest <= (0.0 if prune is None else prune)
+    skipped = highest <= (options.prune or 0.0)
     chosen = None  # all rows
-    if (
-        on_cpu and not smooth
-    ):  # an empty mask scores 0; on a GPU, asking which rows are active costs more than doing all
+    if on_cpu and not smooth:  # an empty mask scores 0; for a GPU, asking which rows are active costs more than all
         active = skipped.logical_not().nonzero().view(-1)
         chosen = active if 2 * active.numel() < count else None
     results: list[tuple[Tensor | slice, tuple[Tensor, ...]]] = []
@@ -155,21 +163,21 @@ def rank_dice(
         results = [(slice(None), (empty, empty + torch.inf, empty + float(smooth > 0)))]
     if rows.numel():
         extremes = torch.stack([rows.amin(), highest.amax()])  # both hand NaN on
-        if on_cpu or solver != "exact":
+        if on_cpu or options.solver != "exact":
             exact.check_range(*extremes.tolist())
         step = max(1, max_bytes // ((_CHUNK_BYTES if on_cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
         for first in range(0, count if chosen is None else chosen.numel(), step):
             which = slice(first, first + step) if chosen is None else chosen[first : first + step]
             own, some = masks[which], (rows[which], skipped[which])
-            if solver == "exact":
+            if options.solver == "exact":
                 found = exact.solve(*some, own, options.goal, max_bytes, extremes)
             else:
-                found = approximations.solve(*some, own, solver, options.goal, max_bytes)
+                found = approximations.solve(*some, own, options.solver, options.goal, max_bytes)
             if chosen is not None:
                 masks[which] = own
             results.append((which, found))
-    volumes, cutoffs, scores = (part.view(shape) for part in merge(results, count))
-    return RankDice(masks.view(probs.shape), volumes.long(), cutoffs.to(probs.dtype), scores, highest.view(shape))
+    volumes, cutoffs, scores = merge(results, count)
+    return volumes.long(), cutoffs.to(rows.dtype), scores, highest
 
 
 @torch.no_grad()
