@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import approximations, exact
 from .integral import Goal
-from .label_map import ROUNDS, Classes, ascend, check_classes
+from .label_map import Classes, ascend, check_classes
 from .table import CPU, Table, best_volumes, merge
 
 __all__ = ["METRICS", "SOLVERS", "Options", "RankDice", "label_map", "rank_counts", "rank_dice"]
@@ -185,7 +185,6 @@ def label_map(
     probs: Tensor,
     classes: Sequence[int] | Tensor | None = None,
     smooth: float = 0.0,
-    rounds: int = ROUNDS,
     max_bytes: int | None = None,
     found: RankDice | None = None,
 ) -> Tensor:
@@ -195,7 +194,7 @@ def label_map(
     label maps, ``sum_c (2 C_c + g) / (tau_c + mu_c + 1 + g)``: ``tau_c`` pixels carry class ``c``, ``C_c`` is the
     sum of their probabilities, ``mu_c`` the expected volume of the class. It starts from the RankDice masks of the
     classes, each pixel going to the mask in which it gains most, or from the most probable class where that is
-    better, and then moves pixels in steps that raise the sum. This criterion is a choice of this project, not of the
+    better, and then moves the pixels that raise the sum. This criterion is a choice of this project, not of the
     RankDice paper; the result is a local optimum.
 
     Args:
@@ -203,7 +202,6 @@ def label_map(
         classes: the classes that take part: indices for all images, or bool ``(B, C)``, one row per image. None
             means all. An image for which no class is chosen takes all of them.
         smooth: the constant ``g``.
-        rounds: at most this many steps.
         max_bytes: working memory, as in :func:`rank_dice`.
         found: the result of ``rank_dice(probs, smooth=smooth, prune=None)`` for the same probabilities, if available.
 
@@ -230,10 +228,9 @@ def label_map(
         for first in range(0, maps.shape[2], step):
             yield first, maps[:, :, first : first + step].double() if whole is None else whole
 
-    first, *others = (part.sum(2) for _, part in bands())
-    mean = sum(others, first)
+    mean = torch.stack([part.sum(2) for _, part in bands()]).sum(0)
     facts = Classes(mean, found.volumes.double(), found.scores, chosen)
-    labels = ascend(bands, maps.shape[2], facts, float(smooth), rounds)
+    labels = ascend(bands, maps.shape[2], facts, float(smooth))
     return labels.long().view(probs.shape[0], *probs.shape[2:])
 
 

@@ -1,16 +1,13 @@
 """One label per pixel with a high total of expected Dice, instead of masks that overlap.
 
-The total to be maximized over label maps is ``sum_c s_c``, ``s_c = (2 C_c + g) / (tau_c + mu_c + 1 + g)``: ``tau_c``
-pixels carry class ``c``, ``C_c`` is the sum of their probabilities, ``mu_c`` the expected volume of the class. It is a
-choice of this project and not part of the RankDice papers; a local optimum is found.
-
-Moving one pixel from class ``o`` to class ``c`` changes the total by exactly
+The total is that of :func:`utils.rankdice.label_map`, ``sum_c s_c``, ``s_c = (2 C_c + g) / (tau_c + mu_c + 1 + g)``.
+Moving one pixel from class ``o`` to class ``c`` changes it by exactly
 
     (2 p_c - s_c) / (tau_c + mu_c + 2 + g)  +  (s_o - 2 p_o) / (tau_o + mu_o + g)
 
 Moving all pixels at once that gain by this may lower the total. So the gains are sorted into levels, the totals of
-moving no level, the first, the first two, ... are computed exactly, and the best of them is taken: no step lowers the
-total.
+moving no level, the first, the first two, ... are computed exactly, and the best of them is taken. More steps gain next
+to nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ import torch
 from torch import Tensor
 
 LEVELS = 24  # of gains, each half as large as the one before
-ROUNDS = 1  # more gain next to nothing
 
 Bands = Callable[[], Iterable[tuple[int, Tensor]]]
 
@@ -56,7 +52,7 @@ def check_classes(classes: Sequence[int] | Tensor | None, images: int, count: in
     return torch.tensor([c in names for c in range(count)], device=device).expand(images, count)
 
 
-def ascend(bands: Bands, pixels: int, classes: Classes, smooth: float, rounds: int = ROUNDS) -> Tensor:
+def ascend(bands: Bands, pixels: int, classes: Classes, smooth: float) -> Tensor:
     """Return label maps, int16 ``(B, pixels)``, for probabilities that are read band by band.
 
     Args:
@@ -65,7 +61,6 @@ def ascend(bands: Bands, pixels: int, classes: Classes, smooth: float, rounds: i
         pixels: how many there are.
         classes: the classes.
         smooth: the constant g.
-        rounds: at most this many times pixels are moved.
     """
     fixed = classes.mean + (1 + smooth)
     size = classes.volumes + fixed
@@ -82,17 +77,12 @@ def ascend(bands: Bands, pixels: int, classes: Classes, smooth: float, rounds: i
     better = (totals[1] > totals[0]).unsqueeze(1)
     labels = torch.where(better, labels[1], labels[0])
     volume, mass = torch.where(better, sums[1], sums[0])
-    for _ in range(rounds):
-        size = volume + fixed
-        score = twice(mass) / size
-        wanted, levels, changes = _moves(bands, labels, size, score, closed)
-        step = changes.cumsum(3)
-        after = twice(mass.unsqueeze(2) + step[1]) / (size.unsqueeze(2) + step[0])
-        level = after[..., : LEVELS + 1].masked_fill(closed.unsqueeze(2), 0).sum(1).max(1, keepdim=True).indices
-        labels = torch.where(levels <= level, wanted, labels)
-        step = step.gather(3, level.view(1, -1, 1, 1).expand(2, -1, size.shape[1], -1)).squeeze(3)
-        volume, mass = volume + step[0], mass + step[1]
-    return labels
+    size = volume + fixed
+    wanted, levels, changes = _moves(bands, labels, size, twice(mass) / size, closed)
+    step = changes.cumsum(3)
+    after = twice(mass.unsqueeze(2) + step[1]) / (size.unsqueeze(2) + step[0])
+    level = after[..., : LEVELS + 1].masked_fill(closed.unsqueeze(2), 0).sum(1).max(1, keepdim=True).indices
+    return torch.where(levels <= level, wanted, labels)
 
 
 def _start(bands: Bands, pixels: int, slopes: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
