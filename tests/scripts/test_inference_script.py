@@ -552,7 +552,8 @@ def test_a_full_disk_fails_images_one_by_one(model: Path, tmp_path: Path) -> Non
     write(tmp_path / "photos/small.png", photo(8, 8))
     write(tmp_path / "photos/a.png", np.random.default_rng(0).integers(0, 256, (200, 200, 3)).astype(np.uint8))
     command = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "import resource, signal, sys, torch; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "torch.optim.SGD([torch.zeros(1)], lr=1.0);"  # torch 2.6 writes a file here
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500));"
         f"sys.argv = ['inference.py', '-m', {str(model)!r}, '-i', 'photos', '-o', 'masks', '-mo', 'single'];"
         "import inference; from utils.errors import run; run(inference.main)"
