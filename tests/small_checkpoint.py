@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import models
-from utils import checkpoint
+from utils import checkpoint, export
 from utils.config import resolve
 from utils.facts import Facts
 from utils.images.palette import default_palette
+
+needs_new_torch = pytest.mark.skipif(
+    export.DEFERRED not in inspect.signature(torch.export.export).parameters, reason="exporting needs torch 2.9"
+)
 
 NAMES = ("background", "dog / cat", "car", "tree", "sky", "road")
 

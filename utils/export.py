@@ -44,6 +44,7 @@ Runner = Callable[[np.ndarray], np.ndarray]
 
 STEPS = ("trace the network", "write the file", "compare its outputs with those of PyTorch")
 SECONDS_OF_SILENCE = 20.0
+DEFERRED = "prefer_deferred_runtime_asserts_over_guards"  # an argument of torch.export.export since torch 2.9
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
 # One more than a multiple of 32: no level of a network divides evenly, so every resize in it is traced as one.
@@ -116,7 +117,11 @@ def steps() -> Callable[[str], None]:
 
 
 def check_packages(kind: str) -> None:
-    """Raise UserError where a package that a format needs is not installed."""
+    """Raise UserError where a package that a format needs is not installed, or torch is too old for free sizes."""
+    if DEFERRED not in inspect.signature(torch.export.export).parameters:
+        raise UserError(
+            f"exporting needs torch 2.9 or newer, found {torch.__version__}: pip install --upgrade torch torchvision"
+        )
     missing = [package for package in PACKAGES[kind] if find_spec(package) is None]
     if missing:
         raise not_installed(f"--format {kind}", *missing)
@@ -234,30 +239,13 @@ def _trace(deployed: nn.Module, channels: int):
         2: Dim("height", min=SMALLEST_SIDE, max=LARGEST_SIDE),
         3: Dim("width", min=SMALLEST_SIDE, max=LARGEST_SIDE),
     }
-    arguments = {"dynamic_shapes": (free,), "strict": False}
+    # Networks compare sizes to skip a resize that would change nothing. Traced, their answer was "resize", which is
+    # right for every size, but torch cannot always prove what holds for pooled sizes: the program is to assert it.
+    arguments = {"dynamic_shapes": (free,), "strict": False, DEFERRED: True}
     images = (torch.rand(batch, channels, height, width),)
-    with _deferred_guards(torch.export.export) as export_program:
-        program = export_program(deployed, images, **arguments)
+    program = torch.export.export(deployed, images, **arguments)
     _drop_size_assertions(program)
     return program
-
-
-@contextmanager
-def _deferred_guards(export_program: Callable) -> Iterator[Callable]:
-    """Give torch's export with comparisons of sizes as assertions in the program instead of refusals to trace it.
-
-    Networks compare sizes to skip a resize that would change nothing (their answer while traced was "resize", which
-    is right for every size), and torch cannot always prove what holds for pooled sizes.
-    """
-    name = "prefer_deferred_runtime_asserts_over_guards"
-    if name in inspect.signature(export_program).parameters:
-        yield lambda *args, **kwargs: export_program(*args, **kwargs, **{name: True})
-    else:  # torch 2.6 to 2.8 have it one level down
-        from torch.export import _trace as internal  # absent from later versions
-
-        yield lambda *args, **kwargs: internal._export(
-            *args, **kwargs, allow_complex_guards_as_runtime_asserts=True, pre_dispatch=True
-        )
 
 
 def _drop_size_assertions(program) -> None:

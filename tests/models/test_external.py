@@ -17,6 +17,7 @@ import inference
 import models
 import test as test_script
 import train
+from tests.small_checkpoint import needs_new_torch
 from utils import checkpoint, export
 from utils.errors import UserError
 
@@ -99,6 +100,7 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+@needs_new_torch
 @pytest.mark.slow
 @pytest.mark.parametrize("source", NETWORKS)
 def test_networks_of_others_train_resume_are_scored_and_exported(

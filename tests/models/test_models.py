@@ -21,6 +21,7 @@ from models import MODELS
 from models import __main__ as table
 from models.cost import count
 from models.fcn import ConvolutionalVGG16
+from tests.small_checkpoint import needs_new_torch
 from utils.errors import UserError
 from utils.registry import documented
 
@@ -418,6 +419,7 @@ def test_bfloat16_and_channels_last_stay_close_to_float32(name: str, model: Base
     assert relative_error(last, reference) < 1e-4
 
 
+@needs_new_torch
 @pytest.mark.slow
 def test_torch_export_computes_the_same(model: BaseModel) -> None:
     x = torch.randn(1, 3, 65, 96)
@@ -426,6 +428,7 @@ def test_torch_export_computes_the_same(model: BaseModel) -> None:
         assert relative_error(exported(x), model(x)) < 1e-5
 
 
+@needs_new_torch
 @pytest.mark.slow
 def test_onnx_computes_the_same(tmp_path: Path) -> None:
     """For the network with pooling to fixed sizes; tests/scripts/test_export.py does the rest, at free sizes."""

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 import models
 from tests.models.test_models import calibrate
-from tests.small_checkpoint import NAMES, everything_fitted, photo, write_checkpoint
+from tests.small_checkpoint import NAMES, everything_fitted, needs_new_torch, photo, write_checkpoint
 from utils import errors, export
 from utils.checkpoint import LoadedModel
 from utils.config.schema import Predict
 from utils.facts import Facts
 from utils.predict import PROCEDURES, PredictOptions, label_map
 from utils.predictor import Predictor
+
+pytestmark = needs_new_torch
 
 
 class Toy(nn.Module):
@@ -258,3 +260,6 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(errors.UserError, match="needs onnxscript, which is not installed: pip install onnxscript"):
         export.check_packages("onnx")
     export.check_packages("torch-export")
+    monkeypatch.setattr(torch.export, "export", lambda mod, args: None)
+    with pytest.raises(errors.UserError, match=r"needs torch 2\.9 or newer, found .*: pip install --upgrade torch"):
+        export.check_packages("torch-export")
