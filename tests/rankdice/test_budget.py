@@ -94,8 +94,8 @@ def test_operations_and_waits(
     rank_dice(probs, metric, prune=prune, smooth=smooth)  # the sample's places are kept
     with as_on_a_gpu() as count:
         found = rank_dice(probs, metric, prune=prune, smooth=smooth)
-    assert count.operations.total() <= 300, count.operations.most_common(12)
-    assert count.waits <= 4
+    assert count.operations.total() <= 200, count.operations.most_common(12)
+    assert count.waits <= 2
     check_masks(probs, found)
 
 

@@ -6,7 +6,8 @@
 3. A second pass collects the few pixels between them, a :class:`~.table.Table` that gives the best volume.
 
 A misleading sample leaves many pixels between the bounds. If they are too many, the row is sorted as a whole, as short
-rows always are. The sample affects the time, never the result.
+rows always are. The sample affects the time, never the result. A GPU sorts all rows: there, a sort costs less than the
+launches of the other steps.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ROUNDING = 1e-6  # relative, of the limits in the map's dtype
 SPARSE = 0.2  # with a smaller mean probability, blocks of pixels below the cut are left out
 
 
-def solve(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal, budget: int, extremes: Tensor) -> Best:
+def solve(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal, budget: int) -> Best:
     """Find the best volume of each row, and draw its mask.
 
     Args:
@@ -45,23 +46,16 @@ def solve(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal, budget: int,
         masks: bool ``(R, N)``, contiguous, False: is filled.
         goal: what is maximized.
         budget: bytes of working memory, about.
-        extremes: smallest and largest value of the map, which are checked.
-
-    Raises:
-        ValueError: the values are not probabilities.
     """
     count, width = rows.shape
-    if width <= SORTED_PIXELS:
-        check_range(*extremes.tolist())
+    if width <= SORTED_PIXELS or rows.device.type not in CPU:
         return solve_sorted(rows, skipped, masks, goal, budget)
     found = _survey(rows, skipped, masks, goal)
-    facts = torch.cat([found.ends.diff(dim=0), found.proof], 1)
-    *values, lowest, highest = torch.cat([facts.view(-1), extremes.double()]).tolist()
-    check_range(lowest, highest)
-    sizes = values[::4]
+    facts = torch.cat([found.ends.diff(dim=0), found.proof], 1).tolist()
+    sizes = [size for size, *_ in facts]
     most = max(MOST_PIXELS, width // 64, budget // (TABLE_BYTES * count))
     few = []
-    for row, (size, mean, least, known) in enumerate(zip(*(values[k::4] for k in range(4)), strict=True)):
+    for row, (size, mean, least, known) in enumerate(facts):
         # If not, do all volumes larger than this small row's table score less than `least`?
         proven = known or size * least > 2 * mean + goal.smooth + mean / max(size, 1)
         if size <= most and proven:
@@ -69,22 +63,20 @@ def solve(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal, budget: int,
     results: list[tuple[Tensor | slice, Best]] = []
     for group in alike([sizes[row] for row in few], rows.device) if few else ():
         names = [few[k] for k in group]
-        which = slice(None) if len(names) == count else torch.tensor(names, device=rows.device)
+        which = slice(None) if len(names) == count else torch.tensor(names)
         table, place, over = _table(rows, found, which, int(max(sizes[row] for row in names)))
-        some = best_volumes(table, skipped[which], goal, budget, cut=rows.device.type in CPU)
+        some = best_volumes(table, skipped[which], goal, budget)
         # The pixels above `cut` are drawn.
-        taken = torch.arange(place.shape[1], device=rows.device) < some.volumes.unsqueeze(1) - table.rank
+        taken = torch.arange(place.shape[1]) < some.volumes.unsqueeze(1) - table.rank
         change = taken.view(torch.uint8) - over.view(torch.uint8)
         masks.view(torch.uint8).view(-1).scatter_add_(0, place.view(-1), change.view(-1))
         results.append((which, some))
-    crowded = torch.tensor(sorted({*range(count)} - {*few}), dtype=torch.int64, device=rows.device)
+    crowded = torch.tensor(sorted({*range(count)} - {*few}), dtype=torch.int64)
     for part in crowded.split(max(1, budget // (SORT_BYTES * width))) if len(crowded) else ():
         own = masks.new_zeros(part.numel(), width)
         results.append((part, solve_sorted(rows[part], skipped[part], own, goal, budget)))
         masks[part] = own
     best = Best(*merge(results, count))
-    if rows.device.type not in CPU:
-        return best._replace(cutoffs=torch.where(masks, rows, torch.inf).amin(1))
     for row in best.cutoffs.isnan().nonzero().view(-1).tolist():  # the mask is just the pixels above the table
         best.cutoffs[row] = rows[row][masks[row]].amin()
     return best
@@ -155,7 +147,7 @@ def _survey(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal) -> _Survey
         spot = spot if blocks is None else blocks[spot // BLOCK] * BLOCK + spot % BLOCK
         found.append(spot + (some.start * width + first))
     place = found[0] if len(found) == 1 else torch.cat(found)
-    ends = torch.searchsorted(place, torch.arange(0, (count + 1) * width, width, device=rows.device))
+    ends = torch.searchsorted(place, torch.arange(0, (count + 1) * width, width))
     return _Survey(total, above, cut, proof, place, ends.unsqueeze(1))
 
 
@@ -179,7 +171,7 @@ def _table(rows: Tensor, found: _Survey, which: Tensor | slice, size: int) -> tu
     """Return the tables of some rows, the places of their pixels in the map, and whether these are above ``cut``."""
     total, above, cut = found.total[which], found.above[which], found.cut[which]
     start, end = found.ends[:-1][which], found.ends[1:][which]
-    spot = start + torch.arange(max(size, 1), device=rows.device)
+    spot = start + torch.arange(max(size, 1))
     place = found.place if found.place.numel() else found.place.new_zeros(1)
     place = place[spot.clamp(max=place.numel() - 1)]
     values, order = (rows.view(-1)[place] * (spot < end)).sort(dim=1, descending=True, stable=True)
@@ -193,10 +185,10 @@ def _table(rows: Tensor, found: _Survey, which: Tensor | slice, size: int) -> tu
 
 
 @lru_cache(maxsize=16)
-def _sample(width: int, device: torch.device) -> Tensor:
+def _sample(width: int) -> Tensor:
     """Return the places of a row's pixels that make up its sample."""
     size = min(width, max(LEAST_SAMPLE, int((0.4 * width) ** (2 / 3))))
-    steps = torch.arange(size, device=device)
+    steps = torch.arange(size)
     stretch = width // size
     # One pixel of each stretch, at places that no regular pattern of the image can follow.
     return steps * stretch + steps * 40503 % 65536 * stretch // 65536
@@ -204,7 +196,7 @@ def _sample(width: int, device: torch.device) -> Tensor:
 
 def _cut_of_sample(rows: Tensor) -> Tensor:
     """Return about the probability above which one more pixel raises the leading term of the score, ``(R, 1)``."""
-    sample = rows.index_select(1, _sample(rows.shape[1], rows.device))
+    sample = rows.index_select(1, _sample(rows.shape[1]))
     sample = sample if sample.element_size() > 2 else sample.float()
     base, over = sample.sum(1, keepdim=True), torch.empty_like(sample)
     cut = torch.linalg.vector_norm(sample, dim=1, keepdim=True).square_() / base
@@ -216,22 +208,21 @@ def _cut_of_sample(rows: Tensor) -> Tensor:
 
 
 def _pieces(rows: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
-    """Yield rows, first column, and the pixels ``(r, n)`` there: on a CPU as many as fit a cache, on a GPU all."""
-    (count, width), on_cpu = rows.shape, rows.device.type in CPU
-    together = max(1, CACHE_PIXELS // width) if on_cpu else count
-    pixels = CACHE_PIXELS if on_cpu else 1 << 24  # up to there, float32 can count
+    """Yield rows, first column, and the pixels ``(r, n)`` there: as many as fit a cache."""
+    count, width = rows.shape
+    together = max(1, CACHE_PIXELS // width)
     for row in range(0, count, together):
         some = slice(row, row + together)
-        for first in range(0, width, pixels):
-            part = rows[some, first : first + pixels]
+        for first in range(0, width, CACHE_PIXELS):
+            part = rows[some, first : first + CACHE_PIXELS]
             yield some, first, part if part.element_size() > 2 else part.float()
 
 
 class _Room:
-    """Memory for pieces of a map, used again and again: on a CPU, getting new memory takes longer than the sums."""
+    """Memory for pieces of a map, used again and again: getting new memory takes longer than the sums."""
 
     def __init__(self, rows: Tensor) -> None:
-        size = min(CACHE_PIXELS, rows.numel()) if rows.device.type in CPU else rows.numel()
+        size = min(CACHE_PIXELS, rows.numel())
         dtype = rows.dtype if rows.element_size() > 2 else torch.float32
         self.parts = [rows.new_empty(size, dtype=kind) for kind in (torch.float64, torch.float64, dtype, dtype)]
 
@@ -240,7 +231,7 @@ class _Room:
         return self.parts[which][: values.numel()].view(values.shape)
 
     def exceeds(self, values: Tensor, cut: Tensor, which: int = 2) -> Tensor:
-        """Return 1 where values are above the cut, else 0, in their dtype: on a CPU this is faster than bools."""
+        """Return 1 where values are above the cut, else 0, in their dtype, which is faster than bools."""
         return torch.gt(values, cut, out=self.like(values, which))
 
     def power_sums(self, values: Tensor) -> Tensor:
@@ -252,7 +243,7 @@ class _Room:
 
 def _near(part: Tensor, low: Tensor, total: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
     """Return the pixels of the blocks in which one is above ``low``, and these blocks; None: all pixels."""
-    if len(part) > 1 or part.shape[1] % BLOCK or part.device.type not in CPU or total[0, 0] > SPARSE * width:
+    if len(part) > 1 or part.shape[1] % BLOCK or total[0, 0] > SPARSE * width:
         return part, None
     blocks = part.view(-1, BLOCK)
     names = (blocks.amax(1) > low.view(1)).nonzero().view(-1)
@@ -260,10 +251,8 @@ def _near(part: Tensor, low: Tensor, total: Tensor, width: int) -> tuple[Tensor,
 
 
 def _places(found: Tensor) -> Tensor:
-    """Return where a vector is True, on a CPU fast if nearly all of it is False."""
+    """Return where a vector is True, fast if nearly all of it is False."""
     whole = found.numel() // 8 * 8
-    if found.device.type not in CPU:
-        return found.nonzero().view(-1)
     words = found[:whole].view(torch.int64)  # eight at a time
     hit = words.nonzero()
     place = (hit * 8 + torch.arange(8))[words[hit.view(-1)].view(torch.bool).view(-1, 8)]

@@ -100,7 +100,7 @@ def merge(found: Sequence[tuple[Tensor | slice, tuple[Tensor, ...]]], count: int
     return whole
 
 
-def best_volumes(table: Table, skipped: Tensor, goal: Goal, budget: int, cut: bool = True) -> Best:
+def best_volumes(table: Table, skipped: Tensor, goal: Goal, budget: int) -> Best:
     """Find the best volume of each row.
 
     Args:
@@ -108,7 +108,6 @@ def best_volumes(table: Table, skipped: Tensor, goal: Goal, budget: int, cut: bo
         skipped: bool ``(R,)``: these rows get the empty mask.
         goal: what is maximized.
         budget: bytes of working memory, about.
-        cut: whether the cut-offs are needed.
     """
     skipped, device = skipped.unsqueeze(1), table.values.device
     volumes, mass = table.sums()
@@ -130,7 +129,7 @@ def best_volumes(table: Table, skipped: Tensor, goal: Goal, budget: int, cut: bo
         index = (scores >= found * (1 - TIE)).view(torch.uint8).argmax(1, keepdim=True)
         result.append((rows, (index + window.volume[:, :1], found)))
     volume, score = merge(result, len(facts))
-    return table.choose(volumes, volume, score) if cut else Best(volume.squeeze(1), volume.squeeze(1), score.squeeze(1))
+    return table.choose(volumes, volume, score)
 
 
 def _candidates(table: Table, volumes: Tensor, mass: Tensor, skipped: Tensor, goal: Goal) -> list[Tensor]:
@@ -144,6 +143,8 @@ def _candidates(table: Table, volumes: Tensor, mass: Tensor, skipped: Tensor, go
     start, end = torch.searchsorted(-table.values, -torch.cat([high, low], 1)).split(1, 1)
     borders = torch.cat([start.minimum(at), end.maximum(at)], 1).masked_fill_(skipped, 0)
     first, last = volumes.gather(1, borders).split(1, 1)
+    # The leading term of larger volumes is too small: it is at most (2 mu + g) / volume.
+    last = last.minimum(((total + table.mean + 1) / least.clamp(min=1e-9)).floor_())
     slow = rate.gather(1, borders[:, :1])
     # Where the integrand decays slowly, the most probable pixels must be in the window, one by one.
     tiny = slow < SERIES_RATE
