@@ -31,7 +31,7 @@ IOU_SOLVERS = ("exact", "rma")
 MOST_SMOOTH = 1e5  # above, all scores are so close to 1 that rounding decides
 
 _SMALLEST_BUDGET, _LARGEST_BUDGET, _CHUNK_BYTES = 16 << 20, 256 << 20, 4  # the last per pixel of a chunk
-_GPU_LARGEST_BUDGET, _GPU_CHUNK_BYTES = 4 << 30, 280  # a GPU works on whole maps: few operations, each on much
+_GPU_LARGEST_BUDGET, _GPU_CHUNK_BYTES = 4 << 30, 192  # a GPU works on whole maps: few operations, each on much
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def rank_dice(
         valid: bool, ``(B, *spatial)`` or broadcastable to ``probs``: pixels outside never enter the ranking and are
             never in a mask (padding, outside the field of view). Their values are not read.
         max_bytes: approximate working memory in addition to the result. None: the size of ``probs`` in float32, at
-            least 16 MiB and at most 256 MiB; on a GPU 280 bytes per value, at most 4 GiB. It only affects the speed. A
+            least 16 MiB and at most 256 MiB; on a GPU 192 bytes per value, at most 4 GiB. It only affects the speed. A
             row that must be sorted as a whole takes about 170 bytes per pixel.
 
     Returns:
