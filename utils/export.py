@@ -241,7 +241,7 @@ def _trace(deployed: nn.Module, channels: int):
     }
     # Networks compare sizes to skip a resize that would change nothing. Traced, their answer was "resize", which is
     # right for every size, but torch cannot always prove what holds for pooled sizes: the program is to assert it.
-    arguments = {"dynamic_shapes": (free,), "strict": False, DEFERRED: True}
+    arguments: dict[str, Any] = {"dynamic_shapes": (free,), "strict": False, DEFERRED: True}
     images = (torch.rand(batch, channels, height, width),)
     program = torch.export.export(deployed, images, **arguments)
     _drop_size_assertions(program)
