@@ -492,3 +492,12 @@ def test_waiting_for_the_gpu_does_not_grow_with_the_classes() -> None:
             torch.cuda.set_sync_debug_mode("default")
         waits[classes] = len(seen)
     assert waits[3] == waits[60]
+
+
+def test_volumes_that_do_not_fit_their_masks_never_hide_a_class() -> None:
+    target = torch.full((1, 4, 4), 255)
+    target[0, 2:] = 1
+    masks = torch.ones(1, 2, 4, 4, dtype=torch.bool)
+    counts = count(Prediction(masks=masks, volumes=torch.zeros(1, 2, dtype=torch.int64)), target, 2, 255)
+    assert counts.predicted.tolist() == [[0, 0]]
+    assert not image_scores(counts).dice[0, 1].isnan()

@@ -103,7 +103,7 @@ def _count_masks(
     pixels = torch.full((batch,), target[0].numel() if batch else 0, device=target.device)
     if not count_ignored:
         on_ignored, ignored = _ignored(masks, valid)
-        predicted = predicted - on_ignored
+        predicted = (predicted - on_ignored).clamp(min=0)  # below 0 means undecided, and only that
         pixels = pixels - ignored
     return Counts(intersection, predicted, targets, pixels, torch.full_like(pixels, -1))
 
