@@ -33,7 +33,7 @@ from utils.batch import Batch
 from utils.checkpoint import load_model
 from utils.errors import UserError, run
 from utils.evaluation import Decision, Evaluator, Part, all_decisions, evaluate
-from utils.evaluation.comparison import differences, image_means
+from utils.evaluation.comparison import Difference, differences, image_means
 from utils.evaluation.fitting import Fit, fit
 from utils.evaluation.temperature import LogitSample, fit_temperature
 from utils.facts import Facts
@@ -44,6 +44,11 @@ from utils.predict.network import SavedNetwork
 from utils.rankdice import rank_dice
 
 ROWS = ("max", "max_present", "T", "all", "rule", "rankdice_paper", "rankdice", "rankdice_map")
+PAIRS = {
+    "rankdice against max": ("rankdice", "max"),
+    "rankdice_paper against max": ("rankdice_paper", "max"),
+    "rankdice against rankdice_paper": ("rankdice", "rankdice_paper"),
+}
 SIZES = (10, 20, 40, 100, 200)
 DRAWS = 10  # fits on photographs for each number of images
 SCENES = 700  # of Shapes, for each checkpoint
@@ -170,22 +175,25 @@ def scored(name: str, drives: dict[str, Images]) -> dict[str, Any]:
     metrics: dict[str, Metrics] = {}
     for network, decisions in ((network_of(images), before), (network_of(images, found), after)):
         metrics |= evaluate(Evaluator(network), Loader(images), decisions).metrics
-    means = {row: image_means(m) for row, m in metrics.items()}
-    pairs = {"rankdice against max": ("rankdice", "max"), "fit against pruning": ("rankdice", "rankdice_paper")}
     scores = {row: m.compute() for row, m in metrics.items()}
     return {
         "images": len(images.names),
         "fit": found.notes,
         "kept": found.chosen + (", presence" if found.presence else ""),
         "true presence": _known(images),
-        "differences": {
-            title: vars(differences(means[a][:, None], means[b][:, None])[0]) for title, (a, b) in pairs.items()
-        },
+        "mDice of the images": {row: image_means(m).tolist() for row, m in metrics.items()},
         "scores": {
             row: {key: s[key] for key in ("Mean_Dice", "Dataset_mIoU", "Multiclass_Accuracy")}
             for row, s in scores.items()
         },
     }
+
+
+def gains_of(parts: Sequence[dict[str, Any]]) -> dict[str, Difference]:
+    """Return the differences in mDice over the images of some drives, each with the fit on the others."""
+    means = [part["mDice of the images"] for part in parts]
+    joined = {row: np.concatenate([own[row] for own in means])[:, None] for row in ROWS}
+    return {title: differences(joined[a], joined[b])[0] for title, (a, b) in PAIRS.items()}
 
 
 def _joined(parts: Sequence[Images]) -> Images:
@@ -225,9 +233,9 @@ def text(result: dict[str, Any]) -> str:
         for row in ("max", "max_present", "rankdice_map")
     ]
     gains = [
-        [f"{name}, {title}", f"{100 * d['mean']:+.1f}", f"{100 * d['low']:+.1f} to {100 * d['high']:+.1f}"]
-        for name, one in result.items()
-        for title, d in one["differences"].items()
+        [f"{name}, {title}", f"{100 * d.mean:+.1f}", f"{100 * d.low:+.1f} to {100 * d.high:+.1f}"]
+        for name, some in [*((name, [one]) for name, one in result.items()), ("all drives", list(result.values()))]
+        for title, d in gains_of(some).items()
     ]
     parts = [
         tables.markdown(head, body),
