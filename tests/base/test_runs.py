@@ -99,7 +99,7 @@ def test_what_other_runs_have_made_stays(tmp_path) -> None:
     assert not list(tmp_path.rglob("*-*_*"))
 
 
-def test_a_run_that_has_learnt_something_stays(tmp_path) -> None:
+def test_a_run_that_has_learned_something_stays(tmp_path) -> None:
     loader = Broken()
     loader.at = 1
     with pytest.raises(UserError, match="image7"):

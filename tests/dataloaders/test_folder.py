@@ -511,13 +511,13 @@ def two(root: Path, values: tuple[int, int], dtype: type = np.uint8, suffix: str
     return ids
 
 
-BINARY = ["background", "tumour"]
+BINARY = ["background", "tumor"]
 
 
-@pytest.mark.parametrize("classes", [BINARY, ["tumour"]])
+@pytest.mark.parametrize("classes", [BINARY, ["tumor"]])
 def test_masks_of_0_and_255_are_explained(tmp_path: Path, classes: list[str]) -> None:
     ids = two(tmp_path, (0, 255))
-    with pytest.raises(UserError, match=r"only 0 and 255[\s\S]*tumour[\s\S]*mask_values: \[0, 255\]"):
+    with pytest.raises(UserError, match=r"only 0 and 255[\s\S]*tumor[\s\S]*mask_values: \[0, 255\]"):
         folder(tmp_path, classes=classes)
     dataset = folder(tmp_path, classes=classes, mask_values=[0, 255])
     assert dataset.num_classes == len(classes)
@@ -550,7 +550,7 @@ def test_black_and_white_rgb_masks(tmp_path: Path) -> None:
     save(tmp_path / "masks/a.png", np.repeat(ids[:, :, None] * 255, 3, 2).astype(np.uint8))
     for args in ({"mask_values": [0, 255]}, {"palette": [(0, 0, 0), (255, 255, 255)]}, {"threshold": 0}):
         assert np.array_equal(label(folder(tmp_path, classes=BINARY, **args)), ids), args
-    one = folder(tmp_path, classes=["tumour"], palette=[(255, 255, 255)])
+    one = folder(tmp_path, classes=["tumor"], palette=[(255, 255, 255)])
     assert np.array_equal(label(one), ids), "one class stands against black"
 
 
