@@ -91,7 +91,7 @@ def test_rooms_import_only_what_they_may(path) -> None:
 # The rooms of `utils` from the ground up: each may import those before it, and every room that is not named here
 # (small helpers, losses, schedules), which in turn import none of these.
 FLOORS = (
-    *("config", "images", "rankdice", "presence", "predict", "metrics", "checkpoint", "evaluation", "report"),
+    *("rankdice", "config", "images", "presence", "predict", "metrics", "checkpoint", "evaluation", "report"),
     *("predictor", "inference", "export", "demo"),
 )
 # Imports that still run upwards; the list may only become shorter.

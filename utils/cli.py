@@ -6,13 +6,16 @@ import argparse
 import os
 import re
 import signal
+from typing import Literal, get_args
 
 from utils.errors import UserError
 
-PROCEDURES = ("T", "max", "rankdice")
+Procedure = Literal["T", "max", "rankdice"]
 """The prediction procedures (:mod:`utils.predict`)."""
-MODES = ("multiscale", "sliding", "single")
+Mode = Literal["single", "multiscale", "sliding"]
 """How an image is seen (:class:`utils.predictor.Predictor`)."""
+PROCEDURES: tuple[str, ...] = get_args(Procedure)
+MODES: tuple[str, ...] = get_args(Mode)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

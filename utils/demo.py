@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from utils.cli import MODES
-from utils.config.schema import METRIC_NAMES
 from utils.errors import UserError, not_installed, run
 from utils.facts import Facts
 from utils.images.palette import displayable, overlay
 from utils.predict.network import check_finite
 from utils.predict.segmentation import Decider, Segmentation
 from utils.predictor import Predictor
+from utils.rankdice import METRICS
 
 PROCEDURES = {"T": "T: above the threshold", "max": "max: most probable class", "rankdice": "rankdice: highest score"}
 # Narrow enough for six columns on a telephone: the last one is what the page is for.
@@ -134,7 +134,7 @@ def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
         presence = "–" if math.isnan(comparison.presence[c]) else f"{comparison.presence[c]:.2f}"
         cells = (f"{swatch} {name}", *shares, presence, f"<b>{score}</b>")
         lines.append(f"<tr>{''.join(f'<td {_CELL}>{cell}</td>' for cell in cells)}</tr>")
-    titles = ("class", "T, %", "max, %", "rankdice, %", "in the image", f"expected {METRIC_NAMES[metric]}")
+    titles = ("class", "T, %", "max, %", "rankdice, %", "in the image", f"expected {METRICS[metric].title}")
     head = "".join(f"<th {_CELL}>{text}</th>" for text in titles)
     body = f"<tr>{head}</tr>{''.join(lines)}"
     return f'<div style="overflow-x:auto"><table id="found" style="width:100%">{body}</table></div>'
@@ -152,7 +152,7 @@ def settings(predictor: Predictor) -> str:
     bias = "" if predict.bias is None else " and a bias per class"
     return (
         f"Temperature {predict.temperature:.4g}{bias}. T: probability above {options.threshold:g}. rankdice: highest "
-        f"{METRIC_NAMES[options.metric]}. Classes with a mask: {how[options.chooses_by]}."
+        f"{METRICS[options.metric].title}. Classes with a mask: {how[options.chooses_by]}."
     )
 
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils.config.schema import METRIC_NAMES
 from utils.predict import Prediction
+from utils.rankdice import METRICS
 
 
 class Counts(NamedTuple):
@@ -140,14 +140,19 @@ def _ignored(masks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 class ImageScores(NamedTuple):
     """Scores per image and class, float64 ``(B, C)``, nan where undefined; accuracies per image ``(B,)``."""
 
-    dice: Tensor
-    iou: Tensor
+    of: dict[str, Tensor]  # by the name of the metric, see utils.rankdice.METRICS
     pixel_accuracy: Tensor
     accuracy: Tensor
 
-    def of(self, metric: str) -> Tensor:
-        """Return the scores that RankDice maximizes the expectation of with this metric, "dice" or "iou"."""
-        return {"dice": self.dice, "iou": self.iou}[metric]
+    @property
+    def dice(self) -> Tensor:
+        """The Dice scores."""
+        return self.of["dice"]
+
+    @property
+    def iou(self) -> Tensor:
+        """The IoU scores."""
+        return self.of["iou"]
 
 
 def image_scores(counts: Counts) -> ImageScores:
@@ -158,13 +163,12 @@ def image_scores(counts: Counts) -> ImageScores:
     """
     intersection, predicted, target = (c.double() for c in counts[:3])
     predicted = predicted.masked_fill(predicted < 0, torch.nan)
-    total = predicted + target
     pixels = counts.pixels.double()
-    wrong = total - 2 * intersection
+    wrong = predicted + target - 2 * intersection
     accuracy = torch.where(counts.correct < 0, torch.nan, counts.correct / pixels)
     # 0 / 0 is nan, as it should be
-    iou = intersection / (total - intersection)
-    return ImageScores(2 * intersection / total, iou, 1 - wrong / pixels[:, None], accuracy)
+    of = {name: score.measure(intersection, predicted, target) for name, score in METRICS.items()}
+    return ImageScores(of, 1 - wrong / pixels[:, None], accuracy)
 
 
 class Metrics:
@@ -178,7 +182,7 @@ class Metrics:
         keep_images: keep the counts of each image (a few numbers per class), so that :meth:`compute` gives the same
             bits for any batch size, order and number of processes, and :meth:`rows` can list the images. Without it
             only running sums are kept: constant memory, for training.
-        expects: what the expected scores of predictions are expectations of, "dice" or "iou".
+        expects: the metric of the expected scores of predictions, a name in :data:`utils.rankdice.METRICS`.
     """
 
     def __init__(
@@ -300,7 +304,7 @@ class Metrics:
         _, scores, expected = self.rows()
         if expected is None:
             return {}
-        kind, measured = METRIC_NAMES[self.expects], scores.of(self.expects)
+        kind, measured = METRICS[self.expects].title, scores.of[self.expects]
         both = expected.isfinite() & measured.isfinite()
         result: dict[str, Any] = {}
         for name, values in (("Expected", expected), ("Measured", measured)):

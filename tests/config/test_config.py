@@ -198,7 +198,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "fields that disagree": (
         {"predict": {"rankdice": {"metric": "iou", "solver": "ba"}}},
-        ["predict.rankdice: found", "solver 'ba' does not support metric 'iou'; use 'exact' or 'rma'"],
+        ["predict.rankdice: found", "solver: 'ba' does not support the metric 'iou'; use 'exact' or 'rma'"],
     ),
     "a name that is a path": ({"name": "a/b"}, ['name: found "a/b"; the name becomes a folder']),
     "classes of interest as text": (

@@ -21,7 +21,7 @@ from tests.rankdice.reference import (
     integral_scores,
     program_volume,
 )
-from utils.rankdice import IOU_SOLVERS, METRICS, SOLVERS, RankDice, exact, label_map, rank_dice
+from utils.rankdice import METRICS, SOLVERS, RankDice, exact, label_map, rank_dice
 from utils.rankdice.integral import Goal
 
 SMOOTHS = (0.0, 0.3, 1.0, 20.0)
@@ -326,7 +326,7 @@ def test_approximations_against_direct_sums(solver: str, smooth: float) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = torch.rand(1, 3, 40, generator=generator, dtype=torch.float64) ** torch.tensor([[[1.0], [3.0], [9.0]]])
     rows = torch.cat([rows, torch.full((1, 1, 40), 0.5, dtype=torch.float64), rows.round()], 1)
-    for metric in METRICS if solver in IOU_SOLVERS else ("dice",):
+    for metric in (name for name, score in METRICS.items() if solver in score.solvers):
         found = rank_dice(rows, metric, solver, smooth=smooth, prune=None)
         check_masks(rows, found)
         for k in range(rows.shape[1]):
@@ -380,7 +380,9 @@ def test_approximations_lose_little_and_never_win(solver: str) -> None:
 def test_a_batch_gives_what_single_rows_give(solver: str) -> None:
     rows = odd_rows(2100) if solver == "exact" else odd_rows(700)
     rows = torch.cat([rows, rows.roll(7, 2).flip(1)]).contiguous()[:, :: 1 if solver == "exact" else 2]
-    for metric, smooth in itertools.product(METRICS if solver in IOU_SOLVERS else ("dice",), (0.0, 1.0)):
+    for metric, smooth in itertools.product(
+        [name for name, score in METRICS.items() if solver in score.solvers], (0.0, 1.0)
+    ):
         options = {"metric": metric, "solver": solver, "smooth": smooth, "prune": 0.4}
         whole = rank_dice(rows, **options)
         order = torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))

@@ -11,24 +11,27 @@ import torch
 from utils import lr_scheduler, optim
 from utils.bounds import LARGEST
 from utils.config.published import adapt
-from utils.config.schema import METRIC_NAMES, Component, Config
+from utils.config.schema import Component, Config
 from utils.errors import UserError, did_you_mean
 from utils.files import expand, looked_in, unwritable
 from utils.losses import LOSSES
 from utils.losses import build as build_loss
+from utils.rankdice import METRICS
 from utils.registry import Problem, Registry, found
 
 # Values a run logs once per validation; ``trainer.monitor`` follows one of them.
 VALIDATION_SCORES = (
     *("Mean_Dice", "Mean_IoU", "Pixel_Accuracy", "Multiclass_Accuracy", "Dataset_mDice", "Dataset_mIoU"),
-    *("Expected_Dice", "Expected_IoU", "val_loss"),
+    *(f"Expected_{score.title}" for score in METRICS.values()),
+    "val_loss",
 )
 TRAINING_SCORES = ("train_loss", "train_Mean_Dice", "train_Mean_IoU", "train_Pixel_Accuracy")
 # Arguments with which the training loader holds samples out for validation.
 HOLDS_OUT = ("val_split", "val_fold", "val_fraction")
 PER_CLASS_SCORES = ("Class_Dice/", "Class_IoU/")
 # Scores of one procedure only: label maps have right and wrong pixels, rankdice has expected scores.
-SCORES_OF_ONE_PROCEDURE = {"Multiclass_Accuracy": "max", "Expected_Dice": "rankdice", "Expected_IoU": "rankdice"}
+SCORES_OF_ONE_PROCEDURE = {"Multiclass_Accuracy": "max"}
+SCORES_OF_ONE_PROCEDURE |= {f"Expected_{score.title}": "rankdice" for score in METRICS.values()}
 
 STAGES = ("train", "val", "test")
 
@@ -221,7 +224,7 @@ def _check_monitored_score(config: Config, mode: str, name: str, facts: Any | No
     if procedure != config.predict.val:
         return f"{name} needs predict.val {procedure!r}, and predict.val is {config.predict.val!r}"
     metric = config.predict.rankdice.metric
-    stated = f"Expected_{METRIC_NAMES[metric]}"
+    stated = f"Expected_{METRICS[metric].title}"
     if name.startswith("Expected_") and name != stated:
         return f"found {name}; with predict.rankdice.metric {metric!r} rankdice computes {stated}"
     if facts is not None and name.startswith(PER_CLASS_SCORES):

@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PrivateAttr, field_validator, model_validator
 
+from utils import rankdice
 from utils.bounds import AboveZero, ClassId, Count, Label, NonNegative, Number, Positive, Seed, Share
+from utils.cli import Mode, Procedure
+from utils.rankdice import Metric, Solver
 
-Procedure = Literal["T", "max", "rankdice"]
 Presence = Literal["auto", "fitted", "rule", "prune", "all"]
-Solver = Literal["exact", "ba", "trna", "paper", "rma"]
-Metric = Literal["dice", "iou"]
-METRIC_NAMES: dict[str, str] = {"dice": "Dice", "iou": "IoU"}  # in results and texts
 
 EDITORS_KEY = "$schema"  # a config may name its schema, for editors
 LONGEST_NAME = 200  # bytes; file systems take 255
@@ -75,9 +74,8 @@ class RankDiceOptions(Section):
     )
 
     @model_validator(mode="after")
-    def _iou_has_two_solvers(self) -> RankDiceOptions:
-        if self.metric == "iou" and self.solver not in ("exact", "rma"):
-            raise ValueError(f"solver {self.solver!r} does not support metric 'iou'; use 'exact' or 'rma'")
+    def _solver_supports_metric(self) -> RankDiceOptions:
+        rankdice.Options(self.metric, self.solver, self.smooth, self.prune)
         return self
 
 
@@ -118,7 +116,7 @@ class Predict(Section):
     bias: list[Number] | None = Field(
         None, description="one number per class, added to the logits after the division by the temperature"
     )
-    mode: Literal["single", "multiscale", "sliding"] = Field(
+    mode: Mode = Field(
         "single",
         description="default --mode of inference.py: the whole image, several scales, or tiles; with 'multiscale', "
         "test.py scores the mean over scales, too",

@@ -25,7 +25,10 @@ from utils.metrics import Counts, Metrics
 from utils.predict import PROCEDURES, Prediction, PredictOptions, label_map
 from utils.predict.network import AnyNetwork, check_finite
 from utils.progress import live_scores, progress_bar
-from utils.rankdice import IOU_SOLVERS
+from utils.rankdice import METRICS
+
+OTHER_METRICS = {metric: f"rankdice_{metric}" for metric in METRICS if metric != "dice"}
+"""The names in :func:`all_decisions` of RankDice with another metric than Dice."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Decision:
 
     @property
     def expects(self) -> str | None:
-        """The score that the procedure states an expectation of: "dice", "iou" or None."""
+        """The metric whose expected value the procedure states, a name in utils.rankdice.METRICS, or None."""
         return self.options.metric if self.procedure == "rankdice" and not self.as_labels else None
 
 
@@ -63,8 +66,8 @@ def deployed(procedure: str, options: PredictOptions) -> str:
     """Return the name in :func:`all_decisions` of what inference.py does with a procedure and these options."""
     if procedure == "T" and options.threshold != 0.5:
         return "T_tuned"
-    if procedure == "rankdice" and options.metric == "iou":
-        return "rankdice_iou"
+    if procedure == "rankdice" and options.metric in OTHER_METRICS:
+        return OTHER_METRICS[options.metric]
     return next(iter(single_decision(procedure, options)))
 
 
@@ -76,20 +79,23 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
     * ``rankdice``: the masks with the highest expected Dice, as the config says;
     * ``rankdice_paper``: the same for all classes with a probability above 0.5;
     * ``rankdice_map``: the label map that ``inference.py`` writes for ``rankdice``;
-    * ``rankdice_iou``: the masks with the highest expected IoU.
+    * ``rankdice_iou``: the masks with the highest expected IoU; so for every other metric of RankDice.
     """
     decisions = {"T": Decision("T", replace(options, threshold=0.5))}
     if options.threshold != 0.5:
         decisions["T_tuned"] = Decision("T", options)
     dice = replace(options, metric="dice")
-    solver = options.solver if options.solver in IOU_SOLVERS else "exact"
+    others = {}
+    for metric, name in OTHER_METRICS.items():
+        solver = options.solver if options.solver in METRICS[metric].solvers else "exact"
+        others[name] = Decision("rankdice", replace(options, metric=metric, solver=solver))
     return decisions | {
         "max": Decision("max", replace(options, presence="all")),
         "max_present": Decision("max", replace(dice, presence=options.chooses_by)),
         "rankdice": Decision("rankdice", dice),
         "rankdice_paper": Decision("rankdice", replace(dice, presence="prune", prune=0.5)),
         "rankdice_map": Decision("rankdice", dice, as_labels=True),
-        "rankdice_iou": Decision("rankdice", replace(options, metric="iou", solver=solver)),
+        **others,
     }
 
 

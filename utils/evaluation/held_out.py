@@ -210,7 +210,7 @@ class Look:
         assert found.scores is not None
         counts = count(found, target[None], facts.num_classes, facts.ignore_index, self.evaluator.count_ignored)
         scores = image_scores(counts)
-        measured = scores.of(self.options.metric)
+        measured = scores.of[self.options.metric]
         own = list(self.options.classes or range(facts.num_classes))
         columns = (probs.flatten(2).amax(2), found.scores, measured.nan_to_num(0.0), counts.target > 0)
         highest, expected, reached, present = (value[0, own].cpu() for value in columns)

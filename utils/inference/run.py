@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from utils import checkpoint, distributed, stamps
-from utils.config.schema import METRIC_NAMES
 from utils.errors import USER_ERROR_EXIT_CODE, UserError, listed, plural
 from utils.files import check_folder, expand
 from utils.inference.outputs import Outputs, Run, Wanted, overlay_video
@@ -27,6 +26,7 @@ from utils.predict.files import Index, digest_of_run, prepare_folder
 from utils.predict.network import choose_device
 from utils.predictor import SCALES, Predictor
 from utils.progress import progress_bar
+from utils.rankdice import METRICS
 
 _SHOWN = 20  # failures that the summary repeats
 
@@ -188,6 +188,6 @@ def print_table(outputs: Outputs, report: Report) -> None:
         return
     written = outputs.table.write(report.rows, keep=report.skipped)
     lowest = next((row for row in written if row.expected is not None), None)
-    name = METRIC_NAMES[outputs.run.metric]
+    name = METRICS[outputs.run.metric].title
     found = f" (lowest: {lowest.expected:.3f}, {lowest.image})" if lowest else ""
     print(f"expected {name} per image and class, worst first: {printable(outputs.table.path)}{found}")

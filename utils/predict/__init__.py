@@ -172,9 +172,9 @@ def choose_classes(highest: Tensor, scores: Tensor, options: PredictOptions) -> 
         place, names = {c: i for i, c in enumerate(options.fit["classes"])}, ("class_bias", "mask_class")
         offsets = {name: [options.fit[name][place[c]] if c in place else 0.0 for c in columns] for name in names}
         fit, metrics = {**options.fit, **offsets}, (options.metric, options.fit["metric"])
-        chosen, seen = presence.choose(highest, _converted(expected, *metrics), fit)
-        found = presence.estimate(highest, _converted(expected, *metrics), fit).expected
-        expected = _converted(found, *reversed(metrics))
+        chosen, seen = presence.choose(highest, rd.converted(expected, *metrics), fit)
+        found = presence.estimate(highest, rd.converted(expected, *metrics), fit).expected
+        expected = rd.converted(found, *reversed(metrics))
     elif how == "rule":
         chosen, seen = presence.choose(highest, expected)
     else:
@@ -187,13 +187,6 @@ def choose_classes(highest: Tensor, scores: Tensor, options: PredictOptions) -> 
         torch.full_like(every, torch.nan).index_copy_(1, own, seen),
         every.index_copy_(1, own, expected),
     )
-
-
-def _converted(scores: Tensor, metric: str, wanted: str) -> Tensor:
-    """Return expected Dice as IoU or the other way round, as if they were scores of one mask."""
-    if metric == wanted:
-        return scores
-    return 2 * scores / (1 + scores) if wanted == "dice" else scores / (2 - scores)
 
 
 # -- the procedures ------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from utils.checkpoint import LoadedModel
 from utils.cli import PROCEDURES
 from utils.config.errors import explain
 from utils.config.errors import report as report_problems
-from utils.config.schema import Component, Config, Metric, Predict, Presence, Solver
+from utils.config.schema import Component, Config, Predict, Presence
 from utils.errors import UserError, run
 from utils.evaluation import Evaluator, all_decisions, evaluate, fitting, single_decision
 from utils.facts import Facts
@@ -38,6 +38,7 @@ from utils.predict.network import SavedNetwork, choose_device
 from utils.predict.saved_probs import Case, SavedProbs, flat, output_path, write_labels
 from utils.predict.segmentation import Decider
 from utils.progress import progress_bar
+from utils.rankdice import METRICS, SOLVERS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,8 +63,8 @@ def parse_arguments() -> argparse.Namespace:
         "options of the procedures (default: those of the run)", argument_default=argparse.SUPPRESS
     ).add_argument
     options("--threshold", type=float, help="threshold of procedure T")
-    options("--metric", choices=get_args(Metric), help="the score whose expected value rankdice maximizes")
-    options("--solver", choices=get_args(Solver), help="solver of rankdice")
+    options("--metric", choices=METRICS, help="the score whose expected value rankdice maximizes")
+    options("--solver", choices=SOLVERS, help="solver of rankdice")
     options("--smooth", type=float, help="smoothing of rankdice's Dice or IoU")
     options(
         "--prune", type=prune, metavar="P", help="no rankdice mask for classes that are at most P everywhere; or off"

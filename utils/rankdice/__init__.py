@@ -21,13 +21,12 @@ from torch import Tensor
 from . import approximations, exact
 from .integral import Goal
 from .label_map import Classes, ascend, check_classes
+from .scores import METRICS, SOLVERS, Metric, Score, Solver, converted
 from .table import CPU, Table, best_volumes, merge
 
-__all__ = ["METRICS", "SOLVERS", "Options", "RankDice", "label_map", "rank_counts", "rank_dice"]
+__all__ = ["METRICS", "SOLVERS", "Metric", "Options", "RankDice", "Score", "Solver"]
+__all__ += ["converted", "label_map", "rank_counts", "rank_dice"]
 
-METRICS = ("dice", "iou")
-SOLVERS = ("exact", *approximations.SOLVERS)
-IOU_SOLVERS = ("exact", "rma")
 MOST_SMOOTH = 1e5  # above, all scores are so close to 1 that rounding decides
 
 _SMALLEST_BUDGET, _LARGEST_BUDGET, _CHUNK_BYTES = 16 << 20, 256 << 20, 4  # the last per pixel of a chunk
@@ -60,10 +59,10 @@ class Options:
             raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {self.metric!r}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {self.solver!r}")
-        if self.metric == "iou" and self.solver not in IOU_SOLVERS:
-            raise ValueError(
-                f"solver: {self.solver!r} does not support the metric 'iou'; use {' or '.join(IOU_SOLVERS)}"
-            )
+        able = METRICS[self.metric].solvers
+        if self.solver not in able:
+            use = " or ".join(map(repr, able))
+            raise ValueError(f"solver: {self.solver!r} does not support the metric {self.metric!r}; use {use}")
         if not 0 <= self.smooth <= MOST_SMOOTH:
             raise ValueError(
                 f"smooth: expected a number from 0 to {MOST_SMOOTH:,.0f}, got {self.smooth!r}; with more, all masks "

@@ -24,7 +24,6 @@ from torch import Tensor
 from .integral import Goal
 from .table import Best, Table, draw, merge
 
-SOLVERS = ("ba", "trna", "paper", "rma")
 EPSILON = 1e-4
 PAPER_MEAN = 50.0  # the authors' program takes trna up to this mean volume and ba above
 PIXEL_BYTES = 200
@@ -34,7 +33,7 @@ TRNA_TERMS = 1 << 16  # (pixel, volume) pairs of a row at a time
 def solve(rows: Tensor, skipped: Tensor, masks: Tensor, solver: str, goal: Goal, budget: int) -> Best:
     """Find each row's volume by an approximation, and draw its mask; the score is the approximation's own.
 
-    The arguments are those of :func:`utils.rankdice.exact.solve`, and one of ``SOLVERS``.
+    The arguments are those of :func:`utils.rankdice.exact.solve`, and the name of a solver.
     """
     found = []
     for part in torch.arange(rows.shape[0]).split(max(1, budget // (PIXEL_BYTES * rows.shape[1]))):

@@ -11,10 +11,11 @@ import torch
 
 from utils.checkpoint import LoadedModel
 from utils.config.schema import Component, Config
-from utils.evaluation import Evaluation, deployed
+from utils.evaluation import OTHER_METRICS, Evaluation, deployed
 from utils.evaluation.comparison import FEW_IMAGES, compare, image_means, worst_mean
 from utils.evaluation.confusion import worst
 from utils.predict import PredictOptions
+from utils.rankdice import METRICS
 
 # The table of the comparison: field of the results, heading.
 COLUMNS = (
@@ -25,10 +26,11 @@ COLUMNS = (
     ("Dataset_mIoU", "dataset mIoU"),
     ("Mean_Boundary_IoU", "boundary IoU"),
     ("Pixel_Accuracy", "PixelAcc"),
-    ("Expected_Dice", "expected Dice"),
-    ("Measured_Dice", "measured Dice"),
-    ("Expected_IoU", "expected IoU"),
-    ("Measured_IoU", "measured IoU"),
+    *(
+        (f"{kind}_{score.title}", f"{kind.lower()} {score.title}")
+        for score in METRICS.values()
+        for kind in ("Expected", "Measured")
+    ),
     ("milliseconds_per_image", "ms/image"),
     ("peak_mebibytes", "peak MiB"),
 )
@@ -37,7 +39,9 @@ EXPLAINED = {  # procedures of -p all whose names a config does not know
     "max_present": "the most probable class of each pixel, among the classes predicted to be in the image",
     "rankdice_paper": "rankdice with predict.presence prune and predict.rankdice.prune 0.5",
     "rankdice_map": "the label map that inference.py writes for rankdice",
-    "rankdice_iou": "rankdice with predict.rankdice.metric iou: masks with the highest expected IoU",
+} | {
+    name: f"rankdice with predict.rankdice.metric {metric}: masks with the highest expected {METRICS[metric].title}"
+    for metric, name in OTHER_METRICS.items()
 }
 ONE_VIEW = "one view per image"
 FIT_COMMAND = "test.py -r CHECKPOINT --fit"  # in the advice; other commands put their own in its place
@@ -122,6 +126,13 @@ def advice(scores: Mapping[str, Any], images: int, fitted: bool = False) -> str 
         f"rankdice expected a Dice of {expected:.3f} for its masks, and they scored {measured:.3f}: the network is "
         f"{how}. {remedy}{few}"
     )
+
+
+def forecast(scores: Mapping[str, Any]) -> tuple[str, float | None, float | None]:
+    """Return the metric whose value a procedure expects, what it expects, and what was measured; None if nothing."""
+    kinds = [score.title for score in METRICS.values()]
+    kind = next((k for k in kinds if scores.get(f"Expected_{k}") is not None), kinds[0])
+    return kind, scores.get(f"Expected_{kind}"), scores.get(f"Measured_{kind}")
 
 
 def _scores(name: str, outcome: Evaluation, class_names: Sequence[str]) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.config.schema import METRIC_NAMES
 from utils.evaluation import Evaluation
 from utils.facts import Facts
 from utils.files import csv_text, write_text
+from utils.rankdice import METRICS
 
 # The page of a test of all procedures; written by :mod:`utils.report.page`, removed if an earlier run left it.
 PAGE = "report.html"
@@ -70,7 +70,7 @@ def _per_image(outcome: Evaluation, facts: Facts) -> str:
         found = {"mDice": scores.dice[:, own].nanmean(dim=1), "mIoU": scores.iou[:, own].nanmean(dim=1)}
         found["PixelAcc"] = scores.pixel_accuracy.nanmean(dim=1)
         if expected is not None:
-            found[f"expected_{METRIC_NAMES[metrics.expects]}"] = expected[:, own].nanmean(dim=1)
+            found[f"expected_{METRICS[metrics.expects].title}"] = expected[:, own].nanmean(dim=1)
         found |= {f"Dice_{facts.class_names[c]}": scores.dice[:, c] for c in own}
         columns |= {f"{name}_{key}": values.tolist() for key, values in found.items()}
         last = columns[f"{name}_mDice"]

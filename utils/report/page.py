@@ -21,7 +21,7 @@ from utils.config.schema import Config
 from utils.evaluation.confusion import shares
 from utils.metrics import Metrics
 from utils.report import charts
-from utils.report.content import COLUMNS, EXPLAINED
+from utils.report.content import COLUMNS, EXPLAINED, forecast
 from utils.report.gallery import BOTH_WRONG, MAX_RIGHT, RANKDICE_RIGHT, Gallery
 from utils.report.text import difference_rows, images
 from utils.tables import number
@@ -135,10 +135,9 @@ def _procedures(procedures: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, scores in procedures.items():
         cells = [number(scores.get(key), digits.get(key, 4), missing="–") for key, _ in columns]
         best = [scores.get(key) is not None and scores[key] == top.get(key) for key, _ in columns]
-        kind = "IoU" if scores.get("Expected_IoU") is not None else "Dice"
-        both = [number(scores.get(f"{what}_{kind}")) for what in ("Expected", "Measured")]
-        forecast = f"{kind} {both[0]} / {both[1]}" if scores.get(f"Expected_{kind}") is not None else "–"
-        rows.append([name, *({"best": c} if b else c for c, b in zip(cells, best, strict=True)), forecast])
+        kind, expected, measured = forecast(scores)
+        both = "–" if expected is None else f"{kind} {number(expected)} / {number(measured)}"
+        rows.append([name, *({"best": c} if b else c for c, b in zip(cells, best, strict=True)), both])
     return ["", *(name for _, name in columns), "expected / measured"], rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from utils import tables
 from utils.predict import PROCEDURES
-from utils.report.content import COLUMNS, EXPLAINED
+from utils.report.content import COLUMNS, EXPLAINED, forecast
 
 INDENT = "    "
 WIDTH = 100
@@ -124,7 +124,7 @@ def _comparison(
         [
             name,
             *(tables.number(s.get(key)) for key, _ in columns),
-            *(tables.number(s.get(f"{kind}_Dice", s.get(f"{kind}_IoU"))) for kind in ("Expected", "Measured")),
+            *map(tables.number, forecast(s)[1:]),
             tables.number(s.get("milliseconds_per_image"), 2),
         ]
         for name, s in procedures.items()
