@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import letters
 from utils import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,9 +63,10 @@ DATA = {
     "CamVid, one clip": ("camvid", "VOCdevkit/VOC2012"),
     "CamVid, another drive": ("camvid", "VOCdevkit/VOC2012"),
     "DRIVE, vessels": ("drive", "."),
+    "Letters, 63 classes": (None, "."),
     "Shapes": (None, "."),
 }
-_CLIP, _DRIVE, _VESSELS, _SHAPES = DATA
+_CLIP, _DRIVE, _VESSELS, _LETTERS, _SHAPES = DATA
 _SCRATCH = {"optimizer.args.lr": 0.002, "trainer.epochs": 60, "trainer.val_per_epochs": 10}
 
 
@@ -103,6 +105,7 @@ ROWS = {
         _DRIVES,
         {"arch": {"type": "UNet", "args": {"width": 32}}, "optimizer.args.lr": 0.002},
     ),
+    "letters_upernet_lite0": Row(_LETTERS, f"UperNet (64 channels), {LITE0}", "configs/results/letters.json"),
     "shapes_unet": Row(_SHAPES, "U-Net (width 8), from scratch", "config.json", seeds=5),
 }
 
@@ -146,6 +149,8 @@ def fields(row: Row, seed: int, data: Path | None, folder: Path, lists: Path) ->
         "trainer.log_dir": str(folder / "runs"),
         **row.changes,
     }
+    if row.data == _LETTERS:
+        changes |= {f"{kind}_loader.args.data_dir": str(lists / "letters") for kind in ("train", "val", "test")}
     if data is not None:
         loaders = ["train_loader", "test_loader"] + ["val_loader"] * (row.data in (_CLIP, _DRIVE))
         changes |= {f"{loader}.args.data_dir": str(data) for loader in loaders}
@@ -304,6 +309,8 @@ def work(args: argparse.Namespace, out: Path) -> list[tuple[Row, Path, list[str]
     """Return the runs to do, the first seed of every row first."""
     if args.camvid is not None:
         write_lists(args.camvid / DATA[_CLIP][1], out / "lists")
+    if any(ROWS[name].data == _LETTERS for name in args.rows or ROWS):
+        letters.write(out / "lists" / "letters")
     todo = []
     for seed in range(args.seeds or max(row.seeds for row in ROWS.values())):
         for name in args.rows or ROWS:

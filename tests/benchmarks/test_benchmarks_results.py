@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks import results
+from benchmarks import letters, results
 
 ROW = results.ROWS["camvid_unet_lite0"]
 
@@ -135,3 +136,15 @@ def test_a_wrong_row_is_named(capsys: pytest.CaptureFixture[str]) -> None:
         results.parse(["camvid_unte"])
     assert stop.value.code == 2
     assert "camvid_unte" in capsys.readouterr().err
+
+
+def test_letters_depend_on_the_seed_alone() -> None:
+    image, label = letters.scene(np.random.default_rng([2, 5]))
+    again = letters.scene(np.random.default_rng([2, 5]))
+    assert np.array_equal(image, again[0])
+    assert np.array_equal(label, again[1])
+    config = json.loads((results.ROOT / "configs/results/letters.json").read_text())
+    assert config["train_loader"]["args"]["classes"] == ["background", *letters.CHARACTERS]
+    assert 0 < label.max() <= len(letters.CHARACTERS)
+    # Most classes are missing from every scene.
+    assert len(np.unique(label)) < 12
