@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from utils import presence
-from utils.presence import choose, estimate, fit, learn
+from utils.presence import choose, estimate, fit, learn, learning
 from utils.rankdice import rank_dice
 
 
@@ -198,7 +198,7 @@ def test_the_fit_finds_what_was_drawn_and_gains_where_it_says() -> None:
         if chosen[:, c].sum() > 200:
             error = (believed.expected - truth)[chosen[:, c], c].mean()
             assert float(error) == pytest.approx(0, abs=0.03), c
-    rows = presence._Rows.checked(highest, scores, measured, present)
+    rows = learning._Rows.checked(highest, scores, measured, present)
     gains = rows.image_scores(choose(highest, scores, found.fit)[0]) - rows.image_scores(highest > 0.5)
     assert float(gains.nanmean()) == pytest.approx(fitted - pruned, abs=0.02)
     assert json.loads(json.dumps(found.fit)) == found.fit
@@ -207,7 +207,7 @@ def test_the_fit_finds_what_was_drawn_and_gains_where_it_says() -> None:
 
 def test_the_regression_is_at_the_optimum_of_its_likelihood() -> None:
     highest, scores, measured, present = drawn(60, 3)
-    found = presence._fit(presence._Rows.checked(highest, scores, measured, present))
+    found = learning._fit(learning._Rows.checked(highest, scores, measured, present))
     names = ("weight", "bias")
 
     def loss(values: dict[str, Any]) -> float:
@@ -251,10 +251,10 @@ def test_few_images_warn_and_rare_classes_get_no_offset() -> None:
     highest, scores, measured, present = drawn(100)
     present[:, 2] = False
     present[:4, 2] = True
-    class_bias = presence._fit(presence._Rows.checked(highest, scores, measured, present))["class_bias"]
+    class_bias = learning._fit(learning._Rows.checked(highest, scores, measured, present))["class_bias"]
     assert class_bias[2] == 0
     present[:5, 2] = True
-    class_bias = presence._fit(presence._Rows.checked(highest, scores, measured, present))["class_bias"]
+    class_bias = learning._fit(learning._Rows.checked(highest, scores, measured, present))["class_bias"]
     assert class_bias[2] != 0
 
 
@@ -277,7 +277,7 @@ def test_a_gain_within_the_noise_is_not_kept(monkeypatch: pytest.MonkeyPatch) ->
     assert found.fit is not None
     # The same images, but each is shown four times in a row, as in a video: a quarter counts.
     assert presence.independent_images(*(rows[k].repeat_interleave(4, dim=0) for k in (0, 1, 3))) < 130
-    monkeypatch.setattr(presence.evidence, "CLEAR", 100.0)
+    monkeypatch.setattr(learning.evidence, "CLEAR", 100.0)
     noisy = learn(*rows)
     assert noisy.fit is None
     assert noisy.found == found.fit
@@ -293,7 +293,7 @@ def test_a_single_class_learns_from_the_mean_score() -> None:
     assert found.fit is not None
     assert found.fitted is not None
     assert found.fitted.nanmean() > found.pruned.nanmean()
-    rows = presence._Rows.checked(highest, scores, scores, present)
+    rows = learning._Rows.checked(highest, scores, scores, present)
     chosen = choose(highest, scores, found.fit)[0]
     assert found.fit["mean_score"] == pytest.approx(float(rows.image_scores(chosen).nanmean()))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from utils import presence
 from utils.config import schema
-from utils.predict import PROCEDURES, PredictOptions, choose_classes, label_map, probabilities
+from utils.predict import PROCEDURES, PredictOptions, label_map, probabilities
 from utils.rankdice import rank_dice
 
 MODES = ("fitted", "rule", "prune", "all")
@@ -107,7 +107,7 @@ def test_presence_looks_at_classes_of_interest_only_and_a_fit_serves_others() ->
     assert found.presence[:, [1, 3]].isnan().all()
     assert not found.chosen[:, [1, 3]].any()
     # a class that the fit has not seen gets no offset of its own
-    partly = choose_classes(probs().flatten(2).amax(2), every.scores, PredictOptions(fit=a_fit((0, 1))))
+    partly = presence.choose_classes(probs().flatten(2).amax(2), every.scores, PredictOptions(fit=a_fit((0, 1))))
     offsets = a_fit() | {"class_bias": [-0.5, 0.0, 0.0, 0.0], "mask_class": [0.0, 0.01, 0.0, 0.0]}
     assert torch.equal(partly.presence, presence.choose(probs().flatten(2).amax(2), every.scores, offsets)[1])
 

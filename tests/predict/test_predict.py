@@ -258,7 +258,9 @@ def test_every_option_of_the_config_arrives() -> None:
         threshold=0.4,
         rankdice={"solver": "rma", "metric": "iou", "smooth": 2.0, "prune": None},
     )
-    assert PredictOptions.from_config(section) == PredictOptions(0.4, "rma", "iou", 2.0, None, (2, 0))
+    assert PredictOptions.from_config(section) == PredictOptions(
+        threshold=0.4, solver="rma", metric="iou", smooth=2.0, prune=None, classes=(2, 0)
+    )
     assert PredictOptions.from_config(schema.Predict()) == PredictOptions()
     assert set(schema.RankDiceOptions.model_fields) < set(PredictOptions.__dataclass_fields__)
     assert predict.PredictOptions().classes is None

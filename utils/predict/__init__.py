@@ -7,8 +7,7 @@ Everything that turns probabilities ``(B, C, H, W)`` into masks or labels goes t
     labels = label_map(procedure, probs, options, found)  # one label per pixel, for files and pictures
 
 ``T`` and ``rankdice`` give one boolean mask per class; masks of different classes may overlap, and a pixel may be in
-none. ``max`` gives one label per pixel. Where an image is too large to keep its probabilities in memory, call
-:func:`choose_classes` with the largest probability and the expected score of each class: it makes the same decision.
+none. ``max`` gives one label per pixel. :func:`utils.presence.choose_classes` decides which classes get a mask.
 
 With one output channel (a binary task), the channel is the probability of the class: labels are 0
 (background) and 1, and ``max`` is the threshold 0.5.
@@ -18,9 +17,9 @@ With one output channel (a binary task), the channel is the probability of the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,18 +45,12 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PredictOptions:
+class PredictOptions(presence.Options):
     """Options of the procedures: the fields of ``predict`` in the config."""
 
     threshold: float = 0.5  # of procedure T
-    solver: str = "exact"  # and metric, smooth, prune: of RankDice, see utils.rankdice.rank_dice
-    metric: str = "dice"
-    smooth: float = 0.0
-    prune: float | None = 0.5
-    # The classes of interest; the others get no mask from rankdice, which saves their cost. None: all.
-    classes: tuple[int, ...] | None = None
-    presence: str = "auto"  # which classes get a mask: "auto", "fitted", "rule", "prune" or "all"
-    fit: Mapping[str, Any] | None = field(default=None, hash=False)  # behind "fitted", as the config's presence_fit
+    solver: str = rd.Options.solver  # of RankDice, like metric and prune
+    smooth: float = rd.Options.smooth
 
     @classmethod
     def from_config(cls, predict: Predict) -> PredictOptions:
@@ -73,13 +66,6 @@ class PredictOptions:
             presence=predict.presence,
             fit=None if predict.presence_fit is None else predict.presence_fit.model_dump(),
         )
-
-    @property
-    def chooses_by(self) -> str:
-        """How rankdice chooses classes: ``presence``, with "auto" resolved to "fitted" or, without a fit, "prune"."""
-        if self.presence != "auto":
-            return self.presence
-        return "prune" if self.fit is None else "fitted"
 
     @property
     def ranking(self) -> rd.Options:
@@ -137,58 +123,6 @@ def _argmax(values: Tensor) -> Tensor:
     return values.max(dim=1).indices
 
 
-# -- which classes are in the image --------------------------------------------------------------------------------
-
-
-class Choice(NamedTuple):
-    """Which classes are taken to be in each image, ``(B, C)``; see :class:`Prediction` for the fields."""
-
-    chosen: Tensor
-    presence: Tensor
-    scores: Tensor
-
-
-def choose_classes(highest: Tensor, scores: Tensor, options: PredictOptions) -> Choice:
-    """Decide which classes of interest are in each image: the one place that does.
-
-    Args:
-        highest: ``(B, C)``, the largest probability of each class in each image.
-        scores: ``(B, C)``, the expected score of its mask, from RankDice with ``options.metric``, without pruning
-            unless ``options.chooses_by`` is "prune".
-        options: how to decide.
-
-    Returns:
-        The chosen classes, their presence, and the expected score of a mask of each, all on the device of ``scores``.
-        Classes of no interest are not chosen.
-    """
-    columns = range(scores.shape[1]) if options.classes is None else options.classes
-    own = torch.tensor(list(columns), device=scores.device)
-    highest, expected = highest.double()[:, own], scores.double()[:, own]
-    how = options.chooses_by
-    seen = highest
-    if how == "fitted":
-        assert options.fit is not None  # the config is checked, and auto is resolved
-        # The fit for these classes; the offset of a class that it has not seen is 0.
-        place, names = {c: i for i, c in enumerate(options.fit["classes"])}, ("class_bias", "mask_class")
-        offsets = {name: [options.fit[name][place[c]] if c in place else 0.0 for c in columns] for name in names}
-        fit, metrics = {**options.fit, **offsets}, (options.metric, options.fit["metric"])
-        chosen, seen = presence.choose(highest, rd.converted(expected, *metrics), fit)
-        found = presence.estimate(highest, rd.converted(expected, *metrics), fit).expected
-        expected = rd.converted(found, *reversed(metrics))
-    elif how == "rule":
-        chosen, seen = presence.choose(highest, expected)
-    else:
-        chosen = highest > (options.prune if how == "prune" and options.prune is not None else 0.0)
-    if options.classes is None:
-        return Choice(chosen, seen, expected)
-    every = scores.new_zeros(scores.shape, dtype=torch.float64)
-    return Choice(
-        torch.zeros_like(every, dtype=torch.bool).index_copy_(1, own, chosen),
-        torch.full_like(every, torch.nan).index_copy_(1, own, seen),
-        every.index_copy_(1, own, expected),
-    )
-
-
 # -- the procedures ------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +134,7 @@ def predict_max(probs: Tensor, options: PredictOptions = PredictOptions()) -> Pr
     if not options.restricts_max:
         return Prediction(labels=(probs[:, 0] > 0.5).long() if probs.shape[1] == 1 else _argmax(probs))
     found = _rank(probs, options)
-    choice = choose_classes(found.highest, found.scores, options)
+    choice = presence.choose_classes(found.highest, found.scores, options)
     taking_part = taking_part_in_labels(choice.chosen, options)
     if probs.shape[1] == 1:
         labels = (probs[:, 0] > 0.5) & choice.chosen[:, :, None]
@@ -217,7 +151,7 @@ def predict_threshold(probs: Tensor, options: PredictOptions = PredictOptions())
 def predict_rankdice(probs: Tensor, options: PredictOptions = PredictOptions()) -> Prediction:  # noqa: B008
     """Give the chosen classes the masks with the highest expected Dice (or IoU); see :mod:`utils.rankdice`."""
     found = _rank(probs, options)
-    choice = choose_classes(found.highest, found.scores, options)
+    choice = presence.choose_classes(found.highest, found.scores, options)
     masks, volumes, scores = found.masks, found.volumes, choice.scores
     if options.chooses_by in ("fitted", "rule"):  # pruned classes have no masks to take away
         absent = ~choice.chosen

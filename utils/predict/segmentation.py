@@ -20,7 +20,6 @@ from utils.errors import UserError
 from utils.predict import (
     PROCEDURES,
     PredictOptions,
-    choose_classes,
     label_map,
     single_class,
     spool,
@@ -29,6 +28,7 @@ from utils.predict import (
 from utils.predict.files import label_type, labels_for_png
 from utils.predict.spool import HALF_VALUES, Spool
 from utils.predict.tiling import Block
+from utils.presence import choose_classes
 from utils.rankdice import rank_counts
 
 _ROWS = 64  # decided at a time, pixel by pixel: argmax makes int64

@@ -1,31 +1,15 @@
-"""Decide which classes are in an image.
-
-RankDice finds the best mask of a class, but not whether the class is in the image. A mask for an absent class scores
-0, and so does a missing mask for a present class. This module weighs the two risks.
-
-For one image, let class ``c`` be present with probability ``pi_c``, and let ``d_c`` be the expected Dice of its mask if
-it is. The score of an image is the mean over the classes in the target or in the prediction. Let ``m`` be the expected
-mean score of the other classes. Giving ``c`` a mask
-
-* adds ``d_c`` to the sum of scores if the class is present;
-* adds a zero to the mean if it is absent, which costs ``m``.
-
-So the class gets a mask if ``pi_c * d_c > (1 - pi_c) * m``. docs/presence.md has the derivation and the gains.
-
-Without a fit, ``pi_c`` is the largest probability of the class and ``d_c`` the expected score that RankDice reports.
-:func:`fit` learns both from validation images. Rows are images and columns are the classes of interest everywhere.
-"""
+"""Learn from validation images which classes are in an image: the fit behind presence "fitted"."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils import evidence
+from utils.presence.rule import CLIP, SCORE_CENTER, checked, choose, estimate, image_scores, logit
 
 # Below these limits, nothing is fitted.
 FEWEST_IMAGES = 10
@@ -34,111 +18,7 @@ FEWEST_PER_CLASS = 5  # images with a class, and without it, for an offset of it
 FEW_IMAGES = 40  # a warning below
 FOLDS = 5
 
-_CLIP = 1e-6  # keeps logits finite
-_ROUNDING = 1e-6  # sums of probabilities may leave [0, 1] by this much
 _PRESENCE_RIDGE, _SCORE_RIDGE = 1.0, 10.0
-_SCORE_CENTER = 0.6
-_SCORE_RANGE = (0.02, 1.0)
-_ROUNDS = 20  # three or four are usual
-_NOBODY = 1e-9  # an expected number of other classes below this is none
-
-
-class Estimate(NamedTuple):
-    """The estimates for each (image, class) row, float64 ``(N, C)``.
-
-    Attributes:
-        presence: the probability that the class is in the image, ``pi``.
-        scores: the expected score of its mask if the class is in the image, ``d``.
-        expected: the expected score of its mask: ``pi * d``, corrected by the scores of such masks in validation.
-            Without a fit it is the score that RankDice expects.
-    """
-
-    presence: Tensor
-    scores: Tensor
-    expected: Tensor
-
-
-def estimate(highest: Tensor, scores: Tensor, fit: Mapping[str, Any] | None = None) -> Estimate:
-    """Return the probability that each class is in the image, and the expected score of its mask.
-
-    Args:
-        highest: ``(N, C)``, the largest probability of each class in each image, in [0, 1].
-        scores: ``(N, C)``, the expected score of its RankDice mask (``rank_dice`` with ``prune=None``), in [0, 1].
-        fit: the result of :func:`fit`; None: presence is ``highest``, and scores are not corrected.
-
-    Raises:
-        ValueError: shapes differ, values are outside [0, 1] or not finite, or the fit is for other columns.
-    """
-    highest, scores = _checked("highest", highest), _checked("scores", scores)
-    if highest.shape != scores.shape:
-        raise ValueError(f"scores: expected the shape of highest {tuple(highest.shape)}, got {tuple(scores.shape)}")
-    if fit is None:
-        return Estimate(highest, scores, scores)
-    own = torch.tensor(fit["class_bias"], dtype=torch.float64, device=highest.device)
-    if own.shape != highest.shape[1:]:
-        raise ValueError(f"fit: made for {len(own)} classes, got {highest.shape[1]}")
-    z = (_logit(scores) - fit["center"]) / fit["spread"]
-    presence = (0.5 * _logit(highest) + fit["weight"] * z + fit["bias"] + own).sigmoid()
-    given = (scores + fit["score_shift"] + fit["score_slope"] * (scores - _SCORE_CENTER)).clamp(*_SCORE_RANGE)
-    product = presence * given
-    own = torch.tensor(fit["mask_class"], dtype=torch.float64, device=highest.device)
-    expected = product + fit["mask_shift"] + fit["mask_slope"] * (product - _SCORE_CENTER) + own
-    return Estimate(presence, given, expected.clamp(0.0, 1.0))
-
-
-def choose(highest: Tensor, scores: Tensor, fit: Mapping[str, Any] | None = None) -> tuple[Tensor, Tensor]:
-    """Choose the classes that get a mask.
-
-    Images are independent: results do not depend on the batch.
-
-    Args:
-        highest, scores, fit: see :func:`estimate`.
-
-    Returns:
-        ``chosen``, bool ``(N, C)``, and ``presence``, float64 ``(N, C)``, the probability that the class is in the
-        image.
-
-    Raises:
-        ValueError: see :func:`estimate`.
-    """
-    believed = estimate(highest, scores, fit)
-    alone = believed.scores if fit is None else torch.full_like(believed.scores, fit["mean_score"])
-    return _decide(believed, alone), believed.presence
-
-
-def _decide(believed: Estimate, alone: Tensor) -> Tensor:
-    """Apply the rule until no decision changes; ``alone`` stands for ``m`` where there are no other classes."""
-    presence, scores, _ = believed
-    gain, absent = presence * scores, 1 - presence
-    chosen = presence > 0.5
-    for turn in range(_ROUNDS + chosen.shape[1]):
-        # A class that gets a mask is always counted in the image's mean; another one only if it is present.
-        total, count = torch.where(chosen, gain, 0.0), torch.where(chosen, 1.0, presence)
-        others = (total.sum(1, keepdim=True) - total).clamp_min(0.0)
-        number = count.sum(1, keepdim=True) - count
-        mean = torch.where(number > _NOBODY, others / number.clamp_min(_NOBODY), alone)
-        before, chosen = chosen, gain > absent * mean
-        if turn >= _ROUNDS:
-            chosen = chosen | before  # rarely the decisions cycle; this ends the cycle
-        if torch.equal(before, chosen):
-            break
-    return chosen
-
-
-def image_scores(chosen: Tensor, measured: Tensor, present: Tensor) -> Tensor:
-    """Return the mean score of each image over the classes that are present or chosen, float64 ``(N,)``.
-
-    It is NaN where there is no such class.
-
-    Args:
-        chosen: bool ``(N, C)``, the classes with a mask.
-        measured: ``(N, C)``, the scores of the masks; only read where a class is chosen and present.
-        present: bool ``(N, C)``, whether the class is in the target.
-    """
-    return torch.where(chosen & present, measured.double(), 0.0).sum(1) / (chosen | present).sum(1)
-
-
-# ---------------------------------------------------------------------------------------------------- fitting
 
 
 @dataclass(frozen=True)
@@ -237,7 +117,7 @@ def consecutive(images: int) -> Tensor:
 
 def independent_images(highest: Tensor, scores: Tensor, present: Tensor) -> float:
     """Return how many independent images these rows are worth, see :func:`utils.evidence.independent`."""
-    columns = [_logit(highest.double()), _logit(scores.double()), present.double()]
+    columns = [logit(highest.double()), logit(scores.double()), present.double()]
     return evidence.independent(torch.cat([column.cpu() for column in columns], dim=1))
 
 
@@ -257,7 +137,7 @@ class _Rows:
             if value.shape != highest.shape:
                 raise ValueError(f"{name}: expected shape {tuple(highest.shape)}, got {tuple(value.shape)}")
         present = present.bool().cpu()
-        return cls(highest, scores, _checked("measured", torch.where(present, measured.double().cpu(), 0.0)), present)
+        return cls(highest, scores, checked("measured", torch.where(present, measured.double().cpu(), 0.0)), present)
 
     def __getitem__(self, images: Tensor) -> _Rows:
         return _Rows(self.highest[images], self.scores[images], self.measured[images], self.present[images])
@@ -316,12 +196,12 @@ def _fit(rows: _Rows, share: float = 1.0) -> dict[str, Any]:
     with_class, images = rows.present.sum(0), len(rows.highest)
     least = share * FEWEST_PER_CLASS
     own = (with_class >= least) & (images - with_class >= least)  # classes with an offset of their own
-    odds = _logit(rows.scores)
-    center, spread = float(odds.mean()), float(odds.std().clamp_min(_CLIP))
+    odds = logit(rows.scores)
+    center, spread = float(odds.mean()), float(odds.std().clamp_min(CLIP))
     z = (odds - center) / spread
     offsets = torch.eye(len(own), dtype=torch.float64)[:, own].expand(images, -1, -1)
     features = torch.cat([z.unsqueeze(2), torch.ones_like(z).unsqueeze(2), offsets], dim=2)
-    weights = _logistic(features.flatten(0, 1), 0.5 * _logit(rows.highest).flatten(), rows.present.flatten())
+    weights = _logistic(features.flatten(0, 1), 0.5 * logit(rows.highest).flatten(), rows.present.flatten())
     class_bias = torch.zeros(len(own), dtype=torch.float64)
     class_bias[own] = weights[2:]
     shift, slope = _ridge(_line(rows.scores[rows.present]), (rows.measured - rows.scores)[rows.present])
@@ -372,23 +252,10 @@ def _logistic(features: Tensor, offset: Tensor, truth: Tensor) -> Tensor:
 
 def _line(scores: Tensor) -> Tensor:
     """Return the features of a linear correction of scores, ``(..., 2)``."""
-    return torch.stack([torch.ones_like(scores), scores - _SCORE_CENTER], dim=-1)
+    return torch.stack([torch.ones_like(scores), scores - SCORE_CENTER], dim=-1)
 
 
 def _ridge(features: Tensor, target: Tensor) -> list[float]:
     """Return the weights of a ridge regression of ``target`` ``(R,)`` on ``features`` ``(R, K)``."""
     ridge = _SCORE_RIDGE * torch.eye(features.shape[1], dtype=torch.float64)
     return torch.linalg.solve(features.T @ features + ridge, features.T @ target).tolist()
-
-
-def _logit(values: Tensor) -> Tensor:
-    return torch.logit(values, eps=_CLIP)
-
-
-def _checked(name: str, values: Tensor) -> Tensor:
-    values = values.double()
-    if values.dim() != 2:
-        raise ValueError(f"{name}: expected (images, classes), got shape {tuple(values.shape)}")
-    if not bool(((values >= -_ROUNDING) & (values <= 1 + _ROUNDING)).all()):  # NaN fails too
-        raise ValueError(f"{name}: expected finite numbers in [0, 1]")
-    return values.clamp(0.0, 1.0)
