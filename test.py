@@ -9,12 +9,11 @@ See docs/testing.md.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils.cli import PROCEDURES, add_device, add_overrides, add_trust, end_quietly, select_devices, share_cores
 
@@ -109,22 +108,14 @@ from utils.checkpoint import LoadedModel
 from utils.config import building, data_checks
 from utils.config.schema import Config
 from utils.errors import run
-from utils.evaluation import (
-    Decision,
-    Evaluation,
-    Evaluator,
-    Limited,
-    all_decisions,
-    checkpoint_fit,
-    evaluate,
-    single_decision,
-)
+from utils.evaluation import Evaluator, checkpoint_fit
 from utils.facts import Facts
 from utils.files import check_folder, expand
 from utils.predict import PredictOptions
 from utils.predict.network import SCALES
 from utils.report import folds
-from utils.report.watching import Watcher
+from utils.report.recorder import Recorder
+from utils.report.scoring import Scoring
 
 
 def main() -> int:
@@ -139,7 +130,7 @@ def main() -> int:
     if args.fit:
         state = checkpoint_fit.without_fit(state)  # a second fit starts where the first one did
     stages = ("test",) if not args.fit else ("val",)
-    overrides = from_val_loader(state.get("config"), args.config, overrides)
+    overrides = configs.for_scored_data(configs.read(args.config) if args.config else state.get("config"), overrides)
     config = checkpoint.config_of(state, args.resume, args.config, overrides, stages=stages, trust_code=args.trust_code)
     folder = check_folder(results_folder(args, config))
     device = distributed.choose_device(config.n_gpu)
@@ -152,27 +143,8 @@ def main() -> int:
         if args.fit:
             fit(args, state, loaded, device)
         else:
-            score(args, state, loaded, device, folder)
+            score(args, prepare(args, state, loaded, device), folder)
     return 0
-
-
-def from_val_loader(stored: Any, given: str | None, overrides: list[str]) -> list[str]:
-    """Let ``--set test_loader.args...`` change the val_loader if there is no test_loader, because it is scored then.
-
-    Args:
-        stored: the config in the checkpoint.
-        given: a config file that replaces it.
-        overrides: of the command line.
-    """
-    raw = configs.read(given) if given else stored
-    first = next((i for i, item in enumerate(overrides) if item.startswith("test_loader.args.")), None)
-    whole = any(item.startswith(("test_loader=", "test_loader.type=")) for item in overrides)
-    if first is None or whole or not isinstance(raw, Mapping) or raw.get("test_loader") is not None:
-        return overrides
-    scored = configs.override(raw, overrides[:first]).get("val_loader")
-    if scored is None:
-        return overrides
-    return [*overrides[:first], f"test_loader={json.dumps(scored)}", *overrides[first:]]
 
 
 def results_folder(args: argparse.Namespace, config: Config) -> Path:
@@ -203,97 +175,42 @@ def results_folder(args: argparse.Namespace, config: Config) -> Path:
     return folder / (path.stem if path.suffix else f"{path.name}_results")
 
 
-def score(
-    args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device, folder: Path
-) -> None:
+def score(args: argparse.Namespace, scoring: Scoring, folder: Path) -> None:
     """Score the test data under one procedure, or under all of them."""
-    setup = prepare(args, state, loaded, device)
-    # Keeps masks, probabilities and the pictures of the report while images are scored.
-    watcher = Watcher(loaded, setup.decisions, setup.evaluator, report=setup.everything, boundary=args.boundary)
-    if args.save_masks:
-        watcher.save_masks(folder / "masks")
-    if args.save_probs:
-        watcher.save_probs(expand(args.save_probs), setup.options, setup.procedure, args.force)
-    outcome = evaluate(
-        setup.evaluator,
-        Limited(setup.loader, images=args.limit),
-        setup.decisions,
-        title="TEST",
-        on_part=watcher.look if watcher.watches else None,
-        measure_memory=setup.everything,
+    recorder = Recorder(
+        scoring.loaded, scoring.decisions, scoring.evaluator, report=scoring.everything, boundary=args.boundary
     )
-    watcher.gather()
+    if args.save_masks:
+        recorder.save_masks(folder / "masks")
+    if args.save_probs:
+        recorder.save_probs(expand(args.save_probs), scoring.options, scoring.procedure, args.force)
+    outcome = scoring.evaluate("TEST", recorder, args.limit)
     if distributed.is_main():
-        write_results(setup, outcome, watcher, folder)
+        scoring.report(outcome, folder, args.details, recorder)
 
 
-class Setup(NamedTuple):
-    """What is scored, and how."""
-
-    loaded: LoadedModel
-    loader: Any
-    evaluator: Evaluator
-    options: PredictOptions
-    procedure: str  # or "all"
-    decisions: dict[str, Decision]
-    views: str
-    fitted: str | None  # where temperature, threshold and presence come from
-    details: bool  # for the screen
-
-    @property
-    def everything(self) -> bool:
-        """Whether all procedures are compared."""
-        return self.procedure == "all"
-
-    def results(self, outcome: Evaluation, gathered: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the content of ``results.json``; ``gathered``: by the watcher."""
-        dataset = self.loader.dataset
-        return report.results(outcome, self.loaded, dataset, views=self.views, gathered=gathered, fitted=self.fitted)
-
-
-def prepare(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device) -> Setup:
-    """Build the loader, the loss and the evaluator, and list the procedures."""
+def prepare(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedModel, device: torch.device) -> Scoring:
+    """Build the loader, the loss and the evaluator, and choose the procedures."""
     config, facts = loaded.config, loaded.facts
     loader = building.build_loader(dataloaders.build, config, "test")
     data_checks.check_facts(config, facts, {"test_loader": Facts.of(loader.dataset)})
     loss = building.build_loss(config, loader.dataset, facts.ignore_index).to(device)
     # What is written is what is scored: inference.py takes the views of predict.mode, too.
-    mode = config.predict.mode
-    views = args.tta or (["multiscale"] if mode == "multiscale" else [])
-    scales, flip = SCALES if "multiscale" in views else (1.0,), "flip" in views
+    views = args.tta or (["multiscale"] if config.predict.mode == "multiscale" else [])
+    network = loaded.network(device, scales=SCALES if "multiscale" in views else (1.0,), flip="flip" in views)
     options = PredictOptions.from_config(config.predict)
-    evaluator = Evaluator(
-        loaded.network(device, scales=scales, flip=flip), options.classes, config.predict.count_ignored, loss
+    scoring = Scoring(
+        loaded,
+        loader,
+        Evaluator(network, options.classes, config.predict.count_ignored, loss),
+        options,
+        args.predict or config.predict.test,
+        views=report.views_in_words(views, config.predict.mode),
+        fitted=checkpoint_fit.note(state, config),
     )
-    procedure = args.predict or config.predict.test
-    decisions = all_decisions(options) if procedure == "all" else single_decision(procedure, options)
     if distributed.is_main():
-        data_checks.warn_about_loss(config, list(decisions))
-    words = f"mean probabilities over scales {list(scales)}" if evaluator.network.averages else report.ONE_VIEW
-    words += " and their mirror images" if flip else ""
-    if mode != ("multiscale" if "multiscale" in views else "single"):
-        words += f" (inference.py: predict.mode {mode})"
-    note = checkpoint_fit.note(state, config)
-    return Setup(loaded, loader, evaluator, options, procedure, decisions, words, note, args.details)
-
-
-def write_results(setup: Setup, outcome: Evaluation, watcher: Watcher, folder: Path) -> None:
-    """Print the scores and write them."""
-    results = setup.results(outcome, watcher.compute())
-    print(report.text(results, setup.details))
-    replaced = report.to_be_replaced(folder, results["protocol"])
-    stale = not setup.everything and (folder / report.PAGE).exists()
-    written = report.write(results, outcome, setup.loaded.facts, folder)
-    if replaced:
-        print(f"replaced: {replaced}")
-    if stale:
-        print(f"removed: {folder / report.PAGE}, from an earlier run; -p all writes a new one")
-    if setup.everything:
-        written += watcher.write_page(folder, results, outcome, sys.argv)
-    if setup.loaded.config.tester.tensorboard:
-        report.write_scalars(results, folder)
-    for path in [*written, *watcher.folders]:
-        print(f"written: {path}")
+        data_checks.warn_about_loss(config, list(scoring.decisions))
+    return scoring
 
 
 def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -313,16 +230,8 @@ def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:
         seed_everything(first.seed, first.deterministic)
         models = [checkpoint.build_model(*one, device) for one in zip(states, paths, of_folds, strict=True)]
         folds.check_models(models)
-        setups = [prepare(args, state, loaded, device) for state, loaded in zip(states, models, strict=True)]
-        decisions = folds.aligned([s.decisions for s in setups], [s.options for s in setups], args.predict)
-        outcomes = [
-            evaluate(s.evaluator, s.loader, d, title=f"TEST {k} of {len(setups)}")
-            for k, (s, d) in enumerate(zip(setups, decisions, strict=True), 1)
-        ]
+        results, pooled = folds.score([prepare(args, *one, device) for one in zip(states, models, strict=True)])
         if distributed.is_main():
-            pooled = Evaluation.merged(outcomes)
-            each = [setup.results(outcome) for setup, outcome in zip(setups, outcomes, strict=True)]
-            results = folds.combined(setups[0].results(pooled), each)
             print(report.text(results, args.details), folds.text(results, args.details), sep="\n")
             for path in report.write(results, pooled, models[0].facts, folder):
                 print(f"written: {path}")

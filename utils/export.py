@@ -68,7 +68,6 @@ def main() -> int:
     add_overrides(parser)
     add_trust(parser)
     args = parser.parse_args()
-    check_packages(args.format)
     output = expand(args.output or Path(args.model).with_suffix(SUFFIXES[args.format]))
     if output.suffix != SUFFIXES[args.format]:
         raise UserError(f"--output {output}: a file of format {args.format} is named {SUFFIXES[args.format]}")
@@ -147,8 +146,10 @@ def export(
         The largest absolute difference to PyTorch over ``CHECKED_SIZES``.
 
     Raises:
-        UserError: the model cannot be exported, or the exported program computes something else.
+        UserError: a package is missing, torch is too old, the model cannot be exported, or the exported program
+            computes something else.
     """
+    check_packages(kind)
     path = Path(path)
     deployed = deployable(loaded, logits)
     facts = _facts(loaded, logits)

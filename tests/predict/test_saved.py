@@ -62,6 +62,9 @@ def test_scores_are_those_of_the_metrics(plain: Path, tmp_path: Path, monkeypatc
     out = tmp_path / "scores"
     run(monkeypatch, "--probs", plain, "-p", "all", "--labels", tmp_path / "labels", "-o", out)
     printed = capsys.readouterr().out
+    run(monkeypatch, "--probs", plain, "-p", "all", "--labels", tmp_path / "labels", "--details")
+    assert "## Class IoU" not in printed
+    assert "## Class IoU" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())["procedures"]
     for name in ("T", "max", "rankdice"):
         metrics = Metrics(3, keep_images=True)

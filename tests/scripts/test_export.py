@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -255,11 +256,11 @@ def test_mistakes(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         export.main()
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(errors.UserError, match="needs onnxscript, which is not installed: pip install onnxscript"):
         export.check_packages("onnx")
     export.check_packages("torch-export")
     monkeypatch.setattr(torch.export, "export", lambda mod, args: None)
     with pytest.raises(errors.UserError, match=r"needs torch 2\.9 or newer, found .*: pip install --upgrade torch"):
-        export.check_packages("torch-export")
+        export.export(Mock(), tmp_path / "model.pt2", "torch-export")

@@ -816,7 +816,7 @@ def test_reading_ahead_is_bounded(model: Path, tmp_path: Path, monkeypatch: pyte
     predictor = Predictor(model, mode="single", predict="max", keep_masks=False)
     read = predictor.read
     monkeypatch.setattr(predictor, "read", counting)
-    wanted = outputs.Outputs(tmp_path / "masks", predictor.facts, outputs.Run("max"))
+    wanted = outputs.Outputs(tmp_path / "masks", predictor.facts, outputs.Decoding("max"))
     for pixels, bound in ((pipeline.PIXELS_IN_FLIGHT, 1), (pipeline.PIXELS_IN_FLIGHT // 2, 2)):
         most[0] = 0
         report = pipeline.Pipeline(predictor, wanted, finished).run(item(i, pixels) for i in range(6))

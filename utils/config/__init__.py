@@ -129,6 +129,25 @@ def override(raw: Mapping[str, Any], overrides: Sequence[str], source: str = "co
     return result
 
 
+def for_scored_data(raw: Any, overrides: Sequence[str]) -> list[str]:
+    """Return overrides in which ``test_loader.args...`` change the val_loader if there is no test_loader.
+
+    ``test.py`` scores the val_loader then.
+
+    Args:
+        raw: the content of the config, if it is one.
+        overrides: of the command line.
+    """
+    first = next((i for i, item in enumerate(overrides) if item.startswith("test_loader.args.")), None)
+    whole = any(item.startswith(("test_loader=", "test_loader.type=")) for item in overrides)
+    if first is None or whole or not isinstance(raw, Mapping) or raw.get("test_loader") is not None:
+        return list(overrides)
+    scored = override(raw, overrides[:first]).get("val_loader")
+    if scored is None:
+        return list(overrides)
+    return [*overrides[:first], f"test_loader={json.dumps(scored)}", *overrides[first:]]
+
+
 def _value(text: str) -> Any:
     try:
         return json5.loads(text, allow_duplicate_keys=False)

@@ -41,8 +41,8 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the outputs say about the run."""
+class Decoding:
+    """What the outputs say about how they were made."""
 
     procedure: str
     metric: str = "dice"  # what expected scores are of, or "iou"
@@ -57,7 +57,7 @@ class Outputs:
 
     folder: Path  # is created as needed
     facts: Facts  # the classes' names and colors
-    run: Run
+    made: Decoding
     wanted: Wanted = Wanted()
     force: bool = False  # replace files that this program did not write
     video: Callable[[np.ndarray], None] | None = None  # takes the overlays of frames, instead of a picture each
@@ -65,7 +65,7 @@ class Outputs:
     @property
     def table(self) -> Table:
         """The table of expected scores."""
-        return Table(self.folder, self.facts, self.run.metric)
+        return Table(self.folder, self.facts, self.made.metric)
 
     def mask_path(self, name: str) -> Path:
         """Return where the mask of an image goes."""
@@ -76,42 +76,42 @@ class Outputs:
 
         ``NAME_probs`` and ``NAME_masks`` are folders with a PNG per class.
         """
-        wanted, run = self.wanted, self.run
+        wanted, made = self.wanted, self.made
         shown = wanted.opacity is not None and self.video is None
         outputs = {
-            ".npz": run.probs_digest if wanted.probs == "npz" else None,
-            "_probs": run.probs_digest if wanted.probs == "png" else None,
-            "_masks": run.digest if wanted.masks else None,
-            ".json": run.digest if wanted.json else None,
+            ".npz": made.probs_digest if wanted.probs == "npz" else None,
+            "_probs": made.probs_digest if wanted.probs == "png" else None,
+            "_masks": made.digest if wanted.masks else None,
+            ".json": made.digest if wanted.json else None,
             "_overlay.jpg": self._overlay_digest if shown else None,
-            ".png": run.digest,
+            ".png": made.digest,
         }
         return {self.folder / f"{name}{end}": stamp for end, stamp in outputs.items()}
 
     @property
     def _overlay_digest(self) -> str:
-        return stamps.digest({"run": self.run.digest, "opacity": self.wanted.opacity})
+        return stamps.digest({"run": self.made.digest, "opacity": self.wanted.opacity})
 
     def exists(self, name: str) -> bool:
         """Return whether a run with this model and these options has written all that is wanted of an image."""
         outputs = self._outputs(name).items()
-        return all(run is None or all(stamps.stamp_of(p) == run for p in _files(path)) for path, run in outputs)
+        return all(stamp is None or all(stamps.stamp_of(p) == stamp for p in _files(path)) for path, stamp in outputs)
 
     def refuse_foreign(self, names: Iterable[str]) -> None:
         """Raise UserError if an output of these images would replace a file that this program did not write."""
         if not self.force:
-            wanted = (path for name in names for path, run in self._outputs(name).items() if run is not None)
+            wanted = (path for name in names for path, own in self._outputs(name).items() if own is not None)
             stamps.refuse_foreign((file for path in wanted for file in _files(path, "*")), self.folder)
 
     def _remove(self, name: str, failed: bool = False) -> None:
         """Remove what earlier runs wrote for an image and this one does not; if it failed, what this run wrote."""
-        for path, run in self._outputs(name).items():
-            if failed == (run is None):
+        for path, own in self._outputs(name).items():
+            if failed == (own is None):
                 continue
-            kept = (None,) if path.is_dir() else (None, self.run.digest, self.run.probs_digest)
+            kept = (None,) if path.is_dir() else (None, self.made.digest, self.made.probs_digest)
             for file in _files(path):
                 stamp = stamps.stamp_of(file)
-                if stamp == run if failed else stamp not in kept:
+                if stamp == own if failed else stamp not in kept:
                     file.unlink(missing_ok=True)
             if path.is_dir():
                 with suppress(OSError):
@@ -140,7 +140,7 @@ class Outputs:
                 if self.wanted.json:
                     text = json.dumps(self._describe(source, result, row), indent=2, ensure_ascii=False)
                     write_text(self.folder / f"{name}.json", f"{text}\n")
-                write_mask(self.mask_path(name), result.labels, self.facts.palette, stamps.text(self.run.digest))
+                write_mask(self.mask_path(name), result.labels, self.facts.palette, stamps.text(self.made.digest))
                 self._remove(name)
             except (OSError, UserError) as error:
                 self._remove(name, failed=True)
@@ -162,7 +162,7 @@ class Outputs:
 
     def _write_probs(self, name: str, probs: Tensor | Spool) -> None:
         if self.wanted.probs == "npz":
-            write_probs(self.folder / f"{name}.npz", probs, self.run.probs_digest)
+            write_probs(self.folder / f"{name}.npz", probs, self.made.probs_digest)
             return
 
         def picture(c: int) -> np.ndarray:
@@ -171,14 +171,14 @@ class Outputs:
             return np.concatenate([np.rint(p.astype(np.float32) * 255).astype(np.uint8) for p in planes])
 
         pictures = ((c, picture(c)) for c in range(probs.shape[0]))
-        write_classes(self.folder / f"{name}_probs", self.facts, pictures, self.run.probs_digest)
+        write_classes(self.folder / f"{name}_probs", self.facts, pictures, self.made.probs_digest)
 
     def _write_class_masks(self, name: str, result: Segmentation) -> None:
         masks, volumes = result.masks, result.volumes
         assert masks is not None
         found = (c for c in range(self.facts.num_classes) if volumes is None or volumes[c])
         pictures = ((c, mask.astype(np.uint8) * 255) for c in found if (mask := masks[c]).any())
-        write_classes(self.folder / f"{name}_masks", self.facts, pictures, self.run.digest)
+        write_classes(self.folder / f"{name}_masks", self.facts, pictures, self.made.digest)
 
     def _row(self, source: str, result: Segmentation) -> Row | None:
         if result.scores is None or result.volumes is None:
@@ -189,7 +189,7 @@ class Outputs:
         return Row(source, result.expected, scores, _presence(result))
 
     def _describe(self, source: str, result: Segmentation, row: Row | None) -> dict[str, Any]:
-        classes, metric = self.facts.num_classes, f"expected_{self.run.metric}"
+        classes, metric = self.facts.num_classes, f"expected_{self.made.metric}"
         labels, names, presence, entries = _count_labels(result.labels), self.facts.label_names, _presence(result), []
         for label in range(max(2, classes)):
             pixels, c = int(labels[label]), label - (classes == 1)
@@ -201,8 +201,8 @@ class Outputs:
             if pixels or entry.get("mask_pixels"):
                 entries.append(entry)
         height, width = result.labels.shape
-        described = {"written_by": stamps.text(self.run.digest), "image": source, "width": width, "height": height}
-        described |= {"procedure": self.run.procedure} | ({} if row is None else {metric: row.expected})
+        described = {"written_by": stamps.text(self.made.digest), "image": source, "width": width, "height": height}
+        described |= {"procedure": self.made.procedure} | ({} if row is None else {metric: row.expected})
         unassigned = int(labels[max(2, classes) :].sum())
         return described | {"classes": entries, "unassigned_pixels": unassigned}
 

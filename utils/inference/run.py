@@ -19,7 +19,7 @@ from PIL import Image
 from utils import checkpoint, distributed, stamps
 from utils.errors import USER_ERROR_EXIT_CODE, UserError, listed, plural
 from utils.files import check_folder, expand
-from utils.inference.outputs import Outputs, Run, Wanted, overlay_video
+from utils.inference.outputs import Decoding, Outputs, Wanted, overlay_video
 from utils.inference.pipeline import Pipeline, Report
 from utils.inference.sources import Found, Item, Video, find_images, is_video, printable
 from utils.predict.files import Index, digest_of_run, prepare_folder
@@ -47,7 +47,7 @@ def segment_all(args: argparse.Namespace) -> int:
         path = outputs.folder / f"{source.name}_overlay.mp4"
         if not args.force:
             stamps.refuse_foreign([path], outputs.folder)
-        video = overlay_video(path, source.rate, outputs.run.digest)
+        video = overlay_video(path, source.rate, outputs.made.digest)
 
     started = time.monotonic()
     problems = source.problems if rank == 0 else []
@@ -120,9 +120,9 @@ def open_outputs(args: argparse.Namespace, predictor: Predictor, source: Found |
     probs_digest = digest_of_run(map(Path, args.model), predictor.network, **predictor.views())
     options = asdict(predictor.options)
     digest = stamps.digest({"probs": probs_digest, "procedure": predictor.procedure, "options": options})
-    run = Run(predictor.procedure, predictor.options.metric, digest, probs_digest, predictor.options.why_empty)
+    made = Decoding(predictor.procedure, predictor.options.metric, digest, probs_digest, predictor.options.why_empty)
     wanted = Wanted(args.overlay, args.probs, args.json, args.masks)
-    outputs = Outputs(folder, predictor.facts, run, wanted, args.force)
+    outputs = Outputs(folder, predictor.facts, made, wanted, args.force)
     if not args.force:
         outputs.table.refuse_foreign()
     if isinstance(source, Found):
@@ -155,9 +155,9 @@ def image_bar(total: int | None) -> Iterator[tuple[Callable, Callable]]:
 
 def summarize(report: Report, outputs: Outputs, mode: str, seconds: float) -> None:
     """Print what was done, what failed, and where everything is; write the table of expected scores."""
-    run, done, folder = outputs.run, plural(report.done, "image"), printable(outputs.folder)
+    made, done, folder = outputs.made, plural(report.done, "image"), printable(outputs.folder)
     speed = f", {report.done / seconds:.2f} images/s" if report.done else ""
-    print(f"segmented {done} by {run.procedure}, mode {mode}, in {seconds:.1f} s{speed}; masks: {folder}")
+    print(f"segmented {done} by {made.procedure}, mode {mode}, in {seconds:.1f} s{speed}; masks: {folder}")
     if report.skipped:
         print(f"skipped {plural(len(report.skipped), 'image')} with outputs of this model and these options")
     if report.outdated:
@@ -167,10 +167,10 @@ def summarize(report: Report, outputs: Outputs, mode: str, seconds: float) -> No
         print(f"cut {plural(len(report.tiled), 'image')} into tiles, too large for one pass: {listed(report.tiled, 3)}")
     if report.unassigned:
         share = 100 * report.unassigned / report.pixels
-        print(f"{share:.1f} % of the pixels are unassigned: no class was chosen for them by {run.procedure}")
+        print(f"{share:.1f} % of the pixels are unassigned: no class was chosen for them by {made.procedure}")
     if report.empty:
         empty = plural(len(report.empty), "image")
-        print(f"no RankDice mask in {empty}, because {run.why_empty}: {listed(report.empty, 3)}")
+        print(f"no RankDice mask in {empty}, because {made.why_empty}: {listed(report.empty, 3)}")
     print_table(outputs, report)
     if report.interrupted:
         print("interrupted: --skip-existing continues where this run stopped")
@@ -188,6 +188,6 @@ def print_table(outputs: Outputs, report: Report) -> None:
         return
     written = outputs.table.write(report.rows, keep=report.skipped)
     lowest = next((row for row in written if row.expected is not None), None)
-    name = METRICS[outputs.run.metric].title
+    name = METRICS[outputs.made.metric].title
     found = f" (lowest: {lowest.expected:.3f}, {lowest.image})" if lowest else ""
     print(f"expected {name} per image and class, worst first: {printable(outputs.table.path)}{found}")

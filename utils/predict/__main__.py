@@ -22,14 +22,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from utils import report, stamps
+from utils import stamps
 from utils.checkpoint import LoadedModel
 from utils.cli import PROCEDURES
 from utils.config.errors import explain
 from utils.config.errors import report as report_problems
 from utils.config.schema import Component, Config, Predict, Presence
 from utils.errors import UserError, run
-from utils.evaluation import Evaluator, all_decisions, evaluate, fitting, single_decision
+from utils.evaluation import Evaluator, fitting
 from utils.facts import Facts
 from utils.files import check_folder, expand, write_text
 from utils.predict import PredictOptions
@@ -39,6 +39,7 @@ from utils.predict.saved_probs import Case, SavedProbs, flat, output_path, write
 from utils.predict.segmentation import Decider
 from utils.progress import progress_bar
 from utils.rankdice import METRICS, SOLVERS
+from utils.report.scoring import Scoring
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--probs", metavar="FOLDER", required=True, help="the saved probabilities")
     add("-p", "--predict", choices=(*PROCEDURES, "all"), help="prediction procedure; all: score every one")
     add("-o", "--output", metavar="FOLDER", help="where masks and scores go (default: masks/PROCEDURE in the folder)")
+    add("--details", action="store_true", help="with -p all, print all scores of all procedures")
     add("--labels", metavar="DIR", help="score against label files of the same names; writes no masks")
     add("--fit", metavar="FILE", help="fit temperature, threshold and presence on the labels and write them to a file")
     add("--use", metavar="FILE", help="apply what --fit wrote")
@@ -221,29 +223,23 @@ def _decode_one(args: argparse.Namespace, job: Job, case: Case, folder: Path) ->
 
 def score(args: argparse.Namespace, job: Job) -> None:
     """Print the report of test.py, and write it if ``--output`` names a folder."""
-    everything = job.procedure == "all"
-    decisions = all_decisions(job.options) if everything else single_decision(job.procedure, job.options)
-    outcome = evaluate(
-        Evaluator(job.network, job.options.classes),
-        job.probs,
-        decisions,
-        title="SCORE",
-    )
     arch, none = Component(type=job.probs.index.checkpoint), Component(type="none")
     labels = Component(type="labels", args={"data_dir": args.labels})
     # The report reads from a config what was done.
     config = Config(
         name="saved probabilities", arch=arch, loss=none, train_loader=none, test_loader=labels, predict=job.predict
     )
-    model = LoadedModel(nn.Identity(), job.facts, config, job.probs.activation, job.probs.folder, 0)
-    origin = f"temperature, bias, threshold and presence are those of {args.use}" if args.use else None
-    results = report.results(outcome, model, job.probs, views="as saved", fitted=origin)
-    if "advice" in results:
-        results["advice"] = results["advice"].replace(report.FIT_COMMAND, "--labels DIR --fit FILE")
-    print(report.text(results))
-    if args.output:
-        for path in report.write(results, outcome, job.facts, check_folder(args.output)):
-            print(f"written: {path}")
+    scoring = Scoring(
+        LoadedModel(nn.Identity(), job.facts, config, job.probs.activation, job.probs.folder, 0),
+        job.probs,
+        Evaluator(job.network, job.options.classes),
+        job.options,
+        job.procedure,
+        views="as saved",
+        fitted=f"temperature, bias, threshold and presence are those of {args.use}" if args.use else None,
+        fit_command="--labels DIR --fit FILE",
+    )
+    scoring.report(scoring.evaluate("SCORE"), check_folder(args.output) if args.output else None, args.details)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from utils.evaluation import OTHER_METRICS, Evaluation, deployed
 from utils.evaluation.comparison import FEW_IMAGES, compare, image_means, worst_mean
 from utils.evaluation.confusion import worst
 from utils.predict import PredictOptions
+from utils.predict.network import SCALES
 from utils.rankdice import METRICS
 
 # The table of the comparison: field of the results, heading.
@@ -70,7 +71,7 @@ def results(
         outcome: of the evaluation.
         loaded, dataset: what was evaluated.
         views: of each image, in words.
-        gathered: :meth:`utils.report.watching.Watcher.compute`.
+        gathered: :meth:`utils.report.recorder.Recorder.compute`.
         fitted: where temperature and threshold come from, in words.
     """
     names, config = loaded.facts.class_names, loaded.config
@@ -101,6 +102,19 @@ def results(
         if what:
             content["advice"] = what
     return json.loads(json.dumps(content), parse_constant=lambda _: None)
+
+
+def views_in_words(views: Collection[str], mode: str) -> str:
+    """Describe the views of each image.
+
+    Args:
+        views: "multiscale", "flip", both or none.
+        mode: how inference.py sees an image, ``predict.mode``.
+    """
+    several = "multiscale" in views
+    words = f"mean probabilities over scales {list(SCALES if several else (1.0,))}" if views else ONE_VIEW
+    words += " and their mirror images" if "flip" in views else ""
+    return words + (f" (inference.py: predict.mode {mode})" if mode != ("multiscale" if several else "single") else "")
 
 
 def advice(scores: Mapping[str, Any], images: int, fitted: bool = False) -> str | None:

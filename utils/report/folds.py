@@ -12,9 +12,9 @@ from utils import tables
 from utils.checkpoint import LoadedModel
 from utils.config.data_checks import check_facts
 from utils.errors import UserError, plural
-from utils.evaluation import Decision
+from utils.evaluation import Decision, Evaluation
 from utils.evaluation.comparison import BASELINE
-from utils.predict import PredictOptions
+from utils.report.scoring import Scoring
 from utils.report.text import INDENT, WIDTH
 
 # Scores with a table of all folds on the screen; results.json has all scores.
@@ -87,20 +87,30 @@ def folder_of(checkpoints: Sequence[str]) -> Path:
     return Path(os.path.commonpath([Path(path).absolute().parent for path in checkpoints])) / "folds"
 
 
-def aligned(
-    decisions: Sequence[Mapping[str, Decision]], options: Sequence[PredictOptions], procedure: str
-) -> list[dict[str, Decision]]:
+def score(scorings: Sequence[Scoring]) -> tuple[dict[str, Any], Evaluation]:
+    """Score every checkpoint on its images; return the content of ``results.json``, and the outcome of all images."""
+    outcomes = [
+        scoring.evaluate(f"TEST {k} of {len(scorings)}", decisions=decisions)
+        for k, (scoring, decisions) in enumerate(zip(scorings, _aligned(scorings), strict=True), 1)
+    ]
+    pooled = Evaluation.merged(outcomes)
+    each = [scoring.results(outcome) for scoring, outcome in zip(scorings, outcomes, strict=True)]
+    return combined(scorings[0].results(pooled), each), pooled
+
+
+def _aligned(scorings: Sequence[Scoring]) -> list[dict[str, Decision]]:
     """Return the decisions of all folds under the same names.
 
     What was fitted differs between folds, so that one of them may have no ``T_tuned``, or its ``max`` may be
     ``max_present``. A single procedure goes by its own name.
     """
-    if procedure != "all":
-        return [{procedure: decision} for of_fold in decisions for decision in of_fold.values()]
-    longest = max(decisions, key=len)
+    own = [scoring.decisions for scoring in scorings]
+    if not scorings[0].everything:
+        return [{scorings[0].procedure: decision} for of_fold in own for decision in of_fold.values()]
+    longest = max(own, key=len)
     return [
-        {name: of_fold.get(name, Decision("T", own)) for name in longest}
-        for of_fold, own in zip(decisions, options, strict=True)
+        {name: of_fold.get(name, Decision("T", scoring.options)) for name in longest}
+        for of_fold, scoring in zip(own, scorings, strict=True)
     ]
 
 

@@ -24,7 +24,7 @@ from utils.report.page import page
 
 
 @dataclass
-class Watcher:
+class Recorder:
     """Sees every part of an evaluation, and gathers or writes what is asked for."""
 
     loaded: LoadedModel
@@ -44,7 +44,7 @@ class Watcher:
             self._gathered["confusion"] = Confusion(facts.num_classes, facts.ignore_index)
         if self.boundary:
             self._gathered["boundary"] = BoundaryIoU(facts, classes or range(facts.num_classes))
-        self._on_part: list[Callable[[Part], None]] = [one.add for one in self._gathered.values()]
+        self._observers: list[Callable[[Part], None]] = [one.add for one in self._gathered.values()]
 
     def save_masks(self, folder: Path) -> None:
         """Write the label map of every image under every procedure to ``folder/PROCEDURE/NAME.png``."""
@@ -56,7 +56,7 @@ class Watcher:
                     path = folder / name / f"{file_name(image)}.png"
                     write_mask(path, one, self.loaded.facts.palette, stamps.text())
 
-        self._on_part.append(write)
+        self._observers.append(write)
         self.folders.append(folder)
 
     def save_probs(self, folder: Path, options: PredictOptions, procedure: str, force: bool = False) -> None:
@@ -83,18 +83,17 @@ class Watcher:
             for image, probs in zip(part.batch.names, part.probs, strict=True):
                 write_probs(folder / f"{file_name(image)}.npz", probs, index.run)
 
-        self._on_part.append(write)
+        self._observers.append(write)
         self.folders.append(folder)
 
     @property
-    def watches(self) -> bool:
-        """Whether there is anything to look for."""
-        return bool(self._on_part)
+    def on_part(self) -> Callable[[Part], None] | None:
+        """What :func:`utils.evaluation.evaluate` calls with each part; None: nothing is asked for."""
+        return self._add if self._observers else None
 
-    def look(self, part: Part) -> None:
-        """Look at a part."""
-        for look in self._on_part:
-            look(part)
+    def _add(self, part: Part) -> None:
+        for observe in self._observers:
+            observe(part)
 
     def gather(self) -> None:
         """Merge the results of all processes in the main process."""
@@ -112,7 +111,7 @@ class Watcher:
     ) -> list[Path]:
         """Write ``report.html`` and the confusion matrices as CSV; return their paths. Needs ``report``."""
         if "gallery" not in self._gathered:
-            raise ValueError("a Watcher without report has no pictures for the page")
+            raise ValueError("a Recorder without report has no pictures for the page")
         matrices = self._gathered["confusion"].compute()
         write_text(
             folder / PAGE,
