@@ -60,7 +60,7 @@ ELSEWHERE = {
     r"python test\.py --folds": (
         "tests/scripts/test_folds.py::test_each_image_is_scored_once_by_the_checkpoint_that_held_it_out"
     ),
-    r"python inference\.py -m \S+ \S+\.pth": "tests/scripts/test_inference_script.py::test_an_ensemble",
+    r"python inference\.py -m \S+ \S+\.pth": "tests/inference/test_script.py::test_an_ensemble",
     r"python -m utils\.predict .*--labels": "tests/predict/test_saved.py::test_scores_are_those_of_the_metrics",
     r"python -m utils\.predict .*--use": "tests/predict/test_saved.py::test_a_fit_is_applied_to_other_probabilities",
     r"python -m utils\.demo --model": "tests/scripts/test_demo.py::test_the_page_is_built_and_answers",
@@ -71,7 +71,7 @@ ELSEWHERE = {
         "tests/scripts/test_test_script.py::test_two_processes_report_what_one_does"
     ),
     r"torchrun --nproc_per_node 4 inference\.py": (
-        "tests/scripts/test_inference_script.py::test_several_processes_share_a_folder"
+        "tests/inference/test_videos_and_processes.py::test_several_processes_share_a_folder"
     ),
     r"python train\.py .*n_gpu=4 --set use_synch_bn=true": (
         "tests/scripts/test_train_script.py::test_the_launcher_for_synchronized_batch_norm"

@@ -28,11 +28,6 @@ from utils.rankdice import Options, rank_dice
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model") / "best.pth")
-
-
-@pytest.fixture(scope="module")
 def one_class(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("model") / "one.pth", num_classes=1)
 
