@@ -14,6 +14,7 @@ from utils.images.palette import displayable, grid, overlay
 
 CELL = 260  # longest side of a picture, pixels
 COLUMNS = 3  # pairs of pictures per row
+LEGEND = 60  # classes in a legend, at most
 _GAP = 6
 
 
@@ -51,9 +52,9 @@ def _overlay(image: np.ndarray, label: np.ndarray, dataset: BaseDataSet) -> np.n
     return np.where(ignored[:, :, None], hatched, tinted)
 
 
-def _legend(dataset: BaseDataSet, width: int, limit: int = 60) -> np.ndarray:
+def _legend(dataset: BaseDataSet, width: int) -> np.ndarray:
     names: list[Entry] = list(zip(dataset.class_names, dataset.palette, strict=True))
-    entries = names[:limit]
-    if len(names) > limit:
-        entries.append((f"... {len(names) - limit} more", (255, 255, 255)))
+    entries = names[:LEGEND]
+    if len(names) > LEGEND:
+        entries.append((f"... {len(names) - LEGEND} more", (255, 255, 255)))
     return legend([*entries, ("not labeled", None)], width)

@@ -139,10 +139,10 @@ def image_means(metrics: Metrics) -> NDArray[np.float64]:
     return scores.dice[:, metrics.classes].nanmean(dim=1).numpy()
 
 
-def worst_mean(means: NDArray[np.float64], share: float = WORST_SHARE) -> float:
-    """Return the mean over the worst ``share`` of the images, at least one; nan without any."""
+def worst_mean(means: NDArray[np.float64]) -> float:
+    """Return the mean over the worst tenth of the images, at least one; nan without any."""
     means = np.sort(means[np.isfinite(means)])
-    return float(means[: math.ceil(share * len(means))].mean()) if len(means) else math.nan
+    return float(means[: math.ceil(WORST_SHARE * len(means))].mean()) if len(means) else math.nan
 
 
 def compare(
