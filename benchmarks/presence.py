@@ -338,7 +338,7 @@ def gain(own: Rows, others: Rows) -> Draw:
     if learned.found is None:
         return Draw(len(own.highest), 0.0, 0.0, False)
     pruned, fitted = (
-        presence.image_scores(chosen, others.measured, others.present).nanmean()
+        presence.mean_scores(chosen, others.measured, others.present).nanmean()
         for chosen in (others.highest > 0.5, presence.choose(others.highest, others.scores, learned.found)[0])
     )
     points, kept = 100 * float(fitted - pruned), learned.fit is not None

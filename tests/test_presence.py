@@ -199,7 +199,7 @@ def test_the_fit_finds_what_was_drawn_and_gains_where_it_says() -> None:
             error = (believed.expected - truth)[chosen[:, c], c].mean()
             assert float(error) == pytest.approx(0, abs=0.03), c
     rows = learning._Rows.checked(highest, scores, measured, present)
-    gains = rows.image_scores(choose(highest, scores, found.fit)[0]) - rows.image_scores(highest > 0.5)
+    gains = rows.mean_scores(choose(highest, scores, found.fit)[0]) - rows.mean_scores(highest > 0.5)
     assert float(gains.nanmean()) == pytest.approx(fitted - pruned, abs=0.02)
     assert json.loads(json.dumps(found.fit)) == found.fit
     assert fit(*drawn(400)) == found.fit
@@ -295,7 +295,7 @@ def test_a_single_class_learns_from_the_mean_score() -> None:
     assert found.fitted.nanmean() > found.pruned.nanmean()
     rows = learning._Rows.checked(highest, scores, scores, present)
     chosen = choose(highest, scores, found.fit)[0]
-    assert found.fit["mean_score"] == pytest.approx(float(rows.image_scores(chosen).nanmean()))
+    assert found.fit["mean_score"] == pytest.approx(float(rows.mean_scores(chosen).nanmean()))
 
 
 # -- a well-trained network ----------------------------------------------------------------------------------------

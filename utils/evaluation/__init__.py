@@ -87,7 +87,8 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
     dice = replace(options, metric="dice")
     others = {}
     for metric, name in OTHER_METRICS.items():
-        solver = options.solver if options.solver in METRICS[metric].solvers else "exact"
+        able = METRICS[metric].solvers
+        solver = options.solver if options.solver in able else able[0]
         others[name] = Decision("rankdice", replace(options, metric=metric, solver=solver))
     return decisions | {
         "max": Decision("max", replace(options, presence="all")),

@@ -20,7 +20,7 @@ from torch import Tensor
 from utils import distributed, evidence, presence, tables
 from utils.config.schema import Predict
 from utils.evaluation import Evaluator, Limited, evaluate
-from utils.evaluation.held_out import OWN, SCALED, TRIED_IMAGES, Calibrations, Look, Row, Seen, stacked, thresholds
+from utils.evaluation.held_out import OWN, SCALED, TRIED_IMAGES, Calibrations, Row, Scorer, Seen, stacked, thresholds
 from utils.evaluation.temperature import Calibration, LogitSample
 from utils.metrics import count, image_scores
 from utils.predict import PROCEDURES, PredictOptions
@@ -109,13 +109,15 @@ def fit(
     seen.sample.merge(distributed.gather(seen.sample))
 
     def rows(calibrations_of: Callable[[str], Sequence[Calibration]], title: str, each: int) -> list[Row]:
-        look = Look(evaluator, options, calibrations_of)
+        scorer = Scorer(evaluator, options, calibrations_of)
         if seen.complete:
             for name, (logits, target) in seen.maps.items():
-                look.at(name, logits.to(network.device), target.to(network.device))
+                scorer.at(name, logits.to(network.device), target.to(network.device))
         else:
-            evaluate(evaluator, Limited(loader, images=limit), {}, title=title, on_part=look.add)
-        return stacked({name: found for share in distributed.gather(look.rows) for name, found in share.items()}, each)
+            evaluate(evaluator, Limited(loader, images=limit), {}, title=title, on_part=scorer.add)
+        return stacked(
+            {name: found for share in distributed.gather(scorer.rows) for name, found in share.items()}, each
+        )
 
     own = Calibration(network.temperature, None if network.bias is None else tuple(network.bias))
     calibrations = Calibrations(seen.sample, network.activation, own, getattr(loader, "group_of", None))
@@ -148,7 +150,7 @@ class Trial:
     def __init__(self, name: str, rows: Row, options: PredictOptions, calibrations: Calibrations) -> None:
         self.learned = presence.learn(*rows[:4], prune=options.prune, folds=calibrations.folds)
         chosen = rows.highest > (0.0 if options.prune is None else options.prune)
-        self.pruned = presence.image_scores(chosen, rows.measured, rows.present)
+        self.pruned = presence.mean_scores(chosen, rows.measured, rows.present)
         self.worth = presence.independent_images(rows.highest, rows.scores, rows.present)
         steps = thresholds(options.threshold)
         self.before = rows.sweep[:, steps.index(options.threshold)]

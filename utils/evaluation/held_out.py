@@ -180,7 +180,7 @@ class Row(NamedTuple):
     sweep: Tensor
 
 
-class Look:
+class Scorer:
     """Predicts images under each calibration, and keeps the rows for the fits of presence and threshold."""
 
     def __init__(

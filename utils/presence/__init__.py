@@ -37,10 +37,10 @@ from utils.presence.learning import (
     independent_images,
     learn,
 )
-from utils.presence.rule import Estimate, choose, estimate, image_scores
+from utils.presence.rule import Estimate, choose, estimate, mean_scores
 
 __all__ = ["FEWEST_IMAGES", "FEWEST_PER_CLASS", "FEW_IMAGES", "FOLDS", "Choice", "Estimate", "Learned", "Options"]
-__all__ += ["choose", "choose_classes", "consecutive", "estimate", "fit", "image_scores", "independent_images", "learn"]
+__all__ += ["choose", "choose_classes", "consecutive", "estimate", "fit", "mean_scores", "independent_images", "learn"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from utils import evidence
-from utils.presence.rule import CLIP, SCORE_CENTER, checked, choose, estimate, image_scores, logit
+from utils.presence.rule import CLIP, SCORE_CENTER, checked, choose, estimate, logit, mean_scores
 
 # Below these limits, nothing is fitted.
 FEWEST_IMAGES = 10
@@ -90,11 +90,11 @@ def learn(
     images = len(rows.highest)
     folds = consecutive(images) if folds is None else folds
     chosen, product = _pruned(rows, prune), rows.scores.clone()
-    pruned = rows.image_scores(chosen)
+    pruned = rows.mean_scores(chosen)
     for fold in folds.unique():
         own = folds == fold
         chosen[own], product[own] = _held_out(rows[~own], rows[own], prune)
-    fitted, worth = rows.image_scores(chosen), independent_images(highest, scores, present)
+    fitted, worth = rows.mean_scores(chosen), independent_images(highest, scores, present)
     gains = fitted - pruned
     outcome = (
         f"on images it has not seen, a fit scores {float(fitted.nanmean()):.4f} and pruning scores "
@@ -142,8 +142,8 @@ class _Rows:
     def __getitem__(self, images: Tensor) -> _Rows:
         return _Rows(self.highest[images], self.scores[images], self.measured[images], self.present[images])
 
-    def image_scores(self, chosen: Tensor) -> Tensor:
-        return image_scores(chosen, self.measured, self.present)
+    def mean_scores(self, chosen: Tensor) -> Tensor:
+        return mean_scores(chosen, self.measured, self.present)
 
 
 def _objection(rows: _Rows, share: float = 1.0) -> str | None:
@@ -220,7 +220,7 @@ def _fit(rows: _Rows, share: float = 1.0) -> dict[str, Any]:
         "mask_class": [0.0] * len(own),
     }
     for _ in range(FOLDS):  # mean score and chosen classes depend on each other if there is a single class
-        found["mean_score"] = float(rows.image_scores(choose(rows.highest, rows.scores, found)[0]).nanmean())
+        found["mean_score"] = float(rows.mean_scores(choose(rows.highest, rows.scores, found)[0]).nanmean())
     return found
 
 

@@ -102,7 +102,7 @@ def _decide(believed: Estimate, alone: Tensor) -> Tensor:
     return chosen
 
 
-def image_scores(chosen: Tensor, measured: Tensor, present: Tensor) -> Tensor:
+def mean_scores(chosen: Tensor, measured: Tensor, present: Tensor) -> Tensor:
     """Return the mean score of each image over the classes that are present or chosen, float64 ``(N,)``.
 
     It is NaN where there is no such class.
