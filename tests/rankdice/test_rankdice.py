@@ -193,11 +193,12 @@ def test_bounds_hold_at_every_volume(row: list[float], smooth: float, metric: st
     volume, mass = torch.arange(len(row) + 1).double(), torch.cat([torch.zeros(1).double(), probs.cumsum(0)])
     goal, mean, variance = Goal(metric, smooth), mass[-1:], (probs * (1 - probs)).sum().view(1)
     total = (mean + smooth).clamp(min=1e-100)
-    lead, rate = goal.lead(total, volume, mass)
-    least = goal.least(lead, rate, mass - mass * mass / volume.clamp(min=1))
+    rate = goal.rate(total, volume, mass)
+    least = goal.least(rate, mass)
     assert (least <= scores * (1 + 1e-12) + 1e-300).all()
-    assert (lead + variance / rate / rate >= scores * (1 - 1e-12)).all()
+    assert (least + 2 / total >= scores * (1 - 1e-12)).all()
     assert (rate.diff() >= -1e-12).all()
+    lead = ((mass if metric == "iou" else 2 * mass) + smooth) / rate
     for cut in (0.0, 0.1, 0.3, 0.5, float(lead.max()) / 2, 0.9, torch.inf):
         known = int((probs > cut).sum())
         most = goal.most(total, volume[known : known + 1], mass[known : known + 1], torch.tensor([cut]).double())
@@ -206,13 +207,13 @@ def test_bounds_hold_at_every_volume(row: list[float], smooth: float, metric: st
     if best <= 0:
         return
     # If only the volumes from `first` to `last` are looked at, is the best one proven to be among them?
+    few = (volume[scores.argmax()] - 1 + smooth).clamp(min=smooth or 1).view(1)
+    below, above = goal.margins(total, variance, few)
+    low, high = goal.half(least.max()) - below, goal.half(least.max()) + above
     for first, last in itertools.combinations_with_replacement(range(len(row) + 1), 2):
-        inside = slice(first, last + 1)
-        at = lead[inside].argmax() + first
-        low, high = goal.cuts(total, variance, volume[at : at + 1].clamp(min=1), least[at : at + 1], lead.max())
         before, behind = probs[:first], probs[last:]  # a smaller volume leaves out the last of `before`
         if (before >= high * (1 + 1e-12)).all() and (behind <= low * (1 - 1e-12)).all():
-            assert scores[inside].max() >= best * (1 - 1e-12)
+            assert scores[first : last + 1].max() >= best * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -228,12 +229,14 @@ def test_cuts_hold_for_larger_rows(metric: str, shape: tuple[int, int]) -> None:
         volume = torch.arange(1, shape[1] + 1).double()
         scores = torch.from_numpy(integral_scores(probs.numpy(), metric, 0.0, np.arange(1, shape[1], step)))
         best = scores.argmax() * step + 1  # the best of the grid, which may lie a step from the best volume
-        lead, rate = goal.lead(mean, volume, probs.cumsum(0))
-        least = goal.least(lead, rate, probs.cumsum(0) - probs.cumsum(0) ** 2 / volume)
-        for at in (int(best), max(1, int(best) // 2), min(shape[1], 2 * int(best))):
-            low, high = goal.cuts(mean, variance, volume[at - 1], least[at - 1], lead.max())
-            assert best - step <= max(at, int((probs > low).sum()))
-            assert best + step >= min(at, int((probs >= high).sum()))
+        least = goal.least(goal.rate(mean, volume, probs.cumsum(0)), probs.cumsum(0))
+        assert (least <= 1).all()
+        assert scores.max() <= least.max() + 2 / mean
+        for few in (best / 3, max(1.0, best - step - 1)):  # volumes that the best one surely exceeds
+            few = torch.tensor([float(max(1, few))])
+            below, above = goal.margins(mean, variance, few)
+            assert best - step <= int((probs > goal.half(least.max()) - below).sum())
+            assert best + step >= int((probs >= goal.half(least.max()) + above).sum())
 
 
 @pytest.mark.parametrize("metric", METRICS)

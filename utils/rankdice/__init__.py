@@ -22,7 +22,7 @@ from . import approximations, exact
 from .integral import Goal
 from .label_map import Classes, ascend, check_classes
 from .scores import METRICS, SOLVERS, Metric, Score, Solver, converted
-from .table import CPU, Table, best_volumes, merge
+from .table import CPU, Table, best_volumes, empty_scores
 
 __all__ = ["METRICS", "SOLVERS", "Metric", "Options", "RankDice", "Score", "Solver"]
 __all__ += ["converted", "label_map", "rank_counts", "rank_dice"]
@@ -139,43 +139,39 @@ def rank_dice(
     rows = _as_rows(probs, valid)  # (B * C, N)
     max_bytes = _budget(probs) if max_bytes is None else max_bytes
     masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+    highest = rows.amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
     with torch.inference_mode(rows.device.type in CPU):  # less work per operation, which counts on small maps
-        found = _solve(rows, masks, options, max_bytes)
-    # Tensors made in inference mode cannot be changed elsewhere.
-    found = tuple(part.clone() if part.is_inference() else part for part in found)
-    volumes, cutoffs, scores, highest = (part.view(probs.shape[:2]) for part in found)
-    return RankDice(masks.view(probs.shape), volumes, cutoffs, scores, highest)
+        found = _solve(rows, highest, masks, options, max_bytes)
+    # Tensors made in inference mode cannot be changed elsewhere: these are copies.
+    volumes, cutoffs, scores = found.view(*probs.shape[:2], 3).unbind(2)
+    cutoffs = cutoffs.to(probs.dtype, copy=True)
+    return RankDice(masks.view(probs.shape), volumes.long(), cutoffs, scores.clone(), highest.view(probs.shape[:2]))
 
 
-def _solve(rows: Tensor, masks: Tensor, options: Options, max_bytes: int) -> tuple[Tensor, ...]:
-    """Fill the masks of rows ``(R, N)``; return volumes, cut-offs, scores and the largest probabilities ``(R,)``."""
-    count, on_cpu, smooth = rows.shape[0], rows.device.type in CPU, options.smooth
-    highest = rows.amax(1) if rows.shape[1] else rows.new_zeros(count)
-    skipped = highest <= (options.prune or 0.0)
-    chosen = None  # all rows
-    if on_cpu and not smooth:  # an empty mask scores 0; for a GPU, asking which rows are active costs more than all
-        active = skipped.logical_not().nonzero().view(-1)
-        chosen = active if 2 * active.numel() < count else None
-    results: list[tuple[Tensor | slice, tuple[Tensor, ...]]] = []
-    if chosen is not None or not rows.numel():
-        empty = torch.zeros(count, dtype=torch.float64, device=rows.device)
-        results = [(slice(None), (empty, empty + torch.inf, empty + float(smooth > 0)))]
-    if rows.numel():
-        extremes = torch.stack([rows.amin(), highest.amax()])  # both hand NaN on
-        exact.check_range(*extremes.tolist())
-        step = max(1, max_bytes // ((_CHUNK_BYTES if on_cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
-        for first in range(0, count if chosen is None else chosen.numel(), step):
-            which = slice(first, first + step) if chosen is None else chosen[first : first + step]
-            own, some = masks[which], (rows[which], skipped[which])
-            if options.solver == "exact":
-                found = exact.solve(*some, own, options.goal, max_bytes)
-            else:
-                found = approximations.solve(*some, own, options.solver, options.goal, max_bytes)
-            if chosen is not None:
-                masks[which] = own
-            results.append((which, found))
-    volumes, cutoffs, scores = merge(results, count)
-    return volumes.long(), cutoffs.to(rows.dtype), scores, highest
+def _solve(rows: Tensor, highest: Tensor, masks: Tensor, options: Options, max_bytes: int) -> Tensor:
+    """Fill the masks of rows ``(R, N)``; return volumes, cut-offs and scores ``(R, 3)``."""
+    count, on_cpu = rows.shape[0], rows.device.type in CPU
+    found = torch.zeros(count, 3, dtype=torch.float64, device=rows.device)
+    found[:, 1] = torch.inf
+    if not rows.numel():
+        return found
+    lowest, highest_, above = torch.stack([rows.amin(1), highest, highest > (options.prune or 0.0)]).tolist()
+    exact.check_range(lowest, highest_)
+    active = [row for row, is_above in enumerate(above) if is_above]
+    if options.smooth and len(active) < count:
+        found[:, 2] = exact.empty_scores(rows, options.goal)
+    step = max(1, max_bytes // ((_CHUNK_BYTES if on_cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
+    for first in range(0, len(active), step):
+        names = active[first : first + step]
+        which = slice(first, first + step) if len(active) == count else torch.tensor(names, device=rows.device)
+        some, own = rows[which], masks[which]
+        if options.solver == "exact":
+            found[which] = exact.solve(some, own, options.goal, max_bytes)
+        else:
+            found[which] = approximations.solve(some, own, options.solver, options.goal, max_bytes)
+        if len(active) < count:
+            masks[which] = own
+    return found
 
 
 @torch.no_grad()
@@ -249,16 +245,23 @@ def rank_counts(values: Tensor, counts: Tensor, options: Options = Options()) ->
     Raises:
         ValueError: a solver other than ``exact`` and ``rma``.
     """
+    if options.solver not in IOU_SOLVERS:
+        raise ValueError(f"solver: {options.solver!r} does not support tables; use {' or '.join(IOU_SOLVERS)}")
     table = Table.whole(values.flip(0).expand(counts.shape).contiguous(), counts.flip(1).double())
-    highest = torch.where(counts > 0, values, -torch.inf).amax(1)
-    skipped = highest <= (options.prune or 0.0)
-    if options.solver == "exact":
-        best = best_volumes(table, skipped, options.goal, _LARGEST_BUDGET)
-    elif options.solver == "rma":
-        best = approximations.reciprocal_moment(table, skipped, options.goal)
-    else:
-        raise ValueError(f"solver: {options.solver!r} does not support tables; use 'exact' or 'rma'")
-    return best.volumes.long(), best.cutoffs, best.scores
+    highest = torch.where(counts > 0, values, 0).amax(1)
+    found = values.new_zeros(counts.shape[0], 3)
+    found[:, 1] = torch.inf
+    if options.smooth:
+        found[:, 2] = empty_scores(table, options.goal)
+    active = (highest > (options.prune or 0.0)).nonzero().view(-1)
+    if active.numel():
+        some = Table(*(part[active] for part in table))
+        if options.solver == "exact":
+            found[active] = best_volumes(some, options.goal, _LARGEST_BUDGET)
+        else:
+            found[active] = approximations.reciprocal_moment(some, options.goal)
+    volumes, cutoffs, scores = found.unbind(1)
+    return volumes.long(), cutoffs, scores
 
 
 def _budget(probs: Tensor) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .integral import Goal
-from .table import Best, Table, draw, merge
+from .table import Table, draw
 
 EPSILON = 1e-4
 PAPER_MEAN = 50.0  # the authors' program takes trna up to this mean volume and ba above
@@ -30,47 +30,44 @@ PIXEL_BYTES = 200
 TRNA_TERMS = 1 << 16  # (pixel, volume) pairs of a row at a time
 
 
-def solve(rows: Tensor, skipped: Tensor, masks: Tensor, solver: str, goal: Goal, budget: int) -> Best:
+def solve(rows: Tensor, masks: Tensor, solver: str, goal: Goal, budget: int) -> Tensor:
     """Find each row's volume by an approximation, and draw its mask; the score is the approximation's own.
 
     The arguments are those of :func:`utils.rankdice.exact.solve`, and the name of a solver.
     """
-    found = []
+    best = rows.new_empty(rows.shape[0], 3, dtype=torch.float64)
     for part in torch.arange(rows.shape[0]).split(max(1, budget // (PIXEL_BYTES * rows.shape[1]))):
         some = slice(int(part[0]), int(part[-1]) + 1)
         values, columns = rows[some].sort(dim=1, descending=True, stable=True)
         values = values.double()
         table = Table.whole(values, torch.ones_like(values))
         if solver == "rma":
-            best = reciprocal_moment(table, skipped[some], goal)
+            best[some] = reciprocal_moment(table, goal)
         else:
-            best = _choose(table, skipped[some], *_scores(values, solver, goal.smooth, budget))
-        draw(masks[some], columns, best.volumes.unsqueeze(1))
-        found.append((some, best))
-    return Best(*merge(found, rows.shape[0]))
+            best[some] = _choose(table, *_scores(values, solver, goal.smooth, budget))
+        draw(masks[some], columns, best[some, :1])
+    return best
 
 
-def _choose(table: Table, skipped: Tensor, scores: Tensor, empty: Tensor) -> Best:
-    """Return the best volume by the scores at the ends of the runs ``(R, W)`` and of the empty mask ``(R, 1)``."""
-    volumes = table.sums()[0]
-    score, best = scores.masked_fill(table.values <= 0, -torch.inf).max(1, keepdim=True)
-    none = skipped.unsqueeze(1) | (empty >= score)
-    return table.choose(volumes, volumes.gather(1, best + 1).masked_fill_(none, 0), torch.where(none, empty, score))
+def _choose(table: Table, scores: Tensor, empty: Tensor) -> Tensor:
+    """Return the best volume by the scores at the ends of the runs ``(R, K)`` and of the empty mask ``(R, 1)``."""
+    score, best = torch.cat([empty, scores.masked_fill(table.values[:, 1:-1] <= 0, -torch.inf)], 1).max(1, keepdim=True)
+    return torch.cat([table.volumes.gather(1, best), table.values.gather(1, best), score], 1)
 
 
-def reciprocal_moment(table: Table, skipped: Tensor, goal: Goal) -> Best:
+def reciprocal_moment(table: Table, goal: Goal) -> Tensor:
     """RMA: the mean of the denominator in place of the mean of its reciprocal.
 
     Inside a run of equal values the score rises or falls throughout, so that the ends of the runs are enough.
     """
-    volume, mass = (part[:, 1:] for part in table.sums())
-    g, mean = goal.smooth, table.mean
+    volume, mass, mean = table.volumes[:, 1:-1], table.mass[:, 1:-1], table.total[:, :1]
+    g = goal.smooth
     empty = g / (mean + g) if g else torch.zeros_like(mean)
     if goal.metric == "iou":
         scores = (mass + g) / (volume + mean - mass + g)
     else:
         scores = 2 * mass / (volume + mean + 1 + g) + (g / (volume + mean + g) if g else 0)
-    return _choose(table, skipped, scores, empty)
+    return _choose(table, scores, empty)
 
 
 def _moments(values: Tensor) -> Tensor:

@@ -18,9 +18,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from . import table as tables
 from .integral import ORDERS, Goal
-from .table import CPU, Best, Table, alike, best_volumes, draw, merge, powers
+from .table import CPU, ONE_BY_ONE, Table, alike, best_volumes, draw, pick, powers
 
 FAR_ORDERS = 4  # power sums that stand for pixels outside a table, which have p < m / FAR_RATE at a decay rate m
 FAR_RATE = 600.0  # so that they leave out less than 4! / FAR_RATE^4 of the score
@@ -37,66 +39,71 @@ ROUNDING = 1e-6  # relative, of the limits in the map's dtype
 SPARSE = 0.2  # with a smaller mean probability, blocks of pixels below the cut are left out
 
 
-def solve(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal, budget: int) -> Best:
-    """Find the best volume of each row, and draw its mask.
+def solve(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
+    """Find what :func:`.table.best_volumes` does for each row, and draw its mask.
 
     Args:
         rows: ``(R, N)`` probabilities, contiguous.
-        skipped: bool ``(R,)``: these rows get the empty mask.
         masks: bool ``(R, N)``, contiguous, False: is filled.
         goal: what is maximized.
         budget: bytes of working memory, about.
     """
     count, width = rows.shape
     if width <= SORTED_PIXELS or rows.device.type not in CPU:
-        return solve_sorted(rows, skipped, masks, goal, budget)
-    found = _survey(rows, skipped, masks, goal)
-    facts = torch.cat([found.ends.diff(dim=0), found.proof], 1).tolist()
-    sizes = [size for size, *_ in facts]
+        return solve_sorted(rows, masks, goal, budget)
+    found = _survey(rows, masks, goal)
+    facts = torch.cat([found.ends.diff(dim=0), found.needed], 1).tolist()
     most = max(MOST_PIXELS, width // 64, budget // (TABLE_BYTES * count))
-    few = []
-    for row, (size, mean, least, known) in enumerate(facts):
-        # If not, do all volumes larger than this small row's table score less than `least`?
-        proven = known or size * least > 2 * mean + goal.smooth + mean / max(size, 1)
-        if size <= most and proven:
-            few.append(row)
-    results: list[tuple[Tensor | slice, Best]] = []
-    for group in alike([sizes[row] for row in few], rows.device) if few else ():
-        names = [few[k] for k in group]
-        which = slice(None) if len(names) == count else torch.tensor(names)
+    sizes = {row: size for row, (size, needed) in enumerate(facts) if needed <= size <= most}
+    best = rows.new_empty(count, 3, dtype=torch.float64)
+    for names in alike(sizes, rows.device):
+        which = pick(names, count, rows.device)
         table, place, over = _table(rows, found, which, int(max(sizes[row] for row in names)))
-        some = best_volumes(table, skipped[which], goal, budget)
+        some = best_volumes(table, goal, budget)
         # The pixels above `cut` are drawn.
-        taken = torch.arange(place.shape[1]) < some.volumes.unsqueeze(1) - table.rank
+        taken = table.volumes[:, :-2] < some[:, :1]
         change = taken.view(torch.uint8) - over.view(torch.uint8)
         masks.view(torch.uint8).view(-1).scatter_add_(0, place.view(-1), change.view(-1))
-        results.append((which, some))
-    crowded = torch.tensor(sorted({*range(count)} - {*few}), dtype=torch.int64)
+        best[which] = some
+    crowded = torch.tensor([row for row in range(count) if row not in sizes], dtype=torch.int64)
     for part in crowded.split(max(1, budget // (SORT_BYTES * width))) if len(crowded) else ():
         own = masks.new_zeros(part.numel(), width)
-        results.append((part, solve_sorted(rows[part], skipped[part], own, goal, budget)))
+        best[part] = solve_sorted(rows[part], own, goal, budget)
         masks[part] = own
-    best = Best(*merge(results, count))
-    for row in best.cutoffs.isnan().nonzero().view(-1).tolist():  # the mask is just the pixels above the table
-        best.cutoffs[row] = rows[row][masks[row]].amin()
+    for row in best[:, 1].isinf().nonzero().view(-1).tolist():  # the mask is just the pixels above the table
+        best[row, 1] = torch.where(masks[row], rows[row], torch.inf).amin()
     return best
 
 
-def solve_sorted(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal, budget: int) -> Best:
+def solve_sorted(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
     """Do what :func:`solve` does by sorting the rows."""
     values, columns = rows.sort(dim=1, descending=True, stable=True)
     values = values.double()
-    best = best_volumes(Table.whole(values, values.new_ones(()).expand_as(values)), skipped, goal, budget)
-    draw(masks, columns, best.volumes.unsqueeze(1))
+    best = best_volumes(Table.whole(values, torch.ones_like(values)), goal, budget)
+    draw(masks, columns, best[:, :1])
     return best
 
 
-def check_range(low: float, high: float) -> None:
-    """Raise unless all values are probabilities, by the smallest and the largest of them."""
-    if not (low >= 0 and high <= 1):
+def empty_scores(rows: Tensor, goal: Goal) -> Tensor:
+    """Return the scores ``(R,)`` of empty masks."""
+    values = pad(rows.topk(min(ONE_BY_ONE, rows.shape[1])).values.double(), (1, 1))
+    total = values.new_zeros(rows.shape[0], ORDERS)
+    for some, _, part in _pieces(rows):
+        total[some] += powers(part.double()).sum(1)
+    each = powers(values)
+    below = (total - each.sum(1)).clamp_(min=0)
+    volumes = torch.arange(values.shape[1], device=rows.device).double().repeat(rows.shape[0], 1)
+    outside = torch.stack([torch.zeros_like(below), below], 1)
+    return tables.empty_scores(Table(values, volumes, values, each, outside, total), goal)
+
+
+def check_range(lowest: list[float], highest: list[float]) -> None:
+    """Raise unless all values are probabilities, by the smallest and the largest of each row."""
+    for low, high in zip(lowest, highest, strict=True):
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError("probs: found values that are not finite (NaN or infinity)")
-        raise ValueError(f"probs: expected values in [0, 1], found values from {low:.6g} to {high:.6g}")
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"probs: expected values in [0, 1], found values from {low:.6g} to {high:.6g}")
 
 
 class _Survey(NamedTuple):
@@ -106,7 +113,7 @@ class _Survey(NamedTuple):
         total: power sums of all pixels, ``(R, ORDERS)``, 0 above ``FAR_ORDERS``.
         above: number and power sums of the pixels with ``p > cut``, ``(R, 1 + ORDERS)``.
         cut: the estimated cut of the best mask.
-        proof: mean, a lower bound of the score, and whether ``low`` is proven, ``(R, 3)``.
+        needed: how many pixels must be in ``place`` because ``low`` alone proves nothing; else 0.
         place: places in the flat map of the pixels from ``low`` to ``high``, int64 ``(M,)``.
         ends: where each row's part of ``place`` ends, int64 ``(R + 1, 1)``, with a 0 before.
     """
@@ -114,16 +121,15 @@ class _Survey(NamedTuple):
     total: Tensor
     above: Tensor
     cut: Tensor
-    proof: Tensor
+    needed: Tensor
     place: Tensor
     ends: Tensor
 
 
-def _survey(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal) -> _Survey:
+def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
     """Find the pixels among which the best mask is cut, and draw the pixels above the estimated cut."""
     count, width = rows.shape
-    skipped = skipped.unsqueeze(1)
-    guess = _cut_of_sample(rows).masked_fill_(skipped, torch.inf)
+    guess = _cut_of_sample(rows)
     total, above = (rows.new_zeros(count, n, dtype=torch.float64) for n in (ORDERS, 1 + ORDERS))
     room = _Room(rows)
     for some, first, part in _pieces(rows):
@@ -138,7 +144,7 @@ def _survey(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal) -> _Survey
             mine.view(-1, BLOCK)[blocks] = over.bool().view(-1, BLOCK)
         above[some, : 1 + FAR_ORDERS].add_(torch.cat([over.sum(1, keepdim=True), room.power_sums(over.mul_(near))], 1))
     cut = guess.double()
-    low, high, proof = _limits(total, above, cut, skipped, goal)
+    low, high, needed = _limits(total, above, cut, goal)
     low, high = low.to(guess.dtype), high.to(guess.dtype)
     found = []
     for some, first, part in _pieces(rows):
@@ -148,23 +154,27 @@ def _survey(rows: Tensor, skipped: Tensor, masks: Tensor, goal: Goal) -> _Survey
         found.append(spot + (some.start * width + first))
     place = found[0] if len(found) == 1 else torch.cat(found)
     ends = torch.searchsorted(place, torch.arange(0, (count + 1) * width, width))
-    return _Survey(total, above, cut, proof, place, ends.unsqueeze(1))
+    return _Survey(total, above, cut, needed, place, ends.unsqueeze(1))
 
 
-def _limits(total: Tensor, above: Tensor, cut: Tensor, skipped: Tensor, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
-    """Return probabilities ``(low, high)`` around ``cut`` between which the best mask is cut, and ``_Survey.proof``."""
-    mean, volume, mass = total[:, :1], above[:, :1], above[:, 1:2]
-    sized, variance = mean + goal.smooth if goal.smooth else mean, mean - total[:, 1:2]
-    least = goal.least(*goal.lead(sized, volume, mass), mass - above[:, 2:3])
-    low, high = goal.cuts(sized, variance, volume, least, goal.most(sized, volume, mass, cut))
+def _limits(total: Tensor, above: Tensor, cut: Tensor, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
+    """Return probabilities ``(low, high)`` around ``cut`` between which the best mask is cut, and ``_Survey.needed``."""
+    mean, variance = total[:, :1], total[:, :1] - total[:, 1:2]
+    volume, mass = above[:, :1], above[:, 1:2]
+    sized = mean + goal.smooth if goal.smooth else mean
+    least = goal.least(goal.rate(sized, volume, mass), mass)
+    below, _ = goal.margins(sized, variance, (volume + goal.smooth).clamp_(min=1))
+    # Fewer pixels score less than `least`: their score is at most (2 t + g) / (t + mu + g) + 1 / (mu + g).
+    few = ((least * sized - 1 + goal.smooth) / 2).clamp_(min=goal.smooth or 1)
+    low = goal.half(least) - below
+    high = goal.half(goal.most(sized, volume, mass, cut)) + goal.margins(sized, variance, few)[1]
     far = mean / FAR_RATE
     small = far < 1  # the table must hold all pixels that are to be taken one by one
     least_low = (total[:, 1:2] / mean * FAINT).minimum(far).clamp_(max=WEAK) * small
-    proof = torch.cat([mean, least, (low >= least_low) | skipped], 1)
+    needed = ((mean + sized) / least).masked_fill_(low >= least_low, 0)  # so many pixels score less than `least`
     low = low.minimum(far).maximum(least_low).minimum(cut)
     high = high.maximum(cut).masked_fill_(small, torch.inf)
-    low = torch.where(skipped, far if goal.smooth else torch.inf, low)
-    return low * (1 - ROUNDING), high * (1 + ROUNDING), proof
+    return low * (1 - ROUNDING), high * (1 + ROUNDING), needed
 
 
 def _table(rows: Tensor, found: _Survey, which: Tensor | slice, size: int) -> tuple[Table, Tensor, Tensor]:
@@ -175,13 +185,17 @@ def _table(rows: Tensor, found: _Survey, which: Tensor | slice, size: int) -> tu
     place = found.place if found.place.numel() else found.place.new_zeros(1)
     place = place[spot.clamp(max=place.numel() - 1)]
     values, order = (rows.view(-1)[place] * (spot < end)).sort(dim=1, descending=True, stable=True)
-    values = values.double()
-    over, counts, each = values > cut, (values > 0).double(), powers(values)
-    mine, inside = (each @ torch.stack([over, counts], 2)).unbind(2)
-    above, rank = above[:, 1:] - mine, above[:, :1] - over.sum(1, keepdim=True)
-    below = (total - above).sub_(inside).clamp_(min=0)
-    table = Table(values, counts, total[:, :1], total[:, :1] - total[:, 1:2], each, rank, above.clamp_(min=0), below)
-    return table, place.gather(1, order), over
+    values = pad(values.double(), (1, 1))
+    over, each = values > cut, powers(values)
+    counts = torch.stack([over, values > 0], 1).double()
+    mine, inside = (counts @ each).unbind(1)
+    before, counts, mass = above[:, 1:] - mine, counts[:, 1], values.clone()
+    counts[:, :1] = above[:, :1] - over.sum(1, keepdim=True)
+    mass[:, 0] = before[:, 0]
+    outside = torch.stack([before, total - before - inside], 1).clamp_(min=0)
+    values[:, 0] = torch.inf
+    table = Table(values, counts.cumsum(1), mass.cumsum(1), each, outside, total)
+    return table, place.gather(1, order), over[:, 1:-1]
 
 
 @lru_cache(maxsize=16)

@@ -23,30 +23,31 @@ from torch import Tensor
 
 ORDERS = 8  # power sums that stand for pixels: at a decay rate m they leave out less than 8! / m^8 of the score
 LAGUERRE_NODES, LAGUERRE_SPAN = 12, 2.0  # exact up to rounding for rates within this factor
-SLACK = 1e-12  # relative, for rounding in the bounds
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is maximized: ``metric`` "dice" or "iou", with the smoothing constant ``smooth``."""
+    """What is maximized: ``metric`` "dice" or "iou", with the smoothing constant ``smooth``.
+
+    Arguments of the methods: ``total`` is ``mu + g`` of the row, ``variance`` its v; ``volume`` pixels have the sum
+    ``mass``.
+    """
 
     metric: str
     smooth: float
 
-    def lead(self, total: Tensor, volume: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the leading term of the score, and its denominator, at whose rate the integrand decays at s = 0.
-
-        The score of ``volume`` pixels with the sum ``mass`` is at most ``lead + v / rate^2``. ``total`` is ``mu + g``.
-        """
+    def rate(self, total: Tensor, volume: Tensor, mass: Tensor) -> Tensor:
+        """Return the mean of the score's denominator: the rate at which the integrand decays at s = 0."""
         rate = volume + total
-        if self.metric == "iou":
-            rate -= mass
-        else:
-            mass = mass * 2
-        return (mass + self.smooth if self.smooth else mass) / rate, rate
+        return rate.sub_(mass) if self.metric == "iou" else rate
+
+    def least(self, rate: Tensor, mass: Tensor) -> Tensor:
+        """Return a lower bound of the score: that of Jensen, with one more pixel."""
+        above = mass if self.metric == "iou" else 2 * mass
+        return (above + self.smooth if self.smooth else above) / (rate + 1)
 
     def most(self, total: Tensor, volume: Tensor, mass: Tensor, cut: Tensor) -> Tensor:
-        """Return at least the largest leading term, by the ``volume`` pixels with ``p > cut`` and their sum ``mass``.
+        """Return at least the largest leading term, by the ``volume`` pixels with ``p > cut``.
 
         ``2 C + g - x (t + mu + g)``, maximized over the volumes t, is known for ``x = 2 cut``. It falls in x by at
         least ``mu + g``, to 0 at the largest leading term of Dice (Dinkelbach 1967). That of IoU grows with it.
@@ -56,39 +57,22 @@ class Goal:
         dice = (2 * (cut + (mass - cut * (volume + base) + g / 2).clamp_(min=0) / base)).clamp_(max=1)
         return dice if self.metric == "dice" else dice / (2 - dice)
 
-    def least(self, lead: Tensor, rate: Tensor, spread: Tensor) -> Tensor:
-        """Return a lower bound of the score; ``spread`` is at least ``sum p (1 - p)`` of the pixels in the mask."""
-        return lead if self.metric == "iou" else torch.addcdiv(lead, spread, rate * rate, value=-2)
+    def half(self, score: Tensor) -> Tensor:
+        """Return the probability at which one more pixel neither raises nor lowers a leading term."""
+        return score / 2 if self.metric == "dice" else score / (score + 1)
 
-    def cuts(
-        self, total: Tensor, variance: Tensor, volume: Tensor, least: Tensor, lead: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return probabilities ``(low, high)`` between which the best mask is cut.
+    def margins(self, total: Tensor, variance: Tensor, few: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how far below and above ``half`` of the best score a pixel surely lowers and raises the score.
 
-        A volume that includes pixels with ``p <= low`` beyond ``volume`` is not best, nor is one below ``volume`` that
-        leaves out pixels with ``p >= high``. "Which volumes must be scored" in ``docs/rankdice.md`` has the proof.
-
-        Args:
-            total: mu + g of the row.
-            variance: v of the row.
-            volume: any volume.
-            least: a lower bound of its score.
-            lead: at least the largest leading term.
+        ``few`` is at most the smallest volume that can be best, less one, plus g.
+        "Which volumes must be scored" in ``docs/rankdice.md`` has the proof.
         """
-        g, dice = self.smooth, self.metric == "dice"
-        rest = variance / (total * total)
-        worth = least - rest
-        few = worth * total  # as for the volume h - g, below which all score less than `least`
-        few = ((few + g if g else few) / 2 if dice else few).clamp_(min=g or 1)
-        spread = variance / (few * few)
-        high = lead + rest
-        high.add_(spread, alpha=2) if dice else high.addcmul_(spread, (total + 1) / few + 1)
-        high = high * few / torch.sub(few - 1, spread, alpha=2).clamp_(min=1e-100)
-        if dice:
-            base = volume + g if g else volume.clamp(min=1)
-            low = torch.addcdiv(least, variance, base * base, value=-2).clamp_(min=0)
-            return low * (0.5 - SLACK), high * (0.5 + SLACK)
-        return least / (least + (1 + SLACK)), high / (high + (1 - SLACK))
+        small = few.reciprocal()
+        spread = variance * small * small
+        above = torch.add(spread, small + total.reciprocal(), alpha=2)
+        if self.metric == "dice":
+            return spread, above.addcmul_(spread, small, value=4)
+        return spread, above.addcmul_(spread * small, total + 5)
 
 
 class Window(NamedTuple):
@@ -96,17 +80,17 @@ class Window(NamedTuple):
 
     Attributes:
         volume: ``(R, W)``; the first column's is the base, each further one takes one pixel more.
-        values: ``(R, W)`` probability of that pixel, 0 in the first column and behind the last volume.
-        above, below: ``(R, ORDERS)`` power sums of the pixels before and behind the window.
-        slow, fast: ``(R, 1)`` the range of the integrands' rates.
+        values: ``(R, W)`` probability of that pixel, 0 in the first column.
+        outside: ``(R, 2, ORDERS)`` power sums of the pixels before and behind the window.
+        base: ``(R, 1)`` a rate of the integrands, for the rule of :func:`nodes`.
+        octaves: which rule.
     """
 
     volume: Tensor
     values: Tensor
-    above: Tensor
-    below: Tensor
-    slow: Tensor
-    fast: Tensor
+    outside: Tensor
+    base: Tensor
+    octaves: int
 
 
 @lru_cache(maxsize=64)
@@ -136,43 +120,36 @@ def _lost(octaves: int, smooth: float) -> float:
     return 1 - float((logs - points * scale).exp().sum() * scale)
 
 
-def integrate(goal: Goal, window: Window, span: float, size: int) -> Tensor:
-    """Return the exact scores ``(R, W)`` of the volumes of a window.
-
-    Args:
-        goal: what is maximized.
-        window: the volumes.
-        span: at least the largest ``fast / slow`` of the rows.
-        size: how many values ``(nodes, R, W)`` to work on at a time.
-    """
-    wide = span > LAGUERRE_SPAN
-    base = window.slow if wide else (window.slow * window.fast).sqrt_()
-    octaves = min(60, math.ceil(math.log2(span))) if wide else 0
+def integrate(goal: Goal, window: Window, size: int) -> Tensor:
+    """Return the exact scores ``(R, W)`` of a window, working on ``size`` values ``(nodes, R, W)`` at a time."""
+    volume, values, outside, base, octaves = window
     both, steps = nodes(octaves, base.device)
-    rest = (window.below if goal.metric == "iou" else window.below + window.above) / steps
-    volume = window.volume + goal.smooth if goal.smooth else window.volume
-    absent, total = 1 - window.values, None
-    for x, log_weight in both.split(max(1, size // window.values.numel()), 1):
+    before, rest = outside.unbind(1)
+    if goal.metric == "dice":
+        rest = rest + before
+    sums = torch.stack([before, rest / steps], 2)  # of p^n for S, and of p^n / n for log F
+    volume = volume + goal.smooth if goal.smooth else volume
+    absent, scores = 1 - values, None
+    for x, log_weight in both.split(max(1, size // values.numel()), 1):
         s = x / -base  # (K, R, 1), negative
-        e, minus = s.exp(), s.expm1()  # -u; 1 - e would cancel
-        powers = (-minus).expand(-1, -1, ORDERS).cumprod(2)
-        q = torch.addcmul(absent, window.values, e)  # 1 - p u without cancellation, (K, R, W)
-        exponent = torch.addcmul(log_weight, s, volume)
+        e, minus = s.exp(), s.expm1()  # 1 - u and -u; 1 - e would cancel
+        series = (-minus).expand(-1, -1, ORDERS).cumprod(2)  # u^n
+        series, logs = (series.transpose(0, 1) @ sums).transpose(0, 1).split(1, 2)
+        q = torch.addcmul(absent, values, e)  # 1 - p u without cancellation, (K, R, W)
+        exponent = torch.addcmul(log_weight - logs, s, volume)
         if goal.metric == "iou":
             own = q.log_().cumsum(2)
-            exponent -= (powers * rest).sum(2, keepdim=True) - own[..., -1:] + own
-            part = exponent.exp_().sum(0)
+            part = exponent.sub_(own).add_(own[..., -1:]).exp_().sum(0)
         else:
-            inside = (powers * window.above).sum(2, keepdim=True) / minus  # -sum p / (1 - p u) before the window
-            ratios = ((window.values / q).cumsum(2) - inside) * (2 * e)
-            exponent += q.log_().sum(2, keepdim=True) - (powers * rest).sum(2, keepdim=True)
-            part = (exponent.exp_() * (ratios + goal.smooth if goal.smooth else ratios)).sum(0)
-        total = part if total is None else total + part
-    assert total is not None
-    total = total / base
+            ratios = (values / q).cumsum(2).sub_(series / minus).mul_(2 * e)
+            ratios = ratios.add_(goal.smooth) if goal.smooth else ratios
+            part = exponent.add_(q.log_().sum(2, keepdim=True)).exp_().mul_(ratios).sum(0)
+        scores = part if scores is None else scores + part
+    assert scores is not None
+    scores /= base
     if goal.metric == "iou":
-        total = total * (window.above[:, :1] + window.values.cumsum(1) + goal.smooth)
-    if goal.smooth and wide:  # the empty mask: F does not decay below P(no positive pixel)
-        never = (absent.log().sum(1, keepdim=True) - rest.sum(1, keepdim=True)).exp_()
-        total[:, :1].add_(never * (window.slow <= 1 + goal.smooth), alpha=_lost(octaves, goal.smooth))
-    return total
+        scores *= before[:, :1] + values.cumsum(1) + goal.smooth
+    if goal.smooth and octaves:  # the empty mask: F does not decay below P(no positive pixel)
+        never = (absent.log().sum(1, keepdim=True) - sums[..., 1].sum(1, keepdim=True)).exp_()
+        scores[:, :1].add_(never * (base <= 1 + goal.smooth), alpha=_lost(octaves, goal.smooth))
+    return scores

@@ -7,171 +7,143 @@ other pixels enter through their power sums.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .integral import LAGUERRE_SPAN, ORDERS, Goal, Window, integrate
 
 CPU = {"cpu"}  # where the host need not wait for results, and work is split to fit the cache
 CACHE = 1 << 17  # float64 values that fit in a core's cache
 TIE = 1e-14  # relative: if scores differ less, the smallest volume is chosen
-SERIES_RATE = 80.0  # at slower decay, the most probable pixels are taken one by one
+SERIES_RATE = 80.0  # in rows with a smaller mean volume, the most probable pixels are taken one by one
 ONE_BY_ONE = 96
 MOST_PADDED = 1 << 13  # if padded tables or windows of rows are larger in all, rows of about the same size go together
 NODE_BYTES = 5 * 8  # of a volume at one node
 
 
-class Best(NamedTuple):
-    """What was found for each row, float64 ``(R,)``.
-
-    Attributes:
-        volumes: pixels in the best mask.
-        cutoffs: the smallest probability in the mask, ``inf`` where it is empty; NaN: no pixel of the table.
-        scores: expected score.
-    """
-
-    volumes: Tensor
-    cutoffs: Tensor
-    scores: Tensor
-
-
 class Table(NamedTuple):
-    """Rows of probabilities, float64 ``(R, 1)`` unless stated otherwise.
+    """Rows of probabilities, float64.
 
     Attributes:
-        values: ``(R, W)`` descending.
-        counts: ``(R, W)`` how many pixels have each value; 0 in padding.
-        mean, variance: of the number of positive pixels in the whole row.
-        powers: ``(R, ORDERS, W)`` powers of the values.
-        rank: number of pixels above the table.
-        above, below: ``(R, ORDERS)`` power sums of the pixels above and below the table.
+        values: ``(R, W)`` descending. The first, ``inf``, stands for the pixels above the table, and the last is 0.
+        volumes: ``(R, W)`` how many pixels have at least this value.
+        mass: ``(R, W)`` their sum.
+        powers: ``(R, W, ORDERS)`` powers of the values.
+        outside: ``(R, 2, ORDERS)`` power sums of the pixels above and below the table.
+        total: ``(R, ORDERS)`` power sums of the whole row.
     """
 
     values: Tensor
-    counts: Tensor
-    mean: Tensor
-    variance: Tensor
+    volumes: Tensor
+    mass: Tensor
     powers: Tensor
-    rank: Tensor
-    above: Tensor
-    below: Tensor
+    outside: Tensor
+    total: Tensor
 
     @classmethod
     def whole(cls, values: Tensor, counts: Tensor) -> Table:
-        """Return the table of complete rows."""
-        all_powers = powers(values)
-        mean, square = (all_powers[:, :2] @ counts.unsqueeze(2)).unbind(1)
-        none = values.new_zeros(values.shape[0], ORDERS)
-        return cls(values, counts, mean, (mean - square).clamp_(min=0), all_powers, none[:, :1], none, none)
-
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """Return volume and mass ``(R, W + 1)`` of the pixels above the table, also with the first value, ..."""
-        mass = torch.cat([self.above[:, :1], self.values * self.counts], 1)
-        return torch.cat([self.rank, self.counts], 1).cumsum_(1), mass.cumsum_(1)
-
-    def choose(self, volumes: Tensor, volume: Tensor, score: Tensor) -> Best:
-        """Return the result for ``volume`` and ``score`` ``(R, 1)``, with its cut-off."""
-        run = torch.searchsorted(volumes, volume)
-        cut = self.values.gather(1, (run - 1).clamp_(min=0)).masked_fill_(run < 1, torch.nan)
-        return Best(volume.squeeze(1), cut.masked_fill_(volume < 1, torch.inf).squeeze(1), score.squeeze(1))
+        """Return the table of complete rows: all values ``(R, K)``, descending, and how many pixels have each."""
+        values, counts = pad(values, (1, 1)), pad(counts, (1, 1))
+        each = powers(values)
+        total = counts.unsqueeze(1) @ each
+        mass = (values * counts).cumsum(1)
+        values[:, 0] = torch.inf
+        return cls(values, counts.cumsum(1), mass, each, torch.zeros_like(total).expand(-1, 2, -1), total.squeeze(1))
 
 
-def alike(costs: list[float], device: torch.device) -> list[list[int] | range]:
+def alike(costs: Mapping[int, float], device: torch.device) -> list[list[int]]:
     """Return groups of rows with about the same cost; a GPU takes all: there, waiting costs more than padding."""
-    if device.type not in CPU or len(costs) * max(costs) <= MOST_PADDED:
-        return [range(len(costs))]
+    if device.type not in CPU or len(costs) * max(costs.values(), default=0) <= MOST_PADDED:
+        return [list(costs)] if costs else []
     groups: dict[int, list[int]] = {}
-    for row, cost in enumerate(costs):
+    for row, cost in costs.items():
         groups.setdefault(round(math.log(max(cost, 64), 64)), []).append(row)
     return list(groups.values())
 
 
-def merge(found: Sequence[tuple[Tensor | slice, tuple[Tensor, ...]]], count: int) -> tuple[Tensor, ...]:
-    """Return the results of ``count`` rows from those of some rows each."""
-    if len(found) == 1 and len(found[0][1][0]) == count:
-        return found[0][1]
-    whole = tuple(part.new_zeros(count, *part.shape[1:]) for part in found[0][1])
-    for rows, some in found:
-        for mine, part in zip(whole, some, strict=True):
-            mine[rows] = part
-    return whole
+def pick(names: list[int], count: int, device: torch.device) -> Tensor | slice:
+    """Return the index of some of ``count`` rows."""
+    return slice(None) if len(names) == count else torch.tensor(names, device=device)
 
 
-def best_volumes(table: Table, skipped: Tensor, goal: Goal, budget: int) -> Best:
-    """Find the best volume of each row.
+def best_volumes(table: Table, goal: Goal, budget: int) -> Tensor:
+    """Find the best volume of each row with about ``budget`` bytes of working memory.
 
-    Args:
-        table: the rows.
-        skipped: bool ``(R,)``: these rows get the empty mask.
-        goal: what is maximized.
-        budget: bytes of working memory, about.
+    Returns:
+        float64 ``(R, 3)``: the volume; the smallest probability in the mask, ``inf`` where no pixel of the table is in
+        it; the score.
     """
-    skipped, device = skipped.unsqueeze(1), table.values.device
-    volumes, mass = table.sums()
-    first, last, slow, fast = _candidates(table, volumes, mass, skipped, goal)
-    del mass
+    device, count = table.values.device, table.values.shape[0]
+    first, last, slow, fast = _candidates(table, goal)
     facts = torch.cat([last - first, fast / slow], 1).tolist()
-    result = []
-    size = CACHE if device.type in CPU else budget // NODE_BYTES
-    for names in alike([width * (64 if span > LAGUERRE_SPAN else 1) for width, span in facts], device):
-        rows = slice(None) if len(names) == len(facts) else torch.tensor(names)
+    costs = {row: (width + 1) * (64 if span > LAGUERRE_SPAN else 1) for row, (width, span) in enumerate(facts)}
+    found = table.values.new_empty(count, 3)
+    for names in alike(costs, device):
+        rows = pick(names, count, device)
         width, span = (max(column) for column in zip(*(facts[name] for name in names), strict=True))
-        some = Table(*(part[rows] for part in table))
-        window = _window(some, volumes[rows], first[rows], last[rows], int(width) + 1)
-        window = window._replace(slow=slow[rows], fast=fast[rows])
-        scores = integrate(goal, window, span, size)
-        if goal.smooth:
-            scores[:, 1:].masked_fill_(skipped[rows], 0)
-        found = scores.amax(1, keepdim=True).clamp_(max=1)
-        index = (scores >= found * (1 - TIE)).view(torch.uint8).argmax(1, keepdim=True)
-        result.append((rows, (index + window.volume[:, :1], found)))
-    volume, score = merge(result, len(facts))
-    return table.choose(volumes, volume, score)
+        some = table if len(names) == count else Table(*(part[rows] for part in table))
+        run, window = _window(some, first[rows], int(width), (slow[rows], fast[rows]), span)
+        scores = integrate(goal, window, CACHE if device.type in CPU else budget // NODE_BYTES)
+        score = scores.amax(1, keepdim=True).clamp_(max=1)
+        index = (scores >= score * (1 - TIE)).view(torch.uint8).argmax(1, keepdim=True)
+        cutoff = some.values.gather(1, run.gather(1, index))
+        found[rows] = torch.cat([window.volume.gather(1, index), cutoff, score], 1)
+    return found
 
 
-def _candidates(table: Table, volumes: Tensor, mass: Tensor, skipped: Tensor, goal: Goal) -> list[Tensor]:
+def empty_scores(table: Table, goal: Goal) -> Tensor:
+    """Return the scores ``(R,)`` of empty masks, for tables of at least the ``ONE_BY_ONE`` most probable pixels."""
+    slow = torch.full_like(table.total[:, :1], 1 + goal.smooth)
+    fast = table.total[:, :1] + ONE_BY_ONE + goal.smooth
+    span = float((fast / slow).amax())
+    _, window = _window(table, torch.zeros_like(slow), ONE_BY_ONE, (slow, fast), span)
+    return integrate(goal, window, CACHE)[:, 0]
+
+
+def _candidates(table: Table, goal: Goal) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the first and last volume that can be best, and the range of the rates, ``(R, 1)``."""
-    total = (table.mean + goal.smooth).clamp_(min=1e-100)
-    lead, rate = goal.lead(total, volumes, mass)
-    top, at = lead.max(1, keepdim=True)
-    known, own = volumes.gather(1, at).clamp_(min=1), mass.gather(1, at)
-    least = goal.least(top, rate.gather(1, at), torch.addcmul(own, own, own / known, value=-1))
-    low, high = goal.cuts(total, table.variance, known, least, top)
-    start, end = torch.searchsorted(-table.values, -torch.cat([high, low], 1)).split(1, 1)
-    borders = torch.cat([start.minimum(at), end.maximum(at)], 1).masked_fill_(skipped, 0)
-    first, last = volumes.gather(1, borders).split(1, 1)
-    # The leading term of larger volumes is too small: it is at most (2 mu + g) / volume.
-    last = last.minimum(((total + table.mean + 1) / least.clamp(min=1e-9)).floor_())
+    mean, variance = table.total[:, :1], table.total[:, :1] - table.total[:, 1:2]
+    total = mean + goal.smooth if goal.smooth else mean
+    rate = goal.rate(total, table.volumes, table.mass)
+    known = goal.least(rate, table.mass)
+    least = known.amax(1, keepdim=True)
+    # Scores are at most `known + 2 / total`: which is the first run of pixels at whose end this reaches `least`?
+    run = (known[:, 1:] >= torch.sub(least, total.reciprocal(), alpha=2)).view(torch.uint8).argmax(1, keepdim=True)
+    few = table.volumes.gather(1, run).add_(goal.smooth).clamp_(min=goal.smooth or 1)
+    below, above = goal.margins(total, variance, few)
+    half = goal.half(least)
+    cuts = torch.cat([half + above, half - below], 1)
+    borders = torch.searchsorted(-table.values, -cuts).sub_(1)
+    first, last = table.volumes.gather(1, borders).split(1, 1)
+    last = last.minimum((mean + total) / least)  # the score is at most (2 mu + g) / volume
     slow = rate.gather(1, borders[:, :1])
     # Where the integrand decays slowly, the most probable pixels must be in the window, one by one.
-    tiny = slow < SERIES_RATE
-    if not goal.smooth:
-        tiny = tiny.gt(skipped)  # and not
-    last = torch.maximum(last, volumes[:, -1:].clamp(max=ONE_BY_ONE) * tiny)
-    fast = torch.add(last + total, tiny, alpha=2 + 2 * goal.smooth)  # so far from `slow` that they get many nodes
-    return [first.masked_fill(tiny, 0), last, slow.masked_fill_(tiny, 1 + goal.smooth), fast]
+    tiny = total < SERIES_RATE
+    last = last.maximum(tiny * ONE_BY_ONE)
+    return first.masked_fill(tiny, 0), last, slow.masked_fill_(tiny, 1 + goal.smooth), last + total
 
 
-def _window(table: Table, volumes: Tensor, first: Tensor, last: Tensor, width: int) -> Window:
-    """Return the volumes ``first`` to ``last``, pixel by pixel, and power sums of the other pixels."""
-    volume = first + torch.arange(width, device=first.device)
-    run = torch.searchsorted(volumes, volume).sub_(1).clamp_(0, table.values.shape[1] - 1)
-    own = table.values.gather(1, run).masked_fill_(volume > last, 0)
+def _window(table: Table, first: Tensor, width: int, rates: tuple[Tensor, Tensor], span: float) -> tuple[Tensor, Window]:
+    """Return the ``width`` volumes from ``first``, pixel by pixel: their columns in the table, and the window."""
+    volume = first + torch.arange(width + 1, device=first.device)
+    run = torch.searchsorted(table.volumes, volume).clamp_(max=table.values.shape[1] - 1)
+    own = table.values.gather(1, run)
     own[:, 0] = 0
-    outside = torch.stack([first - volumes[:, :-1], volumes[:, 1:] - last], 1)  # of each value before and behind
-    outside = outside.clamp_(min=0).minimum(table.counts.unsqueeze(1)).mT
-    above, below = (table.powers @ outside).unbind(2)
-    return Window(volume, own, above + table.above, below + table.below, first, last)
+    ends = torch.stack([table.volumes.minimum(first), table.volumes.maximum(volume[:, -1:])], 1)
+    outside = torch.baddbmm(table.outside, ends.diff(), table.powers[:, 1:])
+    slow, fast = rates
+    if span > LAGUERRE_SPAN:
+        return run, Window(volume, own, outside, slow, min(60, math.ceil(math.log2(span))))
+    return run, Window(volume, own, outside, (slow * fast).sqrt_(), 0)
 
 
 def powers(values: Tensor) -> Tensor:
-    """Return the powers 1 to ``ORDERS`` of values ``(R, W)``, ``(R, ORDERS, W)``."""
-    square = values * values
-    four = torch.stack([values, square, square * values, square * square], 1)
-    return torch.cat([four, four * four[:, 3:]], 1)
+    """Return the powers 1 to ``ORDERS`` of values ``(R, W)``, ``(R, W, ORDERS)``."""
+    return values.unsqueeze(2).expand(-1, -1, ORDERS).cumprod(2)
 
 
 def draw(masks: Tensor, columns: Tensor, volumes: Tensor) -> None:
