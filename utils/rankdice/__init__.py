@@ -245,8 +245,8 @@ def rank_counts(values: Tensor, counts: Tensor, options: Options = Options()) ->
     Raises:
         ValueError: a solver other than ``exact`` and ``rma``.
     """
-    if options.solver not in IOU_SOLVERS:
-        raise ValueError(f"solver: {options.solver!r} does not support tables; use {' or '.join(IOU_SOLVERS)}")
+    if options.solver not in ("exact", "rma"):
+        raise ValueError(f"solver: {options.solver!r} does not support tables; use 'exact' or 'rma'")
     table = Table.whole(values.flip(0).expand(counts.shape).contiguous(), counts.flip(1).double())
     highest = torch.where(counts > 0, values, 0).amax(1)
     found = values.new_zeros(counts.shape[0], 3)

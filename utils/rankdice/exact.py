@@ -158,7 +158,7 @@ def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
 
 
 def _limits(total: Tensor, above: Tensor, cut: Tensor, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
-    """Return probabilities ``(low, high)`` around ``cut`` between which the best mask is cut, and ``_Survey.needed``."""
+    """Return probabilities around ``cut`` between which the best mask is cut, and ``_Survey.needed``."""
     mean, variance = total[:, :1], total[:, :1] - total[:, 1:2]
     volume, mass = above[:, :1], above[:, 1:2]
     sized = mean + goal.smooth if goal.smooth else mean

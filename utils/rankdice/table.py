@@ -127,7 +127,9 @@ def _candidates(table: Table, goal: Goal) -> tuple[Tensor, Tensor, Tensor, Tenso
     return first.masked_fill(tiny, 0), last, slow.masked_fill_(tiny, 1 + goal.smooth), last + total
 
 
-def _window(table: Table, first: Tensor, width: int, rates: tuple[Tensor, Tensor], span: float) -> tuple[Tensor, Window]:
+def _window(
+    table: Table, first: Tensor, width: int, rates: tuple[Tensor, Tensor], span: float
+) -> tuple[Tensor, Window]:
     """Return the ``width`` volumes from ``first``, pixel by pixel: their columns in the table, and the window."""
     volume = first + torch.arange(width + 1, device=first.device)
     run = torch.searchsorted(table.volumes, volume).clamp_(max=table.values.shape[1] - 1)
