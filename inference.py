@@ -21,26 +21,42 @@ def parse_arguments() -> argparse.Namespace:
         *("-m", "-r", "--model"),
         nargs="+",
         metavar="CHECKPOINT",
-        help="the checkpoint; several form an ensemble. With -c also a network (.pt2, TorchScript, .onnx; default: the "
-        "config's arch.args.file)",
+        help="the checkpoint; several checkpoints form an ensemble. With -c also a network in a file (.pt2, "
+        "TorchScript, .onnx; default: arch.args.file of the config)",
     )
     add("-i", "--images", required=True, help="image, folder, video file, or camera:0")
     add("-o", "--output", default="outputs", help="folder for the masks (default: outputs)")
-    add("-c", "--config", help="config to use in place of the one in the checkpoint")
+    add("-c", "--config", help="config to use instead of the one in the checkpoint")
     add("-e", "--extension", nargs="+", metavar="EXT", help="only files with these extensions (default: all known)")
-    add("-mo", "--mode", choices=MODES, help="how to view an image (default: predict.mode of the config)")
-    add("-p", "--predict", choices=PROCEDURES, help="procedure (default: rankdice if predict.test says so, else max)")
+    add(
+        "-mo",
+        "--mode",
+        choices=MODES,
+        help="view each image as a whole, at several scales, or in tiles (default: predict.mode of the config)",
+    )
+    add(
+        "-p",
+        "--predict",
+        choices=PROCEDURES,
+        help="prediction procedure (default: rankdice if it is predict.test of the config, else max)",
+    )
     add("-d", "--device", help="cpu, cuda, or a GPU's number (default: the GPU if there is one)")
     add_overrides(parser)
     add_trust(parser)
     _add_views(parser.add_argument_group("how the network sees an image"))
-    _add_outputs(parser.add_argument_group("what is written"))
+    _add_outputs(parser.add_argument_group("output"))
     return parser.parse_args()
 
 
 def _add_views(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--scales", type=float, nargs="+", metavar="S", help="of mode multiscale (default: 0.75 to 2 in steps of 0.25)")
+    add(
+        "--scales",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help="scales of mode multiscale (default: 0.75 to 2 in steps of 0.25)",
+    )
     add("--flip", action="store_true", help="also average over the mirror image of every view")
     add(
         "--tile",
@@ -49,9 +65,9 @@ def _add_views(group: argparse._ArgumentGroup) -> None:
         metavar="PIXELS",
         help="side of a tile, or its height and width (default: the crop size of the training, else 512)",
     )
-    add("--overlap", type=float, default=0.25, help="share of a tile that overlaps its neighbor (default: 0.25)")
+    add("--overlap", type=float, default=0.25, help="fraction of a tile that its neighbor overlaps (default: 0.25)")
     add("--batch-size", type=int, default=4, help="images or tiles per forward pass (default: 4)")
-    add("--max-pixels", type=int, default=2**23, help="larger views are cut into tiles (default: 2^23)")
+    add("--max-pixels", type=int, default=2**23, help="cut larger images into tiles (default: 2^23)")
     add(
         "--memory",
         type=float,
@@ -68,9 +84,13 @@ def _add_outputs(group: argparse._ArgumentGroup) -> None:
     add("--masks", action="store_true", help="also write the overlapping masks of T and rankdice, one PNG per class")
     kinds = "also write the probabilities: npz, or one PNG per class"
     add("--probs", choices=("npz", "png"), nargs="?", const="npz", help=kinds)
-    add("--json", action="store_true", help="also write classes, pixels and expected scores per image")
+    add("--json", action="store_true", help="also write the classes, their pixels and expected scores of each image")
     add("--skip-existing", action="store_true", help="skip images that already have the outputs of this run")
-    add("--force", action="store_true", help="replace files that inference.py did not write, or of another checkpoint")
+    add(
+        "--force",
+        action="store_true",
+        help="also replace files that inference.py did not write, and probabilities of another checkpoint",
+    )
     add("--limit", type=int, metavar="N", help="only the first N images or frames")
 
 

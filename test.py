@@ -29,8 +29,8 @@ def parse_arguments() -> argparse.Namespace:
         "--resume",
         nargs="+",
         metavar="CHECKPOINT",
-        help="the checkpoint to score; several form an ensemble (mean of their probabilities). With -c also a network "
-        "(.pt2, TorchScript, .onnx); default: the config's arch.args.file",
+        help="the checkpoint to score; several checkpoints form an ensemble (mean of their probabilities). With -c "
+        "also a network in a file (.pt2, TorchScript, .onnx; default: arch.args.file of the config)",
     )
     add(
         "--folds",
@@ -44,7 +44,8 @@ def parse_arguments() -> argparse.Namespace:
         "-p",
         "--predict",
         choices=(*PROCEDURES, "all"),
-        help="prediction procedure (default: predict.test of the config); all: all of them, and report.html",
+        help="prediction procedure (default: predict.test of the config); 'all' compares all of them and also writes "
+        "report.html",
     )
     add("--details", action="store_true", help="with -p all, print all scores of all procedures")
     add("--fit", action="store_true", help="do not score; fit on the validation data and write NAME_calibrated.pth")
@@ -52,10 +53,11 @@ def parse_arguments() -> argparse.Namespace:
         "-o",
         "--output",
         metavar="FOLDER",
-        help="folder of the results (default: that of best_model.pth; for another NAME.pth, the folder NAME next to "
-        "it; for several, the folder ensemble; with --folds, the folder folds above the checkpoints)",
+        help="folder for the results (default: the folder of best_model.pth; for another NAME.pth, the folder NAME "
+        "next to it; for several checkpoints, 'ensemble' next to the first; with --folds, 'folds' in the folder "
+        "that contains all checkpoints)",
     )
-    add("--limit", type=int, metavar="N", help="only the first N images")
+    add("--limit", type=int, metavar="N", help="score only the first N images")
     add(
         "--tta",
         nargs="+",
@@ -64,9 +66,17 @@ def parse_arguments() -> argparse.Namespace:
         "as inference.py does)",
     )
     add("--boundary", action="store_true", help="also report the boundary IoU (Cheng et al., CVPR 2021)")
-    add("--save-masks", action="store_true", help="write masks/PROCEDURE/NAME.png, palette PNGs, next to the results")
-    add("--save-probs", metavar="FOLDER", help="keep the probabilities, for python -m utils.predict --probs FOLDER")
-    add("--force", action="store_true", help="let --save-probs remove the probabilities of another run in its folder")
+    add(
+        "--save-masks",
+        action="store_true",
+        help="write the masks as palette PNGs, masks/PROCEDURE/NAME.png, next to the results",
+    )
+    add("--save-probs", metavar="FOLDER", help="save the probabilities, for python -m utils.predict --probs FOLDER")
+    add(
+        "--force",
+        action="store_true",
+        help="allow --save-probs to remove the probabilities of another run from its folder",
+    )
     add_device(parser)
     add_overrides(parser)
     add_trust(parser)
@@ -89,7 +99,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.folds and (args.resume or args.fit or args.limit or args.save_masks or args.save_probs or args.boundary):
         parser.error("--folds cannot be combined with -r, --fit, --limit, --boundary or --save-...")
     if args.folds and len(args.folds) < 2:
-        parser.error("--folds: give the checkpoints of all folds")
+        parser.error("--folds: pass the checkpoints of all folds")
 
 
 if __name__ == "__main__":
@@ -166,8 +176,8 @@ def results_folder(args: argparse.Namespace, config: Config) -> Path:
             folder = chosen
         else:
             print(
-                f"note: results go next to the checkpoint. Its config names {chosen} (tester.out_dir), outside the "
-                f"run's folder; to write there: -o {shlex.quote(str(chosen))}",
+                f"note: results go next to the checkpoint. Its config names {chosen} (tester.out_dir), which is "
+                f"outside the run's folder; to write there: -o {shlex.quote(str(chosen))}",
                 file=sys.stderr,
             )
     if path.name == BEST:

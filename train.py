@@ -20,13 +20,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "-c",
         "--config",
-        help="config file; with -r it replaces the checkpoint's config; it must have the same arch, or none",
+        help="config file; with -r it replaces the checkpoint's config and must have the same arch or no arch",
     )
     parser.add_argument(
         "-r",
         "--resume",
         metavar="CHECKPOINT",
-        help="checkpoint of the run to continue; 'auto': the newest run of the config, as with -r FILE -c CONFIG",
+        help="checkpoint of the run to continue; 'auto' continues the newest run of the config given with -c",
     )
     parser.add_argument(
         "-w", "--weights", metavar="CHECKPOINT", help="start a new run from the weights of a checkpoint (fine-tuning)"
@@ -36,9 +36,9 @@ def parse_arguments() -> argparse.Namespace:
     add_trust(parser)
     args = parser.parse_args()
     if not args.config and not args.resume:
-        parser.error("give a config with --config, or a checkpoint to continue with --resume")
+        parser.error("pass a config (--config), or a checkpoint to continue (--resume)")
     if args.resume and args.weights:
-        parser.error("--resume continues a run with its own weights; give --weights without it")
+        parser.error("--resume continues a run with its own weights; use --weights without --resume")
     if args.resume == "auto" and not args.config:
         parser.error("--resume auto needs --config: it continues the newest run of that config")
     return args

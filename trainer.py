@@ -267,7 +267,8 @@ class Trainer(BaseTrainer):
         if not sum(int(row["counts"].target[index]) for row in metrics.images):
             raise UserError(
                 f"trainer.monitor: no validation image has the class {name!r}, so {self.monitor.name} cannot be "
-                "computed; monitor another score, such as 'max Mean_Dice', or add images with this class to val_loader"
+                "computed. Monitor another score, such as 'max Mean_Dice', or add images with this class to "
+                "val_loader"
             )
 
 
@@ -311,7 +312,7 @@ def _of_one_size(batch: Batch) -> tuple[Tensor, Tensor]:
     if isinstance(batch.images, list) or isinstance(batch.labels, list):
         sizes = " and ".join(sorted({f"{i.shape[2]} x {i.shape[1]}" for i in batch.images})[:3])
         raise UserError(
-            f"train_loader: the images of a batch differ in size ({sizes}, such as {batch.names[0]}); give "
+            f"train_loader: the images of a batch differ in size ({sizes}, such as {batch.names[0]}); set "
             'train_loader.args.crop_size with "augment": true, which crops all images to one size'
         )
     return batch.images, batch.labels

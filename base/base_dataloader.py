@@ -79,7 +79,7 @@ class BaseDataLoader(DataLoader[Any]):
         if sampler not in (None, "weighted"):
             raise ValueError(f"sampler must be None or 'weighted', got {sampler!r}")
         if sampler and not shuffle:
-            raise ValueError("sampler 'weighted' needs shuffle: true (it is for training)")
+            raise ValueError("sampler 'weighted' needs shuffle: true (it is only for training)")
         dataset.replace_broken = shuffle
         train, self._held_out = _split(dataset, val_split, val_fold, group_by, seed)
         weights = dataset.sample_weights()[train] if sampler else None
@@ -206,8 +206,8 @@ class EpochBatches(Sampler[list[Key]]):
         single = self.shuffle and left == 1 and self.batch_size > 1
         if single and not self.drop_last:
             log.info(
-                "the last batch of each training epoch would hold one image and is dropped (batch norm cannot "
-                "learn from a single image)"
+                "the last batch of each training epoch would contain only one image and is dropped (batch norm "
+                "cannot learn from a single image)"
             )
         batches = full + (left > 0 and not self.drop_last and not single)
         if batches == 0 and self.shuffle:

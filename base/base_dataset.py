@@ -182,7 +182,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
         self.std = measured[1] if std else self.std
         if min(self.std) == 0:
             channel = self.std.index(0)
-            raise UserError(f'"std": "auto": channel {channel} has only one value; give mean and std as numbers')
+            raise UserError(f'"std": "auto": channel {channel} has only one value; set mean and std to numbers')
 
     @classmethod
     def constructors(cls) -> tuple[type, ...]:
@@ -200,7 +200,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
     def data_dir(self) -> Path:
         """The folder of the data; raises ValueError if none was given."""
         if self._data_dir is None:
-            raise ValueError(f"data_dir is missing: {type(self).__name__} reads files")
+            raise ValueError(f"data_dir is missing; {type(self).__name__} reads its files from there")
         return self._data_dir
 
     def samples(self) -> list[Entry] | list[tuple[Path, Path | None, str]]:
@@ -231,7 +231,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
 
     def _check_geometry(self, augment: bool, base_size: int | None) -> None:
         if augment and self.val:
-            log.warning("augment has no effect with `val: true`: images are rescaled and center-cropped only")
+            log.warning("augment has no effect with `val: true`: images are only rescaled and center-cropped")
         elif not augment and not self.val:
             for name, value in (("crop_size", self.crop_size), ("base_size", base_size)):
                 if value is not None:

@@ -95,9 +95,9 @@ class BaseModel(nn.Module):
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ValueError(
-                f"{type(self).__name__} cannot be trained on one image of {x.shape[2]} x {x.shape[3]} at a time: at "
-                "its deepest features one value per channel is left, which BatchNorm cannot normalize. Use "
-                "larger images (crop_size), more of them (batch_size), or freeze_bn"
+                f"{type(self).__name__} cannot be trained on one image of {x.shape[2]} x {x.shape[3]} at a time: "
+                "its deepest feature map has one value per channel, which BatchNorm cannot normalize. Use larger "
+                "images (crop_size), a larger batch_size, or freeze_bn"
             ) from error
         if isinstance(outputs, dict):
             return {name: resize_to(y, x, self.align_corners) for name, y in outputs.items()}
@@ -109,14 +109,14 @@ class BaseModel(nn.Module):
             raise ValueError(f"{name} takes a batch (B, C, H, W), got a tensor of shape {tuple(x.shape)}")
         if x.shape[1] != self.in_channels:
             raise ValueError(
-                f"{name} was built for images with {self.in_channels} channels (in_channels), "
-                f"got {x.shape[1]}: a batch of shape {tuple(x.shape)}"
+                f"{name} was built for images with {self.in_channels} channels (in_channels), got {x.shape[1]} in a "
+                f"batch of shape {tuple(x.shape)}"
             )
         divisor = self.size_divisor
         if divisor > 1 and (x.shape[2] % divisor or x.shape[3] % divisor):
             raise ValueError(
-                f"{name} takes heights and widths that are multiples of {divisor}, "
-                f"got {x.shape[2]} x {x.shape[3]}: pad or crop the images"
+                f"{name} needs heights and widths that are multiples of {divisor}, got {x.shape[2]} x {x.shape[3]}: "
+                "pad or crop the images"
             )
 
     # -- freezing ----------------------------------------------------------------------------------------

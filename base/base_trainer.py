@@ -325,8 +325,8 @@ def explained(error: Exception) -> str | None:
         return "another process of this run has ended, so this one cannot continue; its message gives the cause"
     if "DataLoader worker (pid" in text:
         return (
-            f"a process that loads the data was killed ({text.splitlines()[0]}); most often the memory is full: "
-            "lower num_workers, batch_size or crop_size in train_loader.args"
+            f"a process that loads the data was killed ({text.splitlines()[0]}); usually the memory is full: lower "
+            "num_workers, batch_size or crop_size in train_loader.args"
         )
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         first = text.splitlines()[0] if text else "no memory left"

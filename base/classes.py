@@ -59,7 +59,7 @@ def _from_names(texts: Sequence[str], path: str | Path) -> Classes:
         if len(texts) > 1 and len(counts) == 1 and counts != {0}:
             raise UserError(
                 f"classes: {path} looks like a table without a known header. Expected one name per line, or a first "
-                "line like name,r,g,b or Pixel Value,Class; or give the names as a list in the config"
+                "line like name,r,g,b or Pixel Value,Class; or write the names as a list in the config"
             )
     return Classes(tuple(map(without_quotes, texts)))
 
@@ -82,8 +82,8 @@ def _from_csv(texts: Sequence[str], path: str | Path) -> Classes | None:
             ids = [int(row[value]) for row in rows]
             if ids != list(range(len(rows))):
                 raise UserError(
-                    f"classes: the ids in {path} are {ids}, expected 0 to {len(ids) - 1}. Give the names as a list and "
-                    f'"mask_values": {ids} (Folder loader)'
+                    f"classes: the ids in {path} are {ids}, expected 0 to {len(ids) - 1}. Write the names as a list and "
+                    f'set "mask_values": {ids} (Folder loader)'
                 )
         palette = None if color is None else tuple(_color([int(row[c]) for c in color]) for row in rows)
         return Classes(tuple(row[name].strip() for row in rows), palette)
@@ -128,8 +128,8 @@ def classes_of(classes: Sequence[str] | str | int, data_dir: str | None) -> Clas
         given = expand(classes)
         if not below.is_file() and not given.is_file():
             raise UserError(
-                f"classes: neither {given} nor {below} is a file; give the path of a text file with one name per line, "
-                "or the names themselves as a list"
+                f"classes: neither {given} nor {below} is a file; expected the path of a text file with one name "
+                "per line, or a list of names"
             )
         return read_classes(below if below.is_file() else given)
     names = tuple(str(name) for name in classes)
@@ -156,5 +156,5 @@ def class_colors(palette: Sequence[Sequence[int]] | None, count: int) -> tuple[C
 def _color(color: Sequence[int]) -> Color:
     values = tuple(int(v) for v in color)
     if len(values) != 3 or not all(0 <= v <= 255 for v in values):
-        raise ValueError(f"palette must hold RGB colors of three numbers from 0 to 255, got {list(color)}")
+        raise ValueError(f"palette must contain RGB colors of three numbers from 0 to 255, got {list(color)}")
     return values  # type: ignore[return-value]

@@ -98,9 +98,9 @@ class PaletteReference:
         if other.any():
             value = int(used[other][0])
             raise UserError(
-                f"{path} has a different palette from {self._example}: value {value} is {mask.palette[value].tolist()} "
-                f"here, and {self._colors[value].tolist()} there. A program may have sorted the palette, which "
-                f"changes the values; save the masks again with one palette. {advice}".rstrip()
+                f"{path} has a different palette from {self._example}: value {value} is "
+                f"{mask.palette[value].tolist()} here, and {self._colors[value].tolist()} there. A program may have "
+                f"sorted the palette, which changes the values. Save all masks with the same palette. {advice}".rstrip()
             )
         if not self._known[used].all():
             self._colors[used] = mask.palette[used]

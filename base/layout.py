@@ -62,8 +62,8 @@ def sizes_differ(image: Path, label: Path, image_size: tuple[int, ...], label_si
     turned = [path for path in (image, label) if _is_turned(path)]
     if label_size[::-1] == image_size and len(turned) == 1:
         text += (
-            f". Only {turned[0].name} is turned by its EXIF orientation, so the mask was made for the image as stored. "
-            "Remove the orientation from that file, or turn the other one"
+            f". Only {turned[0].name} is rotated by its EXIF orientation, so the mask was made for the image as "
+            "stored. Remove the orientation from that file, or rotate the other one"
         )
     return UserError(text)
 

@@ -35,8 +35,8 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1 and gpus > 1:
         if config.trainer.compile:  # replicas of a compiled network lose their parameters
             raise UserError(
-                "trainer.compile: torch cannot run a compiled network on several GPUs from one process; set "
-                f"it to false, or start one process per GPU: torchrun --standalone --nproc_per_node {gpus} ..."
+                "trainer.compile: torch cannot run a compiled network on several GPUs from one process. Set it to "
+                f"false, or start one process per GPU: torchrun --standalone --nproc_per_node {gpus} ..."
             )
         amp = AMP_DTYPES[config.trainer.amp]
         return nn.DataParallel(distributed.Autocast(model, amp), device_ids=list(range(gpus)))

@@ -127,7 +127,8 @@ def nothing_left(state: Mapping[str, Any], config: Config) -> str | None:
     if stopped and not changes_of_score(state["config"], config):
         return (
             f"the run stopped early in epoch {state['epoch']}: {config.trainer.monitor} had not improved in "
-            f"{state['not_improved_count']} validations; train on with --set trainer.early_stop=0, or a larger number"
+            f"{state['not_improved_count']} validations; to continue training, use --set trainer.early_stop=0 or a "
+            "larger number"
         )
     return None
 
@@ -181,8 +182,8 @@ def _restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return own["rng"]
     if distributed.is_main():
         warn(
-            f"the checkpoint contains the random states of {len(state['processes'])} processes, now there "
-            f"are {distributed.world_size()}; the run continues, but with other random numbers"
+            f"the checkpoint contains the random states of {len(state['processes'])} processes, but now there are "
+            f"{distributed.world_size()}; the run continues with other random numbers"
         )
     return None
 

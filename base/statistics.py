@@ -94,7 +94,7 @@ def per_channel(
         raise ValueError(f"std must be above 0, got {list(values)}")
     if not all(0 <= value <= 1 for value in values):
         divided = [round(value / 255, 4) for value in values]
-        hint = f"; divided by 255: {divided}" if min(values) >= 0 and 1 < max(values) <= 255 else ""
+        hint = f"; did you mean {divided} (divided by 255)?" if min(values) >= 0 and 1 < max(values) <= 255 else ""
         raise ValueError(f"{name} must be for intensities in [0, 1], got {list(values)}{hint}")
     return values
 

@@ -153,11 +153,11 @@ BENCHMARKS = {
         Benchmark(
             "rankdice",
             "RankDice",
-            "From a map of probabilities (images x classes x height x width) to one mask per class. Our exact solution "
-            "is compared with package rankseg, and with a plain loop over images and classes that stands in for the "
-            "authors' program. `argmax`, softmax, a sort and one read of the same map are included for scale. The last "
-            "column is the mean loss of expected Dice of the peer's masks compared with the exact ones. "
-            "More: [rankdice.md](rankdice.md).",
+            "The task: turn a map of probabilities (images x classes x height x width) into one mask per class. Our "
+            "exact solution is compared with the package rankseg, and with a plain loop over images and classes "
+            "that stands in for the authors' program. `argmax`, softmax, a sort and one read of the same map are "
+            "included for scale. The last column is the expected Dice that the peer's masks lose on average against "
+            "the exact masks. See [rankdice.md](rankdice.md).",
             rankdice_rows,
             note="expected Dice lost",
             peers=("rankseg",),
@@ -166,38 +166,40 @@ BENCHMARKS = {
         Benchmark(
             "procedures",
             "Presence, label maps, scoring and the fit",
-            "*label map*: from probabilities to one label per pixel, with RankDice for all classes and the decision "
-            "which classes are in the image; against argmax and package rankseg's multiclass form, which do not decide "
-            "this. *test.py*: from images to the scores of one procedure, with a U-Net of width 8; against a plain "
-            "loop with the same network, rankseg's screened RMA for rankdice, and torchmetrics' DiceScore. `all` "
-            "gives all rows of `-p all`; its peer runs the loop for T, max and rankdice. *fit*: temperature, bias, "
-            "presence and threshold, each cross-validated on five folds; against temperature scaling alone, which does "
-            "less. More: [presence.md](presence.md), [testing.md](testing.md).",
+            "*label map*: from probabilities to one label per pixel. Ours runs RankDice for all classes and decides "
+            "which classes are in the image. argmax and rankseg's multiclass form do not decide this. *test.py*: "
+            "from images to the scores of one procedure, with a U-Net of width 8. The peer is a plain loop with the "
+            "same network, rankseg's screened RMA for rankdice, and torchmetrics' DiceScore. `all` gives all rows "
+            "of `-p all`; its peer runs the loop for T, max and rankdice. *fit*: temperature, bias, presence and "
+            "threshold, each cross-validated on five folds. The peer is temperature scaling alone, which does less. "
+            "See [presence.md](presence.md) and [testing.md](testing.md).",
             procedures_rows,
             peers=("rankseg", "torchmetrics"),
         ),
         Benchmark(
             "data",
             "Data pipeline",
-            "One training sample in one thread, as in a loader's worker: scale, rotate, pad, crop to 320 x 320, flip, "
-            "blur. Ours applies a single warp to bytes, and the device normalizes the batch later. The peers apply one "
-            "step after the other and normalize each sample. The table shows ours with and without normalization.",
+            "The task: load one training sample in one thread, as in a loader's worker (scale, rotate, pad, crop to "
+            "320 x 320, flip, blur). Ours applies a single warp to bytes, and the device normalizes the batch "
+            "later. The peers apply one step after the other and normalize each sample. The table shows ours with "
+            "and without normalization.",
             data_rows,
             on_device=False,
         ),
         Benchmark(
             "training",
             "Training",
-            "One iteration on batches prepared in advance. Our trainer includes scores, logs and the check of the "
-            "loss. It is compared with a bare loop without these, and with the published procedure, which runs the "
-            "network a second time for the training scores. More: [scaling.md](scaling.md).",
+            "The task: one iteration on batches prepared in advance. Our trainer also computes scores, writes logs "
+            "and checks the loss. It is compared with a bare loop that does not, and with the published procedure, "
+            "which runs the network a second time for the training scores. See [scaling.md](scaling.md).",
             training_rows,
         ),
         Benchmark(
             "metrics",
             "Scores",
-            "From label maps or masks of a batch to scores. Ours computes every score of the report. The last column "
-            "lists the scores that the peer computes; they were checked to agree. More: [metrics.md](metrics.md).",
+            "The task: compute scores from the label maps or masks of a batch. Ours computes every score of the "
+            "report. The last column lists the scores that the peer computes. The benchmark checks that they agree "
+            "with ours. See [metrics.md](metrics.md).",
             metrics_rows,
             note="scores of the peer",
             peers=("torchmetrics",),
@@ -205,10 +207,10 @@ BENCHMARKS = {
         Benchmark(
             "inference",
             "Inference",
-            "From an image in memory to a label map, over six scales or in tiles with flips. The peer is the method of "
-            "the predecessor with the same network: it resizes with SciPy, runs one tile at a time, and sums in NumPy. "
-            "The last column is the time of the network alone in the predecessor's method. "
-            "More: [inference.md](inference.md).",
+            "The task: compute a label map from an image in memory, over six scales or in tiles with flips. The "
+            "peer is the method of the predecessor with the same network: it resizes with SciPy, runs one tile at a "
+            "time, and sums in NumPy. The last column is the time of the network alone in the predecessor's method. "
+            "See [inference.md](inference.md).",
             inference_rows,
             note="network alone, ms",
             peers=("scipy",),

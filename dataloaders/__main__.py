@@ -22,8 +22,8 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="check the data of a config before training",
-        description="Prints pairs, unpaired files, sizes, label values, pixel share and suggested weight per "
-        "class, mean and std; draws a contact sheet of images as training will see them.",
+        description="Print pairs, unpaired files, sizes, label values, the pixel share and suggested weight of each "
+        "class, mean and std. Draw a contact sheet of images as training will see them.",
     )
     check.add_argument("-c", "--config", default="config.json", help="config file (default: config.json)")
     check.add_argument(
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--samples", type=int, metavar="N", help="read N images and masks, evenly spread; 0: all (default: 500)"
     )
-    check.add_argument("--out", default="data_check.png", help="the contact sheet's file (default: data_check.png)")
+    check.add_argument("--out", default="data_check.png", help="file of the contact sheet (default: data_check.png)")
     add_overrides(check)
     _add_prepare(commands)
     _add_plan(commands)
@@ -45,22 +45,23 @@ def parser() -> argparse.ArgumentParser:
 def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     prepare = commands.add_parser(
         "prepare",
-        help="download a public data set, or convert what a labeling tool exports",
-        description=f"Public data sets ({', '.join(PREPARED)}): downloads with checksums, continues interrupted "
-        "downloads, unpacks; without a network connection it says which files to put where. Exports of labeling tools "
-        f"({', '.join(EXPORTS)}): writes images, masks and classes.txt for the Folder loader, and says what overlaps.",
+        help="download a public data set, or convert the export of a labeling tool",
+        description=f"Public data sets ({', '.join(PREPARED)}): download, verify and unpack. An interrupted download "
+        "continues when the command is run again. Without a network connection, list the files to download and "
+        f"where to put them. Exports of labeling tools ({', '.join(EXPORTS)}): write images, masks and "
+        "classes.txt for the Folder loader, and report overlapping classes.",
     )
     prepare.add_argument("name", choices=(*PREPARED, *EXPORTS), help="the data set, or the format of an export")
-    prepare.add_argument("--dir", required=True, help="folder to write to: the config's data_dir")
+    prepare.add_argument("--dir", required=True, help="folder to write to; use it as data_dir in the config")
 
     exports = prepare.add_argument_group("exports of labeling tools")
     exports.add_argument("--from", dest="source", metavar="PATH", help="the exported file or folder")
-    exports.add_argument("--images", metavar="DIR", help="folder of the images, if they are not with the export")
+    exports.add_argument("--images", metavar="DIR", help="folder of the images, if they are not in the export")
     exports.add_argument(
         "--void",
         action="append",
         metavar="NAME",
-        help="a label whose pixels are ignored; may be repeated (default: void, ignore, unlabeled, ...)",
+        help="ignore the pixels of this label; may be repeated (default: void, ignore, unlabeled, ...)",
     )
     exports.add_argument(
         "--rest",
@@ -70,7 +71,7 @@ def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     exports.add_argument(
         "--order",
         choices=("file", "area"),
-        help="what is drawn over what: later shapes of the file over earlier ones (default), or small over large",
+        help="drawing order: later shapes of the file over earlier ones (default), or small shapes over large ones",
     )
     exports.add_argument("--link", action="store_true", help="link to the images instead of copying them")
 
@@ -80,11 +81,11 @@ def _add_prepare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--partition",
         choices=("CocoStuff164k", "CocoStuff10k"),
         default="CocoStuff164k",
-        help="coco_stuff: which edition (default: CocoStuff164k)",
+        help="coco_stuff: the edition (default: CocoStuff164k)",
     )
     public.add_argument("--mirror", metavar="URL", help="download the archives from this base address instead")
     public.add_argument(
-        "--no-verify", action="store_true", help="do not compare checksums (a mirror with repacked archives)"
+        "--no-verify", action="store_true", help="do not compare checksums (for a mirror with repacked archives)"
     )
     public.add_argument("--delete-archives", action="store_true", help="remove archives after unpacking")
 
@@ -93,13 +94,13 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan = commands.add_parser(
         "plan",
         help="write a first config for a folder of data",
-        description="Looks at images and masks and writes a complete config: loader, classes, crop, batch size, mean "
-        "and std, network, epochs. Comments in it say why.",
+        description="Look at images and masks and write a complete config: loader, classes, crop, batch size, mean "
+        "and std, network, epochs. Comments in it explain the choices.",
     )
     plan.add_argument("--data-dir", required=True, help="folder of the data")
     plan.add_argument("--out", default="plan.json", help="the config to write (default: plan.json)")
-    plan.add_argument("--images", metavar="NAME", help="sub-folder of the images, if it has an unusual name")
-    plan.add_argument("--masks", metavar="NAME", help="sub-folder of the masks")
+    plan.add_argument("--images", metavar="NAME", help="subfolder of the images, if it has an unusual name")
+    plan.add_argument("--masks", metavar="NAME", help="subfolder of the masks, if it has an unusual name")
     plan.add_argument("--classes", metavar="NAMES", help="class names separated by commas, or a file with them")
     plan.add_argument("--force", action="store_true", help="replace the config if it exists")
 

@@ -60,7 +60,7 @@ class Folder(BaseDataSet):
     """
 
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test", "all")
-    label_hint = " If these values stand for classes, give the mask's value of each class as `mask_values`."
+    label_hint = " If these values stand for classes, list the value of each class in `mask_values`."
     layout = """
 data_dir/
   images/<name>.<jpg, png, tif, npy, ...>
@@ -92,7 +92,9 @@ or, split by folders,
         if common.get("classes") is None:
             raise ValueError("classes is missing: Folder needs the names of your classes, in the order of their ids")
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise ValueError(f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on")
+            raise ValueError(
+                f"val_fraction {val_fraction} and test_fraction {test_fraction} leave no images for training"
+            )
         self._images, self._masks, self._suffix = images, masks, mask_suffix
         self._list_file = list_file
         self._fractions = {"val": val_fraction, "test": test_fraction}
@@ -134,9 +136,9 @@ or, split by folders,
         if entries and not chosen:
             key = "test_fraction" if self.split == "test" else "val_fraction"
             raise UserError(
-                f"split {self.split!r} of {len(entries)} samples in {self.data_dir} is empty. Give a larger {key}, a "
-                f"list_file or folders {self._images}/{self.split} and {self._masks}/{self.split} (or drop this loader "
-                "and hold out a part of the training data with train_loader.args.val_split)"
+                f"split {self.split!r} of {len(entries)} samples in {self.data_dir} is empty. Set a larger {key}, a "
+                f"list_file or folders {self._images}/{self.split} and {self._masks}/{self.split} (or drop this "
+                "loader and hold out a part of the training data with train_loader.args.val_split)"
             )
         if len(chosen) < len(entries):
             self.part = f"{len(chosen)} of the {len(entries)} samples in {self.data_dir}"

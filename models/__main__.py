@@ -52,11 +52,13 @@ def line(name: str, args: dict[str, Any], cost: Cost) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(prog="python -m models", description=__doc__)
-    parser.add_argument("models", nargs="*", help=f"which (default: all): {', '.join(MODELS)}")
+    parser.add_argument("models", nargs="*", help=f"models to measure (default: all): {', '.join(MODELS)}")
     parser.add_argument("--size", type=int, default=512, help="height and width of the image (default: 512)")
     parser.add_argument("--classes", type=int, default=21, help="number of classes (default: 21)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
-    parser.add_argument("--repeats", type=int, default=3, help="passes; the fastest counts (default: 3)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="number of forward passes; the fastest one counts (default: 3)"
+    )
     options = parser.parse_args(argv)
     names = [MODELS.canonical(name) for name in options.models] or [n for n in MODELS if n != "External"]
 

@@ -65,12 +65,12 @@ class External(BaseModel):
     ) -> None:
         super().__init__(num_classes, in_channels)
         problems = {
-            'give either factory ("package.module:function") or file ("net.pt2")': (factory is None) == (file is None),
+            'set either factory ("package.module:function") or file ("net.pt2")': (factory is None) == (file is None),
             f'outputs must be "logits" or "probabilities", got {outputs!r}': outputs not in ("logits", "probabilities"),
-            "pretrained takes a section of arguments of the factory; or write pretrained: false": pretrained is True,
-            "args, pretrained and backbone belong to a factory, not to a file": file
+            "pretrained must be a section of arguments of the factory, or false": pretrained is True,
+            "args, pretrained and backbone are for a factory, not for a file": file
             and (args or pretrained or backbone),
-            "resize belongs to a file; leave it out with factory": factory and resize,
+            "resize is for a file; leave it out with factory": factory and resize,
             'freeze_backbone needs the backbone\'s name, such as backbone: "encoder"': freeze_backbone and not backbone,
         }
         for problem, is_so in problems.items():
@@ -85,7 +85,7 @@ class External(BaseModel):
             given = (args or {}) | (pretrained if isinstance(pretrained, dict) else {})
             self.network = _build(self.source, given, numbers)
             if not isinstance(self.network, nn.Module):
-                raise UserError(f"arch.args.factory: {factory} gives {type(self.network).__name__}, not an nn.Module")
+                raise UserError(f"arch.args.factory: {factory} returns {type(self.network).__name__}, not an nn.Module")
         if backbone is not None:
             self.backbone_name = f"network.{backbone}"
             if self.backbone_name not in dict(self.named_modules()):
@@ -114,8 +114,9 @@ class External(BaseModel):
         out = _logits_of(outputs, self.source)
         if out.dim() != 4 or out.shape[1] != self.num_classes:
             raise UserError(
-                f"arch.args: {self.source} gives outputs of shape {tuple(out.shape)}; expected (B, {self.num_classes}, "
-                f"h, w), because the data has {self.num_classes} classes. Give the network this number of classes"
+                f"arch.args: {self.source} returns outputs of shape {tuple(out.shape)}; expected (B, "
+                f"{self.num_classes}, h, w), because the data has {self.num_classes} classes. Give the network this "
+                "number of classes"
             )
         if not self._checked and not out.is_meta and not torch.compiler.is_compiling():
             self._checked = True
@@ -133,12 +134,12 @@ class External(BaseModel):
         sums = self.num_classes == 1 or bool(((out.sum(dim=1) - 1).abs() < _SUM_TOLERANCE).all())
         if self.outputs == "probabilities" and not (inside and sums):
             raise UserError(
-                f"arch.args.outputs: found probabilities, but the outputs of {self.source} are from "
-                f"{out.min().item():.3g} to {out.max().item():.3g}; expected 0 to 1, with the sum 1 at every pixel"
+                f"arch.args.outputs: found probabilities, but the outputs of {self.source} lie between "
+                f"{out.min().item():.3g} and {out.max().item():.3g}; expected 0 to 1, with the sum 1 at every pixel"
             )
         if self.outputs == "logits" and self.num_classes > 1 and inside and sums:
             raise UserError(
-                f"arch.args.outputs: {self.source} gives probabilities (from 0 to 1, with the sum 1 at every pixel), "
+                f"arch.args.outputs: {self.source} returns probabilities (from 0 to 1, with the sum 1 at every pixel), "
                 'not logits; write outputs: "probabilities"'
             )
 
@@ -200,5 +201,5 @@ def _logits_of(outputs: Any, source: str) -> Tensor:
             found = outputs.get("out", outputs.get("logits"))
     if not isinstance(found, Tensor):
         what = f"a mapping with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs)
-        raise UserError(f'arch.args: {source} gives {what}; expected a tensor, a mapping with "out", or .logits')
+        raise UserError(f'arch.args: {source} returns {what}; expected a tensor, a mapping with "out", or .logits')
     return found

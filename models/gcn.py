@@ -187,7 +187,10 @@ class GCN(BaseModel):
         self.output_stride = self.backbone.strides[-1]
         strides = self.backbone.strides
         if use_deconv and any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:], strict=False)):
-            raise ValueError(f"use_deconv needs strides that double; those of {backbone} are {list(strides)}")
+            raise ValueError(
+                "use_deconv needs a backbone whose strides double from stage to stage; those of "
+                f"{backbone} are {list(strides)}"
+            )
         levels = len(strides)
         self.global_convs = nn.ModuleList(
             GlobalConv(channels, num_classes, kernel_size) for channels in self.backbone.channels

@@ -37,8 +37,8 @@ class FileNetwork(nn.Module):
         """Run the network on images (B, C, H, W)."""
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
             raise UserError(
-                f"{self.path} takes images of {self.size[0]} x {self.size[1]} only, got {x.shape[-2]} x {x.shape[-1]}: "
-                "export it with free height and width, or write arch.args.resize: true"
+                f"{self.path} takes images of {self.size[0]} x {self.size[1]} only, got {x.shape[-2]} x "
+                f"{x.shape[-1]}: export it with dynamic height and width, or set arch.args.resize to true"
             )
         try:
             if self.batch is None or self.batch == x.shape[0]:
@@ -55,7 +55,10 @@ class FileNetwork(nn.Module):
         missing = (self.batch or 0) - x.shape[0]
         found = self._on_device(self.run(torch.cat([x, x[:1].expand(missing, -1, -1, -1)])))
         if not isinstance(found, Tensor):
-            raise UserError(f"{self.path} takes batches of {self.batch}; for that its output must be one tensor")
+            raise UserError(
+                f"{self.path} takes batches of {self.batch}; other batch sizes need a network whose "
+                "output is one tensor"
+            )
         return found[: x.shape[0]]
 
     def _on_device(self, outputs: Any) -> Any:

@@ -90,8 +90,8 @@ class SegNet(BaseModel):
         """Return logits (B, num_classes, H, W)."""
         if self.published and min(x.shape[-2:]) < self.output_stride:
             raise ValueError(
-                f"SegNet's published form takes images of at least {self.output_stride} x {self.output_stride}, "
-                f"got {x.shape[-2]} x {x.shape[-1]}"
+                f"SegNet's published form needs images of at least {self.output_stride} x {self.output_stride}, got "
+                f"{x.shape[-2]} x {x.shape[-1]}"
             )
         pooled = []
         for stage in self.backbone.stages:

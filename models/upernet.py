@@ -110,7 +110,7 @@ class UperNet(BaseModel):
         *channels, last = self.backbone.channels
         if published and channels[0] != fpn_out:
             raise ValueError(
-                f"published needs fpn_out equal to the first stage's channels ({channels[0]} for {backbone}), "
+                f"published: true needs fpn_out equal to the first stage's channels ({channels[0]} for {backbone}), "
                 f"got {fpn_out}"
             )
         bins, pyramid_out = ((1, 2, 4, 6), last) if published else ((1, 2, 3, 6), fpn_out)

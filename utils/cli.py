@@ -32,7 +32,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add ``-d``."""
     parser.add_argument(
-        "-d", "--device", metavar="IDS", help="GPUs to use, such as 0 or 0,1, or cpu (default: as the config's n_gpu)"
+        "-d", "--device", metavar="IDS", help="GPUs to use, such as 0 or 0,1, or cpu (default: n_gpu of the config)"
     )
 
 
@@ -41,7 +41,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-code",
         action="store_true",
-        help="let the checkpoint's config name code to run (arch type External); only for files that you trust",
+        help="allow the checkpoint's config to run code (arch type External); only for files that you trust",
     )
 
 

@@ -54,7 +54,9 @@ def main() -> int:
     parser.add_argument("-mo", "--mode", choices=MODES, help="default: predict.mode")
     parser.add_argument("-d", "--device", help="cpu, cuda, or a GPU's number (default: the GPU if there is one)")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to serve at; 0.0.0.0: every one (default: 127.0.0.1)"
+        "--host",
+        default="127.0.0.1",
+        help="address to serve at; 0.0.0.0 lets other machines open the page (default: 127.0.0.1)",
     )
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     args = parser.parse_args()

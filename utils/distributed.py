@@ -125,8 +125,8 @@ def choose_device(n_gpu: int) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
         raise UserError(
-            f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-            "start fewer processes (torchrun --nproc_per_node)"
+            f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; start fewer "
+            "processes (torchrun --nproc_per_node)"
         )
     return torch.device("cuda", local)
 
@@ -135,7 +135,7 @@ def usable_gpus(n_gpu: int) -> int:
     """Return how many of the requested GPUs there are; warn if there are fewer."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if n_gpu > there > 0:  # if there is none, choose_device warns
-        print(f"warning: n_gpu is {n_gpu}, and this machine has {there}; using {there}", file=sys.stderr)
+        print(f"warning: n_gpu is {n_gpu}, but this machine has {there}; using {there}", file=sys.stderr)
     return min(n_gpu, there)
 
 

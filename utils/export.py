@@ -63,8 +63,8 @@ def main() -> int:
     parser.add_argument("-m", "--model", required=True, help="checkpoint, such as saved/.../best_model.pth")
     parser.add_argument("-f", "--format", choices=tuple(SUFFIXES), default="onnx", help="default: onnx")
     parser.add_argument("-o", "--output", help="file to write (default: next to the checkpoint)")
-    parser.add_argument("-c", "--config", help="config to use in place of the one in the checkpoint")
-    parser.add_argument("--logits", action="store_true", help="return logits in place of probabilities")
+    parser.add_argument("-c", "--config", help="config to use instead of the one in the checkpoint")
+    parser.add_argument("--logits", action="store_true", help="return logits instead of probabilities")
     add_overrides(parser)
     add_trust(parser)
     args = parser.parse_args()
@@ -81,7 +81,10 @@ def main() -> int:
     sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB; largest difference to PyTorch {worst:.1e} (on {sizes})")
     if loaded.config.predict.mode != "single":
-        print(f"note: the program sees an image in one view; inference.py uses mode {loaded.config.predict.mode}")
+        print(
+            "note: the exported program processes each image in a single view, but inference.py uses mode "
+            f"{loaded.config.predict.mode}"
+        )
     return 0
 
 

@@ -125,7 +125,7 @@ def unwritable(folder: str | Path) -> str | None:
         pass
     except OSError as error:
         if not isinstance(error, NotADirectoryError | PermissionError):
-            return f"{path} cannot be made ({error.strerror})"  # a name that is too long, links in a circle
+            return f"{path} cannot be created ({error.strerror})"  # a name that is too long, links in a circle
     nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not nearest.is_dir():
         return f"{nearest} is a file, not a folder"

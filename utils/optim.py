@@ -29,7 +29,7 @@ OPTIMIZERS = Registry(
     subclasses_in(torch.optim, Optimizer),
     refused={
         "LBFGS": "it evaluates the loss several times per step; use SGD or AdamW",
-        "SparseAdam": "it needs sparse gradients, which convolutions do not have; use Adam or AdamW",
+        "SparseAdam": "it needs sparse gradients, but convolutions have dense ones; use Adam or AdamW",
     },
     provided=("params",),
 )

@@ -161,7 +161,7 @@ class Arguments(BaseModel):
             allowed = ", ".join(cls.model_fields) or "none"
             return f"{cls.__name__} takes no such argument{did_you_mean(name, cls.model_fields)} Allowed: {allowed}"
         if name not in args:
-            return f"{cls.__name__} needs this argument and the config does not give it"
+            return f"{cls.__name__} needs this argument, but it is missing in the config"
         # JSON cannot contain an instance of a class (a tensor): mention it only if nothing else is expected.
         details = [d for d in details if d["type"] != "is_instance_of" and "isinstance" not in d["msg"]] or details
         return f"found {found(args[name])}; {' or '.join(dict.fromkeys(expected(d) for d in details))}"

@@ -81,6 +81,6 @@ def refuse_foreign(paths: Iterable[Path], folder: Path) -> None:
     if foreign:
         count = "1 file is" if len(foreign) == 1 else f"{len(foreign)} files are"
         raise UserError(
-            f"{folder}: {count} in the way that this program did not write, or that were changed since: "
-            f"{listed(foreign, 3)}; choose another folder, or give --force to replace them"
+            f"{folder}: {count} in the way that this program did not write, or that changed since then: "
+            f"{listed(foreign, 3)}; choose another folder, or pass --force to replace them"
         )

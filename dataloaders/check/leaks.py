@@ -45,11 +45,11 @@ def setup_problems(train: BaseDataLoader, val: BaseDataLoader | None) -> list[st
         found.append('train_loader: every epoch shows the images in the same order; set "shuffle": true in its args')
     if val is not None and val.dataset.augmentation is not None:
         found.append(
-            "val_loader: its images are augmented, so scores are of randomly changed images; remove `augment` from "
-            "its args"
+            "val_loader: its images are augmented, so the scores are for randomly changed images; remove `augment` "
+            "from its args"
         )
     if val is not None and val.batches.shuffle:
-        found.append('val_loader: remove "shuffle", which leaves out images of an incomplete batch')
+        found.append('val_loader: remove "shuffle": it leaves out the images of an incomplete batch')
     return found
 
 
@@ -69,7 +69,7 @@ def shared(loaders: dict[str, BaseDataLoader]) -> list[str]:
 
 def _between(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> Iterator[str]:
     left, right = ([x.dataset.entries[index] for index in x.batches.indices.tolist()] for x in (a, b))
-    advice = "scores on these images do not carry over to new ones"
+    advice = "scores on these images do not show how well the network segments new ones"
     if not left or not right:
         return
     if left[0].image is None or right[0].image is None:
@@ -96,8 +96,8 @@ def _between(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> Iterator[str]
         every = [(entry.name, entry.image) for entry in (*left, *right) if entry.image is not None]
         if neighbors_are_alike([name for name, _ in every], [path for _, path in every]):
             yield (
-                f"{stages}: images that follow each other by name look alike, as frames of a video or slices of a "
-                f"patient do, and are on both sides: {advice}. Keep them together with `group_by`, which python -m "
+                f"{stages}: images with consecutive names look alike, like frames of a video or slices of a "
+                f"patient, and are on both sides: {advice}. Keep them together with `group_by`, which python -m "
                 "dataloaders plan suggests"
             )
 

@@ -129,7 +129,9 @@ def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
         if findings.pixels[-1] > 0.5 * total:
             found.append(f"{findings.pixels[-1] / total:.0%} of all pixels are unlabeled")
         if np.isfinite(findings.std).all() and (findings.std < 0.01).any():
-            found.append("the images hardly vary in brightness: are they 12 or 16 bit data stored without scaling?")
+            found.append(
+                "the brightness of the images hardly varies: are they 12-bit or 16-bit data stored without scaling?"
+            )
         found += [*_unfitting_files(dataset, findings), *_unfitting_normalization(dataset, findings)]
         found += _too_large_a_crop(dataset, findings)
     return found
@@ -140,23 +142,23 @@ def _unfitting_files(dataset: BaseDataSet, findings: Findings) -> list[str]:
     messages = []
     types = sorted({dtype for _, _, dtype in findings.on_disk})
     if dataset.value_limits.limits is not None and len(types) > 1:
-        messages.append(f"value_range applies to all images, and they are of different types: {', '.join(types)}")
+        messages.append(f"value_range applies to all images, but they have different types: {', '.join(types)}")
     for (channels, alpha, dtype), seen in _kinds(findings):
         files, wanted = plural(seen.files, "image"), dataset.in_channels
         if channels == 1 and wanted == 3 and len(findings.on_disk) > 1:
-            messages.append(f"gray among images in color: {files}; gray becomes RGB")
+            messages.append(f"gray images among color images: {files}; they are converted to RGB")
         elif channels == 3 and wanted == 1:
-            messages.append(f"in color, and read as gray (in_channels 1): {files}")
+            messages.append(f"color images, which are converted to gray (in_channels 1): {files}")
         elif channels not in (1, 3) and channels != wanted:
-            messages.append(f"with {channels} channels, but in_channels is {wanted}: {files}")
+            messages.append(f"images with {channels} channels, but in_channels is {wanted}: {files}")
         if alpha and wanted != channels + 1:
-            messages.append(f"with transparency, which is dropped: {files}")
+            messages.append(f"images with transparency, which is dropped: {files}")
         top = seen.largest or (np.iinfo(dtype).max if dtype.startswith(("uint", "int")) else 0)
         if dataset.value_limits.limits is None and top > 255 and 0 < seen.high < top / 3:
             likely = next((2**bits - 1 for bits in (8, 10, 12, 14) if seen.high < 2**bits), round(seen.high))
             messages.append(
-                f"the {dtype} images hold values up to {seen.high:.6g} of {top}, so they are dark: if they have fewer "
-                f'bits, set "value_range": [0, {likely}]'
+                f"the {dtype} images contain values up to {seen.high:.6g} of {top}, so they are dark. If they have "
+                f'fewer bits, set "value_range": [0, {likely}]'
             )
     return messages
 

@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the subcommand; return its exit code."""
     out = expand(args.out)
     if out.exists() and not args.force:
-        raise UserError(f"--out: {out} exists already; give another name, or --force to replace it")
+        raise UserError(f"--out: {out} already exists; choose another name, or pass --force to replace it")
     found = survey(expand(args.data_dir), args.images, args.masks, args.classes)
     name = re.sub(r"\W+", "_", expand(args.data_dir).resolve().name)
     config, reasons = choose(found, name)
@@ -44,9 +44,8 @@ def _heading(found: Survey, out: Path) -> str:
     size = f"{width} x {height}" if len(sizes) == 1 else f"{len(sizes)} sizes, most often {width} x {height}"
     return (
         f"A first config for {found.args['data_dir']}: {plural(len(found.dataset), 'training image')} ({size}), "
-        f"{classes}. Written by python -m dataloaders plan; change what you know "
-        f"better. Check the data with python -m dataloaders check --config {out}, then train with python train.py "
-        f"--config {out}."
+        f"{classes}. Written by python -m dataloaders plan; change what does not fit. Check the data with python -m "
+        f"dataloaders check --config {out}, then train with python train.py --config {out}."
     )
 
 

@@ -58,7 +58,7 @@ def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
     names = found.dataset.facts.label_names
     if len(names) == 2 and not single:
         config["predict"]["CoI"] = [1]
-        reasons["predict", "CoI"] = f"scores are of {names[1]!r}; the background is large and easy"
+        reasons["predict", "CoI"] = f"only {names[1]!r} is scored; the background is large and easy"
     return config, reasons | {
         ("n_gpu",): "a GPU was found" if device == "cuda" else "no GPU was found",
         ("arch",): arch_reason,
@@ -83,13 +83,15 @@ def _loaders(found: Survey, arch: dict[str, Any], crop: int, batch: int) -> tupl
     why["mean"] = f"mean and std are measured on {len(findings.good)} of the images"
     if arch["args"].get("pretrained") == _WEIGHTS:
         mean, std = [_MEAN] * 3, [_STD] * 3
-        why["mean"] = "mean and std are those with which the encoder's weights were trained"
+        why["mean"] = "the encoder was trained with this mean and std"
     shared = found.args | {"mean": mean, "std": std, "num_workers": max(0, min(4, available_cores() - 1))}
     train = shared | found.train | {"batch_size": batch, "shuffle": True, "augment": True, "crop_size": crop}
     one_size = len(findings.sizes) == 1
     train |= {"flip": True, "rotate": True, "scale": [0.75, 1.5] if one_size else [0.5, 2.0]}
-    why["flip"] = "half of the images are mirrored, and each is turned by up to 10 degrees"
-    why["scale"] = "images have one size: objects hardly differ in scale" if one_size else "images differ in size"
+    why["flip"] = "half of the images are mirrored, and each is rotated by up to 10 degrees"
+    why["scale"] = (
+        "all images have the same size, so objects differ little in scale" if one_size else "images differ in size"
+    )
     if rare := _rare(found):
         train["sampler"] = "weighted"
         why["sampler"] = f"{', '.join(rare)}: in fewer than {_RARE:.0%} of the images, so these are shown more often"
@@ -152,13 +154,13 @@ def _loss_reason(found: Survey) -> str:
     labeled = max(1, int(findings.pixels[:-1].sum()))
     names = found.dataset.facts.label_names
     small = [names[i] for i in np.flatnonzero((findings.pixels[:-1] > 0) & (findings.pixels[:-1] < 0.02 * labeled))]
-    text = "its probabilities are calibrated, as rankdice needs them"
+    text = "it gives calibrated probabilities, which rankdice needs"
     if small:
         weights = [round(w, 2) for w in findings.weights]
         text += (
             f". Less than 2% of the pixels: {listed(small, 6)}. If the network misses "
             f'{"it" if len(small) == 1 else "them"}, use {{"type": "CrossEntropyLoss2d", "args": '
-            f'{{"weight": {weights}}}}}; weights distort the probabilities, which the fit at the end of train.py '
-            "corrects in part"
+            f'{{"weight": {weights}}}}}; weights distort the probabilities; the fit at the end of '
+            "training corrects this in part"
         )
     return text

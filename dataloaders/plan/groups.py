@@ -43,22 +43,23 @@ def find_groups(names: Sequence[str], paths: Sequence[Path], share: float) -> Gr
             return Groups(
                 pattern,
                 _enough(names, pattern, share),
-                f"names fall into {len(sizes)} groups by how they begin, such as {min(sizes)!r}: perhaps frames of one "
-                "scene or slices of one patient, so a group is not divided. Remove it if that is not so",
+                f"the names have {len(sizes)} different prefixes, such as {min(sizes)!r}. Images with one prefix "
+                "may be frames of one scene or slices of one patient, so they are not divided. Remove this if they "
+                "are independent",
             )
     if not neighbors_are_alike(names, paths):
         return None
-    alike = "images that follow each other by name look alike, as frames of a video or slices of a patient do"
+    alike = "images with consecutive names look alike, like frames of a video or slices of a patient"
     for pattern, sizes in runs.items():
         if len(sizes) > 2 and max(sizes.values()) <= _LARGEST * count:
-            why = f"{alike}; a group with the same beginning, such as {min(sizes)!r}, is not divided"
+            why = f"{alike}; images with the same prefix, such as {min(sizes)!r}, are not divided"
             return Groups(pattern, _enough(names, pattern, share), why)
     for digits in (4, 3, 2, 1):
         pattern = rf"^(.*?)\d{{0,{digits}}}\D*$"
         sizes = _sizes(pattern, names)
         if _CLEAR <= len(sizes) <= count / 3 and max(sizes.values()) <= count / 3:
             last = "last digit" if digits == 1 else f"last {digits} digits"
-            why = f"{alike}; they are split by blocks: names that are equal up to the {last} stay together"
+            why = f"{alike}; they are split in blocks: names that are equal up to the {last} stay together"
             return Groups(pattern, _enough(names, pattern, share), why)
     return None
 

@@ -126,13 +126,13 @@ def _folder(root: Path, images: str | None, masks: str | None) -> Survey:
     if images is None or masks is None:
         what = "images" if images is None else "masks"
         tree = "\n".join("  " + line for line in found_tree(root))
-        raise UserError(f"--data-dir: no folder of {what} found; name it with --{what}. Found in {root}:\n{tree}")
+        raise UserError(f"--data-dir: no folder of {what} found; pass it with --{what}. Found in {root}:\n{tree}")
     args: dict[str, Any] = {"data_dir": str(root)}
     args |= {name: given for name, given in (("images", images), ("masks", masks)) if given.lower() != name}
     found = Survey("Folder", args, {"loader": f"images in {images}, masks in {masks}"})
     suffix = _mask_suffix(root, images, masks)
     if suffix:
-        found.take("mask_suffix", suffix, "masks are named like their images, with this added")
+        found.take("mask_suffix", suffix, "the masks have the names of their images with this suffix")
     below = [path.name.lower() for path in subfolders(root / images)]
     splits = {SPLIT_OF_FOLDER[key] for level in (*names, below) for key in level if key in SPLIT_OF_FOLDER}
     if "train" in splits:
@@ -217,7 +217,9 @@ def _take_masks(found: Survey, paths: list[Path]) -> None:
             unique, counts = np.unique(plane, return_counts=True)
             values.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
     if lossy:
-        found.take("threshold", 127, "masks have lossy compression (JPEG): gray levels above the middle are the object")
+        found.take(
+            "threshold", 127, "the masks have lossy compression (JPEG); gray levels above the middle are the object"
+        )
         found.args.setdefault("classes", ["background", "object"])
     elif colors:
         _take_colors(found, colors)
@@ -234,16 +236,16 @@ def _take_colors(found: Survey, colors: Counter[tuple[int, int, int]]) -> None:
         return
     if len(colors) > 60:
         raise UserError(
-            f"--data-dir: the masks hold {len(colors)} colors, too many to be classes. Give a file of names and "
+            f"--data-dir: the masks contain {len(colors)} colors, too many to be classes. Pass a file of names and "
             "colors with --classes (lines R G B name)"
         )
     if classes is not None:
         raise UserError(
-            f"--classes: masks are painted in {len(colors)} colors, and the names alone do not say which is which. "
-            "Give a file with lines R G B name"
+            f"--classes: the masks are painted in {len(colors)} colors, and the names do not tell which color is "
+            "which class. Pass a file with lines R G B name"
         )
     ordered = [color for color, _ in colors.most_common()]
-    why = "the colors found in the masks, most frequent first; put names for them into classes"
+    why = "the colors found in the masks, most frequent first; name them in `classes`"
     found.take("palette", [list(color) for color in ordered], why)
     found.args["classes"] = ["#{:02x}{:02x}{:02x}".format(*color) for color in ordered]
 
@@ -253,23 +255,23 @@ def _take_values(found: Survey, values: list[int]) -> None:
     names = None if found.classes is None else len(found.classes.names)
     if values == [0, 255] and names in (None, 1, 2):
         found.args.setdefault("classes", ["background", "object"])
-        found.take("mask_values", [0, 255], "masks hold 0 and 255 only: background and object")
+        found.take("mask_values", [0, 255], "the masks contain only 0 and 255: background and object")
         return
     negative = [value for value in ids if value < 0]
     if negative:
-        found.take("ignore_values", negative, "negative values are taken as not labeled")
+        found.take("ignore_values", negative, "negative values are treated as unlabeled")
         ids = [value for value in ids if value >= 0]
     dense = bool(ids) and ids[-1] < max(names or 0, 2 * len(ids), 8) and ids[-1] < max(names or 256, 2)
     if dense:
         count = names or max(ids[-1] + 1, 2)
         if names is None:
-            why = f"masks hold the values 0 to {count - 1}; put your names here, in this order"
+            why = f"the masks contain the values 0 to {count - 1}; write your class names here, in this order"
             found.take("classes", ["background", "object"] if count == 2 else count, why)
         if 255 in values:
-            found.why["masks"] = "class ids; 255 is not labeled and ignored"
+            found.why["masks"] = "class ids; 255 means unlabeled and is ignored"
         return
     if names is not None and names != len(ids):
-        raise UserError(f"--classes: {names} names, but the masks hold the values {ids[:20]}")
+        raise UserError(f"--classes: {names} names, but the masks contain the values {ids[:20]}")
     found.args.setdefault("classes", [f"value {value}" for value in ids])
     found.take("mask_values", ids, "the values found in the masks, one per class")
 
@@ -290,11 +292,11 @@ def _take_images(found: Survey, paths: list[Path]) -> None:
         finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
         smallest = float(finite.min(initial=0))
         if smallest <= _NO_DATA:
-            found.take("nodata", smallest, "this value means that there is no data; such pixels are ignored")
+            found.take("nodata", smallest, "this value means that there is no data; pixels with it are ignored")
             finite = finite[finite != smallest]
         elif finite.size < array.size:
             found.args.setdefault("nodata", "nan")
-            found.why["nodata"] = "pixels without a number are ignored"
+            found.why["nodata"] = "NaN pixels are ignored"
         floating |= array.dtype.kind == "f"
         narrow |= array.dtype == np.uint8
         top = max(top, raster.largest or (0 if array.dtype.kind == "f" else int(np.iinfo(array.dtype).max)))
@@ -316,14 +318,14 @@ def _take_range(found: Survey, low: float, high: float, top: int, floating: bool
         limits = (0, next((2**bits - 1 for bits in (8, 10, 12, 14) if high < 2**bits), round(high)))
     else:
         return
-    found.take("value_range", list(limits), f"the images hold values from {low:.6g} to {high:.6g}")
+    found.take("value_range", list(limits), f"the images contain values from {low:.6g} to {high:.6g}")
 
 
 def _take_fractions(found: Survey, root: Path, entries: list[Entry]) -> None:
     """Choose how many images are held out, and whether samples form groups."""
     count = len(entries)
     if count < 2:
-        raise UserError(f"--data-dir: {root} holds {count} sample; training and validation need at least one each")
+        raise UserError(f"--data-dir: {root} contains {count} sample; training and validation need at least one each")
     fraction = 0.2 if count < 1000 else 0.1
     share = _take_groups(found, entries, round(max(fraction, 1 / count), 4))
     found.take("val_fraction", share, f"of {count} samples; the same ones in every run")

@@ -21,7 +21,7 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(f"--{option} {kind}, not for {args.name}")
     if args.name in FORMATS:
         if args.source is None:
-            raise UserError(f"--from is missing: the file or folder that was exported as {args.name}")
+            raise UserError(f"--from is missing: pass the file or folder that was exported as {args.name}")
         options = convert.Options(
             images=None if args.images is None else expand(args.images),
             void=tuple(args.void) if args.void else convert.VOID_NAMES,

@@ -63,7 +63,7 @@ def run(kind: str, source: Path, out: Path, options: Options) -> None:
         _run(kind, source, out, options)
         return
     if options.link and options.images is None:
-        raise UserError(f"--link: {source} is an archive; unpack it and give its folder to --from")
+        raise UserError(f"--link: {source} is an archive; unpack it and pass its folder to --from")
     with TemporaryDirectory() as folder, zipfile.ZipFile(source) as archive:
         archive.extractall(folder)
         _run(kind, Path(folder), out, options)
@@ -72,7 +72,7 @@ def run(kind: str, source: Path, out: Path, options: Options) -> None:
 def _run(kind: str, source: Path, out: Path, options: Options) -> None:
     for name in ("images", "masks"):
         if (out / name).exists() and any((out / name).iterdir()):
-            raise UserError(f"--dir: {out / name} already contains files; give an empty folder")
+            raise UserError(f"--dir: {out / name} already contains files; choose an empty folder")
     images = Images(options.images or (source if source.is_dir() else source.parent))
     export = FORMATS[kind](source, images)
     if not export.pictures:
@@ -96,9 +96,9 @@ def class_ids(export: Export, options: Options) -> dict[str, int]:
         behind = [BACKGROUND]
     kept = [*behind, *(name for name in kept if name not in behind)]
     if not kept:
-        raise UserError(f"every label is void: {', '.join(export.classes)}; choose others with --void")
+        raise UserError(f"every label is void ({', '.join(export.classes)}); choose other labels with --void")
     if len(kept) > VOID:
-        raise UserError(f"the export has {len(kept)} classes; masks hold at most {VOID}")
+        raise UserError(f"the export has {len(kept)} classes; masks can contain at most {VOID}")
     return {name: i for i, name in enumerate(kept)} | ids
 
 
@@ -165,8 +165,8 @@ def _mask(picture: Picture, export: Export, classes: dict[str, int], options: Op
     if orientation >= 5 and size == (height, width):
         return np.ascontiguousarray(upright(mask, orientation))
     raise UserError(
-        f"{picture.image} is {width} x {height} (width x height), but its annotations are for {size[0]} x {size[1]}: "
-        "use the images that were labeled"
+        f"{picture.image} is {width} x {height} (width x height), but its annotations are for {size[0]} x "
+        f"{size[1]}; use the images that were labeled"
     )
 
 
@@ -221,7 +221,7 @@ def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list
         what = f" ({', '.join(void)})" if void else ""
         lines.append(f"{VOID:>4} void{what}, ignored: {tally.pixels[VOID] / total:.2%} of the pixels")
     if tally.over:
-        lines.append("overlaps, the first drawn over the second:")
+        lines.append("overlaps (the first class is drawn over the second):")
         lines += [
             f"     {pair[0]} over {pair[1]}: {plural(pixels, 'pixel')} in {plural(tally.over_images[pair], 'image')}"
             for pair, pixels in tally.over.most_common(_SHOWN)
@@ -234,6 +234,6 @@ def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list
         lines.append(f"{plural(tally.vanished, 'shape')} too small to contain the center of a pixel")
     lines += [f"left out: {count} {what}" for what, count in export.left_out.items()]
     if missing:
-        lines.append(f"left out: {plural(len(missing), 'annotated image')}, not found: {listed(missing, 3)}")
+        lines.append(f"left out: {plural(len(missing), 'annotated image')} that were not found: {listed(missing, 3)}")
     lines += ["", f"next: python -m dataloaders plan --data-dir {out} --out config.json"]
     return "\n".join(lines)

@@ -142,8 +142,8 @@ def verify(path: Path, checksum: str | None) -> None:
             digest.update(chunk)
     if digest.hexdigest() != expected:
         raise UserError(
-            f"{path}: {algorithm} is {digest.hexdigest()}, expected {expected}: the file is damaged or not "
-            "the one that the publisher offered; remove it and run the command again"
+            f"{path}: {algorithm} is {digest.hexdigest()}, expected {expected}: the file is damaged or has been "
+            "replaced by the publisher; remove it and run the command again"
         )
 
 
@@ -172,7 +172,7 @@ def _inside(name: str, archive: Path) -> PurePosixPath:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
         raise UserError(
-            f"{archive}: the archive holds {name!r}, which would be written outside the folder; not unpacked"
+            f"{archive}: the archive contains {name!r}, which would be written outside the folder; not unpacked"
         )
     return path
 
@@ -182,7 +182,7 @@ def _unzip(archive: Path, work: Path) -> None:
         for member in progress_bar(file.infolist(), desc=f"unpack {archive.name}", unit="file"):
             target = work / _inside(member.filename, archive)
             if stat.S_ISLNK(member.external_attr >> 16):
-                raise UserError(f"{archive}: the archive holds a link, {member.filename!r}; not unpacked")
+                raise UserError(f"{archive}: the archive contains a link, {member.filename!r}; not unpacked")
             if member.is_dir():
                 target.mkdir(parents=True, exist_ok=True)
                 continue
@@ -200,7 +200,7 @@ def _untar(archive: Path, work: Path) -> None:
                 with file.extractfile(member) as source:  # type: ignore[union-attr]
                     _write(source, target)
             else:
-                raise UserError(f"{archive}: the archive holds a link or device, {member.name!r}; not unpacked")
+                raise UserError(f"{archive}: the archive contains a link or device, {member.name!r}; not unpacked")
         # The checksum of the compression comes after the end mark, at which tarfile stops.
         while file.fileobj.read(CHUNK):  # type: ignore[union-attr]
             pass

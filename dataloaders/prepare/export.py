@@ -52,7 +52,9 @@ class Export:
     def take_classes(self, names: list[str], file: Path) -> None:
         """Set the classes; UserError if an earlier file had others."""
         if self.classes and self.classes != names:
-            raise UserError(f"{file}: its classes are {names}, another file's {self.classes}; they must be the same")
+            raise UserError(
+                f"{file}: its classes are {names}, but those of another file are {self.classes}; they must be the same"
+            )
         self.classes = names
 
 
@@ -93,7 +95,7 @@ class Images:
             inside = [path for path in best if path.is_relative_to(near)]
             best = inside or best
         if len(best) > 1:
-            raise UserError(f"{name!r} could be {best[0]} or {best[1]}; give the folder of the images with --images")
+            raise UserError(f"{name!r} could be {best[0]} or {best[1]}; pass the folder of the images with --images")
         return best[0]
 
 

@@ -93,7 +93,7 @@ def by_hand(recipe: Recipe, downloads: Path) -> str:
         state = "there" if (downloads / archive.filename).exists() else "missing"
         checksum = f"  {archive.checksum.replace(':', ' ')}" if archive.checksum else ""
         lines.append(f"  [{state}] {archive.url or recipe.page + ' -> ' + archive.filename}{checksum}")
-    lines.append(f"put them into {downloads}/ and run the same command again; a mirror can be given with --mirror URL.")
+    lines.append(f"put them into {downloads}/ and run the same command again. --mirror URL downloads from a mirror.")
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ class MaskReader:
                 f"classes has {len(facts.class_names)} names"
             )
         if options.colors and len(set(facts.palette)) < len(facts.palette):
-            raise ValueError("palette must have a different color for each class where masks are painted in it")
+            raise ValueError("palette must have a different color for each class, because the masks are painted in it")
         self.options = options
         self.values = _ValueTable(self.count, options.mask_values, options.ignore_values, facts.ignore_index)
         colors = [(r, g, b) for r, g, b in facts.palette]
@@ -56,8 +56,8 @@ class MaskReader:
         ids = dict.fromkeys(((r, g, b) for r, g, b in options.ignore_colors or ()), facts.ignore_index)
         self._colors = ColorTable(
             ids | {color: i for i, color in enumerate(colors)},
-            f"The palette has {listed(map(list, colors), _SHOWN_COLORS)}: correct `palette` in the loader's args, or "
-            "list colors that are not labeled as `ignore_colors`.",
+            f"The palette has {listed(map(list, colors), _SHOWN_COLORS)}: correct `palette` in the loader's args, "
+            "or list the colors of unlabeled pixels in `ignore_colors`.",
         )
         self._by_color = bool(options.colors)
         self._palettes = PaletteReference()
@@ -109,8 +109,8 @@ class MaskReader:
         is_gray = mask.values.ndim == 2 and mask.palette is None and self.options.colors is None
         if is_gray and mask.values.max(initial=0) < self.count and (mask.values != ids).any():
             raise UserError(
-                f'{path} is gray, other masks are painted in colors: are its numbers class ids? Set `"colors": true` '
-                "if they are gray levels of the palette, else save all masks in the same way"
+                f'{path} is gray, but other masks are painted in colors. Are its numbers class ids? Set `"colors": '
+                "true` if they are gray levels of the palette, else save all masks in the same way"
             )
         return ids
 

@@ -17,12 +17,12 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     top = argparse.ArgumentParser(
         prog="python -m dataloaders.shapes",
-        description="Write scenes of the built-in data set as image and mask files in the layout of Pascal VOC, "
-        "with its lists: three quarters train, the rest val; test has a tenth as many more. The VOC loader reads "
-        'them with "classes": "classes.txt".',
+        description="Write scenes of the built-in data set as image and mask files in the layout of Pascal VOC. "
+        "Three quarters of the N scenes are in the list train, the others in val; test has N/10 further scenes. The "
+        'VOC loader reads them with "classes": "classes.txt".',
     )
-    top.add_argument("--out", required=True, help="folder to write VOCdevkit/VOC2012 and classes.txt below")
-    top.add_argument("--n", type=int, required=True, help="how many scenes in train and val together (2 or more)")
+    top.add_argument("--out", required=True, help="folder that VOCdevkit/VOC2012 and classes.txt are written to")
+    top.add_argument("--n", type=int, required=True, help="number of scenes in train and val together (2 or more)")
     top.add_argument("--size", type=int, default=128, help="side of the scenes in pixels (default: 128)")
     top.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: 0)")
     return top

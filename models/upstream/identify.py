@@ -100,7 +100,7 @@ def infer(
     classes = number_of_classes(kind, weights, rules)
     other = identify(weights)
     if classes is None or (other is not None and other != kind):
-        found = f"they look like a published {other}" if other else f"they begin with {listed(weights, 3)}"
+        found = f"they look like a published {other}" if other else f"their names begin with {listed(weights, 3)}"
         raise UserError(f"the weights are not those of {kind} (arch.type): {found}")
     in_weights: dict[str, Any] = {
         "backbone": backbone_of(weights),

@@ -82,8 +82,8 @@ class Transfer(NamedTuple):
     def text(self) -> str:
         """Return one line per kind, names grouped by the part of the network."""
         kinds = (
-            *("taken", "first layer adapted to the image channels", "classes of the same name taken"),
-            *("start afresh, of another shape in the file", "start afresh, not in the file", "in the file, not used"),
+            *("taken", "first layer, adapted to the image channels", "classes with the same name in both"),
+            *("random: another shape in the file", "random: not in the file", "in the file, not used"),
         )
         return "\n".join(f"    {what}: {_grouped(names)}" for what, names in zip(kinds, self, strict=True) if names)
 

@@ -97,7 +97,7 @@ def test_other_validation_images_are_noticed(tmp_path, capsys) -> None:
 def test_a_class_that_never_occurs_cannot_be_monitored(tmp_path) -> None:
     trainer = make_trainer(tmp_path, monitor="max Class_Dice/car")
     trainer.data.val.labels[trainer.data.val.labels == 2] = 255
-    with pytest.raises(UserError, match="no validation image has the class 'car'.*monitor another score"):
+    with pytest.raises(UserError, match="no validation image has the class 'car'.*Monitor another score"):
         trainer.train()
     assert trainer.epoch == 0, "it is said at the first validation"
     trainer = make_trainer(tmp_path, monitor="max Class_Dice/road")

@@ -162,7 +162,7 @@ def test_last_batch(count: int, options: dict, sizes: list[int], caplog: pytest.
         made = loader(count, **{"batch_size": 4, **options})
     assert [len(b.names) for b in made] == sizes
     assert len(made) == len(sizes)
-    assert ("would hold one image" in caplog.text) == (sizes == [4, 4] and "drop_last" not in options)
+    assert ("would contain only one image" in caplog.text) == (sizes == [4, 4] and "drop_last" not in options)
 
 
 def test_no_batch_at_all_is_an_error() -> None:

@@ -257,7 +257,7 @@ def test_sizes_that_differ_by_exif_orientation_alone(folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(stored(folder, "images", 1)).save(folder / "images" / "s1.png", exif=exif)
-    with pytest.raises(UserError, match=r"Only s1\.png is turned by its EXIF orientation"):
+    with pytest.raises(UserError, match=r"Only s1\.png is rotated by its EXIF orientation"):
         [Tiny(str(folder))[i] for i in range(6)]
     Image.fromarray(stored(folder, "labels", 1)).save(folder / "labels" / "s1.png", exif=exif)
     sample = Tiny(str(folder))[1]
@@ -385,7 +385,7 @@ def test_mean_and_std_are_measured(folder: Path) -> None:
 
 
 def test_mean_of_0_to_255_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"mean must be for intensities in \[0, 1\].*divided by 255: \[0.4824,"):
+    with pytest.raises(ValueError, match=r"mean must be for intensities in \[0, 1\].*did you mean \[0.4824,"):
         Tiny(str(folder), mean=[123, 116, 103])
     with pytest.raises(ValueError, match="std must be"):
         Tiny(str(folder), std=[58, 57, 57])

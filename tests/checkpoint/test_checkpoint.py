@@ -217,7 +217,7 @@ NO_CHECKPOINTS = {
     "text": (b"hello world\n", "it begins with b'hello world"),
     "json": (b'{"name": "run"}\n', "not a checkpoint"),
     "picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a checkpoint"),
-    "web page": (b"<!DOCTYPE html><html>404</html>", "a web page; the download went wrong"),
+    "web page": (b"<!DOCTYPE html><html>404</html>", "a web page, so the download failed"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
     "other zip": (zip_of(a="text"), "not a checkpoint"),
     "first byte": (b"P", "not a checkpoint"),

@@ -238,7 +238,7 @@ def test_files_on_disk_are_described(tmp_path: Path, capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "stored as       1 channel of uint16, " in text
     assert "                3 channels and transparency of uint8, 0 to 255 (1 image)" in text
-    assert "gray among images in color: 4 images" in text
+    assert "gray images among color images: 4 images" in text
     assert "with transparency, which is dropped: 1 image" in text
     assert '"value_range": [0, 4095]' in text
     assert "mean and std do not fit" in text

@@ -101,7 +101,7 @@ def test_frames_of_one_video_on_both_sides(tmp_path: Path) -> None:
         write_png(tmp_path / f"images/f{i}.png", np.ascontiguousarray(scene[:, 3 * i : 3 * i + 32]))
     options: dict[str, Any] = {"val_fraction": 0.25}
     said = messages(loader(tmp_path, **options), loader(tmp_path, "val", **options))
-    assert "train and val: images that follow each other by name look alike" in said
+    assert "train and val: images with consecutive names look alike" in said
     assert "Keep them together with `group_by`" in said
     whole = loader(tmp_path, val_split=0.25)
     assert "look alike" in messages(whole, whole.get_val_loader())

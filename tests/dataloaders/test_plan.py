@@ -83,14 +83,19 @@ def test_a_complete_commented_config(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert np.allclose(args["mean"], every.mean(0), atol=0.01)
     assert np.allclose(args["std"], every.std(0), atol=0.01)
     text = (tmp_path / "mine.json").read_text()
-    for reason in ("masks hold the values 0 to 2", "the shorter side of the images is 40 pixels", "chosen by", "U-Net"):
+    for reason in (
+        "the masks contain the values 0 to 2",
+        "the shorter side of the images is 40 pixels",
+        "chosen by",
+        "U-Net",
+    ):
         assert reason in text, reason
     assert text.count("// ") > 15
     said = capsys.readouterr().out
     assert "next: python -m dataloaders check --config" in said
     assert "  data - images in images, masks in masks\n" in said
     assert said.count("images in images") == 1
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         main(["plan", "--data-dir", str(root), "--out", str(tmp_path / "mine.json")])
     named = plan(root, "--classes", "sky, tree ,road")
     assert named["train_loader"]["args"]["classes"] == ["sky", "tree", "road"]
@@ -203,7 +208,7 @@ def test_frames_of_a_video_are_not_torn_apart(tmp_path: Path, capsys: pytest.Cap
     assert args["group_by"] == r"^(.*?)\d{0,1}\D*$"
     said = " ".join(capsys.readouterr().out.split())
     assert "group_by" in said
-    assert "look alike, as frames of a video or slices of a patient do; they are split by blocks" in said
+    assert "look alike, like frames of a video or slices of a patient; they are split in blocks" in said
     built = dataloaders.build("Folder", **args | {"num_workers": 0})
     blocks = {entry.name[:-1] for entry in built.dataset.entries}
     held_out = {entry.name[:-1] for entry in built.dataset.held_out}

@@ -290,7 +290,7 @@ def test_images_that_resemble_their_neighbors_count_less_for_the_mode(monkeypatc
         monkeypatch.setattr(fitting, "_mean_dice", lambda *_, scores=scores: scores.pop(0))
         changed = fitting._mode(seen, evaluator(scenes), found, PredictOptions(), "max", worth)
         assert changed.get("mode") == mode, worth
-        assert changed["notes"][1].startswith(f"Mode: {mode or 'not tried. That takes 15 independent images.'}")
+        assert changed["notes"][1].startswith(f"Mode: {mode or 'not tried. This needs 15 independent images.'}")
 
 
 CONFIG: dict[str, Any] = {

@@ -217,7 +217,7 @@ def test_gray_levels_of_every_kind(tmp_path: Path, kind: str) -> None:
 
 def test_masks_that_a_threshold_does_not_split_are_refused(tmp_path: Path) -> None:
     write_png(tmp_path / "ids.png", SHAPE.astype(np.uint8))
-    with pytest.raises(UserError, match="only the values 0 and 1: leave `threshold` out"):
+    with pytest.raises(UserError, match="only the values 0 and 1, which are already class ids: leave `threshold` out"):
         read_levels(tmp_path / "ids.png")
     red = np.zeros((12, 17, 3), np.uint8)
     red[SHAPE] = (255, 0, 0)

@@ -561,7 +561,7 @@ def test_the_wrong_number_of_weights_is_told(name):
 
 def test_one_channel_has_no_classes_to_weigh():
     logits, target = batch(1)
-    with pytest.raises(ValueError, match="one channel has nothing to weigh"):
+    with pytest.raises(ValueError, match="one channel has no class weights"):
         build("LovaszHinge", weight=[1.0, 2.0])(logits, target)
 
 

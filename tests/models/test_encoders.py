@@ -182,7 +182,7 @@ def test_without_timm_one_line_names_the_command(monkeypatch: pytest.MonkeyPatch
     [
         ("GCN", {"backbone": "timm:convnext_atoo"}, "did you mean convnext_atto"),
         ("GCN", {"backbone": "timm:mixer_s16_224"}, "one size only"),
-        ("GCN", {"backbone": "timm:vit_tiny_patch16_224", "use_deconv": True}, "strides that double"),
+        ("GCN", {"backbone": "timm:vit_tiny_patch16_224", "use_deconv": True}, "whose strides double"),
         ("DeepLab", {"backbone": "timm:densenet121", "output_stride": 8}, "Leave output_stride out"),
         ("UperNet", {"backbone": f"timm:{LIGHT}", "published": True}, "published"),
         ("PSPNet", {"backbone": f"timm:{LIGHT}", "stem": "deep"}, "its own stem"),

@@ -295,7 +295,7 @@ def test_a_file_of_one_size_takes_batches_apart_and_resizes_if_told(name: str, t
         expected = nn.functional.interpolate(network(x), size=(64, 96), mode="bilinear")
         torch.testing.assert_close(external(file=path)(x), expected, atol=1e-5, rtol=1e-4)
         other = torch.randn(1, 3, 50, 50)
-        with pytest.raises(UserError, match="64 x 96 only, got 50 x 50.*resize: true"):
+        with pytest.raises(UserError, match="64 x 96 only, got 50 x 50.*arch.args.resize to true"):
             external(file=path)(other)
         assert external(file=path, resize=True)(other).shape == (1, 4, 50, 50)
 
@@ -314,7 +314,7 @@ def test_an_exported_network_is_scored_and_used_without_its_code(
     if how == "option":
         with pytest.raises(UserError, match="not trained"):
             run(train.main, "-c", config)
-        with pytest.raises(UserError, match="give the config of its run with --config"):
+        with pytest.raises(UserError, match="pass the config of its run with --config"):
             run(test_script.main, "-r", path)
         with pytest.raises(UserError, match="whole network"):
             run(train.main, "-c", config, "-w", path)

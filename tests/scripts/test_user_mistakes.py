@@ -196,15 +196,15 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
 
 TESTING: dict[str, tuple[list[str], list[str]]] = {
     "no such checkpoint": (["-r", "best.pth"], ["best.pth: there is no such checkpoint file; in that folder: cut.pth"]),
-    "a folder for a checkpoint": (["-r", "."], ["is a folder; in it: cut.pth, ", "; give one of them"]),
-    "a folder without a checkpoint": (["-r", "data"], ["data: is a folder, and no checkpoint is in it"]),
+    "a folder for a checkpoint": (["-r", "."], ["is a folder; it contains cut.pth, ", "; pass one of them"]),
+    "a folder without a checkpoint": (["-r", "data"], ["data: is a folder without a checkpoint"]),
     "the dots of a command": (["-r", "saved/.../best_model.pth"], ['"..." stands for the folder of a run']),
     "not a checkpoint": (["-r", "text.pth"], ["text.pth: not a checkpoint"]),
     "a picture for a checkpoint": (["-r", "data/VOCdevkit/VOC2012/JPEGImages/image0.jpg"], ["not a checkpoint"]),
     "half a checkpoint": (["-r", "cut.pth"], ["truncated (5,000 bytes)"]),
     "a checkpoint that would run code": (["-r", "evil.pth"], ["refused", "posix.system"]),
     "a pickle that would run code": (["-r", "evil_pickle.pth"], ["refused"]),
-    "weights without a config": (["-r", "weights.pth"], ["no config; give the config of its run with --config"]),
+    "weights without a config": (["-r", "weights.pth"], ["no config; pass the config of its run with --config"]),
     "weights for another number of classes": (["-r", "wrong_count.pth"], ["wrong_count.pth: ", "3 classes"]),
     "weights of another width": (["--set", "arch.args.width=4"], ["good.pth: the weights do not fit UNet"]),
     "another arch than the checkpoint's": (

@@ -127,7 +127,7 @@ def config_of(
     stored = state.get("config")
     if stored is not None and not isinstance(stored, Mapping):
         raise UserError(
-            f"{path}: expected its config to be an object, found {type(stored).__name__}; give a config with --config"
+            f"{path}: expected its config to be an object, found {type(stored).__name__}; pass a config with --config"
         )
     if given is not None:
         # A run may have been started with an override of its arch, which then is given again.
@@ -137,9 +137,9 @@ def config_of(
         trust_code = trust_code or "arch" in raw or "network" in state
         if "arch" in raw and own is not None and "network" not in state and not _same_arch(own, raw["arch"], models):
             raise UserError(
-                f"{given}: its arch is {raw['arch']}, the checkpoint {path} has {own}; "
-                "the model of a checkpoint cannot be changed: give the config of that run, repeat the --set that "
-                "changed its arch, or give only the checkpoint, without -c"
+                f"{given}: its arch is {raw['arch']}, but the checkpoint {path} has {own}. The model of a "
+                "checkpoint cannot be changed: pass the config of that run, repeat the --set that changed its "
+                "arch, or leave -c out"
             )
         if own is not None:
             raw["arch"] = own
@@ -147,7 +147,7 @@ def config_of(
         raw, source = dict(stored), f"the config in {path}" + (" with what --set changes" if overrides else "")
     else:
         what = "a network" if "network" in state else "weights alone"
-        raise UserError(f"{path} contains {what} and no config; give the config of its run with --config")
+        raise UserError(f"{path} contains {what} but no config; pass the config of its run with --config")
     _refuse_code(raw.get("arch"), path, trust_code)
     if "facts" not in state:
         raw["arch"] = _without_ignored(raw.get("arch"), models)
@@ -170,8 +170,8 @@ def _refuse_code(arch: Any, path: str | Path, trusted: bool) -> None:
     given: Any = arch.get("args")
     args = given if isinstance(given, Mapping) else {}
     raise UserError(
-        f"{path}: its network is built by code outside this project ({args.get('factory') or args.get('file')}). "
-        "A checkpoint alone must not run code. If you trust it, add --trust-code, or give the config of its run with "
+        f"{path}: its network is built by code outside this project ({args.get('factory') or args.get('file')}). A "
+        "checkpoint alone must not run code. If you trust it, add --trust-code, or pass the config of its run with "
         "--config"
     )
 
@@ -186,7 +186,7 @@ def network_of(config: str | Path | None) -> str:
     args = arch.get("args") if isinstance(arch, Mapping) else None
     file = args.get("file") if isinstance(args, Mapping) else None
     if not isinstance(file, str):
-        raise UserError("give a checkpoint, or a --config with arch.args.file, the file of a network")
+        raise UserError("pass a checkpoint, or a --config with arch.args.file, the file of a network")
     return file
 
 
@@ -306,7 +306,7 @@ def arch_arguments(config: Config, facts: Facts) -> dict[str, Any]:
     if channels != facts.in_channels:
         raise UserError(
             f"arch.args.in_channels: found {channels}, the images have {facts.in_channels} channels "
-            "(train_loader.args.in_channels); give both the same"
+            "(train_loader.args.in_channels); set both to the same number"
         )
     return args if facts.in_channels == 3 else args | {"in_channels": channels}
 
@@ -363,7 +363,7 @@ def _facts_of_config(config: Config, num_classes: int | None = None) -> Facts:
         settings = " ".join(f"--set {field}.args.classes={num_classes}" for field in loaders)
         raise UserError(
             f"its weights have {num_classes} classes, its data set {config.train_loader.type} has "
-            f"{facts.num_classes}; set the number, or a list of names: {settings}; or give the config it was trained "
-            "with (--config)"
+            f"{facts.num_classes}; set the number, or a list of names: {settings}; or pass the config that it was "
+            "trained with (--config)"
         )
     return facts

@@ -45,7 +45,7 @@ def _unusable(tensor: torch.Tensor) -> str | None:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
         return f"a tensor of layout {tensor.layout} and type {tensor.dtype}"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"a tensor of {tensor.numel():,} numbers, of which the file has fewer,"
+        return f"a tensor of {tensor.numel():,} numbers, of which the file contains fewer,"
     return None
 
 

@@ -148,7 +148,7 @@ def _what_is_there(path: Path) -> str:
     found = sorted(p.name for p in folder.glob("*.pth")) if folder.is_dir() else []
     there = listed(found, 8)
     if path.is_dir():
-        return f"is a folder; in it: {there}; give one of them" if found else "is a folder, and no checkpoint is in it"
+        return f"is a folder; it contains {there}; pass one of them" if found else "is a folder without a checkpoint"
     if "..." in path.parts:
         return 'there is no such checkpoint file: "..." stands for the folder of a run, which training prints as "run"'
     early = " (best_model.pth is written by the first validation)" if path.name == "best_model.pth" else ""
@@ -168,7 +168,7 @@ def _check_container(path: Path) -> None:
     if start.startswith(b"version https://git-lfs"):
         what = "this is a Git LFS pointer; fetch the file itself with git lfs pull"
     elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        what = "this is a web page; the download went wrong"
+        what = "this is a web page, so the download failed"
     raise UserError(f"{path}: not a checkpoint: {what}")
 
 
@@ -176,8 +176,8 @@ def _refusal(path: Path, error: Exception) -> str:
     text = str(error)
     if "GLOBAL " not in text:
         return (
-            f"{path}: refused: it is not made of tensors, numbers, text, lists and dicts as torch.save writes them, "
-            "and anything else in such a file may run code; copy or train it again"
+            f"{path}: refused: it contains something other than tensors, numbers, text, lists and dicts written by "
+            "torch.save, which may run code; copy or train it again"
         )
     named = text.split("GLOBAL ")[1].split(" ")[0]
     return (

@@ -121,7 +121,7 @@ def override(raw: Mapping[str, Any], overrides: Sequence[str], source: str = "co
             if not isinstance(inner, dict):
                 where = ".".join(keys[: depth + 1])
                 raise UserError(
-                    f"--set {item}: {where} is {inner!r}, not a section that could hold {keys[depth + 1]!r}"
+                    f"--set {item}: {where} is {inner!r}, not a section that could contain {keys[depth + 1]!r}"
                 )
             section = inner
         section[keys[-1]] = _value(text)

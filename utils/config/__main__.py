@@ -50,7 +50,9 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="check a config as train.py does, and print it with all defaults")
     checker.add_argument("config")
-    checker.add_argument("--no-data", action="store_true", help="check the config alone: its data need not be here")
+    checker.add_argument(
+        "--no-data", action="store_true", help="check only the config; its data may be on another machine"
+    )
     add_overrides(checker)
     commands.add_parser("schema", help="print the JSON Schema of configs")
     args = parser.parse_args()

@@ -46,8 +46,8 @@ def build_loader(build: Callable[..., T], config: Config, stage: str) -> T:
     if component is None:
         also = "so is val_loader, and " if stage == "test" else ""
         raise UserError(
-            f"{stage}_loader: missing, and {also}train_loader holds out no images (val_split); give one in the config, "
-            f"or with --set {stage}_loader.type=NAME --set {stage}_loader.args.data_dir=FOLDER"
+            f"{stage}_loader: missing, and {also}train_loader holds out no images (val_split); add one to the "
+            f"config, or use --set {stage}_loader.type=NAME --set {stage}_loader.args.data_dir=FOLDER"
         )
     with loader_errors(config.loader_field(stage)):
         return build(component.type, seed=config.seed, ignore_index=config.ignore_index, **component.args)

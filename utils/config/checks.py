@@ -95,10 +95,10 @@ def _check_loader(path: str, component: Component, loaders: Registry) -> list[Pr
     dataset = loaders[component.type]
     folder, split = (component.args.get(name) for name in ("data_dir", "split"))
     if isinstance(folder, str) and (why := not_a_folder(folder)):
-        text = f"found {found(folder)}, {why}; fix the path, or give it with --set {path}.args.data_dir=FOLDER"
+        text = f"found {found(folder)}, {why}; fix the path, or pass it with --set {path}.args.data_dir=FOLDER"
         problems.append(Problem(f"{path}.args.data_dir", text))
     if folder is None and getattr(dataset, "layout", None):
-        text = f"{component.type} reads files, and the config does not say where they are"
+        text = f"missing; {component.type} reads its files from there"
         problems.append(Problem(f"{path}.args.data_dir", text))
     splits = getattr(dataset, "splits", ())
     if isinstance(split, str) and splits and split not in splits:
@@ -146,7 +146,7 @@ def names_hint(config: Config, path: str, loaders: Registry | None) -> str:
     if facts is None:
         return ""
     ids = [f"{name} is {i}" for i, name in enumerate(facts.class_names[:_NAMED])]
-    return f"; give class ids, not names: {', '.join(ids)}{', ...' if facts.num_classes > _NAMED else ''}"
+    return f"; use class ids instead of names: {', '.join(ids)}{', ...' if facts.num_classes > _NAMED else ''}"
 
 
 # -- loss, optimizer and schedule ------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def _check_validation_and_folders(config: Config) -> list[Problem]:
     problems = []
     held_out = any(config.train_loader.args.get(name) for name in HOLDS_OUT)
     if config.trainer.val and config.val_loader is None and not held_out:
-        text = "missing, and train_loader.args.val_split is not given; add one, or set trainer.val to false"
+        text = "missing, and train_loader.args.val_split is not set; add one of them, or set trainer.val to false"
         problems.append(Problem("val_loader", text))
     folders = {"trainer.save_dir": config.trainer.save_dir}
     folders |= {"trainer.log_dir": config.trainer.log_dir} if config.trainer.tensorboard else {}

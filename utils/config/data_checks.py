@@ -24,13 +24,13 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
         if other.num_classes != facts.num_classes:
             raise UserError(
                 f"{path}: its data has {other.num_classes} classes ({listed(other.class_names, 4)}), the model "
-                f"{facts.num_classes} ({listed(facts.class_names, 4)}); give both the same args.classes"
+                f"{facts.num_classes} ({listed(facts.class_names, 4)}); use the same args.classes for both"
             )
         different = _first_difference(facts.class_names, other.class_names)
         if different is not None:
             raise UserError(
                 f"{path}: class {different} of its data is {other.class_names[different]!r}, but "
-                f"{facts.class_names[different]!r} for the model; give both the same args.classes in the same order"
+                f"{facts.class_names[different]!r} for the model; use the same args.classes in the same order for both"
             )
         if other.in_channels != facts.in_channels:
             raise UserError(
@@ -40,7 +40,7 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
         if other.ignore_index != facts.ignore_index:
             raise UserError(
                 f"{path}: its data ignores the label {other.ignore_index}, the model ignores "
-                f"{facts.ignore_index}; give the config one ignore_index for both"
+                f"{facts.ignore_index}; set one ignore_index in the config for both"
             )
     for problem in check_classes_of_interest(config, facts):
         raise UserError(str(problem))

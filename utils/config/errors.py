@@ -56,7 +56,7 @@ def _values(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _foreign(value: Any) -> str | None:
     """Return why a value is not allowed in a config, None if it can."""
     if value is RecursionError:
-        return f"more than {_DEEPEST} levels of brackets; a config needs a few"
+        return f"more than {_DEEPEST} levels of brackets; a config needs only a few"
     if isinstance(value, int) and abs(value) >= 10**_DIGITS:
         return f"found a whole number of more than {_DIGITS} digits"
     if value is None or isinstance(value, bool | int | float):
@@ -96,7 +96,7 @@ def _text(path: str, details: Sequence[Any]) -> str:
         known = [] if section is None else list(section.model_fields)
         return f"unknown key{did_you_mean(key, known)} Allowed: {', '.join(known)}"
     if first["type"] == "missing":
-        return "required, and the config does not give it"
+        return "required, but missing in the config"
     # Several, where a value may be of several kinds.
     wanted = " or ".join(dict.fromkeys(_expected(path, detail) for detail in details))
     hint = ""

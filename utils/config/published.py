@@ -68,5 +68,6 @@ def _note_defaults(config: Config) -> None:
         on.append("scale (around each image's own size)")
     if on:
         config.notes.append(
-            f"train_loader: augment turns on {listed(on, 3)}; in pytorch-segmentation, only what the config names is on"
+            f"train_loader: augment turns on {listed(on, 3)}; in pytorch-segmentation, these are off unless the "
+            "config sets them"
         )

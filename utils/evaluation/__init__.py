@@ -323,6 +323,6 @@ def _check_labels(target: Tensor, facts: Facts, names: list[str]) -> None:
         image = int(wrong.flatten(1).any(dim=1).nonzero()[0])
         values = sorted(set(target[image][wrong[image]].tolist()))[:5]
         raise UserError(
-            f"{names[image]}: its labels hold {values}, the model has the classes 0 to {highest} and ignores "
+            f"{names[image]}: its labels contain {values}, but the model has the classes 0 to {highest} and ignores "
             f"{facts.ignore_index}; is this the data set the model was trained on? (classes, ignore_index)"
         )

@@ -210,7 +210,7 @@ def verdict(
     if not images:
         return "No result: no image could be scored."
     if images < FEW_IMAGES:
-        few = f"{images} images are few, test on more"
+        few = f"{images} images are few; test on more"
         doubt = f"{doubt}; {few}" if doubt else few
     said = [f"Not decisive: {doubt}."] if doubt else []
     for kind, names in (
@@ -255,8 +255,8 @@ def _best(
     best = max(undecided, key=lambda name: means[name] if math.isfinite(means[name]) else -1.0)
     d = overall[best]
     return (
-        f"For {kind} keep {BASELINE}: {images} images show no procedure to be better; the best, {best}, has mDice "
-        f"{d.mean:+.4f} against it ({_interval(d)})."
+        f"For {kind} keep {BASELINE}: on {images} images, no procedure is clearly better; the best, {best}, has "
+        f"mDice {d.mean:+.4f} against it ({_interval(d)})."
     )
 
 

@@ -233,7 +233,7 @@ def _mode(
     if not isinstance(evaluator.network, Network):
         return {}  # saved probabilities have one view
     if worth < evidence.FEW:
-        return {"notes": (*found.notes, f"Mode: not tried. That takes {evidence.FEW} independent images.")}
+        return {"notes": (*found.notes, f"Mode: not tried. This needs {evidence.FEW} independent images.")}
     single = replace(evaluator.network, temperature=found.calibration.temperature, bias=found.calibration.bias)
     options = replace(options, threshold=found.threshold, fit=found.presence)
     scores = {
@@ -275,29 +275,30 @@ def _notes(found: Fit, trials: dict[str, Trial], calibrations: Calibrations, pro
     kept = "kept" if found.presence is not None else "not kept" if trial.learned.found else "not fitted"
     yield f"Presence: {kept}. {trial.learned.reason[0].upper()}{trial.learned.reason[1:]}."
     yield (
-        f"Threshold of T: {found.threshold:.2f}. mDice of T {float(trial.before.nanmean()):.4f} before, "
-        f"{float(trial.tuned.nanmean()):.4f} with a fitted one."
+        f"Threshold of T: {found.threshold:.2f}. mDice of T: {float(trial.before.nanmean()):.4f} before, "
+        f"{float(trial.tuned.nanmean()):.4f} with a fitted threshold."
     )
     name = "T" if procedure == "T" else "rankdice"
     before = float((own.before if procedure == "T" else own.pruned).nanmean())
     yield (
-        f"mDice of {name} on held-out images: {before:.4f} as trained, {float(trial.scores(procedure).nanmean()):.4f} "
-        "with what is kept."
+        f"mDice of {name} on held-out images: {before:.4f} without the fit, "
+        f"{float(trial.scores(procedure).nanmean()):.4f} with the values that are kept."
     )
     if own.worth < found.images / 2:
         yield (
-            f"These {found.images} images count as {own.worth:.0f}, because consecutive images are alike. So a fit "
-            "must gain more to be kept."
+            f"These {found.images} images count as {own.worth:.0f}, because consecutive images look alike. A fit "
+            "must therefore gain more to be kept."
         )
     if calibrations.example is not None:
         yield (
-            "Consecutive images are alike, so a fold holds out all images whose names begin alike, such as with "
-            f"{calibrations.example!r}. If they belong together in another way, set group_by of the loader."
+            "Consecutive images look alike, so each fold holds out all images whose names have the same prefix, "
+            f"such as {calibrations.example!r}. If the images must be grouped in another way, set group_by of the "
+            "loader."
         )
     if calibrations.groups == 1:
         yield (
-            "Warning: all validation images belong to one group (group_by), so nothing shows whether a fit carries "
-            "over to other groups. Validate on several groups."
+            "Warning: all validation images belong to one group (group_by), so the fit cannot be tested on other "
+            "groups. Validate on several groups."
         )
     if found.images < presence.FEW_IMAGES:
         yield f"Warning: {found.images} validation images are few. Fit on at least {presence.FEW_IMAGES}."
@@ -307,15 +308,15 @@ def _about_the_calibration(found: Fit, trials: dict[str, Trial], procedure: str)
     """Say which calibration is kept, or why none is."""
     if SCALED not in trials:
         return (
-            "Temperature: not kept, because it reached the end of its range. The network's outputs are not calibrated "
+            "Temperature: not kept, because it reached the end of its range. Either the network's outputs are not "
             "probabilities (was it trained with a proper loss?), or there are too few validation images."
         )
     own, trial = trials[OWN], trials[found.chosen]
     if found.chosen != OWN:
         bias = ", and a bias per class" if found.calibration.bias is not None else ""
         return (
-            f"Temperature: {found.temperature:.4f}{bias}. NLL of held-out images {float(own.nll.nanmean()):.4f} "
-            f"before, {float(trial.nll.nanmean()):.4f} with it."
+            f"Temperature: {found.temperature:.4f}{bias}. NLL of held-out images: {float(own.nll.nanmean()):.4f} "
+            f"before, {float(trial.nll.nanmean()):.4f} with the fit."
         )
     scaled = trials[SCALED]
     if evidence.clear(own.nll - scaled.nll, scaled.worth, smallest=0.0):

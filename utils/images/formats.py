@@ -80,7 +80,7 @@ def decode(data: bytes, path: Path, channels: int = 1) -> Raster:
     if data.startswith(_PNG) and data[24:25] == b"\x10":  # 16 bits
         return _png16(data, path)
     if data.startswith(_JPEG) and _JPEG_12_BIT.search(data, 0, 1 << 16):
-        raise UserError(f"{path} is a JPEG file of 12 bits, which is not supported; convert it to PNG")
+        raise UserError(f"{path} is a 12-bit JPEG file, which is not supported; convert it to PNG")
     return _pillow(data, path)
 
 

@@ -66,12 +66,12 @@ def read_mask(path: str | Path) -> Mask:
     raster = decode(data, path)
     if raster.lossy:
         raise UserError(
-            f"{path} has lossy compression (JPEG or similar), which changes pixel values, so they cannot "
-            "be class ids. Save masks as PNG; for two classes `threshold: 127` in the args of the Folder loader reads "
-            "lossy masks, too"
+            f"{path} has lossy compression (JPEG or similar), which changes pixel values, so they cannot be class "
+            "ids. Save masks as PNG. For two classes, `threshold: 127` in the args of the Folder loader reads "
+            "lossy masks"
         )
     if raster.inverted:
-        raise UserError(f"{path} stores 0 as white, so it is unclear what its numbers mean; save the mask as PNG")
+        raise UserError(f"{path} stores 0 as white, so the meaning of its numbers is unclear; save the mask as PNG")
     array = _without_alpha(raster, path)
     if array.shape[2] == 3:
         if array.dtype != np.uint8:
@@ -114,7 +114,7 @@ def _levels(array: np.ndarray, raster: Raster, path: Path) -> np.ndarray:
     if array.dtype == np.bool_:
         top = 1
     elif array.max(initial=0) == 1 and not raster.lossy:
-        raise UserError(f"{path} contains only the values 0 and 1: leave `threshold` out, they are class ids already")
+        raise UserError(f"{path} contains only the values 0 and 1, which are already class ids: leave `threshold` out")
     else:
         top = raster.largest or np.iinfo(array.dtype).max
         if array.min(initial=0) < 0 or (array.max(initial=0) <= 255 < top and array.any()):

@@ -72,7 +72,7 @@ def decode(data: bytes, path: Path, channels: int) -> Raster:
         raster.lossy = lossy
         return raster
     if tifffile is None:
-        raise _needs_packages(path, "a TIFF file of an uncommon layout")
+        raise _needs_packages(path, "a TIFF file with an uncommon layout")
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             return _by_tifffile(file, path, channels, len(data))
@@ -148,8 +148,9 @@ def _largest_page(pages: Sequence[Any], path: Path) -> Any:
     if abs(largest.imagewidth * first.imagelength / (largest.imagelength * first.imagewidth) - 1) < 0.03:
         return largest
     raise UserError(
-        f"{path} contains pages of different sizes, and the first ({first.imagewidth}x{first.imagelength}) is not the "
-        f"largest ({largest.imagewidth}x{largest.imagelength}, width x height); save the picture as a file of one page"
+        f"{path} contains pages of different sizes, and the first ({first.imagewidth}x{first.imagelength}) is not "
+        f"the largest ({largest.imagewidth}x{largest.imagelength}, width x height); save the picture in a file with "
+        "one page"
     )
 
 

@@ -141,7 +141,7 @@ def _default_limits(stored: np.ndarray, source: str, largest: int | None) -> tup
     high = largest or high
     smallest_found, largest_found = stored.min(initial=0).item(), stored.max(initial=0).item()
     if smallest_found < low - _TOLERANCE or largest_found > high + _TOLERANCE:
-        expected = f"0 to {high}" + (" (floating point is expected in this range)" if stored.dtype.kind == "f" else "")
+        expected = f"0 to {high}" + (" (the range of floating point images)" if stored.dtype.kind == "f" else "")
         raise _does_not_fit(source, stored, smallest_found, largest_found, expected)
     # Black frames are nothing to refuse.
     if stored.dtype.kind in "ui" and 0 < largest_found <= (_BYTE if high <= _WORD else _WORD) < high:

@@ -162,9 +162,12 @@ def summarize(report: Report, outputs: Outputs, mode: str, seconds: float) -> No
         print(f"skipped {plural(len(report.skipped), 'image')} with outputs of this model and these options")
     if report.outdated:
         replaced = plural(report.outdated, "image")
-        print(f"replaced the outputs of {replaced}: of another model, other options or another program")
+        print(f"replaced outputs of another model, other options or another program: {replaced}")
     if report.tiled:
-        print(f"cut {plural(len(report.tiled), 'image')} into tiles, too large for one pass: {listed(report.tiled, 3)}")
+        print(
+            f"cut {plural(len(report.tiled), 'image')} into tiles, because they are too large for one pass: "
+            f"{listed(report.tiled, 3)}"
+        )
     if report.unassigned:
         share = 100 * report.unassigned / report.pixels
         print(f"{share:.1f} % of the pixels are unassigned: no class was chosen for them by {made.procedure}")
@@ -173,7 +176,7 @@ def summarize(report: Report, outputs: Outputs, mode: str, seconds: float) -> No
         print(f"no RankDice mask in {empty}, because {made.why_empty}: {listed(report.empty, 3)}")
     print_table(outputs, report)
     if report.interrupted:
-        print("interrupted: --skip-existing continues where this run stopped")
+        print("interrupted; to continue where this run stopped, use --skip-existing")
     if report.failures:
         print(f"{len(report.failures)} failed:", *report.failures[:_SHOWN], sep="\n  ")
         if len(report.failures) > _SHOWN:

@@ -173,7 +173,7 @@ def _nothing_found(root: Path, wanted: Sequence[str], found: Found) -> str:
         f"--images {printable(root)}: no file with {', '.join(wanted)} in this folder or below; "
         f"there are {there or 'no files at all'}"
         + (" (choose with --extension)" if found.others else "")
-        + (f"; {plural(found.links, 'linked folder')} not followed: give the folder itself" if found.links else "")
+        + (f"; {plural(found.links, 'linked folder')} not followed: pass the folder itself" if found.links else "")
     )
 
 

@@ -57,7 +57,7 @@ class Table:
         """Raise UserError if a file with the table's name is not such a table."""
         if self.path.exists() and not self._is_ours():
             raise UserError(
-                f"{self.path} was not written by this program; choose another folder, or give --force to replace it"
+                f"{self.path} was not written by this program; choose another folder, or pass --force to replace it"
             )
 
     def remove(self) -> None:

@@ -42,7 +42,7 @@ class RegionLoss(SegmentationLoss):
             weights = weights * present
         if self.weight is not None:
             if channels == 1:
-                raise ValueError("weight compares classes with each other; one channel has nothing to weigh")
+                raise ValueError("weight needs several classes; a network with one channel has no class weights")
             weights = weights * weight_for(self.weight, terms, channels)
         return weighted_mean(terms, weights)
 
@@ -79,7 +79,7 @@ class TverskyLoss(RegionLoss):
         self.beta = non_negative("beta", beta)
         self.smooth = non_negative("smooth", smooth)
         if not per_class and (weight is not None or classes != "all"):
-            raise ValueError("weight and classes choose among classes; they need per_class = true")
+            raise ValueError("weight and classes need per_class = true")
         self.per_class = per_class
         self.per_image = per_image
 

@@ -35,8 +35,8 @@ SCHEDULERS = Registry(
     "scheduler",
     {"Poly": Poly, "OneCycle": OneCycle, **CONSTRUCTORS},
     refused={
-        "ReduceLROnPlateau": "it waits for a metric to stall, while schedules here are functions of the step, "
-        "known before the run; use Poly, OneCycle or CosineAnnealingLR"
+        "ReduceLROnPlateau": "it depends on a score, but a schedule here must be a function of the step; use Poly, "
+        "OneCycle or CosineAnnealingLR"
     },
     provided=("optimizer", "total_steps", "last_epoch"),
 )

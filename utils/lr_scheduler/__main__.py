@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m utils.lr_scheduler",
         description="Draw the learning rate and the momentum over the run that a config describes.",
     )
-    parser.add_argument("-c", "--config", required=True, help="the run's config")
+    parser.add_argument("-c", "--config", required=True, help="the config of the run")
     parser.add_argument("-o", "--out", default="lr.png", help="the picture to write (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="use this number instead of the config's trainer.epochs")
     parser.add_argument("--iters-per-epoch", type=int, help="batches per epoch (default: count the training data)")

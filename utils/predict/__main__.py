@@ -49,18 +49,23 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--probs", metavar="FOLDER", required=True, help="the saved probabilities")
-    add("-p", "--predict", choices=(*PROCEDURES, "all"), help="prediction procedure; all: score every one")
-    add("-o", "--output", metavar="FOLDER", help="where masks and scores go (default: masks/PROCEDURE in the folder)")
+    add("-p", "--predict", choices=(*PROCEDURES, "all"), help="prediction procedure; 'all' scores every procedure")
+    add(
+        "-o",
+        "--output",
+        metavar="FOLDER",
+        help="folder for masks and scores (default: masks/PROCEDURE in the folder of --probs)",
+    )
     add("--details", action="store_true", help="with -p all, print all scores of all procedures")
-    add("--labels", metavar="DIR", help="score against label files of the same names; writes no masks")
+    add("--labels", metavar="DIR", help="score against label files of the same names, and write no masks")
     add("--fit", metavar="FILE", help="fit temperature, threshold and presence on the labels and write them to a file")
-    add("--use", metavar="FILE", help="apply what --fit wrote")
+    add("--use", metavar="FILE", help="apply a fit that --fit wrote")
     add("--class-names", nargs="+", metavar="NAME", help="class names for plain files, in the order of their channels")
     add("--coi", nargs="+", type=int, metavar="ID", help="classes of interest: those in the mean scores (default: all)")
     add("--ignore-index", type=int, default=255, help="label that is ignored, for plain files (default: 255)")
     add("--masks", action="store_true", help="also write the overlapping masks of T and rankdice, one PNG per class")
     add("--force", action="store_true", help="replace files in the output folder that this program did not write")
-    add("-d", "--device", default="cpu", help="default: cpu; on the device of the run, the masks are those of the run")
+    add("-d", "--device", default="cpu", help="default: cpu; use the device of the run to get exactly its masks")
     options = parser.add_argument_group(
         "options of the procedures (default: those of the run)", argument_default=argparse.SUPPRESS
     ).add_argument
@@ -76,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     if args.fit and (not args.labels or args.use):
         parser.error("--fit needs --labels, and cannot be combined with --use")
     if args.predict == "all" and not args.labels:
-        parser.error("-p all scores every procedure: give --labels, or one procedure")
+        parser.error("-p all scores every procedure: add --labels, or name one procedure")
     return args
 
 
@@ -136,7 +141,7 @@ def prepare(args: argparse.Namespace) -> Job:
         fields |= fitted(expand(args.use), facts.num_classes)
     fields |= {name: getattr(args, name) for name in ("threshold", "presence") if name in args}
     if fields["presence"] == "fitted" and fields["presence_fit"] is None:
-        raise UserError("--presence fitted: nothing was fitted; give --use with a file that --fit wrote")
+        raise UserError("--presence fitted: there is no fit; pass a file that --fit wrote with --use")
     ranking = {name: getattr(args, name, of_run[name]) for name in ("solver", "metric", "smooth", "prune")}
     classes = "all" if of_run["classes"] is None else list(of_run["classes"])
     try:

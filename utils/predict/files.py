@@ -130,7 +130,7 @@ def prepare_folder(folder: Path, index: Index, force: bool = False) -> None:
         if (earlier.run, earlier.data) != (index.run, index.data):
             other = f"{earlier.checkpoint} {earlier.data}".strip()
             raise UserError(
-                f"{folder}: contains the probabilities of another run ({other}); choose another folder, or give "
+                f"{folder}: contains the probabilities of another run ({other}); choose another folder, or pass "
                 "--force to remove them"
             )
     there = sorted(path for path in folder.rglob("*.npz") if not path.name.startswith("."))

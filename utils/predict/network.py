@@ -148,7 +148,7 @@ class Ensemble:
                 expected, found = getattr(first.facts, name), getattr(other.facts, name)
                 if expected != found:
                     raise UserError(
-                        f"the models of an ensemble must agree in {name}: the first has {expected}, another {found}"
+                        f"the models of an ensemble must agree in {name}: the first has {expected}, another has {found}"
                     )
 
     @property
@@ -229,9 +229,8 @@ def check_finite(probs: Tensor, names: Sequence[str] = ()) -> Tensor:
     if bad.any():
         name = f"{names[int(bad.nonzero()[0])]}: " if names else ""
         raise UserError(
-            f"{name}the network's probabilities are not finite (NaN or infinity). Either the image contains "
-            "such values, or the weights do (the training diverged), or half precision overflows (try trainer.amp "
-            "bf16 or off)"
+            f"{name}the network's probabilities are not finite (NaN or infinity). Either the image or the weights "
+            "contain such values (the training diverged), or half precision overflows (try trainer.amp bf16 or off)"
         )
     return probs
 

@@ -186,7 +186,7 @@ class Decider:
         if not self.by_pixel and self.options.solver not in ("exact", "rma"):
             raise UserError(
                 f"solver {self.options.solver!r} needs the probabilities of the whole {width} x {height} image in "
-                f"memory ({4 * classes * height * width / 2**30:.1f} GiB); use the solver 'exact', or allow the memory"
+                f"memory ({4 * classes * height * width / 2**30:.1f} GiB); use the solver 'exact', or allow more memory (--memory)"
             )
 
     def _by_pixel(self, pieces: Iterable[tuple[int, int, Tensor]], shape: tuple[int, int, int]) -> np.ndarray:

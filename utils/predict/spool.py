@@ -50,7 +50,8 @@ class Spool:
         if needed > free:
             raise UserError(
                 f"the probabilities of a {width} x {height} image take {needed / 2**30:.1f} GiB of temporary space, "
-                f"and {folder} has {free / 2**30:.1f} GiB free; point TMPDIR to a larger disk, or use --predict max"
+                f"and {folder} has {free / 2**30:.1f} GiB free; set TMPDIR to a folder on a larger disk, or use "
+                "--predict max"
             )
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
         weakref.finalize(self, self._file.close)

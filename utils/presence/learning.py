@@ -97,7 +97,7 @@ def learn(
     fitted, worth = rows.mean_scores(chosen), independent_images(highest, scores, present)
     gains = fitted - pruned
     outcome = (
-        f"on images it has not seen, a fit scores {float(fitted.nanmean()):.4f} and pruning scores "
+        f"on held-out images, a fit scores {float(fitted.nanmean()):.4f} and pruning scores "
         f"{float(pruned.nanmean()):.4f} (standard error of the difference "
         f"{evidence.standard_error(gains, worth):.4f})"
     )

@@ -78,12 +78,12 @@ def results(
     procedures = {name: _scores(name, outcome, names) for name in outcome.metrics}
     protocol = _protocol(outcome, config, loaded, dataset) | {
         "views": views,
-        "fitted": fitted or "nothing: temperature, threshold and presence are those of the config",
+        "fitted": fitted or "no fit: temperature, threshold and presence are those of the config",
         "images_per_class_mean": _images_per_class(procedures),
         "test_loss": UNTEMPERED if config.predict.temperature != 1 and views.startswith(ONE_VIEW) else None,
     }
     if fitted and protocol["note"]:
-        protocol["note"] += ", also those of what was fitted on them"
+        protocol["note"] += ", also those of the values that were fitted on them"
     content: dict[str, Any] = {"protocol": protocol, "procedures": procedures}
     found = compare(outcome.metrics, names, protocol["deployed"], protocol["note"])
     if found is not None:
@@ -130,7 +130,7 @@ def advice(scores: Mapping[str, Any], images: int, fitted: bool = False) -> str 
         return None
     how = "overconfident" if expected > measured else "underconfident"
     remedy = (
-        "These images differ from the validation images that it was fitted on, or those were too few. Add images like "
+        "Either these images differ from the validation images of the fit, or those were too few. Add images like "
         f"these to the validation data and repeat the fit: {FIT_COMMAND}."
         if fitted
         else f"Calibrate it on validation data with {FIT_COMMAND}, then test the new checkpoint."
@@ -199,7 +199,9 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
         "part": f"{part}; for all of them: --set test_loader.args.split=all" if part else None,
         "note": optimism(config),
         "images": outcome.images,
-        "resolution": f"shorter side to {min(crop)}, center crop {crop[0]} x {crop[1]}" if crop else "whole images",
+        "resolution": f"shorter side rescaled to {min(crop)}, center crop {crop[0]} x {crop[1]}"
+        if crop
+        else "whole images",
         "image_sizes": _sizes(outcome.sizes),
         "scores": "per image and class, mean over classes, then over images (RankSEG paper, Appendix A); "
         "Dataset_*: counts of all images added up first",

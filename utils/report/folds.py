@@ -49,14 +49,14 @@ def check(folds: Sequence[Fold]) -> None:
             if name in seen:
                 twice = fold.held_out & next(other.held_out for other in folds if other.checkpoint == seen[name])
                 raise UserError(
-                    f"--folds: {seen[name]} and {fold.checkpoint} both held out {_images(twice)}; give one checkpoint "
-                    "of each fold"
+                    f"--folds: {seen[name]} and {fold.checkpoint} both held out {_images(twice)}; pass one "
+                    "checkpoint of each fold"
                 )
             seen[name] = fold.checkpoint
     if missing := every - seen.keys():
         raise UserError(
-            f"--folds: none of the {len(folds)} checkpoints held out {_images(missing)}; give the checkpoints of all "
-            "folds of one val_fold [k, n], k from 0 to n - 1"
+            f"--folds: none of the {len(folds)} checkpoints held out {_images(missing)}; pass the checkpoints of "
+            "all folds: one val_fold [k, n] for each k from 0 to n - 1"
         )
 
 
@@ -73,8 +73,8 @@ def check_models(models: Sequence[LoadedModel]) -> None:
             values = [getattr(model.config.predict, field) for model in (first, other)]
             if values[0] != values[1]:
                 raise UserError(
-                    f"--folds: predict.{field} is {values[0]} in {first.path} and {values[1]} in {other.path}; give it "
-                    f"for all of them with --set predict.{field}=..."
+                    f"--folds: predict.{field} is {values[0]} in {first.path} and {values[1]} in {other.path}; set "
+                    f"it for all of them with --set predict.{field}=..."
                 )
 
 

@@ -133,7 +133,8 @@ def _comparison(
     notes = [f"{name}: {what}" for name, what in EXPLAINED.items() if name in procedures]
     notes += [f"{name}: the same scores as {other}" for name, other in same.items()]
     notes.append(
-        "PixelAcc: each class of each pixel counts, in or out, so it is high for any network (docs/metrics.md)"
+        "PixelAcc counts for each class whether a pixel is correctly inside or outside it, so it is high for any "
+        "network (docs/metrics.md)"
     )
     notes.append(f"inference.py uses {protocol['deployed']}, by predict.test of the config")
     return "\n".join([_title("Comparison") + tables.plain(header, rows, INDENT, WIDTH), *map(wrapped, notes)])

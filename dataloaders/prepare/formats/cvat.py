@@ -24,7 +24,7 @@ def read(source: Path, images: Images) -> Export:
         return _masks(source, images)
     files = [source] if source.is_file() else sorted(source.rglob("*.xml"))
     if not files:
-        raise UserError(f"{source}: there is neither annotations.xml nor labelmap.txt, as CVAT exports them")
+        raise UserError(f"{source}: found neither annotations.xml nor labelmap.txt; expected an export of CVAT")
     export = Export()
     for file in files:
         with format_errors(file, "an XML file as CVAT writes it"):
@@ -85,7 +85,7 @@ def _render(element: ElementTree.Element, left_out: Counter[str]) -> shapes.Rend
 def _masks(source: Path, images: Images) -> Export:
     classes = read_classes(source / "labelmap.txt")
     if classes.palette is None:
-        raise UserError(f"{source / 'labelmap.txt'} gives no colors, as CVAT's does (name:R,G,B::)")
+        raise UserError(f"{source / 'labelmap.txt'} contains no colors; expected the format of CVAT (name:R,G,B::)")
     folder = source / "SegmentationClass"
     if not folder.is_dir():
         raise UserError(f"{source}: there is no folder SegmentationClass")
@@ -114,5 +114,5 @@ def _ids(path: Path, table: ColorTable, count: int) -> np.ndarray:
     if mask.values.ndim == 3 or mask.palette is not None:
         return table.decode(mask.colors(), path)
     if mask.values.max(initial=0) >= count:
-        raise UserError(f"{path} holds value {mask.values.max()}, but labelmap.txt has {count} lines")
+        raise UserError(f"{path} contains the value {mask.values.max()}, but labelmap.txt has {count} lines")
     return mask.values  # CVAT: gray masks hold the number of the line

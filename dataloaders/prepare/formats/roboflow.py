@@ -41,5 +41,5 @@ def read(source: Path, images: Images) -> Export:
 def _ids(path: Path, count: int) -> np.ndarray:
     label = read_label(path)
     if label.max(initial=0) >= count:
-        raise UserError(f"{path} holds value {label.max()}, but {_CLASSES} has the values 0 to {count - 1}")
+        raise UserError(f"{path} contains the value {label.max()}, but {_CLASSES} has the values 0 to {count - 1}")
     return label

@@ -44,7 +44,7 @@ def _shape(line: str, names: list[str], where: str) -> Shape:
     except ValueError:
         raise UserError(f"{where}: expected a class and coordinates, found {line[:60]!r}") from None
     if len(values) == 4:
-        raise UserError(f"{where} is a box, not a polygon: boxes do not outline objects. Export segmentation labels")
+        raise UserError(f"{where} is a box, not a polygon; export segmentation labels")
     if len(values) < 6 or len(values) % 2:
         raise UserError(f"{where}: a polygon needs at least three points, found {len(values)} numbers")
     if number != int(number) or not 0 <= number < len(names):
@@ -67,4 +67,4 @@ def _names(source: Path, root: Path) -> list[str]:
         names = yaml.safe_load(files[0].read_text(encoding="utf-8"))["names"]
         return [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{files[0]}: it does not hold the names of the classes (names: [...]): {error}") from None
+        raise UserError(f"{files[0]}: it does not contain the class names (names: [...]): {error}") from None
