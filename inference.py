@@ -2,7 +2,7 @@
 
     python inference.py -m saved/.../best_model.pth -i photos -o masks
 
-Masks are palette PNG files with the class ids, in the size of the images. See docs/inference.md.
+Masks are palette PNG files with the class ids, of the same size as the images. See docs/inference.md.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parse_arguments()  # the import below takes seconds: --help and wrong options do not wait for it
+    parse_arguments()  # the import below takes seconds; --help and wrong options must not wait for it
     share_cores()
     end_quietly()
 

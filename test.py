@@ -1,9 +1,9 @@
 """Score a checkpoint: ``python test.py -r saved/.../best_model.pth -p rankdice`` (or ``T``, ``max``, ``all``).
 
-The config comes from the checkpoint, unless one is given. One forward pass serves all procedures; scores go to the
-screen, to ``results.json`` and to one CSV with the scores of each image, and with ``-p all`` to ``report.html``.
-``--fit`` fits temperature, presence and threshold on the validation data and writes a checkpoint that uses what helps.
-See docs/testing.md.
+The config comes from the checkpoint, unless ``-c`` is given. All procedures share one forward pass. The scores are
+printed and written to ``results.json`` and ``per_image.csv``, and with ``-p all`` to ``report.html``. ``--fit`` fits
+temperature, presence and threshold on the validation data and writes a checkpoint with the values that help. See
+docs/testing.md.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 if __name__ == "__main__":
-    parse_arguments()  # the imports below take seconds: --help and wrong options do not wait for them
+    parse_arguments()  # the imports below take seconds; --help and wrong options must not wait for them
     share_cores()
     end_quietly()
 
@@ -158,7 +158,7 @@ def main() -> int:
 
 
 def results_folder(args: argparse.Namespace, config: Config) -> Path:
-    """Return the folder of the results: without ``-o`` another one for each checkpoint of a folder.
+    """Return the folder of the results; without ``-o``, each checkpoint in a folder has a different one.
 
     ``--fit`` writes next to the checkpoint.
     """
@@ -170,7 +170,7 @@ def results_folder(args: argparse.Namespace, config: Config) -> Path:
     folder = path.parent
     if config.tester.out_dir:
         chosen = expand(config.tester.out_dir)
-        # A checkpoint from somebody else must not choose where its user's files are written.
+        # A checkpoint from somebody else must not choose where files are written.
         asked = args.config or any(item.startswith(("tester.out_dir=", "tester=")) for item in args.set)
         if asked or chosen.resolve().is_relative_to(folder.resolve()):
             folder = chosen
@@ -205,7 +205,7 @@ def prepare(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedMo
     loader = building.build_loader(dataloaders.build, config, "test")
     data_checks.check_facts(config, facts, {"test_loader": Facts.of(loader.dataset)})
     loss = building.build_loss(config, loader.dataset, facts.ignore_index).to(device)
-    # What is written is what is scored: inference.py takes the views of predict.mode, too.
+    # inference.py also uses the views of predict.mode, so its outputs are what is scored here.
     views = args.tta or (["multiscale"] if config.predict.mode == "multiscale" else [])
     network = loaded.network(device, scales=SCALES if "multiscale" in views else (1.0,), flip="flip" in views)
     options = PredictOptions.from_config(config.predict)

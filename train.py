@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    parse_arguments()  # the imports below take seconds: --help and wrong options do not wait for them
+    parse_arguments()  # the imports below take seconds; --help and wrong options must not wait for them
     share_cores()
     end_quietly()
 
@@ -118,7 +118,7 @@ def is_over(resumed: Resumed, config: Config) -> bool:
 
 
 def build_data(config: Config, resumed: Resumed | None) -> Data:
-    """Build the loaders that the config names, and warn about what makes training worthless.
+    """Build the loaders that the config names, and warn about mistakes that make training useless.
 
     A resumed run keeps the mean and std that it measured.
     """

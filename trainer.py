@@ -92,7 +92,8 @@ class Trainer(BaseTrainer):
     def _check_loss(self, loss: _Pending, batch: Batch, images: Tensor, completes_step: bool) -> None:
         """Stop the run if the loss is not finite, before the loss changes the weights.
 
-        When the batch completes an optimizer step, all processes stop together, and learn whether one should stop.
+        When the batch completes an optimizer step, the processes also exchange whether one of them should stop, and
+        then all stop together.
         """
         value = loss.value()
         bad = not math.isfinite(value)

@@ -36,7 +36,7 @@ CHECKED_AT_START = 4  # label maps that are read when the data set is opened
 class BaseDataSet(Statistics, Dataset[Any]):
     """A list of (image, label) pairs with class facts and augmentation.
 
-    A subclass sets its facts as class attributes and implements ``samples()``. If its label files do not hold class
+    A subclass sets its facts as class attributes and implements ``samples()``. If its label files do not contain class
     ids, it also overrides ``load_label``, or sets ``self.lut`` before it calls ``super().__init__``. Its constructor
     takes its own arguments as annotated keyword-only parameters and passes the others (``**common``) on to this one.
 
@@ -80,7 +80,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
     ignore_index: int = 255
     in_channels: int = 3
     splits: ClassVar[tuple[str, ...]] = ("train", "val")
-    void_label: int | None = 255  # means "not labeled" in what load_label returns; it becomes ignore_index
+    void_label: int | None = 255  # the value of load_label that means "not labeled"; it becomes ignore_index
     layout: str = ""  # the expected folders and files below data_dir, for messages
     lut: np.ndarray | None = None  # table from stored label to class id or ignore index
     label_hint: str = ""  # added to the message about label values that are not a class
@@ -358,7 +358,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
     def for_validation(self, whole: bool = False) -> BaseDataSet:
         """Return this data set without augmentation; center-cropped if there is a crop_size, unless ``whole``.
 
-        If ``samples()`` held samples out, the returned data set has these, else the same samples.
+        If ``samples()`` held out samples, the returned data set contains these, otherwise the same samples.
         """
         other = copy.copy(self)
         other.augmentation, other.replace_broken = None, False

@@ -15,7 +15,7 @@ Outputs = Tensor | dict[str, Tensor]
 def resize_to(x: Tensor, like: Tensor | tuple[int, int], align_corners: bool = False) -> Tensor:
     """Resize ``x`` (B, C, h, w) bilinearly to the height and width of ``like`` (a tensor, or (H, W)).
 
-    A map that has the size already is returned as it is.
+    A map that already has this size is returned as it is.
     """
     size = tuple(like.shape[-2:]) if isinstance(like, Tensor) else tuple(like)
     if tuple(x.shape[-2:]) == size:
@@ -26,13 +26,13 @@ def resize_to(x: Tensor, like: Tensor | tuple[int, int], align_corners: bool = F
 class BaseModel(nn.Module):
     """Base of all segmentation networks.
 
-    A subclass builds its parts in ``__init__``, calls :meth:`freeze` last, and implements :meth:`logits`.
-    Everything that carries pretrained weights lives in ``self.backbone``; all the rest is "decoder".
+    A subclass builds its parts in ``__init__``, calls :meth:`freeze` last, and implements :meth:`logits`. Everything
+    with pretrained weights is in ``self.backbone``; the rest is the "decoder".
 
     Args (subclasses describe only what differs; the last three are arguments of most of them):
         num_classes: output channels; 1 means one sigmoid channel.
         in_channels: channels of the images.
-        published: whether to reproduce the published code where it departs from the paper (see each model).
+        published: whether to reproduce the predecessors' code where it differs from the paper (see each model).
         pretrained: ImageNet weights for the backbone: true (torchvision's or timm's), false, or a file's path.
         freeze_bn: BatchNorm keeps its running statistics.
         freeze_backbone: only the decoder is trained.
@@ -55,7 +55,7 @@ class BaseModel(nn.Module):
 
     #: An entry of the state dict that only ``published=True`` has ("": there is none, or no such form).
     published_entry: ClassVar[str] = ""
-    #: Where the weights came from, for the banner; "": they are random, or the backbone knows.
+    #: Where the weights came from, for the banner; "": they are random, or the backbone has this information.
     weights_from: str = ""
 
     backbone: nn.Module
@@ -85,8 +85,8 @@ class BaseModel(nn.Module):
         In training, networks with an auxiliary head return ``{"out": logits, "aux": logits}`` of that shape.
 
         Raises:
-            ValueError: the images have another number of channels or a size the network cannot take, or a
-                single one is too small for training with BatchNorm.
+            ValueError: the images have a wrong number of channels or a size that the network does not support, or a
+                batch of one image is too small for training with BatchNorm.
         """
         self._check_input(x)
         try:

@@ -54,7 +54,7 @@ class Data:
 
 @dataclass(frozen=True)
 class _Point:
-    """The state that a batch changes besides the weights, as it was between two optimizer steps."""
+    """The state besides the weights that a batch changes, as it was between two optimizer steps."""
 
     batch: int
     iteration: int

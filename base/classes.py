@@ -34,8 +34,8 @@ class Classes(NamedTuple):
 def read_classes(path: str | Path) -> Classes:
     """Read a class file.
 
-    Any of: one name a line; ``R G B name`` a line; a CSV file with a header (``name,r,g,b``, or Roboflow's
-    ``Pixel Value, Class``); CVAT's ``labelmap.txt`` (``name:R,G,B:parts:actions``).
+    Each line is a name or ``R G B name``. The file may also be a CSV file with a header (``name,r,g,b``, or Roboflow's
+    ``Pixel Value, Class``) or CVAT's ``labelmap.txt`` (``name:R,G,B:parts:actions``).
 
     Raises:
         UserError: the file is missing, has no class or the same class twice, or its ids have gaps.
@@ -82,8 +82,8 @@ def _from_csv(texts: Sequence[str], path: str | Path) -> Classes | None:
             ids = [int(row[value]) for row in rows]
             if ids != list(range(len(rows))):
                 raise UserError(
-                    f"classes: the ids in {path} are {ids}, expected 0 to {len(ids) - 1}. Write the names as a list and "
-                    f'set "mask_values": {ids} (Folder loader)'
+                    f"classes: the ids in {path} are {ids}, expected 0 to {len(ids) - 1}. Write the names as a list "
+                    f'and set "mask_values": {ids} (Folder loader)'
                 )
         palette = None if color is None else tuple(_color([int(row[c]) for c in color]) for row in rows)
         return Classes(tuple(row[name].strip() for row in rows), palette)

@@ -1,4 +1,4 @@
-"""The network as training calls it: compiled, and distributed over processes or GPUs."""
+"""Prepare a network for training: compile it, and distribute it over processes or GPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resuming under a changed config: whether it is the same run, whether scores compare, where it continues."""
+"""Resume a run whose config may have changed: is it the same run, are scores comparable, and where does it continue?"""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _changes(before: Mapping[str, Any], config: Config) -> list[tuple[str, str]]
 
 
 def changes_of_identity(before: Mapping[str, Any], config: Config) -> list[str]:
-    """Return the changes that make it another run: of seed, model, optimizer, schedule, loss or data."""
+    """Return the changes that make it a different run: those of seed, model, optimizer, schedule, loss or data."""
     return [line for path, line in _changes(before, config) if not _below(path, _FREE)]
 
 
@@ -119,7 +119,7 @@ class Plan:
 
 
 def nothing_left(state: Mapping[str, Any], config: Config) -> str | None:
-    """Return why the run of a checkpoint is over and how to continue it anyway; None if it is not over."""
+    """Return why the run of a checkpoint is finished and how to continue it anyway; None if it is not finished."""
     if state["epoch"] >= config.trainer.epochs:
         done = f"{state['epoch']} of {config.trainer.epochs} epochs are done"
         return f"{done}; train longer with --set trainer.epochs=N"

@@ -43,6 +43,6 @@ def set_state(saved: Mapping[str, Any], gpus: Sequence[int] = ()) -> None:
     name, keys, position, has_gauss, cached = saved["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(saved["torch"])
-    # Checkpoints of earlier versions hold one GPU's state, as "cuda".
+    # Checkpoints of earlier versions contain the state of one GPU, as "cuda".
     for gpu, own in zip(gpus, saved.get("gpus", [saved["cuda"]] if "cuda" in saved else []), strict=False):
         torch.cuda.set_rng_state(own, gpu)

@@ -30,7 +30,7 @@ LOCK = ".lock"
 
 
 def parent_folder(config: Config) -> Path:
-    """Return the folder that holds the runs of a config: ``save_dir/name/loss/predict.val``."""
+    """Return the folder with the runs of a config: ``save_dir/name/loss/predict.val``."""
     return expand(config.trainer.save_dir) / config.name / config.loss.type / config.predict.val
 
 
@@ -44,8 +44,8 @@ def tensorboard_folder(config: Config, folder: Path) -> Path | None:
 def with_own_logs(config: Config, folder: Path) -> Config:
     """Return the config of a checkpoint, with its TensorBoard logs in the folder of the run.
 
-    If the logs are already at the place that the config names, the run continues them there. But a checkpoint from
-    somebody else must not choose where its user's files are written.
+    If the logs are already at the place that the config names, the run continues them there. Otherwise the config is
+    not followed, because a checkpoint from somebody else must not choose where files are written.
     """
     logs = tensorboard_folder(config, folder)
     if logs is None or any(logs.glob("events*")) or logs.resolve().is_relative_to(folder.resolve()):
@@ -75,7 +75,7 @@ def new(config: Config) -> Iterator[Path]:
 
 
 def _claim(config: Config) -> list[Path]:
-    """Create the folder of a run and that of its TensorBoard logs; return all folders that were made, its own first."""
+    """Create the folder of a run and that of its TensorBoard logs; return all new folders, that of the run first."""
     stamp, number = datetime.now().strftime("%m-%d_%H-%M"), 1
     while True:
         folder = parent_folder(config) / (stamp if number == 1 else f"{stamp}-{number}")
@@ -100,7 +100,7 @@ def _claim(config: Config) -> list[Path]:
 
 
 def _remove(made: list[Path], own: Any) -> None:
-    """Remove the folders of a run that saved nothing, and the folders above them that were made and are empty."""
+    """Remove the folders of a run that saved nothing, and the new folders above them if they are empty."""
     for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
         if path in own:
             shutil.rmtree(path, ignore_errors=True)
@@ -132,7 +132,7 @@ def _lock_file(path: Path) -> Any:
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (the caller closes it, which releases the lock)
         try:
-            # Not flock: workers inherit it, and would hold it for a while after the main process was killed.
+            # Not flock: workers inherit it, and would keep it for a while after the main process was killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):

@@ -44,13 +44,13 @@ class StopSignals:
         if self.received is not None and (number == self.received or not distributed.under_torchrun()):
             raise KeyboardInterrupt
         self.received = number
-        if distributed.is_main():  # not print, which must not be called while it is interrupted
+        if distributed.is_main():  # not print(), which must not be called again while it is interrupted
             os.write(2, b"\nstopping after this step, then saving; once more: stop at once\n")
 
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that the program can say what it leaves undone."""
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, so that the program can report what is not done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -78,7 +78,7 @@ def _cut(names: Sequence[str], ends: Sequence[int], seed: int, group_by: str | N
     """Sort the groups by a hash and cut them at ``ends`` (numbers of names); return the names of each part."""
     group = grouping(group_by)
     sizes = Counter(map(group, names))
-    # Names may hold bytes that are not UTF-8.
+    # Names may contain bytes that are not UTF-8.
     keys = {name: hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest() for name in sizes}
     part_of, start = {}, 0
     for name in sorted(sizes, key=keys.__getitem__):

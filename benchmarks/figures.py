@@ -1,11 +1,11 @@
-"""Make the pictures of the README and the docs from a run of ours.
+"""Make the pictures of the README and the docs from a trained checkpoint.
 
 ``python -m benchmarks.figures --checkpoint saved/UNet_Shapes/.../best_model.pth [--tensorboard saved]``
 
 * ``docs/images/gain.png``: image, target, and the label maps of argmax and RankDice of test images;
 * ``docs/images/learning-rates.png``: Poly and OneCycle over a run;
-* with ``--tensorboard``: ``tensorboard-scalars.png`` and ``tensorboard-images.png``, photographed in a headless
-  Chromium (needs the packages selenium, chromium and chromium-driver).
+* with ``--tensorboard``: ``tensorboard-scalars.png`` and ``tensorboard-images.png``, screenshots of a headless Chromium
+  (needs the packages selenium, chromium and chromium-driver).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def learning_rates() -> None:
 
 
 def photograph(logdir: str) -> None:
-    """Photograph TensorBoard as a user sees it."""
+    """Take screenshots of TensorBoard."""
     from selenium import webdriver
     from selenium.webdriver.chrome.options import Options
     from selenium.webdriver.chrome.service import Service

@@ -1,9 +1,9 @@
-"""Everything worth knowing about a GPU, in one call of less than eight minutes.
+"""Measure everything on a GPU, in one call of less than eight minutes.
 
     python -m benchmarks.gpu --json gpu.json --markdown gpu.md
     python -m benchmarks.gpu --short --device cpu      # the same parts in a short form, to try them
 
-The parts, each with its own time limit; a part that fails is reported and the others run on:
+Each part has its own time limit. If a part fails, the error is reported and the other parts run:
 
 * ``tests``: the tests marked ``gpu``.
 * ``rankdice``: RankDice, label map and presence against argmax, sort and package rankseg over a table of sizes; how
@@ -13,7 +13,7 @@ The parts, each with its own time limit; a part that fails is reported and the o
   and DeepLab-ResNet-101 at 512 x 512, in float32, bf16, + channels_last, + torch.compile; against torchvision's
   reference loop (references/segmentation/train.py) with the same network.
 
-Where package rankseg is not installed its columns are left out.
+If the package rankseg is not installed, its columns are left out.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def synchronize(device: str) -> None:
 
 
 def peak_memory(device: str, run: Callable[[], object]) -> float | None:
-    """Return the GiB that ``run`` takes at most beside what is held already; None without a GPU."""
+    """Return the peak memory of ``run`` in GiB, in addition to the memory in use before; None without a GPU."""
     if device != "cuda":
         run()
         return None
@@ -97,7 +97,7 @@ def peak_memory(device: str, run: Callable[[], object]) -> float | None:
 
 
 def gpu_tests(args: Namespace) -> dict[str, Any]:
-    """Run the tests marked gpu; on a CPU they are collected only."""
+    """Run the tests marked gpu; on a CPU, only collect them."""
     files = [str(path) for path in Path("tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
     command += ["--continue-on-collection-errors"] + ["--collect-only"] * (args.device == "cpu")
@@ -132,7 +132,7 @@ def decisions(probs: Tensor) -> Tensor:
 
 
 def rankdice(args: Namespace) -> dict[str, Any]:
-    """Race RankDice against its peers over the table of sizes."""
+    """Time RankDice and its peers over the table of sizes."""
     shapes = TABLE[:3] if args.short else TABLE
     peers = package()
     rows = {}
@@ -286,7 +286,7 @@ PARTS: dict[str, Callable[[Namespace], dict[str, Any]]] = {
 
 
 def page(result: dict[str, Any]) -> str:
-    """Return all numbers as a Markdown page: per part a table of its cases, and what else it found."""
+    """Return all numbers as a Markdown page: for each part a table of its cases, and its other results."""
     facts = ", ".join(f"{name} {value}" for name, value in result["where"].items())
     blocks = [
         "# Measured on a GPU",

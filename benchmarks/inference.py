@@ -1,12 +1,12 @@
-"""How fast are multi-scale and sliding inference, against the way of yassouali/pytorch-segmentation?
+"""Compare the speed of multi-scale and sliding inference with that of yassouali/pytorch-segmentation.
 
     python -m benchmarks.inference [--quick] [--json FILE] [--device cpu] [--amp]
 
-The predecessor resized images by scipy on the CPU, one scale after the other, saw one tile at a time, and summed
-float64 scores in NumPy. Both ways run the same network with the same scales, tile size and flips, from an image in
-memory to a label map; "network" is the time that the forward passes of the predecessor's way take by themselves.
-Sliding is timed twice: with the predecessor's overlap (1/3, four tiles a row), and with ours (1/4, three tiles a row;
-the blending window hides the seams that the larger overlap was for).
+The predecessor resizes images with SciPy on the CPU, one scale after the other, processes one tile at a time, and sums
+float64 scores in NumPy. Both methods run the same network with the same scales, tile size and flips, from an image in
+memory to a label map. "network" is the time of the forward passes alone in the predecessor's method. Sliding is timed
+twice: with the predecessor's overlap (1/3, four tiles a row), and with ours (1/4, three tiles a row; the blending
+window hides the seams that the larger overlap was for).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WAYS = (("multiscale", 0.0), ("sliding", OVERLAP), ("sliding", 0.25))
 
 
 class Clock(nn.Module):
-    """A network that adds up the time it takes."""
+    """A network that sums the time of its forward passes."""
 
     def __init__(self, network: nn.Module, wait: Callable[[], None]) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def in_turns(actions: list[Callable[[], object]], rounds: int) -> list[float]:
 
 
 def compare(name: str, mode: str, overlap: float, side: int, device: torch.device, rounds: int, amp: bool) -> dict:
-    """Time both ways on one square image."""
+    """Time both methods on one square image."""
     kind, args = NETWORKS[name]
     torch.manual_seed(0)
     network = models.build(kind, CLASSES, **args).eval()

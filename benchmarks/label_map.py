@@ -1,10 +1,10 @@
-"""Label maps beside each other: what total they expect, and what mean Dice they get.
+"""Compare label maps: the total score that they expect, and the mean Dice that they reach.
 
     python -m benchmarks.label_map --probs FILE.npz
 
-The file holds ``labels`` uint8 ``(N, H, W)``, 255 for ignored pixels, and ``probs`` or ``logits8`` ``(N, C, H, W)``;
-of the latter ``p = sigmoid(logits8 / 255 * 16 - 8)``. The candidates are argmax, our label map and package rankseg's
-multiclass RMA, if it is installed, among all classes and among those that the rule of presence chooses.
+The file contains ``labels`` uint8 ``(N, H, W)``, 255 for ignored pixels, and ``probs`` or ``logits8`` ``(N, C, H, W)``,
+where ``p = sigmoid(logits8 / 255 * 16 - 8)``. The candidates are argmax, our label map and package rankseg's multiclass
+RMA, if it is installed, among all classes and among those that the rule of presence chooses.
 """
 
 from __future__ import annotations

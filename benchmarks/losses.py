@@ -161,8 +161,8 @@ def tables(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return the two Markdown tables of ``{variant: results of its seeds}``; scores are percentages.
 
     ``gain``: mDice of rankdice minus the better of T and max (mean and standard deviation over the seeds).
-    ``expected - measured``: the mDice that rankdice expects of its masks minus the one measured; 0 where the
-    probabilities are right.
+        ``expected - measured``: the mDice that rankdice expects of its masks minus the measured mDice; 0 if the
+        probabilities are calibrated.
     """
     first, second = [], []
     for variant, results in runs.items():
@@ -191,7 +191,7 @@ def _both(scores: Sequence[Mapping[str, Mapping[str, float]]], procedure: str) -
 
 
 def _gain(scores: Sequence[Mapping[str, Mapping[str, float]]]) -> tuple[str, str]:
-    """Return the gain of rankdice and what it expected too much, each as a cell."""
+    """Return two cells: the gain of rankdice, and its expected minus its measured score."""
     dice = [{p: 100 * s[p]["Mean_Dice"] for p in PROCEDURES} for s in scores]
     gain = [d["rankdice"] - max(d["T"], d["max"]) for d in dice]
     spread = f" ± {statistics.stdev(gain):.1f}" if len(gain) > 1 else ""
@@ -205,7 +205,7 @@ def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 
 def caption(recipe: Recipe, seeds: int, device: str) -> str:
-    """Return the sentence under the table that lets someone repeat it."""
+    """Return the text below the table, which describes how to repeat it."""
     where = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
     many = f"{seeds} seeds" if seeds > 1 else "1 seed"
     return (

@@ -1,4 +1,4 @@
-"""Does a long run take more and more memory? The private memory of a training process, over its iterations.
+"""Does the memory of a long run grow? Record the private memory of a training process over its iterations.
 
 ``python -m benchmarks.memory [--iterations 5000] [--json FILE]``
 
@@ -72,7 +72,7 @@ def watch(epochs: int) -> list[tuple[int, int]]:
 
 
 def tiny_run(folder: str, epochs: int) -> dict:
-    """Return the config: everything that a run can keep is switched on."""
+    """Return the config. It switches on everything that could accumulate memory."""
 
     def images(split: str, length: int, shuffle: bool) -> dict:
         args = {"split": split, "length": length, "size": 32, "batch_size": BATCH_SIZE, "num_workers": 0}
@@ -109,7 +109,7 @@ def last_iteration(folder: Path) -> int:
 
 
 def private_bytes(pid: int) -> int:
-    """Return the memory that only this process holds: what it would give back by ending; 0 when it has ended."""
+    """Return the memory that only this process uses, which would be freed if it ended; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

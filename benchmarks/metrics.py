@@ -7,9 +7,9 @@ One batch of predictions (label maps, or a mask per class) and its target, ignor
   yassouali/pytorch-segmentation counts. Gives the IoU of the data set only.
 * loop: Dice and IoU of each image and class in turn, as the published RankSEG evaluation counts.
 * torchmetrics (``pip install torchmetrics``): JaccardIndex for the IoU of the data set, DiceScore for the Dice of the
-  images. DiceScore knows no ignored pixels: it is given one-hot maps that are empty there.
+  images. DiceScore does not support ignored pixels, so it gets one-hot maps that are empty there.
 
-First every score that two ways share must agree; then they take turns on the clock.
+First the script checks that the scores that two methods share agree. Then it times them in turns.
 """
 
 # ruff: noqa: E402 (threads are set up before torch is imported)

@@ -1,7 +1,7 @@
 """Run the benchmarks one after the other and write docs/benchmarks.md: ``python -m benchmarks.page [--full]``.
 
 Each benchmark runs in its own process, in its short form unless ``--full`` is given. It writes its numbers to
-saved/benchmarks/NAME.json, and the page is made from these files. With ``--only NAME ...`` the other benchmarks keep
+saved/benchmarks/NAME.json. The page is generated from these files. With ``--only NAME ...`` the other benchmarks keep
 the numbers of an earlier run, if it had the same form, machine and versions.
 
 The page shows the error of a benchmark that fails, and the exit status is then 1. Without matplotlib, the page has no
@@ -160,7 +160,7 @@ def earlier(one: Benchmark, full: bool, device: str, known: dict[str, str], resu
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     write_bytes(path, data)
 
 

@@ -1,15 +1,15 @@
-"""What does the fit of presence gain on images it has not seen?
+"""What does a presence fit gain on held-out images?
 
     python -m benchmarks.presence FOLDER                                # by drive
     python -m benchmarks.presence FOLDER --checkpoints best_model.pth   # and for few validation images
 
-FOLDER holds probabilities of a well-trained network on photographs of several drives: ``train.npz`` with ``names``
+FOLDER contains probabilities of a well-trained network on photographs of several drives: ``train.npz`` with ``names``
 (``DRIVE_...``), ``logits8`` (uint8, ``p = sigmoid(logits8 / 255 * 16 - 8)``) and ``labels`` (255: not labeled). The
 checkpoints are networks trained on Shapes.
 
-No image is scored with what it has taught. Neighbors in a drive are alike: intervals are over images, and say nothing
-about other roads. The table for few images shows presence alone (:func:`utils.presence.learn`), the one by drive all
-that ``train.py`` fits.
+No image is scored with a fit that used it. Neighboring images in a drive look alike. Intervals are over images, so they
+do not cover the variation between roads. The table for few images shows presence alone (:func:`utils.presence.learn`),
+the one by drive all that ``train.py`` fits.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Images(NamedTuple):
 
 
 class Loader:
-    """Images as the evaluation wants them."""
+    """Images in the form that the evaluation expects."""
 
     def __init__(self, images: Images) -> None:
         self.images, self.dataset = images, images.names

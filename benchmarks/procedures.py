@@ -1,6 +1,6 @@
 """What do the prediction procedures cost from end to end? ``python -m benchmarks.procedures [--quick] [--json FILE]``.
 
-Three parts, each against the peers' best form in one process, in turns:
+There are three parts. In each, the candidates and the fastest form of each peer run in one process, in turns:
 
 * label maps: from probabilities to one label per pixel: RankDice for every class, the decision which classes are in the
   image (the rule of presence), and the label map; against package rankseg's multiclass form and argmax.
@@ -110,7 +110,7 @@ def facts(classes: int, channels: int) -> Facts:
 
 
 class Guided(nn.Module):
-    """A network whose logits are decided by further channels of the images, so that they look trained."""
+    """A network whose logits come from additional channels of the images, so that it behaves like a trained one."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

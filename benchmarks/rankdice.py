@@ -1,4 +1,4 @@
-"""What RankDice costs, beside its alternatives, in one process.
+"""Compare the cost of RankDice with its alternatives, in one process.
 
     python -m benchmarks.rankdice                      # every table; some minutes
     python -m benchmarks.rankdice --quick              # the best peers only, but for two maps; a minute or two
@@ -7,10 +7,10 @@
     python -m benchmarks.rankdice --json FILE --plots docs/images
 
 The candidates take turns, so that a busy machine slows all of them alike; medians, minima and ratios are printed. The
-maps are smooth random fields with a little noise through a softmax. "authors' loop" is our own plain rendering of what
-the published program does (blind approximation, a loop over images and classes, sorted rows, a direct correlation with
-the distribution of the count), as a stand-in for its cost: their code is not part of this repository. The package
-rankseg is measured when it is installed (``pip install rankseg matplotlib``).
+maps are smooth random fields with a little noise through a softmax. "authors' loop" is our own plain implementation of
+what the published program does (blind approximation, a loop over images and classes, sorted rows, a direct correlation
+with the distribution of the count). It stands in for the published program, which is not part of this repository. The
+package rankseg is measured when it is installed (``pip install rankseg matplotlib``).
 """
 
 # ruff: noqa: E402 (threads are set up before torch is imported)
@@ -188,7 +188,7 @@ def lost_scores(probs: Tensor, others: dict[str, Callable[[Tensor], Tensor]], mo
 
 
 def summary(maps: dict[str, dict]) -> None:
-    """Print the exact solver beside its best peers at every size, those it loses too."""
+    """Print the exact solver and its fastest peers at every size, including the sizes at which it is slower."""
     peers = ("rankseg RMA dice", "rankseg RMA dice, screened", "torch.argmax", "torch.sort")
     print(
         f"\nmedians in ms; in brackets how many times as long as exact Dice\n\n  {'map':18s}{'exact dice':>12s}", end=""
@@ -203,7 +203,7 @@ def summary(maps: dict[str, dict]) -> None:
 
 
 def extra_memory(probs: Tensor, run: Callable[[], object]) -> float:
-    """Return the peak of the memory that live tensors made by ``run`` hold, as a multiple of the map."""
+    """Return the peak memory of the tensors that ``run`` creates, as a multiple of the map."""
     size = probs.numel() * probs.element_size()
     if probs.is_cuda:
         torch.cuda.synchronize()

@@ -5,9 +5,9 @@
     python -m benchmarks.results --jobs 6 --set n_gpu=1                  # six runs side by side
     python -m benchmarks.results --write-docs                            # the tables of what has been run
 
-Each run is trained by train.py, which ends with the fit on the held-out images, and scored by ``test.py -p all`` twice:
-as it is deployed (``fitted``), and without what was fitted (``plain``). ``--camvid`` is the folder that holds
-``VOCdevkit``, ``--drive`` the one that holds ``images_split``; without a folder its rows are skipped.
+Each run is trained by train.py, which ends with the fit on the held-out images. ``test.py -p all`` scores it twice:
+with the fit (``fitted``) and without it (``plain``). ``--camvid`` is the folder that contains ``VOCdevkit``,
+``--drive`` the folder that contains ``images_split``. Without the folder, its rows are skipped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an iteration of training is spent on, and how that compares with doing without the framework.
+"""Time an iteration of training, and compare it with a loop without the framework.
 
 ``python -m benchmarks.training [--arch UNet --width 16 --size 128 --batch-size 8] [--device cuda] [--quick]``
 

@@ -16,7 +16,7 @@ class Loaders(Registry):
 
     def constructors(self, name: str) -> tuple[type, ...]:
         """Return the classes that share a loader's arguments: the data set, its bases, the loader."""
-        from base.base_dataloader import BaseDataLoader  # imports torch, which --help does not need
+        from base.base_dataloader import BaseDataLoader  # here, because it imports torch, which --help does not need
 
         return (*self[name].constructors(), BaseDataLoader)
 

@@ -28,7 +28,7 @@ class DeepLab(BaseModel):
             xception), false, or a file's path.
         output_stride: of the features: 16 (default; 32 with an encoder that cannot be dilated), 8 (finer, about
             three times the work) or 32.
-        published: the published departures, of xception only: no separable convolutions in ASPP and decoder, no
+        published: as in the predecessors' code (only with xception), no separable convolutions in ASPP and decoder, no
             ReLU after depthwise convolutions, shortcuts that receive rectified inputs, and no ReLU after the second
             convolution. (There, every ResNet was a resnet101.)
     """

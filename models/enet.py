@@ -149,9 +149,8 @@ class ENet(BaseModel):
 
     Args:
         in_channels: channels of the images, 1 to 15 (the initial block contains the pooled image in 16 channels).
-        published: the published departures: PReLU has a single slope per layer instead of one per feature
-            map, the decoder has ReLU instead of PReLU, and the expansion is followed by one more PReLU (ReLU)
-            before the sum.
+        published: as in the predecessors' code, PReLU has a single slope per layer instead of one per feature map, the
+            decoder has ReLU instead of PReLU, and the expansion is followed by one more PReLU (ReLU) before the sum.
 
     Deviations from the paper, in both forms: the projection has a quarter of the *input's* channels also where
     a bottleneck changes their number, and the last transposed convolution is 3x3 (the paper leaves both open;

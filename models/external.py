@@ -18,7 +18,7 @@ _SUM_TOLERANCE = 1e-2
 
 
 class External(BaseModel):
-    """A network that is not one of ours; any input size that it takes; logits (B, num_classes, H, W).
+    """A network from outside this project; any input size that it accepts; logits (B, num_classes, H, W).
 
     The network maps images (B, in_channels, H, W), normalized by the loader's ``mean`` and ``std``, to a tensor, a
     mapping with ``"out"`` (and in training ``"aux"``), or an object with ``.logits``. Smaller logits are resized
@@ -31,16 +31,16 @@ class External(BaseModel):
         factory: ``"package.module:function"`` (or a class, or ``Class.method``), which returns an ``nn.Module``.
         args: its arguments. ``"$num_classes"`` and ``"$in_channels"`` stand for the data's numbers. A value
             ``{"factory": ..., "args": ...}`` is built first, for arguments that are objects.
-        pretrained: further arguments of the factory for the start of a training, such as
-            ``{"encoder_weights": "imagenet"}``; left out where a checkpoint's weights replace them. false: none.
-        file: in place of ``factory``, a network in a file, for ``test.py`` and ``inference.py``: an exported
-            program (``.pt2``), TorchScript, or ``.onnx`` (with onnxruntime).
+        pretrained: additional arguments of the factory when training starts, such as
+            ``{"encoder_weights": "imagenet"}``; left out when the weights of a checkpoint replace them. false: none.
+        file: instead of ``factory``, a network in a file, for ``test.py`` and ``inference.py``: an exported program
+            (``.pt2``), TorchScript, or ``.onnx`` (with onnxruntime).
         backbone: the submodule that is the backbone, such as ``"encoder"``, for ``differential_lr`` and
             ``freeze_backbone``.
-        outputs: "logits", or "probabilities" (softmax, or sigmoid with one channel) where the network ends in them.
-        size_divisor: heights and widths must be multiples of this. Validation and inference pad images to it;
-            ``crop_size`` must be one.
-        resize: of a file that takes one image size only: resize images to it and the logits back.
+        outputs: "logits", or "probabilities" if the network ends in a softmax (or a sigmoid with one channel).
+        size_divisor: heights and widths must be multiples of this. Validation and inference pad images to such a size;
+            ``crop_size`` must be a multiple.
+        resize: for a file that accepts only one image size: resize images to it, and the logits back.
         freeze_backbone: only what is outside the backbone is trained.
 
     Raises:

@@ -86,10 +86,10 @@ class FCN8(BaseModel):
     Args:
         backbone: vgg16 (the paper's) or vgg16_bn.
         pretrained: ImageNet weights for VGG-16, fc6 and fc7 included: true (torchvision's), false, or a path.
-        published: the published departure: pool3 and pool4 are multiplied by 0.0001 and 0.01 before they are
-            scored, as in the authors' "at once" net. Those factors fit Caffe's VGG-16, which takes images in
-            [0, 255]. On images and weights as torchvision's, all three streams are of one order of magnitude:
-            the factors would silence the finer two (and their gradients), so that the default has none.
+        published: as in the predecessors' code, pool3 and pool4 are multiplied by 0.0001 and 0.01 before they are
+            scored, as in the authors' "at once" net. These factors fit Caffe's VGG-16, which takes images in [0, 255].
+            With torchvision's images and weights, all three streams have the same order of magnitude, and the factors
+            would suppress the finer two and their gradients. The default therefore has no factors.
         freeze_bn: BatchNorm (of vgg16_bn) keeps its running statistics.
         freeze_backbone: only the scoring convolutions are trained.
 

@@ -1,4 +1,4 @@
-"""Networks in files that need none of their Python code: exported programs, TorchScript, ONNX."""
+"""Networks in files, which do not need their Python code: exported programs, TorchScript, ONNX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Sizes = tuple[int | None, ...]
 
 
 class FileNetwork(nn.Module):
-    """A network from a file, for evaluation only: ``run`` maps images of ``sizes`` to what the network gives."""
+    """A network from a file, for evaluation only: ``run`` maps images of ``sizes`` to the outputs of the network."""
 
     def __init__(self, path: str, run: Callable[[Tensor], Any], sizes: Sizes) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class FileNetwork(nn.Module):
             raise UserError(f"{self.path} cannot be run on images of shape {tuple(x.shape)}: {reason}") from error
 
     def _part(self, x: Tensor) -> Tensor:
-        """Run one batch of the size that the file takes; a shorter one is filled up with its first image."""
+        """Run one batch of the size that the file accepts; a shorter one is filled with copies of its first image."""
         missing = (self.batch or 0) - x.shape[0]
         found = self._on_device(self.run(torch.cat([x, x[:1].expand(missing, -1, -1, -1)])))
         if not isinstance(found, Tensor):

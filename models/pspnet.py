@@ -62,7 +62,7 @@ class PSPNet(PyramidSceneParsing):
         backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
         stem: "deep" or "torchvision" (7x7), of a ResNet; None: the published one of the backbone.
         use_aux: in training, also return the logits of the auxiliary head on the last stage but one.
-        published: the published departure: the logits are resized without aligned corners, the pyramid with them.
+        published: as in the predecessors' code, the logits are resized without aligned corners, the pyramid with them.
     """
 
     published_mark = "initial.1.weight"

@@ -16,8 +16,8 @@ from models.pooling import pool_with_indices, unpool
 def mirror(stage: nn.Module, out_channels: int, share: bool = False) -> nn.Sequential:
     """Build the decoder stage of an encoder stage: as many convolutions, each with BatchNorm and ReLU.
 
-    It leads back to the ``out_channels`` of the stage before. With ``share``, the published departure, a layer of the
-    decoder whose shape agrees with that of its mirror image in the encoder *is* that layer.
+    It leads back to the ``out_channels`` of the stage before. With ``share``, as in the predecessors' code, a layer of
+    the decoder whose shape agrees with that of its mirror image in the encoder *is* that layer.
     """
     convs = [layer for layer in stage.children() if isinstance(layer, nn.Conv2d)]
     norms = [layer for layer in stage.children() if isinstance(layer, nn.BatchNorm2d)]
@@ -47,8 +47,8 @@ class SegNet(BaseModel):
     of one needs more than 16 x 16 pixels. In the published form pooling rounds down and takes at least 32 x 32.
 
     Args:
-        published: the published departure: 9 convolutions and 10 BatchNorms of the decoder are the encoder's
-            own, which ties their weights and mixes the running statistics of both uses.
+        published: as in the predecessors' code, 9 convolutions and 10 BatchNorms of the decoder are the encoder's own,
+            which ties their weights and mixes the running statistics of both uses.
         freeze_backbone: only the decoder is trained (in the published form: what of it is not the encoder's).
 
     Deviation from the paper, in both forms: the first encoder convolution, too, is mirrored by one with

@@ -61,9 +61,9 @@ class StemPooling(nn.Module):
     """The ResNet's overlapping 3x3 pooling, together with positions for an unpooling by 2.
 
     Args:
-        overlapping: the published departure: the positions are those of the 3x3 windows' maxima, where one
-            position may occur up to four times, and they are meant for a map of even height and width.
-            Otherwise those of the maxima in 2x2 windows, each its own.
+        overlapping: as in the predecessors' code, the positions are those of the maxima of 3x3 windows. A position may
+            then occur up to four times, and the map must have even height and width. Otherwise, they are those of the
+            maxima of 2x2 windows, which are all different.
     """
 
     def __init__(self, overlapping: bool) -> None:
@@ -93,11 +93,11 @@ class SegResNet(BaseModel):
 
     Args:
         backbone: resnet18, resnet34, resnet50, resnet101 or resnet152 (the decoder has bottlenecks for all).
-        published: the published departures. Unpooling uses the maxima of the ResNet's overlapping 3x3 windows,
-            where indices repeat: which value stays is defined on the CPU only. (By default the positions come from
-            a 2x2 pooling of the stem beside the ResNet's own.) The decoder's maps are cut once, in the middle,
-            before unpooling; that shifts features by up to 4 pixels of the stem. A stem map of odd width (input
-            width 1 or 2 modulo 4) is unpooled to an even width, which shears it.
+        published: as in the predecessors' code, unpooling uses the maxima of the ResNet's overlapping 3x3 windows,
+            where indices repeat: which value stays is defined on the CPU only. (By default the positions come from a
+            2x2 pooling of the stem beside the ResNet's own.) The decoder's maps are cut once, in the middle, before
+            unpooling; that shifts features by up to 4 pixels of the stem. A stem map of odd width (input width 1 or 2
+            modulo 4) is unpooled to an even width, which shears it.
 
     The published form returns logits at input size for every size, too, where the published code gave one pixel
     more or less, or failed.

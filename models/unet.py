@@ -62,9 +62,9 @@ class UNet(BaseModel):
 
     Args:
         width: channels at full resolution, doubled with each level; 64 is the paper's, 16 trains on a CPU.
-        published: the published departures: the skips are the *pooled* outputs of the contracting steps, so that
-            the contracting path is one pair of convolutions deeper, and the first convolution of a pair has half
-            the pair's width.
+        published: as in the predecessors' code, the skips are the *pooled* outputs of the contracting steps, so that
+            the contracting path is one pair of convolutions deeper, and the first convolution of a pair has half the
+            pair's width.
 
     Shapes: (B,in_channels,H,W) -> (B,num_classes,H,W) for every H, W >= 1; in training a batch of one needs an
     input larger than 16 x 16, because BatchNorm needs more than one value per channel. Output stride 16.

@@ -48,10 +48,10 @@ class UNetResnet(BaseModel):
 
     Args:
         backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
-        published: the published departures: a decoder without any BatchNorm or ReLU (and a classifier without
-            bias), on the dilated ResNet with output stride 8 and (50, 101, 152) the deep stem, of which torchvision
-            has no weights. layer2 to layer4 then have one size, so that the results of
-            the first two up-convolutions are resized back.
+        published: as in the predecessors' code, a decoder without any BatchNorm or ReLU (and a classifier without
+            bias), on the dilated ResNet with output stride 8 and (50, 101, 152) the deep stem, of which torchvision has
+            no weights. layer2 to layer4 then have one size, so that the results of the first two up-convolutions are
+            resized back.
 
     Deviations from U-Net's paper: a ResNet instead of plain convolutions, padded convolutions, one convolution
     per step instead of two, narrower steps (192, 128, 96, 64, 48, 32); on a ResNet no skips at strides 1 and 2.

@@ -1,1 +1,1 @@
-"""What every room may use: configuration, losses, metrics, prediction procedures, checkpoints, logs."""
+"""Code that all parts of the project use: configuration, losses, metrics, prediction procedures, checkpoints, logs."""

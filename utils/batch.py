@@ -1,4 +1,4 @@
-"""What travels from the loaders to the network: batches, and their way onto the device."""
+"""Batches of images and labels, and the normalization of the images on the device."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Batch(NamedTuple):
 
     ``images``: uint8 ``(B, C, H, W)``, or float32 in [0, 1] for data with more than 8 bits.
     ``labels``: integers ``(B, H, W)``: class ids, or the ignore index.
-    ``names``: one name per image (its file's stem).
-    Where the sizes of a batch differ, ``images`` and ``labels`` are lists of ``(C, H, W)`` and ``(H, W)``.
+    ``names``: one name per image (its file's stem). If the sizes in a batch differ, ``images`` and ``labels`` are lists
+        of ``(C, H, W)`` and ``(H, W)``.
     """
 
     images: Tensor | list[Tensor]
@@ -40,7 +40,7 @@ def equal_sizes(batch: Batch) -> Iterator[Batch]:
 
 
 class Normalize(nn.Module):
-    """Turn images of a batch into what networks are trained on: ``(x - mean) / std`` in float32.
+    """Normalize the images of a batch: ``(x - mean) / std`` in float32.
 
     Args:
         mean, std: per channel, for intensities in [0, 1].

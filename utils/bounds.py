@@ -1,4 +1,4 @@
-"""Types of numbers that a config may give, with their limits: for sections of the config and for constructors.
+"""Types with limits for the numbers in a config, used by its sections and by constructors.
 
 Constructors annotate their arguments with these types, and configs are checked against them. Upper limits are far above
 useful values; they only keep typing errors from exhausting the memory.

@@ -1,4 +1,4 @@
-"""What the scripts share on the command line. It imports nothing heavy, because ``--help`` has to be fast."""
+"""Command-line options that the scripts share. This module imports nothing heavy, because ``--help`` must be fast."""
 
 from __future__ import annotations
 

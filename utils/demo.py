@@ -1,10 +1,9 @@
-"""A page to try a model: upload an image, see the three procedures side by side.
+"""A web page to try a model: upload an image and see the three procedures side by side.
 
     pip install gradio
     python -m utils.demo --model best_model.pth
 
-Everything stays on this machine: the page is served to this machine only unless ``--host`` says otherwise, and
-nothing is reported anywhere.
+By default, only this machine can open the page (see ``--host``). No usage data is sent anywhere.
 """
 
 from __future__ import annotations
@@ -70,14 +69,14 @@ def main() -> int:
 
 
 def check_gradio() -> None:
-    """Raise UserError where gradio is not installed; keep it from calling home where it is."""
+    """Raise UserError if gradio is not installed; switch off its analytics if it is."""
     if find_spec("gradio") is None:
         raise not_installed("the demo page", "gradio")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 
 def compare(predictor: Predictor, path: str) -> Comparison:
-    """Segment an image file once and decide by every procedure.
+    """Segment an image file once and apply every procedure.
 
     Raises:
         UserError: the file cannot be read, or is too large for a page.
@@ -105,7 +104,7 @@ def _pixels(found: Segmentation, classes: int) -> list[int]:
 
 
 def pictures(comparison: Comparison, facts: Facts, opacity: float) -> list[np.ndarray]:
-    """Return one overlay per procedure; very small pictures enlarged by whole pixels, very large ones reduced."""
+    """Return one overlay per procedure. Very small pictures are enlarged by whole pixels, very large ones reduced."""
     longest = max(comparison.image.shape[:2])
     scale = min(1.0, LARGEST_SHOWN / longest) if longest > SMALLEST_SHOWN else max(1, SMALLEST_SHOWN // longest)
     size = [max(1, round(side * scale)) for side in comparison.image.shape[1::-1]]
@@ -192,7 +191,8 @@ def page(predictor: Predictor) -> Any:
         with gr.Row():
             shown = [gr.Image(label=label, elem_id=f"mask-{name}") for name, label in PROCEDURES.items()]
         upload.change(segment, [upload, opacity], [state, *shown, found])
-        # On every change, by mouse, key, number or reset button; while one is drawn only the last of others waits.
+        # Redraw on every change (mouse, key, number or reset button). While one picture is drawn, only the last change
+        # waits.
         opacity.change(redraw, [state, opacity], shown, trigger_mode="always_last", show_progress="hidden")
     return blocks
 

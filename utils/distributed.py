@@ -78,7 +78,7 @@ def any_process(*flags: bool) -> list[bool]:
 
 
 def lost_process(error: BaseException) -> bool:
-    """Return whether an error says that another process of the group has gone."""
+    """Return whether an error means that another process of the group has ended."""
     gloo = isinstance(error, RuntimeError) and ("gloo" in str(error) or "closed by peer" in str(error))
     return gloo or isinstance(error, dist.DistError)
 
@@ -132,7 +132,7 @@ def choose_device(n_gpu: int) -> torch.device:
 
 
 def usable_gpus(n_gpu: int) -> int:
-    """Return how many of the requested GPUs there are; warn if there are fewer."""
+    """Return how many of the requested GPUs exist; warn if there are fewer."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if n_gpu > there > 0:  # if there is none, choose_device warns
         print(f"warning: n_gpu is {n_gpu}, but this machine has {there}; using {there}", file=sys.stderr)

@@ -78,7 +78,7 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = USER_ERROR_EXIT_CODE
     except BrokenPipeError:
-        # The reader of our output has gone (``| head``): not an error.
+        # The reader of the output has closed it (``| head``), which is not an error.
         sys.stderr.close()
         code = 0
     except OSError as error:
@@ -107,7 +107,7 @@ def _leave_at_once(code: int) -> NoReturn:
     """End a process that torchrun started, without Python's usual clean-up.
 
     During the clean-up, a thread of gloo sometimes frees a tensor and aborts the process (SIGABRT, "terminate called
-    without an active exception"), although the run went well.
+    without an active exception"), although the run succeeded.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

@@ -12,7 +12,7 @@ from torch import Tensor
 # kept, and one that hurts is mostly not (docs/presence.md). With few images the standard error itself is uncertain.
 CLEAR, CLEAR_IF_FEW = 1.0, 2.0
 FEW = 15
-SMALLEST = 0.001  # gains of less than a tenth of a point are not worth an option
+SMALLEST = 0.001  # smaller gains (less than a tenth of a point) are not worth a change
 
 _CONSTANT = 1e-9  # a variance below this is none
 

@@ -4,8 +4,8 @@
 
 The exported program takes ``images``, float32 ``(B, channels, H, W)``, RGB in [0, 1], of any batch size, height and
 width, and returns ``probabilities``, float32 ``(B, classes, H, W)``: normalization, temperature and softmax (or
-sigmoid) are inside, so :func:`utils.rankdice.rank_dice` takes its output. Before the file is written, the output is
-compared with PyTorch's on three sizes.
+sigmoid) are included, so its output can be passed to :func:`utils.rankdice.rank_dice`. Before the file is written, the
+output is compared with PyTorch's on three image sizes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main() -> int:
 
 @contextmanager
 def signs_of_life() -> Iterator[None]:
-    """Print every now and then how long it has taken: tracing a large network is silent for minutes."""
+    """Print the elapsed time regularly, because tracing a large network takes minutes without any output."""
     start, done, screen = time.perf_counter(), threading.Event(), sys.stdout
 
     def show() -> None:
@@ -119,7 +119,7 @@ def steps() -> Callable[[str], None]:
 
 
 def check_packages(kind: str) -> None:
-    """Raise UserError where a package that a format needs is not installed, or torch is too old for free sizes."""
+    """Raise UserError if a package that the format needs is not installed, or torch is too old for dynamic sizes."""
     if DEFERRED not in inspect.signature(torch.export.export).parameters:
         raise UserError(
             f"exporting needs torch 2.9 or newer, found {torch.__version__}: pip install --upgrade torch torchvision"
@@ -142,15 +142,15 @@ def export(
         loaded: from :func:`utils.checkpoint.load_model`.
         path: the file to write.
         kind: "onnx" or "torch-export".
-        logits: whether the program returns logits in place of probabilities.
+        logits: whether the program returns logits instead of probabilities.
         progress: is called with each of ``STEPS`` when it begins.
 
     Returns:
         The largest absolute difference to PyTorch over ``CHECKED_SIZES``.
 
     Raises:
-        UserError: a package is missing, torch is too old, the model cannot be exported, or the exported program
-            computes something else.
+        UserError: a package is missing, torch is too old, the model cannot be exported, or the outputs of the exported
+            program differ from PyTorch's.
     """
     check_packages(kind)
     path = Path(path)
@@ -172,7 +172,7 @@ def export(
             return _compare(deployed, runner, loaded.facts.in_channels, name, kind)
     except UserError:
         raise
-    except Exception as error:  # the exporters raise all kinds
+    except Exception as error:  # the exporters raise many kinds of errors
         raise UserError(
             f"{name} cannot be exported as {kind} with free height, width and batch by torch {torch.__version__}: "
             f"{_reason(error)}"
@@ -180,7 +180,7 @@ def export(
 
 
 def _reason(error: BaseException) -> str:
-    """Return one line: which part the exporter failed at, without its advice to those who develop it."""
+    """Return the exporter's reason in one line, without its advice to developers."""
     if type(error).__name__ == "ConversionError" and error.__cause__ is not None:
         error = error.__cause__  # the outer one only says that it failed
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
@@ -236,15 +236,16 @@ def _facts(loaded: LoadedModel, logits: bool) -> dict[str, str]:
 
 
 def _trace(deployed: nn.Module, channels: int):
-    """Trace the module with free batch, height and width."""
+    """Trace the module with dynamic batch, height and width."""
     batch, height, width = TRACED_SIZE
     free = {
         0: Dim("batch", min=1, max=LARGEST_BATCH),
         2: Dim("height", min=SMALLEST_SIDE, max=LARGEST_SIDE),
         3: Dim("width", min=SMALLEST_SIDE, max=LARGEST_SIDE),
     }
-    # Networks compare sizes to skip a resize that would change nothing. Traced, their answer was "resize", which is
-    # right for every size, but torch cannot always prove what holds for pooled sizes: the program is to assert it.
+    # Networks compare sizes to skip a resize that would change nothing. The traced program always resizes, which is
+    # correct for every size. But torch cannot always prove the comparison for pooled sizes, and adds an assertion to
+    # the program.
     arguments: dict[str, Any] = {"dynamic_shapes": (free,), "strict": False, DEFERRED: True}
     images = (torch.rand(batch, channels, height, width),)
     program = torch.export.export(deployed, images, **arguments)
@@ -264,7 +265,7 @@ def _drop_size_assertions(program) -> None:
 
 @contextmanager
 def _traceable() -> Iterator[None]:
-    """Compute with forms that can be traced for free sizes, in place of torch's and timm's own."""
+    """Replace some operations of torch and timm by forms that can be traced for dynamic sizes."""
     with ExitStack() as patches:
         patches.enter_context(patch.object(F, "adaptive_avg_pool2d", adaptive_average))
         if "timm.layers.padding" in sys.modules:

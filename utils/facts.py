@@ -1,4 +1,4 @@
-"""What is known about a data set without its files: all that a trained model needs of it."""
+"""The facts about a data set that a trained model needs when the files are not available."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Facts:
         return names if len(names) > 1 else ("background", *names)
 
     def class_name(self, c: int) -> str:
-        """Return the name of a class; "class 7" where the data set names fewer."""
+        """Return the name of a class; "class 7" if the data set has fewer names."""
         return self.class_names[c] if c < len(self.class_names) else f"class {c}"
 
     def to_dict(self) -> dict[str, Any]:

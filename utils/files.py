@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and tables as CSV."""
+"""Write files completely or not at all, and tables as CSV."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def reason(error: OSError) -> str:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file whole or not at all, see :func:`atomic`."""
+    """Write a file completely or not at all, see :func:`atomic`."""
     with atomic(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all, see :func:`atomic`."""
+    """Write a UTF-8 text file completely or not at all, see :func:`atomic`."""
     write_bytes(path, text.encode())
 
 
@@ -113,7 +113,7 @@ def looked_in(path: str | Path) -> str:
 
 
 def unwritable(folder: str | Path) -> str | None:
-    """Return why a folder cannot be made or written to, None if it can. Nothing is made."""
+    """Return why a folder cannot be created or written to; None if it can. Nothing is created."""
     if not str(folder):
         return "expected a folder"
     try:
@@ -137,10 +137,10 @@ def unwritable(folder: str | Path) -> str | None:
 
 
 def check_folder(folder: str | Path) -> Path:
-    """Check that results can be written to a folder, before the work and not after it; create nothing yet.
+    """Check before the work that results can be written to a folder; create nothing yet.
 
     Raises:
-        UserError: the folder cannot be made or written.
+        UserError: the folder cannot be created or written to.
     """
     why = unwritable(folder)
     if why is not None:

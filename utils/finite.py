@@ -40,7 +40,7 @@ def bad_layer(model: nn.Module, images: Tensor) -> str | None:
 
 
 def explain(model: nn.Module, images: Tensor | None = None) -> str:
-    """Return where the numbers of a network stop being finite, in words; empty if everywhere they are finite."""
+    """Describe where the numbers of a network stop being finite; empty if all are finite."""
     weights = bad_weights(model)
     if weights is not None:
         return f"the weights {weights} are not finite (NaN or infinity)"

@@ -79,7 +79,7 @@ class RunLog:
             path.unlink()
 
     def _forget_after(self, epoch: int, iteration: int) -> None:
-        """Drop what the run will compute again, and an incomplete last line."""
+        """Drop the records that the run will compute again, and an incomplete last line."""
         kept = [r for r in self._records() if _precedes(r, epoch, iteration)]
         path, text = self.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in kept)
         if path.exists() and path.read_text(encoding="utf-8") != text:

@@ -222,7 +222,7 @@ class Metrics:
         self._add(_reduce(counts, self.classes))
 
     def _keep(self, counts: Counts, prediction: Prediction, names: Sequence[str]) -> None:
-        # Where there is no mask, its expected score of 0 says nothing: see Expected_Dice.
+        # The expected score of 0 of a missing mask does not count: see Expected_Dice.
         expected, unfitted = (
             [None] * len(names)
             if scores is None or prediction.volumes is None
@@ -272,13 +272,15 @@ class Metrics:
         return Counts(*(torch.stack(c) for c in zip(*(row["counts"] for row in images), strict=True)))
 
     def compute(self) -> dict[str, Any]:
-        """Return all scores: floats, and per-class lists of floats; nan where nothing defines a value.
+        """Return all scores: floats, and per-class lists of floats; nan if a value is undefined.
 
         Keys: ``Mean_Dice, Mean_IoU, Pixel_Accuracy, Multiclass_Accuracy, Dataset_mDice, Dataset_mIoU, Class_Dice,
-        Class_IoU, Class_Images`` (images behind each class mean) ``, images``; when images are kept and the procedure
-        expects scores also ``Expected_Dice`` and ``Measured_Dice`` (the mean over the same rows: those with a mask and
-        a defined score) and per class ``Class_Expected_Dice, Class_Measured_Dice``; where it expects IoU, ``_IoU``.
-        ``Unfitted_Dice`` is ``Expected_Dice`` without the presence fit, if there is one.
+        Class_IoU, Class_Images`` (the number of images in each class mean) and ``images``.
+
+        If images are kept and the procedure expects scores, also ``Expected_Dice`` and ``Measured_Dice`` (means over
+        the same rows: those with a mask and a defined score), and per class ``Class_Expected_Dice,
+        Class_Measured_Dice``. If it expects IoU, these names end in ``_IoU``. ``Unfitted_Dice`` is ``Expected_Dice``
+        without the presence fit, if there is one.
         """
         sums = self._sums or _reduce(self._stacked(self.images), self.classes)
         sums = {key: value.double().cpu() for key, value in sums.items()}

@@ -6,7 +6,7 @@
     result = predict("street.jpg")  # a path, a PIL image, an array or a tensor; or a list of them
     result.labels  # (H, W) class ids
     result.masks  # (C, H, W) the overlapping masks of the rankdice procedure
-    result.scores  # (C,) the Dice each of them can be expected to have
+    result.scores  # (C,) the expected Dice of each of them
 
 The probabilities are those that ``test.py`` scores (:mod:`utils.predict.network`), averaged over the views of the
 chosen mode; the procedures decide as there (:mod:`utils.predict.segmentation`). Images that are too large are predicted
@@ -35,7 +35,7 @@ from utils.predict.segmentation import Decider, Segmentation
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
-# The largest view of an image that is predicted at once, not in tiles: 1024 x 2048 pixels at scale 2.
+# The largest view of an image that is predicted as a whole, not in tiles: 1024 x 2048 pixels at scale 2.
 MAX_PIXELS = 2**23
 
 
@@ -49,9 +49,9 @@ class Predictor:
         mode: "multiscale" (the mean over ``scales``), "sliding" (overlapping tiles, blended), or "single" (one
             forward pass over the whole image); None: the config's ``predict.mode``.
         scales: of mode multiscale.
-        flip: see the mirror image of every view as well.
+        flip: also use the mirror image of every view.
         tile: side of a tile in pixels, or its (height, width); None: the crop size of the training, else 512.
-        overlap: least share of a tile that it has in common with its neighbors.
+        overlap: smallest fraction of a tile that its neighbor also covers.
         batch_size: images, or tiles, per forward pass.
         device: None: the GPU if there is one. A loaded model is moved to it.
         options: of the procedures; None: those of the config.

@@ -1,4 +1,4 @@
-"""Progress bars that suit where they go: a terminal, a notebook, or a log file."""
+"""Progress bars for a terminal, a notebook, or a log file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
-# Seconds between two looks at a run: a terminal can be redrawn, in a file every look is one more line.
+# Seconds between two updates. A terminal can be redrawn; in a file, every update is another line.
 TERMINAL_SECONDS, FILE_SECONDS = 0.5, 30.0
 
 

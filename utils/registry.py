@@ -1,4 +1,4 @@
-"""Tables of the classes that configs can name, with models of the arguments that each entry takes."""
+"""Tables of the classes that configs can name, and models of the arguments of each class."""
 
 from __future__ import annotations
 
@@ -223,8 +223,8 @@ def _annotation(parameter: inspect.Parameter) -> Any:
 def documented(target: Callable[..., Any]) -> dict[str, str]:
     """Return what the ``Args:`` part of a docstring says about each argument (``a, b: text`` is about both).
 
-    A class inherits the texts of its parents. They are for readers of configs: ``None`` is ``null``, and marks of
-    Sphinx are those of Markdown.
+    A class inherits the texts of its parents. The texts are for readers of configs: ``None`` becomes ``null``, and
+    Sphinx markup becomes Markdown.
     """
     owners = reversed(target.__mro__) if isinstance(target, type) else (target,)
     return {name: text for owner in owners for name, text in _own_arguments(owner.__doc__ or "").items()}

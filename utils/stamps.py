@@ -1,4 +1,4 @@
-"""Which run wrote a file: outputs have a stamp, so a run replaces only files of this program.
+"""Stamps in output files, which tell the run that wrote them, so that a run replaces only files of this program.
 
 A stamp is a short text inside the file: a text chunk of a PNG, a comment of a JPEG or zip file, a field of JSON, a box
 at the end of an MP4. It names the model and the options by their digest. Programs that edit a mask and save it again
@@ -75,7 +75,7 @@ def refuse_foreign(paths: Iterable[Path], folder: Path) -> None:
 
     Args:
         paths: files that are about to be written.
-        folder: what the message calls them by.
+        folder: their name in the message.
     """
     foreign = [path for path in paths if path.exists() and stamp_of(path) is None]
     if foreign:

@@ -16,7 +16,7 @@ def number(value: Any, digits: int = 4, signed: bool = False, missing: str = "-"
 def plain(header: Sequence[str], rows: Iterable[Sequence[str]], indent: str = "", width: int = 100) -> str:
     """Return an aligned table; the first column is left-aligned, the others are right-aligned.
 
-    A table wider than ``width`` continues below itself, the first column repeated.
+    A table wider than ``width`` continues below, with the first column repeated.
     """
     columns = [list(column) for column in zip(header, *rows, strict=True)]
     widths = [max(map(len, column)) for column in columns]

@@ -29,7 +29,7 @@ _Files = list[tuple[Entry, os.stat_result]]
 
 
 def warn_about_loaders(train: BaseDataLoader, val: BaseDataLoader | None) -> None:
-    """Print a warning for each mistake in the loaders that makes training or its scores worthless."""
+    """Print a warning for each mistake in the loaders that makes training or its scores useless."""
     if is_first():
         for message in (
             *setup_problems(train, val),

@@ -15,7 +15,7 @@ from utils.errors import UserError
 
 _RUNS = (r"^(.+)/", r"^(.+?)[_\- ]?\d+$", r"^(.+?)[_\- ]", r"^(\d+)[_\- ]")
 _LARGEST = 0.4  # share of the samples that a group may have
-_CLEAR = 5  # as many groups by name can hardly be chance
+_CLEAR = 5  # this many groups by name are hardly a coincidence
 
 
 class Groups(NamedTuple):
@@ -30,11 +30,11 @@ def find_groups(names: Sequence[str], paths: Sequence[Path], share: float) -> Gr
     """Return how the samples are grouped by their names; None if they are not.
 
     Many groups by name are enough. Few groups, and blocks of consecutive numbers, also need neighbors that look alike:
-    names like cat_01 and dog_01 are no groups.
+    names like cat_01 and dog_01 do not form groups.
 
     Args:
         names, paths: of the samples, and of their images.
-        share: to hold out, if the groups are not so large that it must be more.
+        share: the share to hold out; it is raised if the groups are too large for it.
     """
     count = len(names)
     runs = {pattern: sizes for pattern in _RUNS if (sizes := _sizes(pattern, names)) and len(sizes) <= count / 3}

@@ -42,7 +42,7 @@ class Picture:
 
 @dataclass
 class Export:
-    """An export: class names in order, images, colors of classes (if any), and how much of what was left out."""
+    """An export: class names in order, images, colors of classes (if any), and counts of what was left out."""
 
     classes: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)

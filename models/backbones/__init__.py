@@ -35,7 +35,7 @@ class Needs:
 
 
 def encoder(name: str, in_channels: int, pretrained: bool | str, needs: Needs) -> Backbone:
-    """Build the encoder ``name``: a ResNet of ours (``resnet50``), or one of timm's models (``timm:convnext_tiny``).
+    """Build the encoder ``name``: one of our ResNets (``resnet50``), or one of timm's models (``timm:convnext_tiny``).
 
     Raises:
         ValueError: there is no such encoder, or it does not have what the decoder needs.

@@ -80,7 +80,7 @@ def timm() -> Any:
 
 
 def _create(name: str, in_channels: int, pretrained: bool, output_stride: int) -> Any:
-    """Build the model with those options that it takes."""
+    """Build the model with the options that it accepts."""
     library = timm()
     options: dict[str, Any] = dict(_ANY_SIZE)
     if output_stride != 32:
@@ -99,7 +99,7 @@ def _create(name: str, in_channels: int, pretrained: bool, output_stride: int) -
             if refused is None:
                 raise ValueError(f"backbone: timm cannot make feature maps of {name}: {error}") from error
             del options[refused]
-        except Exception as error:  # timm, its hub and its models raise all kinds
+        except Exception as error:  # timm, its hub and its models raise many kinds of errors
             raise _explained(error, name, library, pretrained) from error
     fixed = getattr(library.get_pretrained_cfg(name), "fixed_input_size", False)
     if fixed and not options.keys() & _ANY_SIZE.keys():
@@ -108,7 +108,7 @@ def _create(name: str, in_channels: int, pretrained: bool, output_stride: int) -
 
 
 def _explained(error: Exception, name: str, library: Any, pretrained: bool) -> Exception:
-    """Return the user's error for one of timm's."""
+    """Return a UserError that explains an error of timm."""
     if not library.is_model(name):
         names = library.list_models()
         return ValueError(f"backbone: timm has no model {name!r}{did_you_mean(name, names)} See timm.list_models()")

@@ -37,8 +37,8 @@ class XceptionBlock(nn.Module):
     Args:
         leading_relu: whether the first separable convolution has its ReLU.
         widen_first: whether the first separable convolution changes the channels, or the second.
-        published: the published departures: no ReLU after depthwise convolutions, and a leading ReLU that works in
-            place, so that the shortcut receives the rectified input, too.
+        published: as in the predecessors' code, no ReLU after depthwise convolutions, and a leading ReLU that works in
+            place, so that the shortcut also receives the rectified input.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class Xception(Backbone):
     ``pretrained`` takes a file only (see :func:`models.backbones.common.load_pretrained`).
     Features: the first block's (128 channels, stride 4) and the last convolution's (2048, the output stride).
 
-    ``published=True`` gives the published code's function: no ReLU after depthwise convolutions, shortcuts receive
-    rectified inputs (but block1's), and the second convolution has no ReLU.
+    ``published=True`` computes the same as the predecessors' code: no ReLU after depthwise convolutions, shortcuts
+    receive rectified inputs (except that of block1), and the second convolution has no ReLU.
     """
 
     channels = (128, 2048)

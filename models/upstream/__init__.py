@@ -1,4 +1,4 @@
-"""Weights of other programs: published checkpoints of the predecessors, and what fits of others.
+"""Load weights of other programs: checkpoints of the predecessors, and the matching weights of any other file.
 
 ``names`` turns recorded names into ours, ``identify`` finds out what a checkpoint is, ``loading`` loads it. What
 belongs to one model (its names, the marks of its checkpoints) is in the model's class.

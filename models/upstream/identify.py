@@ -1,4 +1,4 @@
-"""What a checkpoint without facts of ours is: which model, which backbone, how many classes."""
+"""Identify a checkpoint that has no facts: its model, its backbone, the number of classes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def identify(weights: Mapping[str, Tensor]) -> str | None:
 
 
 def has_published_names(weights: Mapping[str, Tensor], rules: Rules) -> bool:
-    """Tell whether the (unwrapped) names are recorded ones that differ from ours."""
+    """Return whether the (unwrapped) names are published ones that differ from ours."""
     return any(c is not None for key in weights for c in candidates(key, rules))
 
 
@@ -83,10 +83,10 @@ def known_args(type: str, args: Mapping[str, Any] | None) -> dict[str, Any]:
 def infer(
     state_dict: Mapping[str, Tensor], type: str, args: Mapping[str, Any] | None = None
 ) -> tuple[str, dict[str, Any], int]:
-    """Find out how to build the model of a checkpoint that has no facts of ours: a published one, or bare weights.
+    """Find out how to build the model of a checkpoint that has no facts: a published checkpoint, or bare weights.
 
-    What the model here does not take of ``arch.args`` is left out (the published constructors ignored unknown
-    arguments). Where the weights show another backbone, stem or up-sampling than the config, the weights decide.
+    Entries of ``arch.args`` that the model here does not accept are left out (the published constructors ignored
+    unknown arguments). If the weights show another backbone, stem or up-sampling than the config, the weights decide.
 
     Returns:
         the model's name, the constructor's arguments, the number of classes. For published weights,

@@ -1,4 +1,4 @@
-"""Load weights under our names or others: all of a checkpoint, or what fits (fine-tuning)."""
+"""Load weights under our names or other names: a whole checkpoint, or the matching weights (fine-tuning)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_weights(model: BaseModel, state_dict: Mapping[str, Tensor]) -> None:
     """Load weights under our names or the published ones, with or without ``module.``, into ``model``.
 
     Raises:
-        UserError: entries are missing, unknown or of another shape; says which, and what probably went wrong.
+        UserError: entries are missing, unknown or of another shape; the message names them and the probable reason.
     """
     own = model.state_dict()
     weights = translate(model, state_dict)
@@ -75,8 +75,8 @@ class Transfer(NamedTuple):
     taken: tuple[str, ...]  # loaded as they are
     adapted: tuple[str, ...]  # first convolutions, fitted to another number of image channels
     by_class: tuple[str, ...]  # heads for other classes, of which those with the same name are loaded
-    reshaped: tuple[str, ...]  # of another shape in the file; they start afresh
-    missing: tuple[str, ...]  # not in the file; they start afresh
+    reshaped: tuple[str, ...]  # with another shape in the file; they stay random
+    missing: tuple[str, ...]  # not in the file; they stay random
     unused: tuple[str, ...]  # in the file only
 
     def text(self) -> str:
@@ -91,7 +91,7 @@ class Transfer(NamedTuple):
 def transfer(
     model: BaseModel, state_dict: Mapping[str, Tensor], classes: Sequence[str] = (), theirs: Sequence[str] = ()
 ) -> Transfer:
-    """Load what fits of other weights into ``model``: other classes or channels, another program's names.
+    """Load the matching weights into ``model``; classes, channels and parameter names may differ.
 
     Tries our names, the published ones, and the usual prefixes (``model.``, ``encoder.``, ``backbone.``), so that
     encoders of torchvision, timm and segmentation_models_pytorch match ours. A first convolution for another number
@@ -101,7 +101,7 @@ def transfer(
     ``classes``, ``theirs``: the names of the model's classes, and of those that the weights were trained on.
 
     Raises:
-        UserError: hardly anything fits; says what the weights may be.
+        UserError: too few weights fit; the message says what the weights may be.
     """
     own = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith("num_batches_tracked")}
     weights = strip_wrappers(state_dict)
@@ -181,7 +181,7 @@ def _size(tensor: Tensor) -> str:
 
 
 def _grouped(names: tuple[str, ...]) -> str:
-    """Return the count, and the names; of many, the parts of the network with their counts."""
+    """Return the count and the names; if there are many, the parts of the network with their counts."""
     if len(names) <= 6:
         return f"{len(names)}: {', '.join(names)}"
     parts = Counter(name.partition(".")[0] for name in names)

@@ -1,6 +1,6 @@
 """Write, read and understand checkpoints.
 
-A checkpoint of ours is one file with plain tensors, numbers, strings, lists and dicts::
+A checkpoint is one file with plain tensors, numbers, strings, lists and dicts::
 
     format      2
     arch        the model's name in the config
@@ -130,7 +130,7 @@ def config_of(
             f"{path}: expected its config to be an object, found {type(stored).__name__}; pass a config with --config"
         )
     if given is not None:
-        # A run may have been started with an override of its arch, which then is given again.
+        # A run may have been started with an override of its arch, which is then repeated.
         raw = configs.override(configs.read(given), [item for item in overrides if item.startswith(("arch.", "arch="))])
         source = str(given)
         own = _network_in(state, raw) or (stored or {}).get("arch")
@@ -221,13 +221,13 @@ def load_model(
     trust_code: bool = False,
     overrides: Sequence[str] = (),
 ) -> LoadedModel:
-    """Build the model of a checkpoint, ours or a published one, and load its weights.
+    """Build the model of a checkpoint of this project or its predecessors, and load its weights.
 
     Args:
         path: the checkpoint.
         device: where the model goes.
-        config: used in place of the checkpoint's own; needed for a file of bare weights. Of a config file, ``arch`` is
-            not used (see :func:`config_of`).
+        config: used instead of the checkpoint's own; needed for a file of bare weights. The ``arch`` of a config file
+            is not used (see :func:`config_of`).
         trust_code, overrides: see :func:`config_of`.
 
     Raises:
@@ -243,7 +243,7 @@ def build_model(
     state: Mapping[str, Any], path: str | Path, config: Config, device: str | torch.device = "cpu"
 ) -> LoadedModel:
     """Build the model of a checkpoint that is already read, see :func:`load_model`."""
-    # The one way from utils into the rooms above it: a checkpoint names a model, and models are looked up there.
+    # The only import from utils into another part of the project: a checkpoint names a model, which is looked up there.
     models, upstream = import_module("models"), import_module("models.upstream")
     weights = state.get("ema") or state["state_dict"]
     try:
@@ -331,8 +331,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], source: str | Pat
 def start_from(model: Any, path: str | Path, class_names: Sequence[str] = ()) -> str:
     """Start a model from the matching weights in a file (fine-tuning); return which weights were loaded and which not.
 
-    The file may be a checkpoint of ours, a published one, or the weights of another program; the number of classes and
-    of image channels may differ. ``class_names``: of the model's classes; a head keeps those that the checkpoint knows.
+    The file may be a checkpoint of this project or its predecessors, or contain weights of another program. The number
+    of classes and of image channels may differ. ``class_names``: the model's classes; a head keeps those that the
+    checkpoint also has.
 
     Raises:
         UserError: an unusable file, or too few weights match.

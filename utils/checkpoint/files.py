@@ -65,7 +65,7 @@ def read(path: str | Path) -> dict[str, Any]:
     is ``{"network": path, "state_dict": {}}``.
 
     Raises:
-        UserError: no such file, not a checkpoint, cut short, or one that would need to run code.
+        UserError: there is no such file, or it is not a checkpoint, is truncated, or would need to run code.
     """
     path = expand(path)
     if not os.path.isfile(path):
@@ -78,7 +78,9 @@ def read(path: str | Path) -> dict[str, Any]:
     _check_sums(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what torch warns of ends in an error of ours
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # the problems that torch warns about are reported as errors below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(_refusal(path, error)) from None
@@ -118,7 +120,7 @@ def network_kind(path: str | Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except Exception:  # damaged, or not an archive: bytes gone wrong end in nearly any exception
+    except Exception:  # damaged, or not an archive: damaged bytes can raise nearly any exception
         return None
     if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
         return "pt2"
@@ -126,13 +128,13 @@ def network_kind(path: str | Path) -> str | None:
 
 
 def _check_sums(path: Path) -> None:
-    """Compare the checksums that torch stores with each tensor: torch itself reads damaged files without an error.
+    """Verify the checksums that torch stores with each tensor: torch itself reads damaged files without an error.
 
     Raises:
         UserError: the file is damaged.
     """
     if not zipfile.is_zipfile(path):
-        return  # of an old version of torch, without checksums; or cut short, which torch.load says
+        return  # from an old version of torch, without checksums; or truncated, which torch.load reports
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

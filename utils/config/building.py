@@ -107,6 +107,6 @@ def build_schedule(
 
 
 def schedule_alone(config: Config, batches: int, epochs: int | None = None) -> lr_scheduler.Schedule:
-    """Build the schedule of a run with ``batches`` batches per epoch, on two parameters in place of a network."""
+    """Build the schedule of a run with ``batches`` batches per epoch, for two parameters instead of a network."""
     steps = lr_scheduler.optimizer_steps(1, batches, config.trainer.accumulate)
     return build_schedule(config, build_optimizer(config, optim.stand_in()), steps, epochs)

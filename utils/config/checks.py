@@ -73,7 +73,7 @@ def check(
 
 
 def _check_loaders(config: Config, loaders: Registry, stages: Sequence[str]) -> tuple[list[Problem], Any | None]:
-    """Return the problems of the loaders behind the stages, and the facts of the first one that is right."""
+    """Return the problems of the loaders of the stages, and the facts of the first valid loader."""
     problems: list[Problem] = []
     facts = None
     for path in dict.fromkeys(map(config.loader_field, stages)):
@@ -177,7 +177,7 @@ def _try_optimizer_and_schedule(config: Config) -> list[Problem]:
         schedule = lr_scheduler.build(name, optimizer, LARGEST, **section.args)
         next(lr_scheduler.walk(schedule, 2))
         schedule.step()
-    except Exception as error:  # torch raises all kinds; these arguments are the cause
+    except Exception as error:  # torch raises many kinds of errors; these arguments are the cause
         return [Problem(path, f"{name}: {error or type(error).__name__}")]
     return []
 

@@ -72,7 +72,7 @@ def _first_difference(names: tuple[str, ...], others: tuple[str, ...]) -> int | 
 
 
 def warn_about_loss(config: Config, procedures: list[str]) -> None:
-    """Warn if rankdice will decode a network whose loss does not give calibrated probabilities."""
+    """Warn if rankdice is used with a loss that does not give calibrated probabilities."""
     name, args = config.loss.type, config.loss.args
     if not any(p.startswith("rankdice") for p in procedures) or name not in LOSSES or is_proper(name, **args):
         return
@@ -92,12 +92,12 @@ def warn_about_loss(config: Config, procedures: list[str]) -> None:
     warn(f"rankdice needs calibrated probabilities, and {effect} (docs/rankdice.md#when-not-to-use-it)")
 
 
-FADED = 1e-3  # of the highest rate: next to nothing is learned below
+FADED = 1e-3  # of the highest rate; below, hardly anything is learned
 _SIMULATED = 20_000  # steps of a schedule that are looked at
 
 
 def warn_about_schedule(config: Config, batches: int) -> None:
-    """Warn if the learning rate is next to nothing in more than half of a run with ``batches`` batches per epoch."""
+    """Warn if the learning rate is close to zero in more than half of a run with ``batches`` batches per epoch."""
     section, epochs = config.lr_scheduler, config.trainer.epochs
     schedule = schedule_alone(config, min(batches, config.trainer.limit_batches or batches))
     steps = schedule.total_steps

@@ -54,7 +54,7 @@ def _values(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _foreign(value: Any) -> str | None:
-    """Return why a value is not allowed in a config, None if it can."""
+    """Return why a value is not allowed in a config; None if it is allowed."""
     if value is RecursionError:
         return f"more than {_DEEPEST} levels of brackets; a config needs only a few"
     if isinstance(value, int) and abs(value) >= 10**_DIGITS:

@@ -64,7 +64,7 @@ def _note_defaults(config: Config) -> None:
     if args.get("augment") is not True or args.get("val") is True:
         return
     on = [name for name in ("flip", "rotate") if name not in args]
-    if "base_size" not in args and args.get("scale", True) is True:  # they knew no range
+    if "base_size" not in args and args.get("scale", True) is True:  # they did not support a range
         on.append("scale (around each image's own size)")
     if on:
         config.notes.append(

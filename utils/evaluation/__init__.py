@@ -1,6 +1,6 @@
 """Score a model on a loader: one forward pass, any number of prediction procedures.
 
-Used by the trainer for validation and by ``test.py``; the path from logits to counts exists only here.
+The trainer uses this for validation, and ``test.py`` for testing. No other code computes counts from logits.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
     * ``rankdice``: the masks with the highest expected Dice, as the config says;
     * ``rankdice_paper``: the same for all classes with a probability above 0.5;
     * ``rankdice_map``: the label map that ``inference.py`` writes for ``rankdice``;
-    * ``rankdice_iou``: the masks with the highest expected IoU; so for every other metric of RankDice.
+    * ``rankdice_iou``: the masks with the highest expected IoU; the same for every other metric of RankDice.
     """
     decisions = {"T": Decision("T", replace(options, threshold=0.5))}
     if options.threshold != 0.5:
@@ -137,7 +137,7 @@ class Evaluation:
     # Seconds and images of decoding under each decision, and of the forward passes ("forward"); the first batch, which
     # warms up, is not counted.
     laps: dict[str, tuple[float, int]]
-    peak_bytes: dict[str, int]  # the most memory a decision took beside the probabilities; 0: not measured
+    peak_bytes: dict[str, int]  # peak memory of a decision, in addition to the probabilities; 0: not measured
     images: int = 0
     decisions: dict[str, Decision] = field(default_factory=dict)
     sizes: set[tuple[int, int]] = field(default_factory=set)  # the (height, width) that occur
@@ -194,13 +194,14 @@ def evaluate(
     Args:
         evaluator: the model and how it is used.
         loader: yields :class:`utils.batch.Batch`; see :class:`Limited`.
-        decisions: name -> decision; none if only ``on_part`` looks.
+        decisions: name -> decision; empty if only ``on_part`` is needed.
         title: of the progress bar; None: no bar.
         on_part: called with the images, probabilities and predictions of each forward pass.
-        measure_memory: on the CPU, too, measure each decision's memory: once more per larger batch than before.
+        measure_memory: also measure the memory of each decision on the CPU, by running it once more for each batch that
+            is larger than all before.
 
     Raises:
-        UserError: a label of the data that the model has no class for.
+        UserError: the data has a label that is not a class of the model.
     """
     evaluator.network.eval()
     work = _Work(evaluator, decisions, on_part, 0 if measure_memory else float("inf"))
@@ -264,7 +265,7 @@ class _Work:
         return self.live.compute() | ({"loss": sum(losses.values()) / len(losses)} if losses else {})
 
     def _decide(self, batch: Batch, probs: Tensor, target: Tensor) -> tuple[dict[str, Prediction], dict[str, Counts]]:
-        """Return the predictions, if someone looks at them, and counts of every decision."""
+        """Return the predictions, if ``on_part`` needs them, and the counts of every decision."""
         largest = probs.numel() > self.measured
         if largest:
             self.measured = probs.numel()

@@ -1,7 +1,8 @@
 """Boundary IoU: how well the outlines of masks agree (Cheng et al., "Boundary IoU", CVPR 2021).
 
-The boundary of a mask holds its pixels within a distance ``d`` of its contour. Boundary IoU is the IoU of the
-boundaries of prediction and target. Plain IoU hardly sees the outline of a large object; boundary IoU does.
+The boundary of a mask consists of its pixels within a distance ``d`` of its contour. Boundary IoU is the IoU of the
+boundaries of prediction and target. Errors in the outline of a large object hardly change the plain IoU, but they
+change the boundary IoU.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class BoundaryIoU:
     def compute(self) -> dict[str, dict[str, Any]]:
         """Return per procedure ``Mean_Boundary_IoU`` and ``Class_Boundary_IoU``, NaN where nothing is defined.
 
-        Means are taken as those of the other scores: over the classes of interest of an image, then over images.
+        Means are computed like those of the other scores: over the classes of interest of an image, then over images.
         """
         found = {}
         for name, rows in self.rows.items():

@@ -51,7 +51,7 @@ def with_fit(state: Mapping[str, Any], config: Config, found: Fit) -> dict[str, 
 
     Args:
         state: content of the checkpoint.
-        config: of the run; used if the checkpoint has no config of ours.
+        config: of the run; used if the checkpoint has no config of this project.
         found: the fit.
     """
     stored = without_fit(state).get("config")

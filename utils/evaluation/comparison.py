@@ -33,7 +33,7 @@ OTHER_SCORES = (
     ("Pixel_Accuracy", "pixel accuracy"),
     ("Multiclass_Accuracy", "share of pixels with the right label"),
 )
-# Numbers that one block of bootstrap draws may hold.
+# The most numbers in one block of bootstrap draws.
 _BLOCK = 2**22
 
 
@@ -101,7 +101,7 @@ def bootstrap(
     enough = (defined[:, :columns].sum(axis=0) > 1) & (defined[:, columns:].sum(axis=0) > 1)
     ends = np.full((2, columns), np.nan)
     if enough.any():
-        # A draw may hold none of the few images that define a column.
+        # A draw may contain none of the few images that define a column.
         ends[:, enough] = np.nanquantile(means[:, enough], [(1 - level) / 2, (1 + level) / 2], axis=0)
     return ends
 

@@ -1,4 +1,4 @@
-"""Confusion matrices: which class is taken for which."""
+"""Confusion matrices: which class is mistaken for which."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def as_csv(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> str:
 
 
 def shares(matrix: Sequence[Sequence[int]]) -> list[list[float | None]]:
-    """Return each row divided by its sum: the diagonal holds the recall of each class; None for an absent class."""
+    """Return each row divided by its sum: the diagonal contains the recall of each class; None for an absent class."""
     return [[value / sum(row) if sum(row) else None for value in row] for row in matrix]
 
 

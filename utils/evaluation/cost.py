@@ -1,4 +1,4 @@
-"""What the steps of an evaluation cost: seconds, and peak memory."""
+"""Measure the cost of the steps of an evaluation: seconds, and peak memory."""
 
 from __future__ import annotations
 
@@ -72,7 +72,12 @@ def cpu_peak(step: Callable[[], _Result]) -> int | None:
             warnings.simplefilter("ignore")
             profiler = profile(profile_memory=True)
             profiler.__enter__()
-    except (ImportError, AttributeError, TypeError, RuntimeError):  # another torch, or a profiler at work already
+    except (
+        ImportError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+    ):  # another version of torch, or a profiler that is already running
         return None
     try:
         kept = step()

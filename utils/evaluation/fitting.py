@@ -1,9 +1,9 @@
 """Fit temperature, bias, presence and threshold on validation data, and keep what clearly helps on held-out images.
 
 ``train.py`` does it when training ends, ``test.py --fit`` for any checkpoint. The network sees the images once, or
-again if their logits do not fit into memory. Every number that decides is computed on folds, each scored with what was
-fitted on the others. Folds consist of consecutive images, because neighbors in a video are alike, or of whole groups
-where the data has groups (``group_by``). :func:`utils.evidence.clear` says which gains are more than noise.
+again if their logits do not fit into memory. All decisions are based on folds, each scored with a fit on the others.
+Folds consist of consecutive images, because neighbors in a video look alike, or of whole groups if the data has groups
+(``group_by``). :func:`utils.evidence.clear` says which gains are more than noise.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Fit:
             none is kept.
         mode: "single" or "multiscale": how inference should view images; None: not tried.
         images: validation images.
-        figures: scores on images held out, by what the network's logits went through: ``NLL``, ``Brier``, ``ECE``,
+        figures: scores of held-out images, for each way to calibrate the logits: ``NLL``, ``Brier``, ``ECE``,
             ``Class_ECE``, and the mDice of ``T`` at the threshold used so far, ``T_tuned``, ``rankdice`` without a
             presence fit, and ``presence`` with one (NaN if there is none).
         chosen: the row of ``figures`` that is kept.
-        notes: sentences on what was kept and why, and what is doubtful.
+        notes: sentences on what was kept and why, and warnings.
     """
 
     calibration: Calibration
@@ -178,7 +178,7 @@ class Trial:
 
 
 def _best_threshold(sweep: Tensor, steps: Sequence[float], before: float) -> float:
-    """Return the threshold with the highest mean score; of equal ones that nearest to the one used so far."""
+    """Return the threshold with the highest mean score; of equal ones, the nearest to the one used so far."""
     means = sweep.nanmean(0).nan_to_num(-1.0).tolist() if len(sweep) else [0.0] * len(steps)
     return max(zip(means, steps, strict=True), key=lambda pair: (pair[0], -abs(pair[1] - before)))[1]
 
@@ -228,7 +228,8 @@ def _mode(
 ) -> dict[str, Any]:
     """Return the fields of :class:`Fit` that change if averaging over scales scores clearly higher.
 
-    ``worth``: how many independent images the validation images are. With few, a mode that costs so much is not tried.
+    ``worth``: how many independent images the validation images are worth. If they are few, this costly mode is not
+        tried.
     """
     if not isinstance(evaluator.network, Network):
         return {}  # saved probabilities have one view

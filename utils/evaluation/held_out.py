@@ -1,4 +1,4 @@
-"""Held-out scores: every image of the validation data is scored with what was fitted on the other folds."""
+"""Held-out scores: every image of the validation data is scored with a fit on the other folds."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Calibrations:
         return found
 
     def held_out(self, name: str) -> list[Calibration]:
-        """Return the calibrations of an image, none of which has seen it."""
+        """Return the calibrations for an image, which were fitted without it."""
         return self.of_fold[self.fold[name]]
 
     def quality(self, name: str) -> tuple[dict[str, float], Tensor]:
@@ -144,8 +144,9 @@ def _common(labels: Sequence[Tensor], classes: int) -> Tensor:
 def _named_groups(sample: LogitSample) -> list[str]:
     """Return the group of each image, sorted by name: what is before the last number of its name; or nothing.
 
-    Frames of a few videos are named so. A fit on some of them carries over to the rest of the same videos, but perhaps
-    not to others, so whole videos must be held out. Images that do not resemble their neighbors need no groups.
+    Frames of a few videos usually have such names. A fit on some frames works on the rest of the same videos, but
+    perhaps not on other videos, so whole videos must be held out. Images that do not resemble their neighbors need no
+    groups.
     """
     names, classes = sorted(sample.rows), max(sample.facts.num_classes, 2)
     groups = [re.sub(r"\d+\D*$", "", name) for name in names]

@@ -1,8 +1,8 @@
 """Calibrate probabilities: fit a temperature, or a temperature and a bias per class, on validation data.
 
-RankDice sums and ranks probabilities, so an overconfident network costs it score. One temperature fixes most of that
-(Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017). Where a class is predicted too often or too rarely
-everywhere, only a bias per class helps.
+RankDice sums and ranks probabilities, so an overconfident network lowers its score. A single temperature corrects most
+of this (Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017). If a class is predicted too often or too
+rarely everywhere, only a bias per class helps.
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ def fit_temperature(
 ) -> float:
     """Return the temperature with the lowest negative log-likelihood of the labels; a bound if it lies beyond.
 
-    As a function of b = 1 / T the likelihood of ``b * logits`` is convex: its slope is found to be zero by Newton
-    steps, each kept inside an interval that brackets the zero and that a bisection halves where a step leaves it. So
-    it cannot diverge, and where the slope does not change its sign within the bounds the bound is the answer.
+    As a function of b = 1 / T, the negative log-likelihood of ``b * logits`` is convex. Newton steps find the zero of
+    its slope. They stay inside an interval that brackets the zero: a step that would leave it is replaced by a
+    bisection, so the search cannot diverge. If the slope does not change its sign within the bounds, the result is a
+    bound.
 
     Args:
         logits: ``(N, C)``, finite.
@@ -140,7 +141,8 @@ def fit_bias(
 ) -> Calibration | None:
     """Return the temperature and bias with the lowest negative log-likelihood, by Newton steps; None if they diverge.
 
-    A small ridge on the bias settles what the labels leave open, as a shift of all classes by one number.
+    A small ridge penalty on the bias makes the result unique: a shift of all classes by one number changes nothing
+    else.
 
     Args:
         logits, target, activation: see :func:`fit_temperature`.

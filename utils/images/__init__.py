@@ -1,4 +1,4 @@
-"""Images and label maps on disk: reading every usual kind, writing PNG files whole or not at all."""
+"""Images and label maps on disk: read all common formats, and write PNG files completely or not at all."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _warned: list[Path] = []  # of pages that are not read: once, not file by file
 
 
 def read_image(path: str | Path, channels: int = 3, values: ValueRange = BY_TYPE) -> np.ndarray:
-    """Read an image of any supported format, with the wanted number of channels.
+    """Read an image of any supported format, with the given number of channels.
 
     Gray, RGB, RGBA, palette, CMYK, 1, 8 and 16 bit files of any format that OpenCV or Pillow know, TIFF with
     many channels, and ``.npy`` arrays ``(H, W)`` or ``(H, W, C)``. EXIF orientation is applied, transparency is
@@ -62,7 +62,7 @@ def read_image(path: str | Path, channels: int = 3, values: ValueRange = BY_TYPE
 
 
 def read_pixels(path: str | Path, channels: int = 3, values: ValueRange = BY_TYPE) -> Pixels:
-    """Read an image as :func:`read_image` does, and learn which pixels have no data (``values.nodata``).
+    """Read an image like :func:`read_image`, and also return which pixels have no data (``values.nodata``).
 
     A data set fills the missing pixels with its mean color, ``pixels.filled(mean)``, and ignores them:
     ``label[pixels.missing] = ignore_index``.
@@ -80,7 +80,7 @@ def read_pixels(path: str | Path, channels: int = 3, values: ValueRange = BY_TYP
 
 
 def to_pixels(image: np.ndarray | Image.Image, channels: int = 3, values: ValueRange = BY_TYPE) -> Pixels:
-    """Give an image in memory the channels and intensities that :func:`read_pixels` gives a file.
+    """Convert an image in memory to the channels and intensities that :func:`read_pixels` returns for a file.
 
     Args:
         image: an array ``(H, W)`` or ``(H, W, C)``, or a Pillow image.
@@ -111,7 +111,7 @@ def _pixels(raster: Raster, channels: int, values: ValueRange, source: str) -> P
 def write_png(
     path: str | Path, array: np.ndarray, palette: Sequence[Sequence[int]] | None = None, software: str = ""
 ) -> None:
-    """Write ``array`` as a PNG file, whole or not at all.
+    """Write ``array`` as a PNG file, completely or not at all.
 
     Args:
         path: where to; its folder is created.
@@ -141,7 +141,7 @@ def voc_colormap(n: int = 256) -> tuple[tuple[int, int, int], ...]:
 
 
 def _select(raster: Raster, channels: int, source: str) -> np.ndarray:
-    """Return as many channels as wanted, or gray or RGB, which can be converted."""
+    """Return the requested number of channels, or gray or RGB, which can be converted."""
     array, colors = raster.array, raster.colors
     if raster.palette is not None:
         colors = 3

@@ -35,7 +35,7 @@ def legend(entries: Sequence[Entry], width: int) -> np.ndarray:
 
 
 def line(text: str, width: int, size: int = 11) -> np.ndarray:
-    """Return a line of text on white; text that is too long loses its beginning, the least telling part of a path."""
+    """Return a line of text on white; text that is too long loses its beginning, the least useful part of a path."""
     font = ImageFont.load_default(size)
     while len(text) > 4 and font.getlength(text) > width - 2 * _GAP:
         text = "..." + text[4:]

@@ -68,7 +68,7 @@ def fast_label(data: bytes) -> np.ndarray | None:
 def decode(data: bytes, path: Path, channels: int = 1) -> Raster:
     """Decode the content of a file of any known format.
 
-    The number of ``channels`` that are wanted decides whether the pages of a TIFF file are bands.
+    The requested number of ``channels`` decides whether the pages of a TIFF file are bands.
 
     Raises:
         UserError: the file is damaged, of an unknown format, or needs a package that is not installed.
@@ -113,7 +113,7 @@ def _pillow(data: bytes, path: Path) -> Raster:
     try:
         pages = getattr(image, "n_frames", 1)
         image.load()
-    except Exception as error:  # Pillow's parsers raise all kinds on broken files
+    except Exception as error:  # Pillow's parsers raise many kinds of errors on broken files
         raise UserError(f"{path} {DAMAGED}: {error}") from None
     raster = from_pillow(image, path)
     raster.pages = pages

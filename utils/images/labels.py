@@ -1,4 +1,4 @@
-"""Label maps on disk. A file that contains more than class ids is refused, never read in part."""
+"""Label maps on disk. A file that contains more than class ids is refused."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def orientation_of(image: Image.Image) -> int:
     """
     image.load()
     exif = Image.Exif()
-    with suppress(Exception):  # broken metadata say nothing
+    with suppress(Exception):  # broken metadata is ignored
         exif.load(image.info.get("exif", b""))
     return exif.get(ORIENTATION, 1)
 
@@ -71,5 +71,5 @@ def from_pillow(image: Image.Image, path: Path | str) -> Raster:
 
 
 def named_colors(channels: int) -> int:
-    """Return how many channels are colors where a file does not say: three and four are RGB and one more."""
+    """Return how many channels are colors if a file does not say so: of three or four channels, three (RGB)."""
     return {1: 1, 3: 3, 4: 3}.get(channels, 0)

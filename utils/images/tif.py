@@ -1,4 +1,4 @@
-"""TIFF files: Pillow reads the layouts that it is proven to read right, tifffile (an extra) all others."""
+"""TIFF files: Pillow reads the layouts that tests show it reads correctly; tifffile (an extra) reads all others."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _ALPHA = (1, 2)  # extra channels that are transparency: premultiplied or not
 _REDUCED, _MASK = 1, 4  # kinds of pages that are not pictures
 
 _PLAIN, _FAX, _PREDICTED = (1, 32773), (3, 4), (5, 8, 32946)  # none and PackBits; fax; LZW and deflate (two numbers)
-# What Pillow reads right, tests/images/test_tif.py proves it: (photometric interpretation, bits of each channel, number
-# format, extra channels) -> compressions.
+# What Pillow reads correctly, as tests/images/test_tif.py shows: (photometric interpretation, bits of each channel,
+# number format, extra channels) -> compressions.
 _PILLOW_LAYOUTS: dict[tuple, tuple[int, ...]] = {
     (_WHITE_IS_ZERO, (1,), 1, ()): (*_PLAIN, *_FAX, *_PREDICTED),
     (_BLACK_IS_ZERO, (1,), 1, ()): (*_PLAIN, *_FAX, *_PREDICTED),
@@ -54,8 +54,8 @@ _LOSSY = (6, _JPEG, 22610, 33003, 33004, 33005, 33007, 34712, 34887, 34892, 3492
 def decode(data: bytes, path: Path, channels: int) -> Raster:
     """Decode a TIFF file.
 
-    Of several pages, it reads the picture, and skips previews and masks. Pages are bands where the file says so,
-    or where as many channels are wanted as there are pages of equal size (and not 1 or 3, which a stack could be).
+    Of several pages, it reads the picture, and skips previews and masks. Pages are bands if the file says so, or if the
+    requested number of channels is the number of pages of equal size (but not 1 or 3, because these may be a stack).
 
     Raises:
         UserError: see :func:`utils.images.formats.decode`.
@@ -78,7 +78,7 @@ def decode(data: bytes, path: Path, channels: int) -> Raster:
             return _by_tifffile(file, path, channels, len(data))
     except UserError:
         raise
-    except Exception as error:  # its parsers raise all kinds on broken files
+    except Exception as error:  # its parsers raise many kinds of errors on broken files
         if "imagecodecs" in str(error):
             raise _needs_packages(path, str(error)) from None
         raise UserError(f"{path} {DAMAGED}, or of a kind that is not supported: {error}") from None
@@ -89,7 +89,7 @@ def _needs_packages(path: Path, why: str) -> UserError:
 
 
 def _open_pillow(data: bytes) -> Any:
-    """Open the file if it is one picture in a layout that Pillow reads right; else return None."""
+    """Open the file if it is one picture in a layout that Pillow reads correctly; otherwise return None."""
     try:
         image: Any = Image.open(io.BytesIO(data), formats=("TIFF",))
         tag = image.tag_v2.get
@@ -162,7 +162,7 @@ def _are_bands(file: Any, pages: int, channels: int) -> bool:
     try:
         series = file.series[0]
         return dict(zip(series.axes, series.shape, strict=True)).get("C") == channels
-    except Exception:  # metadata that tifffile does not understand say nothing
+    except Exception:  # metadata that tifffile does not understand is ignored
         return False
 
 

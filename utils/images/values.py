@@ -1,6 +1,6 @@
 """What stored numbers mean: from the values in a file or an array to intensities in [0, 1].
 
-Data sets, :class:`utils.predictor.Predictor` and the demo page all use it, so a file always gives the same picture.
+Data sets, :class:`utils.predictor.Predictor` and the demo page all use it, so a file always gives the same image.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _default_limits(stored: np.ndarray, source: str, largest: int | None) -> tup
     if smallest_found < low - _TOLERANCE or largest_found > high + _TOLERANCE:
         expected = f"0 to {high}" + (" (the range of floating point images)" if stored.dtype.kind == "f" else "")
         raise _does_not_fit(source, stored, smallest_found, largest_found, expected)
-    # Black frames are nothing to refuse.
+    # Black frames are valid.
     if stored.dtype.kind in "ui" and 0 < largest_found <= (_BYTE if high <= _WORD else _WORD) < high:
         raise _does_not_fit(source, stored, smallest_found, largest_found, f"the full range 0 to {high}")
     return low, high

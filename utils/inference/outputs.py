@@ -1,7 +1,7 @@
-"""What is written for a segmented image: mask, overlay, probabilities, JSON.
+"""The outputs for a segmented image: mask, overlay, probabilities, JSON.
 
-Every file is written whole or not at all, and has a stamp that says which run wrote it (:mod:`utils.stamps`). The mask
-is written last, so an image with a mask has all of its outputs.
+Every file is written completely or not at all, and has a stamp that says which run wrote it (:mod:`utils.stamps`). The
+mask is written last, so an image with a mask has all of its outputs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _JPEG_LARGEST_SIDE = 65500
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is written in addition to the masks."""
+    """Outputs in addition to the masks."""
 
     opacity: float | None = None  # of overlays; None: no overlays
     probs: str | None = None  # "npz" (see utils.predict.files), "png" (8 bits per class), or None
@@ -72,7 +72,7 @@ class Outputs:
         return self.folder / f"{name}.png"
 
     def _outputs(self, name: str) -> dict[Path, str | None]:
-        """Return every output that an image may have, with the stamp that this run gives it; None: not wanted.
+        """Return every output that an image may have, with the stamp of this run; None: not requested.
 
         ``NAME_probs`` and ``NAME_masks`` are folders with a PNG per class.
         """
@@ -93,7 +93,7 @@ class Outputs:
         return stamps.digest({"run": self.made.digest, "opacity": self.wanted.opacity})
 
     def exists(self, name: str) -> bool:
-        """Return whether a run with this model and these options has written all that is wanted of an image."""
+        """Return whether a run with this model and these options has written all requested outputs of an image."""
         outputs = self._outputs(name).items()
         return all(stamp is None or all(stamps.stamp_of(p) == stamp for p in _files(path)) for path, stamp in outputs)
 
@@ -104,7 +104,7 @@ class Outputs:
             stamps.refuse_foreign((file for path in wanted for file in _files(path, "*")), self.folder)
 
     def _remove(self, name: str, failed: bool = False) -> None:
-        """Remove what earlier runs wrote for an image and this one does not; if it failed, what this run wrote."""
+        """Remove outputs of earlier runs that this run does not write; if the image failed, also those of this run."""
         for path, own in self._outputs(name).items():
             if failed == (own is None):
                 continue

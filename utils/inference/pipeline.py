@@ -26,7 +26,7 @@ READERS = 2
 
 @dataclass
 class Report:
-    """What became of the images."""
+    """The results of a run, for its summary."""
 
     done: int = 0  # how many were segmented
     outdated: int = 0  # how many of them had outputs of another model or other options

@@ -44,7 +44,7 @@ class Item:
 
 @dataclass
 class Found:
-    """The images of a file or folder, and what was not taken."""
+    """The images of a file or folder, and the files that were skipped."""
 
     items: list[Item]  # sorted
     problems: list[str]  # one message per folder that cannot be read
@@ -61,7 +61,7 @@ class Found:
 
     @property
     def passed_over(self) -> str:
-        """A sentence on the files that were not taken; empty if there are none."""
+        """A sentence about the files that were skipped; empty if there are none."""
         total = self.others.total()
         types = ", ".join(f"{count} {extension}" for extension, count in self.others.most_common(3))
         more = ", ..." if len(self.others) > 3 else ""
@@ -139,7 +139,7 @@ def _refuse_to_mix(root: Path, output: Path) -> None:
 
 
 def _walk(root: Path, wanted: Sequence[str], found: Found) -> list[Path]:
-    """List the wanted files below ``root``; note in ``found`` what is not taken."""
+    """List the files below ``root`` with the given extensions; record in ``found`` what is skipped."""
     files: list[Path] = []
 
     def unreadable(error: OSError) -> None:
@@ -180,8 +180,8 @@ def _nothing_found(root: Path, wanted: Sequence[str], found: Found) -> str:
 def output_names(files: Sequence[Path]) -> list[str]:
     """Return the outputs' names: paths without extension, made unique.
 
-    The extension stays where two images differ in nothing else, and a number follows where even that is not enough.
-    Names that differ in case or in the Unicode form of accents count as equal, since some file systems say so.
+    The extension is kept if two images differ in nothing else, and a number is added if that is not enough. Names that
+    differ in case or in the Unicode form of accents count as equal, since some file systems say so.
     """
     stems = Counter(_folded(file.with_suffix("").as_posix()) for file in files)
     folders = {_folded(parent.as_posix()) for file in files for parent in file.parents}

@@ -96,7 +96,7 @@ class TverskyLoss(RegionLoss):
         return self.mean_of_regions(1 - index, true > 0, counted, channels if self.per_class else 1)
 
     def _sum(self, sums: Tensor) -> Tensor:
-        """Add up ``(B, C)`` as the options say: ``(B or 1, C or 1)``."""
+        """Sum ``(B, C)`` as the options say; returns ``(B or 1, C or 1)``."""
         sums = sums if self.per_image else sums.sum(0, keepdim=True)
         return sums if self.per_class else sums.sum(1, keepdim=True)
 

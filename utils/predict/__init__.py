@@ -127,7 +127,7 @@ def _argmax(values: Tensor) -> Tensor:
 
 
 def predict_max(probs: Tensor, options: PredictOptions = PredictOptions()) -> Prediction:  # noqa: B008
-    """Give every pixel its most probable class (argmax); the lowest class wins ties.
+    """Assign every pixel to its most probable class (argmax); ties go to the lowest class id.
 
     If presence was asked for or learned (:attr:`PredictOptions.restricts_max`), only the chosen classes take part.
     """
@@ -144,12 +144,12 @@ def predict_max(probs: Tensor, options: PredictOptions = PredictOptions()) -> Pr
 
 
 def predict_threshold(probs: Tensor, options: PredictOptions = PredictOptions()) -> Prediction:  # noqa: B008
-    """Give every class the pixels whose probability is above ``options.threshold``."""
+    """Return a mask per class: the pixels whose probability is above ``options.threshold``."""
     return Prediction(masks=probs > options.threshold)
 
 
 def predict_rankdice(probs: Tensor, options: PredictOptions = PredictOptions()) -> Prediction:  # noqa: B008
-    """Give the chosen classes the masks with the highest expected Dice (or IoU); see :mod:`utils.rankdice`."""
+    """Return masks of the chosen classes with the highest expected Dice (or IoU); see :mod:`utils.rankdice`."""
     found = _rank(probs, options)
     choice = presence.choose_classes(found.highest, found.scores, options)
     masks, volumes, scores = found.masks, found.volumes, choice.scores
@@ -188,7 +188,7 @@ def taking_part_in_labels(chosen: Tensor, options: PredictOptions) -> Tensor:
 
 
 def single_class(classes: int, options: PredictOptions) -> int | None:
-    """Return the class of interest of two, or None: the label map that serves it best is its mask, and the rest."""
+    """Return the class of interest if it is one of two classes, else None. Its best label map is its mask."""
     return options.classes[0] if classes == 2 and options.classes is not None and len(options.classes) == 1 else None
 
 

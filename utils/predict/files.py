@@ -31,7 +31,7 @@ from utils.predict.spool import Spool
 
 INDEX = "probs.json"
 FORMAT = 2
-# The names that arrays of probabilities have in .npz files of ours, of nnU-Net, and of its first version.
+# The names of arrays of probabilities in .npz files of this project, of nnU-Net, and of its first version.
 KEYS = ("probs", "probabilities", "softmax")
 
 
@@ -64,7 +64,7 @@ def read_probs(path: Path) -> Tensor:
     A ``.npz`` file contains one array, or one with a name of ``KEYS``.
 
     Raises:
-        UserError: the file is something else, or cut short.
+        UserError: the file is something else, or truncated.
     """
     try:
         values = np.load(path, allow_pickle=False)
@@ -97,7 +97,7 @@ def file_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Index:
-    """What a folder of probabilities says about itself: the content of ``probs.json``."""
+    """The description of a folder of probabilities: the content of ``probs.json``."""
 
     facts: Facts
     options: PredictOptions
@@ -144,11 +144,7 @@ def prepare_folder(folder: Path, index: Index, force: bool = False) -> None:
 
 
 def read_index(folder: Path) -> Index:
-    """Return what a folder of probabilities says about itself.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Return the description of a folder of probabilities. Raises: UserError: the folder has none."""
     path = folder / INDEX
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The one path from images to probabilities.
+"""From images to probabilities, in the same way for all users.
 
 Validation during training, ``test.py``, ``inference.py``, :class:`utils.predictor.Predictor` and the export all call
 :class:`Network`, so they see the same probabilities: the same padding, views, mixed precision, memory format,
@@ -90,14 +90,14 @@ class Network:
         return self._seen(self._normalized(images))
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Return float32 probabilities ``(B, C, H, W)``, the mean over the views; ``images`` as in :meth:`logits`."""
+        """Return float32 probabilities ``(B, C, H, W)``, the mean over the views; ``images``: see :meth:`logits`."""
         if not self.averages:
             return self._link(self.logits(images))
         probs = tiling.views(self._seen, self._normalized(images), self.scales, self.flip, link=self._link)
         return probs.clamp_(max=1.0)  # the mean of ones may round to slightly more
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and probabilities ``(B, C, H, W)``; the logits of a mean are those that give it."""
+        """Return logits and probabilities ``(B, C, H, W)``; for a mean over views, the logits that give the mean."""
         if not self.averages:
             logits = self.logits(images)
             return logits, self._link(logits)
@@ -108,7 +108,7 @@ class Network:
         return self.normalize(images.to(self.device, non_blocking=True))
 
     def _seen(self, images: Tensor) -> Tensor:
-        """Return the logits of normalized images; those of sizes that the model does not take are padded for it."""
+        """Return the logits of normalized images, padded if the model does not support their size."""
         height, width = images.shape[-2:]
         images = tiling.pad_to(images, SMALLEST_SIDE, getattr(self.model, "size_divisor", 1))
         if self.channels_last:

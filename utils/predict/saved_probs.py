@@ -1,4 +1,4 @@
-"""Saved probabilities in place of a network and its images, so that they are scored like images.
+"""Use saved probabilities instead of a network and its images, so that they are scored like images.
 
 Reads folders that ``test.py --save-probs`` and ``inference.py --probs`` wrote, and folders of plain ``.npz`` or
 ``.npy`` files ``(classes, height, width)`` or ``(classes, depth, height, width)`` of other programs, such as nnU-Net.

@@ -1,8 +1,8 @@
-"""From probabilities to labels, masks and scores: one decision for images of any size.
+"""From probabilities to labels, masks and scores, in the same way for images of any size.
 
-:class:`Decider` turns the probabilities of a batch, or the stream of blocks of an image that is too large for the
-memory, into a :class:`Segmentation` each. Predictor, ``inference.py``, the demo page and ``python -m utils.predict``
-use it; the procedures themselves are in :mod:`utils.predict`.
+:class:`Decider` turns the probabilities of a batch, or the stream of blocks of an image that does not fit in memory,
+into one :class:`Segmentation` per image. Predictor, ``inference.py``, the demo page and ``python -m utils.predict`` use
+it; the procedures themselves are in :mod:`utils.predict`.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ class Decider:
         if not self.by_pixel and self.options.solver not in ("exact", "rma"):
             raise UserError(
                 f"solver {self.options.solver!r} needs the probabilities of the whole {width} x {height} image in "
-                f"memory ({4 * classes * height * width / 2**30:.1f} GiB); use the solver 'exact', or allow more memory (--memory)"
+                f"memory ({4 * classes * height * width / 2**30:.1f} GiB); use the solver 'exact', or allow "
+                "more memory (--memory)"
             )
 
     def _by_pixel(self, pieces: Iterable[tuple[int, int, Tensor]], shape: tuple[int, int, int]) -> np.ndarray:

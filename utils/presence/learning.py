@@ -26,7 +26,7 @@ class Learned:
     """The result of :func:`learn`.
 
     Attributes:
-        fit: for :func:`choose`, or None if it is not trusted or does not clearly gain.
+        fit: for :func:`choose`, or None if it is not reliable or does not clearly gain.
         reason: a sentence that says why there is no fit, or what it gains.
         warning: a sentence that says why the fit may be unreliable, or None.
         found: the fit whether or not it gains; None where nothing could be fitted.
@@ -45,7 +45,7 @@ class Learned:
 def fit(
     highest: Tensor, scores: Tensor, measured: Tensor, present: Tensor, prune: float | None = 0.5
 ) -> dict[str, Any] | None:
-    """Return the fit of :func:`learn`: a dictionary of numbers, or None where it is not trusted or gains nothing."""
+    """Return the fit of :func:`learn`: a dictionary of numbers, or None if it is not reliable or gains nothing."""
     return learn(highest, scores, measured, present, prune).fit
 
 

@@ -1,4 +1,4 @@
-"""Test results: the content of ``results.json``, from which the screen and the page are made."""
+"""Test results: the content of ``results.json``, which the screen output and the HTML page are made from."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def views_in_words(views: Collection[str], mode: str) -> str:
 
 
 def advice(scores: Mapping[str, Any], images: int, fitted: bool = False) -> str | None:
-    """Return what to do if rankdice expects another Dice than it gets; None if the two agree.
+    """Return what to do if the Dice that rankdice expects differs from the measured one; None if they agree.
 
     Args:
         scores: of rankdice.

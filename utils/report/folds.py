@@ -83,7 +83,7 @@ def _images(names: frozenset[str]) -> str:
 
 
 def folder_of(checkpoints: Sequence[str]) -> Path:
-    """Return where the results go by default: the folder ``folds`` in the deepest folder that holds all checkpoints."""
+    """Return the default folder of the results: ``folds`` in the deepest folder that contains all checkpoints."""
     return Path(os.path.commonpath([Path(path).absolute().parent for path in checkpoints])) / "folds"
 
 
@@ -101,8 +101,8 @@ def score(scorings: Sequence[Scoring]) -> tuple[dict[str, Any], Evaluation]:
 def _aligned(scorings: Sequence[Scoring]) -> list[dict[str, Decision]]:
     """Return the decisions of all folds under the same names.
 
-    What was fitted differs between folds, so that one of them may have no ``T_tuned``, or its ``max`` may be
-    ``max_present``. A single procedure goes by its own name.
+    The fit differs between folds, so one of them may have no ``T_tuned``, or its ``max`` may be ``max_present``. A
+    single procedure keeps its name.
     """
     own = [scoring.decisions for scoring in scorings]
     if not scorings[0].everything:
@@ -119,8 +119,8 @@ def combined(content: Mapping[str, Any], folds: Sequence[Mapping[str, Any]]) -> 
 
     Args:
         content: :func:`utils.report.results` over the images of all folds; it stays at the top.
-        folds: the results of each fold, for ``folds``. ``spread`` holds mean and standard deviation of every score of
-            every procedure over the folds.
+        folds: the results of each fold, for ``folds``. ``spread`` contains mean and standard deviation of every score
+            of every procedure over the folds.
     """
     protocol = dict(content["protocol"])
     protocol["checkpoint"] = ", ".join(fold["protocol"]["checkpoint"] for fold in folds)

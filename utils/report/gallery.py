@@ -23,7 +23,7 @@ KEPT = 12
 SIDE = 512  # the longer side of a picture
 NO_CLASS = -1  # label of pixels in no mask
 UNASSIGNED = (235, 235, 235)
-# Where rankdice and max differ: who is right? Dark colors on a pale image, told apart by the color-blind, too.
+# Where rankdice and max differ, which one is right? Dark colors on a pale image, also distinct for the color-blind.
 RANKDICE_RIGHT, MAX_RIGHT, BOTH_WRONG = (0, 80, 200), (205, 55, 0), (0, 0, 0)
 PALEST = 205  # gray of the darkest pixel of that image
 CONTRAST = 3.0  # the least contrast of two classes, as for graphics in the Web Content Accessibility Guidelines
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def gain(self) -> float:
-        """How much rankdice gains."""
+        """The gain of rankdice."""
         return self.rankdice - self.baseline
 
     @property
@@ -114,9 +114,9 @@ class Gallery:
         return pictures
 
     def _labels(self, part: Part, name: str, i: int) -> NDArray[np.int64]:
-        """Return what was scored as one label per pixel: of masks that overlap, the most probable class.
+        """Return one label per pixel of what was scored; where masks overlap, the most probable class.
 
-        Of two classes with one of interest, it is the mask of that class and the rest, as in inference.py.
+        With two classes, one of them of interest, it is the mask of that class, as in inference.py.
         """
         prediction = part.predictions[name]
         if prediction.labels is not None:

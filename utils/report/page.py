@@ -1,4 +1,4 @@
-"""``report.html``: everything a test found, on one page that needs no network, no script and no other file."""
+"""``report.html``: all results of a test on one page, which needs no network, no script and no other file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a test gathers and writes while it runs: masks, probabilities, and the evidence that the report shows."""
+"""What a test gathers and writes while it runs: masks, probabilities, and the data of the report."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def _header(protocol: Mapping[str, Any]) -> str:
 
 
 def _report(name: str, scores: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
-    """Return the block that the users of pytorch-segmentation know: a line per score, classes as dictionaries."""
+    """Return the scores in the format of pytorch-segmentation: a line per score, classes as dictionaries."""
     lines = [
         _line(key, value) if isinstance(value, str) else f"{INDENT}{key:<22}: {tables.number(value)}"
         for key, value in scores.items()

@@ -115,4 +115,4 @@ def _ids(path: Path, table: ColorTable, count: int) -> np.ndarray:
         return table.decode(mask.colors(), path)
     if mask.values.max(initial=0) >= count:
         raise UserError(f"{path} contains the value {mask.values.max()}, but labelmap.txt has {count} lines")
-    return mask.values  # CVAT: gray masks hold the number of the line
+    return mask.values  # CVAT: gray masks contain the number of the line
