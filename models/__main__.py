@@ -1,4 +1,4 @@
-"""Print what each network costs: ``python -m models`` (a Markdown table)."""
+"""Print a Markdown table of what each network costs to run."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
     pip install gradio
     python -m utils.demo --model best_model.pth
 
-By default, only this machine can open the page (see ``--host``). No usage data is sent anywhere.
+By default, only this machine can open the page (see --host). No usage data is sent anywhere.
 """
 
 from __future__ import annotations

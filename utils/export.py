@@ -2,10 +2,10 @@
 
     python -m utils.export --model best_model.pth --format onnx
 
-The exported program takes ``images``, float32 ``(B, channels, H, W)``, RGB in [0, 1], of any batch size, height and
-width, and returns ``probabilities``, float32 ``(B, classes, H, W)``: normalization, temperature and softmax (or
-sigmoid) are included, so its output can be passed to :func:`utils.rankdice.rank_dice`. Before the file is written, the
-output is compared with PyTorch's on three image sizes.
+The exported program takes images, float32 (B, channels, H, W), RGB in [0, 1], of any batch size, height and width. It
+returns probabilities, float32 (B, classes, H, W). Normalization, temperature and softmax (or sigmoid) are included, so
+its output can be passed to utils.rankdice.rank_dice. Before the file is written, the output is compared with PyTorch's
+on three image sizes.
 """
 
 from __future__ import annotations

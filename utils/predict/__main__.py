@@ -1,12 +1,13 @@
-"""Apply a prediction procedure to saved probabilities, or score them: ``python -m utils.predict``.
+"""Apply a prediction procedure to saved probabilities, score them, or fit on them.
 
     python -m utils.predict --probs FOLDER -p rankdice -o masks
     python -m utils.predict --probs FOLDER -p all --labels LABELS
     python -m utils.predict --probs FOLDER --labels LABELS --fit fit.json
     python -m utils.predict --probs OTHERS --use fit.json -o masks
 
-FOLDER was written by ``test.py --save-probs`` or ``inference.py --probs``. It may also contain plain .npz or .npy files
-of another program, such as nnU-Net's saved softmax: (classes, height, width) or (classes, depth, height, width).
+FOLDER was written by test.py --save-probs or inference.py --probs. It may also contain plain .npz or .npy files of
+another program, such as nnU-Net's saved softmax, with arrays (classes, height, width) or (classes, depth, height,
+width).
 """
 
 from __future__ import annotations
