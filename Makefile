@@ -42,7 +42,7 @@ demo-show:
 	@echo "comparison         : $(RUN)results.json, per_image.csv, report.html"
 	@echo "TensorBoard        : $(BIN)/tensorboard --logdir saved"
 
-# How many processes run the tests; auto: one per core, fewer where the memory is small.
+# How many processes run the tests; auto: one per core, fewer if there is little memory.
 WORKERS ?= auto
 
 test: $(VENV)/.installed-tests ## run the whole test suite on all cores
@@ -52,7 +52,7 @@ $(VENV)/.installed-benchmarks: $(VENV)/.installed benchmarks/requirements.txt
 	$(BIN)/python -m pip install --quiet -r benchmarks/requirements.txt
 	@touch $@
 
-bench: $(VENV)/.installed-benchmarks ## time every part against its peers, write docs/benchmarks.md: some minutes
+bench: $(VENV)/.installed-benchmarks ## time every part and its peers, write docs/benchmarks.md: a few minutes
 	$(BIN)/python -m benchmarks.page
 
 lint: $(VENV)/.installed-tests ## check style, formatting and types
@@ -64,6 +64,6 @@ format: $(VENV)/.installed-tests ## format the code
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-clean: ## remove caches, not runs
+clean: ## remove caches, but keep runs
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
