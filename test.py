@@ -66,17 +66,9 @@ def parse_arguments() -> argparse.Namespace:
         "as inference.py does)",
     )
     add("--boundary", action="store_true", help="also report the boundary IoU (Cheng et al., CVPR 2021)")
-    add(
-        "--save-masks",
-        action="store_true",
-        help="write the masks as palette PNGs, masks/PROCEDURE/NAME.png, next to the results",
-    )
+    add("--save-masks", action="store_true", help="write palette PNGs, masks/PROCEDURE/NAME.png, next to the results")
     add("--save-probs", metavar="FOLDER", help="save the probabilities, for python -m utils.predict --probs FOLDER")
-    add(
-        "--force",
-        action="store_true",
-        help="allow --save-probs to remove the probabilities of another run from its folder",
-    )
+    add("--force", action="store_true", help="allow --save-probs to remove the probabilities of another run")
     add_device(parser)
     add_overrides(parser)
     add_trust(parser)

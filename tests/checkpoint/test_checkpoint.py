@@ -256,7 +256,7 @@ def test_a_missing_file_names_its_neighbors(tmp_path) -> None:
     save(WEIGHTS, tmp_path / "best_model.pth")
     with pytest.raises(UserError, match="no such checkpoint file; in that folder: best_model.pth"):
         read(tmp_path / "best.pth")
-    with pytest.raises(UserError, match="is a folder; in it: best_model.pth; give one of them"):
+    with pytest.raises(UserError, match="is a folder; it contains best_model.pth; pass one of them"):
         read(tmp_path)
     with pytest.raises(UserError, match='"..." stands for the folder of a run'):
         read("saved/.../best_model.pth")
@@ -499,7 +499,7 @@ def test_folders_are_checked_for_the_stages_that_are_used(tmp_path) -> None:
 
 def test_without_any_config_one_must_be_given(tmp_path) -> None:
     bare = {"state_dict": state()["state_dict"]}
-    with pytest.raises(UserError, match="weights alone and no config; give the config of its run with --config"):
+    with pytest.raises(UserError, match="weights alone but no config; pass the config of its run with --config"):
         config_of(bare, "weights.pth")
     assert config_of(bare, "weights.pth", write_config(tmp_path / "given.json")).arch.type == "UNet"
     with pytest.raises(UserError, match="expected its config to be an object, found str"):

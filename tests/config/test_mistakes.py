@@ -67,7 +67,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"train_loader": {"type": "VOC", "args": {"data_dir": "data", "batchsize": 2}}},
         ["train_loader.args.batchsize: VOC takes no such argument; did you mean batch_size?"],
     ),
-    "no folder given": ({"train_loader": {"type": "VOC"}}, ["train_loader.args.data_dir: VOC reads files"]),
+    "no folder given": (
+        {"train_loader": {"type": "VOC"}},
+        ["train_loader.args.data_dir: missing; VOC reads its files from there"],
+    ),
     "a folder that there is not": (
         {"val_loader": {"type": "VOC", "args": {"data_dir": "nowhere"}}},
         ['val_loader.args.data_dir: found "nowhere", which is not a folder', "--set val_loader.args.data_dir=FOLDER"],
@@ -87,7 +90,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ['optimizer.args.lr: found "0.1"; should be a valid number'],
     ),
     "unknown schedule": ({"lr_scheduler": {"type": "poly"}}, ['lr_scheduler.type: found "poly"; did you mean Poly?']),
-    "useless schedule": ({"lr_scheduler": {"type": "ReduceLROnPlateau"}}, ["waits for a metric", "use Poly"]),
+    "useless schedule": ({"lr_scheduler": {"type": "ReduceLROnPlateau"}}, ["depends on a score", "use Poly"]),
     "schedule without what it needs": (
         {"lr_scheduler": {"type": "StepLR"}},
         ["lr_scheduler.args.step_size: StepLR needs this argument"],
@@ -189,8 +192,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "text that is not Unicode": ({"about": "\ud800"}, ['about: found "\\ud800"; text must be valid Unicode']),
     "a key that is not Unicode": ({"\ud800": 1}, ["text must be valid Unicode"]),
     "a name that is too long": ({"name": "n" * 300}, ["the name becomes a folder: expected 1 to 200 bytes"]),
-    "a folder's name that is too long": ({"trainer": {"save_dir": "s" * 300}}, ["cannot be made (File name too long)"]),
-    "no validation data": ({"val_loader": None}, ["val_loader: missing, and train_loader.args.val_split is not given"]),
+    "a folder's name that is too long": (
+        {"trainer": {"save_dir": "s" * 300}},
+        ["cannot be created (File name too long)"],
+    ),
+    "no validation data": ({"val_loader": None}, ["val_loader: missing, and train_loader.args.val_split is not set"]),
     "nothing to train on": ({"train_loader": None}, ["train_loader: found null; expected a section"]),
 }
 

@@ -119,7 +119,7 @@ def test_a_value_may_hold_an_equals_sign() -> None:
         ("trainer.epochs", "expected path=value"),
         ("=3", "expected path=value"),
         ("trainer..epochs=3", "expected path=value"),
-        ("name.first=3", "name is 'run', not a section that could hold 'first'"),
+        ("name.first=3", "name is 'run', not a section that could contain 'first'"),
         ("trainr.epochs=3", "trainr: unknown key; did you mean trainer?"),
         ("trainer.epoch=3", "trainer.epoch: unknown key; did you mean epochs?"),
         ("trainer.epochs=three", 'trainer.epochs: found "three"; should be a valid integer'),

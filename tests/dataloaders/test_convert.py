@@ -277,7 +277,7 @@ def test_the_archive_that_a_tool_exports(tmp_path: Path) -> None:
     photo(tmp_path / "export/images/day/a.jpg")
     write(tmp_path / "export/annotations.xml", CVAT)
     archive = shutil.make_archive(str(tmp_path / "task"), "zip", tmp_path / "export")
-    with pytest.raises(UserError, match=r"--link: .*task\.zip is an archive; unpack it and give its folder to --from"):
+    with pytest.raises(UserError, match=r"--link: .*task\.zip is an archive; unpack it and pass its folder to --from"):
         prepare("cvat", archive, tmp_path / "out", "--link")
     prepare("cvat", archive, tmp_path / "out")
     assert np.array_equal(mask(tmp_path / "out", "a"), expected())
@@ -458,7 +458,7 @@ def test_images_of_equal_names_and_missing_ones(tmp_path: Path, capsys: pytest.C
     assert "1 annotated image, not found: three/b.jpg" in text
     assert "2 images without any annotation: all their pixels are background" in text
     images[0]["file_name"] = "a.jpg"
-    with pytest.raises(UserError, match=r"'a.jpg' could be .*a\.jpg or .*a\.jpg; give the folder"):
+    with pytest.raises(UserError, match=r"'a.jpg' could be .*a\.jpg or .*a\.jpg; pass the folder"):
         prepare("coco", write(tmp_path / "a.json", coco(images=images)), tmp_path / "again")
 
 

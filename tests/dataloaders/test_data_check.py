@@ -246,7 +246,7 @@ def test_files_on_disk_are_described(tmp_path: Path, capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "mean and std do not fit" not in text
     assert "so they are dark" not in text
-    assert "value_range applies to all images, and they are of different types: uint16, uint8" in text
+    assert "value_range applies to all images, but they have different types: uint16, uint8" in text
 
 
 def test_sheet_shows_images_masks_and_void(data: Path) -> None:

@@ -469,7 +469,7 @@ def test_painted_masks_that_a_program_saved_again(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c\.png contains colors that are not a class: .*\[1, 1, 1\]"):
         folder(tmp_path, palette=PALETTE, ignore_colors=[VOID])
     write_png(tmp_path / "masks/c.png", np.where(IDS == 2, 1, 0).astype(np.uint8))
-    with pytest.raises(UserError, match=r"c\.png is gray, other masks are painted"):
+    with pytest.raises(UserError, match=r"c\.png is gray, but other masks are painted"):
         folder(tmp_path, palette=[(1, 1, 1), (255, 0, 0), (0, 0, 0)], ignore_colors=[VOID, (0, 0, 255)])
 
 

@@ -256,7 +256,7 @@ def test_folders_that_cannot_be_planned(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--data-dir: .* is not a folder"):
         plan(tmp_path / "none")
     save(tmp_path / "odd/pictures/a.png", photo(0))
-    with pytest.raises(UserError, match=r"no folder of images found; name it with --images[\s\S]*pictures/"):
+    with pytest.raises(UserError, match=r"no folder of images found; pass it with --images[\s\S]*pictures/"):
         plan(tmp_path / "odd")
     (tmp_path / "odd/truth").mkdir()
     with pytest.raises(UserError, match="mask"):

@@ -103,7 +103,7 @@ def test_verdicts() -> None:
     assert "better in 30, the same in 10 and worse in 20 of 60 images." in said
     assert said.endswith("T is worse than max here: -0.0200 (95% interval -0.0300 to -0.0100).")
     said = verdict(scored(max=0.5, rankdice=0.51), {"rankdice": none}, 60, "rankdice")
-    assert said.startswith("For masks keep max: 60 images show no procedure to be better; the best, rankdice, has")
+    assert said.startswith("For masks keep max: on 60 images, no procedure is clearly better; the best, rankdice, has")
     assert "worse" not in said
     said = verdict(scored(max=0.5, T=0.48), {"T": down}, 60)
     assert said.startswith("For masks keep max: every other procedure is worse.")
@@ -132,7 +132,7 @@ def test_a_procedure_that_changes_nothing_is_not_called_the_best() -> None:
     scores = scored(max=0.5, T=0.5, rankdice=0.499)
     assert verdict(scores, {"T": same}, 60) == "For masks keep max: T gives the same scores."
     said = verdict(scores, {"T": same, "rankdice": none}, 60)
-    assert said.startswith("For masks keep max: 60 images show no procedure to be better; the best, rankdice, has")
+    assert said.startswith("For masks keep max: on 60 images, no procedure is clearly better; the best, rankdice, has")
 
 
 def test_few_or_seen_images_decide_nothing() -> None:

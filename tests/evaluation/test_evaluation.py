@@ -177,7 +177,7 @@ def test_who_looks_sees_everything() -> None:
 def test_labels_the_model_has_no_class_for() -> None:
     batches = data()
     batches[1].labels[1, 5, 5] = 9
-    with pytest.raises(UserError, match=r"image4: its labels hold \[9\], the model has the classes 0 to 2"):
+    with pytest.raises(UserError, match=r"image4: its labels contain \[9\], but the model has the classes 0 to 2"):
         evaluate(evaluator(), batches, {"max": Decision("max")})
 
 

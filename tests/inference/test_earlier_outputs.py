@@ -39,7 +39,7 @@ def test_skip_existing_knows_the_model_and_the_options(script: Script, tmp_path:
         code, out, _ = script(*arguments)
         assert code == 0
         assert "segmented 1" in out, changed
-        assert "replaced the outputs of 1 image: of another model" in out
+        assert "replaced outputs of another model, other options or another program: 1 image" in out
         assert "skipped 1" in script(*arguments)[1]
 
 

@@ -70,7 +70,7 @@ def test_options_reach_the_predictor(script: Script, model: Path) -> None:
     assert script("--memory", 1e-5, "-mo", "single")[0] == 0
     expected = Predictor(model, mode="single", memory=10_737)("photos/a.png")
     np.testing.assert_array_equal(np.asarray(Image.open("masks/a.png")), expected.labels)
-    assert "cut 1 image into tiles, too large" in script("--max-pixels", 5000)[1]
+    assert "cut 1 image into tiles, because they are too large" in script("--max-pixels", 5000)[1]
 
 
 def test_a_config_beside_the_checkpoint(script: Script, model: Path) -> None:
@@ -253,4 +253,4 @@ def test_ctrl_c_keeps_what_is_done(script: Script, monkeypatch: pytest.MonkeyPat
     code, out, _ = script("--batch-size", 1)
     assert code == 130
     assert files("masks") == ["0.png", "1.png", "expected_dice.csv"]
-    assert "--skip-existing continues" in out
+    assert "use --skip-existing" in out

@@ -216,7 +216,7 @@ def test_what_cannot_be_built_is_explained(args: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"classes": 7}, r"gives outputs of shape \(1, 7, 4, 4\).*the data has 4 classes"),
+        ({"classes": 7}, r"returns outputs of shape \(1, 7, 4, 4\).*the data has 4 classes"),
         ({"classes": 4, "form": "unknown"}, "a mapping with answer"),
     ],
 )

@@ -142,4 +142,4 @@ def test_train_says_what_was_taken_and_where_the_weights_came_from(
         assert train.main() == 0
         shown = capsys.readouterr().out
         assert words in shown
-    assert "classes of the same name taken: 2: final_conv.weight (1 of 8), final_conv.bias (1 of 8)" in shown
+    assert "classes with the same name in both: 2: final_conv.weight (1 of 8), final_conv.bias (1 of 8)" in shown

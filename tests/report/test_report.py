@@ -132,7 +132,7 @@ def test_the_protocol_says_what_was_measured_and_how() -> None:
     cropped = SimpleNamespace(crop_size=(380, 400), val=True)
     loaded = LoadedModel(torch.nn.Conv2d(3, 3, 1), FACTS, config(), "softmax", Path("x"), 7)
     found = report.results(outcome(), loaded, cropped)["protocol"]
-    assert found["resolution"] == "shorter side to 380, center crop 380 x 400"
+    assert found["resolution"] == "shorter side rescaled to 380, center crop 380 x 400"
 
 
 def test_validation_data_in_another_folder_are_not_taken_for_test_data() -> None:

@@ -200,7 +200,7 @@ def test_the_program_and_its_metadata_decide_as_the_predictor_does(
     assert re.fullmatch(r"3 of 3: compare its outputs with those of PyTorch \(\d+ s for the step before\)", third)
     assert re.search(r"\n   \d+ s so far\n", said)
     assert "largest difference to PyTorch" in said
-    assert "the program sees an image in one view; inference.py uses mode multiscale" in said
+    assert "the exported program processes each image in a single view, but inference.py uses mode multiscale" in said
     session = onnxruntime.InferenceSession(str(tmp_path / "best.onnx"))
     facts = session.get_modelmeta().custom_metadata_map
     options = PredictOptions(**json.loads(facts["options"]))

@@ -163,7 +163,9 @@ def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp
     assert views["procedures"]["max"]["test_loss"] < loss
     on_val = f"test_loader={json.dumps(loader('val', 6))}"
     run(monkeypatch, capsys, "-r", fitted, "-p", "T", "-o", tmp_path / "val", "--set", on_val)
-    assert "optimistic, also those of what was fitted on them" in results(tmp_path / "val")["protocol"]["note"]
+    assert (
+        "optimistic, also those of the values that were fitted on them" in results(tmp_path / "val")["protocol"]["note"]
+    )
 
     from utils.predictor import Predictor
 

@@ -164,7 +164,7 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
     ),
     "names for classes of interest": (
         ["--set", 'predict.CoI=["cat"]'],
-        ["class ids, not names: background is 0, cat is 1, dog is 2"],
+        ["class ids instead of names: background is 0, cat is 1, dog is 2"],
     ),
     "no such split": (["--set", "train_loader.args.split=training"], ["split", "training", "train"]),
     "labels out of range": (
