@@ -234,6 +234,6 @@ def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list
         lines.append(f"{plural(tally.vanished, 'shape')} too small to contain the center of a pixel")
     lines += [f"left out: {count} {what}" for what, count in export.left_out.items()]
     if missing:
-        lines.append(f"left out: {plural(len(missing), 'annotated image')} that were not found: {listed(missing, 3)}")
+        lines.append(f"left out: {plural(len(missing), 'annotated image')} (not found): {listed(missing, 3)}")
     lines += ["", f"next: python -m dataloaders plan --data-dir {out} --out config.json"]
     return "\n".join(lines)

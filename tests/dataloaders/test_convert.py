@@ -455,7 +455,7 @@ def test_images_of_equal_names_and_missing_ones(tmp_path: Path, capsys: pytest.C
     prepare("coco", source, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out/masks").iterdir()) == ["one_a.png", "two_a.png"]
     text = capsys.readouterr().out
-    assert "1 annotated image, not found: three/b.jpg" in text
+    assert "1 annotated image (not found): three/b.jpg" in text
     assert "2 images without any annotation: all their pixels are background" in text
     images[0]["file_name"] = "a.jpg"
     with pytest.raises(UserError, match=r"'a.jpg' could be .*a\.jpg or .*a\.jpg; pass the folder"):

@@ -138,7 +138,7 @@ def test_a_procedure_that_changes_nothing_is_not_called_the_best() -> None:
 def test_few_or_seen_images_decide_nothing() -> None:
     up = difference(0.02, 0.01, 0.03)
     said = verdict(scored(max=0.5, T=0.52), {"T": up}, 5)
-    assert said.startswith("Not decisive: 5 images are few, test on more. For masks the best here is T:")
+    assert said.startswith("Not decisive: 5 images are few; test on more. For masks the best here is T:")
     said = verdict(scored(max=0.5, T=0.52), {"T": up}, 60, doubt="the test data chose the checkpoint")
     assert said.startswith("Not decisive: the test data chose the checkpoint. For masks the best here is T:")
     assert " use " not in said

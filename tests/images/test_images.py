@@ -397,5 +397,5 @@ def test_jpeg_of_twelve_bits_is_refused(tmp_path: Path) -> None:
 
     deep = np.random.default_rng(0).integers(0, 4096, (32, 32), np.uint16)
     (tmp_path / "a.jpg").write_bytes(imagecodecs.jpeg8_encode(deep, bitspersample=12))
-    with pytest.raises(UserError, match="12 bits.*convert it to PNG"):
+    with pytest.raises(UserError, match="12-bit.*convert it to PNG"):
         read_image(tmp_path / "a.jpg")
