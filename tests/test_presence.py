@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from utils import presence
 from utils.presence import choose, estimate, fit, learn, learning
 from utils.rankdice import rank_dice
 
@@ -276,7 +275,7 @@ def test_a_gain_within_the_noise_is_not_kept(monkeypatch: pytest.MonkeyPatch) ->
     found = learn(*rows)
     assert found.fit is not None
     # The same images, but each is shown four times in a row, as in a video: a quarter counts.
-    assert presence.independent_images(*(rows[k].repeat_interleave(4, dim=0) for k in (0, 1, 3))) < 130
+    assert learning.independent_images(*(rows[k].repeat_interleave(4, dim=0) for k in (0, 1, 3))) < 130
     monkeypatch.setattr(learning.evidence, "CLEAR", 100.0)
     noisy = learn(*rows)
     assert noisy.fit is None

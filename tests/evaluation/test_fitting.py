@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils import presence
 from utils.batch import Batch
 from utils.config import resolve
 from utils.evaluation import Evaluator, checkpoint_fit, evaluate, fitting, held_out, single_decision
@@ -21,6 +20,7 @@ from utils.facts import Facts
 from utils.predict import PredictOptions
 from utils.predict.network import Network
 from utils.predictor import SCALES
+from utils.presence import learning
 
 CLASSES = 4
 FACTS = Facts(CLASSES, ("ground", "a", "b", "c"), ((0, 0, 0),) * CLASSES, (0.0,) * 3, (1 / 255,) * 3, 255)
@@ -319,4 +319,4 @@ def test_a_fit_goes_into_a_checkpoint_and_out_of_it_again(scenes: Scenes) -> Non
     assert "threshold are overridden" in str(checkpoint_fit.note(changed, other))
     assert checkpoint_fit.note(state, config) is None
     assert PredictOptions.from_config(now.predict).chooses_by == ("fitted" if found.presence else "prune")
-    assert presence.FEW_IMAGES <= 60
+    assert learning.FEW_IMAGES <= 60

@@ -25,6 +25,7 @@ from utils.evaluation.temperature import Calibration, LogitSample
 from utils.metrics import count, image_scores
 from utils.predict import PROCEDURES, PredictOptions
 from utils.predict.network import SCALES, Network, SavedNetwork
+from utils.presence import learning
 
 # Averaging over scales takes twelve times as long, so its gain must be larger and more certain than that of a fit.
 MULTISCALE = {"errors": 2.0, "smallest": 0.005}
@@ -151,7 +152,7 @@ class Trial:
         self.learned = presence.learn(*rows[:4], prune=options.prune, folds=calibrations.folds)
         chosen = rows.highest > (0.0 if options.prune is None else options.prune)
         self.pruned = presence.mean_scores(chosen, rows.measured, rows.present)
-        self.worth = presence.independent_images(rows.highest, rows.scores, rows.present)
+        self.worth = learning.independent_images(rows.highest, rows.scores, rows.present)
         steps = thresholds(options.threshold)
         self.before = rows.sweep[:, steps.index(options.threshold)]
         self.tuned = torch.full_like(self.before, nan)
@@ -246,7 +247,7 @@ def _mode(
     }
     pairs = torch.tensor([pair for share in distributed.gather(scores) for pair in share.values()]).view(-1, 2)
     pairs = pairs[pairs.isfinite().all(dim=1)]
-    if len(pairs) < presence.FEWEST_IMAGES:
+    if len(pairs) < learning.FEWEST_IMAGES:
         return {}
     clear = evidence.clear(pairs[:, 1] - pairs[:, 0], min(worth, len(pairs)), **MULTISCALE)
     mode = "multiscale" if clear else "single"
@@ -301,8 +302,8 @@ def _notes(found: Fit, trials: dict[str, Trial], calibrations: Calibrations, pro
             "Warning: all validation images belong to one group (group_by), so the fit cannot be tested on other "
             "groups. Validate on several groups."
         )
-    if found.images < presence.FEW_IMAGES:
-        yield f"Warning: {found.images} validation images are few. Fit on at least {presence.FEW_IMAGES}."
+    if found.images < learning.FEW_IMAGES:
+        yield f"Warning: {found.images} validation images are few. Fit on at least {learning.FEW_IMAGES}."
 
 
 def _about_the_calibration(found: Fit, trials: dict[str, Trial], procedure: str) -> str:

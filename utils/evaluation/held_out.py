@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from utils import evidence, presence
+from utils import evidence
 from utils.errors import UserError
 from utils.evaluation import Evaluator, Part
 from utils.evaluation.reliability import THRESHOLDS, Reliability, threshold_scores
 from utils.evaluation.temperature import TEMPERATURES, Calibration, LogitSample, fit_bias, fit_temperature
 from utils.metrics import count, image_scores
 from utils.predict import PROCEDURES, PredictOptions
+from utils.presence import learning
 
 KEPT_BYTES = 2**30  # of logits, for the second look at an image
 TRIED_IMAGES = 24  # in single against multiscale
@@ -83,7 +84,7 @@ class Calibrations:
         shown = [] if group_of else _named_groups(sample)
         self.example = min(shown, default=None)
         groups = groups if self.groups > 1 else shown
-        self.folds = _grouped(groups) if groups else presence.consecutive(len(self.images))
+        self.folds = _grouped(groups) if groups else learning.consecutive(len(self.images))
         self.fold = dict(zip(self.images, self.folds.tolist(), strict=True))
         self.sample = sample
         self.final = self._fitted(self.images, own, {})
@@ -137,7 +138,7 @@ def _common(labels: Sequence[Tensor], classes: int) -> Tensor:
     found = torch.zeros(max(classes, 2))
     for target in labels:
         found[target.unique()] += 1
-    common = found >= presence.FEWEST_PER_CLASS
+    common = found >= learning.FEWEST_PER_CLASS
     return common[1:] if classes == 1 else common
 
 
@@ -160,7 +161,7 @@ def _named_groups(sample: LogitSample) -> list[str]:
 def _grouped(groups: Sequence[str]) -> Tensor:
     """Return the fold of each image, int64 ``(N,)``: at most five folds, filled group by group."""
     names = sorted(set(groups))
-    sizes = torch.zeros(min(presence.FOLDS, len(names)))
+    sizes = torch.zeros(min(learning.FOLDS, len(names)))
     fold_of = {}
     for name in sorted(names, key=lambda name: (-groups.count(name), name)):
         fold_of[name] = int(sizes.argmin())

@@ -26,21 +26,11 @@ import torch
 from torch import Tensor
 
 from utils import rankdice
-from utils.presence.learning import (
-    FEW_IMAGES,
-    FEWEST_IMAGES,
-    FEWEST_PER_CLASS,
-    FOLDS,
-    Learned,
-    consecutive,
-    fit,
-    independent_images,
-    learn,
-)
+from utils.presence.learning import Learned, fit, learn
 from utils.presence.rule import Estimate, choose, estimate, mean_scores
 
-__all__ = ["FEWEST_IMAGES", "FEWEST_PER_CLASS", "FEW_IMAGES", "FOLDS", "Choice", "Estimate", "Learned", "Options"]
-__all__ += ["choose", "choose_classes", "consecutive", "estimate", "fit", "mean_scores", "independent_images", "learn"]
+__all__ = ["Choice", "Estimate", "Learned", "Options", "choose", "choose_classes", "estimate", "fit", "learn"]
+__all__ += ["mean_scores"]
 
 
 @dataclass(frozen=True)

@@ -26,18 +26,12 @@ class Score(NamedTuple):
     title: str
     solvers: tuple[str, ...]
     measure: Callable[[Tensor, Tensor, Tensor], Tensor]
-    to_dice: Callable[[Tensor], Tensor]
-    from_dice: Callable[[Tensor], Tensor]
+    to_dice: Callable[[Tensor], Tensor] = lambda score: score
+    from_dice: Callable[[Tensor], Tensor] = lambda dice: dice
 
 
 METRICS: dict[str, Score] = {
-    "dice": Score(
-        "Dice",
-        SOLVERS,
-        lambda both, mask, target: 2 * both / (mask + target),
-        to_dice=lambda dice: dice,
-        from_dice=lambda dice: dice,
-    ),
+    "dice": Score("Dice", SOLVERS, lambda both, mask, target: 2 * both / (mask + target)),
     "iou": Score(
         "IoU",
         ("exact", "rma"),
