@@ -241,7 +241,7 @@ class BaseDataSet(Statistics, Dataset[Any]):
         """Read a few label maps, so that a mistake that is in all of them is found at the start."""
         if not self.layout or self.on_error == "skip":
             return
-        for index in spread(len(self), CHECKED_AT_START):
+        for index in spread(range(len(self)), CHECKED_AT_START):
             try:
                 self.load(index)
             except UserError as error:

@@ -187,9 +187,11 @@ class _Buffer:
         return self._bytes[start : start + dtype.itemsize * int(np.prod(shape))].view(dtype).reshape(shape)
 
 
-def spread(count: int, limit: int | None) -> list[int]:
-    """Return at most ``limit`` of the numbers below ``count``, evenly spread; None: all."""
-    return np.linspace(0, count - 1, count if limit is None else min(limit, count)).astype(int).tolist()
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """Return at most ``limit`` of the items, evenly spread; None: all."""
+    count = len(items)
+    places = np.linspace(0, count - 1, count if limit is None else min(limit, count)).astype(int)
+    return [items[place] for place in places.tolist()]
 
 
 def available_cores() -> int:

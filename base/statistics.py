@@ -119,7 +119,7 @@ class Statistics:
 
     def measure(self, limit: int = MEASURED_IMAGES) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return mean and standard deviation per channel of at most ``limit`` images, evenly spread."""
-        chosen = spread(len(self.entries), limit)
+        chosen = spread(range(len(self.entries)), limit)
         found = [m for m in self._each(chosen, lambda index: moments(*self.image_at(index))) if m is not None]
         if not found:
             raise UserError(f'"mean": "auto": no image of split {self.split!r} can be read')
@@ -150,7 +150,7 @@ class Statistics:
             label = self.label_at(index)
             return np.bincount(label[label != self.ignore_index], minlength=self.label_count)
 
-        chosen = spread(len(self.entries), limit)
+        chosen = spread(range(len(self.entries)), limit)
         result = np.zeros((len(chosen), self.label_count), np.int64)
         for row, counts in enumerate(self._each(chosen, count)):
             result[row] = 0 if counts is None else counts

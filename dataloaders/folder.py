@@ -246,7 +246,7 @@ or, split by folders,
         return self._reader.read(path)
 
     def _check_first(self) -> None:
-        probed = [self.entries[i].label for i in spread(len(self), _PROBED)]
+        probed = [entry.label for entry in spread(self.entries, _PROBED)]
         seen = self._reader.probe([path for path in probed if path is not None])
         super()._check_first()
         if self.label_count == 2 and not self._reader.says_more and 255 in seen and seen <= {0, 255}:

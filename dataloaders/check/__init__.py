@@ -75,5 +75,5 @@ def open_stages(config: Config, stages: tuple[str, ...]) -> Iterator[tuple[str, 
 
 def draw(dataset: BaseDataSet, findings: Findings) -> list[Sample]:
     """Return some samples as training will use them: augmented, cropped, or whole."""
-    samples = (dataset[findings.good[i]] for i in spread(len(findings.good), _SHEET_SAMPLES))
+    samples = (dataset[index] for index in spread(findings.good, _SHEET_SAMPLES))
     return [sample for sample in samples if isinstance(sample, Sample)]

@@ -78,7 +78,7 @@ class Findings:
 
 def inspect(dataset: BaseDataSet, samples: int = 0) -> Findings:
     """Read ``samples`` images and label maps, evenly spread (0: all); return what was found."""
-    findings = Findings(spread(len(dataset), samples or None))
+    findings = Findings(spread(range(len(dataset)), samples or None))
     count = len(findings.looked_at)
     findings.pixels = findings.images = np.zeros(dataset.label_count + 1, np.int64)
     findings.moments = np.zeros((3, dataset.in_channels))
@@ -133,6 +133,11 @@ def _stored_image(path: Path, channels: int) -> tuple[tuple[int, bool, str], OnD
         values = raster.palette[values[:, :, 0]]
     low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if values.size else (0.0, 0.0)
     return (values.shape[2], raster.alpha, str(values.dtype)), OnDisk(1, low, high, raster.largest)
+
+
+def likely_largest(high: float) -> int:
+    """Return the value of white in images whose values go up to ``high``: that of a camera's 8, 10, 12 or 14 bits."""
+    return next((2**bits - 1 for bits in (8, 10, 12, 14) if high < 2**bits), round(high))
 
 
 def is_legal(dataset: BaseDataSet, value: int) -> bool:

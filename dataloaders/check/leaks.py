@@ -122,16 +122,11 @@ def _with_status(entries: Iterable[Entry]) -> list[tuple[Entry, os.stat_result]]
 def _equal_content(left: _Files, right: _Files) -> list[tuple[Entry, Entry]]:
     """Return pairs of entries whose image files have the same size, start and end."""
     sizes = {status.st_size for _, status in left}
-    right = _some([file for file in right if file[1].st_size in sizes])
+    right = spread([file for file in right if file[1].st_size in sizes], HASHED_FILES)
     sizes = {status.st_size for _, status in right}
-    left = _some([file for file in left if file[1].st_size in sizes])
+    left = spread([file for file in left if file[1].st_size in sizes], HASHED_FILES)
     known = dict(_hashed(left))
     return [(known[digest], entry) for digest, entry in _hashed(right) if digest in known]
-
-
-def _some(files: _Files) -> _Files:
-    """Return at most ``HASHED_FILES`` files, evenly spread."""
-    return [files[i] for i in spread(len(files), HASHED_FILES)]
 
 
 def _hashed(files: _Files) -> Iterator[tuple[bytes, Entry]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from base.base_dataset import BaseDataSet
-from dataloaders.check.findings import Findings, OnDisk
+from dataloaders.check.findings import Findings, OnDisk, likely_largest
 from utils.config.schema import Component
 from utils.errors import listed, plural
 
@@ -155,10 +155,9 @@ def _unfitting_files(dataset: BaseDataSet, findings: Findings) -> list[str]:
             messages.append(f"images with transparency, which is dropped: {files}")
         top = seen.largest or (np.iinfo(dtype).max if dtype.startswith(("uint", "int")) else 0)
         if dataset.value_limits.limits is None and top > 255 and 0 < seen.high < top / 3:
-            likely = next((2**bits - 1 for bits in (8, 10, 12, 14) if seen.high < 2**bits), round(seen.high))
             messages.append(
                 f"the {dtype} images contain values up to {seen.high:.6g} of {top}, so they are dark. If they have "
-                f'fewer bits, set "value_range": [0, {likely}]'
+                f'fewer bits, set "value_range": [0, {likely_largest(seen.high)}]'
             )
     return messages
 

@@ -16,7 +16,7 @@ from base.classes import Classes, classes_of, read_classes
 from base.entries import Entry, spread
 from base.layout import found_tree
 from base.text import read_lines
-from dataloaders.check.findings import Findings, inspect
+from dataloaders.check.findings import Findings, inspect, likely_largest
 from dataloaders.folder import SPLIT_OF_FOLDER
 from dataloaders.plan.groups import find_groups
 from dataloaders.reading.pairing import find_folder, image_files, subfolders
@@ -194,16 +194,12 @@ def _entries(found: Survey) -> list[Entry]:
     return entries
 
 
-def _spread(paths: list[Path]) -> list[Path]:
-    return [paths[i] for i in spread(len(paths), _PROBED)]
-
-
 def _take_masks(found: Survey, paths: list[Path]) -> None:
     """Choose the arguments for how masks are stored."""
     values: Counter[int] = Counter()
     colors: Counter[tuple[int, int, int]] = Counter()
     lossy = 0
-    for path in _spread(paths):
+    for path in spread(paths, _PROBED):
         try:
             mask = read_mask(path)
         except UserError as error:
@@ -280,7 +276,7 @@ def _take_images(found: Survey, paths: list[Path]) -> None:
     """Choose in_channels, value_range and nodata."""
     channels: Counter[int] = Counter()
     low, high, top, floating, narrow = math.inf, -math.inf, 0, False, False
-    for path in _spread(paths):
+    for path in spread(paths, _PROBED):
         try:
             raster = decode(read_bytes(path), path)
         except UserError:
@@ -315,7 +311,7 @@ def _take_range(found: Survey, low: float, high: float, top: int, floating: bool
         usual = [(0, 255), (-1, 1), (0, 10000), (0, 65535)]
         limits = next(((a, b) for a, b in usual if a <= low and b / 4 < high <= b), (math.floor(low), math.ceil(high)))
     elif not floating and not narrow and top > 255 and 0 < high < top / 3:
-        limits = (0, next((2**bits - 1 for bits in (8, 10, 12, 14) if high < 2**bits), round(high)))
+        limits = (0, likely_largest(high))
     else:
         return
     found.take("value_range", list(limits), f"the images contain values from {low:.6g} to {high:.6g}")
