@@ -44,8 +44,12 @@ class Optimizer(Component):
         default_factory=lambda data: dict(SGD_DEFAULTS) if data["type"] == "SGD" else {},
         description="arguments of its constructor; the defaults are only for SGD",
     )
-    differential_lr: bool = Field(False, description="train the backbone with the rate lr * backbone_lr_factor")
-    backbone_lr_factor: NonNegative = Field(0.1, description="see differential_lr")
+    differential_lr: bool = Field(
+        False, description="train the backbone with the learning rate lr * backbone_lr_factor"
+    )
+    backbone_lr_factor: NonNegative = Field(
+        0.1, description="factor of the learning rate of the backbone; see differential_lr"
+    )
     no_decay_on_norm_and_bias: bool = Field(
         False, description="no weight decay for normalization layers and for biases"
     )
@@ -70,7 +74,8 @@ class RankDiceOptions(Section):
     metric: Metric = Field("dice", description="the score to maximize in expectation")
     smooth: float = Field(0.0, ge=0, le=100_000, description="added to numerator and denominator of the score")
     prune: Share | None = Field(
-        0.5, description="a class with no probability above this in an image gets no mask there; null: no pruning"
+        0.5,
+        description="a class gets no mask in an image where none of its probabilities is above this; null: no pruning",
     )
 
     @model_validator(mode="after")
@@ -119,7 +124,7 @@ class Predict(Section):
     mode: Mode = Field(
         "single",
         description="default --mode of inference.py: the whole image, several scales, or tiles; with 'multiscale', "
-        "test.py scores the mean over scales, too",
+        "test.py also scores the mean over scales",
     )
     presence: Presence = Field(
         "auto",
@@ -153,19 +158,21 @@ class Trainer(Section):
     """The training run: its length, checkpoints, logs, and use of the device."""
 
     epochs: Positive = Field(80, description="number of training epochs")
-    save_dir: str = Field("saved/", description="checkpoints go to save_dir/name/loss/predict.val/MM-DD_HH-MM")
+    save_dir: str = Field("saved/", description="checkpoints are written to save_dir/name/loss/predict.val/MM-DD_HH-MM")
     save_period: Positive = Field(10, description="write checkpoint-epochN.pth every N epochs")
     keep_last: Positive | None = Field(
         None, description="keep this number of the newest checkpoint-epochN.pth; null: all"
     )
-    save_every_iters: Positive | None = Field(None, description="also write latest.pth every N iterations; null: no")
+    save_every_iters: Positive | None = Field(
+        None, description="also write latest.pth every N iterations; null: only with the other checkpoints"
+    )
     monitor: str = Field(
         "max Mean_Dice",
         description="how the best model is chosen: 'max' or 'min' and the name of a logged value, or 'off'",
     )
     early_stop: Count = Field(0, description="stop after this number of validations without improvement; 0: never")
     tensorboard: bool = Field(True, description="write TensorBoard logs")
-    log_dir: str = Field("saved/runs", description="TensorBoard logs go to log_dir/name/MM-DD_HH-MM")
+    log_dir: str = Field("saved/runs", description="TensorBoard logs are written to log_dir/name/MM-DD_HH-MM")
     log_per_iter: Positive = Field(20, description="log every N iterations")
     val: bool = Field(True, description="validate during training")
     val_per_epochs: Positive = Field(5, description="validate every N epochs, and after the last epoch")
@@ -206,13 +213,15 @@ class Config(Section):
     n_gpu: Count = Field(1, description="number of GPUs; 0: CPU")
     use_synch_bn: bool = Field(False, description="synchronize batch norm across processes (several GPUs)")
     seed: Seed = Field(0, description="random seed of initialization, data order and augmentation")
-    deterministic: bool = Field(False, description="only deterministic algorithms: repeated runs are bit-identical")
+    deterministic: bool = Field(
+        False, description="use only deterministic algorithms, so that repeated runs are bit-identical"
+    )
     arch: Component = Field(description="the model")
     train_loader: Component = Field(description="training data")
     val_loader: Component | None = Field(
         None, description="validation data; null: the samples that train_loader holds out (val_split)"
     )
-    test_loader: Component | None = Field(None, description="test data; null: those of val_loader")
+    test_loader: Component | None = Field(None, description="test data; null: the data of val_loader")
     optimizer: Optimizer = Field(default_factory=Optimizer)
     loss: LossField = Field(default_factory=lambda: Component(type="CrossEntropyLoss2d"), description="the loss")
     aux_weight: NonNegative = Field(0.4, description="weight of the auxiliary head's loss")
