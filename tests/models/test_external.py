@@ -200,7 +200,7 @@ def test_probabilities_become_logits_and_a_contradiction_is_refused() -> None:
         ({"factory": "torch.nn:Conf2d"}, "has no function Conf2d"),
         ({"factory": "tests.models.small_network:fail"}, "raised RuntimeError: out of luck"),
         ({"factory": SMALL, "args": {"clases": 4}}, "raised TypeError.*clases"),
-        ({"factory": "tests.models.small_network:not_a_module"}, "gives dict, not an nn.Module"),
+        ({"factory": "tests.models.small_network:not_a_module"}, "returns dict, not an nn.Module"),
         ({"factory": SMALL, "args": ARGS, "backbone": "stem"}, "no submodule 'stem'; it has encoder, dropout, head"),
         ({"factory": SMALL, "args": ARGS, "freeze_backbone": True}, "needs the backbone's name"),
         ({"factory": SMALL, "args": ARGS, "pretrained": True}, "arguments of the factory"),
