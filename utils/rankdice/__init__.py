@@ -216,11 +216,9 @@ def label_map(
     maps = probs.flatten(2)
     step = max(1, (max_bytes or _budget(probs)) // (64 * max(1, maps.shape[0] * maps.shape[1])))
 
-    whole = maps.double() if step >= maps.shape[2] else None
-
     def bands() -> Iterator[tuple[int, Tensor]]:
         for first in range(0, maps.shape[2], step):
-            yield first, maps[:, :, first : first + step].double() if whole is None else whole
+            yield first, maps[:, :, first : first + step].double()
 
     mean = torch.stack([part.sum(2) for _, part in bands()]).sum(0)
     facts = Classes(mean, found.volumes.double(), found.scores, chosen)
@@ -281,20 +279,23 @@ def check_tensor(probs: Tensor) -> None:
         raise TypeError(f"probs: expected a tensor of floating point probabilities, got {kind}")
     if probs.dim() < 3:
         raise ValueError(f"probs: expected (batch, classes, *spatial), got shape {tuple(probs.shape)}")
-    short, long = sorted(probs.shape[1:3])
-    if probs.dim() == 3 and short >= 16 and long <= 4 * short:
+    if probs.dim() == 3 and _is_an_image(probs):
         raise ValueError(
             f"probs: expected (batch, classes, *spatial), got shape {tuple(probs.shape)}, which looks like (classes, "
             "height, width) without a batch; pass probs[None], or probs[..., None] if it is (batch, classes, pixels)"
         )
-    if probs.dim() == 3 and min(probs.shape) >= 2:
-        over = [probs.sum(dim, dtype=torch.float64).sub_(1).abs_().amax() for dim in (0, 1)]
-        first, second, spread = torch.stack([*over, (probs.amax() - probs.amin()).double()]).tolist()
-        if first < 1e-3 < second and spread > 0:
-            raise ValueError(
-                f"probs: expected (batch, classes, *spatial), got shape {tuple(probs.shape)} whose values add up to 1 "
-                "over the first dimension, as in (classes, height, width) without a batch; pass probs[None]"
-            )
+
+
+def _is_an_image(probs: Tensor) -> bool:
+    """Do three dimensions look like ``(classes, height, width)``: by their sizes, or as the classes add up to 1?"""
+    short, long = sorted(probs.shape[1:])
+    if short >= 16 and long <= 4 * short:
+        return True
+    if min(probs.shape) < 2:
+        return False
+    over = [probs.sum(dim, dtype=torch.float64).sub_(1).abs_().amax() for dim in (0, 1)]
+    first, second, spread = torch.stack([*over, (probs.amax() - probs.amin()).double()]).tolist()
+    return first < 1e-3 < second and spread > 0
 
 
 def _as_rows(probs: Tensor, valid: Tensor | None) -> Tensor:

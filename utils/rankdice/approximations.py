@@ -8,10 +8,7 @@
 truncated to the volumes between its 1e-4 and 1 - 1e-4 quantiles and renormalized. ``rma`` is that of Wang & Dai,
 NeurIPS 2025. They sort whole rows: time and memory are those of a sort, and more.
 
-``paper`` is what the authors' program does, which made the published tables: trna up to a mean of 50, else ba. It
-differs from the paper. As the mean it takes the number of pixels with ``p >= 0.5``, while variance and skewness are
-those of all pixels; a row without such a pixel gets the empty mask. The truncation keeps up to two volumes more on
-each side. trna has a denominator that is larger by one and tries volumes up to 5 times the mean plus one only.
+``paper`` is what the authors' program does, which made the published tables; docs/rankdice.md tells how it differs.
 """
 
 from __future__ import annotations
@@ -44,14 +41,14 @@ def solve(rows: Tensor, masks: Tensor, solver: str, goal: Goal, budget: int) -> 
         if solver == "rma":
             best[some] = reciprocal_moment(table, goal)
         else:
-            best[some] = _choose(table, *_scores(values, solver, goal.smooth, budget))
+            best[some] = _choose(table, _scores(values, solver, goal.smooth, budget))
         draw(masks[some], columns, best[some, :1])
     return best
 
 
-def _choose(table: Table, scores: Tensor, empty: Tensor) -> Tensor:
-    """Return the best volume by the scores at the ends of the runs ``(R, K)`` and of the empty mask ``(R, 1)``."""
-    score, best = torch.cat([empty, scores.masked_fill(table.values[:, 1:-1] <= 0, -torch.inf)], 1).max(1, keepdim=True)
+def _choose(table: Table, scores: Tensor) -> Tensor:
+    """Return the best volume by the scores ``(R, K + 1)`` of the empty mask and at the ends of the runs."""
+    score, best = scores.masked_fill(table.values[:, :-1] <= 0, -torch.inf).max(1, keepdim=True)
     return torch.cat([table.volumes.gather(1, best), table.values.gather(1, best), score], 1)
 
 
@@ -60,14 +57,10 @@ def reciprocal_moment(table: Table, goal: Goal) -> Tensor:
 
     Inside a run of equal values the score rises or falls throughout, so that the ends of the runs are enough.
     """
-    volume, mass, mean = table.volumes[:, 1:-1], table.mass[:, 1:-1], table.total[:, :1]
-    g = goal.smooth
-    empty = g / (mean + g) if g else torch.zeros_like(mean)
+    volume, mass, mean, g = table.volumes[:, :-1], table.mass[:, :-1], table.total[:, :1], goal.smooth
     if goal.metric == "iou":
-        scores = (mass + g) / (volume + mean - mass + g)
-    else:
-        scores = 2 * mass / (volume + mean + 1 + g) + (g / (volume + mean + g) if g else 0)
-    return _choose(table, scores, empty)
+        return _choose(table, (mass + g) / (volume + mean - mass + g))
+    return _choose(table, 2 * mass / (volume + mean + 1 + g) + g / (volume + mean + g))
 
 
 def _moments(values: Tensor) -> Tensor:
@@ -76,30 +69,28 @@ def _moments(values: Tensor) -> Tensor:
     return torch.stack([values, spread, spread * (1 - 2 * values)])
 
 
-def _scores(values: Tensor, solver: str, smooth: float, budget: int) -> tuple[Tensor, Tensor]:
-    """Return the scores ``(R, N)`` of the volumes 1 to N, and of the empty mask ``(R, 1)``."""
+def _scores(values: Tensor, solver: str, smooth: float, budget: int) -> Tensor:
+    """Return the scores ``(R, 1 + N)`` of the volumes 0 to N."""
     program = solver == "paper"
     moments = _moments(values).sum(2)
     if program:
         moments[0] = (values >= 0.5).sum(1)
-    one_by_one = (
-        moments[0] <= PAPER_MEAN if program else torch.full_like(moments[0], solver == "trna", dtype=torch.bool)
-    )
+    # Does the row take trna?
+    each = moments[0] <= PAPER_MEAN if program else torch.full_like(moments[0], solver == "trna", dtype=torch.bool)
     # Rows share one support width only with rows of similar variance: a row's sums do not depend on the batch.
     width = torch.exp2(torch.ceil(torch.log2(16 * moments[1].sqrt() + 16))).long()
-    scores, empty = torch.empty_like(values), torch.zeros_like(values[:, :1])
-    for size, trna in {*zip(width.tolist(), one_by_one.tolist(), strict=True)}:
-        rows = ((width == size) & (one_by_one == trna)).nonzero().view(-1)
+    scores = values.new_zeros(values.shape[0], values.shape[1] + 1)
+    for size, trna in {*zip(width.tolist(), each.tolist(), strict=True)}:
+        rows = ((width == size) & (each == trna)).nonzero().view(-1)
         for part in rows.split(max(1, budget // (TRNA_TERMS * 64))):
             count = _Count(moments[:, part], size, values.shape[1], program)
-            scores[part] = count.trna(values[part], smooth) if trna else count.blind(values[part], smooth)
+            scores[part, 1:] = count.trna(values[part], smooth) if trna else count.blind(values[part], smooth)
             if smooth:
-                empty[part] = (count.chances * (smooth / (smooth + count.volumes))).sum(1, keepdim=True)
+                scores[part, 0] = (count.chances * (smooth / (smooth + count.volumes))).sum(1)
     if program:
-        most = torch.where(one_by_one, 5 * moments[0] + 1, torch.inf).masked_fill_(moments[0] == 0, 0)
-        volume = torch.arange(1, values.shape[1] + 1, device=values.device)
-        scores.masked_fill_(volume > most.unsqueeze(1), -torch.inf)
-    return scores, empty
+        most = torch.where(each, 5 * moments[0] + 1, torch.inf).masked_fill_(moments[0] == 0, 0)
+        scores.masked_fill_(torch.arange(scores.shape[1], device=values.device) > most.unsqueeze(1), -torch.inf)
+    return scores
 
 
 class _Count:

@@ -1,13 +1,9 @@
 """The exact solver for maps: two passes over the pixels, then a small table per row.
 
-1. A sample of the pixels estimates the cut of the best mask.
-2. One pass sums the powers of all probabilities, and of those above this cut. That much is known of one volume, and it
-   bounds the probabilities ``low`` and ``high`` between which the best mask is cut.
-3. A second pass collects the few pixels between them, a :class:`~.table.Table` that gives the best volume.
-
-A misleading sample leaves many pixels between the bounds. If they are too many, the row is sorted as a whole, as short
-rows always are. The sample affects the time, never the result. A GPU sorts all rows: there, a sort costs less than the
-launches of the other steps.
+A sample of the pixels estimates the cut of the best mask. One pass sums the powers of all probabilities, and of those
+above this cut; this bounds the probabilities between which the best mask is cut. A second pass collects the few pixels
+between them, a :class:`~.table.Table`. If a misleading sample leaves too many, the row is sorted as a whole, as short
+rows always are, and all rows on a GPU. The sample affects the time, never the result.
 """
 
 from __future__ import annotations

@@ -62,25 +62,20 @@ def ascend(bands: Bands, pixels: int, classes: Classes, smooth: float) -> Tensor
         classes: the classes.
         smooth: the constant g.
     """
-    fixed = classes.mean + (1 + smooth)
+    fixed, closed = classes.mean + (1 + smooth), classes.chosen.logical_not()
     size = classes.volumes + fixed
-
-    def twice(mass: Tensor) -> Tensor:
-        return 2 * mass + smooth if smooth else 2 * mass
-
-    closed = classes.chosen.logical_not()
     # By gain from the RankDice masks, and by probability: argmax among the same classes.
     slopes = torch.stack([2 / size, torch.ones_like(size)])
     offsets = torch.stack([classes.scores / size, torch.zeros_like(size)])
     labels, sums = _start(bands, pixels, slopes, offsets.masked_fill_(closed, torch.inf))
-    totals = (twice(sums[:, 1]) / (sums[:, 0] + fixed)).masked_fill_(closed, 0).sum(2)  # (2, B)
+    totals = ((2 * sums[:, 1] + smooth) / (sums[:, 0] + fixed)).masked_fill_(closed, 0).sum(2)  # (2, B)
     better = (totals[1] > totals[0]).unsqueeze(1)
     labels = torch.where(better, labels[1], labels[0])
     volume, mass = torch.where(better, sums[1], sums[0])
-    size = volume + fixed
-    wanted, levels, changes = _moves(bands, labels, size, twice(mass) / size, closed)
+    size, above = volume + fixed, 2 * mass + smooth
+    wanted, levels, changes = _moves(bands, labels, size, above / size, closed)
     step = changes.cumsum(3)
-    after = twice(mass.unsqueeze(2) + step[1]) / (size.unsqueeze(2) + step[0])
+    after = torch.add(above.unsqueeze(2), step[1], alpha=2) / (size.unsqueeze(2) + step[0])
     level = after[..., : LEVELS + 1].masked_fill(closed.unsqueeze(2), 0).sum(1).max(1, keepdim=True).indices
     return torch.where(levels <= level, wanted, labels)
 

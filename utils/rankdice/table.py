@@ -86,7 +86,9 @@ def best_volumes(table: Table, goal: Goal, budget: int) -> Tensor:
         rows = pick(names, count, device)
         width, span = (max(column) for column in zip(*(facts[name] for name in names), strict=True))
         some = table if len(names) == count else Table(*(part[rows] for part in table))
-        run, window = _window(some, first[rows], int(width), (slow[rows], fast[rows]), span)
+        wide = span > LAGUERRE_SPAN
+        base = slow[rows] if wide else (slow[rows] * fast[rows]).sqrt_()
+        run, window = _window(some, first[rows], int(width), base, span if wide else 1.0)
         scores = integrate(goal, window, CACHE if device.type in CPU else budget // NODE_BYTES)
         score = scores.amax(1, keepdim=True).clamp_(max=1)
         index = (scores >= score * (1 - TIE)).view(torch.uint8).argmax(1, keepdim=True)
@@ -98,9 +100,8 @@ def best_volumes(table: Table, goal: Goal, budget: int) -> Tensor:
 def empty_scores(table: Table, goal: Goal) -> Tensor:
     """Return the scores ``(R,)`` of empty masks, for tables of at least the ``ONE_BY_ONE`` most probable pixels."""
     slow = torch.full_like(table.total[:, :1], 1 + goal.smooth)
-    fast = table.total[:, :1] + ONE_BY_ONE + goal.smooth
-    span = float((fast / slow).amax())
-    _, window = _window(table, torch.zeros_like(slow), ONE_BY_ONE, (slow, fast), span)
+    span = (table.total[:, :1].amax() + ONE_BY_ONE + goal.smooth) / slow[0]
+    _, window = _window(table, torch.zeros_like(slow), ONE_BY_ONE, slow, float(span))
     return integrate(goal, window, CACHE)[:, 0]
 
 
@@ -127,20 +128,15 @@ def _candidates(table: Table, goal: Goal) -> tuple[Tensor, Tensor, Tensor, Tenso
     return first.masked_fill(tiny, 0), last, slow.masked_fill_(tiny, 1 + goal.smooth), last + total
 
 
-def _window(
-    table: Table, first: Tensor, width: int, rates: tuple[Tensor, Tensor], span: float
-) -> tuple[Tensor, Window]:
-    """Return the ``width`` volumes from ``first``, pixel by pixel: their columns in the table, and the window."""
+def _window(table: Table, first: Tensor, width: int, base: Tensor, span: float) -> tuple[Tensor, Window]:
+    """Return ``width`` volumes more than ``first``, pixel by pixel: their columns in the table, and the window."""
     volume = first + torch.arange(width + 1, device=first.device)
     run = torch.searchsorted(table.volumes, volume).clamp_(max=table.values.shape[1] - 1)
     own = table.values.gather(1, run)
     own[:, 0] = 0
     ends = torch.stack([table.volumes.minimum(first), table.volumes.maximum(volume[:, -1:])], 1)
     outside = torch.baddbmm(table.outside, ends.diff(), table.powers[:, 1:])
-    slow, fast = rates
-    if span > LAGUERRE_SPAN:
-        return run, Window(volume, own, outside, slow, min(60, math.ceil(math.log2(span))))
-    return run, Window(volume, own, outside, (slow * fast).sqrt_(), 0)
+    return run, Window(volume, own, outside, base, min(60, math.ceil(math.log2(span))))
 
 
 def powers(values: Tensor) -> Tensor:
