@@ -158,9 +158,11 @@ def _solve(rows: Tensor, highest: Tensor, masks: Tensor, options: Options, max_b
     lowest, highest_, above = torch.stack([rows.amin(1), highest, highest > (options.prune or 0.0)]).tolist()
     exact.check_range(lowest, highest_)
     active = [row for row, is_above in enumerate(above) if is_above]
-    if options.smooth and len(active) < count:
-        found[:, 2] = exact.empty_scores(rows, options.goal)
     step = max(1, max_bytes // ((_CHUNK_BYTES if on_cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
+    if options.smooth and len(active) < count:
+        pruned = torch.tensor([row for row, is_above in enumerate(above) if not is_above], device=rows.device)
+        for part in pruned.split(step):
+            found[part, 2] = exact.empty_scores(rows[part], options.goal, max_bytes)
     for first in range(0, len(active), step):
         names = active[first : first + step]
         which = slice(first, first + step) if len(active) == count else torch.tensor(names, device=rows.device)
@@ -250,7 +252,7 @@ def rank_counts(values: Tensor, counts: Tensor, options: Options = Options()) ->
     found = values.new_zeros(counts.shape[0], 3)
     found[:, 1] = torch.inf
     if options.smooth:
-        found[:, 2] = empty_scores(table, options.goal)
+        found[:, 2] = empty_scores(table, options.goal, _LARGEST_BUDGET)
     active = (highest > (options.prune or 0.0)).nonzero().view(-1)
     if active.numel():
         some = Table(*(part[active] for part in table))

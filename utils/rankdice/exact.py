@@ -80,17 +80,17 @@ def solve_sorted(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor
     return best
 
 
-def empty_scores(rows: Tensor, goal: Goal) -> Tensor:
-    """Return the scores ``(R,)`` of empty masks."""
+def empty_scores(rows: Tensor, goal: Goal, budget: int) -> Tensor:
+    """Return the scores ``(R,)`` of empty masks, with about ``budget`` bytes of working memory."""
     values = pad(rows.topk(min(ONE_BY_ONE, rows.shape[1])).values.double(), (1, 1))
     total = values.new_zeros(rows.shape[0], ORDERS)
-    for some, _, part in _pieces(rows):
+    for some, _, part in _pieces(rows, (CACHE_PIXELS if rows.device.type in CPU else budget // 8) // (2 * ORDERS)):
         total[some] += powers(part.double()).sum(1)
     each = powers(values)
     below = (total - each.sum(1)).clamp_(min=0)
     volumes = torch.arange(values.shape[1], device=rows.device).double().repeat(rows.shape[0], 1)
     outside = torch.stack([torch.zeros_like(below), below], 1)
-    return tables.empty_scores(Table(values, volumes, values, each, outside, total), goal)
+    return tables.empty_scores(Table(values, volumes, values, each, outside, total), goal, budget)
 
 
 def check_range(lowest: list[float], highest: list[float]) -> None:
@@ -217,14 +217,14 @@ def _cut_of_sample(rows: Tensor) -> Tensor:
     return cut
 
 
-def _pieces(rows: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
-    """Yield rows, first column, and the pixels ``(r, n)`` there: as many as fit a cache."""
+def _pieces(rows: Tensor, size: int = CACHE_PIXELS) -> Iterator[tuple[slice, int, Tensor]]:
+    """Yield rows, first column, and the pixels ``(r, n)`` there: ``size`` at a time, about as many as fit a cache."""
     count, width = rows.shape
-    together = max(1, CACHE_PIXELS // width)
+    together = max(1, size // width)
     for row in range(0, count, together):
         some = slice(row, row + together)
-        for first in range(0, width, CACHE_PIXELS):
-            part = rows[some, first : first + CACHE_PIXELS]
+        for first in range(0, width, size):
+            part = rows[some, first : first + size]
             yield some, first, part if part.element_size() > 2 else part.float()
 
 

@@ -97,12 +97,12 @@ def best_volumes(table: Table, goal: Goal, budget: int) -> Tensor:
     return found
 
 
-def empty_scores(table: Table, goal: Goal) -> Tensor:
+def empty_scores(table: Table, goal: Goal, budget: int) -> Tensor:
     """Return the scores ``(R,)`` of empty masks, for tables of at least the ``ONE_BY_ONE`` most probable pixels."""
     slow = torch.full_like(table.total[:, :1], 1 + goal.smooth)
     span = (table.total[:, :1].amax() + ONE_BY_ONE + goal.smooth) / slow[0]
     _, window = _window(table, torch.zeros_like(slow), ONE_BY_ONE, slow, float(span))
-    return integrate(goal, window, CACHE)[:, 0]
+    return integrate(goal, window, CACHE if slow.device.type in CPU else budget // NODE_BYTES)[:, 0]
 
 
 def _candidates(table: Table, goal: Goal) -> tuple[Tensor, Tensor, Tensor, Tensor]:
