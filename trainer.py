@@ -66,7 +66,10 @@ class Trainer(BaseTrainer):
             self._mark()
 
     def _forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss, auxiliary heads included, and the logits."""
+        """Return the loss, auxiliary heads included, and the logits.
+
+        Training needs gradients and auxiliary outputs; all other passes go through utils.predict.network.
+        """
         if self.settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):

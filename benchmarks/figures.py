@@ -3,7 +3,6 @@
 ``python -m benchmarks.figures --checkpoint saved/UNet_Shapes/.../best_model.pth [--tensorboard saved]``
 
 * ``docs/images/gain.png``: image, target, and the label maps of argmax and RankDice of test images;
-* ``docs/images/learning-rates.png``: Poly and OneCycle over a run;
 * with ``--tensorboard``: ``tensorboard-scalars.png`` and ``tensorboard-images.png``, screenshots of a headless Chromium
   (needs the packages selenium, chromium and chromium-driver).
 """
@@ -11,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -51,7 +49,6 @@ def main() -> None:
     args = parse_arguments()
     IMAGES.mkdir(parents=True, exist_ok=True)
     gain(args.checkpoint)
-    learning_rates()
     if args.tensorboard:
         photograph(args.tensorboard)
 
@@ -92,18 +89,6 @@ def gain(path: str) -> None:
             cv2.putText(strip, title, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (30, 30, 30), 1, cv2.LINE_AA)
             pictures.append(np.concatenate([strip, big]))
     cv2.imwrite(str(IMAGES / "gain.png"), grid(pictures, columns=4)[:, :, ::-1])
-
-
-def learning_rates() -> None:
-    """Draw Poly and OneCycle over a run of 80 epochs."""
-    base = {"name": "x", "arch": {"type": "UNet"}, "train_loader": {"type": "Shapes"}, "val_loader": {"type": "Shapes"}}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("Poly", "OneCycle"):
-            config = Path(folder, f"{name}.json")
-            config.write_text(json.dumps({**base, "lr_scheduler": {"type": name}}))
-            out = IMAGES / f"learning-rate-{name.lower()}.png"
-            command = [sys.executable, "-m", "utils.lr_scheduler", "-c", str(config), "-o", str(out)]
-            subprocess.run([*command, "--epochs", "80", "--iters-per-epoch", "100"], check=True)
 
 
 def photograph(logdir: str) -> None:

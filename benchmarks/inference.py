@@ -45,7 +45,7 @@ TILE_SHARE, OVERLAP = 1 / 2.5, 1 / 3
 WAYS = (("multiscale", 0.0), ("sliding", OVERLAP), ("sliding", 0.25))
 
 
-class Clock(nn.Module):
+class TimedNetwork(nn.Module):
     """A network that sums the time of its forward passes."""
 
     def __init__(self, network: nn.Module, wait: Callable[[], None]) -> None:
@@ -117,7 +117,7 @@ def compare(name: str, mode: str, overlap: float, side: int, device: torch.devic
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     older = older_multiscale if mode == "multiscale" else older_sliding
 
-    clock = Clock(network.to(device), wait)
+    clock = TimedNetwork(network.to(device), wait)
     inside = []
 
     def older_way() -> None:

@@ -18,9 +18,8 @@ RATES = {32: (3, 6, 9), 16: (6, 12, 18), 8: (12, 24, 36)}
 class DeepLab(BaseModel):
     """Figure 2 of the paper; any input size; logits (B, num_classes, H, W)::
 
-        image -> backbone -> features (stride 16 or 8) -> ASPP -> x4 (or x2) -> [low, ASPP] -> two 3x3 convs
-                    `-> low-level features (stride 4) -> 1x1 conv, 48 ------------^         -> classifier ->
-                    x4
+        image -> backbone -> features (stride 16 or 8) -> ASPP -> x4 -> [low, ASPP] -> two 3x3 convs -> classifier -> x4
+                     `-> low-level features (stride 4) -> 1x1 conv, 48 --^
 
     Args:
         backbone: xception, resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.

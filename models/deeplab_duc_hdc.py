@@ -17,10 +17,11 @@ RATES, PUBLISHED_RATES = (6, 12, 18, 24), (6, 12, 18, 24, 36)
 
 
 def hybrid_dilations(backbone: str) -> tuple[tuple[int, ...], ...]:
-    """Return the paper's dilations for every block of a ResNet (section 3.2, "Dilation-bigger").
+    """Return the dilations for every block of a ResNet: those that the paper calls "Dilation-RF".
 
     Stage 3 repeats 1, 2, 3, so that the holes of one dilation are filled by the others; blocks left over
-    have 2. Stage 4 goes on with 3, 4, 5.
+    have 2. Stage 4 goes on with 3, 4, 5. The published code has the same. The paper's best variant, "Dilation-bigger",
+    repeats 1, 2, 5, 9 and goes on with 5, 9, 17.
     """
     if backbone not in RESNETS:
         raise ValueError(f"backbone must be one of {', '.join(RESNETS)}, got {backbone!r}")
@@ -54,13 +55,13 @@ class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
         image -> ResNet (HDC, stride 8) -> 3x3 convs with dilations 6, 12, 18, 24, added up -> pixel shuffle x8
 
     Each 3x3 convolution predicts the 64 pixels of its position for all classes, so its width grows with the classes.
-    Maps of rounded-up sizes are cropped at the bottom and right, never resized.
+    Maps of rounded-up sizes are cropped at the bottom and right, never resized. Departures from the authors' program:
+    the dilations (:func:`hybrid_dilations`), and torchvision's stem, one 7x7 convolution instead of three 3x3.
 
     ``published=True`` gives the published code's function, another network, which has ASPP and decoder of DeepLabv3+::
 
-        image -> ResNet (HDC, stride 8) -> ASPP -> DUC x2 -> [low, ASPP] -> two 3x3 convs -> classifier ->
-        DUC x4
-                    `-> low-level features (stride 4) -> 1x1 conv, 48 --^
+        image -> ResNet (HDC, stride 8) -> ASPP -> DUC x2 -> [low, ASPP] -> two 3x3 convs -> classifier -> DUC x4
+                  `-> features (stride 4) -> 1x1 conv, 48 ----^
 
     Its last DUC ends in a ReLU, so that logits are never negative, and has the factor 4 at every output stride.
 

@@ -79,9 +79,9 @@ class ConvolutionalVGG16(Backbone):
 class FCN8(BaseModel):
     """FCN-8s on VGG-16; output stride 32, fused down to 8; any input size; logits (B, num_classes, H, W)::
 
-    image -> pool3 -----------------> score -.
-                `-> pool4 -> score -.        |
-                       `-> fc7 -> score -> x2 + -> x2 + -> x8 -> crop to the image
+        image -> pool3 -----------------> score -.
+                    `-> pool4 -> score -.        |
+                           `-> fc7 -> score -> x2 + -> x2 + -> x8 -> crop to the image
 
     Args:
         backbone: vgg16 (the paper's) or vgg16_bn.

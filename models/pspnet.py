@@ -16,7 +16,9 @@ class PyramidSceneParsing(BaseModel):
     """Figure 3 of the paper, on any backbone::
 
     image -> backbone (stride 8) -> [features | bins 1, 2, 3, 6] -> 3x3 conv -> classifier -> x8
-                  `-> stage before -> 3x3 conv -> classifier -> x8       (auxiliary, in training)
+                  `-> stage before -> 3x3 conv -> classifier -> x8       (auxiliary)
+
+    The auxiliary head works in training only.
     """
 
     published_names = (

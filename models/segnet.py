@@ -39,9 +39,9 @@ def mirror(stage: nn.Module, out_channels: int, share: bool = False) -> nn.Seque
 class SegNet(BaseModel):
     """SegNet on VGG-16 with BatchNorm; output stride 32 (encoder); logits (B, num_classes, H, W)::
 
-    image -> stage 1 -> pool -> ... -> stage 5 -> pool
-                          |  indices              |
-    logits <- classifier <- mirror 1 <- unpool <- ... <- mirror 5 <- unpool
+        image -> stage 1 -> pool -> ... -> stage 5 -> pool
+                              |  indices              |
+        logits <- classifier <- mirror 1 <- unpool <- ... <- mirror 5 <- unpool
 
     Takes images of any size: pooling rounds up, unpooling restores the recorded size. In training a batch
     of one needs more than 16 x 16 pixels. In the published form pooling rounds down and takes at least 32 x 32.

@@ -82,11 +82,11 @@ class StemPooling(nn.Module):
 class SegResNet(BaseModel):
     """SegNet with ResNet bottlenecks; output stride 32 (encoder); any size; logits (B, num_classes, H, W)::
 
-    image -> stem (1/2) -> pool -> layer1 (1/4) -> layer2 (1/8) -> layer3 (1/16) -> layer4 (1/32)
-                             |                                                          |
-                             indices    stage 4 (1/4) <- 3, up <-   2, up   <-   1, up <-
-                             |             |
-    logits <- 3x3 <- up <- unpool (1/2) <--
+        image -> stem (1/2) -> pool -> layer1 (1/4) -> layer2 (1/8) -> layer3 (1/16) -> layer4 (1/32)
+                                 |                                                          |
+                                 indices    stage 4 (1/4) <- 3, up <-   2, up   <-   1, up <-
+                                 |             |
+        logits <- 3x3 <- up <- unpool (1/2) <--
 
     The decoder mirrors the encoder block by block. Every map is cut to the size of the encoder's map at that stride,
     at its bottom and right, where halving had rounded up. In training a batch of one needs more than 32 x 32 pixels.

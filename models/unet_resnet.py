@@ -33,12 +33,12 @@ def up_conv(in_channels: int, out_channels: int, linear: bool = False) -> nn.Seq
 class UNetResnet(BaseModel):
     """U-Net decoder on an encoder's features; any input size; logits (B, num_classes, H, W). On a ResNet (stride 32)::
 
-    image -> stem -> layer1 (1/4) -> layer2 (1/8) -> layer3 (1/16) -> layer4 (1/32) -> conv1, upconv1
-                        |               |               `- concatenate (1/16) -> conv2, upconv2
-                        |               `----------------- concatenate (1/8)  -> conv3, upconv3
-                        `--------------------------------- concatenate (1/4)  -> conv4, upconv4
-                                                                        (1/2) -> conv5, upconv5
-                                                                        (1/1) -> conv6 -> conv7
+        image -> stem -> layer1 (1/4) -> layer2 (1/8) -> layer3 (1/16) -> layer4 (1/32) -> conv1, upconv1
+                            |               |               `- concatenate (1/16) -> conv2, upconv2
+                            |               `----------------- concatenate (1/8)  -> conv3, upconv3
+                            `--------------------------------- concatenate (1/4)  -> conv4, upconv4
+                                                                            (1/2) -> conv5, upconv5
+                                                                            (1/1) -> conv6 -> conv7
 
     An encoder of timm may also have features at strides 2 and 1, which are concatenated there. Its decoder has as many
     steps as the encoder's stride has doublings.

@@ -60,12 +60,13 @@ class FPN(nn.Module):
 class UperNet(BaseModel):
     """Figure 4 of the paper; any input size; logits (B, num_classes, H, W)::
 
-        image -> backbone -> c1, c2, c3, c4 -> pyramid pooling on c4 -> FPN -> fused (stride 4) -> 1x1 conv ->
-        x4
+        image -> backbone -> c1, c2, c3, c4 -> pyramid pooling on c4 -> FPN -> fused (stride 4) -> 1x1 conv -> x4
+
+    The stem is torchvision's, one 7x7 convolution instead of the three 3x3 of the authors' program.
 
     ``published=True`` gives the published code's function: features at stride 16 by default, pyramid bins
     1, 2, 4, 6 fused to 2048 channels, an FPN of 256 channels without accumulation (see :class:`FPN`), and a 3x3
-    convolution for classifier. (There, every backbone was a resnet101.)
+    convolution as classifier. (There, every backbone was a resnet101.)
 
     Args:
         backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.

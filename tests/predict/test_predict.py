@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from utils import cli, predict
 from utils.config import schema
+from utils.errors import UserError
+from utils.evaluation import all_decisions
 from utils.predict import (
     PROCEDURES,
     Prediction,
@@ -84,6 +86,20 @@ def test_wrong_arguments_are_named(activation, temperature) -> None:
 
 def test_the_tables_name_the_same_procedures() -> None:
     assert tuple(PROCEDURES) == cli.PROCEDURES == typing.get_args(schema.Procedure)
+
+
+def test_a_new_procedure_needs_a_function_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def above_mean(probs: torch.Tensor, options: PredictOptions) -> Prediction:
+        return Prediction(masks=probs > probs.mean((2, 3), keepdim=True))
+
+    monkeypatch.setitem(PROCEDURES, "above_mean", above_mean)
+    probs = image([0.1, 0.9, 0.2], [0.8, 0.1, 0.2])
+    assert all_decisions(PredictOptions())["above_mean"](probs).masks is not None
+    assert rows(label_map("above_mean", probs, unassigned=9)) == [1, 0, 9]
+    (found,) = Decider("above_mean", PredictOptions())(probs)
+    assert found.labels.tolist() == [[1, 0, 255]]
+    with pytest.raises(UserError, match="'above_mean' needs the probabilities of the whole"):
+        Decider("above_mean", PredictOptions()).stream([], (2, 1, 3))
 
 
 def test_the_metrics_of_rankdice_have_the_names_that_a_config_may_give() -> None:

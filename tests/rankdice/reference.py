@@ -1,4 +1,4 @@
-"""Slow and obviously right: what ``utils/rankdice.py`` must find, computed straight from the definitions.
+"""Slow and obviously right: what ``utils/rankdice`` must find, computed straight from the definitions.
 
 Nothing here is shared with the product: no bounds, no series, no Laguerre nodes, no FFT.
 """

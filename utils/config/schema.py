@@ -69,12 +69,21 @@ class RankDiceOptions(Section):
     """How procedure rankdice finds its masks (see docs/rankdice.md)."""
 
     solver: Solver = Field(
-        "exact", description="how the mask's volume is found: exactly, or by a published approximation"
+        rankdice.Options.solver,  # type: ignore[arg-type]  # a str there; validated here
+        description="how the mask's volume is found: exactly, or by a published approximation",
     )
-    metric: Metric = Field("dice", description="the score to maximize in expectation")
-    smooth: float = Field(0.0, ge=0, le=100_000, description="added to numerator and denominator of the score")
+    metric: Metric = Field(
+        rankdice.Options.metric,  # type: ignore[arg-type]  # as above
+        description="the score to maximize in expectation",
+    )
+    smooth: float = Field(
+        rankdice.Options.smooth,
+        ge=0,
+        le=rankdice.MOST_SMOOTH,
+        description="added to numerator and denominator of the score",
+    )
     prune: Share | None = Field(
-        0.5,
+        rankdice.Options.prune,
         description="a class gets no mask in an image where none of its probabilities is above this; null: no pruning",
     )
 

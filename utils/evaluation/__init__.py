@@ -79,7 +79,8 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
     * ``rankdice``: the masks with the highest expected Dice, as the config says;
     * ``rankdice_paper``: the same for all classes with a probability above 0.5;
     * ``rankdice_map``: the label map that ``inference.py`` writes for ``rankdice``;
-    * ``rankdice_iou``: the masks with the highest expected IoU; the same for every other metric of RankDice.
+    * ``rankdice_iou``: the masks with the highest expected IoU; the same for every other metric of RankDice;
+    * all other procedures, as the config says.
     """
     decisions = {"T": Decision("T", replace(options, threshold=0.5))}
     if options.threshold != 0.5:
@@ -97,6 +98,7 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
         "rankdice_paper": Decision("rankdice", replace(dice, presence="prune", prune=0.5)),
         "rankdice_map": Decision("rankdice", dice, as_labels=True),
         **others,
+        **{name: Decision(name, options) for name in PROCEDURES if name not in ("T", "max", "rankdice")},
     }
 
 
@@ -204,7 +206,7 @@ def evaluate(
         UserError: the data has a label that is not a class of the model.
     """
     evaluator.network.eval()
-    work = _Work(evaluator, decisions, on_part, 0 if measure_memory else float("inf"))
+    work = _Batches(evaluator, decisions, on_part, 0 if measure_memory else float("inf"))
     bar = None if title is None else progress_bar(loader, desc=title)
     for batch in loader if bar is None else bar:
         for part in equal_sizes(batch):
@@ -215,7 +217,7 @@ def evaluate(
 
 
 @dataclass
-class _Work:
+class _Batches:
     """One process's share of an evaluation."""
 
     evaluator: Evaluator

@@ -219,10 +219,11 @@ def label_map(
 ) -> Tensor:
     """Return one label per pixel, int64 ``(B, H, W)``, under a procedure, for pictures and PNG masks.
 
-    ``max`` gives the most probable class; ``T`` the most probable class among those above the threshold, and
-    ``unassigned`` where there is none; ``rankdice`` the label map with the highest total of expected scores
-    (:func:`utils.rankdice.label_map`), for both metrics, among the classes that are taken to be in the image; where
-    one class is scored against the rest (:func:`single_class`), its mask. One channel gives 0 (background) and 1.
+    Labels stay as they are (``max``). From masks without a choice of classes (``T``), a pixel gets the most probable
+    class whose mask contains it, and ``unassigned`` where there is none. With one (``rankdice``), it is the label map
+    with the highest total of expected scores (:func:`utils.rankdice.label_map`), for both metrics, among the classes
+    that are taken to be in the image. Where one class is scored against the rest (:func:`single_class`), it is the mask
+    of that class. One channel gives 0 (background) and 1.
 
     Args:
         procedure: a name of ``PROCEDURES``.
@@ -231,19 +232,18 @@ def label_map(
         found: what the procedure decided for the same probabilities, if it is known already.
         unassigned: the label of pixels without a class.
     """
-    if procedure == "T" and probs.shape[1] > 1:
-        best, labels = probs.max(dim=1)
-        return torch.where(best > options.threshold, labels, unassigned)
     found = PROCEDURES[procedure](probs, options) if found is None else found
     if found.labels is not None:
         return found.labels
     assert found.masks is not None
     if probs.shape[1] == 1:
         return found.masks[:, 0].long()
+    if found.chosen is None:
+        best, labels = probs.masked_fill(~found.masks, -1.0).max(dim=1)
+        return torch.where(best < 0, unassigned, labels)
     only = single_class(probs.shape[1], options)
     if only is not None:
         return torch.where(found.masks[:, only], only, 1 - only)
-    assert found.chosen is not None
     return rd.label_map(
         probs, classes=taking_part_in_labels(found.chosen, options), smooth=options.smooth, found=found.ranked
     )

@@ -21,6 +21,7 @@ from utils import stamps
 from utils.batch import Batch
 from utils.errors import UserError, not_installed
 from utils.facts import Facts
+from utils.files import atomic
 from utils.images import read_label
 from utils.images.palette import default_palette, write_mask
 from utils.predict import Activation, PredictOptions
@@ -165,11 +166,13 @@ def write_labels(path: Path, facts: Facts, case: Case, labels: np.ndarray) -> No
     if path.suffix == ".png":
         write_mask(path, labels, facts.palette, stamps.text())
     elif path.suffix == ".npy":
-        np.save(path, labels)
+        with atomic(path, ".npy") as part:
+            np.save(part, labels)
     else:
         nibabel = _nibabel(path)
         space = nibabel.load(case.path.with_suffix(".nii.gz"))
-        nibabel.save(nibabel.Nifti1Image(labels.T, space.affine, space.header, dtype=labels.dtype), path)
+        with atomic(path, ".nii.gz") as part:
+            nibabel.save(nibabel.Nifti1Image(labels.T, space.affine, space.header, dtype=labels.dtype), part)
 
 
 def output_path(folder: Path, case: Case, dimensions: int) -> Path:

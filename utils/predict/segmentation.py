@@ -31,6 +31,7 @@ from utils.predict.tiling import Block
 from utils.presence import choose_classes
 from utils.rankdice import rank_counts
 
+STREAMED = ("T", "max", "rankdice")  # procedures for images that do not fit in memory
 _ROWS = 64  # decided at a time, pixel by pixel: argmax makes int64
 
 
@@ -166,7 +167,7 @@ class Decider:
         if self.by_pixel and not keep_masks and not self.keep_probs:
             result = Segmentation(self._by_pixel(((b.y, b.x, b.scores) for b in blocks), shape))
         else:
-            self._check_solver(*shape)
+            self._check_streamed(*shape)
             with ExitStack() as disk_space:
                 disk = Spool(*shape)
                 disk_space.callback(disk.close)
@@ -182,13 +183,18 @@ class Decider:
             result.labels[missing] = np.iinfo(result.labels.dtype).max
         return result
 
-    def _check_solver(self, classes: int, height: int, width: int) -> None:
-        if not self.by_pixel and self.options.solver not in ("exact", "rma"):
-            raise UserError(
-                f"solver {self.options.solver!r} needs the probabilities of the whole {width} x {height} image in "
-                f"memory ({4 * classes * height * width / 2**30:.1f} GiB); use the solver 'exact', or allow "
-                "more memory (--memory)"
-            )
+    def _check_streamed(self, classes: int, height: int, width: int) -> None:
+        if self.by_pixel:
+            return
+        what, instead = f"procedure {self.procedure!r}", f"one of the procedures {', '.join(STREAMED)}"
+        if self.procedure in STREAMED:
+            what, instead = f"solver {self.options.solver!r}", "the solver 'exact'"
+            if self.options.solver in ("exact", "rma"):
+                return
+        raise UserError(
+            f"{what} needs the probabilities of the whole {width} x {height} image in memory "
+            f"({4 * classes * height * width / 2**30:.1f} GiB); use {instead}, or allow more memory (--memory)"
+        )
 
     def _by_pixel(self, pieces: Iterable[tuple[int, int, Tensor]], shape: tuple[int, int, int]) -> np.ndarray:
         """Return the label map, from pieces of the probabilities ``(C, h, w)`` with their row and column."""
