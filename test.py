@@ -104,12 +104,13 @@ import torch
 import dataloaders
 from base.rng import seed_everything
 from base.runs import BEST
+from dataloaders.check import leaks
 from utils import checkpoint, distributed, report
 from utils import config as configs
 from utils.checkpoint import LoadedModel
 from utils.config import building, data_checks
 from utils.config.schema import Config
-from utils.errors import run
+from utils.errors import UserError, run
 from utils.evaluation import Evaluator, checkpoint_fit
 from utils.facts import Facts
 from utils.files import check_folder, expand
@@ -207,12 +208,30 @@ def prepare(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedMo
         Evaluator(network, options.classes, config.predict.count_ignored, loss),
         options,
         args.predict or config.predict.test,
-        views=report.views_in_words(views, config.predict.mode),
-        fitted=checkpoint_fit.note(state, config),
+        report.Setting(
+            report.views_in_words(views, config.predict.mode),
+            checkpoint_fit.note(state, config),
+            shared_with_validation(config, loader),
+        ),
     )
     if distributed.is_main():
         data_checks.warn_about_loss(config, list(scoring.decisions))
     return scoring
+
+
+def shared_with_validation(config: Config, loader: Any) -> str | None:
+    """Return what the test data have in common with the validation data, which chose the checkpoint."""
+    light = config.model_copy(deep=True)
+    if light.val_loader is None or report.optimism(config):
+        return None
+    light.val_loader.args["num_workers"] = 0
+    if dataloaders.LOADERS[light.val_loader.type].layout:
+        light.val_loader.args["cache"] = None
+    try:
+        val = building.build_loader(dataloaders.build, light, "val")
+    except UserError:
+        return None  # the validation data are not here
+    return leaks.common_images("val_loader and test_loader", val, loader)
 
 
 def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:

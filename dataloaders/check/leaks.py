@@ -67,6 +67,11 @@ def shared(loaders: dict[str, BaseDataLoader]) -> list[str]:
     ]
 
 
+def common_images(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> str | None:
+    """Return a message if two loaders share images, files with equal content, or samples of one group."""
+    return next(_between(stages, a, b), None)
+
+
 def _between(stages: str, a: BaseDataLoader, b: BaseDataLoader) -> Iterator[str]:
     left, right = ([x.dataset.entries[index] for index in x.batches.indices.tolist()] for x in (a, b))
     advice = "scores on these images do not show how well the network segments new ones"

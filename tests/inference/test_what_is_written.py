@@ -80,12 +80,27 @@ def test_masks_are_those_of_test_py(
     assert_equal(written, maps(scored))
 
 
-@pytest.mark.parametrize("presence", ["auto", "rule"])
-def test_the_scored_map_is_the_written_one(run: Run, model: Path, tmp_path: Path, presence: str) -> None:
-    chosen = ("--set", f"predict.presence={presence}")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("predict.presence=auto",),
+        ("predict.presence=rule",),
+        ("predict.presence=rule", "predict.rankdice.metric=iou", "predict.rankdice.smooth=5"),
+    ],
+    ids=" ".join,
+)
+def test_the_scored_map_is_the_written_one(run: Run, model: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    chosen = [part for option in options for part in ("--set", option)]
     run(test_script, "-r", model, "-o", tmp_path / "scores", "-p", "all", *chosen)
-    scored = json.loads((tmp_path / "scores/results.json").read_text())["procedures"]["rankdice_map"]
-    written = infer(run, model, tmp_path / "masks", "-p", "rankdice", *chosen)
+    procedures = json.loads((tmp_path / "scores/results.json").read_text())["procedures"]
+    for row, procedure in (("rankdice_map", "rankdice"), ("max_present", "max")):
+        written = infer(run, model, tmp_path / row, "-p", procedure, *chosen)
+        if row == "rankdice_map" or "predict.presence=rule" in options:  # else max is the plain argmax
+            assert_scored(written, procedures[row])
+
+
+def assert_scored(written: dict[str, np.ndarray], scored: dict[str, float]) -> None:
+    """Check that these label maps have these scores."""
     data = Shapes(split="test", length=IMAGES, size=SIZE)
     metrics = Metrics(Shapes.num_classes, keep_images=True)
     for i in range(IMAGES):

@@ -17,6 +17,7 @@ from utils.images.palette import default_palette
 from utils.predict import PROCEDURES, PredictOptions
 from utils.predict import __main__ as decode
 from utils.predict import files as probs
+from utils.predict.saved_probs import SavedProbs
 
 FACTS = Facts(4, NAMES[:4], default_palette(4), (0.5,) * 3, (0.2,) * 3, 255)
 
@@ -83,10 +84,27 @@ def test_a_folder_is_not_mixed(folder) -> None:
         probs.prepare_folder(folder, replace(index, data="VOC test"))
     probs.prepare_folder(folder, other, force=True)
     assert not list(folder.rglob("*.npz"))
+    probs.write_probs(folder / "old.npz", maps()[0], run="a" * 16)
+    (folder / probs.INDEX).unlink()
+    with pytest.raises(UserError, match="probabilities of another run, such as old.npz"):
+        probs.prepare_folder(folder, other)
+    probs.prepare_folder(folder, other, force=True)
+    assert not list(folder.rglob("*.npz"))
     np.savez(folder / "foreign.npz", x=np.zeros(3))
     with pytest.raises(UserError, match="did not write"):
         probs.prepare_folder(folder, other)
     assert (folder / "foreign.npz").exists()
+
+
+def test_files_of_another_run_are_not_read(folder) -> None:
+    probs.write_probs(folder / "z.npz", maps()[0], run="a" * 16)
+    with pytest.raises(UserError, match="was not written by the run"):
+        SavedProbs(folder)
+
+
+def test_a_folder_of_images_may_be_called_masks(folder) -> None:
+    probs.write_probs(folder / "masks" / "b.npz", maps()[0])
+    assert [case.name for case in SavedProbs(folder).cases] == ["city/two", "masks/b", "one", "three.v2"]
 
 
 def test_a_slice_is_written_as_it_is_seen(tmp_path) -> None:

@@ -223,6 +223,16 @@ def test_test_data_that_chose_the_checkpoint_are_said_to_be_optimistic(tmp_path,
     assert "scores are optimistic" in " ".join(out.split())
 
 
+def test_test_data_that_contain_validation_images_are_said_to_be_optimistic(tmp_path, monkeypatch, capsys) -> None:
+    test, val = loader("val", 6), loader("val", 4)
+    path = write_checkpoint(tmp_path / "a.pth", val_loader=val, test_loader=test)
+    run(monkeypatch, capsys, "-r", path, "-p", "max")
+    assert "have 4 images in common" in results(tmp_path)["protocol"]["note"]
+    path = write_checkpoint(tmp_path / "a.pth", val_loader=val, test_loader=loader("test", 6))
+    run(monkeypatch, capsys, "-r", path, "-p", "max")
+    assert results(tmp_path)["protocol"]["note"] is None
+
+
 def test_moved_data_of_a_config_without_a_test_loader(tmp_path, monkeypatch, capsys) -> None:
     """``test_loader`` falls back to ``val_loader``, and so does what ``--set`` changes of it."""
     path = write_checkpoint(tmp_path / "best_model.pth", test_loader=None)

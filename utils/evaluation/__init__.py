@@ -93,10 +93,10 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
         others[name] = Decision("rankdice", replace(options, metric=metric, solver=solver))
     return decisions | {
         "max": Decision("max", replace(options, presence="all")),
-        "max_present": Decision("max", replace(dice, presence=options.chooses_by)),
+        "max_present": Decision("max", replace(options, presence=options.chooses_by)),
         "rankdice": Decision("rankdice", dice),
         "rankdice_paper": Decision("rankdice", replace(dice, presence="prune", prune=0.5)),
-        "rankdice_map": Decision("rankdice", dice, as_labels=True),
+        "rankdice_map": Decision("rankdice", options, as_labels=True),
         **others,
         **{name: Decision(name, options) for name in PROCEDURES if name not in ("T", "max", "rankdice")},
     }

@@ -40,6 +40,7 @@ from utils.predict.saved_probs import Case, SavedProbs, flat, output_path, write
 from utils.predict.segmentation import Decider
 from utils.progress import progress_bar
 from utils.rankdice import METRICS, SOLVERS
+from utils.report.content import Setting
 from utils.report.scoring import Scoring
 
 
@@ -241,8 +242,7 @@ def score(args: argparse.Namespace, job: Job) -> None:
         Evaluator(job.network, job.options.classes),
         job.options,
         job.procedure,
-        views="as saved",
-        fitted=f"temperature, bias, threshold and presence are those of {args.use}" if args.use else None,
+        Setting("as saved", f"temperature, bias, threshold and presence are those of {args.use}" if args.use else None),
         fit_command="--labels DIR --fit FILE",
     )
     scoring.report(scoring.evaluate("SCORE"), check_folder(args.output) if args.output else None, args.details)

@@ -137,6 +137,11 @@ def prepare_folder(folder: Path, index: Index, force: bool = False) -> None:
     others = [path for path in there if stamps.stamp_of(path) != index.run]
     if not force:
         stamps.refuse_foreign(others, folder)
+        if others:
+            raise UserError(
+                f"{folder}: contains probabilities of another run, such as {others[0].name}; choose another folder, or "
+                "give --force to remove them"
+            )
     for path in others:
         if stamps.stamp_of(path) is not None:
             path.unlink(missing_ok=True)

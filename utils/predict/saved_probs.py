@@ -24,7 +24,7 @@ from utils.facts import Facts
 from utils.files import atomic
 from utils.images import read_label
 from utils.images.palette import default_palette, write_mask
-from utils.predict import Activation, PredictOptions
+from utils.predict import PROCEDURES, Activation, PredictOptions
 from utils.predict.files import INDEX, Index, read_index, read_probs
 from utils.predict.network import check_finite
 
@@ -60,7 +60,9 @@ class SavedProbs:
         self.cases = []
         found = sorted(path for kind in (("*.npz",) if known else ("*.npz", "*.npy")) for path in folder.rglob(kind))
         for path in found:
-            if path.name.startswith(".") or folder / "masks" in path.parents:  # the outputs of earlier calls
+            top = path.relative_to(folder).parts[:2]
+            written = path.suffix == ".npy" and top[0] == "masks" and top[1] in PROCEDURES  # by an earlier call
+            if path.name.startswith(".") or written:
                 continue
             name = path.relative_to(folder).with_suffix("").as_posix()
             files = () if labels is None else (labels / f"{name}{end}" for end in LABELS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,14 +52,28 @@ UNTEMPERED = "computed from the network's logits, as in training, without the te
 ABSENT_CLASSES = "skipped in images where a class is in neither the prediction nor the target"
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How a test was done, in words.
+
+    Attributes:
+        views: of each image.
+        fitted: where temperature, threshold and presence come from; None: nothing was fitted.
+        note: why the scores may be optimistic, if not by :func:`optimism`.
+    """
+
+    views: str = ONE_VIEW
+    fitted: str | None = None
+    note: str | None = None
+
+
 def results(
     outcome: Evaluation,
     loaded: LoadedModel,
     dataset: Any,
     *,
-    views: str = ONE_VIEW,
+    setting: Setting = Setting(),  # noqa: B008
     gathered: Mapping[str, Any] | None = None,
-    fitted: str | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``results.json``; NaN becomes None.
 
@@ -70,10 +85,10 @@ def results(
     Args:
         outcome: of the evaluation.
         loaded, dataset: what was evaluated.
-        views: of each image, in words.
+        setting: how, in words.
         gathered: :meth:`utils.report.recorder.Recorder.compute`.
-        fitted: where temperature and threshold come from, in words.
     """
+    fitted, views = setting.fitted, setting.views
     names, config = loaded.facts.class_names, loaded.config
     procedures = {name: _scores(name, outcome, names) for name in outcome.metrics}
     protocol = _protocol(outcome, config, loaded, dataset) | {
@@ -82,6 +97,7 @@ def results(
         "images_per_class_mean": _images_per_class(procedures),
         "test_loss": UNTEMPERED if config.predict.temperature != 1 and views.startswith(ONE_VIEW) else None,
     }
+    protocol["note"] = protocol["note"] or setting.note
     if fitted and protocol["note"]:
         protocol["note"] += ", also those of the values that were fitted on them"
     content: dict[str, Any] = {"protocol": protocol, "procedures": procedures}

@@ -23,9 +23,8 @@ class Scoring:
 
     Attributes:
         procedure: a name in :data:`utils.predict.PROCEDURES`, or "all".
-        views: of each image, in words.
-        fitted: where temperature, threshold and presence come from, in words.
-        fit_command: how to fit them.
+        setting: how, in words.
+        fit_command: how to fit temperature, threshold and presence.
     """
 
     loaded: LoadedModel
@@ -33,8 +32,7 @@ class Scoring:
     evaluator: Evaluator
     options: PredictOptions
     procedure: str
-    views: str = content.ONE_VIEW
-    fitted: str | None = None
+    setting: content.Setting = content.Setting()
     fit_command: str = content.FIT_COMMAND
 
     @property
@@ -70,7 +68,7 @@ class Scoring:
     def results(self, outcome: Evaluation, gathered: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the content of ``results.json``; ``gathered``: by a :class:`Recorder`."""
         dataset = self.loader.dataset
-        found = content.results(outcome, self.loaded, dataset, views=self.views, gathered=gathered, fitted=self.fitted)
+        found = content.results(outcome, self.loaded, dataset, setting=self.setting, gathered=gathered)
         if "advice" in found:
             found["advice"] = found["advice"].replace(content.FIT_COMMAND, self.fit_command)
         return found
