@@ -12,6 +12,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def prepare(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedMo
         report.Setting(
             report.views_in_words(views, config.predict.mode),
             checkpoint_fit.note(state, config),
-            shared_with_validation(config, loader),
+            shared_with_training(config, loader),
         ),
     )
     if distributed.is_main():
@@ -219,19 +220,22 @@ def prepare(args: argparse.Namespace, state: Mapping[str, Any], loaded: LoadedMo
     return scoring
 
 
-def shared_with_validation(config: Config, loader: Any) -> str | None:
-    """Return what the test data have in common with the validation data, which chose the checkpoint."""
-    light = config.model_copy(deep=True)
-    if light.val_loader is None or report.optimism(config):
+def shared_with_training(config: Config, loader: Any) -> str | None:
+    """Return what the test data have in common with the data of the training or those that chose the checkpoint."""
+    if config.test_loader is None or report.optimism(config):
         return None
-    light.val_loader.args["num_workers"] = 0
-    if dataloaders.LOADERS[light.val_loader.type].layout:
-        light.val_loader.args["cache"] = None
-    try:
-        val = building.build_loader(dataloaders.build, light, "val")
-    except UserError:
-        return None  # the validation data are not here
-    return leaks.common_images("val_loader and test_loader", val, loader)
+    light = config.model_copy(deep=True)
+    found = []
+    for stage, component in (("train", light.train_loader), ("val", light.val_loader)):
+        if component is None:
+            continue
+        component.args["num_workers"] = 0
+        if dataloaders.LOADERS[component.type].layout:  # files, which these arguments would read at once
+            component.args |= {"cache": None} | ({"sampler": None} if component.args.get("sampler") else {})
+        with suppress(UserError):  # the other data need not be here
+            other = building.build_loader(dataloaders.build, light, stage)
+            found.append(leaks.common_images(f"{stage}_loader and test_loader", other, loader))
+    return "; ".join(filter(None, found)) or None
 
 
 def score_folds(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -223,14 +223,17 @@ def test_test_data_that_chose_the_checkpoint_are_said_to_be_optimistic(tmp_path,
     assert "scores are optimistic" in " ".join(out.split())
 
 
-def test_test_data_that_contain_validation_images_are_said_to_be_optimistic(tmp_path, monkeypatch, capsys) -> None:
-    test, val = loader("val", 6), loader("val", 4)
-    path = write_checkpoint(tmp_path / "a.pth", val_loader=val, test_loader=test)
-    run(monkeypatch, capsys, "-r", path, "-p", "max")
-    assert "have 4 images in common" in results(tmp_path)["protocol"]["note"]
-    path = write_checkpoint(tmp_path / "a.pth", val_loader=val, test_loader=loader("test", 6))
-    run(monkeypatch, capsys, "-r", path, "-p", "max")
-    assert results(tmp_path)["protocol"]["note"] is None
+def test_test_data_with_other_images_of_the_run_are_said_to_be_optimistic(tmp_path, monkeypatch, capsys) -> None:
+    for split, shared in (("val", "val_loader"), ("train", "train_loader"), ("test", None)):
+        test = loader(split, 6)
+        path = write_checkpoint(tmp_path / "best_model.pth", val_loader=loader("val", 4), test_loader=test)
+        run(monkeypatch, capsys, "-r", path, "-p", "max")
+        note = results(tmp_path)["protocol"]["note"]
+        if shared is None:
+            assert note is None
+        else:
+            assert f"{shared} and test_loader have" in note
+            assert "images in common" in note
 
 
 def test_moved_data_of_a_config_without_a_test_loader(tmp_path, monkeypatch, capsys) -> None:
