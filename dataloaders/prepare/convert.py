@@ -16,7 +16,7 @@ from PIL import Image
 from base.classes import Color
 from dataloaders.prepare.export import Export, Images, Picture, Shape
 from dataloaders.prepare.formats import FORMATS
-from utils.errors import UserError, listed, plural
+from utils.errors import UserError, listed, plural, warn
 from utils.files import write_text
 from utils.images import voc_colormap, write_png
 from utils.images.formats import decode, read_bytes
@@ -80,16 +80,19 @@ def _run(kind: str, source: Path, out: Path, options: Options) -> None:
         raise UserError(
             f"{source}: no annotated image was found in {images.folder}{named}. Give their folder with --images"
         )
+    export.strip_names()
     classes = class_ids(export, options)
     tally = write(export, classes, out, options)
     print(summary(export, classes, tally, images.missing, out, options.rest))
+    for text in similar_names(export, classes):
+        warn(text)
 
 
 def class_ids(export: Export, options: Options) -> dict[str, int]:
     """Return label -> id: void labels get 255, the background (if there is one) 0, the others follow in order."""
     void = {_plain(name) for name in options.void}
     ids = {name: VOID for name in export.classes if _plain(name) in void}
-    kept = [name for name in export.classes if name not in ids]
+    kept = [name for name in dict.fromkeys(export.classes) if name not in ids]
     behind = [name for name in kept if _plain(name) == BACKGROUND]
     draws = any(picture.ids is None for picture in export.pictures)
     if not behind and draws and options.rest == "background":
@@ -100,6 +103,23 @@ def class_ids(export: Export, options: Options) -> dict[str, int]:
     if len(kept) > VOID:
         raise UserError(f"the export has {len(kept)} classes; masks can contain at most {VOID}")
     return {name: i for i, name in enumerate(kept)} | ids
+
+
+def similar_names(export: Export, classes: dict[str, int]) -> list[str]:
+    """Return a message for each group of classes whose names differ only in case, blanks or underscores."""
+    shapes = Counter(label for picture in export.pictures for label, _ in picture.shapes)
+    drawn = any(picture.ids is None for picture in export.pictures)
+    groups: dict[str, list[str]] = {}
+    for name, i in classes.items():
+        if i != VOID:
+            groups.setdefault(_plain(name).replace(" ", ""), []).append(name)
+    return [
+        "these classes differ only in case, blanks or underscores: "
+        + ", ".join(f"{name!r}" + (f" ({plural(shapes[name], 'shape')})" if drawn else "") for name in names)
+        + ". If they are one class, give it one name in the labeling tool and export again"
+        for names in groups.values()
+        if len(names) > 1
+    ]
 
 
 def _plain(name: str) -> str:

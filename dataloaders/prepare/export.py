@@ -51,11 +51,19 @@ class Export:
 
     def take_classes(self, names: list[str], file: Path) -> None:
         """Set the classes; UserError if an earlier file had others."""
+        names = [plain_name(name) for name in names]
         if self.classes and self.classes != names:
             raise UserError(
                 f"{file}: its classes are {names}, but those of another file are {self.classes}; they must be the same"
             )
         self.classes = names
+
+    def strip_names(self) -> None:
+        """Remove blanks around all class names, so that "car" and "car " are one class."""
+        self.classes = [plain_name(name) for name in self.classes]
+        self.colors = {plain_name(name): color for name, color in self.colors.items()}
+        for picture in self.pictures:
+            picture.shapes = [(plain_name(label), render) for label, render in picture.shapes]
 
 
 class Images:
@@ -97,6 +105,14 @@ class Images:
         if len(best) > 1:
             raise UserError(f"{name!r} could be {best[0]} or {best[1]}; pass the folder of the images with --images")
         return best[0]
+
+
+def plain_name(name: object) -> str:
+    """Return a class name without blanks around it and with single ones inside; UserError if nothing is left."""
+    plain = " ".join(str(name).split())
+    if not plain:
+        raise UserError("the export has a class without a name; name it in the labeling tool and export again")
+    return plain
 
 
 def split_of(path: Path, root: Path) -> str | None:

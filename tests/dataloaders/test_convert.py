@@ -444,6 +444,41 @@ def test_images_turned_by_exif(tmp_path: Path) -> None:
         prepare("coco", tmp_path / "a.json", tmp_path / "other")
 
 
+@pytest.mark.parametrize("kind", ["labelme", "coco", "cvat", "label_studio"])
+def test_blanks_around_names_are_removed_and_similar_names_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    labels = ["Car", "Car ", "car"]
+    photo(tmp_path / "a.jpg")
+    if kind == "labelme":
+        drawn = [{"label": label, "points": SQUARE} for label in labels]
+        source = write(tmp_path / "a.json", {"imagePath": "a.jpg", "shapes": drawn})
+    elif kind == "coco":
+        outlines = [np.ravel(SQUARE).tolist()]
+        found = [{"image_id": 7, "category_id": i, "segmentation": outlines} for i in range(3)]
+        names = [{"id": i, "name": label} for i, label in enumerate(labels)]
+        source = write(tmp_path / "a.json", coco(categories=names, annotations=found))
+    elif kind == "cvat":
+        boxes = "".join(f'<box label="{label}" xtl="5" ytl="4" xbr="15" ybr="14"/>' for label in labels)
+        image = f'<annotations><image name="a.jpg" width="40" height="30">{boxes}</image></annotations>'
+        source = write(tmp_path / "a.xml", image)
+    else:
+        area = {"x": 12.5, "y": 13, "width": 25, "height": 33}
+        results = [
+            {"type": "rectanglelabels", "value": {"rectanglelabels": [label], **area}}
+            | {"original_width": 40, "original_height": 30}
+            for label in labels
+        ]
+        source = write(tmp_path / "a.json", [{"data": {"image": "a.jpg"}, "annotations": [{"result": results}]}])
+    prepare(kind, source, tmp_path / "out")
+    assert classes(tmp_path / "out") == ["background", "Car", "car"]
+    text = capsys.readouterr().err
+    assert "differ only in case, blanks or underscores: 'Car' (2 shapes), 'car' (1 shape)" in text
+    empty = source.read_text().replace("Car ", " ").replace('"name": "a.jpg"', "")
+    with pytest.raises(UserError, match="class without a name"):
+        prepare(kind, write(source, empty), tmp_path / "empty")
+
+
 def test_images_of_equal_names_and_missing_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("one", "two"):
         photo(tmp_path / f"{part}/a.jpg")
