@@ -106,7 +106,25 @@ def test_a_forecast_that_is_far_off_calls_for_a_temperature(expected, measured, 
     else:
         assert f"the network is {said}." in found
         assert "--fit" in found
-        assert "differ from the validation images" in contents.advice(scores, 30, fitted=True)
+        assert "differ from those of the fit" in contents.advice(scores, 30, fitted=True)
+        assert "differ" not in contents.advice(scores, 30, fitted=True, same=True)
+
+
+def test_the_advice_does_not_say_that_validation_images_differ_from_themselves(monkeypatch) -> None:
+    monkeypatch.setattr(contents, "FAR_OFF", -1.0)
+    val = {"type": "VOC", "args": {"data_dir": "gone", "split": "val"}}
+    held_out = {"type": "VOC", "args": {"data_dir": "gone", "val_split": 0.2}}
+    for loaders, same in (
+        ({}, True),
+        ({"test_loader": val | {"args": val["args"] | {"batch_size": 2}}}, True),
+        ({"test_loader": {"type": "VOC", "args": {"data_dir": "gone", "split": "test"}}}, False),
+        ({"val_loader": None, "train_loader": held_out}, True),
+    ):
+        loaded = LoadedModel(torch.nn.Conv2d(3, 3, 1), FACTS, config(**loaders), "softmax", Path("x"), 7)
+        found = report.results(outcome(), loaded, DATASET, setting=contents.Setting(fitted="threshold 0.2 was fitted"))
+        assert ("These are the validation images" in found["advice"]) == same, loaders
+        assert ("differ" in found["advice"]) == (not same)
+        assert ("the fit used them too" in str(found["protocol"]["note"])) == same
 
 
 def test_advice_needs_no_many_images_but_says_if_they_are_few(monkeypatch) -> None:

@@ -46,7 +46,8 @@ EXPLAINED = {  # procedures of -p all whose names a config does not know
     for metric, name in OTHER_METRICS.items()
 }
 ONE_VIEW = "one view per image"
-FIT_COMMAND = "test.py -r CHECKPOINT --fit"  # in the advice; other commands put their own in its place
+# In the advice; other commands put their own in their place.
+FIT_COMMAND, THEN = "test.py -r CHECKPOINT --fit", "test the new checkpoint"
 # The loss takes the network's own logits. Those of several views come from tempered probabilities.
 UNTEMPERED = "computed from the network's logits, as in training, without the temperature; NLL of -p all includes it"
 ABSENT_CLASSES = "skipped in images where a class is in neither the prediction nor the target"
@@ -98,8 +99,9 @@ def results(
         "test_loss": UNTEMPERED if config.predict.temperature != 1 and views.startswith(ONE_VIEW) else None,
     }
     protocol["note"] = protocol["note"] or setting.note
-    if fitted and protocol["note"]:
-        protocol["note"] += ", also those of the values that were fitted on them"
+    same = on_validation_data(config)
+    if fitted and same:
+        protocol["note"] += "; the fit used them too"
     content: dict[str, Any] = {"protocol": protocol, "procedures": procedures}
     found = compare(outcome.metrics, names, protocol["deployed"], protocol["note"])
     if found is not None:
@@ -114,7 +116,7 @@ def results(
     if matrices:
         content["confusion"] = {name: worst(matrix, loaded.facts.label_names) for name, matrix in matrices.items()}
     if fitted is not None or config.predict.temperature == 1:
-        what = advice(procedures.get("rankdice", {}), outcome.images, fitted is not None)
+        what = advice(procedures.get("rankdice", {}), outcome.images, fitted is not None, same)
         if what:
             content["advice"] = what
     return json.loads(json.dumps(content), parse_constant=lambda _: None)
@@ -133,24 +135,28 @@ def views_in_words(views: Collection[str], mode: str) -> str:
     return words + (f" (inference.py: predict.mode {mode})" if mode != ("multiscale" if several else "single") else "")
 
 
-def advice(scores: Mapping[str, Any], images: int, fitted: bool = False) -> str | None:
+def advice(scores: Mapping[str, Any], images: int, fitted: bool = False, same: bool = False) -> str | None:
     """Return what to do if the Dice that rankdice expects differs from the measured one; None if they agree.
 
     Args:
         scores: of rankdice.
         images: that were scored.
         fitted: whether the checkpoint was fitted on validation data.
+        same: whether the scored images are these validation images.
     """
     expected, measured = scores.get("Expected_Dice", math.nan), scores.get("Measured_Dice", math.nan)
     if not abs(expected - measured) > FAR_OFF:
         return None
     how = "overconfident" if expected > measured else "underconfident"
-    remedy = (
-        "Either these images differ from the validation images of the fit, or those were too few. Add images like "
-        f"these to the validation data and repeat the fit: {FIT_COMMAND}."
-        if fitted
-        else f"Calibrate it on validation data with {FIT_COMMAND}, then test the new checkpoint."
-    )
+    remedy = f"Calibrate it on validation data with {FIT_COMMAND}, then {THEN}."
+    if fitted:
+        remedy = (
+            "These are the validation images of the fit, which keeps only what clearly helps on held-out images."
+            if same
+            else "Either these images differ from those of the fit, or the fit had too few to correct this."
+        )
+        more = "more images" if same else "images like these"
+        remedy += f" Add {more} to the validation data and repeat the fit: {FIT_COMMAND}."
     few = f" {images} images are few, so this may be chance." if images < FEW_IMAGES else ""
     return (
         f"rankdice expected a Dice of {expected:.3f} for its masks, and they scored {measured:.3f}: the network is "
@@ -246,19 +252,27 @@ def optimism(config: Config) -> str | None:
     if test is None:
         return "there is no test_loader: scored on the validation data that chose the checkpoint; scores are optimistic"
 
-    def data(loader: Component, *but: str) -> tuple[str, dict[str, Any]]:
-        aside = ("batch_size", "num_workers", "cache", *but)
-        return loader.type, {k: v for k, v in loader.args.items() if k not in aside}
-
-    if data(test) == data(val):
+    if on_validation_data(config):
         return "the test data are the validation data that chose the checkpoint: scores are optimistic"
     # Without a split, only the folders differ between test and validation data.
-    if test.args.get("split") and data(test, "data_dir") == data(val, "data_dir"):
+    if test.args.get("split") and _data(test, "data_dir") == _data(val, "data_dir"):
         return (
             "the test data are those that chose the checkpoint, in another folder (data_dir); "
             "unless that contains other images, scores are optimistic"
         )
     return None
+
+
+def on_validation_data(config: Config) -> bool:
+    """Return whether the scored images are the validation images, which also chose the checkpoint."""
+    test, val = config.test_loader, config.val_loader
+    return test is None or (val is not None and _data(test) == _data(val))
+
+
+def _data(loader: Component, *but: str) -> tuple[str, dict[str, Any]]:
+    """Return which images a loader reads: its type, and its arguments but those of that name."""
+    aside = ("batch_size", "num_workers", "cache", *but)
+    return loader.type, {k: v for k, v in loader.args.items() if k not in aside}
 
 
 def _sizes(sizes: Collection[tuple[int, int]]) -> str | None:
