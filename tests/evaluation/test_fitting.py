@@ -314,9 +314,28 @@ def test_a_fit_goes_into_a_checkpoint_and_out_of_it_again(scenes: Scenes) -> Non
     # A second fit replaces the first, and what it replaced is still what was there at the beginning.
     assert checkpoint_fit.without_fit(checkpoint_fit.with_fit(changed, config, found)) == state
     now = resolve(CONFIG | {"predict": changed["config"]["predict"]})
-    assert "were fitted on 60 validation images (Shapes val)" in str(checkpoint_fit.note(changed, now))
+    assert " fitted on 60 validation images (Shapes val)" in str(checkpoint_fit.note(changed, now))
     other = resolve(CONFIG | {"predict": changed["config"]["predict"] | {"threshold": 0.1}})
     assert "threshold are overridden" in str(checkpoint_fit.note(changed, other))
     assert checkpoint_fit.note(state, config) is None
     assert PredictOptions.from_config(now.predict).chooses_by == ("fitted" if found.presence else "prune")
     assert learning.FEW_IMAGES <= 60
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ({}, "nothing: a fit on 7 validation images (Shapes val) kept no value, so temperature, "),
+        ({"threshold": 0.19}, "threshold 0.19 was fitted on 7 validation images (Shapes val)"),
+        ({"temperature": 1.3, "mode": "multiscale"}, "temperature 1.3000, mode multiscale were fitted on 7 "),
+        ({"bias": [0.1, 0.2], "presence_fit": {"classes": [0]}}, "a bias per class, presence were fitted on 7 "),
+    ],
+)
+def test_only_what_was_kept_is_called_fitted(kept, said) -> None:
+    before = {"temperature": 2.0, "threshold": 0.4}
+    base = {"temperature": 2.0, "bias": None, "threshold": 0.4, "presence_fit": None, "mode": "single"}
+    found = base | kept
+    record = {"images": 7, "data": "Shapes val", "replaced": before, "found": found}
+    config = resolve(CONFIG)
+    config.predict = config.predict.model_copy(update=found)
+    assert str(checkpoint_fit.note({"calibration": record}, config)).startswith(said)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from utils.checkpoint import LoadedModel
-from utils.config.schema import Config
+from utils.config.schema import Config, Predict
 from utils.evaluation import Evaluator, fitting
 from utils.evaluation.fitting import Fit
 from utils.predict import PredictOptions
@@ -95,7 +95,24 @@ def note(state: Mapping[str, Any], config: Config) -> str | None:
     changed = [name for name, value in record["found"].items() if now[name] != value]
     if changed:
         return f"fitted on validation data, but {', '.join(changed)} are overridden in this run"
+    images = f"{record['images']} validation images ({record['data']})"
+    kept = _kept(record)
+    if not kept:
+        return (
+            f"nothing: a fit on {images} kept no value, so temperature, threshold and presence are those of the config"
+        )
+    return f"{', '.join(kept)} {'was' if len(kept) == 1 else 'were'} fitted on {images}"
+
+
+def _kept(record: Mapping[str, Any]) -> list[str]:
+    """Return in words what the fit changed; a value that it did not keep is the one that was there before."""
     found = record["found"]
-    parts = [f"temperature {found['temperature']:.4f}", f"threshold {found['threshold']:.2f}"]
-    parts += ["a bias per class"] * (found["bias"] is not None) + ["presence"] * (found["presence_fit"] is not None)
-    return f"{', '.join(parts)} were fitted on {record['images']} validation images ({record['data']})"
+    before = {name: field.default for name, field in Predict.model_fields.items()} | record.get("replaced", {})
+    words = {
+        "temperature": f"temperature {found['temperature']:.4f}",
+        "bias": "a bias per class",
+        "threshold": f"threshold {found['threshold']:.2f}",
+        "presence_fit": "presence",
+        "mode": f"mode {found.get('mode')}",
+    }
+    return [text for name, text in words.items() if name in found and found[name] != before[name]]
