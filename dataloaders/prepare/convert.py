@@ -59,21 +59,21 @@ def run(kind: str, source: Path, out: Path, options: Options) -> None:
     """
     if not source.exists():
         raise UserError(f"--from: there is no file or folder {source}")
-    if not zipfile.is_zipfile(source):
-        _run(kind, source, out, options)
-        return
-    if options.link and options.images is None:
-        raise UserError(f"--link: {source} is an archive; unpack it and pass its folder to --from")
-    with TemporaryDirectory() as folder, zipfile.ZipFile(source) as archive:
-        archive.extractall(folder)
-        _run(kind, Path(folder), out, options)
+    with TemporaryDirectory() as folder, TemporaryDirectory() as unpacked:
+        if zipfile.is_zipfile(source):
+            if options.link and options.images is None:
+                raise UserError(f"--link: {source} is an archive; unpack it and pass its folder to --from")
+            with zipfile.ZipFile(source) as archive:
+                archive.extractall(folder)
+            source = Path(folder)
+        _run(kind, source, out, options, Path(unpacked))
 
 
-def _run(kind: str, source: Path, out: Path, options: Options) -> None:
+def _run(kind: str, source: Path, out: Path, options: Options, unpacked: Path) -> None:
     for name in ("images", "masks"):
         if (out / name).exists() and any((out / name).iterdir()):
             raise UserError(f"--dir: {out / name} already contains files; choose an empty folder")
-    images = Images(options.images or (source if source.is_dir() else source.parent))
+    images = Images(options.images or (source if source.is_dir() else source.parent), unpacked)
     export = FORMATS[kind](source, images)
     if not export.pictures:
         named = f"; the export names {images.missing[0]!r}" if images.missing else ""
@@ -137,7 +137,7 @@ def write(export: Export, classes: dict[str, int], out: Path, options: Options) 
         write_png(out / "masks" / target.with_suffix(".png"), mask, palette)
         copy = out / "images" / target
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if options.link:
+        if options.link and not picture.embedded:
             copy.symlink_to(os.path.abspath(picture.image))
         else:
             shutil.copyfile(picture.image, copy)
@@ -254,6 +254,7 @@ def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list
         lines.append(f"{plural(tally.vanished, 'shape')} too small to contain the center of a pixel")
     lines += [f"left out: {count} {what}" for what, count in export.left_out.items()]
     if missing:
-        lines.append(f"left out: {plural(len(missing), 'annotated image')} (not found): {listed(missing, 3)}")
+        count = plural(len(missing), "annotated image")
+        lines.append(f"left out: {count} (not found): {listed(missing, 3)}. Give their folder with --images")
     lines += ["", f"next: python -m dataloaders plan --data-dir {out} --out config.json"]
     return "\n".join(lines)

@@ -38,6 +38,7 @@ class Picture:
     size: tuple[int, int] | None = None  # (width, height) of the image that was annotated, if the export contains it
     split: str | None = None  # train, val or test, if the export is split
     ids: Callable[[], np.ndarray] | None = None
+    embedded: bool = False  # the image was in the export's JSON; its file is temporary
 
 
 @dataclass
@@ -69,10 +70,10 @@ class Export:
 class Images:
     """Finds the images that an export names, in a folder and below."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, unpacked: Path) -> None:
         if not folder.is_dir():
             raise UserError(f"--images: {folder} is not a folder")
-        self.folder = folder
+        self.folder, self.unpacked = folder, unpacked  # unpacked: for images that are inside annotation files
         self.files = image_files(folder)
         self.missing: list[str] = []
         self._by_name: dict[str, list[Path]] = {}
@@ -80,7 +81,14 @@ class Images:
             self._by_name.setdefault(path.name, []).append(path)
 
     def find(self, name: str, near: Path | None = None) -> Path | None:
-        """Return the file of a name, path or URL in an export; add it to ``missing`` if there is none.
+        """Return the file of a name, path or URL in an export; add it to ``missing`` if there is none."""
+        path = self.look_for(name, near)
+        if path is None:
+            self.missing.append(name)
+        return path
+
+    def look_for(self, name: str, near: Path | None = None) -> Path | None:
+        """Return the file of a name, path or URL in an export; None if there is none.
 
         It may be a path below ``near`` or the folder. Otherwise the file with this name is used; if there are several,
         the one whose path shares most with the end of ``name``, preferably below ``near``.
@@ -95,7 +103,6 @@ class Images:
         # Label Studio adds eight characters and a hyphen to the start of the names of uploaded files.
         candidates = self._by_name.get(plain.name) or self._by_name.get(re.sub(r"^[0-9a-f]{8}-", "", plain.name), [])
         if not candidates:
-            self.missing.append(name)
             return None
         fits = [len(os.path.commonprefix([path.parts[::-1], plain.parts[::-1]])) for path in candidates]
         best = [path for path, fit in zip(candidates, fits, strict=True) if fit == max(fits)]
@@ -134,11 +141,17 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
 
 
-def json_with(source: Path, keys: Sequence[str], what: str) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the JSON files, ``source`` or all below it, that are objects with these keys, with their contents."""
-    files = [source] if source.is_file() else sorted(source.rglob("*.json"))
-    contents = [(file, read_json(file)) for file in files]
-    found = [(file, content) for file, content in contents if isinstance(content, dict) and set(keys) <= set(content)]
+def json_with(source: Path, keys: Sequence[str], what: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the JSON files, ``source`` or all below it, that are objects with these keys, with their contents.
+
+    One at a time, because the files can contain whole images.
+    """
+    found = False
+    for file in [source] if source.is_file() else sorted(source.rglob("*.json")):
+        content = read_json(file)
+        if isinstance(content, dict) and set(keys) <= set(content):
+            found = True
+            yield file, content
     if not found:
         raise UserError(f"{source}: there is no {what} file (JSON with {', '.join(keys)})")
     return found

@@ -242,6 +242,28 @@ def test_labelme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "255 void (__ignore__), ignored: 25.00%" in text
 
 
+def test_labelme_with_images_inside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files in two folders, with the images' own bytes or as PNG, and one file without a picture."""
+    bytes_of = {kind: photo(tmp_path / f"elsewhere/a.{kind}").read_bytes() for kind in ("jpg", "png")}
+    shapes_of_all = [{"label": "square", "points": SQUARE}]
+    for name, image, kind in (("x/1", "a.jpg", "jpg"), ("x/2", "..\\b\\a.jpg", "jpg"), ("y/1", "a.tif", "png")):
+        data = base64.b64encode(bytes_of[kind]).decode()
+        write(tmp_path / f"in/{name}.json", {"imagePath": image, "imageData": data, "shapes": shapes_of_all})
+    write(tmp_path / "in/y/2.json", {"imagePath": "c.jpg", "imageData": None, "shapes": shapes_of_all})
+    prepare("labelme", tmp_path / "in", tmp_path / "out", "--link")
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out/images").iterdir() if not path.is_symlink()}
+    assert written == {"x_a.jpg": bytes_of["jpg"], "2_a.jpg": bytes_of["jpg"], "y_a.png": bytes_of["png"]}
+    for name in ("x_a", "2_a", "y_a"):
+        assert np.array_equal(mask(tmp_path / "out", name), area(SQUARE))
+    assert "1 annotated image (not found): c.jpg. Give their folder with --images" in capsys.readouterr().out
+    write(tmp_path / "in/y/2.json", {"imagePath": "c.jpg", "imageData": "bm90aGluZw==", "shapes": shapes_of_all})
+    with pytest.raises(UserError, match=r"2\.json: imageData is not an image"):
+        prepare("labelme", tmp_path / "in", tmp_path / "bad")
+    photo(tmp_path / "in/c.jpg")
+    prepare("labelme", tmp_path / "in", tmp_path / "good")
+    assert (tmp_path / "good/images/c.jpg").read_bytes() == (tmp_path / "in/c.jpg").read_bytes(), "the file comes first"
+
+
 CVAT = """<?xml version="1.0" encoding="utf-8"?>
 <annotations>
   <version>1.1</version>

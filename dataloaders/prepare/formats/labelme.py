@@ -6,7 +6,7 @@ import base64
 import io
 import math
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 from base.text import read_lines
 from dataloaders.prepare import shapes
 from dataloaders.prepare.export import Export, Images, Picture, format_errors, json_with, split_of
+from utils.errors import UserError
 
 
 def read(source: Path, images: Images) -> Export:
@@ -22,18 +23,46 @@ def read(source: Path, images: Images) -> Export:
     export = Export()
     for file, content in json_with(source, ("shapes",), "labelme"):
         with format_errors(file, "a labelme file"):
-            path = images.find(content["imagePath"], file.parent)
+            name, stored = content["imagePath"], content.get("imageData")
+            path = images.look_for(name, file.parent)
+            embedded = path is None and bool(stored)
+            if embedded:
+                path = _unpack(stored, name, file, images.unpacked)
             if path is None:
+                images.missing.append(name)
                 continue
             width, height = int(content.get("imageWidth") or 0), int(content.get("imageHeight") or 0)
             rendered = [(shape, _render(shape, export.left_out)) for shape in content["shapes"]]
             found = [(shape["label"], render) for shape, render in rendered if render is not None]
             split = split_of(file, source) if source.is_dir() else None
-            export.pictures.append(Picture(path, found, (width, height) if width and height else None, split))
+            size = (width, height) if width and height else None
+            export.pictures.append(Picture(path, found, size, split, embedded=embedded))
     used = sorted({label for picture in export.pictures for label, _ in picture.shapes})
     listed = _listed(source)
     export.classes = [*listed, *(name for name in used if name not in listed)]
     return export
+
+
+def _unpack(stored: str, name: str, file: Path, folder: Path) -> Path:
+    """Write ``imageData`` of a JSON file to a file below ``folder``, with the name of the image; return its path."""
+    data = base64.b64decode(stored)
+    plain = PurePosixPath(name.replace("\\", "/"))
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            kind = image.format or ""
+    except OSError as error:
+        raise UserError(
+            f"{file}: imageData is not an image: {error}. Pass the folder of the images with --images"
+        ) from None
+    if Image.registered_extensions().get(plain.suffix.lower()) != kind:
+        plain = plain.with_suffix(f".{kind.lower()}")  # labelme stores most formats as PNG
+    place = file.parent.resolve()
+    path = folder / place.relative_to(place.anchor) / plain.name
+    if path.exists():  # images of equal names from several folders, annotated in one
+        path = path.parent / file.stem / plain.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
 
 
 def _listed(source: Path) -> list[str]:
