@@ -49,6 +49,7 @@ class Tally:
     pixels: Counter[int] = field(default_factory=Counter)  # by class id, or 255
     empty: int = 0  # images without any annotation
     vanished: int = 0  # shapes that cover no pixel
+    turned: dict[Path, int] = field(default_factory=dict)  # images whose EXIF turn is not in the size: orientation
 
 
 def run(kind: str, source: Path, out: Path, options: Options) -> None:
@@ -84,7 +85,7 @@ def _run(kind: str, source: Path, out: Path, options: Options, unpacked: Path) -
     classes = class_ids(export, options)
     tally = write(export, classes, out, options)
     print(summary(export, classes, tally, images.missing, out, options.rest))
-    for text in similar_names(export, classes):
+    for text in [*similar_names(export, classes), *undecided_turns(tally)]:
         warn(text)
 
 
@@ -119,6 +120,19 @@ def similar_names(export: Export, classes: dict[str, int]) -> list[str]:
         + ". If they are one class, give it one name in the labeling tool and export again"
         for names in groups.values()
         if len(names) > 1
+    ]
+
+
+def undecided_turns(tally: Tally) -> list[str]:
+    """Return a message if the size of some images does not say for which orientation they were annotated."""
+    if not tally.turned:
+        return []
+    path, orientation = next(iter(tally.turned.items()))
+    return [
+        f"EXIF data turns or mirrors {plural(len(tally.turned), 'image')}, such as {path} (orientation {orientation}), "
+        "and the size of the annotations does not show whether they were made before or after that. Assumed: after, "
+        "on the image as viewers show it. Look at some masks; if they are turned, remove the EXIF orientation from "
+        "these images and run prepare again"
     ]
 
 
@@ -181,6 +195,9 @@ def _mask(picture: Picture, export: Export, classes: dict[str, int], options: Op
         size = picture.size or (width, height)
         mask = _drawn(picture.shapes, size, classes, options, tally)
     if size == (width, height):
+        known = picture.ids is not None or picture.size is not None
+        if 2 <= orientation <= 8 and (orientation < 5 or width == height or not known):
+            tally.turned[picture.image] = orientation
         return mask
     if orientation >= 5 and size == (height, width):
         return np.ascontiguousarray(upright(mask, orientation))

@@ -501,6 +501,35 @@ def test_blanks_around_names_are_removed_and_similar_names_reported(
         prepare(kind, write(source, empty), tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("orientation", "size", "said"),
+    [(1, SIZE, False), (2, SIZE, True), (3, SIZE, True), (4, SIZE, True), (6, SIZE, False), (6, (40, 40), True)],
+)
+def test_an_exif_turn_that_the_size_does_not_show_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], orientation: int, size: tuple[int, int], said: bool
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo(tmp_path / "a.jpg", size, exif=exif)
+    images = [{"id": 7, "file_name": "a.jpg", "width": size[0], "height": size[1]}]
+    prepare("coco", write(tmp_path / "a.json", coco(images=images)), tmp_path / "out")
+    text = capsys.readouterr().err
+    assert (f"1 image, such as {tmp_path / 'a.jpg'} (orientation {orientation})" in text) == said
+    assert ("Assumed: after" in text) == said
+
+
+def test_an_exif_turn_of_annotations_without_a_size_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    photo(tmp_path / "a.jpg", SIZE[::-1], exif=exif)
+    drawn = [{"label": "square", "points": SQUARE}]
+    prepare("labelme", write(tmp_path / "a.json", {"imagePath": "a.jpg", "shapes": drawn}), tmp_path / "out")
+    assert np.array_equal(mask(tmp_path / "out", "a"), area(SQUARE))
+    assert "(orientation 8)" in capsys.readouterr().err
+
+
 def test_images_of_equal_names_and_missing_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("one", "two"):
         photo(tmp_path / f"{part}/a.jpg")
