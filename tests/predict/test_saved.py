@@ -143,6 +143,10 @@ def test_a_fit_is_applied_to_other_probabilities(tmp_path: Path, monkeypatch, ca
         scores.append(results["procedures"]["rankdice"])
     assert results["protocol"]["temperature"] == found["temperature"]
     assert results["protocol"]["fitted"].endswith(f"are those of {fit}")
+    report = capsys.readouterr().out
+    assert "then apply it with --use FILE." in " ".join(report.split())
+    assert "checkpoint" not in report
+    assert "loss" not in report.replace("test_loss", "").replace("largest_loss", "")
     gaps = [abs(score["Expected_Dice"] - score["Measured_Dice"]) for score in scores]
     assert gaps[1] < gaps[0] / 2
     fit.write_text("{}x")

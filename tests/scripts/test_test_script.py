@@ -119,6 +119,22 @@ def test_an_ensemble_scores_the_mean_of_the_probabilities(checkpoint, tmp_path, 
     assert (tmp_path / "ensemble/results.json").is_file()
 
 
+def test_scores_of_saved_probabilities_say_what_the_folder_knows(tmp_path, monkeypatch, capsys) -> None:
+    trained = write_checkpoint(tmp_path / "best.pth", predict={"threshold": 0.19, "temperature": 1.5, "test": "T"})
+    on_val = ("--set", "test_loader=null")
+    saved = ("--save-probs", tmp_path / "probs", "--save-masks", "-o", tmp_path)
+    run(monkeypatch, capsys, "-r", trained, "-p", "max", *on_val, *saved)
+    command = ["predict", "--probs", tmp_path / "probs", "-p", "all", "--labels", tmp_path / "masks/max"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    assert decode.main() == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"checkpoint : {trained}" in out
+    assert "temperature 1.5 (in the saved probabilities), threshold 0.19, no presence fit" in out
+    assert "there is no test_loader: scored on the validation data" in out
+    assert "utils.predict uses max, unless -p names another" in out
+    assert "none" not in out.lower().replace("without_mask", "")
+
+
 def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     before = checkpoint.read_bytes()
     out = run(monkeypatch, capsys, "-r", checkpoint, "--fit", "-o", tmp_path, "--set", "test_loader.args.length=1")

@@ -139,6 +139,7 @@ def prepare(args: argparse.Namespace) -> Job:
         raise UserError(f"--coi: found {wrong}; expected different class ids from 0 to {facts.num_classes - 1}")
     of_run = vars(index.options) | {"classes": args.coi or index.options.classes}
     fields = {"threshold": of_run["threshold"], "presence": of_run["presence"], "presence_fit": of_run["fit"]}
+    fields["test"] = index.procedure
     if args.use:
         fields |= fitted(expand(args.use), facts.num_classes)
     fields |= {name: getattr(args, name) for name in ("threshold", "presence") if name in args}
@@ -230,11 +231,10 @@ def _decode_one(args: argparse.Namespace, job: Job, case: Case, folder: Path) ->
 
 def score(args: argparse.Namespace, job: Job) -> None:
     """Print the report of test.py, and write it if ``--output`` names a folder."""
-    arch, none = Component(type=job.probs.index.checkpoint), Component(type="none")
-    labels = Component(type="labels", args={"data_dir": args.labels})
-    # The report reads from a config what was done.
+    # The report reads from a config what was done. What it says of a training does not apply.
+    none, labels = Component(type="none"), Component(type="labels", args={"data_dir": args.labels})
     config = Config(
-        name="saved probabilities", arch=arch, loss=none, train_loader=none, test_loader=labels, predict=job.predict
+        name="saved probabilities", arch=none, loss=none, train_loader=none, test_loader=labels, predict=job.predict
     )
     scoring = Scoring(
         LoadedModel(nn.Identity(), job.facts, config, job.probs.activation, job.probs.folder, 0),
@@ -242,10 +242,40 @@ def score(args: argparse.Namespace, job: Job) -> None:
         Evaluator(job.network, job.options.classes),
         job.options,
         job.procedure,
-        Setting("as saved", f"temperature, bias, threshold and presence are those of {args.use}" if args.use else None),
-        fit_command="--labels DIR --fit FILE",
+        setting(args, job),
     )
     scoring.report(scoring.evaluate("SCORE"), check_folder(args.output) if args.output else None, args.details)
+
+
+def setting(args: argparse.Namespace, job: Job) -> Setting:
+    """Return in words how the scores come about, as far as the folder tells it."""
+    index = job.probs.index
+    of_run = {
+        "temperature": f"temperature {index.temperature:g} (in the saved probabilities)",
+        "threshold": f"threshold {index.options.threshold:g}",
+        "presence": f"{'a' if index.options.fit else 'no'} presence fit",
+    }
+    fitted, values = None, "no fit: the folder does not mention one"
+    if args.use:
+        names = [name for name in ("temperature", "bias", "threshold", "presence") if name not in args]
+        fitted = values = f"{', '.join(names)} are those of {args.use}"
+    elif job.probs.known:
+        own = ", ".join(text for name, text in of_run.items() if name not in args)
+        values = f"fitted or set in the run that saved the probabilities: {own}"
+        fitted = values if index.options.fit else None
+    return Setting(
+        "as saved",
+        fitted,
+        index.note or None,
+        ("--labels DIR --fit FILE", "apply it with --use FILE"),
+        {
+            "checkpoint": index.checkpoint if job.probs.known else None,
+            "probabilities": str(job.probs.folder),
+            "data": f"labels in {args.labels}",
+            "fitted": values,
+        }
+        | dict.fromkeys(("model", "loss", "epoch")),
+    )
 
 
 if __name__ == "__main__":

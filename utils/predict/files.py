@@ -106,6 +106,7 @@ class Index:
     checkpoint: str  # its file
     run: str = stamps.NO_RUN  # a digest of the weights and of the views of the images: digest_of_run
     data: str = ""  # what was predicted, if a folder must not contain several data sets
+    note: str = ""  # why scores on these images are optimistic
 
 
 def digest_of_run(weights: Iterable[Path], network: AnyNetwork, **views: Any) -> str:

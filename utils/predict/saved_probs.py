@@ -56,7 +56,7 @@ class SavedProbs:
 
     def __init__(self, folder: Path, labels: Path | None = None, ignore_index: int = 255) -> None:
         self.folder = folder
-        known = (folder / INDEX).is_file()
+        self.known = known = (folder / INDEX).is_file()
         self.cases = []
         found = sorted(path for kind in (("*.npz",) if known else ("*.npz", "*.npy")) for path in folder.rglob(kind))
         for path in found:

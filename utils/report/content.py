@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,8 +46,7 @@ EXPLAINED = {  # procedures of -p all whose names a config does not know
     for metric, name in OTHER_METRICS.items()
 }
 ONE_VIEW = "one view per image"
-# In the advice; other commands put their own in their place.
-FIT_COMMAND, THEN = "test.py -r CHECKPOINT --fit", "test the new checkpoint"
+FIT_COMMANDS = "test.py -r CHECKPOINT --fit", "test the new checkpoint"  # how to fit, and what to do then
 # The loss takes the network's own logits. Those of several views come from tempered probabilities.
 UNTEMPERED = "computed from the network's logits, as in training, without the temperature; NLL of -p all includes it"
 ABSENT_CLASSES = "skipped in images where a class is in neither the prediction nor the target"
@@ -61,11 +60,15 @@ class Setting:
         views: of each image.
         fitted: where temperature, threshold and presence come from; None: nothing was fitted.
         note: why the scores may be optimistic, if not by :func:`optimism`.
+        fit_commands: for the advice.
+        protocol: lines of the protocol that replace its own; None: the line does not apply.
     """
 
     views: str = ONE_VIEW
     fitted: str | None = None
     note: str | None = None
+    fit_commands: tuple[str, str] = FIT_COMMANDS
+    protocol: Mapping[str, Any] = field(default_factory=dict)
 
 
 def results(
@@ -98,7 +101,7 @@ def results(
         "images_per_class_mean": _images_per_class(procedures),
         "test_loss": UNTEMPERED if config.predict.temperature != 1 and views.startswith(ONE_VIEW) else None,
     }
-    protocol["note"] = protocol["note"] or setting.note
+    protocol = protocol | {"note": protocol["note"] or setting.note} | setting.protocol
     same = on_validation_data(config)
     if fitted and same:
         protocol["note"] += "; the fit used them too"
@@ -116,7 +119,7 @@ def results(
     if matrices:
         content["confusion"] = {name: worst(matrix, loaded.facts.label_names) for name, matrix in matrices.items()}
     if fitted is not None or config.predict.temperature == 1:
-        what = advice(procedures.get("rankdice", {}), outcome.images, fitted is not None, same)
+        what = advice(procedures.get("rankdice", {}), outcome.images, fitted is not None, same, setting.fit_commands)
         if what:
             content["advice"] = what
     return json.loads(json.dumps(content), parse_constant=lambda _: None)
@@ -135,7 +138,13 @@ def views_in_words(views: Collection[str], mode: str) -> str:
     return words + (f" (inference.py: predict.mode {mode})" if mode != ("multiscale" if several else "single") else "")
 
 
-def advice(scores: Mapping[str, Any], images: int, fitted: bool = False, same: bool = False) -> str | None:
+def advice(
+    scores: Mapping[str, Any],
+    images: int,
+    fitted: bool = False,
+    same: bool = False,
+    commands: tuple[str, str] = FIT_COMMANDS,
+) -> str | None:
     """Return what to do if the Dice that rankdice expects differs from the measured one; None if they agree.
 
     Args:
@@ -143,12 +152,14 @@ def advice(scores: Mapping[str, Any], images: int, fitted: bool = False, same: b
         images: that were scored.
         fitted: whether the checkpoint was fitted on validation data.
         same: whether the scored images are these validation images.
+        commands: how to fit, and what to do then.
     """
     expected, measured = scores.get("Expected_Dice", math.nan), scores.get("Measured_Dice", math.nan)
     if not abs(expected - measured) > FAR_OFF:
         return None
     how = "overconfident" if expected > measured else "underconfident"
-    remedy = f"Calibrate it on validation data with {FIT_COMMAND}, then {THEN}."
+    how_to_fit, then = commands
+    remedy = f"Calibrate it on validation data with {how_to_fit}, then {then}."
     if fitted:
         remedy = (
             "These are the validation images of the fit, which keeps only what clearly helps on held-out images."
@@ -156,7 +167,7 @@ def advice(scores: Mapping[str, Any], images: int, fitted: bool = False, same: b
             else "Either these images differ from those of the fit, or the fit had too few to correct this."
         )
         more = "more images" if same else "images like these"
-        remedy += f" Add {more} to the validation data and repeat the fit: {FIT_COMMAND}."
+        remedy += f" Add {more} to the validation data and repeat the fit: {how_to_fit}."
     few = f" {images} images are few, so this may be chance." if images < FEW_IMAGES else ""
     return (
         f"rankdice expected a Dice of {expected:.3f} for its masks, and they scored {measured:.3f}: the network is "

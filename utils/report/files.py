@@ -39,12 +39,17 @@ def to_be_replaced(folder: Path, protocol: Mapping[str, Any]) -> str | None:
     """
     try:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["protocol"]
-        checkpoint, images = str(found["checkpoint"]), int(found["images"])
+        source, images = _source(found), int(found["images"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if Path(checkpoint).resolve() != Path(protocol["checkpoint"]).resolve():
-        return f"the results of {checkpoint}"
+    if Path(source).resolve() != Path(_source(protocol)).resolve():
+        return f"the results of {source}"
     return f"results over {images} images" if images > protocol["images"] else None
+
+
+def _source(protocol: Mapping[str, Any]) -> str:
+    """Return what was scored: the folder of saved probabilities, or the checkpoint."""
+    return str(protocol.get("probabilities") or protocol["checkpoint"])
 
 
 def write_scalars(content: Mapping[str, Any], folder: Path) -> None:

@@ -18,6 +18,7 @@ from utils.files import write_text
 from utils.images.palette import write_mask
 from utils.predict import PredictOptions
 from utils.predict.files import Index, digest_of_run, file_name, labels_for_png, prepare_folder, write_probs
+from utils.report.content import optimism
 from utils.report.files import PAGE
 from utils.report.gallery import Gallery
 from utils.report.page import page
@@ -76,6 +77,7 @@ class Recorder:
             checkpoint=", ".join(map(str, self.loaded.paths)),
             run=digest_of_run(self.loaded.paths, self.evaluator.network),
             data="" if scored is None else f"{scored.type} {json.dumps(scored.args, sort_keys=True)}",
+            note=optimism(self.loaded.config) or "",
         )
         prepare_folder(folder, index, force)
 

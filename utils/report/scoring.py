@@ -24,7 +24,6 @@ class Scoring:
     Attributes:
         procedure: a name in :data:`utils.predict.PROCEDURES`, or "all".
         setting: how, in words.
-        fit_command: how to fit temperature, threshold and presence.
     """
 
     loaded: LoadedModel
@@ -33,7 +32,6 @@ class Scoring:
     options: PredictOptions
     procedure: str
     setting: content.Setting = content.Setting()
-    fit_command: str = content.FIT_COMMAND
 
     @property
     def everything(self) -> bool:
@@ -68,10 +66,7 @@ class Scoring:
     def results(self, outcome: Evaluation, gathered: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the content of ``results.json``; ``gathered``: by a :class:`Recorder`."""
         dataset = self.loader.dataset
-        found = content.results(outcome, self.loaded, dataset, setting=self.setting, gathered=gathered)
-        if "advice" in found:
-            found["advice"] = found["advice"].replace(content.FIT_COMMAND, self.fit_command)
-        return found
+        return content.results(outcome, self.loaded, dataset, setting=self.setting, gathered=gathered)
 
     def report(
         self, outcome: Evaluation, folder: Path | None, details: bool = False, recorder: Recorder | None = None

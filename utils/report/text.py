@@ -18,7 +18,20 @@ SUMMARY = [column for column in COLUMNS if column[0] in ON_SCREEN]
 COSTS = ("milliseconds_per_image", "peak_mebibytes")
 # Lines of the protocol that the screen shows; results.json has all of them.
 PROTOCOL = (
-    *("checkpoint", "model", "loss", "data", "split", "part", "note", "images", "resolution", "image_sizes", "views"),
+    *(
+        "checkpoint",
+        "probabilities",
+        "model",
+        "loss",
+        "data",
+        "split",
+        "part",
+        "note",
+        "images",
+        "resolution",
+        "image_sizes",
+        "views",
+    ),
     *("scores", "absent_classes", "ignored_pixels", "classes_of_interest", "temperature", "threshold", "fitted"),
     "test_loss",
 )
@@ -74,7 +87,7 @@ def _line(key: str, value: str) -> str:
 
 
 def _header(protocol: Mapping[str, Any]) -> str:
-    shown = {key: protocol[key] for key in PROTOCOL if protocol[key] is not None}
+    shown = {key: protocol[key] for key in PROTOCOL if protocol.get(key) is not None}
     lines = [_line(key, f"{v:.4g}" if isinstance(v, float) else str(v)) for key, v in shown.items()]
     counts = ", ".join(f"{c} {images(n)}" for c, n in protocol["images_per_class_mean"].items())
     return _title("Protocol") + "\n".join([*lines, _line("images_per_class_mean", counts)])
@@ -90,7 +103,8 @@ def _report(name: str, scores: Mapping[str, Any], protocol: Mapping[str, Any]) -
     for key in ("Class_IoU", "Class_Dice"):
         listing = ", ".join(f"{c}: {tables.number(v, 3)}" for c, v in scores[key].items())
         lines.append(_line(key, f"{{{listing}}}"))
-    return _title(f"Results of {protocol['model']}, {protocol['loss']}, {name}") + "\n".join(lines)
+    of = [protocol[key] for key in ("probabilities", "model", "loss") if protocol.get(key)]
+    return _title(f"Results of {', '.join([*of, name])}") + "\n".join(lines)
 
 
 def _class_table(procedures: Mapping[str, Mapping[str, Any]], key: str, protocol: Mapping[str, Any]) -> str:
@@ -136,7 +150,11 @@ def _comparison(
         "PixelAcc counts for each class whether a pixel is correctly inside or outside it, so it is high for any "
         "network (docs/metrics.md)"
     )
-    notes.append(f"inference.py uses {protocol['deployed']}, by predict.test of the config")
+    saved = "probabilities" in protocol
+    user, why = (
+        ("utils.predict", "unless -p names another") if saved else ("inference.py", "by predict.test of the config")
+    )
+    notes.append(f"{user} uses {protocol['deployed']}, {why}")
     return "\n".join([_title("Comparison") + tables.plain(header, rows, INDENT, WIDTH), *map(wrapped, notes)])
 
 
