@@ -106,7 +106,7 @@ def _folder(root: Path, args: dict[str, Any], classes: int) -> None:
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("".join(f"images/{i}.png\tmasks/{i}.png\n" for i in range(IMAGES)))
     by_name = {"list_file", "val_fraction", "test_fraction", "val_fold"} & set(args)
-    part = "" if by_name else args["split"]  # otherwise each split has its folders
+    part = "" if by_name else args.get("split", "")  # otherwise each split has its folders
     for i in range(24):  # enough that every fraction of a split gets some
         _image(root / args.get("images", "images") / part / f"{i}.png")
         _mask(root / args.get("masks", "masks") / part / f"{i}{args.get('mask_suffix', '')}.png", values)
