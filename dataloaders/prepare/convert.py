@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import zipfile
 from collections import Counter
@@ -269,9 +271,10 @@ def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list
         lines.append(f"{plural(tally.empty, 'image')} without any annotation: all their pixels are {rest}")
     if tally.vanished:
         lines.append(f"{plural(tally.vanished, 'shape')} too small to contain the center of a pixel")
-    lines += [f"left out: {count} {what}" for what, count in export.left_out.items()]
+    lines += [f"left out: {plural(count, noun)} {why}" for (noun, why), count in export.left_out.items()]
     if missing:
         count = plural(len(missing), "annotated image")
         lines.append(f"left out: {count} (not found): {listed(missing, 3)}. Give their folder with --images")
-    lines += ["", f"next: python -m dataloaders plan --data-dir {out} --out config.json"]
+    config = re.sub(r"\W+", "_", out.resolve().name) + ".json"
+    lines += ["", f"next: python -m dataloaders plan --data-dir {shlex.quote(str(out))} --out {config}"]
     return "\n".join(lines)

@@ -48,7 +48,7 @@ class Export:
     classes: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     colors: dict[str, Color] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)  # (noun in the singular, which ones): count
 
     def take_classes(self, names: list[str], file: Path) -> None:
         """Set the classes; UserError if an earlier file had others."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from dataloaders.prepare.download import Archive, Unreachable, fetch, unpack, verify
 from dataloaders.reading.matlab import load_mat
-from utils.errors import UserError
+from utils.errors import UserError, plural
 from utils.files import expand, write_text
 from utils.images import voc_colormap, write_png
 from utils.progress import progress_bar
@@ -148,7 +148,7 @@ def _write_lists(voc: Path, masks: Iterable[str]) -> None:
     for split, names in splits.items():
         lines = (f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in names)
         write_text(lists / f"{split}.txt", "".join(lines))
-        print(f"{split}: {len(names)} images")
+        print(f"{split}: {plural(len(names), 'image')}")
 
 
 # Addresses and MD5 sums of VOC and SBD are torchvision's.

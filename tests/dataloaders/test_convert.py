@@ -165,6 +165,7 @@ def test_coco_polygons_and_what_overlaps(tmp_path: Path, capsys: pytest.CaptureF
     assert classes(tmp_path / "out") == ["background", "square", "box"]
     text = capsys.readouterr().out
     assert "box over square: 20 pixels in 1 image" in text
+    assert f"plan --data-dir {tmp_path / 'out'} --out out.json" in text
     assert "1 square: 6.67% of the pixels" in text  # 80 of 1200
     assert (tmp_path / "out/images/a.jpg").read_bytes() == (tmp_path / "export/a.jpg").read_bytes()
     dataset = dataloaders.build("Folder", data_dir=str(tmp_path / "out"), classes="classes.txt", num_workers=0).dataset
@@ -187,7 +188,7 @@ def test_coco_run_length_codes_and_boxes(tmp_path: Path, capsys: pytest.CaptureF
     source = write(tmp_path / "a.json", coco(annotations=annotations))
     prepare("coco", source, tmp_path / "out", "--images", str(tmp_path / "photos"))
     assert np.array_equal(mask(tmp_path / "out", "a"), area(SQUARE))
-    assert "left out: 1 annotations without an outline (boxes only)" in capsys.readouterr().out
+    assert "left out: 1 annotation without an outline (boxes only)" in capsys.readouterr().out
 
 
 def test_coco_with_a_file_per_split_as_roboflow_exports_it(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_labelme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert np.array_equal(mask(tmp_path / "out", "a"), want)
     assert classes(tmp_path / "out") == ["_background_", "square", "box"]
     text = capsys.readouterr().out
-    assert "left out: 1 shapes without an area (line)" in text
+    assert "left out: 1 shape without an area (line)" in text
     assert "255 void (__ignore__), ignored: 25.00%" in text
 
 
@@ -289,7 +290,7 @@ def test_cvat_xml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare("cvat", tmp_path / "export", tmp_path / "out")
     assert np.array_equal(mask(tmp_path / "out", "a"), expected())
     assert (tmp_path / "out/classes.txt").read_text().splitlines()[1:] == ["128   0   0  square", "  0 128   0  box"]
-    assert "left out: 1 shapes without an area (polyline)" in capsys.readouterr().out
+    assert "left out: 1 shape without an area (polyline)" in capsys.readouterr().out
     write(tmp_path / "export/annotations.xml", CVAT.replace("<image", "<track/><image", 1))
     with pytest.raises(UserError, match="CVAT for images"):
         prepare("cvat", tmp_path / "export", tmp_path / "out2")
@@ -368,8 +369,8 @@ def test_label_studio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         # Sorted by name: box is 1, square is 2.
         assert np.array_equal(mask(tmp_path / "out", name), expected(2, 1)), name
     text = capsys.readouterr().out
-    assert "left out: 1 tasks without an annotation" in text
-    assert "left out: 1 results that are not a labeled area (keypointlabels)" in text
+    assert "left out: 1 task without an annotation" in text
+    assert "left out: 1 result without a labeled area (keypointlabels)" in text
 
 
 def test_roboflow_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,10 +47,10 @@ def _categories(content: dict[str, Any]) -> dict[Any, str]:
     }
 
 
-def _render(annotation: dict[str, Any], left_out: Counter[str]) -> shapes.Render | None:
+def _render(annotation: dict[str, Any], left_out: Counter[tuple[str, str]]) -> shapes.Render | None:
     outline = annotation.get("segmentation")
     if not outline:
-        left_out["annotations without an outline (boxes only)"] += 1
+        left_out["annotation", "without an outline (boxes only)"] += 1
         return None
     if isinstance(outline, dict):
         height, width = outline["size"]

@@ -59,7 +59,7 @@ def _add(export: Export, file: Path, images: Images) -> None:
         export.pictures.append(picture)
 
 
-def _render(element: ElementTree.Element, left_out: Counter[str]) -> shapes.Render | None:
+def _render(element: ElementTree.Element, left_out: Counter[tuple[str, str]]) -> shapes.Render | None:
     value = element.attrib
     if element.tag == "polygon":
         points = [[float(part) for part in point.split(",")] for point in value["points"].split(";")]
@@ -78,7 +78,7 @@ def _render(element: ElementTree.Element, left_out: Counter[str]) -> shapes.Rend
             counts.append(height * width - sum(counts))  # the last run of 0 may be missing
         return shapes.window(shapes.runs(counts, height, width), left, top)
     if element.tag != "tag":
-        left_out[f"shapes without an area ({element.tag})"] += 1
+        left_out["shape", f"without an area ({element.tag})"] += 1
     return None
 
 

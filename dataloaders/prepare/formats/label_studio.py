@@ -32,10 +32,10 @@ def read(source: Path, images: Images) -> Export:
 def _add(export: Export, task: dict[str, Any], images: Images) -> None:
     annotations = [a for a in task["annotations"] if not a.get("was_cancelled")]
     if not annotations:
-        export.left_out["tasks without an annotation"] += 1
+        export.left_out["task", "without an annotation"] += 1
         return
     if len(annotations) > 1:
-        export.left_out["further annotations of a task (the first is used)"] += len(annotations) - 1
+        export.left_out["further annotation", "of a task (the first is used)"] += len(annotations) - 1
     texts = [value for value in task["data"].values() if isinstance(value, str)]
     path = next((images.find(text) for text in texts if Path(text.partition("?")[0]).suffix or "?d=" in text), None)
     if path is None:
@@ -45,7 +45,7 @@ def _add(export: Export, task: dict[str, Any], images: Images) -> None:
         kind = str(result.get("type", "")).removesuffix("labels")
         labels = result.get("value", {}).get(f"{kind}labels")
         if not labels or kind not in ("polygon", "brush", "rectangle", "ellipse"):
-            export.left_out[f"results that are not a labeled area ({result.get('type')})"] += 1
+            export.left_out["result", f"without a labeled area ({result.get('type')})"] += 1
             continue
         if result.get("image_rotation"):
             raise UserError(f"{path.name} was rotated in Label Studio; export it without rotation, or label it again")

@@ -73,7 +73,7 @@ def _listed(source: Path) -> list[str]:
     return []
 
 
-def _render(shape: dict[str, Any], left_out: Counter[str]) -> shapes.Render | None:
+def _render(shape: dict[str, Any], left_out: Counter[tuple[str, str]]) -> shapes.Render | None:
     kind = shape.get("shape_type") or "polygon"
     points = np.asarray(shape["points"], np.float64).reshape(-1, 2)
     if kind == "polygon":
@@ -89,5 +89,5 @@ def _render(shape: dict[str, Any], left_out: Counter[str]) -> shapes.Render | No
         data = Image.open(io.BytesIO(base64.b64decode(shape["mask"])))
         left, top = np.floor(points.min(axis=0)).astype(int).tolist()
         return shapes.window(np.asarray(data.convert("L")) > 0, left, top)
-    left_out[f"shapes without an area ({kind})"] += 1
+    left_out["shape", f"without an area ({kind})"] += 1
     return None

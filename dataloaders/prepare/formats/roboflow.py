@@ -31,7 +31,7 @@ def read(source: Path, images: Images) -> Export:
                 continue
             mask = files.get(stem + _SUFFIX)
             if mask is None:
-                export.left_out["images without a mask"] += 1
+                export.left_out["image", "without a mask"] += 1
                 continue
             ids = partial(_ids, mask, len(names))
             export.pictures.append(Picture(path, ids=ids, split=split_of(path, source)))

@@ -23,7 +23,7 @@ def read(source: Path, images: Images) -> Export:
     for path in images.files:
         file = labels.pop(_key(path), None)
         if file is None:
-            export.left_out["images without a label file"] += 1
+            export.left_out["image", "without a label file"] += 1
             continue
         picture = Picture(path, split=split_of(path, root))
         for number, line in read_lines(file, "--from"):
