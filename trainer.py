@@ -16,7 +16,7 @@ from base.pictures import Pictures
 from base.runs import LATEST, tensorboard_folder
 from utils import checkpoint, distributed, finite
 from utils.batch import Batch, Normalize
-from utils.errors import UserError
+from utils.errors import UserError, plural
 from utils.evaluation import Decision, Evaluator, Limited, Part, evaluate
 from utils.optim import learning_rates
 from utils.predict import predict_logits
@@ -152,7 +152,7 @@ class Trainer(BaseTrainer):
             skipped = list(getattr(self.data.train, "skipped", ()))
             raise UserError(
                 f"the training data ended after {self.batch} of {self.plan.batches} batches of the epoch: "
-                f"{len(skipped)} files could not be read ({'; '.join(skipped[:3])})"
+                f"{plural(len(skipped), 'file')} could not be read ({'; '.join(skipped[:3])})"
             )
         return batch
 

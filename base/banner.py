@@ -15,7 +15,8 @@ def banner(run: Any) -> str:
     """Return a summary of a :class:`base.base_trainer.BaseTrainer` in a few lines."""
     config, settings, plan = run.config, run.settings, run.plan
     gpus = len(parallel.gpus_of(run.network, run.device))
-    spread = f"{plan.processes} processes" if plan.processes > 1 else "1 process"
+    classes = plural(run.data.facts.num_classes, "class")
+    spread = plural(plan.processes, "process")
     spread = f"{gpus} GPUs, DataParallel" if gpus > 1 else spread
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     backbone = getattr(run.model, "backbone", None)
@@ -25,7 +26,7 @@ def banner(run: Any) -> str:
     device = torch.cuda.get_device_name(run.device) if gpu else f"CPU, {plural(torch.get_num_threads(), 'thread')}"
     lines = {
         "run": str(run.folder) + (f", continued from iteration {run.iteration}" if run.iteration else ""),
-        "model": f"{config.arch.type}, {run.data.facts.num_classes} classes, {trainable / 1e6:.2f} M parameters",
+        "model": f"{config.arch.type}, {classes}, {trainable / 1e6:.2f} M parameters",
         "weights": f"of iteration {run.iteration}" if run.iteration else weights,
         "data": f"{plan.images:,} training images, validation {validation}",
         "device": f"{device}, {spread}, amp {settings.amp}",

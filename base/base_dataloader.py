@@ -24,7 +24,7 @@ from base.splits import grouping, split_by_fold, split_by_fraction
 from utils import distributed
 from utils.batch import Batch
 from utils.bounds import BatchSize, Count, Positive, Seed, ShareBelowOne, WorkerCount
-from utils.errors import UserError
+from utils.errors import UserError, are, plural
 
 log = logging.getLogger("data")
 
@@ -162,7 +162,9 @@ class BaseDataLoader(DataLoader[Any]):
                 yield collated.batch
         if not read and len(self) > self.batches.start_batch:
             reasons = "".join(f"\n    {reason}" for reason in list(self.skipped)[:_REPORTED_FILES])
-            raise UserError(f'no image could be read ("on_error": "skip" skipped {len(self.skipped)} files):{reasons}')
+            raise UserError(
+                f'no image could be read ("on_error": "skip" skipped {plural(len(self.skipped), "file")}):{reasons}'
+            )
 
     def _report(self, reason: str) -> None:
         new = reason not in self.skipped
@@ -212,8 +214,8 @@ class EpochBatches(Sampler[list[Key]]):
         batches = full + (left > 0 and not self.drop_last and not single)
         if batches == 0 and self.shuffle:
             raise UserError(
-                f"{len(self.indices)} training samples over {self.world} process(es) are too few for a batch of "
-                f"{self.batch_size}: lower `batch_size` or `val_split`, or switch off `drop_last`"
+                f"{are(len(self.indices), 'training sample')} too few for {plural(self.world, 'process')} and a batch "
+                f"of {self.batch_size}: lower `batch_size` or `val_split`, or switch off `drop_last`"
             )
         return batches
 

@@ -103,7 +103,7 @@ class Plan:
         """Return the plan as text."""
         return (
             f"{self.batches} batches per epoch ({plural(self.images, 'image')}, batch size {self.batch_size}, "
-            f"{self.processes} process(es), accumulate {self.accumulate})"
+            f"{plural(self.processes, 'process')}, accumulate {self.accumulate})"
         )
 
     def tell_change(self, state: Mapping[str, Any], epoch: int, batch: int, total: int) -> None:

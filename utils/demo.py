@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from utils.cli import MODES
-from utils.errors import UserError, not_installed, run
+from utils.errors import UserError, not_installed, plural, run
 from utils.facts import Facts
 from utils.images.palette import displayable, overlay
 from utils.predict.network import check_finite
@@ -162,7 +162,7 @@ def page(predictor: Predictor) -> Any:
     import gradio as gr  # an extra
 
     facts, metric = predictor.facts, predictor.options.metric
-    classes = "1 class" if facts.num_classes == 1 else f"{facts.num_classes} classes"
+    classes = plural(facts.num_classes, "class")
 
     def segment(path: str | None, opacity: float) -> tuple:
         if path is None:

@@ -47,8 +47,14 @@ def listed(items: Iterable[object], limit: int) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """Return a number with its noun, which gets an s unless there is one."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    """Return a number with its noun, which gets an s (or es, after an s) unless there is one."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count} {noun}{ending}"
+
+
+def are(count: int, noun: str) -> str:
+    """Return a number with its noun, and "is" or "are"."""
+    return f"{plural(count, noun)} {'is' if count == 1 else 'are'}"
 
 
 def warn(text: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError, listed
+from utils.errors import UserError, are, listed
 
 NO_RUN = "0" * 16  # of files that do not depend on a run's model
 _MARK = "segmentation-output:"
@@ -79,8 +79,7 @@ def refuse_foreign(paths: Iterable[Path], folder: Path) -> None:
     """
     foreign = [path for path in paths if path.exists() and stamp_of(path) is None]
     if foreign:
-        count = "1 file is" if len(foreign) == 1 else f"{len(foreign)} files are"
         raise UserError(
-            f"{folder}: {count} in the way that this program did not write, or that changed since then: "
-            f"{listed(foreign, 3)}; choose another folder, or pass --force to replace them"
+            f"{folder}: {are(len(foreign), 'file')} in the way that this program did not write, or that changed since "
+            f"then: {listed(foreign, 3)}; choose another folder, or pass --force to replace what is there"
         )

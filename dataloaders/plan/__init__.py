@@ -39,8 +39,7 @@ def main(args: argparse.Namespace) -> int:
 def _heading(found: Survey, out: Path) -> str:
     sizes = found.findings.sizes
     (width, height), _ = sizes.most_common(1)[0]
-    count = found.dataset.num_classes
-    classes = "1 class" if count == 1 else f"{count} classes"
+    classes = plural(found.dataset.num_classes, "class")
     size = f"{width} x {height}" if len(sizes) == 1 else f"{len(sizes)} sizes, most often {width} x {height}"
     return (
         f"A first config for {found.args['data_dir']}: {plural(len(found.dataset), 'training image')} ({size}), "

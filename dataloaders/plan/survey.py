@@ -20,7 +20,7 @@ from dataloaders.check.findings import Findings, inspect, likely_largest
 from dataloaders.folder import SPLIT_OF_FOLDER
 from dataloaders.plan.groups import find_groups
 from dataloaders.reading.pairing import find_folder, image_files, subfolders
-from utils.errors import UserError
+from utils.errors import UserError, plural
 from utils.images import read_mask
 from utils.images.formats import decode, read_bytes
 
@@ -105,7 +105,7 @@ def _published(root: Path) -> Survey | None:
             train = max(sizes, key=lambda name: (name != "trainval", sizes[name], name == "train"))
             why = {
                 "loader": "the folder has the layout of Pascal VOC (JPEGImages, SegmentationClass, ImageSets)",
-                "split": f"the list in ImageSets/Segmentation, {sizes[train]} images",
+                "split": f"the list in ImageSets/Segmentation, {plural(sizes[train], 'image')}",
             }
             found = Survey("VOC", base, why, {"split": train}, {"split": "val"} if "val" in lists else None)
             return found if found.val else _holding_out(found, "there is no list val.txt")
@@ -177,7 +177,7 @@ def _take_classes(found: Survey, root: Path, given: str | None) -> None:
     for name in _CLASS_FILES:
         if (root / name).is_file():
             count = len(read_classes(root / name).names)
-            found.take("classes", name, f"{name} is in the folder and names {count} classes")
+            found.take("classes", name, f"{name} is in the folder and names {plural(count, 'class')}")
             return
 
 

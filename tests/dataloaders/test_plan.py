@@ -17,7 +17,7 @@ from dataloaders.plan import choices
 from dataloaders.plan.groups import find_groups
 from models import MODELS
 from utils.config import load
-from utils.errors import UserError
+from utils.errors import UserError, are, plural
 
 SIZE = (40, 48)  # height, width
 
@@ -70,6 +70,13 @@ def fill(root: Path, count: int = 10, image: str = "images/{}.png", mask: str = 
         save(root / mask.format(f"im{i}"), ids(i))
 
 
+@pytest.mark.parametrize(("count", "text"), [(1, "1 class"), (2, "2 classes"), (0, "0 classes")])
+def test_numbers_with_nouns(count: int, text: str) -> None:
+    assert plural(count, "class") == text
+    assert plural(count, "shape") == f"{count} shape" + "s" * (count != 1)
+    assert are(count, "class") == f"{text} {'is' if count == 1 else 'are'}"
+
+
 def test_a_complete_commented_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "mine"
     fill(root, 20)
@@ -78,6 +85,7 @@ def test_a_complete_commented_config(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert config["train_loader"]["type"] == "Folder"
     assert args["classes"] == 3
     assert args["val_fraction"] == 0.2
+    assert config["n_gpu"] == 1, "the config also fits a machine with a GPU; without one, the CPU is used"
     assert args["crop_size"] == 32
     every = np.concatenate([photo(i).reshape(-1, 3) for i in range(20)]) / 255
     assert np.allclose(args["mean"], every.mean(0), atol=0.01)

@@ -11,6 +11,7 @@ import torch
 
 from utils.checkpoint import LoadedModel
 from utils.config.schema import Config, Predict
+from utils.errors import plural
 from utils.evaluation import Evaluator, fitting
 from utils.evaluation.fitting import Fit
 from utils.predict import PredictOptions
@@ -95,7 +96,7 @@ def note(state: Mapping[str, Any], config: Config) -> str | None:
     changed = [name for name, value in record["found"].items() if now[name] != value]
     if changed:
         return f"fitted on validation data, but {', '.join(changed)} are overridden in this run"
-    images = f"{record['images']} validation images ({record['data']})"
+    images = f"{plural(record['images'], 'validation image')} ({record['data']})"
     kept = _kept(record)
     if not kept:
         return (

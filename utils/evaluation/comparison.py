@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.errors import are, plural
 from utils.metrics import Metrics
 
 BASELINE = "max"
@@ -210,7 +211,7 @@ def verdict(
     if not images:
         return "No result: no image could be scored."
     if images < FEW_IMAGES:
-        few = f"{images} images are few; test on more"
+        few = f"{are(images, 'image')} few; test on more"
         doubt = f"{doubt}; {few}" if doubt else few
     said = [f"Not decisive: {doubt}."] if doubt else []
     for kind, names in (
@@ -241,8 +242,8 @@ def _best(
         d = overall[best]
         return (
             f"For {kind} {'use' if decisive else 'the best here is'} {best}: mDice {d.mean:+.4f} against {BASELINE} "
-            f"({_interval(d)}), better in {d.better}, the same in {d.same} and worse in {d.worse} of {images} images."
-            + "".join(_lower(best, key, title, scores) for key, title in OTHER_SCORES)
+            f"({_interval(d)}), better in {d.better}, the same in {d.same} and worse in {d.worse} of "
+            f"{plural(images, 'image')}." + "".join(_lower(best, key, title, scores) for key, title in OTHER_SCORES)
         )
     if not undecided:
         return f"For {kind} keep {BASELINE}: every other procedure is worse."
@@ -255,8 +256,8 @@ def _best(
     best = max(undecided, key=lambda name: means[name] if math.isfinite(means[name]) else -1.0)
     d = overall[best]
     return (
-        f"For {kind} keep {BASELINE}: on {images} images, no procedure is clearly better; the best, {best}, has "
-        f"mDice {d.mean:+.4f} against it ({_interval(d)})."
+        f"For {kind} keep {BASELINE}: on {plural(images, 'image')}, no procedure is clearly better; the best, {best}, "
+        f"has mDice {d.mean:+.4f} against it ({_interval(d)})."
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from utils import distributed, evidence, presence, tables
 from utils.config.schema import Predict
+from utils.errors import are, plural
 from utils.evaluation import Evaluator, Limited, evaluate
 from utils.evaluation.held_out import OWN, SCALED, TRIED_IMAGES, Calibrations, Row, Scorer, Seen, stacked, thresholds
 from utils.evaluation.temperature import Calibration, LogitSample
@@ -303,7 +304,7 @@ def _notes(found: Fit, trials: dict[str, Trial], calibrations: Calibrations, pro
             "groups. Validate on several groups."
         )
     if found.images < learning.FEW_IMAGES:
-        yield f"Warning: {found.images} validation images are few. Fit on at least {learning.FEW_IMAGES}."
+        yield f"Warning: {are(found.images, 'validation image')} few. Fit on at least {learning.FEW_IMAGES}."
 
 
 def _about_the_calibration(found: Fit, trials: dict[str, Trial], procedure: str) -> str:
@@ -335,6 +336,6 @@ def text(found: Fit, data: str) -> str:
         [("* " if name == found.chosen else "  ") + name, *(tables.number(figures[key]) for key in shown)]
         for name, figures in found.figures.items()
     ]
-    head = f"Fitted on {found.images} validation images ({data}); scores of held-out images in folds"
+    head = f"Fitted on {plural(found.images, 'validation image')} ({data}); scores of held-out images in folds"
     notes = [textwrap.fill(note, 100, initial_indent="    ", subsequent_indent="    ") for note in found.notes]
     return "\n".join([f"\n    ## {head}", tables.plain(["  logits", *titles], rows, "    "), "", *notes])

@@ -29,7 +29,7 @@ from utils.cli import PROCEDURES
 from utils.config.errors import explain
 from utils.config.errors import report as report_problems
 from utils.config.schema import Component, Config, Predict, Presence
-from utils.errors import UserError, run
+from utils.errors import UserError, plural, run
 from utils.evaluation import Evaluator, fitting
 from utils.facts import Facts
 from utils.files import check_folder, expand, write_text
@@ -196,7 +196,7 @@ def decode(args: argparse.Namespace, job: Job) -> None:
         mean = _decode_one(args, job, case, folder)
         if mean is not None:
             expected.append(mean)
-    print(f"written: {len(job.probs)} masks of {job.procedure} in {folder}")
+    print(f"written: {plural(len(job.probs), 'mask')} of {job.procedure} in {folder}")
     if expected:
         mean = sum(expected) / len(expected)
         print(f"expected {job.options.metric}, mean over images and their masks: {mean:.4f}")

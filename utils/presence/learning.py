@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from utils import evidence
+from utils.errors import are
 from utils.presence.rule import CLIP, SCORE_CENTER, checked, choose, estimate, logit, mean_scores
 
 # Below these limits, nothing is fitted.
@@ -103,7 +104,7 @@ def learn(
     )
     warning = None
     if images < FEW_IMAGES:
-        warning = f"{images} validation images are few for learning which classes are in an image; use {FEW_IMAGES}"
+        warning = f"{are(images, 'validation image')} few for learning which classes are in an image; use {FEW_IMAGES}"
     found = _fit(rows) | _mask_correction(rows, chosen, product)
     if not evidence.clear(gains, worth):
         return Learned(None, f"{outcome}: no clear gain", None, found, pruned, fitted)
@@ -152,7 +153,7 @@ def _objection(rows: _Rows, share: float = 1.0) -> str | None:
     absent = rows.present.numel() - there
     if images < share * FEWEST_IMAGES:
         return (
-            f"{images} validation images are too few to learn which classes are in an image; use at least "
+            f"{are(images, 'validation image')} too few to learn which classes are in an image; use at least "
             f"{FEWEST_IMAGES}"
         )
     if not absent:

@@ -12,6 +12,7 @@ import torch
 
 from utils.checkpoint import LoadedModel
 from utils.config.schema import Component, Config
+from utils.errors import are
 from utils.evaluation import OTHER_METRICS, Evaluation, deployed
 from utils.evaluation.comparison import FEW_IMAGES, compare, image_means, worst_mean
 from utils.evaluation.confusion import worst
@@ -168,7 +169,7 @@ def advice(
         )
         more = "more images" if same else "images like these"
         remedy += f" Add {more} to the validation data and repeat the fit: {how_to_fit}."
-    few = f" {images} images are few, so this may be chance." if images < FEW_IMAGES else ""
+    few = f" {are(images, 'image')} few, so this may be chance." if images < FEW_IMAGES else ""
     return (
         f"rankdice expected a Dice of {expected:.3f} for its masks, and they scored {measured:.3f}: the network is "
         f"{how}. {remedy}{few}"
