@@ -25,6 +25,7 @@ DECODED = 100  # at most this many images are also examined as stored
 class OnDisk:
     """The values in the image files of one kind."""
 
+    first: str  # the name of such a file
     files: int = 0
     low: float = np.inf
     high: float = -np.inf
@@ -63,7 +64,7 @@ class Findings:
     def add(self, other: Findings) -> None:
         """Add the findings of another sample."""
         for kind, seen in other.on_disk.items():
-            known = self.on_disk.setdefault(kind, OnDisk(largest=seen.largest))
+            known = self.on_disk.setdefault(kind, OnDisk(seen.first, largest=seen.largest))
             known.files, known.low, known.high = known.files + 1, min(known.low, seen.low), max(known.high, seen.high)
         for message, problems in other.alike.items():
             self.alike.setdefault(message, []).extend(problems)
@@ -132,7 +133,7 @@ def _stored_image(path: Path, channels: int) -> tuple[tuple[int, bool, str], OnD
     if raster.palette is not None:
         values = raster.palette[values[:, :, 0]]
     low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if values.size else (0.0, 0.0)
-    return (values.shape[2], raster.alpha, str(values.dtype)), OnDisk(1, low, high, raster.largest)
+    return (values.shape[2], raster.alpha, str(values.dtype)), OnDisk(path.name, 1, low, high, raster.largest)
 
 
 def likely_largest(high: float) -> int:

@@ -141,10 +141,14 @@ def _unfitting_files(dataset: BaseDataSet, findings: Findings) -> list[str]:
     """Return messages if channels or values of the files do not fit the loader's arguments."""
     messages = []
     types = sorted({dtype for _, _, dtype in findings.on_disk})
-    if dataset.value_limits.limits is not None and len(types) > 1:
-        messages.append(f"value_range applies to all images, but they have different types: {', '.join(types)}")
+    mixed = len(types) > 1
+    if dataset.value_limits.limits is not None and mixed:
+        first = {dtype: seen.first for (_, _, dtype), seen in reversed(_kinds(findings))}
+        named = ", ".join(f"{dtype} (such as {first[dtype]})" for dtype in types)
+        messages.append(f"value_range applies to all images, but they have different types: {named}")
     for (channels, alpha, dtype), seen in _kinds(findings):
-        files, wanted = plural(seen.files, "image"), dataset.in_channels
+        wanted = dataset.in_channels
+        files = plural(seen.files, "image") + (f", such as {seen.first}" if len(findings.on_disk) > 1 else "")
         if channels == 1 and wanted == 3 and len(findings.on_disk) > 1:
             messages.append(f"gray images among color images: {files}; they are converted to RGB")
         elif channels == 3 and wanted == 1:
@@ -155,11 +159,20 @@ def _unfitting_files(dataset: BaseDataSet, findings: Findings) -> list[str]:
             messages.append(f"images with transparency, which is dropped: {files}")
         top = seen.largest or (np.iinfo(dtype).max if dtype.startswith(("uint", "int")) else 0)
         if dataset.value_limits.limits is None and top > 255 and 0 < seen.high < top / 3:
-            messages.append(
-                f"the {dtype} images contain values up to {seen.high:.6g} of {top}, so they are dark. If they have "
-                f'fewer bits, set "value_range": [0, {likely_largest(seen.high)}]'
-            )
+            messages.append(_dark(dtype, seen, top, files if mixed else ""))
     return messages
+
+
+def _dark(dtype: str, seen: OnDisk, top: float, files: str) -> str:
+    """Return a message about dark images; ``files`` says which ones they are if others have another type."""
+    text = f"the {dtype} images contain values up to {seen.high:.6g} of {top}, so they are dark"
+    white = likely_largest(seen.high)
+    if not files:
+        return f'{text}. If they have fewer bits, set "value_range": [0, {white}]'
+    return (
+        f"{text} ({files}). Other images have another type, and value_range applies to all images, so do not set it: "
+        f"if white is {white} in these files, convert them to 8 bits, or multiply them by {top} / {white}"
+    )
 
 
 def _unfitting_normalization(dataset: BaseDataSet, findings: Findings) -> list[str]:

@@ -238,15 +238,21 @@ def test_files_on_disk_are_described(tmp_path: Path, capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "stored as       1 channel of uint16, " in text
     assert "                3 channels and transparency of uint8, 0 to 255 (1 image)" in text
-    assert "gray images among color images: 4 images" in text
-    assert "with transparency, which is dropped: 1 image" in text
-    assert '"value_range": [0, 4095]' in text
+    assert "gray images among color images: 4 images, such as deep0.png" in text
+    assert "with transparency, which is dropped: 1 image, such as a.png" in text
+    assert '"value_range"' not in text, "it would make the 8-bit image black"
+    assert "so they are dark (4 images, such as deep0.png). Other images have another type" in text
+    assert "convert them to 8 bits, or multiply them by 65535 / 4095" in text
     assert "mean and std do not fit" in text
     assert check(tmp_path, in_channels=1, value_range=[0, 4095], mean="auto", std="auto") == 0
     text = capsys.readouterr().out
     assert "mean and std do not fit" not in text
     assert "so they are dark" not in text
-    assert "value_range applies to all images, but they have different types: uint16, uint8" in text
+    assert "value_range applies to all images, but they have different types: uint16 (such as deep0.png), " in text
+    assert "uint8 (such as a.png)" in text
+    (tmp_path / "images/a.png").unlink()
+    assert check(tmp_path) == 0
+    assert 'so they are dark. If they have fewer bits, set "value_range": [0, 4095]' in capsys.readouterr().out
 
 
 def test_sheet_shows_images_masks_and_void(data: Path) -> None:
