@@ -52,11 +52,13 @@ def main() -> None:
         probs = (probs / 255 * 16 - 8).sigmoid()
     found = rank_dice(probs, prune=None)
     rule, _ = presence.choose(found.highest, found.scores)
-    choices = {"all classes": torch.ones_like(rule), "classes by the rule": rule}
+    pruned = found.highest > 0.5
+    choices = {"all classes": torch.ones_like(rule), "classes above 0.5": pruned, "classes by the rule": rule}
     try:
         from rankseg import RankSEG
 
-        peer = RankSEG(output_mode="multiclass", metric="dice", solver="RMA").predict
+        # Both take the same classes, so the peer must not prune.
+        peer = RankSEG(output_mode="multiclass", metric="dice", solver="RMA", pruning_prob=0.0).predict
     except ImportError:
         print("package rankseg is not installed (pip install rankseg): it is left out")
         peer = None
