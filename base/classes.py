@@ -126,6 +126,9 @@ def classes_of(classes: Sequence[str] | str | int, data_dir: str | None) -> Clas
     if isinstance(classes, str):
         below = expand(data_dir or ".") / classes
         given = expand(classes)
+        folder = expand(data_dir or ".")
+        if not given.is_file() and folder.is_dir() and not any(folder.iterdir()):
+            raise UserError(f"data_dir: the folder {folder} is empty; expected the data, and {classes} (classes) in it")
         if not below.is_file() and not given.is_file():
             raise UserError(
                 f"classes: neither {given} nor {below} is a file; expected the path of a text file with one name "

@@ -456,6 +456,26 @@ def test_the_checkpoints_own_config_is_used_whatever_became_of_its_data() -> Non
     assert config.arch.args == {"width": 4}
 
 
+def test_class_names_come_from_the_checkpoint_if_their_file_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def resolved(classes: str, *overrides: str) -> Any:
+        loader = {"type": "Folder", "args": {"data_dir": "moved/away", "classes": "classes.txt"}}
+        moved = f"test_loader.args.data_dir={tmp_path}"
+        given = [moved, f"test_loader.args.classes={classes}", *overrides]
+        kept = state(config=RAW | {"train_loader": loader, "test_loader": loader})
+        return config_of(kept, "model.pth", None, given, stages=("test",)).test_loader.args["classes"]
+
+    (tmp_path / "x").mkdir()  # data, but no classes.txt
+    assert resolved("classes.txt") == ["background", "cat", "dog"]
+    assert f"test_loader: there is no classes.txt in {tmp_path}" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"neither other\.txt nor"):
+        resolved("other.txt")
+    (tmp_path / "classes.txt").write_text("a\nb\nc\n")
+    assert resolved("classes.txt") == "classes.txt"
+    assert "test_loader" not in capsys.readouterr().err
+
+
 def test_a_given_config_replaces_all_but_arch_and_overrides_come_last(tmp_path) -> None:
     given = write_config(tmp_path / "given.json", name="given", predict={"test": "T"}, seed=3)
     config = config_of(state(), "model.pth", given, ("seed=4",))

@@ -637,3 +637,8 @@ def test_documented_examples_are_accepted(root: Path) -> None:
     assert len(examples) >= 9
     for example in examples:
         assert dataloaders.LOADERS.problems("train_loader", example["type"], example["args"]) == []
+
+
+def test_an_empty_data_folder_is_named_before_its_class_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data_dir: the folder .* is empty; expected the data, and classes\.txt"):
+        dataloaders.build("Folder", data_dir=str(tmp_path), classes="classes.txt")

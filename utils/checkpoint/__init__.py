@@ -29,6 +29,7 @@ from torch import nn
 
 from utils import config as configs
 from utils import finite
+from utils.checkpoint.contents import missing_class_files
 from utils.checkpoint.files import link, read, remove_leftovers, save
 from utils.config.published import dead_arguments
 from utils.config.schema import Config
@@ -151,6 +152,8 @@ def config_of(
     _refuse_code(raw.get("arch"), path, trust_code)
     if "facts" not in state:
         raw["arch"] = _without_ignored(raw.get("arch"), models)
+    if stages:
+        overrides = [*overrides, *missing_class_files(state, configs.override(raw, overrides), stages)]
     return configs.resolve(raw, overrides, source=source, models=models, loaders=loaders, stages=stages)
 
 

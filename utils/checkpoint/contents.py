@@ -1,11 +1,17 @@
-"""Which contents of a checkpoint file can be used."""
+"""Which contents of a checkpoint file can be used, and what they replace."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+
+from utils.errors import warn
+from utils.files import expand
+
+_LOADERS = ("test_loader", "val_loader", "train_loader")  # each stands in for those before it
 
 
 def malformed(state: Mapping[str, Any]) -> str | None:
@@ -69,3 +75,42 @@ def are_weights(value: Any) -> bool:
     """Return whether something is tensors by name, and at least one."""
     tensors = isinstance(value, Mapping) and all(isinstance(v, torch.Tensor) for v in value.values())
     return tensors and bool(value) and all(isinstance(name, str) for name in value)
+
+
+def missing_class_files(state: Mapping[str, Any], raw: Mapping[str, Any], stages: Sequence[str]) -> list[str]:
+    """Return overrides that give loaders the class names of the checkpoint where the file with the names is missing.
+
+    Only for the file that the run itself used: another one that is missing is a mistake.
+
+    Args:
+        state: content of the checkpoint.
+        raw: content of the config that the checkpoint is used with.
+        stages: which loaders are built ("train", "val", "test").
+    """
+    facts = state.get("facts")
+    names = facts.get("class_names") if isinstance(facts, Mapping) else None
+    used = {_class_file(state.get("config"), field)[0] for field in _LOADERS}
+    overrides = []
+    needed = {_loader(raw, stage) for stage in stages} if isinstance(names, list | tuple) else ()
+    for field in sorted(needed):
+        file, folder = _class_file(raw, field)
+        if file is None or file not in used or expand(file).is_file() or (expand(folder) / file).is_file():
+            continue
+        warn(f"{field}: there is no {file} in {folder}; using the class names in the checkpoint")
+        overrides.append(f"{field}.args.classes={json.dumps(list(names))}")
+    return overrides
+
+
+def _loader(raw: Mapping[str, Any], stage: str) -> str:
+    """Return the field of the loader that is built for a stage, as ``Config.loader_field``."""
+    fields = _LOADERS[_LOADERS.index(f"{stage}_loader") :]
+    return next((field for field in fields if raw.get(field)), fields[-1])
+
+
+def _class_file(raw: Any, field: str) -> tuple[str | None, str]:
+    """Return the class file that a loader's arguments name, if they do, and its data folder."""
+    section = raw.get(field) if isinstance(raw, Mapping) else None
+    args = section.get("args") if isinstance(section, Mapping) else None
+    args = args if isinstance(args, Mapping) else {}
+    file, folder = args.get("classes"), args.get("data_dir")
+    return (file if isinstance(file, str) else None), (folder if isinstance(folder, str) else ".")
