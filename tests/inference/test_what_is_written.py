@@ -16,6 +16,7 @@ import inference
 import test as test_script
 from dataloaders.shapes.dataset import Shapes
 from tests.shapes_checkpoint import loader, write_checkpoint
+from utils.images.palette import write_mask
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, Prediction
 from utils.predict import __main__ as decode
@@ -38,6 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(IMAGES):
         sample = data[i]
         Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(folder / f"photos/{sample.name}.png")
+        write_mask(folder / f"labels/{sample.name}.png", sample.label.numpy().astype(np.uint8))
     return write_checkpoint(folder / "best.pth", test_loader=loader("test", IMAGES, size=SIZE))
 
 
@@ -125,11 +127,19 @@ def assert_scored(written: dict[str, np.ndarray], scored: dict[str, float]) -> N
 def test_saved_probabilities_give_the_same_masks(
     run: Run, model: Path, tmp_path: Path, procedure: str, presence: str, cut: tuple
 ) -> None:
-    """Tiles and streams: what is written follows from the probabilities by the procedure that test.py uses."""
+    """Tiles and streams: what is written follows from the probabilities by the procedure that test.py uses.
+
+    The scores of these probabilities are those of the written maps.
+    """
     options = ("-p", procedure, "--set", f"predict.presence={presence}")
     written = infer(run, model, tmp_path / "masks", "--probs", *cut, *options)
     run(decode, "--probs", tmp_path / "masks", "-o", tmp_path / "again")
     assert_equal(written, maps(tmp_path / "again"))
+    row = {("max", "auto"): "max", ("max", "rule"): "max_present"}.get((procedure, presence), f"{procedure}_map")
+    if procedure != "T":  # whose label map leaves pixels unassigned, and has no row
+        scores = ("-p", "all", "--labels", model.parent / "labels", "-o", tmp_path / "scores")
+        run(decode, "--probs", tmp_path / "masks", *scores)
+        assert_scored(written, json.loads((tmp_path / "scores/results.json").read_text())["procedures"][row])
 
 
 @pytest.mark.parametrize("procedure", PROCEDURES)
