@@ -41,7 +41,8 @@ class Meter:
         """Return ``train_loss`` and ``train_...`` scores of this process so far; waits for the device."""
         result = self.metrics.compute()
         total, count = self._loss.tolist()
-        scores = {f"train_{key}": result[key] for key in ("Mean_Dice", "Mean_IoU", "Pixel_Accuracy")}
+        names = ("Mean_Dice", "Mean_IoU", "Pixel_Accuracy", "Multiclass_Accuracy")
+        scores = {f"train_{key}": result[key] for key in names}
         return {"train_loss": total / count if count else math.nan, **scores}
 
     def take_recent_loss(self) -> float:

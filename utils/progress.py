@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -30,8 +31,13 @@ class _Lines:
 
 
 def live_scores(scores: Mapping[str, float]) -> str:
-    """Return the scores shown at the end of a bar: ``Loss 0.412 | PixelAcc 0.91 | Mean IoU ... | Mean Dice ... |``."""
-    names = {"loss": "Loss", "Pixel_Accuracy": "PixelAcc", "Mean_IoU": "Mean IoU", "Mean_Dice": "Mean Dice"}
+    """Return the scores shown at the end of a bar: ``Loss 0.412 | Accuracy 0.91 | Mean IoU ... | Mean Dice ... |``.
+
+    Accuracy is the share of correct labels. Where masks may overlap, there is only PixelAcc, which is always high.
+    """
+    labeled = not math.isnan(scores.get("Multiclass_Accuracy", math.nan))
+    accuracy = {"Multiclass_Accuracy": "Accuracy"} if labeled else {"Pixel_Accuracy": "PixelAcc"}
+    names = {"loss": "Loss"} | accuracy | {"Mean_IoU": "Mean IoU", "Mean_Dice": "Mean Dice"}
     return " | ".join(f"{short} {scores[name]:.3f}" for name, short in names.items() if name in scores) + " |"
 
 

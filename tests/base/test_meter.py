@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from base.meter import Meter
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, PredictOptions
+from utils.progress import live_scores
 
 
 def test_batches_without_a_labeled_pixel_do_not_enter_the_loss() -> None:
@@ -21,3 +23,14 @@ def test_batches_without_a_labeled_pixel_do_not_enter_the_loss() -> None:
         meter.update(torch.tensor(loss), prediction, labeled)
     meter.update(torch.tensor(0.0), prediction, void)
     assert meter.scores()["train_loss"] == 3.0
+
+
+@pytest.mark.parametrize(("procedure", "shown"), [("max", "Accuracy 0.500"), ("T", "PixelAcc 0.667")])
+def test_the_bar_shows_the_share_of_correct_labels_if_there_is_one(procedure, shown) -> None:
+    """An untrained head is mostly right about each class by itself, but not about labels."""
+    probs = torch.tensor([0.6, 0.2, 0.2])[None, :, None, None].expand(1, 3, 1, 4)
+    target = torch.tensor([[[0, 0, 1, 2]]])
+    meter = Meter(Metrics(3), torch.device("cpu"))
+    meter.update(torch.tensor(1.0), PROCEDURES[procedure](probs, PredictOptions()), target)
+    scores = {key.removeprefix("train_"): value for key, value in meter.scores().items()}
+    assert f"| {shown} |" in live_scores(scores)

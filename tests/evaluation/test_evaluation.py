@@ -234,6 +234,6 @@ def test_the_bar_shows_the_scores_so_far(monkeypatch) -> None:
     )
     scores = next(iter(outcome.metrics.values())).compute()
     assert len(shown) == len(data())
-    names = {"PixelAcc": "Pixel_Accuracy", "Mean IoU": "Mean_IoU", "Mean Dice": "Mean_Dice"}
+    names = {"Accuracy": "Multiclass_Accuracy", "Mean IoU": "Mean_IoU", "Mean Dice": "Mean_Dice"}
     wanted = " | ".join(f"{short} {scores[name]:.3f}" for short, name in names.items())
     assert shown[-1] == f"Loss {outcome.loss:.3f} | {wanted} |"
