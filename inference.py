@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 
-from utils.cli import MODES, PROCEDURES, add_overrides, add_trust, end_quietly, share_cores
+from utils.cli import MODES, PROCEDURES, Parser, add_overrides, add_trust, end_quietly, share_cores
 from utils.errors import UserError, run
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         *("-m", "-r", "--model"),

@@ -16,14 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.cli import PROCEDURES, add_device, add_overrides, add_trust, end_quietly, select_devices, share_cores
+from utils.cli import PROCEDURES, Parser, add_device, add_overrides, add_trust, end_quietly, select_devices, share_cores
 
 VIEWS = ("flip", "multiscale")
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="test.py", description="Score a checkpoint on the test data of its config.")
+    parser = Parser(prog="test.py", description="Score a checkpoint on the test data of its config.")
     add = parser.add_argument
     add(
         "-r",

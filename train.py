@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.cli import add_device, add_overrides, add_trust, end_quietly, select_devices, share_cores
+from utils.cli import Parser, add_device, add_overrides, add_trust, end_quietly, select_devices, share_cores
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train a segmentation model from a config.")
+    parser = Parser(prog="train.py", description="Train a segmentation model from a config.")
     parser.add_argument(
         "-c",
         "--config",

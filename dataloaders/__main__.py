@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from utils.cli import add_overrides
+from utils.cli import Parser, add_overrides
 from utils.errors import run
 
 PREPARED = ("voc", "ade20k", "coco_stuff", "cityscapes")
@@ -14,9 +14,7 @@ EXPORTS = ("coco", "labelme", "cvat", "label_studio", "roboflow", "yolo")
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    top = argparse.ArgumentParser(
-        prog="python -m dataloaders", description="Check data, prepare data, and plan a training run."
-    )
+    top = Parser(prog="python -m dataloaders", description="Check data, prepare data, and plan a training run.")
     commands = top.add_subparsers(dest="command", required=True, metavar="{check,prepare,plan}")
 
     check = commands.add_parser(

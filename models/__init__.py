@@ -42,3 +42,6 @@ def build(type: str, num_classes: int, **args: Any) -> BaseModel:
         return MODELS[name](num_classes=num_classes, **args)
     except (TypeError, ValueError) as error:
         raise UserError(f"arch {name}: {error}") from error
+    except UserError as error:
+        text = str(error)
+        raise UserError(f"arch.args.{text}" if text.startswith("pretrained") else text) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +11,7 @@ import torch
 
 from models import MODELS
 from models.cost import Cost, measure
+from utils.cli import Parser
 from utils.errors import plural, run
 
 #: The rows: each model with its arguments. A model without a row here gets one with its defaults.
@@ -51,7 +51,7 @@ def line(name: str, args: dict[str, Any], cost: Cost) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m models", description=__doc__)
+    parser = Parser(prog="python -m models", description=__doc__)
     parser.add_argument("models", nargs="*", help=f"models to measure (default: all): {', '.join(MODELS)}")
     parser.add_argument("--size", type=int, default=512, help="height and width of the image (default: 512)")
     parser.add_argument("--classes", type=int, default=21, help="number of classes (default: 21)")

@@ -6,9 +6,9 @@ import argparse
 import os
 import re
 import signal
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 
 Procedure = Literal["T", "max", "rankdice"]
 """The prediction procedures (:mod:`utils.predict`)."""
@@ -16,6 +16,16 @@ Mode = Literal["single", "multiscale", "sliding"]
 """How an image is seen (:class:`utils.predictor.Predictor`)."""
 PROCEDURES: tuple[str, ...] = get_args(Procedure)
 MODES: tuple[str, ...] = get_args(Mode)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names the nearest choice if an option or a command has another value."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit."""
+        found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message)
+        hint = did_you_mean(found[1], re.findall(r"[^', ]+", found[2])).rstrip(".") if found else ""
+        super().error(message + hint)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

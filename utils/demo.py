@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import torch
 
-from utils.cli import MODES
+from utils.cli import MODES, Parser
 from utils.errors import UserError, not_installed, plural, run
 from utils.facts import Facts
 from utils.images.palette import displayable, overlay
@@ -46,7 +46,7 @@ class Comparison(NamedTuple):
 
 def main() -> int:
     """Serve the page until Ctrl-C."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m utils.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-m", "--model", required=True, help="checkpoint, such as saved/.../best_model.pth")

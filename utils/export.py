@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from utils.checkpoint import LoadedModel, load_model
-from utils.cli import add_overrides, add_trust
+from utils.cli import Parser, add_overrides, add_trust
 from utils.errors import UserError, not_installed, run
 from utils.files import atomic, expand
 from utils.predict import PredictOptions
@@ -57,7 +57,7 @@ TOLERANCE, TOLERANCE_OF_LOGITS = 1e-3, 1e-5
 
 def main() -> int:
     """Read the command line and export."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m utils.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-m", "--model", required=True, help="checkpoint, such as saved/.../best_model.pth")

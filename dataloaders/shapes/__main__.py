@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 
 from dataloaders.shapes import scene
+from utils.cli import Parser
 from utils.errors import UserError, run
 from utils.files import expand, write_bytes, write_text
 from utils.images import voc_colormap, write_png
@@ -15,7 +16,7 @@ from utils.images import voc_colormap, write_png
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m dataloaders.shapes",
         description="Write scenes of the built-in data set as image and mask files in the layout of Pascal VOC. "
         "Three quarters of the N scenes are in the list train, the others in val; test has N/10 further scenes. The "

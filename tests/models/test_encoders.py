@@ -171,6 +171,19 @@ def test_a_download_that_fails_names_the_ways_out(monkeypatch: pytest.MonkeyPatc
         models.build("GCN", 3, backbone=f"timm:{LIGHT}", pretrained=True)
 
 
+def test_a_package_with_weights_is_named_where_it_fits_and_refused_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
+    encoder = f"timm:{PACKAGES[PACKAGE][0]}"
+    with pytest.raises(UserError, match=rf'^arch\.args\.pretrained: true: could not .*Write pretrained: "{PACKAGE}"'):
+        models.build("GCN", 3, backbone=encoder, pretrained=True)
+    for backbone in ("resnet18", f"timm:{LIGHT}"):
+        with pytest.raises(UserError, match=rf'^arch\.args\.pretrained: {PACKAGE} .*weights of .*"{encoder}"'):
+            models.build("UNetResnet", 3, backbone=backbone, pretrained=PACKAGE)
+
+
 def test_without_timm_one_line_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm"):

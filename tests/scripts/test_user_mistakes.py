@@ -183,7 +183,12 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
         ["--set", 'loss={"type": "CrossEntropyLoss2d", "args": {"weight": [1, 2]}}'],
         ["weight has 2 entries; logits with 3 channels need 3"],
     ),
-    "a learning rate below 0": (["--set", "optimizer.args.lr=-1"], ["optimizer.args", "-1"]),
+    "a learning rate below 0": (["--set", "optimizer.args.lr=-1"], ["optimizer.args.lr: ", "-1"]),
+    "a field of another section": (["--set", "epochs=3"], ["epochs: unknown key; did you mean trainer.epochs?"]),
+    "an argument of a section": (
+        ["--set", "data_dir=x"],
+        ["data_dir: unknown key; did you mean train_loader.args.data_dir"],
+    ),
     "a schedule longer than the run": (["--set", "lr_scheduler.args.warmup=1000"], ["lr_scheduler.args"]),
     "a place that cannot be written": (["--set", "trainer.save_dir=file/runs"], ["trainer.save_dir", "is a file"]),
     "no such checkpoint": (["-r", "nowhere.pth"], ["no such checkpoint file; in that folder: cut.pth"]),
@@ -345,3 +350,14 @@ def test_an_image_without_a_mask_is_one_warning(place, monkeypatch, capsys) -> N
     assert ended.value.code == 0, text
     assert text.count("warning: 1 image has no mask and is skipped: pairs/images/2.png\n") == 1
     assert text.count("has no mask") == 1
+
+
+@pytest.mark.parametrize(("choice", "hint"), [("rankdise", "; did you mean rankdice?"), ("xy", "")])
+def test_the_nearest_choice_is_named(choice: str, hint: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["test.py", "-r", "best.pth", "-p", choice])
+    with pytest.raises(SystemExit) as ended:
+        test_script.parse_arguments()
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"invalid choice: '{choice}'" in last
+    assert last.endswith(f"){hint}")

@@ -21,6 +21,7 @@ from utils.errors import UserError, listed, not_installed
 from utils.files import expand
 
 #: Where other programs keep the weights in their files.
+_DEEPEST = 4  # folders below trainer.save_dir: name, loss, procedure, date
 WEIGHT_KEYS = ("model_state_dict", "model", "weights", "params")
 
 
@@ -150,7 +151,12 @@ def _what_is_there(path: Path) -> str:
     found = sorted(p.name for p in folder.glob("*.pth")) if folder.is_dir() else []
     there = listed(found, 8)
     if path.is_dir():
-        return f"is a folder; it contains {there}; pass one of them" if found else "is a folder without a checkpoint"
+        if found:
+            return f"is a folder; it contains {there}; pass one of them"
+        below = (p for depth in range(1, _DEEPEST + 1) for p in path.glob(f"{'*/' * depth}*.pth"))
+        newest = max(below, key=lambda p: p.stat().st_mtime, default=path).parent
+        beside = listed(sorted(p.name for p in newest.glob("*.pth")), 8)
+        return "is a folder without a checkpoint" + (f"; the newest below it: {newest} with {beside}" if beside else "")
     if "..." in path.parts:
         return 'there is no such checkpoint file: "..." stands for the folder of a run, which training prints as "run"'
     early = " (best_model.pth is written by the first validation)" if path.name == "best_model.pth" else ""

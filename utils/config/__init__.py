@@ -19,7 +19,7 @@ from utils.config import errors as config_errors
 from utils.config.checks import PER_CLASS_SCORES as PER_CLASS_SCORES
 from utils.config.checks import STAGES, check, names_hint
 from utils.config.schema import EDITORS_KEY, Config
-from utils.errors import UserError
+from utils.errors import UserError, did_you_mean
 from utils.files import expand, looked_in
 from utils.registry import Problem, Registry, found
 
@@ -60,7 +60,7 @@ def resolve(
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        problems = config_errors.explain(error)
+        problems = config_errors.explain(error, raw)
         # Check the rest too, so that one message names everything.
         rest = config_errors.usable_part(raw, error)
         if rest is not None:
@@ -80,7 +80,8 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors begin files with a mark
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such config file{looked_in(path)}") from None
+        near = did_you_mean(path.name, (other.name for other in path.parent.glob("*.json"))).rstrip(".")
+        raise UserError(f"{path}: there is no such config file{looked_in(path)}{near}") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name that no file can have
         raise UserError(f"{path}: cannot be read as a config: {error}") from None
     try:

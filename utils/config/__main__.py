@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import dataloaders
 import models
 from utils import checkpoint
-from utils.cli import add_overrides
+from utils.cli import Parser, add_overrides
 from utils.config import building, data_checks, dump, editor, override, read, resolve
 from utils.config.schema import Config
 from utils.errors import run
@@ -46,7 +45,7 @@ def rehearse(config: Config) -> None:
 
 def main() -> int:
     """Check a config, or print the JSON Schema."""
-    parser = argparse.ArgumentParser(prog="python -m utils.config", description="Check a config, or print its schema.")
+    parser = Parser(prog="python -m utils.config", description="Check a config, or print its schema.")
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="check a config as train.py does, and print it with all defaults")
     checker.add_argument("config")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -178,7 +179,10 @@ def _try_optimizer_and_schedule(config: Config) -> list[Problem]:
         next(lr_scheduler.walk(schedule, 2))
         schedule.step()
     except Exception as error:  # torch raises many kinds of errors; these arguments are the cause
-        return [Problem(path, f"{name}: {error or type(error).__name__}")]
+        text = str(error) or type(error).__name__
+        args = chosen.args if path == "optimizer.args" else section.args
+        named = [arg for arg in args if re.search(rf"\b{arg}\b", text.replace("learning rate", "lr"))]
+        return [Problem(f"{path}.{named[0]}" if len(named) == 1 else path, f"{name}: {text}")]
     return []
 
 

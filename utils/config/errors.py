@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from utils.config.schema import Component, Config
-from utils.errors import UserError, did_you_mean
+from utils.errors import UserError, did_you_mean, listed
 from utils.registry import Problem, expected, found
 
 # Stands in for a required value that is missing or wrong while the rest of the config is checked.
@@ -70,8 +70,8 @@ def _foreign(value: Any) -> str | None:
     return None
 
 
-def explain(error: ValidationError) -> list[Problem]:
-    """Return one problem per wrong value."""
+def explain(error: ValidationError, raw: Mapping[str, Any] = {}) -> list[Problem]:  # noqa: B006
+    """Return one problem per wrong value of the config ``raw``."""
     by_path: dict[str, list[Any]] = {}
     for detail in error.errors():
         by_path.setdefault(".".join(_keys(detail)), []).append(detail)
@@ -80,7 +80,7 @@ def explain(error: ValidationError) -> list[Problem]:
         # A list is not a literal either, but the member of the list that another message names is what is wrong.
         member_named = any(other.startswith(f"{path}.") for other in by_path)
         if not (member_named and all(d["type"] == "literal_error" for d in details)):
-            problems.append(Problem(path, _text(path, details)))
+            problems.append(Problem(path, _text(path, details, raw)))
     return problems
 
 
@@ -88,13 +88,15 @@ def _keys(detail: Any) -> list[str]:
     return [str(key) for key in detail["loc"] if not str(key).startswith(_TAGS)]
 
 
-def _text(path: str, details: Sequence[Any]) -> str:
+def _text(path: str, details: Sequence[Any], raw: Mapping[str, Any]) -> str:
     first = details[0]
     if first["type"] == "extra_forbidden":
         *above, key = path.split(".")
         section = _section_at(above)
         known = [] if section is None else list(section.model_fields)
-        return f"unknown key{did_you_mean(key, known)} Allowed: {', '.join(known)}"
+        elsewhere = listed(_elsewhere(path, raw), 4)
+        hint = f"; did you mean {elsewhere}?" if elsewhere else did_you_mean(key, known)
+        return f"unknown key{hint} Allowed: {', '.join(known)}"
     if first["type"] == "missing":
         return "required, but missing in the config"
     # Several, where a value may be of several kinds.
@@ -104,6 +106,21 @@ def _text(path: str, details: Sequence[Any]) -> str:
         names = first["ctx"]["expected"].replace(" or ", ",").split(",")
         hint = did_you_mean(first["input"], [name.strip("' ") for name in names]).rstrip(".")
     return f"found {found(first['input'])}; {wanted}{hint}"
+
+
+def _elsewhere(path: str, raw: Mapping[str, Any]) -> list[str]:
+    """Return the fields in other sections, and the arguments in the config ``raw``, with the last name of ``path``."""
+    fields = [*_fields(Config), *(other for other, _ in _values(raw) if ".args." in other)]
+    key = path.rpartition(".")[2]
+    return sorted({other for other in fields if other != path and other.rpartition(".")[2] == key})
+
+
+def _fields(section: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[str]:
+    for name in section.model_fields:
+        yield ".".join((*above, name))
+        inner = _section_at((*above, name))
+        if inner is not None:
+            yield from _fields(inner, (*above, name))
 
 
 def _expected(path: str, detail: Any) -> str:

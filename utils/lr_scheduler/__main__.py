@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import dataloaders
 from utils import config as configs
 from utils import lr_scheduler
-from utils.cli import add_overrides
+from utils.cli import Parser, add_overrides
 from utils.config import building
 from utils.config.schema import Config
 from utils.errors import UserError, not_installed, run, warn
@@ -73,7 +72,7 @@ def draw(panels: dict[str, dict[str, list[float]]], title: str, path: Path) -> N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the config, run its schedule, write the picture."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m utils.lr_scheduler",
         description="Draw the learning rate and the momentum over the run that a config describes.",
     )

@@ -25,7 +25,7 @@ from torch import nn
 
 from utils import stamps
 from utils.checkpoint import LoadedModel
-from utils.cli import PROCEDURES
+from utils.cli import PROCEDURES, Parser
 from utils.config.errors import explain
 from utils.config.errors import report as report_problems
 from utils.config.schema import Component, Config, Predict, Presence
@@ -46,7 +46,7 @@ from utils.report.scoring import Scoring
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m utils.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
