@@ -162,6 +162,14 @@ def identity(classes: int) -> dict[str, Any]:
     return dict.fromkeys(names, 0.0) | zeros | {"images": 0, "spread": 1.0, "mean_score": 0.5}
 
 
+def test_expected_scores_of_masks_are_corrected_per_class() -> None:
+    highest, scores = tensor([0.9, 0.6]), tensor([0.8, 0.4])
+    plain = estimate(highest, scores, identity(2)).expected
+    fit = identity(2) | {"mask_shift": 0.02, "mask_slope": 0.5, "mask_class": [0.1, -0.05]}
+    expected = plain + 0.02 + 0.5 * (plain - 0.6) + torch.tensor([0.1, -0.05], dtype=torch.float64)
+    torch.testing.assert_close(estimate(highest, scores, fit).expected, expected.clamp(0, 1))
+
+
 def drawn(images: int, classes: int = 5, seed: int = 0, always: bool = False) -> tuple[Tensor, ...]:
     """Draw validation rows whose truth is a fit: what the largest probability says is biased."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -9,7 +11,7 @@ from base.pictures import COUNT, Pictures
 from tests.base.test_trainer import FACTS
 from utils.batch import Batch
 from utils.evaluation import Part
-from utils.predict import PredictOptions
+from utils.predict import PROCEDURES, PredictOptions, label_map
 
 
 def part(images: int, label: int) -> Part:
@@ -36,3 +38,15 @@ def test_the_legend_names_what_occurs() -> None:
     assert len(pictures.rows) == COUNT
     assert pictures.draw().shape[0] > before[0]
     assert FACTS.palette[2] in colors(pictures.draw()[-40:])
+
+
+def test_the_prediction_is_the_label_map_of_the_procedure() -> None:
+    probs = torch.rand(2, 3, 8, 10, generator=torch.Generator().manual_seed(0)).softmax(1)
+    options = PredictOptions(presence="rule", prune=None)
+    shown = {}
+    for procedure in PROCEDURES:
+        pictures = Pictures(FACTS, procedure, options)
+        pictures.add(replace(part(2, 1), probs=probs))
+        shown[procedure] = np.stack([row[2] for row in pictures.rows])
+        assert np.array_equal(shown[procedure], label_map(procedure, probs, options).numpy())
+    assert not np.array_equal(shown["rankdice"], shown["max"])

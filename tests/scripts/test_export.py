@@ -204,6 +204,9 @@ def test_the_program_and_its_metadata_decide_as_the_predictor_does(
     session = onnxruntime.InferenceSession(str(tmp_path / "best.onnx"))
     facts = session.get_modelmeta().custom_metadata_map
     options = PredictOptions(**json.loads(facts["options"]))
+    fitted = everything_fitted()
+    assert json.loads(facts["bias"]) == list(fitted["bias"])
+    assert float(facts["temperature"]) == fitted["temperature"]
     image = photo(75, 90)
     pixels = (image[None].transpose(0, 3, 1, 2) / 255).astype(np.float32)
     probs = torch.from_numpy(session.run(None, {"images": pixels})[0])
