@@ -154,7 +154,6 @@ def json_with(source: Path, keys: Sequence[str], what: str) -> Iterator[tuple[Pa
             yield file, content
     if not found:
         raise UserError(f"{source}: there is no {what} file (JSON with {', '.join(keys)})")
-    return found
 
 
 @contextmanager

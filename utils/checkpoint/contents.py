@@ -89,10 +89,11 @@ def missing_class_files(state: Mapping[str, Any], raw: Mapping[str, Any], stages
     """
     facts = state.get("facts")
     names = facts.get("class_names") if isinstance(facts, Mapping) else None
+    if not isinstance(names, list | tuple):
+        return []
     used = {_class_file(state.get("config"), field)[0] for field in _LOADERS}
     overrides = []
-    needed = {_loader(raw, stage) for stage in stages} if isinstance(names, list | tuple) else ()
-    for field in sorted(needed):
+    for field in sorted({_loader(raw, stage) for stage in stages}):
         file, folder = _class_file(raw, field)
         if file is None or file not in used or expand(file).is_file() or (expand(folder) / file).is_file():
             continue

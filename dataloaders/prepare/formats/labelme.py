@@ -23,7 +23,7 @@ def read(source: Path, images: Images) -> Export:
     export = Export()
     for file, content in json_with(source, ("shapes",), "labelme"):
         with format_errors(file, "a labelme file"):
-            name, stored = content["imagePath"], content.get("imageData")
+            name, stored = content["imagePath"], content.get("imageData") or ""
             path = images.look_for(name, file.parent)
             embedded = path is None and bool(stored)
             if embedded:
