@@ -102,7 +102,7 @@ def results(
         "images_per_class_mean": _images_per_class(procedures),
         "test_loss": UNTEMPERED if config.predict.temperature != 1 and views.startswith(ONE_VIEW) else None,
     }
-    protocol = protocol | {"note": protocol["note"] or setting.note} | setting.protocol
+    protocol = protocol | {"note": protocol["note"] or setting.note, **setting.protocol}
     same = on_validation_data(config)
     if fitted and same:
         protocol["note"] += "; the fit used them too"
