@@ -202,7 +202,7 @@ TRAINING: dict[str, tuple[list[str], list[str]]] = {
 TESTING: dict[str, tuple[list[str], list[str]]] = {
     "no such checkpoint": (["-r", "best.pth"], ["best.pth: there is no such checkpoint file; in that folder: cut.pth"]),
     "a folder for a checkpoint": (["-r", "."], ["is a folder; it contains cut.pth, ", "; pass one of them"]),
-    "a folder without a checkpoint": (["-r", "data"], ["data: is a folder without a checkpoint"]),
+    "a folder without a checkpoint": (["-r", "data"], ["data: is a folder without a checkpoint\n"]),
     "the dots of a command": (["-r", "saved/.../best_model.pth"], ['"..." stands for the folder of a run']),
     "not a checkpoint": (["-r", "text.pth"], ["text.pth: not a checkpoint"]),
     "a picture for a checkpoint": (["-r", "data/VOCdevkit/VOC2012/JPEGImages/image0.jpg"], ["not a checkpoint"]),

@@ -153,10 +153,13 @@ def _what_is_there(path: Path) -> str:
     if path.is_dir():
         if found:
             return f"is a folder; it contains {there}; pass one of them"
-        below = (p for depth in range(1, _DEEPEST + 1) for p in path.glob(f"{'*/' * depth}*.pth"))
-        newest = max(below, key=lambda p: p.stat().st_mtime, default=path).parent
-        beside = listed(sorted(p.name for p in newest.glob("*.pth")), 8)
-        return "is a folder without a checkpoint" + (f"; the newest below it: {newest} with {beside}" if beside else "")
+        files = (p for depth in range(1, _DEEPEST + 1) for p in path.glob(f"{'*/' * depth}*.pth"))
+        below = sorted((p for p in files if p.is_file()), key=lambda p: p.stat().st_mtime)
+        if not below:
+            return "is a folder without a checkpoint"
+        run = below[-1].parent
+        names = listed(sorted(p.name for p in below if p.parent == run), 8)
+        return f"is a folder without a checkpoint; the newest below it: {run} with {names}"
     if "..." in path.parts:
         return 'there is no such checkpoint file: "..." stands for the folder of a run, which training prints as "run"'
     early = " (best_model.pth is written by the first validation)" if path.name == "best_model.pth" else ""
