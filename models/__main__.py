@@ -13,6 +13,7 @@ from models import MODELS
 from models.cost import Cost, measure
 from utils.cli import Parser
 from utils.errors import plural, run
+from utils.predict.network import choose_device
 
 #: The rows: each model with its arguments. A model without a row here gets one with its defaults.
 ROWS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--repeats", type=int, default=3, help="number of forward passes; the fastest one counts (default: 3)"
     )
     options = parser.parse_args(argv)
+    choose_device(options.device)  # one that cannot be used is an error before the table
     names = [MODELS.canonical(name) for name in options.models] or [n for n in MODELS if n != "External"]
 
     print("| model | backbone | parameters | GFLOPs | output stride | forward | peak memory |")

@@ -98,6 +98,7 @@ NOT_RUN = {
     r"python -m benchmarks\.": _HOURS,
     r"tensorboard --logdir": "a server that runs until it is stopped; tests/test_logger.py reads what it would show",
     r"python train\.py .*-d 0,1": _GPUS,
+    r"python -m models .*--device cuda": "needs a GPU",
     r"python train\.py .*n_gpu=4": _GPUS,
     r"torchrun --nnodes 2": "needs two machines",
     r"docker run": "needs Docker",
