@@ -128,7 +128,7 @@ def test_scores_of_saved_probabilities_say_what_the_folder_knows(tmp_path, monke
     monkeypatch.setattr(sys, "argv", [str(word) for word in command])
     assert decode.main() == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert f"checkpoint : {trained}" in out
+    assert "best.pth" in out.split("checkpoint :")[1].split(" probabilities")[0]
     assert "temperature 1.5 (in the saved probabilities), threshold 0.19, no presence fit" in out
     assert "there is no test_loader: scored on the validation data" in out
     assert "utils.predict uses max, unless -p names another" in out
