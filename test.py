@@ -229,9 +229,10 @@ def shared_with_training(config: Config, loader: Any) -> str | None:
     for stage, component in (("train", light.train_loader), ("val", light.val_loader)):
         if component is None:
             continue
+        # Only the list of files is needed: these arguments would read the files at once.
+        costly = {"cache": "ram", "sampler": "weighted", "mean": "auto", "std": "auto"}
+        component.args |= {name: None for name, value in costly.items() if component.args.get(name) == value}
         component.args["num_workers"] = 0
-        if dataloaders.LOADERS[component.type].layout:  # files, which these arguments would read at once
-            component.args |= {"cache": None} | ({"sampler": None} if component.args.get("sampler") else {})
         with suppress(UserError):  # the other data need not be here
             other = building.build_loader(dataloaders.build, light, stage)
             found.append(leaks.common_images(f"{stage}_loader and test_loader", other, loader))

@@ -13,12 +13,13 @@ from PIL import Image
 
 from utils.config.schema import Predict
 from utils.errors import UserError
-from utils.images.palette import write_mask
+from utils.facts import Facts
+from utils.images.palette import default_palette, write_mask
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, PredictOptions, probabilities
 from utils.predict import __main__ as command
 from utils.predict.files import labels_for_png
-from utils.predict.saved_probs import SavedProbs
+from utils.predict.saved_probs import Case, SavedProbs, write_labels
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:
@@ -184,3 +185,19 @@ def test_files_of_others_are_not_overwritten(plain: Path, tmp_path: Path, monkey
     with pytest.raises(UserError, match=r"im0.png; .*--force"):
         run(monkeypatch, "--probs", plain, "-p", "max", "-o", labels)
     assert (labels / "im0.png").read_bytes() == before
+
+
+def test_a_volume_that_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, facts = tmp_path / "volume.npy", Facts(2, ("a", "b"), default_palette(2), (0.5,), (0.2,), 255)
+    write_labels(path, facts, Case("volume", tmp_path / "volume.npz"), np.ones((2, 3, 4), np.uint8))
+    before = path.read_bytes()
+
+    def full(file: Path, values: np.ndarray) -> None:
+        Path(file).write_bytes(b"part")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match="no space left"):
+        write_labels(path, facts, Case("volume", tmp_path / "volume.npz"), np.zeros((2, 3, 4), np.uint8))
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["volume.npy"]
