@@ -189,12 +189,15 @@ def _best_calibration(trials: dict[str, Trial], procedure: str) -> str:
     """Return the calibration that is kept.
 
     They are judged by the likelihood of the labels, which is more precise than mDice on few images. A calibration
-    replaces a simpler one if its NLL is clearly lower and its mDice is not lower.
+    replaces a simpler one if its NLL is clearly lower, and its mDice is neither clearly lower than with the simpler one
+    nor lower at all than as trained.
     """
     best = OWN
     for name, trial in trials.items():
-        lower, gained = trials[best].nll - trial.nll, trial.scores(procedure) - trials[best].scores(procedure)
-        if evidence.clear(lower, trial.worth, smallest=0.0) and not gained.nanmean() < 0:
+        lower, lost = trials[best].nll - trial.nll, trials[best].scores(procedure) - trial.scores(procedure)
+        gained = trial.scores(procedure) - trials[OWN].scores(procedure)
+        fits_better = evidence.clear(lower, trial.worth, smallest=0.0)
+        if fits_better and not evidence.clear(lost, trial.worth) and not gained.nanmean() < 0:
             best = name
     return best
 

@@ -230,9 +230,7 @@ def _protocol(outcome: Evaluation, config: Config, loaded: LoadedModel, dataset:
         "loss": config.loss.type,
         "data": loader.type,
         "split": split,
-        "part": f"{part}; for all, training images included: --set test_loader.args.split=all"
-        if part
-        else None,
+        "part": f"{part}; for all, training images included: --set test_loader.args.split=all" if part else None,
         "note": optimism(config),
         "images": outcome.images,
         "resolution": f"shorter side rescaled to {min(crop)}, center crop {crop[0]} x {crop[1]}"
