@@ -27,10 +27,10 @@ from .table import CPU, Table, best_volumes, empty_scores
 __all__ = ["METRICS", "SOLVERS", "Metric", "Options", "RankDice", "Score", "Solver"]
 __all__ += ["converted", "label_map", "rank_counts", "rank_dice"]
 
-MOST_SMOOTH = 1e5  # above, all scores are so close to 1 that rounding decides
+MOST_SMOOTH = 1e5  # with more, all scores are so close to 1 that rounding decides
 
-_SMALLEST_BUDGET, _LARGEST_BUDGET, _CHUNK_BYTES = 16 << 20, 256 << 20, 4  # the last per pixel of a chunk
-_GPU_LARGEST_BUDGET, _GPU_CHUNK_BYTES = 4 << 30, 192  # a GPU works on whole maps: few operations, each on much
+_SMALLEST_BUDGET, _LARGEST_BUDGET, _CHUNK_BYTES = 16 << 20, 256 << 20, 4  # the last: per pixel of a chunk
+_GPU_LARGEST_BUDGET, _GPU_CHUNK_BYTES = 4 << 30, 192  # a GPU works on whole maps: few, large operations
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def rank_dice(
 ) -> RankDice:
     """Find, for every image and class, the mask with the highest expected Dice or IoU.
 
-    Rows do not depend on each other: a batch gives the volumes and masks of single rows, and their scores to 1e-12.
+    Rows do not depend on each other: in a batch, each row gets the volume and mask that it gets alone, and the same
+    score up to 1e-12.
     Pixels with equal probabilities enter the mask in the order of their index (row-major over the spatial
     dimensions), so that a mask has exactly ``volumes`` pixels.
 
@@ -119,8 +120,8 @@ def rank_dice(
         solver: see :class:`Options`.
         smooth: see :class:`Options`.
         prune: see :class:`Options`.
-        valid: bool, ``(B, *spatial)`` or broadcastable to ``probs``: pixels outside never enter the ranking and are
-            never in a mask (padding, outside the field of view). Their values are not read.
+        valid: bool, ``(B, *spatial)`` or broadcastable to ``probs``. Pixels where it is False (padding, outside the
+            field of view) are not ranked and never in a mask. Their values are not read.
         max_bytes: approximate working memory in addition to the result. None: the size of ``probs`` in float32, at
             least 16 MiB and at most 256 MiB; on a GPU 192 bytes per value, at most 4 GiB. It only affects the speed. A
             row that must be sorted as a whole takes about 170 bytes per pixel.
@@ -140,7 +141,7 @@ def rank_dice(
     max_bytes = _budget(probs) if max_bytes is None else max_bytes
     masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
     highest = rows.amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
-    with torch.inference_mode(rows.device.type in CPU):  # less work per operation, which counts on small maps
+    with torch.inference_mode(rows.device.type in CPU):  # less overhead per operation, which matters for small maps
         found = _solve(rows, highest, masks, options, max_bytes)
     # Tensors made in inference mode cannot be changed elsewhere: these are copies.
     volumes, cutoffs, scores = found.view(*probs.shape[:2], 3).unbind(2)
@@ -187,22 +188,22 @@ def label_map(
     """Give every pixel one class so that the sum over the classes of their approximate expected Dice is high.
 
     RankDice masks of different classes may overlap or leave a pixel without a class. This maximizes instead, over
-    label maps, ``sum_c (2 C_c + g) / (tau_c + mu_c + 1 + g)``: ``tau_c`` pixels carry class ``c``, ``C_c`` is the
+    label maps, ``sum_c (2 C_c + g) / (tau_c + mu_c + 1 + g)``: ``tau_c`` pixels have class ``c``, ``C_c`` is the
     sum of their probabilities, ``mu_c`` the expected volume of the class. It starts from the RankDice masks of the
-    classes, each pixel going to the mask in which it gains most, or from the most probable class where that is
-    better, and then moves the pixels that raise the sum. This criterion is a choice of this project, not of the
-    RankDice paper; the result is a local optimum.
+    classes, with each pixel in the mask where it gains most, or from the most probable classes if their sum is
+    higher. Then it moves the pixels that raise the sum. This criterion is a choice of this project, not of the
+    RankDice paper. The result is a local optimum.
 
     Args:
         probs: ``(B, C, *spatial)`` probabilities, as in :func:`rank_dice`.
-        classes: the classes that take part: indices for all images, or bool ``(B, C)``, one row per image. None
-            means all. An image for which no class is chosen takes all of them.
+        classes: the classes to use: indices for all images, or bool ``(B, C)``, one row per image. None means all.
+            An image for which no class is chosen uses all of them.
         smooth: the constant ``g``.
         max_bytes: working memory, as in :func:`rank_dice`.
         found: the result of ``rank_dice(probs, smooth=smooth, prune=None)`` for the same probabilities, if available.
 
     Returns:
-        int64 ``(B, *spatial)``, entries from the classes.
+        int64 ``(B, *spatial)``, the index of a class for each pixel.
 
     Raises:
         TypeError, ValueError: as :func:`rank_dice`; ``classes`` is empty, repeated, out of range, or has the wrong
@@ -229,9 +230,9 @@ def label_map(
 
 
 def rank_counts(values: Tensor, counts: Tensor, options: Options = Options()) -> tuple[Tensor, Tensor, Tensor]:  # noqa: B008
-    """Solve rows that are given as tables of how often each probability occurs, by ``exact`` or ``rma``.
+    """Solve rows given as tables of how often each probability occurs, with ``exact`` or ``rma``.
 
-    This solves images that do not fit in memory: float16 has only 15,361 values in [0, 1].
+    Used for images that do not fit in memory: float16 has only 15,361 values in [0, 1].
 
     Args:
         values: float64 ``(K,)`` probabilities, ascending.
@@ -240,7 +241,7 @@ def rank_counts(values: Tensor, counts: Tensor, options: Options = Options()) ->
 
     Returns:
         Volumes int64, cut-off probabilities float64 (``inf`` for an empty mask) and expected scores float64, ``(R,)``,
-        as :func:`rank_dice` finds them for the pixels one by one.
+        the same as :func:`rank_dice` finds from the single pixels.
 
     Raises:
         ValueError: a solver other than ``exact`` and ``rma``.
@@ -289,7 +290,7 @@ def check_tensor(probs: Tensor) -> None:
 
 
 def _is_an_image(probs: Tensor) -> bool:
-    """Do three dimensions look like ``(classes, height, width)``: by their sizes, or as the classes add up to 1?"""
+    """Do three dimensions look like ``(classes, height, width)``, by their sizes or because the classes add up to 1?"""
     short, long = sorted(probs.shape[1:])
     if short >= 16 and long <= 4 * short:
         return True

@@ -1,4 +1,4 @@
-"""The approximations from the literature, kept to reproduce papers and to be compared with the exact solver.
+"""Approximations from the literature, to reproduce papers and for comparison with the exact solver.
 
 ``ba``, ``trna`` and ``paper`` are those of Dai & Li, JMLR 24(224), 2023: the number of positive pixels ``Gamma`` (for
 ``trna`` without pixel j) follows the *refined normal* distribution
@@ -6,9 +6,10 @@
     G(l) = Phi(x) + skew (1 - x^2) phi(x) / 6,   x = (l + 1/2 - mu) / sqrt(v),   P(l) = G(l) - G(l - 1),
 
 truncated to the volumes between its 1e-4 and 1 - 1e-4 quantiles and renormalized. ``rma`` is that of Wang & Dai,
-NeurIPS 2025. They sort whole rows: time and memory are those of a sort, and more.
+NeurIPS 2025. All of them sort whole rows, so they take at least the time and memory of a sort.
 
-``paper`` is what the authors' program does, which made the published tables; docs/rankdice.md tells how it differs.
+``paper`` does what the authors' program does, which produced the published tables; docs/rankdice.md lists the
+differences from the paper.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from .integral import Goal
 from .table import Table, draw
 
 EPSILON = 1e-4
-PAPER_MEAN = 50.0  # the authors' program takes trna up to this mean volume and ba above
+PAPER_MEAN = 50.0  # the authors' program uses trna up to this mean volume, and ba above it
 PIXEL_BYTES = 200
 TRNA_TERMS = 1 << 16  # (pixel, volume) pairs of a row at a time
 
 
 def solve(rows: Tensor, masks: Tensor, solver: str, goal: Goal, budget: int) -> Tensor:
-    """Find each row's volume by an approximation, and draw its mask; the score is the approximation's own.
+    """Find each row's volume with an approximation, and draw its mask; the score is the approximate one.
 
-    The arguments are those of :func:`utils.rankdice.exact.solve`, and the name of a solver.
+    The arguments are those of :func:`utils.rankdice.exact.solve`, plus the name of a solver.
     """
     best = rows.new_empty(rows.shape[0], 3, dtype=torch.float64)
     for part in torch.arange(rows.shape[0]).split(max(1, budget // (PIXEL_BYTES * rows.shape[1]))):
@@ -47,15 +48,15 @@ def solve(rows: Tensor, masks: Tensor, solver: str, goal: Goal, budget: int) -> 
 
 
 def _choose(table: Table, scores: Tensor) -> Tensor:
-    """Return the best volume by the scores ``(R, K + 1)`` of the empty mask and at the ends of the runs."""
+    """Return the best volume, given the scores ``(R, K + 1)`` of the empty mask and at the ends of the runs."""
     score, best = scores.masked_fill(table.values[:, :-1] <= 0, -torch.inf).max(1, keepdim=True)
     return torch.cat([table.volumes.gather(1, best), table.values.gather(1, best), score], 1)
 
 
 def reciprocal_moment(table: Table, goal: Goal) -> Tensor:
-    """RMA: the mean of the denominator in place of the mean of its reciprocal.
+    """RMA: use the reciprocal of the mean denominator instead of the mean of its reciprocal.
 
-    Inside a run of equal values the score rises or falls throughout, so that the ends of the runs are enough.
+    Within a run of equal values the score is monotonic, so only the ends of the runs are scored.
     """
     volume, mass, mean, g = table.volumes[:, :-1], table.mass[:, :-1], table.total[:, :1], goal.smooth
     if goal.metric == "iou":
@@ -77,7 +78,7 @@ def _scores(values: Tensor, solver: str, smooth: float, budget: int) -> Tensor:
         moments[0] = (values >= 0.5).sum(1)
     # Does the row take trna?
     each = moments[0] <= PAPER_MEAN if program else torch.full_like(moments[0], solver == "trna", dtype=torch.bool)
-    # Rows share one support width only with rows of similar variance: a row's sums do not depend on the batch.
+    # Only rows of similar variance share a support width, so a row's sums do not depend on the batch.
     width = torch.exp2(torch.ceil(torch.log2(16 * moments[1].sqrt() + 16))).long()
     scores = values.new_zeros(values.shape[0], values.shape[1] + 1)
     for size, trna in {*zip(width.tolist(), each.tolist(), strict=True)}:
@@ -98,17 +99,17 @@ class _Count:
 
     Attributes:
         volumes: consecutive volumes around the mean, ``(R, L)``.
-        possible: which of them can occur.
+        possible: bool, which of them can occur.
         chances: their probabilities.
     """
 
     def __init__(self, moments: Tensor, width: int, pixels: int, program: bool) -> None:
-        """Args: moments of the rows ``(3, R)``; how many volumes; pixels of a row; as the authors' program does."""
+        """Args: moments of the rows ``(3, R)``; number of volumes; pixels per row; follow the authors' program?"""
         self.moments, self.program = moments, program
         first = (moments[0] - width / 2).floor().clamp_(min=0)
         self.volumes = first.unsqueeze(1) + torch.arange(width, device=first.device)
         self.possible = self.volumes <= pixels
-        if program:  # from floor(low quantile) - 1 to ceil(high quantile) - 1, for pixels taken out as well
+        if program:  # from floor(low quantile) - 1 to ceil(high quantile) - 1, also when a pixel is left out
             self.possible &= _refined_normal(self.volumes + 2, moments) > EPSILON
             self.possible &= _refined_normal(self.volumes, moments) < 1 - EPSILON
         self.chances = self.truncated(moments)
@@ -124,7 +125,7 @@ class _Count:
         return mass / mass.sum(-1, keepdim=True).clamp(min=1e-300)
 
     def blind(self, values: Tensor, smooth: float) -> Tensor:
-        """Return the scores by the blind approximation: the count without pixel j is distributed like that with it."""
+        """Return the scores of the blind approximation: leaving out pixel j does not change the distribution."""
         pixels = values.shape[1]
         # E[1 / (tau + 1 + g + Gamma)] for tau = 0, 1, ... is a correlation.
         length = 1 << (pixels + 1 + self.volumes.shape[1]).bit_length()
@@ -134,12 +135,12 @@ class _Count:
         return 2 * values.cumsum(1) * means[:, 1 : pixels + 1] + smooth * means[:, :pixels]
 
     def trna(self, values: Tensor, smooth: float) -> Tensor:
-        """Return the scores where each count without pixel j has its own refined normal distribution."""
+        """Return the scores of trna: each count without pixel j has its own refined normal distribution."""
         scores, mass = torch.full_like(values, -torch.inf), values.cumsum(1)
         carried, best = torch.zeros_like(self.volumes), torch.zeros_like(values[:, 0])
         step = max(1, TRNA_TERMS // self.volumes.shape[1])
         for first in range(0, values.shape[1], step):
-            # E[1 / (a + X)] <= 1 / (a + least X): is there nothing from here on that can win?
+            # E[1 / (a + X)] <= 1 / (a + least X): can no larger volume win?
             if first and bool(((2 * mass[:, -1] + smooth) / (first + 1 + smooth + self.volumes[:, 0]) < best).all()):
                 break
             part = values[:, first : first + step]

@@ -1,9 +1,10 @@
 """The exact solver for maps: two passes over the pixels, then a small table per row.
 
-A sample of the pixels estimates the cut of the best mask. One pass sums the powers of all probabilities, and of those
-above this cut; this bounds the probabilities between which the best mask is cut. A second pass collects the few pixels
-between them, a :class:`~.table.Table`. If a misleading sample leaves too many, the row is sorted as a whole, as short
-rows always are, and all rows on a GPU. The sample affects the time, never the result.
+The best mask consists of the pixels above some probability, its *cut*. A sample of the pixels gives an estimate of it.
+The first pass sums the powers of all probabilities, and of those above the estimate. These sums give bounds for the
+true cut. The second pass collects the few pixels between the bounds in a :class:`~.table.Table`. If the sample is
+misleading and too many pixels remain, the whole row is sorted. Short rows, and all rows on a GPU, are always sorted.
+The sample affects the time, never the result.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ FAR_RATE = 600.0  # so that they leave out less than 4! / FAR_RATE^4 of the scor
 BLOCK = 32
 SORTED_PIXELS = 5000  # rows of at most this many pixels are sorted
 SORT_BYTES = 170  # of a pixel while its row is sorted and solved
-WEAK, FAINT = 0.1, 0.3  # the table of a small row does not reach below this, and this many times its mean square / mean
+WEAK, FAINT = 0.1, 0.3  # the table of a small row ends at WEAK, or at FAINT times (sum of squares / sum) if smaller
 LEAST_SAMPLE = 1024
-STEPS = 2  # to the best cut of a sample
-MOST_PIXELS = 4096  # in a table of a row, or one in 64 of the row's pixels, or what the budget has room for
+STEPS = 2  # of the iteration that finds the best cut of a sample
+MOST_PIXELS = 4096  # in a row's table; more if the row has over 64 times as many, or if the budget allows
 TABLE_BYTES = 200  # of a pixel in a table
 CACHE_PIXELS = 1 << 18
 ROUNDING = 1e-6  # relative, of the limits in the map's dtype
@@ -36,13 +37,13 @@ SPARSE = 0.2  # with a smaller mean probability, blocks of pixels below the cut 
 
 
 def solve(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
-    """Find what :func:`.table.best_volumes` does for each row, and draw its mask.
+    """Find the best volume of each row as :func:`.table.best_volumes` does, and draw its mask.
 
     Args:
         rows: ``(R, N)`` probabilities, contiguous.
-        masks: bool ``(R, N)``, contiguous, False: is filled.
+        masks: bool ``(R, N)``, contiguous, all False; this function fills it.
         goal: what is maximized.
-        budget: bytes of working memory, about.
+        budget: approximate working memory in bytes.
     """
     count, width = rows.shape
     if width <= SORTED_PIXELS or rows.device.type not in CPU:
@@ -66,13 +67,13 @@ def solve(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
         own = masks.new_zeros(part.numel(), width)
         best[part] = solve_sorted(rows[part], own, goal, budget)
         masks[part] = own
-    for row in best[:, 1].isinf().nonzero().view(-1).tolist():  # the mask is just the pixels above the table
+    for row in best[:, 1].isinf().nonzero().view(-1).tolist():  # the mask consists of the pixels above the table
         best[row, 1] = torch.where(masks[row], rows[row], torch.inf).amin()
     return best
 
 
 def solve_sorted(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
-    """Do what :func:`solve` does by sorting the rows."""
+    """Do the same as :func:`solve`, by sorting the rows."""
     values, columns = rows.sort(dim=1, descending=True, stable=True)
     values = values.double()
     best = best_volumes(Table.whole(values, torch.ones_like(values)), goal, budget)
@@ -94,7 +95,7 @@ def empty_scores(rows: Tensor, goal: Goal, budget: int) -> Tensor:
 
 
 def check_range(lowest: list[float], highest: list[float]) -> None:
-    """Raise unless all values are probabilities, by the smallest and the largest of each row."""
+    """Raise unless the smallest and largest values of all rows are probabilities."""
     for low, high in zip(lowest, highest, strict=True):
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError("probs: found values that are not finite (NaN or infinity)")
@@ -205,7 +206,7 @@ def _sample(width: int) -> Tensor:
 
 
 def _cut_of_sample(rows: Tensor) -> Tensor:
-    """Return about the probability above which one more pixel raises the leading term of the score, ``(R, 1)``."""
+    """Estimate the probability above which one more pixel raises the leading term of the score, ``(R, 1)``."""
     sample = rows.index_select(1, _sample(rows.shape[1]))
     sample = sample if sample.element_size() > 2 else sample.float()
     base, over = sample.sum(1, keepdim=True), torch.empty_like(sample)
@@ -218,7 +219,7 @@ def _cut_of_sample(rows: Tensor) -> Tensor:
 
 
 def _pieces(rows: Tensor, size: int = CACHE_PIXELS) -> Iterator[tuple[slice, int, Tensor]]:
-    """Yield rows, first column, and the pixels ``(r, n)`` there: ``size`` at a time, about as many as fit a cache."""
+    """Yield rows, first column and pixels ``(r, n)``, about ``size`` pixels at a time (as many as fit in the cache)."""
     count, width = rows.shape
     together = max(1, size // width)
     for row in range(0, count, together):
@@ -229,7 +230,7 @@ def _pieces(rows: Tensor, size: int = CACHE_PIXELS) -> Iterator[tuple[slice, int
 
 
 class _Room:
-    """Memory for pieces of a map, used again and again: getting new memory takes longer than the sums."""
+    """Memory for pieces of a map, reused because allocating new memory takes longer than the sums."""
 
     def __init__(self, rows: Tensor) -> None:
         size = min(CACHE_PIXELS, rows.numel())
@@ -237,11 +238,11 @@ class _Room:
         self.parts = [rows.new_empty(size, dtype=kind) for kind in (torch.float64, torch.float64, dtype, dtype)]
 
     def like(self, values: Tensor, which: int) -> Tensor:
-        """Return one of the parts (0 and 1 are float64, 2 and 3 are like the map) in that shape."""
+        """Return one of the parts in the shape of ``values`` (0 and 1 are float64, 2 and 3 have the map's dtype)."""
         return self.parts[which][: values.numel()].view(values.shape)
 
     def exceeds(self, values: Tensor, cut: Tensor, which: int = 2) -> Tensor:
-        """Return 1 where values are above the cut, else 0, in their dtype, which is faster than bools."""
+        """Return 1 where values are above the cut, else 0, in their dtype (faster than bool)."""
         return torch.gt(values, cut, out=self.like(values, which))
 
     def power_sums(self, values: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ def _near(part: Tensor, low: Tensor, total: Tensor, width: int) -> tuple[Tensor,
 
 
 def _places(found: Tensor) -> Tensor:
-    """Return where a vector is True, fast if nearly all of it is False."""
+    """Return the indices where a bool vector is True; fast if nearly all of it is False."""
     whole = found.numel() // 8 * 8
     words = found[:whole].view(torch.int64)  # eight at a time
     hit = words.nonzero()

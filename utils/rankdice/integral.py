@@ -1,4 +1,4 @@
-"""The expected Dice and IoU of the ``tau`` most probable pixels: bounds, and exact values by quadrature.
+"""Expected Dice and IoU of the ``tau`` most probable pixels: bounds, and exact values by quadrature.
 
 For one row with probabilities ``p_1 >= p_2 >= ...``, mean volume ``mu = sum p_j``, variance ``v = sum p_j (1 - p_j)``,
 ``C(tau) = p_1 + ... + p_tau`` and smoothing ``g``, with ``u = 1 - exp(-s)``::
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ORDERS = 8  # power sums that stand for pixels: at a decay rate m they leave out less than 8! / m^8 of the score
+ORDERS = 8  # power sums that replace single pixels; at a decay rate m, the error is below 8! / m^8 of the score
 LAGUERRE_NODES, LAGUERRE_SPAN = 12, 2.0  # exact up to rounding for rates within this factor
 
 
@@ -47,7 +47,7 @@ class Goal:
         return (above + self.smooth if self.smooth else above) / (rate + 1)
 
     def most(self, total: Tensor, volume: Tensor, mass: Tensor, cut: Tensor) -> Tensor:
-        """Return at least the largest leading term, by the ``volume`` pixels with ``p > cut``.
+        """Return an upper bound of the largest leading term, from the ``volume`` pixels with ``p > cut``.
 
         ``2 C + g - x (t + mu + g)``, maximized over the volumes t, is known for ``x = 2 cut``. It falls in x by at
         least ``mu + g``, to 0 at the largest leading term of Dice (Dinkelbach 1967). That of IoU grows with it.
@@ -62,9 +62,9 @@ class Goal:
         return score / 2 if self.metric == "dice" else score / (score + 1)
 
     def margins(self, total: Tensor, variance: Tensor, few: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how far below and above ``half`` of the best score a pixel surely lowers and raises the score.
+        """Return how far below and above ``half`` of the best score a pixel certainly lowers and raises the score.
 
-        ``few`` is at most the smallest volume that can be best, less one, plus g.
+        ``few`` is at most ``tau - 1 + g`` for the smallest volume ``tau`` that can be the best.
         "Which volumes must be scored" in ``docs/rankdice.md`` has the proof.
         """
         small = few.reciprocal()
@@ -79,11 +79,11 @@ class Window(NamedTuple):
     """Consecutive volumes of some rows.
 
     Attributes:
-        volume: ``(R, W)``; the first column's is the base, each further one takes one pixel more.
-        values: ``(R, W)`` probability of that pixel, 0 in the first column.
+        volume: ``(R, W)``; each column has one more pixel than the column before.
+        values: ``(R, W)`` probability of the added pixel, 0 in the first column.
         outside: ``(R, 2, ORDERS)`` power sums of the pixels before and behind the window.
-        base: ``(R, 1)`` a rate of the integrands, for the rule of :func:`nodes`.
-        octaves: which rule.
+        base: ``(R, 1)`` a decay rate of the integrands, by which the nodes are scaled.
+        octaves: which rule of :func:`nodes` to use.
     """
 
     volume: Tensor
@@ -97,8 +97,8 @@ class Window(NamedTuple):
 def nodes(octaves: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return nodes and logarithms of weights ``(2, K, 1, 1)``, for rates from 1 to ``2^octaves``, and 1 to ``ORDERS``.
 
-    0 stands for Gauss-Laguerre quadrature: the rates are between ``1 / r`` and ``r``, ``r^2 = LAGUERRE_SPAN``. For
-    more, the trapezoidal rule after ``s = exp(t - exp(-t))`` (Takahasi & Mori 1974), to about 1e-13.
+    With ``octaves = 0``, Gauss-Laguerre quadrature, for rates between ``1 / r`` and ``r``, ``r^2 = LAGUERRE_SPAN``.
+    Otherwise the trapezoidal rule after ``s = exp(t - exp(-t))`` (Takahasi & Mori 1974), accurate to about 1e-13.
     """
     if octaves:
         step = 0.1 / max(1.0, octaves / 6.5)
@@ -121,7 +121,7 @@ def _lost(octaves: int, smooth: float) -> float:
 
 
 def integrate(goal: Goal, window: Window, size: int) -> Tensor:
-    """Return the exact scores ``(R, W)`` of a window, working on ``size`` values ``(nodes, R, W)`` at a time."""
+    """Return the exact scores ``(R, W)`` of a window; work on ``size`` values ``(nodes, R, W)`` at a time."""
     volume, values, outside, base, octaves = window
     both, steps = nodes(octaves, base.device)
     before, rest = outside.unbind(1)

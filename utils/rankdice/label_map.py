@@ -1,13 +1,13 @@
-"""One label per pixel with a high total of expected Dice, instead of masks that overlap.
+"""One label per pixel instead of masks that overlap, with a high total of expected Dice.
 
 The total is that of :func:`utils.rankdice.label_map`, ``sum_c s_c``, ``s_c = (2 C_c + g) / (tau_c + mu_c + 1 + g)``.
 Moving one pixel from class ``o`` to class ``c`` changes it by exactly
 
     (2 p_c - s_c) / (tau_c + mu_c + 2 + g)  +  (s_o - 2 p_o) / (tau_o + mu_o + g)
 
-Moving all pixels at once that gain by this may lower the total. So the gains are sorted into levels, the totals of
-moving no level, the first, the first two, ... are computed exactly, and the best of them is taken. More steps gain next
-to nothing.
+Moving at once all pixels that gain may lower the total. So the gains are sorted into levels, and the exact totals are
+computed for moving no level, the first level, the first two levels, and so on. The best of these is used. Further steps
+gain almost nothing.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Classes(NamedTuple):
 
     Attributes:
         mean: expected volume, the sum of the probabilities.
-        volumes: pixels of the best mask alone.
+        volumes: number of pixels in the RankDice mask of the class.
         scores: expected score of that mask.
-        chosen: bool, which classes take part.
+        chosen: bool, which classes are used.
     """
 
     mean: Tensor
@@ -40,7 +40,7 @@ class Classes(NamedTuple):
 
 
 def check_classes(classes: Sequence[int] | Tensor | None, images: int, count: int, device: torch.device) -> Tensor:
-    """Return which classes take part, bool ``(B, C)``; all where none is chosen."""
+    """Return which classes are used, bool ``(B, C)``; all of them where none is chosen."""
     if isinstance(classes, Tensor) and classes.dtype == torch.bool:
         if classes.shape != (images, count):
             raise ValueError(f"classes: expected a bool tensor ({images}, {count}), got shape {tuple(classes.shape)}")
@@ -56,9 +56,9 @@ def ascend(bands: Bands, pixels: int, classes: Classes, smooth: float) -> Tensor
     """Return label maps, int16 ``(B, pixels)``, for probabilities that are read band by band.
 
     Args:
-        bands: yields ``(first, probs)`` again at every call: ``(B, C, n)`` float64 probabilities of the
-            pixels from ``first``.
-        pixels: how many there are.
+        bands: every call yields all ``(first, probs)``: float64 probabilities ``(B, C, n)`` of the pixels from
+            ``first`` on.
+        pixels: the number of pixels.
         classes: the classes.
         smooth: the constant g.
     """
@@ -102,11 +102,12 @@ def _start(bands: Bands, pixels: int, slopes: Tensor, offsets: Tensor) -> tuple[
 
 
 def _moves(bands: Bands, labels: Tensor, size: Tensor, score: Tensor, closed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find for every pixel the class to which its move gains most.
+    """Find the class to which each pixel should move to gain most.
 
     Returns:
-        That class, int16 ``(B, N)``; the level of the gain, int16 ``(B, N)``, from 1 on, ``LEVELS + 1`` for no gain;
-        the pixels and the probability that each level brings to each class, float64 ``(2, B, C, LEVELS + 2)``.
+        The class, int16 ``(B, N)``; the level of the gain, int16 ``(B, N)``, starting at 1, ``LEVELS + 1`` for no
+        gain; the number of pixels and the sum of probabilities that each level adds to each class, float64
+        ``(2, B, C, LEVELS + 2)``.
     """
     images, classes = size.shape
     bins = LEVELS + 2

@@ -17,10 +17,10 @@ class Score(NamedTuple):
 
     Attributes:
         title: its name in results and texts.
-        solvers: those that can maximize it.
-        measure: from the numbers of pixels in mask and target, in the mask, and in the target, to the score; NaN where
-            both are empty.
-        to_dice, from_dice: from this score of a mask to its Dice, and back.
+        solvers: the solvers that can maximize it.
+        measure: returns the score, given the number of pixels in both mask and target, in the mask, and in the
+            target; NaN if mask and target are empty.
+        to_dice, from_dice: convert this score of a mask to its Dice, and back.
     """
 
     title: str
@@ -43,5 +43,5 @@ METRICS: dict[str, Score] = {
 
 
 def converted(scores: Tensor, metric: str, wanted: str) -> Tensor:
-    """Return scores of masks by one metric as those of the same masks by another; expected scores only roughly."""
+    """Convert the scores of masks from one metric to another; for expected scores, this is an approximation."""
     return scores if metric == wanted else METRICS[wanted].from_dice(METRICS[metric].to_dice(scores))

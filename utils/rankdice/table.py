@@ -1,7 +1,7 @@
 """The best volume of rows given as tables: probabilities in descending order, and how many pixels have each.
 
-A table holds a whole row (sorted, or as counts of its values), or the pixels around the cut of the best mask. Then the
-other pixels enter through their power sums.
+A table holds a whole row (sorted, or as counts of its values), or only the pixels near the cut of the best mask. In the
+second case, power sums replace the other pixels.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.nn.functional import pad
 
 from .integral import LAGUERRE_SPAN, ORDERS, Goal, Window, integrate
 
-CPU = {"cpu"}  # where the host need not wait for results, and work is split to fit the cache
+CPU = {"cpu"}  # devices where reading a result is cheap and work is split to fit the cache
 CACHE = 1 << 17  # float64 values that fit in a core's cache
 TIE = 1e-14  # relative: if scores differ less, the smallest volume is chosen
-SERIES_RATE = 80.0  # in rows with a smaller mean volume, the most probable pixels are taken one by one
+SERIES_RATE = 80.0  # in rows with a smaller mean volume, the most probable pixels are handled one by one
 ONE_BY_ONE = 96
-MOST_PADDED = 1 << 13  # if padded tables or windows of rows are larger in all, rows of about the same size go together
-NODE_BYTES = 5 * 8  # of a volume at one node
+MOST_PADDED = 1 << 13  # if padded tables or windows take more in total, only rows of similar size are solved together
+NODE_BYTES = 5 * 8  # working memory of one volume at one node
 
 
 class Table(NamedTuple):
@@ -56,7 +56,7 @@ class Table(NamedTuple):
 
 
 def alike(costs: Mapping[int, float], device: torch.device) -> list[list[int]]:
-    """Return groups of rows with about the same cost; a GPU takes all: there, waiting costs more than padding."""
+    """Group rows of similar cost; on a GPU, one group of all rows, because waiting costs more than padding."""
     if device.type not in CPU or len(costs) * max(costs.values(), default=0) <= MOST_PADDED:
         return [list(costs)] if costs else []
     groups: dict[int, list[int]] = {}
@@ -74,8 +74,8 @@ def best_volumes(table: Table, goal: Goal, budget: int) -> Tensor:
     """Find the best volume of each row with about ``budget`` bytes of working memory.
 
     Returns:
-        float64 ``(R, 3)``: the volume; the smallest probability in the mask, ``inf`` where no pixel of the table is in
-        it; the score.
+        float64 ``(R, 3)``: the volume; the smallest probability in the mask, ``inf`` if the mask has no pixel of the
+        table; the score.
     """
     device, count = table.values.device, table.values.shape[0]
     first, last, slow, fast = _candidates(table, goal)
@@ -129,7 +129,7 @@ def _candidates(table: Table, goal: Goal) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def _window(table: Table, first: Tensor, width: int, base: Tensor, span: float) -> tuple[Tensor, Window]:
-    """Return ``width`` volumes more than ``first``, pixel by pixel: their columns in the table, and the window."""
+    """Return the window of the volumes ``first`` to ``first + width``, and their columns in the table."""
     volume = first + torch.arange(width + 1, device=first.device)
     run = torch.searchsorted(table.volumes, volume).clamp_(max=table.values.shape[1] - 1)
     own = table.values.gather(1, run)
