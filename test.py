@@ -229,10 +229,8 @@ def shared_with_training(config: Config, loader: Any) -> str | None:
     for stage, component in (("train", light.train_loader), ("val", light.val_loader)):
         if component is None:
             continue
-        # Only the list of files is needed: these arguments would read the files at once.
-        costly = {"cache": "ram", "sampler": "weighted", "mean": "auto", "std": "auto"}
-        component.args |= {name: None for name, value in costly.items() if component.args.get(name) == value}
-        component.args["num_workers"] = 0
+        component.args = dataloaders.list_only(component.type, component.args)
+        component.args |= {name: None for name in ("mean", "std") if component.args.get(name) == "auto"}
         with suppress(UserError):  # the other data need not be here
             other = building.build_loader(dataloaders.build, light, stage)
             found.append(leaks.common_images(f"{stage}_loader and test_loader", other, loader))

@@ -38,6 +38,14 @@ LOADERS = Loaders(
 )
 
 
+def list_only(type: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of a loader that lists the same samples, but does not read all files or start processes."""
+    light = args | {"num_workers": 0}
+    if LOADERS[type].layout:  # files, which these arguments would read at once
+        light |= {"cache": None} | ({"sampler": None} if args.get("shuffle") else {})
+    return light
+
+
 def build(type: str, **args: Any) -> BaseDataLoader:
     """Return a loader of the named data set; ``loader.dataset`` has the class facts.
 

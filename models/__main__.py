@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from models import MODELS
+from utils.cli import Parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(prog="python -m models", description=__doc__)
+    parser.add_argument("models", nargs="*", help=f"models to measure (default: all): {', '.join(MODELS)}")
+    parser.add_argument("--size", type=int, default=512, help="height and width of the image (default: 512)")
+    parser.add_argument("--classes", type=int, default=21, help="number of classes (default: 21)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="number of forward passes; the fastest one counts (default: 3)"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # the imports below take seconds; --help and wrong options must not wait for them
+
 import torch
 
-from models import MODELS
 from models.cost import Cost, measure
-from utils.cli import Parser
 from utils.errors import plural, run
 from utils.predict.network import choose_device
 
@@ -51,16 +70,8 @@ def line(name: str, args: dict[str, Any], cost: Cost) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and print the table."""
-    parser = Parser(prog="python -m models", description=__doc__)
-    parser.add_argument("models", nargs="*", help=f"models to measure (default: all): {', '.join(MODELS)}")
-    parser.add_argument("--size", type=int, default=512, help="height and width of the image (default: 512)")
-    parser.add_argument("--classes", type=int, default=21, help="number of classes (default: 21)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default: cpu)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="number of forward passes; the fastest one counts (default: 3)"
-    )
-    options = parser.parse_args(argv)
+    """Print the table."""
+    options = parse_arguments(argv)
     choose_device(options.device)  # one that cannot be used is an error before the table
     names = [MODELS.canonical(name) for name in options.models] or [n for n in MODELS if n != "External"]
 

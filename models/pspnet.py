@@ -62,8 +62,8 @@ class PSPNet(PyramidSceneParsing):
 
     Args:
         backbone: resnet18, resnet34, resnet50, resnet101, resnet152, or timm:NAME.
-        stem: "deep" or "torchvision" (7x7), of a ResNet; None: the published one of the backbone.
         use_aux: in training, also return the logits of the auxiliary head on the last stage but one.
+        stem: "deep" or "torchvision" (7x7), of a ResNet; None: the published one of the backbone.
         published: as in the predecessors' code, the logits are resized without aligned corners, the pyramid with them.
     """
 
@@ -82,8 +82,8 @@ class PSPNet(PyramidSceneParsing):
         in_channels: int = 3,
         backbone: str = "resnet152",
         pretrained: bool | str = False,
-        stem: str | None = None,
         use_aux: bool = True,
+        stem: str | None = None,
         published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,

@@ -15,11 +15,33 @@ import os
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from utils.cli import MODES, Parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(
+        prog="python -m utils.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-m", "--model", required=True, help="checkpoint, such as saved/.../best_model.pth")
+    parser.add_argument("-mo", "--mode", choices=MODES, help="default: predict.mode")
+    parser.add_argument("-d", "--device", help="cpu, cuda, or a GPU's number (default: the GPU if there is one)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve at; 0.0.0.0 lets other machines open the page (default: 127.0.0.1)",
+    )
+    parser.add_argument("--port", type=int, default=7860, help="default: 7860")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # the imports below take seconds; --help and wrong options must not wait for them
+
 import cv2
 import numpy as np
 import torch
 
-from utils.cli import MODES, Parser
 from utils.errors import UserError, not_installed, plural, run
 from utils.facts import Facts
 from utils.images.palette import displayable, overlay
@@ -46,19 +68,7 @@ class Comparison(NamedTuple):
 
 def main() -> int:
     """Serve the page until Ctrl-C."""
-    parser = Parser(
-        prog="python -m utils.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-m", "--model", required=True, help="checkpoint, such as saved/.../best_model.pth")
-    parser.add_argument("-mo", "--mode", choices=MODES, help="default: predict.mode")
-    parser.add_argument("-d", "--device", help="cpu, cuda, or a GPU's number (default: the GPU if there is one)")
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to serve at; 0.0.0.0 lets other machines open the page (default: 127.0.0.1)",
-    )
-    parser.add_argument("--port", type=int, default=7860, help="default: 7860")
-    args = parser.parse_args()
+    args = parse_arguments()
     check_gradio()
     predictor = Predictor(args.model, mode=args.mode, device=args.device)
     try:

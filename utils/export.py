@@ -27,36 +27,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.export import Dim
-
-from utils.checkpoint import LoadedModel, load_model
 from utils.cli import Parser, add_overrides, add_trust
-from utils.errors import UserError, not_installed, run
-from utils.files import atomic, expand
-from utils.predict import PredictOptions
-from utils.predict.network import Network
 
-Runner = Callable[[np.ndarray], np.ndarray]
-
-STEPS = ("trace the network", "write the file", "compare its outputs with those of PyTorch")
-SECONDS_OF_SILENCE = 20.0
-DEFERRED = "prefer_deferred_runtime_asserts_over_guards"  # an argument of torch.export.export since torch 2.9
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
-# One more than a multiple of 32: no level of a network divides evenly, so every resize in it is traced as one.
-TRACED_SIZE = (2, 97, 161)
-CHECKED_SIZES = ((1, 64, 96), (3, 97, 130), (2, 161, 224))
-SMALLEST_SIDE, LARGEST_SIDE, LARGEST_BATCH = 64, 16384, 1024
-# What float32 rounding may change: a little of the result, or of the size of the logits that it is made from.
-TOLERANCE, TOLERANCE_OF_LOGITS = 1e-3, 1e-5
 
 
-def main() -> int:
-    """Read the command line and export."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = Parser(
         prog="python -m utils.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,7 +44,42 @@ def main() -> int:
     parser.add_argument("--logits", action="store_true", help="return logits instead of probabilities")
     add_overrides(parser)
     add_trust(parser)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parse_arguments()  # the imports below take seconds; --help and wrong options must not wait for them
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim
+
+from utils.checkpoint import LoadedModel, load_model
+from utils.errors import UserError, not_installed, run
+from utils.files import atomic, expand
+from utils.predict import PredictOptions
+from utils.predict.network import SMALLEST_SIDE, Network
+
+Runner = Callable[[np.ndarray], np.ndarray]
+
+STEPS = ("trace the network", "write the file", "compare its outputs with those of PyTorch")
+SECONDS_OF_SILENCE = 20.0
+DEFERRED = "prefer_deferred_runtime_asserts_over_guards"  # an argument of torch.export.export since torch 2.9
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
+# One more than a multiple of 32: no level of a network divides evenly, so every resize in it is traced as one.
+TRACED_SIZE = (2, 97, 161)
+CHECKED_SIZES = ((1, 64, 96), (3, 97, 130), (2, 161, 224))
+# torch.export takes a size of 1 for a constant, so five halvings of the smallest side must leave two pixels.
+SMALLEST_TRACED, LARGEST_TRACED, LARGEST_BATCH = 2 * SMALLEST_SIDE, 16384, 1024
+# What float32 rounding may change: a little of the result, or of the size of the logits that it is made from.
+TOLERANCE, TOLERANCE_OF_LOGITS = 1e-3, 1e-5
+
+
+def main() -> int:
+    """Export a checkpoint."""
+    args = parse_arguments()
     output = expand(args.output or Path(args.model).with_suffix(SUFFIXES[args.format]))
     if output.suffix != SUFFIXES[args.format]:
         raise UserError(f"--output {output}: a file of format {args.format} is named {SUFFIXES[args.format]}")
@@ -240,8 +252,8 @@ def _trace(deployed: nn.Module, channels: int):
     batch, height, width = TRACED_SIZE
     free = {
         0: Dim("batch", min=1, max=LARGEST_BATCH),
-        2: Dim("height", min=SMALLEST_SIDE, max=LARGEST_SIDE),
-        3: Dim("width", min=SMALLEST_SIDE, max=LARGEST_SIDE),
+        2: Dim("height", min=SMALLEST_TRACED, max=LARGEST_TRACED),
+        3: Dim("width", min=SMALLEST_TRACED, max=LARGEST_TRACED),
     }
     # Networks compare sizes to skip a resize that would change nothing. The traced program always resizes, which is
     # correct for every size. But torch cannot always prove the comparison for pooled sizes, and adds an assertion to

@@ -23,9 +23,7 @@ def rehearse(config: Config) -> None:
     light = config.model_copy(deep=True)
     for component in (light.train_loader, light.val_loader, light.test_loader):
         if component is not None:
-            component.args |= {"num_workers": 0}
-            if dataloaders.LOADERS[component.type].layout:  # files, which these arguments would read at once
-                component.args |= {"cache": None} | ({"sampler": None} if component.args.get("shuffle") else {})
+            component.args = dataloaders.list_only(component.type, component.args)
     train = building.build_loader(dataloaders.build, light, "train")
     others = {}
     for stage in ("val", "test"):

@@ -24,7 +24,7 @@ from utils.predict import Activation, probabilities, tiling
 
 # trainer.amp of the config -> the dtype of autocast.
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Networks with five halvings have no pixels left of a smaller image, so smaller images are padded.
+# Smaller images are padded: after five halvings, nothing would be left of them.
 SMALLEST_SIDE = 32
 # Of mode multiscale.
 SCALES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
