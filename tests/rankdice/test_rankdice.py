@@ -242,16 +242,21 @@ def test_cuts_hold_for_larger_rows(metric: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("guess", [0.0, 0.01, 0.3, 0.9, 2.0])
 def test_a_wrong_guess_costs_time_only(metric: str, guess: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever cut the sample suggests, the best one is among the pixels that are looked at."""
+    """Whatever cut and mean volume the sample suggests, the best cut is among the pixels that are looked at."""
     probs = torch.cat([smooth_maps(1, 3, 75, 75).flatten(2), odd_rows(5625)], 1)
     expected = rank_dice(probs, metric, prune=None)
     check_masks(probs, expected)
-    monkeypatch.setattr(exact, "_cut_of_sample", lambda rows: torch.full((rows.shape[0], 1), guess))
-    found = rank_dice(probs, metric, prune=None)
-    # Power sums stand for more or fewer pixels now: the scores differ a little more.
-    assert torch.allclose(found.scores, expected.scores, rtol=1e-9, atol=0)
-    assert torch.equal(found.volumes, expected.volumes)
-    assert torch.equal(found.masks, expected.masks)
+    for mean in (0.0, 3e3, 1e9):
+
+        def estimate(rows: torch.Tensor, mean: float = mean) -> tuple[torch.Tensor, torch.Tensor]:
+            return rows.new_full((len(rows), 1), guess), rows.new_full((len(rows), 1), mean)
+
+        monkeypatch.setattr(exact, "_estimate", estimate)
+        found = rank_dice(probs, metric, prune=None)
+        # Power sums stand for more or fewer pixels now: the scores differ a little more.
+        assert torch.allclose(found.scores, expected.scores, rtol=1e-9, atol=0)
+        assert torch.equal(found.volumes, expected.volumes)
+        assert torch.equal(found.masks, expected.masks)
 
 
 @pytest.mark.parametrize("metric", METRICS)

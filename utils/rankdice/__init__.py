@@ -22,7 +22,7 @@ from . import approximations, exact
 from .integral import Goal
 from .label_map import Classes, ascend, check_classes
 from .scores import METRICS, SOLVERS, Metric, Score, Solver, converted
-from .table import CPU, Table, best_volumes, empty_scores
+from .table import CPU, Table, best_volumes, chosen, empty_scores
 
 __all__ = ["METRICS", "SOLVERS", "Metric", "Options", "RankDice", "Score", "Solver"]
 __all__ += ["converted", "label_map", "rank_counts", "rank_dice"]
@@ -167,7 +167,7 @@ def _solve(rows: Tensor, highest: Tensor, masks: Tensor, options: Options, max_b
     for first in range(0, len(active), step):
         names = active[first : first + step]
         which = slice(first, first + step) if len(active) == count else torch.tensor(names, device=rows.device)
-        some, own = rows[which], masks[which]
+        some, own = chosen(rows, which), chosen(masks, which)
         if options.solver == "exact":
             found[which] = exact.solve(some, own, options.goal, max_bytes)
         else:

@@ -9,6 +9,7 @@ The sample affects the time, never the result.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,10 +20,11 @@ from torch.nn.functional import pad
 
 from . import table as tables
 from .integral import ORDERS, Goal
-from .table import CPU, ONE_BY_ONE, Table, alike, best_volumes, draw, pick, powers
+from .table import CPU, ONE_BY_ONE, Table, alike, best_volumes, chosen, draw, pick, powers
 
-FAR_ORDERS = 4  # power sums that stand for pixels outside a table, which have p < m / FAR_RATE at a decay rate m
-FAR_RATE = 600.0  # so that they leave out less than 4! / FAR_RATE^4 of the score
+# So many power sums stand for pixels outside a table, which have p < m / rate at a decay rate m: they leave out less
+# than n! / rate^n = 2e-10 of the score.
+FAR_ORDERS = {2: 1e5, 3: 3300.0, 4: 600.0, 5: 230.0}
 BLOCK = 32
 SORTED_PIXELS = 5000  # rows of at most this many pixels are sorted
 SORT_BYTES = 170  # of a pixel while its row is sorted and solved
@@ -65,7 +67,7 @@ def solve(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
     crowded = torch.tensor([row for row in range(count) if row not in sizes], dtype=torch.int64)
     for part in crowded.split(max(1, budget // (SORT_BYTES * width))) if len(crowded) else ():
         own = masks.new_zeros(part.numel(), width)
-        best[part] = solve_sorted(rows[part], own, goal, budget)
+        best[part] = solve_sorted(chosen(rows, part), own, goal, budget)
         masks[part] = own
     for row in best[:, 1].isinf().nonzero().view(-1).tolist():  # the mask consists of the pixels above the table
         best[row, 1] = torch.where(masks[row], rows[row], torch.inf).amin()
@@ -107,7 +109,7 @@ class _Survey(NamedTuple):
     """What the passes over the map found: one row each, float64 ``(R, 1)`` unless stated otherwise.
 
     Attributes:
-        total: power sums of all pixels, ``(R, ORDERS)``, 0 above ``FAR_ORDERS``.
+        total: power sums of all pixels, ``(R, ORDERS)``, 0 above the ``FAR_ORDERS`` that were needed.
         above: number and power sums of the pixels with ``p > cut``, ``(R, 1 + ORDERS)``.
         cut: the estimated cut of the best mask.
         needed: how many pixels must be in ``place`` because ``low`` alone proves nothing; else 0.
@@ -126,27 +128,32 @@ class _Survey(NamedTuple):
 def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
     """Find the pixels among which the best mask is cut, and draw the pixels above the estimated cut."""
     count, width = rows.shape
-    guess = _cut_of_sample(rows)
+    guess, mean = _estimate(rows)
     total, above = (rows.new_zeros(count, n, dtype=torch.float64) for n in (ORDERS, 1 + ORDERS))
-    room = _Room(rows)
+    # The orders depend on the row alone: a batch must give the scores of single rows.
+    orders = [next((n for n, rate in FAR_ORDERS.items() if m > rate), max(FAR_ORDERS)) for m in mean.view(-1).tolist()]
+    kept = torch.tensor([[float(n < own) for n in range(max(FAR_ORDERS))] for own in orders], dtype=torch.float64)
+    rate = torch.tensor([[FAR_ORDERS[own]] for own in orders])
     for some, first, part in _pieces(rows):
-        sums = room.power_sums(part)
-        total[some, :FAR_ORDERS].add_(sums)
+        most = max(orders[some])
+        sums = ROOM.power_sums(part, most)
+        total[some, :most].addcmul_(sums, kept[some, :most])
         near, blocks = _near(part, guess[some], sums, part.shape[1])
-        over = room.exceeds(near, guess[some])
+        over = ROOM.exceeds(near, guess[some])
         mine = masks[some, first : first + part.shape[1]]
         if blocks is None:
             mine.copy_(over)
         else:
             mine.view(-1, BLOCK)[blocks] = over.bool().view(-1, BLOCK)
-        above[some, : 1 + FAR_ORDERS].add_(torch.cat([over.sum(1, keepdim=True), room.power_sums(over.mul_(near))], 1))
+        above[some, :1].add_(over.sum(1, keepdim=True))
+        above[some, 1 : 1 + most].addcmul_(ROOM.power_sums(over.mul_(near), most), kept[some, :most])
     cut = guess.double()
-    low, high, needed = _limits(total, above, cut, goal)
+    low, high, needed = _limits(total, above, cut, rate, goal)
     low, high = low.to(guess.dtype), high.to(guess.dtype)
     found = []
     for some, first, part in _pieces(rows):
         near, blocks = _near(part, low[some], total[some], width)
-        spot = _places(room.exceeds(near, low[some]).sub_(room.exceeds(near, high[some], 3)).bool().view(-1))
+        spot = _places(ROOM.exceeds(near, low[some]).sub_(ROOM.exceeds(near, high[some], 3)).bool().view(-1))
         spot = spot if blocks is None else blocks[spot // BLOCK] * BLOCK + spot % BLOCK
         found.append(spot + (some.start * width + first))
     place = found[0] if len(found) == 1 else torch.cat(found)
@@ -154,8 +161,11 @@ def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
     return _Survey(total, above, cut, needed, place, ends.unsqueeze(1))
 
 
-def _limits(total: Tensor, above: Tensor, cut: Tensor, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
-    """Return probabilities around ``cut`` between which the best mask is cut, and ``_Survey.needed``."""
+def _limits(total: Tensor, above: Tensor, cut: Tensor, rate: Tensor, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
+    """Return probabilities around ``cut`` between which the best mask is cut, and ``_Survey.needed``.
+
+    ``rate`` is that of the power sums (:data:`FAR_ORDERS`).
+    """
     mean, variance = total[:, :1], total[:, :1] - total[:, 1:2]
     volume, mass = above[:, :1], above[:, 1:2]
     sized = mean + goal.smooth if goal.smooth else mean
@@ -165,7 +175,7 @@ def _limits(total: Tensor, above: Tensor, cut: Tensor, goal: Goal) -> tuple[Tens
     few = ((least * sized - 1 + goal.smooth) / 2).clamp_(min=goal.smooth or 1)
     low = goal.half(least) - below
     high = goal.half(goal.most(sized, volume, mass, cut)) + goal.margins(sized, variance, few)[1]
-    far = mean / FAR_RATE
+    far = mean / rate
     small = far < 1  # the table must hold all pixels that are to be taken one by one
     least_low = (total[:, 1:2] / mean * FAINT).minimum(far).clamp_(max=WEAK) * small
     needed = ((mean + sized) / least).masked_fill_(low >= least_low, 0)  # so many pixels score less than `least`
@@ -176,12 +186,13 @@ def _limits(total: Tensor, above: Tensor, cut: Tensor, goal: Goal) -> tuple[Tens
 
 def _table(rows: Tensor, found: _Survey, which: Tensor | slice, size: int) -> tuple[Table, Tensor, Tensor]:
     """Return the tables of some rows, the places of their pixels in the map, and whether these are above ``cut``."""
-    total, above, cut = found.total[which], found.above[which], found.cut[which]
-    start, end = found.ends[:-1][which], found.ends[1:][which]
+    total, above, cut, start, end = (
+        chosen(part, which) for part in (found.total, found.above, found.cut, found.ends[:-1], found.ends[1:])
+    )
     spot = start + torch.arange(max(size, 1))
     place = found.place if found.place.numel() else found.place.new_zeros(1)
-    place = place[spot.clamp(max=place.numel() - 1)]
-    values, order = (rows.view(-1)[place] * (spot < end)).sort(dim=1, descending=True, stable=True)
+    place = place.take(spot.clamp(max=place.numel() - 1))
+    values, order = (rows.take(place) * (spot < end)).sort(dim=1, descending=True, stable=True)
     values = pad(values.double(), (1, 1))
     over, each = values > cut, powers(values)
     counts = torch.stack([over, values > 0], 1).double()
@@ -205,8 +216,11 @@ def _sample(width: int) -> Tensor:
     return steps * stretch + steps * 40503 % 65536 * stretch // 65536
 
 
-def _cut_of_sample(rows: Tensor) -> Tensor:
-    """Estimate the probability above which one more pixel raises the leading term of the score, ``(R, 1)``."""
+def _estimate(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimate the probability above which one more pixel raises the leading term, and the mean volume, ``(R, 1)``.
+
+    The mean volume is rather too small than too large.
+    """
     sample = rows.index_select(1, _sample(rows.shape[1]))
     sample = sample if sample.element_size() > 2 else sample.float()
     base, over = sample.sum(1, keepdim=True), torch.empty_like(sample)
@@ -215,7 +229,7 @@ def _cut_of_sample(rows: Tensor) -> Tensor:
         torch.gt(sample, cut, out=over)
         weight = over.sum(1, keepdim=True) + base
         cut = over.mul_(sample).sum(1, keepdim=True) / weight
-    return cut
+    return cut, base * (0.9 * rows.shape[1] / sample.shape[1])
 
 
 def _pieces(rows: Tensor, size: int = CACHE_PIXELS) -> Iterator[tuple[slice, int, Tensor]]:
@@ -229,27 +243,33 @@ def _pieces(rows: Tensor, size: int = CACHE_PIXELS) -> Iterator[tuple[slice, int
             yield some, first, part if part.element_size() > 2 else part.float()
 
 
-class _Room:
-    """Memory for pieces of a map, reused because allocating new memory takes longer than the sums."""
+class _Room(threading.local):
+    """Memory for pieces of a map, 6 MB per thread, kept because allocating new memory takes longer than the sums."""
 
-    def __init__(self, rows: Tensor) -> None:
-        size = min(CACHE_PIXELS, rows.numel())
-        dtype = rows.dtype if rows.element_size() > 2 else torch.float32
-        self.parts = [rows.new_empty(size, dtype=kind) for kind in (torch.float64, torch.float64, dtype, dtype)]
+    def __init__(self) -> None:
+        self.parts: dict[tuple[torch.dtype, int], Tensor] = {}
 
-    def like(self, values: Tensor, which: int) -> Tensor:
-        """Return one of the parts in the shape of ``values`` (0 and 1 are float64, 2 and 3 have the map's dtype)."""
-        return self.parts[which][: values.numel()].view(values.shape)
+    def like(self, values: Tensor, dtype: torch.dtype, which: int) -> Tensor:
+        """Return memory in the shape of values, the same for the same dtype and ``which``."""
+        if (dtype, which) not in self.parts or self.parts[dtype, which].numel() < values.numel():
+            self.parts[dtype, which] = values.new_empty(max(CACHE_PIXELS, values.numel()), dtype=dtype)
+        return self.parts[dtype, which][: values.numel()].view(values.shape)
 
     def exceeds(self, values: Tensor, cut: Tensor, which: int = 2) -> Tensor:
         """Return 1 where values are above the cut, else 0, in their dtype (faster than bool)."""
-        return torch.gt(values, cut, out=self.like(values, which))
+        return torch.gt(values, cut, out=self.like(values, values.dtype, which))
 
-    def power_sums(self, values: Tensor) -> Tensor:
-        """Return the power sums ``(R, FAR_ORDERS)``, float64."""
-        wide = self.like(values, 0).copy_(values)
-        square = torch.mul(wide, wide, out=self.like(values, 1))
-        return torch.stack([wide.sum(1), square.sum(1), wide.mul_(square).sum(1), square.square_().sum(1)], 1)
+    def power_sums(self, values: Tensor, orders: int) -> Tensor:
+        """Return the power sums ``(R, orders)``, float64."""
+        power = wide = self.like(values, torch.float64, 0).copy_(values)
+        sums = [wide.sum(1)]
+        for _ in range(1, orders):
+            power = torch.mul(power, wide, out=self.like(values, torch.float64, 1))
+            sums.append(power.sum(1))
+        return torch.stack(sums, 1)
+
+
+ROOM = _Room()
 
 
 def _near(part: Tensor, low: Tensor, total: Tensor, width: int) -> tuple[Tensor, Tensor | None]:

@@ -21,7 +21,7 @@ CACHE = 1 << 17  # float64 values that fit in a core's cache
 TIE = 1e-14  # relative: if scores differ less, the smallest volume is chosen
 SERIES_RATE = 80.0  # in rows with a smaller mean volume, the most probable pixels are handled one by one
 ONE_BY_ONE = 96
-MOST_PADDED = 1 << 13  # if padded tables or windows take more in total, only rows of similar size are solved together
+MOST_PADDED = 1 << 13  # split tables or windows of rows into groups if this saves more values than that
 NODE_BYTES = 5 * 8  # working memory of one volume at one node
 
 
@@ -56,18 +56,27 @@ class Table(NamedTuple):
 
 
 def alike(costs: Mapping[int, float], device: torch.device) -> list[list[int]]:
-    """Group rows of similar cost; on a GPU, one group of all rows, because waiting costs more than padding."""
-    if device.type not in CPU or len(costs) * max(costs.values(), default=0) <= MOST_PADDED:
-        return [list(costs)] if costs else []
-    groups: dict[int, list[int]] = {}
-    for row, cost in costs.items():
-        groups.setdefault(round(math.log(max(cost, 64), 64)), []).append(row)
-    return list(groups.values())
+    """Return groups of rows with about the same cost; a GPU takes all: there, waiting costs more than padding."""
+    groups, waiting = [], [sorted(costs, key=costs.__getitem__, reverse=True)] if costs else []
+    while waiting:
+        rows = waiting.pop()
+        # Padded to their own largest cost, the rows from i on save so much:
+        saved, i = max(((costs[rows[0]] - costs[row]) * (len(rows) - i), i) for i, row in enumerate(rows))
+        if saved <= MOST_PADDED or device.type not in CPU:
+            groups.append(rows)
+        else:
+            waiting += [rows[:i], rows[i:]]
+    return groups
 
 
 def pick(names: list[int], count: int, device: torch.device) -> Tensor | slice:
     """Return the index of some of ``count`` rows."""
     return slice(None) if len(names) == count else torch.tensor(names, device=device)
+
+
+def chosen(values: Tensor, which: Tensor | slice) -> Tensor:
+    """Return ``values[which]``; ``index_select`` is up to ten times as fast as indexing."""
+    return values.index_select(0, which) if isinstance(which, Tensor) else values[which]
 
 
 def best_volumes(table: Table, goal: Goal, budget: int) -> Tensor:
@@ -85,7 +94,7 @@ def best_volumes(table: Table, goal: Goal, budget: int) -> Tensor:
     for names in alike(costs, device):
         rows = pick(names, count, device)
         width, span = (max(column) for column in zip(*(facts[name] for name in names), strict=True))
-        some = table if len(names) == count else Table(*(part[rows] for part in table))
+        some = Table(*(chosen(part, rows) for part in table))
         wide = span > LAGUERRE_SPAN
         base = slow[rows] if wide else (slow[rows] * fast[rows]).sqrt_()
         run, window = _window(some, first[rows], int(width), base, span if wide else 1.0)
