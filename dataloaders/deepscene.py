@@ -45,9 +45,8 @@ data_dir/                (or freiburg_forest_annotated/ below it)
     def __init__(self, *, ignore_void: bool = False, **common: Any) -> None:
         if ignore_void:
             self.lut = np.array([255, 1, 2, 3, 4, 5])
-        ids = {color: i for i, color in enumerate(self.palette)}
         self._colors = ColorTable(
-            {**ids, _TREE: _VEGETATION},
+            [*((color, i) for i, color in enumerate(self.palette)), (_TREE, _VEGETATION)],
             hint="The colors of Freiburg Forest are listed in dataloaders/labels/deepscene.txt.",
         )
         super().__init__(**common)

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from base.classes import Color
-from dataloaders.prepare.export import Export, Images, Picture, Shape
+from dataloaders.prepare.download import unpack
+from dataloaders.prepare.export import Export, Images, Picture
 from dataloaders.prepare.formats import FORMATS
 from utils.errors import UserError, listed, plural, warn
 from utils.files import write_text
@@ -66,8 +67,7 @@ def run(kind: str, source: Path, out: Path, options: Options) -> None:
         if zipfile.is_zipfile(source):
             if options.link and options.images is None:
                 raise UserError(f"--link: {source} is an archive; unpack it and pass its folder to --from")
-            with zipfile.ZipFile(source) as archive:
-                archive.extractall(folder)
+            unpack(source, Path(folder))
             source = Path(folder)
         _run(kind, source, out, options, Path(unpacked))
 
@@ -85,10 +85,27 @@ def _run(kind: str, source: Path, out: Path, options: Options, unpacked: Path) -
         )
     export.strip_names()
     classes = class_ids(export, options)
-    tally = write(export, classes, out, options)
+    tally = _write_whole(export, classes, out, options)
     print(summary(export, classes, tally, images.missing, out, options.rest))
-    for text in [*similar_names(export, classes), *undecided_turns(tally)]:
+    for text in [*similar_names(export, classes), *undecided_turns(tally), *found_elsewhere(images)]:
         warn(text)
+
+
+def _write_whole(export: Export, classes: dict[str, int], out: Path, options: Options) -> Tally:
+    """Write all files or none: into a hidden folder, whose contents are moved at the end."""
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(dir=out, prefix=".") as part:
+            tally = write(export, classes, Path(part), options)
+            for path in Path(part).iterdir():
+                if (out / path.name).is_dir():
+                    (out / path.name).rmdir()  # an empty folder
+                path.rename(out / path.name)
+        return tally
+    finally:
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
 
 
 def class_ids(export: Export, options: Options) -> dict[str, int]:
@@ -138,6 +155,17 @@ def undecided_turns(tally: Tally) -> list[str]:
     ]
 
 
+def found_elsewhere(images: Images) -> list[str]:
+    """Return a message if images were found by their names only, in other folders than the export says."""
+    if not images.elsewhere:
+        return []
+    name, path = next(iter(images.elsewhere.items()))
+    return [
+        f"{plural(len(images.elsewhere), 'image')} found in a folder with another name than in the export, such as "
+        f"{path} for {name!r}. If they are other images, pass the folder of the right ones with --images"
+    ]
+
+
 def _plain(name: str) -> str:
     return name.strip().strip("_").replace("_", " ").lower()
 
@@ -172,9 +200,14 @@ def _targets(export: Export) -> list[Path]:
         path = picture.image
         name = path.name if stems[picture.split, path.stem] == 1 else f"{path.parent.name}_{path.name}"
         targets.append(Path(picture.split or "train", name) if is_split else Path(name))
-    twice = [target for target, count in Counter(t.with_suffix("") for t in targets).items() if count > 1]
-    if twice:
-        raise UserError(f"two images would both be written as {twice[0]}; rename one of them")
+    taken: dict[Path, Picture] = {}
+    for target, picture in zip(targets, export.pictures, strict=True):
+        place = target.with_suffix("")
+        other = taken.setdefault(place, picture)
+        if other.image == picture.image and other is not picture:
+            raise UserError(f"the export contains {picture.image} twice; remove one of its annotations")
+        if other is not picture:
+            raise UserError(f"{other.image} and {picture.image} would both be written as {place}; rename one of them")
     return targets
 
 
@@ -195,7 +228,7 @@ def _mask(picture: Picture, export: Export, classes: dict[str, int], options: Op
         size = (mask.shape[1], mask.shape[0])
     else:
         size = picture.size or (width, height)
-        mask = _drawn(picture.shapes, size, classes, options, tally)
+        mask = _drawn(picture, size, classes, options, tally)
     if size == (width, height):
         known = picture.ids is not None or picture.size is not None
         if 2 <= orientation <= 8 and (orientation < 5 or width == height or not known):
@@ -210,13 +243,18 @@ def _mask(picture: Picture, export: Export, classes: dict[str, int], options: Op
 
 
 def _drawn(
-    shapes: list[Shape], size: tuple[int, int], classes: dict[str, int], options: Options, tally: Tally
+    picture: Picture, size: tuple[int, int], classes: dict[str, int], options: Options, tally: Tally
 ) -> np.ndarray:
     names = {i: name for name, i in classes.items()}
     rest = 0 if options.rest == "background" else VOID
     mask = np.full(size[::-1], rest, np.uint8)
     drawn = np.zeros(size[::-1], bool)
-    areas = [(label, render(size[1], size[0])) for label, render in shapes]
+    areas = []
+    for label, render in picture.shapes:
+        try:
+            areas.append((label, render(size[1], size[0])))
+        except ValueError as error:
+            raise UserError(f"{picture.image}: a shape of class {label!r} cannot be drawn: {error}") from None
     if options.order == "area":
         areas.sort(key=lambda area: -int(area[1].sum()))
     tally.empty += not areas

@@ -9,6 +9,7 @@ import stat
 import tarfile
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -161,8 +162,11 @@ def unpack(archive: Path, folder: Path) -> None:
         (_unzip if zipfile.is_zipfile(archive) else _untar)(archive, work)
         # Moves the files, also into folders that exist.
         shutil.copytree(work, folder, dirs_exist_ok=True, copy_function=os.replace)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise UserError(f"{archive}: cannot be unpacked ({error}); remove it and run the command again") from error
+    # RuntimeError: it is encrypted; NotImplementedError: a kind of compression that Python does not know.
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"{archive}: cannot be unpacked ({error}); download or export it again and run the command again"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -76,6 +76,7 @@ class Images:
         self.folder, self.unpacked = folder, unpacked  # unpacked: for images that are inside annotation files
         self.files = image_files(folder)
         self.missing: list[str] = []
+        self.elsewhere: dict[str, Path] = {}  # images found in a folder with another name than in the export
         self._by_name: dict[str, list[Path]] = {}
         for path in self.files:
             self._by_name.setdefault(path.name, []).append(path)
@@ -87,36 +88,59 @@ class Images:
             self.missing.append(name)
         return path
 
+    def at(self, name: str, near: Path | None = None) -> Path | None:
+        """Return the file whose path below ``near`` or the folder is ``name``; None if there is none."""
+        for path in (PurePosixPath(name), _plain_path(name)):  # a file's own name may contain % or ?
+            for parent in (near, self.folder):
+                if parent is not None and (parent / path).is_file():
+                    return parent / path
+        return None
+
     def look_for(self, name: str, near: Path | None = None) -> Path | None:
         """Return the file of a name, path or URL in an export; None if there is none.
 
-        It may be a path below ``near`` or the folder. Otherwise the file with this name is used; if there are several,
-        the one whose path shares most with the end of ``name``, preferably below ``near``.
-
-        Raises:
-            UserError: several files match equally well.
+        It may be a path as in :meth:`at`. Otherwise the file with this name is used, see :meth:`closest`; if it lies in
+        a folder with another name than the export says, it is also added to ``elsewhere``.
         """
-        plain = PurePosixPath(unquote(name.partition("?d=")[2] or name.partition("?")[0]).replace("\\", "/"))
-        for parent in (near, self.folder):
-            if parent is not None and (parent / plain).is_file():
-                return parent / plain
+        exact = self.at(name, near)
+        if exact is not None:
+            return exact
+        plain = _plain_path(name)
         # Label Studio adds eight characters and a hyphen to the start of the names of uploaded files.
         candidates = self._by_name.get(plain.name) or self._by_name.get(re.sub(r"^[0-9a-f]{8}-", "", plain.name), [])
         if not candidates:
             return None
-        fits = [len(os.path.commonprefix([path.parts[::-1], plain.parts[::-1]])) for path in candidates]
+        found = self.closest(candidates, name, near)
+        is_relative = len(plain.parts) > 1 and plain.parts[0] != "/" and ":" not in plain.parts[0]
+        if is_relative and plain.parent.name not in ("..", found.parent.name):
+            self.elsewhere[name] = found
+        return found
+
+    @staticmethod
+    def closest(candidates: Sequence[Path], name: str, near: Path | None = None) -> Path:
+        """Return the file whose folders agree most with those of ``name``, preferably below ``near``.
+
+        Raises:
+            UserError: several files match equally well.
+        """
+        folders = _plain_path(name).parent.parts[::-1]
+        fits = [len(os.path.commonprefix([path.parent.parts[::-1], folders])) for path in candidates]
         best = [path for path, fit in zip(candidates, fits, strict=True) if fit == max(fits)]
         if len(best) > 1 and near is not None:
-            inside = [path for path in best if path.is_relative_to(near)]
-            best = inside or best
+            best = [path for path in best if path.is_relative_to(near)] or best
         if len(best) > 1:
             raise UserError(f"{name!r} could be {best[0]} or {best[1]}; pass the folder of the images with --images")
         return best[0]
 
 
+def _plain_path(name: str) -> PurePosixPath:
+    """Return a path or URL in an export as a path."""
+    return PurePosixPath(unquote(name.partition("?d=")[2] or name.partition("?")[0]).replace("\\", "/"))
+
+
 def plain_name(name: object) -> str:
     """Return a class name without blanks around it and with single ones inside; UserError if nothing is left."""
-    plain = " ".join(str(name).split())
+    plain = "" if name is None else " ".join(str(name).split())
     if not plain:
         raise UserError("the export has a class without a name; name it in the labeling tool and export again")
     return plain
@@ -147,7 +171,7 @@ def json_with(source: Path, keys: Sequence[str], what: str) -> Iterator[tuple[Pa
     One at a time, because the files can contain whole images.
     """
     found = False
-    for file in [source] if source.is_file() else sorted(source.rglob("*.json")):
+    for file in [source] if source.is_file() else image_files(source, (".json",)):
         content = read_json(file)
         if isinstance(content, dict) and set(keys) <= set(content):
             found = True
@@ -158,8 +182,9 @@ def json_with(source: Path, keys: Sequence[str], what: str) -> Iterator[tuple[Pa
 
 @contextmanager
 def format_errors(path: Path, what: str) -> Iterator[None]:
-    """Turn errors about missing or wrong contents into a message that ``path`` is not ``what``."""
+    """Turn errors about missing or wrong contents into a message that ``path`` cannot be read as ``what``."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
-        raise UserError(f"{path}: this is not {what}: {type(error).__name__} {error}") from None
+        kind = "" if type(error) is ValueError else f"{type(error).__name__} "
+        raise UserError(f"{path} cannot be read as {what}: {kind}{error}") from None

@@ -15,7 +15,10 @@ _ELLIPSE_POINTS = 64
 
 
 def polygons(rings: Sequence[np.ndarray]) -> Render:
-    """Return a function that renders the union of polygons, each ``(N, 2)`` of x, y."""
+    """Return a function that renders the union of polygons, each ``(N, 2)`` of x, y.
+
+    The function raises ValueError if a coordinate is not finite.
+    """
 
     def render(height: int, width: int) -> np.ndarray:
         area = np.zeros((height, width), bool)
@@ -29,6 +32,8 @@ def polygons(rings: Sequence[np.ndarray]) -> Render:
 def _fill(area: np.ndarray, ring: np.ndarray) -> None:
     """Set the pixels whose centers lie inside a polygon, by the even-odd rule."""
     height, width = area.shape
+    if not np.isfinite(ring).all():
+        raise ValueError("its coordinates are not finite numbers")
     if len(ring) < 3:
         return
     (x, y), (x2, y2) = ring.T, np.roll(ring, -1, axis=0).T

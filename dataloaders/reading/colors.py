@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,17 @@ _SHOWN = 5
 
 
 class ColorTable:
-    """A table from color to class id (or ignore index); the message about unknown colors ends with ``hint``."""
+    """A table from color to class id (or ignore index), given as pairs.
+
+    The message about unknown colors ends with ``hint``.
+    """
 
     _UNKNOWN = 65535
 
-    def __init__(self, ids: Mapping[Color, int], hint: str = "") -> None:
+    def __init__(self, pairs: Iterable[tuple[Color, int]], hint: str = "") -> None:
+        pairs = list(dict.fromkeys(pairs))
+        ids = dict(pairs)
+        self._twice = next(((color, i, ids[color]) for color, i in pairs if ids[color] != i), None)
         self._colors = np.array(list(ids), np.uint8).reshape(-1, 3)
         values = np.array(list(ids.values()), np.int32)
         self._values = values.astype(np.uint8) if values.min() >= 0 and values.max() <= 255 else values
@@ -30,7 +36,17 @@ class ColorTable:
         return {**self.__dict__, "_table": None}
 
     def decode(self, mask: np.ndarray, path: Path | str) -> np.ndarray:
-        """Return ids ``(H, W)`` of an RGB mask, uint8 ``(H, W, 3)``; raise UserError for an unknown color."""
+        """Return ids ``(H, W)`` of an RGB mask, uint8 ``(H, W, 3)``.
+
+        Raises:
+            UserError: the mask contains an unknown color, or one color of the table has two ids.
+        """
+        if self._twice is not None:
+            color, one, other = self._twice
+            raise UserError(
+                f"{path}: it is unclear what its colors mean, because {list(color)} stands for both {one} and {other} "
+                "(class ids, or ignored). Give each class a color of its own"
+            )
         table = self._table
         if table is None:
             table = np.full(1 << 24, self._UNKNOWN, np.uint16)

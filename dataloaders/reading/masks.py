@@ -53,9 +53,9 @@ class MaskReader:
         if len(colors) < self.count:  # one class against an unnamed background
             colors = [(0, 0, 0), *colors]
         self._class_colors = np.array(colors, np.uint8)
-        ids = dict.fromkeys(((r, g, b) for r, g, b in options.ignore_colors or ()), facts.ignore_index)
+        ignored = (((r, g, b), facts.ignore_index) for r, g, b in options.ignore_colors or ())
         self._colors = ColorTable(
-            ids | {color: i for i, color in enumerate(colors)},
+            [*ignored, *((color, i) for i, color in enumerate(colors))],
             f"The palette has {listed(map(list, colors), _SHOWN_COLORS)}: correct `palette` in the loader's args, "
             "or list the colors of unlabeled pixels in `ignore_colors`.",
         )

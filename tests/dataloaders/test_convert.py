@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -546,7 +547,200 @@ def test_images_of_equal_names_and_missing_ones(tmp_path: Path, capsys: pytest.C
     assert "2 images without any annotation: all their pixels are background" in text
     images[0]["file_name"] = "a.jpg"
     with pytest.raises(UserError, match=r"'a.jpg' could be .*a\.jpg or .*a\.jpg; pass the folder"):
-        prepare("coco", write(tmp_path / "a.json", coco(images=images)), tmp_path / "again")
+        prepare("coco", write(tmp_path / "a.json", coco(images=images, annotations=[])), tmp_path / "again")
+
+
+def test_an_image_found_in_another_folder_than_the_export_says_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo(tmp_path / "export/val/a.jpg")
+    images = [{"id": 7, "file_name": "train/a.jpg", "width": 40, "height": 30}]
+    prepare("coco", write(tmp_path / "export/a.json", coco(images=images)), tmp_path / "out")
+    assert "1 image found in a folder with another name than in the export, such as " in capsys.readouterr().err
+    images[0]["file_name"] = "/data/upload/a.jpg"  # the path on another machine
+    prepare("coco", write(tmp_path / "export/a.json", coco(images=images)), tmp_path / "out2")
+    assert "another name" not in capsys.readouterr().err
+
+
+def test_names_of_images_that_look_like_parts_of_urls(tmp_path: Path) -> None:
+    for number, name in enumerate(("a b.jpg", "a%20b.jpg", "what?.jpg")):
+        photo(tmp_path / name, (40 + number, 30))
+    images = [
+        {"id": number, "file_name": name, "width": 41 + number, "height": 30}
+        for number, name in enumerate(("a%20b.jpg", "what?.jpg"))
+    ]
+    prepare("coco", write(tmp_path / "a.json", coco(images=images, annotations=[])), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out/images").iterdir()) == ["a%20b.jpg", "what?.jpg"]
+
+
+def test_files_that_a_mac_adds_to_archives_are_skipped(tmp_path: Path) -> None:
+    photo(tmp_path / "a.jpg")
+    with zipfile.ZipFile(tmp_path / "export.zip", "w") as archive:
+        archive.write(tmp_path / "a.jpg", "a.jpg")
+        archive.writestr("a.json", json.dumps(coco()))
+        for name in ("__MACOSX/._a.json", "__MACOSX/._a.jpg"):
+            archive.writestr(name, b"\0\5\x16\7")
+    prepare("coco", tmp_path / "export.zip", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out/masks").iterdir()] == ["a.png"]
+
+
+def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+    photo(tmp_path / "a.jpg")
+    photo(tmp_path / "b.jpg", (11, 11))
+    images = [
+        {"id": i, "file_name": name, "width": SIZE[0], "height": SIZE[1]} for i, name in ((7, "a.jpg"), (8, "b.jpg"))
+    ]
+    source = write(tmp_path / "a.json", coco(images=images))
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "out", tmp_path / "there"):
+        with pytest.raises(UserError, match=r"b\.jpg is 11 x 11"):
+            prepare("coco", source, out)
+    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "there").iterdir())
+
+
+def test_embedded_images_are_not_replaced_by_others_of_their_name(tmp_path: Path) -> None:
+    stored = base64.b64encode(photo(tmp_path / "photo.png").read_bytes()).decode()
+    content = {"imagePath": "a.png", "imageData": stored, "shapes": [{"label": "square", "points": SQUARE}]}
+    write(tmp_path / "export/one/a.json", content)
+    Image.new("RGB", SIZE, "white").save(photo(tmp_path / "export/two/a.png"))
+    prepare("labelme", tmp_path / "export", tmp_path / "out")
+    with Image.open(tmp_path / "out/images/a.png") as image:
+        assert image.getpixel((0, 0))[:2] == (90, 120)
+
+
+def test_masks_of_cvat_find_their_images_by_folder(tmp_path: Path) -> None:
+    write(tmp_path / "export/labelmap.txt", "background:0,0,0::\nsquare:255,0,0::\n")
+    colors = np.zeros((30, 40, 3), np.uint8)
+    (tmp_path / "export/SegmentationClass/two").mkdir(parents=True)
+    Image.fromarray(colors).save(tmp_path / "export/SegmentationClass/two/a.png")
+    photo(tmp_path / "export/JPEGImages/one/a.jpg", (8, 8))
+    photo(tmp_path / "export/JPEGImages/two/a.jpg")
+    lists = tmp_path / "export/ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_bytes(b"\xef\xbb\xbftwo/a\r\n")
+    prepare("cvat", tmp_path / "export", tmp_path / "out")
+    assert (tmp_path / "out/masks/val/a.png").is_file()
+    photo(tmp_path / "export/JPEGImages/two/a.png")
+    with pytest.raises(UserError, match=r"'two/a' could be .*a\.jpg or .*a\.png"):
+        prepare("cvat", tmp_path / "export", tmp_path / "again")
+
+
+def test_images_of_roboflow_with_equal_names(tmp_path: Path) -> None:
+    write(tmp_path / "train/_classes.csv", "Pixel Value, Class\n0, background\n1, square\n")
+    for number, part in enumerate(("one", "two")):
+        photo(tmp_path / "train" / part / "a.jpg")
+        Image.fromarray(np.full((30, 40), number, np.uint8)).save(tmp_path / "train" / part / "a_mask.png")
+    prepare("roboflow", tmp_path, tmp_path / "out")
+    assert mask(tmp_path / "out", "train/one_a").max() == 0
+    assert mask(tmp_path / "out", "train/two_a").min() == 1
+    photo(tmp_path / "train/one/a.png")
+    with pytest.raises(UserError, match="have the same name apart from the extension"):
+        prepare("roboflow", tmp_path / "train", tmp_path / "again")
+
+
+def coco_of(**changes: Any) -> dict[str, Any]:
+    return coco(annotations=[{"image_id": 7, "category_id": 3, "segmentation": [np.ravel(SQUARE).tolist()], **changes}])
+
+
+_LABELME = {"imagePath": "a.jpg"}
+_STUDIO = {"type": "polygonlabels", "original_width": 40, "original_height": 30}
+_TRIANGLE = [[0, 0], [50, 0], [50, 50]]
+
+
+def brush(code: list[int]) -> dict[str, Any]:
+    return {**_STUDIO, "type": "brushlabels", "value": {"format": "rle", "rle": code, "brushlabels": ["square"]}}
+
+
+def studio(*results: dict[str, Any], **data: str) -> list[dict[str, Any]]:
+    return [{"data": data or {"image": "a.jpg"}, "annotations": [{"result": list(results)}]}]
+
+
+def drawn(labels: list[str], **changes: Any) -> dict[str, Any]:
+    return {**_STUDIO, "value": {"points": _TRIANGLE, "polygonlabels": labels}, **changes}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("coco", coco_of(segmentation={"size": [15, 20], "counts": [10, 20, 270]}), "run-length code is for 20 x 15"),
+        ("coco", coco_of(image_id="7"), "no annotation belongs to an image: their image_id is '7'"),
+        ("coco", coco_of(segmentation=[[float("nan"), 1, 5, 5, 1, 7]]), "a shape of class .* not finite"),
+        ("coco", {**coco(), "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "several categories .* 1"),
+        ("coco", coco(images=[{"id": 7, "file_name": name} for name in "ab"]), "several images have the id 7"),
+        ("labelme", {**_LABELME, "shapes": [{"label": None, "points": SQUARE}]}, "a class without a name"),
+        (
+            "labelme",
+            {**_LABELME, "shapes": [{"label": "a", "shape_type": "mask", "points": SQUARE, "mask": "AAAA"}]},
+            "the mask of a shape is not an image",
+        ),
+        ("label_studio", studio(brush([0, 0, 1, 2, 3])), "a shape of class 'square' cannot be drawn: the code has 258"),
+        ("label_studio", studio(drawn(["square", "inner"])), r"several labels \(square, inner\)"),
+        ("label_studio", studio(drawn(["a"]), drawn(["a"], original_width=80)), "for images of different sizes"),
+        ("label_studio", studio(drawn(["a"]), one="a.jpg", two="b.jpg"), "a task has several images"),
+    ],
+)
+def test_annotations_that_could_be_misread_are_refused(tmp_path: Path, kind: str, content: Any, message: str) -> None:
+    for name in "ab":
+        photo(tmp_path / f"{name}.jpg")
+    with pytest.raises(UserError, match=message):
+        prepare(kind, write(tmp_path / "a.json", content), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_of_labelme_with_another_size_than_its_box(tmp_path: Path) -> None:
+    photo(tmp_path / "a.jpg")
+    stored = base64.b64encode(photo(tmp_path / "mask.png", (20, 20)).read_bytes()).decode()
+    shape = {"label": "a", "shape_type": "mask", "points": [[1, 1], [5, 5]], "mask": stored}
+    with pytest.raises(UserError, match="20 x 20, its box 5 x 5"):
+        prepare("labelme", write(tmp_path / "a.json", {**_LABELME, "shapes": [shape]}), tmp_path / "out")
+
+
+def yolo(folder: Path, line: str, names: str = "names: [a, b]") -> Path:
+    pytest.importorskip("yaml")
+    photo(folder / "images/a.jpg")
+    write(folder / "labels/a.txt", f"{line}\n")
+    write(folder / "data.yaml", names)
+    write(folder / "args.yaml", "lr: 1")  # another file, before it in the alphabet
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("line", "names", "message"),
+    [
+        ("1 .1 .1 .5 .1 .5 .5", "names: {1: a, 2: b}", r"the ids are \[1, 2\], expected 0 to 1"),
+        ("1 .1 .1 .5 .1 .5 .5", "names: [yes, no]", "in quotes"),
+        ("1 .1 .1 .5 .1 .5 .5", "names: ab", "found ab"),
+        ("inf .1 .1 .5 .1 .5 .5", "names: [a, b]", "class inf is not one of the 2"),
+        ("1 5 4 15 4 15 14", "names: [a, b]", "found coordinates up to 15; expected fractions of the image size"),
+        ("1 nan 4 15 4 15 14", "names: [a, b]", "expected fractions of the image size"),
+    ],
+)
+def test_labels_of_yolo_that_could_be_misread_are_refused(tmp_path: Path, line: str, names: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare("yolo", yolo(tmp_path / "export", line, names), tmp_path / "out")
+
+
+def test_class_ids_of_yolo_as_text_are_numbers(tmp_path: Path) -> None:
+    names = "names: {" + ", ".join(f"'{i}': n{i}" for i in range(12)) + "}"
+    prepare("yolo", yolo(tmp_path / "export", "2 .1 .1 .5 .1 .5 .5", names), tmp_path / "out")
+    assert classes(tmp_path / "out")[mask(tmp_path / "out", "a").max()] == "n2"
+    photo(tmp_path / "export/images/a.png")
+    with pytest.raises(UserError, match="have the same label file"):
+        prepare("yolo", tmp_path / "export", tmp_path / "again")
+
+
+def test_archives_that_cannot_be_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.json", json.dumps(coco()))
+    data = (tmp_path / "a.zip").read_bytes()
+    encrypted = bytearray(data)
+    encrypted[6] |= 1
+    encrypted[data.index(b"PK\1\2") + 8] |= 1
+    for broken in (data.replace(b"categories", b"category_s"), bytes(encrypted)):
+        (tmp_path / "a.zip").write_bytes(broken)
+        with pytest.raises(UserError, match=r"a\.zip: cannot be unpacked"):
+            prepare("coco", tmp_path / "a.zip", tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", EXPORTS)

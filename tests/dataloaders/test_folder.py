@@ -406,6 +406,19 @@ def test_unknown_colors_are_reported_with_counts(tmp_path: Path) -> None:
         folder(tmp_path, palette=PALETTE)
 
 
+def test_a_color_of_two_classes_is_refused(tmp_path: Path) -> None:
+    photo(tmp_path / "images/a.jpg")
+    save(tmp_path / "masks/a.png", painted())
+    (tmp_path / "classes.txt").write_text("0 0 0 background\n255 0 0 cell\n255 0 0 dirt\n")
+    for args in (
+        {"classes": "classes.txt"},
+        {"palette": [*PALETTE[:2], PALETTE[1]], "ignore_colors": [VOID, PALETTE[2]]},
+        {"palette": PALETTE, "ignore_colors": [VOID, PALETTE[1]]},
+    ):
+        with pytest.raises(UserError, match=r"a\.png: it is unclear .* stands for both"):
+            folder(tmp_path, **args)
+
+
 def test_colors_are_matched_exactly_not_nearly(tmp_path: Path) -> None:
     photo(tmp_path / "images/a.jpg")
     nearly = painted()
@@ -433,7 +446,7 @@ def test_gray_masks_saved_as_rgb_are_class_ids(tmp_path: Path) -> None:
 def test_color_tables_may_be_used_by_threads_at_once() -> None:
     mask = np.array([(i, j, 7) for i in range(16) for j in range(16)], np.uint8).reshape(16, 16, 3)
     for _ in range(12):
-        table = ColorTable({tuple(color): 1 for color in mask.reshape(-1, 3).tolist()})
+        table = ColorTable((tuple(color), 1) for color in mask.reshape(-1, 3).tolist())
         start = threading.Barrier(4)
 
         def decode(table: ColorTable = table, start: threading.Barrier = start) -> int:
@@ -448,7 +461,7 @@ def test_color_tables_may_be_used_by_threads_at_once() -> None:
 @settings(max_examples=20, deadline=None)
 def test_color_tables_agree_with_a_search_pixel_by_pixel(colors: list[tuple[int, int, int]], seed: int) -> None:
     ids = np.random.default_rng(seed).integers(0, len(colors), (5, 7))
-    table = ColorTable({color: i for i, color in enumerate(colors)})
+    table = ColorTable((color, i) for i, color in enumerate(colors))
     decoded = table.decode(np.array(colors, np.uint8)[ids], "a.png")
     assert np.array_equal(decoded, ids)
 

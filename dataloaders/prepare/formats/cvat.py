@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from itertools import count
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
 from base.classes import read_classes
+from base.text import read_lines
 from dataloaders.prepare import shapes
 from dataloaders.prepare.export import Export, Images, Picture, format_errors, split_of
 from dataloaders.reading.colors import ColorTable
@@ -22,7 +24,7 @@ def read(source: Path, images: Images) -> Export:
     """Read ``annotations.xml``, or a folder with it, or a folder with ``labelmap.txt`` and ``SegmentationClass``."""
     if source.is_dir() and (source / "labelmap.txt").is_file():
         return _masks(source, images)
-    files = [source] if source.is_file() else sorted(source.rglob("*.xml"))
+    files = [source] if source.is_file() else image_files(source, (".xml",))
     if not files:
         raise UserError(f"{source}: found neither annotations.xml nor labelmap.txt; expected an export of CVAT")
     export = Export()
@@ -89,15 +91,15 @@ def _masks(source: Path, images: Images) -> Export:
     folder = source / "SegmentationClass"
     if not folder.is_dir():
         raise UserError(f"{source}: there is no folder SegmentationClass")
-    ids = {color: i for i, color in enumerate(classes.palette)}
-    table = ColorTable(ids, "The colors are those of labelmap.txt.")
+    table = ColorTable(zip(classes.palette, count()), "The colors are those of labelmap.txt.")
     splits: dict[str, str | None] = {}
     for file in sorted((source / "ImageSets" / "Segmentation").glob("*.txt")):
-        splits |= dict.fromkeys(file.read_text("utf-8").splitlines(), split_of(Path(file.name), Path()))
-    by_stem: dict[str, Path] = {}
+        names = (line for _, line in read_lines(file, "--from"))
+        splits |= dict.fromkeys(names, split_of(Path(file.name), Path()))
+    by_stem: dict[str, list[Path]] = {}
     for path in images.files:
         if not path.is_relative_to(folder) and "SegmentationObject" not in path.parts:
-            by_stem.setdefault(path.stem, path)
+            by_stem.setdefault(path.stem, []).append(path)
     export = Export(list(classes.names), [], dict(zip(classes.names, classes.palette, strict=True)))
     for mask in image_files(folder, (".png",)):
         name = mask.relative_to(folder).with_suffix("").as_posix()
@@ -105,14 +107,15 @@ def _masks(source: Path, images: Images) -> Export:
             images.missing.append(name)
             continue
         decoded = partial(_ids, mask, table, len(classes.names))
-        export.pictures.append(Picture(by_stem[mask.stem], ids=decoded, split=splits.get(name)))
+        image = images.closest(by_stem[mask.stem], name)
+        export.pictures.append(Picture(image, ids=decoded, split=splits.get(name)))
     return export
 
 
-def _ids(path: Path, table: ColorTable, count: int) -> np.ndarray:
+def _ids(path: Path, table: ColorTable, classes: int) -> np.ndarray:
     mask = read_mask(path)
     if mask.values.ndim == 3 or mask.palette is not None:
         return table.decode(mask.colors(), path)
-    if mask.values.max(initial=0) >= count:
-        raise UserError(f"{path} contains the value {mask.values.max()}, but labelmap.txt has {count} lines")
+    if mask.values.max(initial=0) >= classes:
+        raise UserError(f"{path} contains the value {mask.values.max()}, but labelmap.txt has {classes} lines")
     return mask.values  # CVAT: gray masks contain the number of the line

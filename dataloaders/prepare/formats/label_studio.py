@@ -9,7 +9,7 @@ import numpy as np
 
 from dataloaders.prepare import shapes
 from dataloaders.prepare.export import Export, Images, Picture, format_errors, read_json
-from utils.errors import UserError
+from utils.errors import UserError, listed
 
 
 def read(source: Path, images: Images) -> Export:
@@ -37,10 +37,14 @@ def _add(export: Export, task: dict[str, Any], images: Images) -> None:
     if len(annotations) > 1:
         export.left_out["further annotation", "of a task (the first is used)"] += len(annotations) - 1
     texts = [value for value in task["data"].values() if isinstance(value, str)]
-    path = next((images.find(text) for text in texts if Path(text.partition("?")[0]).suffix or "?d=" in text), None)
-    if path is None:
+    names = [text for text in texts if Path(text.partition("?")[0]).suffix or "?d=" in text]
+    found = list(dict.fromkeys(path for name in names if (path := images.look_for(name)) is not None))
+    if len(found) > 1:
+        raise ValueError(f"a task has several images ({listed(found, 3)}); export one image per task")
+    if not found:
+        images.missing += names[:1]
         return
-    picture = Picture(path)
+    picture = Picture(found[0])
     for result in annotations[0]["result"]:
         kind = str(result.get("type", "")).removesuffix("labels")
         labels = result.get("value", {}).get(f"{kind}labels")
@@ -48,9 +52,16 @@ def _add(export: Export, task: dict[str, Any], images: Images) -> None:
             export.left_out["result", f"without a labeled area ({result.get('type')})"] += 1
             continue
         if result.get("image_rotation"):
-            raise UserError(f"{path.name} was rotated in Label Studio; export it without rotation, or label it again")
-        picture.size = (int(result["original_width"]), int(result["original_height"]))
-        picture.shapes.append((labels[0], _render(kind, result["value"], *picture.size)))
+            raise UserError(
+                f"{picture.image.name} was rotated in Label Studio; export it without rotation, or label it again"
+            )
+        if len(labels) > 1:
+            raise ValueError(f"an area of {picture.image.name} has several labels ({', '.join(labels)})")
+        size = (int(result["original_width"]), int(result["original_height"]))
+        if size != (picture.size or size):
+            raise ValueError(f"the areas of {picture.image.name} are for images of different sizes")
+        picture.size = size
+        picture.shapes.append((labels[0], _render(kind, result["value"], *size)))
     export.pictures.append(picture)
 
 

@@ -24,7 +24,8 @@ def read(source: Path, images: Images) -> Export:
     for file, content in json_with(source, ("shapes",), "labelme"):
         with format_errors(file, "a labelme file"):
             name, stored = content["imagePath"], content.get("imageData") or ""
-            path = images.look_for(name, file.parent)
+            # With the image inside, a file of the same name in another folder may be another image.
+            path = images.at(name, file.parent) if stored else images.look_for(name, file.parent)
             embedded = path is None and bool(stored)
             if embedded:
                 path = _unpack(stored, name, file, images.unpacked)
@@ -86,8 +87,15 @@ def _render(shape: dict[str, Any], left_out: Counter[tuple[str, str]]) -> shapes
         radius = math.dist(points[0], points[1])
         return shapes.ellipse(points[0][0], points[0][1], radius, radius)
     if kind == "mask":
-        data = Image.open(io.BytesIO(base64.b64decode(shape["mask"])))
-        left, top = np.floor(points.min(axis=0)).astype(int).tolist()
-        return shapes.window(np.asarray(data.convert("L")) > 0, left, top)
+        try:
+            mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(shape["mask"]))).convert("L")) > 0
+        except OSError:
+            raise ValueError("the mask of a shape is not an image") from None
+        (left, top), box = np.floor(points.min(axis=0)).astype(int).tolist(), np.ptp(points, axis=0) + 1
+        if (np.abs(box - mask.shape[::-1]) > 1).any():
+            raise ValueError(
+                f"the mask of a shape is {mask.shape[1]} x {mask.shape[0]}, its box {box[0]:g} x {box[1]:g}"
+            )
+        return shapes.window(mask, left, top)
     left_out["shape", f"without an area ({kind})"] += 1
     return None

@@ -9,7 +9,7 @@ import numpy as np
 
 from base.classes import read_classes
 from dataloaders.prepare.export import Export, Images, Picture, split_of
-from dataloaders.reading.pairing import image_files
+from dataloaders.reading.pairing import image_files, index_files, relative_stem
 from utils.errors import UserError
 from utils.images import read_label
 
@@ -25,7 +25,7 @@ def read(source: Path, images: Images) -> Export:
     for folder in folders:
         names = list(read_classes(folder / _CLASSES).names)
         export.take_classes(names, folder / _CLASSES)
-        files = {path.stem: path for path in image_files(folder)}
+        files = index_files(image_files(folder), relative_stem(folder))
         for stem, path in files.items():
             if stem.endswith(_SUFFIX) and stem.removesuffix(_SUFFIX) in files:
                 continue
