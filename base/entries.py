@@ -139,52 +139,27 @@ def collate(items: Sequence[Sample | Skipped | UserError]) -> Collated:
 
 
 class Cache:
-    """All images and labels of a data set, read once and kept in two buffers that worker processes share.
+    """All images and labels of a data set, read once; worker processes share their memory.
 
     With ``keep_errors``, a UserError is raised when its sample is asked for, otherwise at once.
     """
 
     def __init__(self, read: Callable[[int], tuple[np.ndarray, np.ndarray]], count: int, keep_errors: bool) -> None:
-        def attempt(index: int) -> tuple[np.ndarray, np.ndarray] | str:
+        def attempt(index: int) -> tuple[np.ndarray, np.ndarray] | UserError:
             try:
                 return read(index)
             except UserError as error:
                 if keep_errors:
-                    return str(error)
+                    return error
                 raise
 
-        pairs = list(in_threads(attempt, range(count)))
-        self._errors = {i: pair for i, pair in enumerate(pairs) if isinstance(pair, str)}
-        good = [pair for pair in pairs if not isinstance(pair, str)]
-        self._rows = np.cumsum([not isinstance(pair, str) for pair in pairs]) - 1
-        self._images = _Buffer([pair[0] for pair in good])
-        self._labels = _Buffer([pair[1] for pair in good])
+        self._pairs = list(in_threads(attempt, range(count)))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        if index in self._errors:
-            raise UserError(self._errors[index])
-        row = int(self._rows[index])
-        return self._images[row], self._labels[row]
-
-
-class _Buffer:
-    """Arrays of different shapes and types in one array of bytes."""
-
-    def __init__(self, arrays: list[np.ndarray]) -> None:
-        self._shapes = [a.shape for a in arrays]
-        self._types = [a.dtype.str for a in arrays]
-        # Starts are aligned to 8 bytes, so that arrays of any type can be views.
-        sizes = [-(-a.nbytes // 8) * 8 for a in arrays]
-        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._bytes = np.empty(int(self._starts[-1]), np.uint8)
-        for i, start in enumerate(self._starts[:-1].tolist()):
-            array, arrays[i] = arrays[i], np.empty(0)  # released one by one, so memory never holds everything twice
-            self._bytes[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        shape, dtype = self._shapes[row], np.dtype(self._types[row])
-        start = int(self._starts[row])
-        return self._bytes[start : start + dtype.itemsize * int(np.prod(shape))].view(dtype).reshape(shape)
+        pair = self._pairs[index]
+        if isinstance(pair, UserError):
+            raise UserError(str(pair))
+        return pair
 
 
 def spread(items: Sequence[T], limit: int | None) -> list[T]:

@@ -69,12 +69,7 @@ class PSPNet(PyramidSceneParsing):
 
     published_mark = "initial.1.weight"
     published_classifier = ("master_branch.1.weight", 0)
-    published_names = (
-        (r"initial\.0\.", "backbone.conv1."),
-        (r"initial\.1\.", "backbone.bn1."),
-        (r"layer", "backbone.layer"),
-        *PyramidSceneParsing.published_names,
-    )
+    published_names = (*names.RESNET_PARTS, *PyramidSceneParsing.published_names)
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from base.base_model import BaseModel
 from models.backbones import Needs, encoder
 from models.blocks import init_weights, resize_to
+from models.upstream import names
 
 #: Channels of the decoder's convolutions, from the deepest on; the last is the classifier's input.
 WIDTHS = (192, 128, 96, 64, 48, 32)
@@ -59,12 +60,7 @@ class UNetResnet(BaseModel):
 
     published_mark = "upconv5.weight"
     published_classifier = ("conv7.weight", 0)
-    published_names = (
-        (r"initial\.0\.", "backbone.conv1."),
-        (r"initial\.1\.", "backbone.bn1."),
-        (r"layer", "backbone.layer"),
-        (r"((?:up)?conv[1-6])\.(?=weight|bias)", r"\1.0."),
-    )
+    published_names = (*names.RESNET_PARTS, (r"((?:up)?conv[1-6])\.(?=weight|bias)", r"\1.0."))
 
     def __init__(
         self,

@@ -6,8 +6,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -78,8 +78,8 @@ def run(main: Callable[[], int | None]) -> None:
     if not any(isinstance(handler, _Warnings) for handler in data.handlers):
         data.addHandler(_Warnings(logging.WARNING))
     try:
-        with _interruptible():
-            code = main()
+        _interruptible()
+        code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = USER_ERROR_EXIT_CODE
@@ -101,12 +101,10 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible() -> None:
     """Let Ctrl-C raise KeyboardInterrupt, even if :func:`utils.cli.end_quietly` was called."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
 
 
 def _leave_at_once(code: int) -> NoReturn:

@@ -22,7 +22,6 @@ from utils.images import write_png
 DEFAULT_SAMPLES = 500
 PROBLEMS_EXIT_CODE = 1
 _SHEET_SAMPLES = 12
-_NOT_TAKEN = ("cache", "on_error", "sampler", "num_workers", "drop_last")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -66,8 +65,8 @@ def open_stages(config: Config, stages: tuple[str, ...]) -> Iterator[tuple[str, 
         component = config.loader(stage)
         if component is None or (stage == "test" and config.test_loader is None and "val" in stages):
             continue
-        args = {name: value for name, value in component.args.items() if name not in _NOT_TAKEN}
-        args |= {"on_error": "skip", "num_workers": 0, "seed": config.seed, "ignore_index": config.ignore_index}
+        args = dataloaders.list_only(component.type, component.args) | {"on_error": "skip", "drop_last": False}
+        args |= {"seed": config.seed, "ignore_index": config.ignore_index}
         with loader_errors(f"{stage}_loader"):
             loader = dataloaders.build(component.type, **args)
         yield stage, component, loader

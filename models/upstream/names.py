@@ -29,6 +29,11 @@ RESNET_NAMES: Rules = (
     (r"backbone\.(?:initial|layer0)\.0\.", "backbone.conv1."),
     (r"backbone\.(?:initial|layer0)\.1\.", "backbone.bn1."),
 )
+RESNET_PARTS: Rules = (  # of models that have the parts of their ResNet themselves
+    (r"initial\.0\.", "backbone.conv1."),
+    (r"initial\.1\.", "backbone.bn1."),
+    (r"layer", "backbone.layer"),
+)
 XCEPTION_NAMES: Rules = (
     (r"backbone\.(block\d+)\.skip\.", r"backbone.\1.shortcut.0."),
     (r"backbone\.(block\d+)\.skipbn\.", r"backbone.\1.shortcut.1."),

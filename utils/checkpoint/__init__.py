@@ -40,21 +40,8 @@ from utils.predict import Activation
 from utils.predict.network import Ensemble, Network
 from utils.registry import Registry
 
-__all__ = [
-    "EXTERNAL",
-    "FORMAT",
-    "LoadedModel",
-    "build_model",
-    "config_of",
-    "link",
-    "load_model",
-    "load_weights",
-    "network_of",
-    "read",
-    "remove_leftovers",
-    "save",
-    "start_from",
-]
+__all__ = ["EXTERNAL", "FORMAT", "LoadedModel", "build_model", "config_of", "link", "load_model", "load_weights"]
+__all__ += ["network_of", "read", "remove_leftovers", "save", "start_from"]
 
 FORMAT = 2
 #: The type of ``arch`` that builds networks by code, or from files, outside this project.

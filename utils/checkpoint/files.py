@@ -79,9 +79,7 @@ def read(path: str | Path) -> dict[str, Any]:
     _check_sums(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # the problems that torch warns about are reported as errors below
+            warnings.simplefilter("ignore", UserWarning)  # of problems that are errors below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(_refusal(path, error)) from None

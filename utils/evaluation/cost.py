@@ -72,12 +72,7 @@ def cpu_peak(step: Callable[[], _Result]) -> int | None:
             warnings.simplefilter("ignore")
             profiler = profile(profile_memory=True)
             profiler.__enter__()
-    except (
-        ImportError,
-        AttributeError,
-        TypeError,
-        RuntimeError,
-    ):  # another version of torch, or a profiler that is already running
+    except (ImportError, AttributeError, TypeError, RuntimeError):  # another version of torch, or a profiler is running
         return None
     try:
         kept = step()

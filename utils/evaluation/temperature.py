@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from utils.evaluation import Part
 from utils.evaluation.reliability import pixels
 from utils.facts import Facts
 from utils.predict import Activation, probabilities
+from utils.presence import newton
 
 # Bytes of logits that a fit looks at.
 SAMPLE_BYTES = 2**22
@@ -100,14 +102,20 @@ def fit_temperature(
         raise ValueError("logits: expected at least one pixel with a label, found none")
     if not logits.isfinite().all():
         raise ValueError("logits: expected finite numbers, found some that are not")
+
+    def slope_at(b: float) -> tuple[float, float]:
+        none, weights = torch.zeros(0, dtype=torch.long), torch.tensor([b], dtype=torch.float64)
+        _, gradient, curvature = _terms(logits, target, activation, none, weights)
+        return float(gradient), float(curvature)
+
     low, high = 1 / bounds[1], 1 / bounds[0]
-    if _slope(logits, target, activation, low)[0] >= 0:
+    if slope_at(low)[0] >= 0:
         return bounds[1]
-    if _slope(logits, target, activation, high)[0] <= 0:
+    if slope_at(high)[0] <= 0:
         return bounds[0]
     b = 1 / start if low < 1 / start < high else (low + high) / 2
     for _ in range(60):
-        slope, curvature = _slope(logits, target, activation, b)
+        slope, curvature = slope_at(b)
         low, high = (b, high) if slope < 0 else (low, b)
         following = b - slope / curvature if curvature > 0 else math.nan
         if not low < following < high:
@@ -116,24 +124,6 @@ def fit_temperature(
             break
         b = following
     return 1 / b
-
-
-def _slope(logits: Tensor, target: Tensor, activation: Activation, b: float) -> tuple[float, float]:
-    """Return the first and second derivative by b of the mean negative log-likelihood of ``b * logits``."""
-    first = second = 0.0
-    for z, y in zip(logits.split(2**18), target.split(2**18), strict=True):
-        z = z.double()
-        if activation == "sigmoid" or z.shape[1] == 1:
-            truth = (y == 1)[:, None].double() if z.shape[1] == 1 else torch.zeros_like(z).scatter_(1, y[:, None], 1.0)
-            p = (b * z).sigmoid()
-            first += float((z * (p - truth)).sum())
-            second += float((z.square() * p * (1 - p)).sum())
-            continue
-        p = (b * z).softmax(dim=1)
-        mean = (p * z).sum(dim=1)
-        first += float((mean - z.gather(1, y[:, None])[:, 0]).sum())
-        second += float(((p * z.square()).sum(dim=1) - mean.square()).sum())
-    return first / len(target), second / len(target)
 
 
 def fit_bias(
@@ -154,21 +144,7 @@ def fit_bias(
     weights[0] = 1 / start.temperature
     if start.bias is not None:
         weights[1:] = torch.tensor(start.bias, dtype=torch.float64)[own]
-    lowest, gradient, curvature = _bias_terms(logits, target, activation, own, weights)
-    for _ in range(50):
-        step = torch.linalg.solve(curvature, gradient)
-        found = _bias_terms(logits, target, activation, own, weights - step)
-        for _ in range(30):
-            if found[0] <= lowest:
-                break
-            step = step / 2
-            found = _bias_terms(logits, target, activation, own, weights - step)
-        else:
-            break
-        weights = weights - step
-        lowest, gradient, curvature = found
-        if float(step.abs().max()) < 1e-6:
-            break
+    weights = newton.minimum(partial(_terms, logits, target, activation, own), weights, tolerance=1e-6)
     scale = float(weights[0])
     if not 1 / TEMPERATURES[1] < scale < 1 / TEMPERATURES[0]:
         return None
@@ -176,7 +152,7 @@ def fit_bias(
     return Calibration(1 / scale, tuple(bias.tolist()))
 
 
-def _bias_terms(
+def _terms(
     logits: Tensor, target: Tensor, activation: Activation, own: Tensor, weights: Tensor
 ) -> tuple[float, Tensor, Tensor]:
     """Return the penalized negative log-likelihood, its gradient and its curvature by (1 / temperature, bias)."""
@@ -211,5 +187,5 @@ def _bias_terms(
         curvature[1:, 1:] += square
     count = max(1, len(target))
     gradient[1:] += weights[1:]
-    curvature += torch.eye(len(weights)).double()
+    curvature[1:, 1:] += torch.eye(len(own)).double()
     return (loss + 0.5 * float(weights[1:].square().sum())) / count, gradient / count, curvature / count

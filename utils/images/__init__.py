@@ -18,21 +18,8 @@ from utils.images.labels import Mask, read_label, read_levels, read_mask
 from utils.images.raster import Raster, from_pillow, named_colors
 from utils.images.values import BY_TYPE, Pixels, ValueRange
 
-__all__ = [
-    "BY_TYPE",
-    "IMAGE_EXTENSIONS",
-    "Mask",
-    "Pixels",
-    "ValueRange",
-    "read_image",
-    "read_label",
-    "read_levels",
-    "read_mask",
-    "read_pixels",
-    "to_pixels",
-    "voc_colormap",
-    "write_png",
-]
+__all__ = ["BY_TYPE", "IMAGE_EXTENSIONS", "Mask", "Pixels", "ValueRange", "read_image", "read_label", "read_levels"]
+__all__ += ["read_mask", "read_pixels", "to_pixels", "voc_colormap", "write_png"]
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2", ".npy")
 

@@ -17,14 +17,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.predict import (
-    PROCEDURES,
-    PredictOptions,
-    label_map,
-    single_class,
-    spool,
-    taking_part_in_labels,
-)
+from utils.predict import PROCEDURES, PredictOptions, label_map, single_class, spool, taking_part_in_labels
 from utils.predict.files import label_type, labels_for_png
 from utils.predict.spool import HALF_VALUES, Spool
 from utils.predict.tiling import Block

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from utils import evidence
 from utils.errors import are
+from utils.presence import newton
 from utils.presence.rule import CLIP, SCORE_CENTER, checked, choose, estimate, logit, mean_scores
 
 # Below these limits, nothing is fitted.
@@ -226,29 +227,19 @@ def _fit(rows: _Rows, share: float = 1.0) -> dict[str, Any]:
 
 
 def _logistic(features: Tensor, offset: Tensor, truth: Tensor) -> Tensor:
-    """Return the weights of a logistic regression with a ridge, by Newton steps that are halved if they overshoot."""
-    target = truth.double()
+    """Return the weights of a logistic regression with a ridge."""
+    target, start = truth.double(), torch.zeros(features.shape[1], dtype=torch.float64)
+    ridge = _PRESENCE_RIDGE * torch.eye(len(start), dtype=torch.float64)
 
-    def loss(w: Tensor) -> float:
-        odds = offset + features @ w
+    def terms(weights: Tensor) -> tuple[float, Tensor, Tensor]:
+        odds = offset + features @ weights
+        p = odds.sigmoid()
         entropy = torch.nn.functional.binary_cross_entropy_with_logits(odds, target, reduction="sum")
-        return float(entropy + 0.5 * _PRESENCE_RIDGE * w.square().sum())
-
-    weights = torch.zeros(features.shape[1], dtype=torch.float64)
-    ridge = _PRESENCE_RIDGE * torch.eye(len(weights), dtype=torch.float64)
-    lowest = loss(weights)
-    for _ in range(100):
-        p = (offset + features @ weights).sigmoid()
+        loss = float(entropy + 0.5 * _PRESENCE_RIDGE * weights.square().sum())
         gradient = features.T @ (p - target) + _PRESENCE_RIDGE * weights
-        step = torch.linalg.solve(features.T @ (features * (p * (1 - p)).unsqueeze(1)) + ridge, gradient)
-        while (found := loss(weights - step)) > lowest and float(step.abs().max()) > 1e-12:
-            step = step / 2
-        if found > lowest:
-            break
-        weights, lowest = weights - step, found
-        if float(step.abs().max()) < 1e-10:
-            break
-    return weights
+        return loss, gradient, features.T @ (features * (p * (1 - p)).unsqueeze(1)) + ridge
+
+    return newton.minimum(terms, start, tolerance=1e-10)
 
 
 def _line(scores: Tensor) -> Tensor:

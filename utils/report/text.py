@@ -18,22 +18,9 @@ SUMMARY = [column for column in COLUMNS if column[0] in ON_SCREEN]
 COSTS = ("milliseconds_per_image", "peak_mebibytes")
 # Lines of the protocol that the screen shows; results.json has all of them.
 PROTOCOL = (
-    *(
-        "checkpoint",
-        "probabilities",
-        "model",
-        "loss",
-        "data",
-        "split",
-        "part",
-        "note",
-        "images",
-        "resolution",
-        "image_sizes",
-        "views",
-    ),
-    *("scores", "absent_classes", "ignored_pixels", "classes_of_interest", "temperature", "threshold", "fitted"),
-    "test_loss",
+    *("checkpoint", "probabilities", "model", "loss", "data", "split", "part", "note", "images", "resolution"),
+    *("image_sizes", "views", "scores", "absent_classes", "ignored_pixels", "classes_of_interest", "temperature"),
+    *("threshold", "fitted", "test_loss"),
 )
 
 
