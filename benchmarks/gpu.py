@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import markdown
 from benchmarks.rankdice import TABLE, field_logits, package, race, to_probs
 from benchmarks.training import _silence, make_trainer
 from utils import presence, tables
@@ -300,7 +301,7 @@ def page(result: dict[str, Any]) -> str:
                 cases = value if all(isinstance(case, dict) for case in value.values()) else {"": value}
                 columns = list(dict.fromkeys(column for case in cases.values() for column in case))
                 rows = [[name, *(_cell(case.get(column)) for column in columns)] for name, case in cases.items()]
-                blocks.append(tables.markdown([name, *columns], rows))
+                blocks.append(markdown.table([name, *columns], rows))
             elif value not in (None, []):
                 blocks.append(f"{name}: {_cell(value)}")
     return "\n\n".join(blocks) + "\n"

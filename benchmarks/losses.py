@@ -26,6 +26,7 @@ import torch
 
 import dataloaders
 import models
+from benchmarks import markdown
 from utils import losses, lr_scheduler, optim
 from utils.batch import Normalize
 from utils.evaluation import Decision, Evaluator, evaluate
@@ -176,11 +177,11 @@ def tables(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         [
             "As the networks are:",
             "",
-            *_markdown(["loss", "proper", *last], first),
+            markdown.table(["loss", "proper", *last], first, right=False),
             "",
             "The same networks with a temperature fitted on validation scenes, as `test.py --fit` does:",
             "",
-            *_markdown(["loss", "temperature", *last], second),
+            markdown.table(["loss", "temperature", *last], second, right=False),
         ]
     )
 
@@ -198,10 +199,6 @@ def _gain(scores: Sequence[Mapping[str, Mapping[str, float]]]) -> tuple[str, str
     off = [100 * (s["rankdice"]["Expected_Dice"] - s["rankdice"]["Measured_Dice"]) for s in scores]
     mean_off = statistics.fmean(off)  # nan where every mask is empty and nothing is expected
     return f"{statistics.fmean(gain):+.1f}{spread}", "" if math.isnan(mean_off) else f"{mean_off:+.1f}"
-
-
-def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
 
 
 def caption(recipe: Recipe, seeds: int, device: str) -> str:

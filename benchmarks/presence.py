@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import markdown
 from dataloaders import build
-from utils import presence, tables
+from utils import presence
 from utils.batch import Batch
 from utils.checkpoint import load_model
 from utils.errors import UserError, run
@@ -104,7 +105,7 @@ def main() -> int:
     print(text(result["drives"]))
     if args.checkpoints:
         result["few"] = few_images(drives, [Path(path) for path in args.checkpoints])
-        print("\n" + tables.markdown(*few_table(result["few"])))
+        print("\n" + markdown.table(*few_table(result["few"])))
     if args.json:
         write_text(Path(args.json), json.dumps(result, indent=2) + "\n")
     return 0
@@ -238,9 +239,9 @@ def text(result: dict[str, Any]) -> str:
         for title, d in gains_of(some).items()
     ]
     parts = [
-        tables.markdown(head, body),
-        tables.markdown(["difference of mDice", "points", "95 % interval"], gains),
-        tables.markdown(["label map", "mDice", "data-set mIoU", "accuracy"], maps),
+        markdown.table(head, body),
+        markdown.table(["difference of mDice", "points", "95 % interval"], gains),
+        markdown.table(["label map", "mDice", "data-set mIoU", "accuracy"], maps),
     ]
     return "\n\n".join([*parts, *(f"{name}: {' '.join(one['fit'])}" for name, one in result.items())])
 

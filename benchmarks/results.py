@@ -29,8 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import letters
-from utils import tables
+from benchmarks import letters, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "results.md"
@@ -230,7 +229,7 @@ def score_table(runs: Mapping[str, Sequence[Any]], key: str) -> str:
         [*_heads(name, entries), *(mean(entries, partial(score, procedure=p, key=key)) for p in PROCEDURES)]
         for name, entries in runs.items()
     ]
-    return tables.markdown(["data", "network", "seeds", *PROCEDURES], rows)
+    return markdown.table(["data", "network", "seeds", *PROCEDURES], rows)
 
 
 def difference_table(runs: Mapping[str, Sequence[Any]]) -> str:
@@ -249,7 +248,7 @@ def difference_table(runs: Mapping[str, Sequence[Any]]) -> str:
                 text += f" ({100 * low:+.1f} to {100 * high:+.1f})"
             cells.append(text)
         rows.append(cells)
-    return tables.markdown(["data", "network", "seeds", *(p for p in PROCEDURES if p != "max")], rows)
+    return markdown.table(["data", "network", "seeds", *(p for p in PROCEDURES if p != "max")], rows)
 
 
 def fit_table(runs: Mapping[str, Sequence[Any]]) -> str:
@@ -267,7 +266,7 @@ def fit_table(runs: Mapping[str, Sequence[Any]]) -> str:
         cells.append(f"{statistics.fmean(temperatures):.2f}")
         rows.append(cells)
     parts = [f"{what} {when}" for when in ("before", "after") for what in ("mDice", "expected", "measured", "ECE")]
-    return tables.markdown(["data", "network", "seeds", *parts, "temperature"], rows)
+    return markdown.table(["data", "network", "seeds", *parts, "temperature"], rows)
 
 
 def write_docs(texts: Mapping[str, str], path: Path = DOCS) -> None:

@@ -1,4 +1,4 @@
-"""Tables as text: aligned for a terminal, or Markdown."""
+"""Tables as text, aligned for a terminal."""
 
 from __future__ import annotations
 
@@ -39,9 +39,3 @@ def _block(columns: Sequence[Sequence[str]], widths: Sequence[int], indent: str)
         for row in rows
     )
     return "\n".join((indent + line).rstrip() for line in lines)
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], right: bool = True) -> str:
-    """Return a Markdown table; all columns but the first are right-aligned unless ``right`` is False."""
-    rule = ["---", *(["---:" if right else "---"] * (len(header) - 1))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [list(header), rule, *map(list, rows)])

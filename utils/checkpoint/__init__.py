@@ -29,7 +29,7 @@ from torch import nn
 
 from utils import config as configs
 from utils import finite
-from utils.checkpoint.contents import missing_class_files
+from utils.checkpoint.contents import missing_class_files, section
 from utils.checkpoint.files import link, read, remove_leftovers, save
 from utils.config.published import dead_arguments
 from utils.config.schema import Config
@@ -148,17 +148,15 @@ def _network_in(state: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, A
     """Return the ``arch`` of a file that contains a whole network, with the arguments that the config gives for it."""
     if "network" not in state:
         return None
-    given: Any = raw.get("arch")
-    args = given.get("args") or {} if isinstance(given, Mapping) and given.get("type") == EXTERNAL else {}
+    args = section(raw, "arch", "args") if section(raw, "arch").get("type") == EXTERNAL else {}
     kept = {name: args[name] for name in ("in_channels", "outputs", "size_divisor", "resize") if name in args}
     return {"type": EXTERNAL, "args": {**kept, "file": state["network"]}}
 
 
 def _refuse_code(arch: Any, path: str | Path, trusted: bool) -> None:
-    if trusted or not isinstance(arch, Mapping) or arch.get("type") != EXTERNAL:
+    if trusted or section(arch).get("type") != EXTERNAL:
         return
-    given: Any = arch.get("args")
-    args = given if isinstance(given, Mapping) else {}
+    args = section(arch, "args")
     raise UserError(
         f"{path}: its network is built by code outside this project ({args.get('factory') or args.get('file')}). A "
         "checkpoint alone must not run code. If you trust it, add --trust-code, or pass the config of its run with "
@@ -172,9 +170,7 @@ def network_of(config: str | Path | None) -> str:
     Raises:
         UserError: there is no config, or it does not name one.
     """
-    arch = configs.read(config).get("arch") if config is not None else None
-    args = arch.get("args") if isinstance(arch, Mapping) else None
-    file = args.get("file") if isinstance(args, Mapping) else None
+    file = None if config is None else section(configs.read(config), "arch", "args").get("file")
     if not isinstance(file, str):
         raise UserError("pass a checkpoint, or a --config with arch.args.file, the file of a network")
     return file
@@ -332,7 +328,7 @@ def start_from(model: Any, path: str | Path, class_names: Sequence[str] = ()) ->
     if "network" in state:
         raise UserError(f"{path}: contains a whole network; expected a checkpoint or weights")
     ema = state.get("ema") if "facts" in state else None
-    theirs = dict(state.get("facts") or {}).get("class_names", ())
+    theirs = section(state, "facts").get("class_names", ())
     try:
         done = import_module("models.upstream").transfer(model, ema or state["state_dict"], class_names, theirs)
     except UserError as error:

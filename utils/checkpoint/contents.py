@@ -14,6 +14,13 @@ from utils.files import expand
 _LOADERS = ("test_loader", "val_loader", "train_loader")  # each stands in for those before it
 
 
+def section(raw: Any, *keys: str) -> Mapping[str, Any]:
+    """Return the section that ``keys`` lead to; an empty one if there is none, or something else."""
+    for key in keys:
+        raw = raw.get(key) if isinstance(raw, Mapping) else None
+    return raw if isinstance(raw, Mapping) else {}
+
+
 def malformed(state: Mapping[str, Any]) -> str | None:
     """Return what is malformed in a checkpoint, or None; its contents are used without further checks."""
     for name in ("state_dict", "ema"):
@@ -87,8 +94,7 @@ def missing_class_files(state: Mapping[str, Any], raw: Mapping[str, Any], stages
         raw: content of the config that the checkpoint is used with.
         stages: which loaders are built ("train", "val", "test").
     """
-    facts = state.get("facts")
-    names = facts.get("class_names") if isinstance(facts, Mapping) else None
+    names = section(state, "facts").get("class_names")
     if not isinstance(names, list | tuple):
         return []
     used = {_class_file(state.get("config"), field)[0] for field in _LOADERS}
@@ -110,8 +116,6 @@ def _loader(raw: Mapping[str, Any], stage: str) -> str:
 
 def _class_file(raw: Any, field: str) -> tuple[str | None, str]:
     """Return the class file that a loader's arguments name, if they do, and its data folder."""
-    section = raw.get(field) if isinstance(raw, Mapping) else None
-    args = section.get("args") if isinstance(section, Mapping) else None
-    args = args if isinstance(args, Mapping) else {}
+    args = section(raw, field, "args")
     file, folder = args.get("classes"), args.get("data_dir")
     return (file if isinstance(file, str) else None), (folder if isinstance(folder, str) else ".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def check(
         text = f"expected {facts.num_classes} numbers, one per class, found {len(bias)}"
         problems.append(Problem("predict.bias", text))
     if "train" in stages:
-        problems += _check_monitor(config, facts) + _check_validation_and_folders(config)
+        problems += [*_check_monitor(config, facts), *_check_validation_and_folders(config)]
     return problems
 
 
@@ -81,7 +81,7 @@ def _check_loaders(config: Config, loaders: Registry, stages: Sequence[str]) -> 
         component = getattr(config, path)
         if component is None:
             continue
-        wrong = _check_loader(path, component, loaders)
+        wrong = list(_check_loader(path, component, loaders))
         if not wrong:
             wrong, known = _facts_of(path, component, loaders)
             facts = facts or known
@@ -89,23 +89,21 @@ def _check_loaders(config: Config, loaders: Registry, stages: Sequence[str]) -> 
     return problems, facts
 
 
-def _check_loader(path: str, component: Component, loaders: Registry) -> list[Problem]:
-    problems = loaders.problems(path, component.type, component.args)
+def _check_loader(path: str, component: Component, loaders: Registry) -> Iterator[Problem]:
+    yield from loaders.problems(path, component.type, component.args)
     if component.type not in loaders:
-        return problems
+        return
     dataset = loaders[component.type]
     folder, split = (component.args.get(name) for name in ("data_dir", "split"))
     if isinstance(folder, str) and (why := not_a_folder(folder)):
-        text = f"found {found(folder)}, {why}; fix the path, or pass it with --set {path}.args.data_dir=FOLDER"
-        problems.append(Problem(f"{path}.args.data_dir", text))
+        advice = f"fix the path, or pass it with --set {path}.args.data_dir=FOLDER"
+        yield Problem(f"{path}.args.data_dir", f"found {found(folder)}, {why}; {advice}")
     if folder is None and getattr(dataset, "layout", None):
-        text = f"missing; {component.type} reads its files from there"
-        problems.append(Problem(f"{path}.args.data_dir", text))
+        yield Problem(f"{path}.args.data_dir", f"missing; {component.type} reads its files from there")
     splits = getattr(dataset, "splits", ())
     if isinstance(split, str) and splits and split not in splits:
         text = f"found {found(split)}{did_you_mean(split, splits)} {component.type} has {', '.join(splits)}"
-        problems.append(Problem(f"{path}.args.split", text))
-    return problems
+        yield Problem(f"{path}.args.split", text)
 
 
 def not_a_folder(folder: str) -> str | None:
@@ -243,13 +241,12 @@ def unknown_class(name: str, known: Sequence[str]) -> str | None:
     return f"there is no class {name!r}{did_you_mean(name, known)} Classes: {', '.join(known)}"
 
 
-def _check_validation_and_folders(config: Config) -> list[Problem]:
-    problems = []
+def _check_validation_and_folders(config: Config) -> Iterator[Problem]:
     held_out = any(config.train_loader.args.get(name) for name in HOLDS_OUT)
     if config.trainer.val and config.val_loader is None and not held_out:
         text = "missing, and train_loader.args.val_split is not set; add one of them, or set trainer.val to false"
-        problems.append(Problem("val_loader", text))
-    folders = {"trainer.save_dir": config.trainer.save_dir}
-    folders |= {"trainer.log_dir": config.trainer.log_dir} if config.trainer.tensorboard else {}
-    reasons = ((path, folder, unwritable(folder)) for path, folder in folders.items())
-    return problems + [Problem(path, f"found {found(folder)}; {why}") for path, folder, why in reasons if why]
+        yield Problem("val_loader", text)
+    for name in ("save_dir", "log_dir") if config.trainer.tensorboard else ("save_dir",):
+        folder = getattr(config.trainer, name)
+        if why := unwritable(folder):
+            yield Problem(f"trainer.{name}", f"found {found(folder)}; {why}")
