@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.rankdice.test_rankdice import check_masks, odd_rows, smooth_maps
+from tests.rankdice.maps import check_masks, odd_rows, smooth_maps
 from utils import presence, rankdice
 from utils.rankdice import METRICS, label_map, rank_dice
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from utils.rankdice import label_map
+from tests.rankdice.maps import smooth_maps
+from utils.rankdice import label_map, rank_dice
 
 
-def total(probs: Tensor, labels: Tensor, chosen: Tensor, smooth: float = 0.0) -> Tensor:
+def total(probs: Tensor, labels: Tensor, chosen: Tensor | None = None, smooth: float = 0.0) -> Tensor:
     """Return what ``label_map`` maximizes, by its definition: probabilities ``(C, N)``, labels ``(..., N)``."""
     found = torch.zeros(labels.shape[:-1], dtype=torch.float64)
-    for c in chosen.nonzero().view(-1).tolist():
+    for c in range(len(probs)) if chosen is None else chosen.nonzero().view(-1).tolist():
         own = labels == c
         mass = (own * probs[c].double()).sum(-1)
         found += (2 * mass + smooth) / (own.sum(-1) + probs[c].double().sum() + 1 + smooth)
@@ -92,3 +94,64 @@ def test_it_is_ahead_of_the_label_map_of_rankseg() -> None:
         measured.append(float(sum(d.mean() for d in dice[:5]) - sum(d.mean() for d in dice[5:])))
     assert torch.stack(gains).mean() > 0
     assert sum(measured) > 0
+
+
+def test_label_map_beats_argmax_and_comes_near_the_best() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gaps = []
+    for _ in range(12):
+        probs = (3 * torch.randn(3, 6, generator=generator)).softmax(0)
+        labels = label_map(probs.unsqueeze(0))[0]
+        best = max(float(total(probs, torch.tensor(choice))) for choice in itertools.product(range(3), repeat=6))
+        reached = float(total(probs, labels))
+        assert reached >= float(total(probs, probs.argmax(0))) - 1e-12
+        gaps.append(best - reached)
+    assert max(gaps) < 0.2  # a local optimum: six pixels leave little room to climb
+    assert float(np.mean(gaps)) < 0.04
+
+
+def test_label_map_is_one_image_at_a_time() -> None:
+    probs = smooth_maps(3, 5, 40, 48)
+    labels = label_map(probs)
+    assert labels.dtype == torch.int64
+    assert labels.shape == (3, 40, 48)
+    for b in range(3):
+        assert torch.equal(label_map(probs[b : b + 1])[0], labels[b])
+        assert total(probs[b].flatten(1), labels[b].flatten()) >= total(
+            probs[b].flatten(1), probs[b].argmax(0).flatten()
+        )
+    assert torch.equal(label_map(probs, max_bytes=10_000), labels)
+    assert torch.equal(label_map(probs.contiguous(memory_format=torch.channels_last)), labels)
+
+
+def test_label_map_of_some_classes() -> None:
+    probs = smooth_maps(2, 5, 20, 24)
+    labels = label_map(probs, classes=[4, 1])
+    assert set(labels.unique().tolist()) <= {1, 4}
+    assert torch.equal(label_map(probs, classes=[3]), torch.full((2, 20, 24), 3))
+    assert label_map(probs[:, :1]).eq(0).all()
+    assert label_map(torch.zeros(0, 3, 4, 4)).shape == (0, 4, 4)
+    chosen = torch.tensor([[True, False, False, True, False], [False, True, False, False, False]])
+    each = label_map(probs, classes=chosen)
+    assert torch.equal(each[0], label_map(probs[:1], classes=[0, 3])[0])
+    assert each[1].eq(1).all()
+    assert torch.equal(label_map(probs, classes=torch.zeros(2, 5, dtype=torch.bool)), label_map(probs))
+    found = rank_dice(probs, prune=None)
+    assert torch.equal(label_map(probs, classes=chosen, found=found), each)
+    with pytest.raises(ValueError, match="classes: expected a bool tensor"):
+        label_map(probs, classes=chosen[:1])
+    for classes in ([], [0, 0], [5], [-1]):
+        with pytest.raises(ValueError, match="classes"):
+            label_map(probs, classes=classes)
+
+
+def test_label_map_of_an_image_does_not_depend_on_images_that_take_more_rounds() -> None:
+    # Found by search: one image falls in total before it would rise again, while others still rise.
+    generator = torch.Generator().manual_seed(9)
+    classes = int(torch.randint(3, 9, (1,), generator=generator))
+    side = int(torch.randint(6, 20, (1,), generator=generator))
+    noise = torch.randn(8, classes, side, side, generator=generator)
+    probs = (noise * torch.rand(8, 1, 1, 1, generator=generator) * 4).softmax(1)
+    together = label_map(probs)
+    for b in range(len(probs)):
+        assert torch.equal(label_map(probs[b : b + 1])[0], together[b])
