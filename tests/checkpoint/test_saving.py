@@ -1,0 +1,136 @@
+"""Saved checkpoints are complete, or the earlier file stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoint.states import names_in, state
+from utils import checkpoint
+from utils.checkpoint import read, save
+from utils.errors import UserError
+
+
+def test_what_is_saved_is_read(tmp_path) -> None:
+    path = tmp_path / "new" / "folder" / "model.pth"
+    content = state()
+    save(content, path)
+    again = read(path)
+    assert again.keys() == content.keys()
+    assert all(torch.equal(again["state_dict"][k], v) for k, v in content["state_dict"].items())
+    assert {k: v for k, v in again.items() if k != "state_dict"} == {
+        k: v for k, v in content.items() if k != "state_dict"
+    }
+    assert names_in(path.parent) == ["model.pth"]
+
+
+class Boom(Exception):
+    """Something that goes wrong in the middle of writing."""
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), UserError, "the disk is full; the earlier file is"),
+        (OSError(errno.EIO, "Input/output error"), UserError, "Input/output error"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"), UserError, "disk full?"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (Boom("program error"), Boom, "program error"),
+    ],
+)
+def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(
+    tmp_path, monkeypatch, failure, raised, told
+) -> None:
+    path = tmp_path / "model.pth"
+    save({"state_dict": {"a": torch.ones(3)}}, path)
+    before = path.read_bytes()
+
+    def broken(content: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise failure
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(raised) as error:
+        save({"state_dict": {"a": torch.zeros(3)}}, path)
+    assert told in str(error.value)
+    assert path.read_bytes() == before
+    assert names_in(tmp_path) == ["model.pth"]
+
+
+def test_a_disk_that_takes_no_more_bytes(tmp_path) -> None:
+    """A true failure of the operating system, from within torch's own writer: a limit on the size of files."""
+    path = tmp_path / "model.pth"
+    save({"state_dict": {"a": torch.ones(3)}}, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="could not be written: File too large; the earlier file is untouched"):
+            save({"state_dict": {"a": torch.ones(10**6)}}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert names_in(tmp_path) == ["model.pth"]
+
+
+def test_a_process_killed_in_the_middle_leaves_the_old_file(tmp_path) -> None:
+    path = tmp_path / "model.pth"
+    save({"state_dict": {"a": torch.ones(3)}}, path)
+    before = path.read_bytes()
+    child = os.fork()
+    if child == 0:  # dies at once, without any cleaning up
+        torch.save = lambda content, file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), signal.SIGKILL))
+        save({"state_dict": {"a": torch.zeros(3)}}, path)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert path.read_bytes() == before
+    # What the dead left is hidden, and taken for a checkpoint by nobody.
+    assert [n for n in names_in(tmp_path) if not n.startswith(".")] == ["model.pth"]
+    assert list(tmp_path.glob("*.pth")) == [path]
+
+
+def test_places_that_cannot_be_written(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be written"):
+        save({"state_dict": {}}, tmp_path / "file" / "model.pth")
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(UserError, match="could not be written"):
+        save({"state_dict": {}}, tmp_path / "folder.pth")
+    assert names_in(tmp_path) == ["file", "folder.pth"]
+
+
+def test_a_checkpoint_has_several_names(tmp_path) -> None:
+    first, best = tmp_path / "checkpoint-epoch1.pth", tmp_path / "best_model.pth"
+    save({"state_dict": {"a": torch.ones(3)}}, first)
+    checkpoint.link(first, best)
+    checkpoint.link(first, best)  # once more is no more
+    assert best.samefile(first)
+    second = tmp_path / "checkpoint-epoch2.pth"
+    save({"state_dict": {"a": torch.zeros(3)}}, second)
+    checkpoint.link(second, best)
+    first.unlink()
+    assert read(best)["state_dict"]["a"].tolist() == [0, 0, 0]
+    assert names_in(tmp_path) == ["best_model.pth", "checkpoint-epoch2.pth"]
+
+
+def test_a_copy_where_links_are_not_possible(tmp_path, monkeypatch) -> None:
+    source, other = tmp_path / "a.pth", tmp_path / "b.pth"
+    save(state(), source)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoint.link(source, other)
+    assert read(other).keys() == read(source).keys()
+    assert not other.samefile(source)
+    assert names_in(tmp_path) == ["a.pth", "b.pth"]
