@@ -106,7 +106,7 @@ import dataloaders
 from base.rng import seed_everything
 from base.runs import BEST
 from dataloaders.check import leaks
-from utils import checkpoint, distributed, report
+from utils import checkpoint, distributed, report, stamps
 from utils import config as configs
 from utils.checkpoint import LoadedModel
 from utils.config import building, data_checks
@@ -184,6 +184,9 @@ def score(args: argparse.Namespace, scoring: Scoring, folder: Path) -> None:
     recorder = Recorder(
         scoring.loaded, scoring.decisions, scoring.evaluator, report=scoring.everything, boundary=args.boundary
     )
+    if distributed.is_main():
+        stamps.remove(folder / "masks", "*.png")  # those of an earlier run
+    distributed.gather(None)  # no process writes new ones before that
     if args.save_masks:
         recorder.save_masks(folder / "masks")
     if args.save_probs:

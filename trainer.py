@@ -263,16 +263,19 @@ class Trainer(BaseTrainer):
             )
 
     def _check_monitored(self, metrics: Any) -> None:
-        """Raise an error if the monitored score is of a class that no validation image has."""
+        """Raise an error if no validation image has what the monitored score needs."""
         section, _, name = self.monitor.name.partition("/")
-        if not name or not section.startswith("Class_") or self.monitor.mode == "off":
+        if self.monitor.mode == "off" or section.startswith("train_"):
             return
-        index = self.data.facts.class_names.index(name)
-        if not sum(int(row["counts"].target[index]) for row in metrics.images):
+        of_classes = section.endswith(("Dice", "IoU"))
+        classes = [self.data.facts.class_names.index(name)] if name else metrics.classes
+        counts = [row["counts"] for row in metrics.images]
+        if not any((c.target[classes] if of_classes else c.pixels).any() for c in counts):
+            any_of = "the classes of interest" if of_classes else "any class"
+            what = f"the class {name!r}" if name else f"pixels of {any_of}"
             raise UserError(
-                f"trainer.monitor: no validation image has the class {name!r}, so {self.monitor.name} cannot be "
-                "computed. Monitor another score, such as 'max Mean_Dice', or add images with this class to "
-                "val_loader"
+                f"trainer.monitor: no validation image has {what}, so {self.monitor.name} cannot be computed. Monitor "
+                "another score, such as 'max Mean_Dice' or 'min val_loss', or add such images to val_loader"
             )
 
 

@@ -169,7 +169,8 @@ def _restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
         run.ema.module.load_state_dict(state["ema"])
         run.ema.n_averaged.fill_(state["ema_updates"])
     optim.restore(run.optimizer, state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty if the run did not use fp16 so far
+        run.scaler.load_state_dict(state["scaler"])
     run.epoch, run.batch = state["epoch"], run.plan.batch_at(state)
     run.iteration = run.started = state["iteration"]
     step = run.plan.steps_until(run.epoch, run.batch)

@@ -164,6 +164,7 @@ def test_what_cannot_be_used_is_told():
     assert len(list(OPTIMIZERS)) == len(OPTIMIZERS) > 10
     with pytest.raises(TypeError, match=r"SGD takes no argument 'momentun'; did you mean momentum\?"):
         build("SGD", Toy(), momentun=0.9)
+    assert not {"differentiable", "capturable"} & set(OPTIMIZERS.arguments("Adam").model_fields)
     with pytest.raises(ValueError, match="learning rate"):
         build("SGD", Toy(), lr=-1.0)
     with pytest.raises(ValueError, match="backbone_lr_factor"):

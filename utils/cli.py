@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import signal
-from typing import Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from utils.errors import UserError, did_you_mean
 
@@ -19,7 +19,15 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that names the nearest choice if an option or a command has another value."""
+    """A parser that refuses empty values, and names the nearest choice if an option or a command has another value."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Return the options; an empty value is an error, because it usually comes from a variable that is not set."""
+        found = super().parse_args(args, namespace)
+        for name, value in vars(found).items():
+            if value == "" or (isinstance(value, list) and "" in value):
+                self.error(f"{name}: the value is empty (is a variable of the shell not set?)")
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit."""

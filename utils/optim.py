@@ -31,7 +31,7 @@ OPTIMIZERS = Registry(
         "LBFGS": "it evaluates the loss several times per step; use SGD or AdamW",
         "SparseAdam": "it needs sparse gradients, but convolutions have dense ones; use Adam or AdamW",
     },
-    provided=("params",),
+    provided=("params", "differentiable", "capturable"),  # the last two do not work in an ordinary training loop
 )
 
 

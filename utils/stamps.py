@@ -70,6 +70,13 @@ def stamp_of(path: Path) -> str | None:
     return found.group(1).decode() if found else None
 
 
+def remove(folder: Path, pattern: str) -> None:
+    """Remove the files with a stamp below a folder whose names match a pattern."""
+    for path in folder.rglob(pattern):
+        if stamp_of(path) is not None:
+            path.unlink(missing_ok=True)
+
+
 def refuse_foreign(paths: Iterable[Path], folder: Path) -> None:
     """Raise UserError if a path contains a file without a stamp.
 

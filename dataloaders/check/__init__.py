@@ -10,7 +10,7 @@ from base.base_dataloader import BaseDataLoader
 from base.base_dataset import BaseDataSet
 from base.entries import Sample, spread
 from dataloaders.check.findings import Findings, inspect
-from dataloaders.check.leaks import setup_problems, shared
+from dataloaders.check.leaks import in_same_order, shared
 from dataloaders.check.report import count_of_problems, report
 from dataloaders.check.sheet import contact_sheet
 from utils.config import load
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
         held_out = train.get_val_loader() if config.val_loader is None else None
         if held_out is not None:
             loaders.setdefault("val", held_out)
-        for message in (*setup_problems(train, loaders.get("val")), *shared(loaders)):
+        for message in (*in_same_order(train), *shared(loaders)):
             print(f"warning: {message}")
     if sheets:
         write_png(args.out, contact_sheet(sheets))

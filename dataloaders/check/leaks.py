@@ -1,4 +1,4 @@
-"""Find images that train and validation data share, and arguments that belong to the other loader."""
+"""Find images that train and validation data share, and training data that is not shuffled."""
 
 from __future__ import annotations
 
@@ -31,26 +31,15 @@ _Files = list[tuple[Entry, os.stat_result]]
 def warn_about_loaders(train: BaseDataLoader, val: BaseDataLoader | None) -> None:
     """Print a warning for each mistake in the loaders that makes training or its scores useless."""
     if is_first():
-        for message in (
-            *setup_problems(train, val),
-            *(shared({"train": train, "val": val}) if val is not None else ()),
-        ):
+        for message in (*in_same_order(train), *(shared({"train": train, "val": val}) if val is not None else ())):
             warn(message)
 
 
-def setup_problems(train: BaseDataLoader, val: BaseDataLoader | None) -> list[str]:
-    """Return a message for each argument that belongs to the other loader."""
-    found = []
-    if not train.batches.shuffle:
-        found.append('train_loader: every epoch shows the images in the same order; set "shuffle": true in its args')
-    if val is not None and val.dataset.augmentation is not None:
-        found.append(
-            "val_loader: its images are augmented, so the scores are for randomly changed images; remove `augment` "
-            "from its args"
-        )
-    if val is not None and val.batches.shuffle:
-        found.append('val_loader: remove "shuffle": it leaves out the images of an incomplete batch')
-    return found
+def in_same_order(train: BaseDataLoader) -> list[str]:
+    """Return a message if the training images come in the same order in every epoch."""
+    if train.batches.shuffle:
+        return []
+    return ['train_loader: every epoch shows the images in the same order; set "shuffle": true in its args']
 
 
 def shared(loaders: dict[str, BaseDataLoader]) -> list[str]:

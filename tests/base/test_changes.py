@@ -103,3 +103,17 @@ def test_a_class_that_never_occurs_cannot_be_monitored(tmp_path) -> None:
     trainer = make_trainer(tmp_path, monitor="max Class_Dice/road")
     trainer.data.val.labels[trainer.data.val.labels == 2] = 255
     trainer.train()
+
+
+@pytest.mark.parametrize("monitor", ["max Mean_Dice", "max Dataset_mIoU", "min val_loss"])
+def test_without_a_labeled_pixel_nothing_can_be_monitored(tmp_path, monitor) -> None:
+    trainer = make_trainer(tmp_path, monitor=monitor)
+    trainer.data.val.labels[:] = 255
+    with pytest.raises(UserError, match="no validation image has pixels of .* class.*Monitor another score"):
+        trainer.train()
+
+
+def test_mixed_precision_may_begin_later(tmp_path) -> None:
+    make_trainer(tmp_path, epochs=1).train()
+    for amp in ("fp16", "bf16", "fp16"):
+        overridden(tmp_path, amp=amp)

@@ -91,6 +91,8 @@ def test_facts_that_agree() -> None:
         ({}, {"num_classes": 4}, "val_loader: its data has 4 classes (background, cat, dog), the model 3"),
         ({}, {"in_channels": 1}, "val_loader: its images have 1 channels, the model takes 3"),
         ({}, {"ignore_index": -1}, "val_loader: its data ignores the label -1, the model ignores 255"),
+        ({}, {"value_range": (0.0, 4095.0)}, "its value_range and nodata are [[0.0, 4095.0], null], those of"),
+        ({}, {"nodata": -9999.0}, "its value_range and nodata are [null, -9999.0], those of the model"),
         ({"predict": {"CoI": [3]}}, {}, "predict.CoI: found [3]; the data has the classes 0 to 2"),
         ({"trainer": {"monitor": "max Class_Dice/dg"}}, {}, "there is no class 'dg'; did you mean dog?"),
     ],

@@ -23,6 +23,11 @@ SHAPES: dict[str, Any] = BASE | {
 }
 
 
+def test_an_optimizer_that_the_network_cannot_use(tmp_path, monkeypatch) -> None:
+    with pytest.raises(UserError, match=r"optimizer.args: Muon only supports 2D parameters"):
+        run_check(tmp_path, monkeypatch, SHAPES, 'optimizer={"type": "Muon"}')
+
+
 def run_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: dict[str, Any], *overrides: str) -> None:
     path = write(tmp_path / "good.json", json.dumps(raw))
     items = [part for item in overrides for part in ("--set", item)]
@@ -58,7 +63,7 @@ def test_the_command_line_checks_and_prints(tmp_path, monkeypatch, capsys) -> No
         ("train_loader.args.in_channels=2", "in_channels"),
         ("val_loader.args.in_channels=1", "val_loader: its images have 1 channels"),
         ("train_loader.args.classes=3", "classes"),
-        ("val_loader.args.mean=[0.5]", "mean must have one number per channel"),
+        ("train_loader.args.mean=[0.5]", "mean must have one number per channel"),
         ("lr_scheduler.args.warmup=1000", "warmup is 1000; expected >= 0 and less than the run's 320 steps"),
         ('lr_scheduler={"type": "ExponentialLR", "args": {"gamma": 1e300}}', "the learning rate would be inf"),
         ('lr_scheduler={"type": "PolynomialLR", "args": {"power": -1}}', "lr_scheduler.args"),

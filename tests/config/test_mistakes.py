@@ -201,6 +201,36 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.parametrize("loader", ["val_loader", "test_loader"])
+def test_arguments_of_training_are_refused_where_images_are_scored(loader: str) -> None:
+    args = {"data_dir": "data", "split": "val", "batch_size": 2}
+
+    def told(type: str = "VOC", **more: Any) -> str:
+        return message(**{loader: {"type": type, "args": args | more}})
+
+    for name, value in {"sampler": "weighted", "drop_last": True, "val_split": 0.2, "val_fold": [0, 5]}.items():
+        assert f"{loader}.args.{name}: found " in told(**{name: value})
+    assert "the scores would be for randomly changed images. Remove it" in told(augment=True, crop_size=32)
+    assert f"{loader}.args.mean: found [0.0, 0.0, 0.0], but all images are normalized as in training" in told(
+        mean=[0.0, 0.0, 0.0]
+    )
+
+
+def test_arguments_that_change_no_score_are_accepted() -> None:
+    args = {"data_dir": "data", "split": "val", "augment": True, "val": True, "crop_size": 32, "shuffle": True}
+    normalized = {"mean": "auto", "std": [0.5, 0.5, 0.5]}
+    train = {"type": "VOC", "args": {"data_dir": "data", **normalized}}
+    found = resolve(train_loader=train, val_loader={"type": "VOC", "args": args | normalized})
+    assert found.val_loader is not None
+    assert "shuffle" not in found.val_loader.args
+    assert "ignored, because they have no effect: val_loader.args.shuffle" in found.notes
+    folder = {"data_dir": "data", "classes": ["a", "b"], "val_fold": [0, 5]}  # here it chooses the images of "val"
+    resolve(
+        train_loader={"type": "Folder", "args": folder},
+        val_loader={"type": "Folder", "args": folder | {"split": "val"}},
+    )
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_told_with_path_found_allowed_and_nearest(mistake) -> None:
     changes, expected = MISTAKES[mistake]

@@ -73,14 +73,14 @@ def test_every_network_takes_the_keys_of_all(type: str) -> None:
     (note,) = config.notes
     assert note.startswith("ignored, because they have no effect: ")
     assert all(f"arch.args.{name} ({type} has no such choice)" in note for name in ignored)
-    assert "train_loader.args.return_id, val_loader.args.return_id" in note
+    assert "train_loader.args.return_id, val_loader.args.shuffle, val_loader.args.return_id" in note
 
 
 @pytest.mark.parametrize("type", ["VOC", "CityScapes", "ADE20K", "COCO", "DeepScene", "kvasirSEG"])
 def test_every_data_set_takes_the_keys_of_all(type: str) -> None:
     split = {"ADE20K": "training", "COCO": "train2017", "DeepScene": "train"}.get(type, "train")
     loader = {"type": type, "args": LOADER | {"split": split}}
-    config = resolve(train_loader=loader, val_loader=loader)
+    config = resolve(train_loader=loader, val_loader={"type": type, "args": loader["args"] | {"val": True}})
     assert config.train_loader.args == {name: value for name, value in loader["args"].items() if name != "return_id"}
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import dataloaders
 from base.base_dataloader import BaseDataLoader
-from dataloaders.check.leaks import setup_problems, shared
+from dataloaders.check.leaks import in_same_order, shared
 from tests.running import run_here
 from utils.images import write_png
 
@@ -46,7 +46,7 @@ def test_splits_apart_are_fine(data: Path) -> None:
     assert messages(loader(data, **options), loader(data, "val", **options)) == ""
     whole = loader(data, val_split=0.3)
     assert messages(whole, whole.get_val_loader()) == ""
-    assert setup_problems(whole, whole.get_val_loader()) == []
+    assert in_same_order(whole) == []
 
 
 def test_the_same_files_on_both_sides(data: Path) -> None:
@@ -119,15 +119,6 @@ def test_generated_data() -> None:
     assert messages(train, loader(Path(), "val", "Shapes", **options)) == ""
     assert "4 images in common" in messages(train, loader(Path(), "train", "Shapes", **options))
     assert messages(train, loader(Path(), "train", "Shapes", scene_seed=1, **options)) == ""
-
-
-def test_arguments_of_the_other_loader(data: Path) -> None:
-    train = dataloaders.build("Folder", data_dir=str(data), classes=["a", "b"], num_workers=0)
-    val = loader(data, "val", val_fraction=0.5, augment=True, crop_size=16)
-    text = "\n".join(setup_problems(train, val))
-    assert 'set "shuffle": true' in text
-    assert "val_loader: its images are augmented" in text
-    assert 'remove "shuffle"' in "\n".join(setup_problems(loader(data), loader(data)))
 
 
 def test_train_py_says_so_before_it_starts(root: Path, data: Path, tmp_path: Path, capsys) -> None:

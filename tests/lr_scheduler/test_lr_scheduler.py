@@ -325,6 +325,9 @@ def test_a_schedule_per_epoch_keeps_its_values_for_an_epoch_and_resumes(name, st
 def test_the_table_holds_what_torch_has():
     assert {"Poly", "OneCycle", "StepLR", "CosineAnnealingLR", "OneCycleLR", "SequentialLR"} <= set(SCHEDULERS)
     assert "LRScheduler" not in SCHEDULERS
+    for name in ("LambdaLR", "MultiplicativeLR"):
+        with pytest.raises(UserError, match="a config cannot contain a function"):
+            SCHEDULERS[name]
     with pytest.raises(UserError, match="ReduceLROnPlateau cannot be used here: it depends on a score"):
         SCHEDULERS["ReduceLROnPlateau"]
     with pytest.raises(UserError, match="did you mean Poly"):

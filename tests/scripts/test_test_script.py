@@ -54,6 +54,18 @@ def test_without_loaders_for_it_the_held_out_samples_are_scored(tmp_path, monkey
     assert "train_loader holds out" in protocol["note"]
 
 
+def test_masks_of_an_earlier_run_do_not_stay(checkpoint, tmp_path, monkeypatch, capsys) -> None:
+    arguments = ("-r", checkpoint, "-o", tmp_path)
+    run(monkeypatch, capsys, *arguments, "-p", "max", "--save-masks")
+    drawn = tmp_path / "masks" / "drawn.png"
+    Image.new("L", (4, 4)).save(drawn)
+    run(monkeypatch, capsys, *arguments, "-p", "T", "--limit", "2", "--save-masks")
+    masks = (path.relative_to(tmp_path / "masks").parts[0] for path in (tmp_path / "masks").rglob("*.png"))
+    assert sorted(masks) == ["T", "T", "drawn.png"]
+    run(monkeypatch, capsys, *arguments, "-p", "T")
+    assert list((tmp_path / "masks").rglob("*.png")) == [drawn]
+
+
 def test_everything_from_one_call(checkpoint, tmp_path, monkeypatch, capsys) -> None:
     out = run(
         monkeypatch, capsys, "-r", checkpoint, "-p", "all", "-o", tmp_path / "out", "--save-masks",

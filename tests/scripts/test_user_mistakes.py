@@ -361,3 +361,12 @@ def test_the_nearest_choice_is_named(choice: str, hint: str, monkeypatch, capsys
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"invalid choice: '{choice}'" in last
     assert last.endswith(f"){hint}")
+
+
+@pytest.mark.parametrize("option", ["-r", "-c", "-o", "--save-probs"])
+def test_an_empty_value_is_refused(option: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["test.py", "-r", "best.pth", option, ""])
+    with pytest.raises(SystemExit) as ended:
+        test_script.parse_arguments()
+    assert ended.value.code == 2
+    assert "the value is empty (is a variable of the shell not set?)" in capsys.readouterr().err

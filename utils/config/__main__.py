@@ -36,7 +36,8 @@ def rehearse(config: Config) -> None:
         arguments["pretrained"] = False  # nothing is downloaded
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*meta parameter")  # pretrained weights have no effect there
-        building.build_section("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
+        model = building.build_section("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
+        building.build_optimizer(config, model)
     data_checks.warn_about_loss(config, [config.predict.train, config.predict.val])
     data_checks.warn_about_schedule(config, len(train))
 

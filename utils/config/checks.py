@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,14 @@ TRAINING_SCORES = ("train_loss", "train_Mean_Dice", "train_Mean_IoU", "train_Pix
 # Arguments with which the training loader holds samples out for validation.
 HOLDS_OUT = ("val_split", "val_fold", "val_fraction")
 PER_CLASS_SCORES = ("Class_Dice/", "Class_IoU/")
+# Arguments of training data that change which images are scored, or what they show.
+ONLY_FOR_TRAINING = {
+    "sampler": "some images would be scored several times, and others never",
+    "drop_last": "the images of an incomplete batch would not be scored",
+    "val_split": "the images that it holds out would not be scored",
+    "val_fold": "the images that it holds out would not be scored",
+    "augment": "the scores would be for randomly changed images",
+}
 # Scores of one procedure only: label maps have right and wrong pixels, rankdice has expected scores.
 SCORES_OF_ONE_PROCEDURE = {"Multiclass_Accuracy": "max"}
 SCORES_OF_ONE_PROCEDURE |= {f"Expected_{score.title}": "rankdice" for score in METRICS.values()}
@@ -82,6 +91,8 @@ def _check_loaders(config: Config, loaders: Registry, stages: Sequence[str]) -> 
         if component is None:
             continue
         wrong = list(_check_loader(path, component, loaders))
+        if path != "train_loader" and component.type in loaders:
+            wrong += _check_scored(path, component, config.train_loader.args, loaders.constructors(component.type))
         if not wrong:
             wrong, known = _facts_of(path, component, loaders)
             facts = facts or known
@@ -104,6 +115,34 @@ def _check_loader(path: str, component: Component, loaders: Registry) -> Iterato
     if isinstance(split, str) and splits and split not in splits:
         text = f"found {found(split)}{did_you_mean(split, splits)} {component.type} has {', '.join(splits)}"
         yield Problem(f"{path}.args.split", text)
+
+
+def _check_scored(
+    path: str, component: Component, of_train: Mapping[str, Any], constructors: Sequence[type]
+) -> Iterator[Problem]:
+    """Yield the arguments of a loader for scores that belong to training, or that do nothing there.
+
+    Args:
+        path: of the loader.
+        component: the loader.
+        of_train: the arguments of train_loader.
+        constructors: that share the loader's arguments; the last one is :class:`base.base_dataloader.BaseDataLoader`.
+    """
+    args = component.args
+    own = {name for constructor in constructors[:-1] for name in inspect.signature(constructor).parameters}
+    for name, effect in ONLY_FOR_TRAINING.items():
+        # A data set's own val_fold chooses the images of a split; with "val", "augment" changes nothing.
+        harmless = (name == "val_fold" and name in own) or (name == "augment" and args.get("val") is True)
+        if args.get(name) and not harmless:
+            text = f"found {found(args[name])}, which is for train_loader: {effect}. Remove it"
+            yield Problem(f"{path}.args.{name}", text)
+    for name in ("mean", "std"):
+        if args.get(name) not in (None, of_train.get(name)):
+            text = (
+                f"found {found(args[name])}, but all images are normalized as in training, with those of "
+                "train_loader. Remove it, or set it there"
+            )
+            yield Problem(f"{path}.args.{name}", text)
 
 
 def not_a_folder(folder: str) -> str | None:

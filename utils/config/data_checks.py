@@ -13,6 +13,7 @@ from utils.config.schema import Config
 from utils.errors import UserError, listed, warn
 from utils.facts import Facts
 from utils.losses import LOSSES, gives_probabilities, is_proper
+from utils.registry import found
 
 
 def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
@@ -41,6 +42,13 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
             raise UserError(
                 f"{path}: its data ignores the label {other.ignore_index}, the model ignores "
                 f"{facts.ignore_index}; set one ignore_index in the config for both"
+            )
+        stored, known = ((f.value_range, f.nodata) for f in (other, facts))
+        if stored != known:
+            raise UserError(
+                f"{path}: its value_range and nodata are {found(stored)}, those of the model {found(known)}. "
+                "inference.py reads images as in training, so set the same values for both (args.value_range, "
+                "args.nodata)"
             )
     for problem in check_classes_of_interest(config, facts):
         raise UserError(str(problem))

@@ -45,6 +45,8 @@ def adapt(config: Config, models: Registry | None, stages: Sequence[str]) -> Non
         section = getattr(config, path)
         args = {} if section is None else section.args
         names = SCHEDULE_ARGUMENTS if path == "lr_scheduler" else LOADER_ARGUMENTS
+        if path in ("val_loader", "test_loader") and args.get("shuffle"):
+            names = names | {"shuffle"}  # the order of the images changes no score
         for name in [name for name in args if name in names]:
             ignored.append(f"{path}.args.{name}")
             del args[name]

@@ -35,8 +35,10 @@ SCHEDULERS = Registry(
     "scheduler",
     {"Poly": Poly, "OneCycle": OneCycle, **CONSTRUCTORS},
     refused={
+        "LambdaLR": "a config cannot contain a function; use Poly, PolynomialLR or SequentialLR",
+        "MultiplicativeLR": "a config cannot contain a function; use ExponentialLR or SequentialLR",
         "ReduceLROnPlateau": "it depends on a score, but a schedule here must be a function of the step; use Poly, "
-        "OneCycle or CosineAnnealingLR"
+        "OneCycle or CosineAnnealingLR",
     },
     provided=("optimizer", "total_steps", "last_epoch"),
 )
