@@ -4,9 +4,12 @@
     python -m benchmarks.results --camvid DIR camvid_enet --seeds 1      # one row, one seed
     python -m benchmarks.results --jobs 6 --set n_gpu=1                  # six runs side by side
     python -m benchmarks.results --write-docs                            # the tables of what has been run
+    python -m benchmarks.results camvid_enet --save-probs                # keep the probabilities (hundreds of MB)
 
 Each run is trained by train.py, which ends with the fit on the held-out images. ``test.py -p all`` scores it twice:
-with the fit (``fitted``) and without it (``plain``). ``--camvid`` is the folder that contains ``VOCdevkit``,
+with the fit (``fitted``) and without it (``plain``). With ``--save-probs`` the second one saves the network's
+probabilities, and ``python -m utils.predict --probs OUT/ROW/SEED/probs -p all --labels LABELS`` decides again without
+the network. ``--camvid`` is the folder that contains ``VOCdevkit``,
 ``--drive`` the folder that contains ``images_split``. Without the folder, its rows are skipped.
 """
 
@@ -172,8 +175,8 @@ def script(log: Path, *arguments: object) -> None:
         raise RuntimeError(f"{arguments[0]} ended with {done.returncode}; its output is in {log}")
 
 
-def run(row: Row, folder: Path, options: Sequence[str]) -> None:
-    """Train and test, skipping steps that are already done."""
+def run(row: Row, folder: Path, options: Sequence[str], probs: bool = False) -> None:
+    """Train and test, skipping steps that are already done; with ``probs``, save the probabilities."""
     log = folder / "log.txt"
     timing = folder / "seconds.json"
     if not timing.exists():
@@ -184,8 +187,12 @@ def run(row: Row, folder: Path, options: Sequence[str]) -> None:
     (best,) = folder.rglob("best_model.pth")
     scoring = [option for option in options if not option.startswith(("--set=arch", "--set=optimizer"))]
     for part, changes in (("fitted", ()), ("plain", UNFITTED)):
-        if not (folder / part / "results.json").exists():
-            more = [f"--set={change}" for change in changes]
+        result, saved = folder / part / "results.json", folder / "probs"
+        saving = probs and part == "plain"
+        if saving and not saved.is_dir():
+            result.unlink(missing_ok=True)
+        if not result.exists():
+            more = [f"--set={change}" for change in changes] + ["--save-probs", str(saved)] * saving
             script(log, "test.py", "-r", best, "-p", "all", "-o", folder / part, *scoring, *more)
 
 
@@ -296,6 +303,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="number of runs in parallel")
     add("--out", type=Path, default=Path("saved/results"), help="default: saved/results")
     add("--set", action="append", default=[], metavar="PATH=VALUE", help="as for train.py, in all runs")
+    add("--save-probs", action="store_true", help="also save the probabilities of the test images, OUT/ROW/SEED/probs")
     add("--write-docs", action="store_true", help=f"put the tables into {DOCS.relative_to(ROOT)}")
     args = parser.parse_args(argv)
     unknown = sorted(set(args.rows) - set(ROWS))
@@ -336,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def one(task: tuple[Row, Path, list[str]]) -> None:
         start = time.perf_counter()
         try:
-            run(*task)
+            run(*task, probs=args.save_probs)
             print(f"{task[1].parent.name} {task[1].name}: {time.perf_counter() - start:.0f} s", flush=True)
         except RuntimeError as error:
             failed.append(str(error))

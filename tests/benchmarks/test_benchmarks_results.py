@@ -112,6 +112,8 @@ class Scripts:
             output = Path(words[words.index("-o") + 1])
             output.mkdir(exist_ok=True)
             (output / "results.json").write_text(json.dumps(content(0.02)))
+            if "--save-probs" in words:
+                Path(words[words.index("--save-probs") + 1]).mkdir()
             assert any(word.startswith("--set=predict.temperature") for word in words) == (output.name == "plain")
 
 
@@ -127,6 +129,13 @@ def test_a_run_continues_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
             with pytest.raises(RuntimeError, match="stopped"):
                 results.run(ROW, folder, [])
         assert scripts.ran == expected
+    # The probabilities of a run that is scored already are saved once.
+    for expected in (["test"], []):
+        scripts = Scripts(folder)
+        monkeypatch.setattr(results, "script", scripts)
+        results.run(ROW, folder, [], probs=True)
+        assert scripts.ran == expected
+        assert (folder / "probs").is_dir()
     (found,) = results.gather(tmp_path)["camvid_unet_lite0"]
     assert found["fitted"]["procedures"]["rankdice"]["Mean_Dice"] == 0.52
 
