@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker, and per process 
 
 import torch  # noqa: E402
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""Run our commands in this process, which has imported torch already: a process of its own takes seconds to start."""
+"""Run commands in this process, which has already imported torch: a new process takes seconds to start."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run_here(words: Sequence[str], folder: Path) -> Any:
     os.chdir(folder)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a module that is also imported by name
+            warnings.simplefilter("ignore", RuntimeWarning)  # a module that tests also import
             if module:
                 runpy.run_module(words[1], run_name="__main__", alter_sys=True)
             else:

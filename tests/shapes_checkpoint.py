@@ -34,7 +34,7 @@ def raw_config(**changes: Any) -> dict[str, Any]:
 
 
 def write_checkpoint(path: Path, **changes: Any) -> Path:
-    """Write the checkpoint of a UNet with seeded weights, which is too sure of nearly random answers."""
+    """Write the checkpoint of a UNet with seeded weights, which is overconfident and almost always wrong."""
     torch.manual_seed(0)
     model = models.build("UNet", Shapes.num_classes, width=4).eval()
     final = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)][-1]

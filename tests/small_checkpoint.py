@@ -1,4 +1,4 @@
-"""A checkpoint of a small untrained network, for tests of what happens to its outputs."""
+"""A checkpoint of a small untrained network, for tests of its outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = ("background", "dog / cat", "car", "tree", "sky", "road")
 
 
 def write_checkpoint(path: Path, num_classes: int = 4, in_channels: int = 3, crop: int = 48, **predict: Any) -> Path:
-    """Write the checkpoint of a UNet with seeded weights and outputs that are sure of some pixels."""
+    """Write the checkpoint of a UNet with seeded weights whose outputs are confident at some pixels."""
     args: dict[str, Any] = {"width": 4}
     if in_channels != 3:
         args["in_channels"] = in_channels
@@ -63,7 +63,7 @@ def write_checkpoint(path: Path, num_classes: int = 4, in_channels: int = 3, cro
 
 
 def everything_fitted(classes: int = 4) -> dict[str, Any]:
-    """Return fields of ``predict`` of which each changes what is decided."""
+    """Return fields of ``predict``, each of which changes the result."""
     presence_fit: dict[str, Any] = {
         "images": 50,
         "classes": list(range(classes)),

@@ -1,4 +1,4 @@
-"""The rules of the house: who imports whom, nothing heavy before it is needed, docstrings, no machine's own paths."""
+"""Rules for the code: who imports whom, nothing heavy before it is needed, docstrings, no paths of one machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAY_IMPORT = {
 
 @cache
 def sources() -> dict[str, ast.Module]:
-    """Return our code by path, without the tests."""
+    """Return the code of the project by path, without the tests."""
     paths = [*ROOT.glob("*.py"), *(p for room in (*ROOMS, "benchmarks") for p in ROOT.glob(f"{room}/**/*.py"))]
     return {str(p.relative_to(ROOT)): ast.parse(p.read_text(encoding="utf-8")) for p in sorted(paths)}
 
@@ -59,7 +59,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def commands(tree: ast.Module) -> set[ast.AST]:
-    """Return all nodes that only a command line runs: inside ``main()`` or below ``if __name__ == "__main__"``."""
+    """Return all nodes that only run as a command: inside ``main()`` or below ``if __name__ == "__main__"``."""
     found: set[ast.AST] = set()
     for node in tree.body:
         is_main = isinstance(node, ast.FunctionDef) and node.name == "main"
@@ -71,11 +71,11 @@ def commands(tree: ast.Module) -> set[ast.AST]:
 
 def may(path: str, module: str, node: ast.AST, of_commands: set[ast.AST]) -> bool:
     if path in ("utils/registry.py", "models/external.py") and module == "?":
-        return True  # the places that import what a table, or the user's config, names
+        return True  # these import what a table or the user's config names
     if path == "utils/checkpoint/__init__.py" and isinstance(node, ast.Call):
-        return module in ("models", "dataloaders", "models.upstream")  # a checkpoint names the model that it needs
+        return module in ("models", "dataloaders", "models.upstream")  # a checkpoint names its model
     if path.endswith("/__main__.py") or room_of(path) == "utils" and node in of_commands:
-        return True  # `python -m utils.config` looks at every room, as scripts do
+        return True  # `python -m utils.config` imports from all packages, like the scripts
     return module.split(".")[0] in MAY_IMPORT[room_of(path)]
 
 
@@ -154,7 +154,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         for path in leaves:
             del graph[path]
         graph = {path: targets - set(leaves) for path, targets in graph.items()}
-    # What is left holds the circles, and the files that lead to them.
+    # What is left are the circles, and the files that lead to them.
     while tops := [p for p in graph if not any(p in targets for targets in graph.values())]:
         for path in tops:
             del graph[path]
@@ -246,7 +246,7 @@ def test_imports_inside_functions_give_their_reason(path) -> None:
     lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
     for _, function in functions(path):
         inner = [node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)]
-        explained: set[int] = set()  # one comment serves imports on lines that follow each other
+        explained: set[int] = set()  # one comment is enough for imports on consecutive lines
         for line in sorted(node.lineno for node in inner):
             above = lines[line - 2].strip()
             if "#" in lines[line - 1] or above.startswith("#") or line - 1 in explained:
@@ -310,7 +310,7 @@ def tracked() -> list[Path]:
 
 
 def test_no_tracked_file_names_a_place_of_one_machine() -> None:
-    """Paths below somebody's home or workplace mean nothing to anybody else."""
+    """Paths on one person's machine are useless to others."""
     place = re.compile(r"(?<![\w.~-])/(?:" + "|".join(("work", "root", "home", "Users", "mnt")) + r")/[\w.-]+")
     allowed = re.compile(r"/(?:home|mnt)/(?:me|you|user|data)\b")  # made up, in examples
     for path in tracked():
@@ -329,8 +329,8 @@ BRITISH = re.compile(
 
 
 def test_text_and_names_have_american_spelling() -> None:
-    """Both spellings would be two names for one thing."""
-    foreign = {"unlabelled"}  # a class name in data of others
+    """With both spellings, one thing would have two names."""
+    foreign = {"unlabelled"}  # a class name in a public data set
     for path in tracked():
         if path.suffix in (".py", ".md", ".html") and path != Path(__file__).resolve():
             found = set(BRITISH.findall(path.read_text(encoding="utf-8"))) - foreign

@@ -1,4 +1,4 @@
-"""What counts as a gain: the worth of images that resemble their neighbors, and the limit."""
+"""What counts as a gain: how much similar neighboring images count, and the limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, with the user's permissions; CSV cells never run as formulas."""
+"""Files are written completely or not at all, with the user's permissions; CSV cells are never formulas."""
 
 import csv
 import errno
@@ -42,7 +42,7 @@ def test_three_processes_that_write_one_file_never_mix(tmp_path) -> None:
             seen.add(content[0])
         time.sleep(0.001)
     assert [writer.returncode for writer in writers] == [0, 0, 0]
-    assert len(seen) > 1  # they did write at the same time
+    assert len(seen) > 1  # they really wrote at the same time
     assert names_in(tmp_path) == ["results.json"]
 
 

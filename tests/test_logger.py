@@ -1,4 +1,4 @@
-"""Logs: what a run leaves, also when it is killed and continued."""
+"""Logs of a run, also if it is killed and continued."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_one_line_per_epoch_and_one_record_per_report(tmp_path) -> None:
     }  # fmt: skip
 
 
-# Every place a checkpoint may have been written at: an epoch's end, its middle, with and without a report just before.
+# All places of a checkpoint: the end of an epoch, or its middle, with and without a report just before.
 STATES = [(epoch, batch) for epoch in range(EPOCHS) for batch in range(ITERATIONS + 1) if epoch + batch]
 
 
@@ -137,7 +137,7 @@ def test_tensorboard_shows_what_was_written_and_a_resume_replaces_later_steps(tm
     assert tags["scalars"] == ["train/loss"]  # curves, no single points
     assert len(list((tmp_path / "logs").iterdir())) == 1
     assert tags["images"] == ["pictures"]
-    assert [p.name for p in (tmp_path / "logs").iterdir() if p.is_dir()] == []  # hparams open no run of their own
+    assert [p.name for p in (tmp_path / "logs").iterdir() if p.is_dir()] == []  # hparams do not create a separate run
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch) -> None:

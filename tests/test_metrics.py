@@ -1,4 +1,4 @@
-"""Metrics: hand-worked cases, a plain numpy reference, torchmetrics, and sums that depend on nothing but the data."""
+"""Metrics: cases computed by hand, a plain numpy reference, torchmetrics; sums depend only on the data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def score(prediction: Prediction, target: torch.Tensor, num_classes: int, **opti
 
 
 def masks_of(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Return the masks ``(B, C, H, W)`` that say the same as a label map."""
+    """Return the masks ``(B, C, H, W)`` of a label map."""
     return torch.stack([labels == c for c in range(classes)], dim=1)
 
 
@@ -115,7 +115,7 @@ def test_a_label_map_scores_as_its_masks(case, count_ignored, data) -> None:
     _, target = case
     classes = data.draw(st.integers(2, 5))
     target = torch.from_numpy(np.where(target == IGNORE, IGNORE, target % classes))
-    # Labels may hold values that are no class (a pixel left to none).
+    # Labels may contain values that are not a class (unassigned pixels).
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     labels = torch.randint(0, classes + 1, target.shape, generator=generator)
     labels[labels == classes] = 255
@@ -191,7 +191,7 @@ def test_one_pixel_objects() -> None:
 
 
 def test_means_are_per_image_first_and_data_set_scores_are_not() -> None:
-    # Image 1 holds classes 0 and 1, image 2 only class 0: class 1 must not weigh on image 2.
+    # Image 1 contains classes 0 and 1, image 2 only class 0: class 1 must not affect image 2.
     target = torch.tensor([[[0, 1, 1, 1]], [[0, 0, 0, 0]]])
     labels = torch.tensor([[[0, 0, 1, 1]], [[0, 0, 0, 0]]])
     found = score(Prediction(labels=labels), target, 2)
@@ -273,7 +273,7 @@ def test_expected_scores_are_compared_over_the_rows_that_have_a_mask() -> None:
     assert found["Expected_Dice"] == pytest.approx((0.9 + 0.5) / 2, abs=1e-6)
     assert found["Measured_Dice"] == pytest.approx((1 + 2 / 3) / 2)
     assert found["Class_Expected_Dice"] == pytest.approx([0.9, 0.5, NAN], abs=1e-6, nan_ok=True)
-    assert found["Mean_Dice"] == pytest.approx((1 + 2 / 3 + 0) / 3)  # the missing mask is still wrong here
+    assert found["Mean_Dice"] == pytest.approx((1 + 2 / 3 + 0) / 3)  # the missing mask still counts as wrong here
     prediction = Prediction(masks=masks, scores=scores, volumes=masks.sum(dim=(2, 3)))
     metrics = Metrics(3, keep_images=True, expects="iou")
     metrics.update(prediction, target)
@@ -384,7 +384,7 @@ def test_running_sums_agree_with_kept_images_also_when_merged_and_continued() ->
     for index, (name, prediction, target) in enumerate(images):
         kept.update(prediction, target, [name])
         shares[index % 2].update(prediction, target)
-        if index == 5:  # as a checkpoint in the middle of an epoch does
+        if index == 5:  # as with a checkpoint in the middle of an epoch
             continued = Metrics(5, IGNORE)
             continued.load_state_dict(shares[1].state_dict())
             shares[1] = continued
@@ -402,7 +402,7 @@ def test_running_sums_hold_no_image() -> None:
 
 
 def test_pixels_beyond_the_reach_of_float32_are_not_lost() -> None:
-    # float32 cannot hold 2**24 + 1; all three counts end in such a pixel.
+    # float32 cannot represent 2**24 + 1, which all three counts reach.
     size = 2**24 + 1
     target = torch.zeros(1, 1, size, dtype=torch.uint8)
     labels = torch.zeros(1, 1, size, dtype=torch.long)
@@ -445,7 +445,7 @@ def test_another_ignore_index_such_as_minus_one() -> None:
 
 
 def test_the_number_of_operations_does_not_grow_with_the_classes() -> None:
-    """No loop over classes and no transfer per class: the same operations whatever their number."""
+    """No loop over classes and no transfer per class: the same operations for any number of classes."""
 
     class Recorder(TorchDispatchMode):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers: the parameter groups they get, and what is refused."""
+"""Optimizers: their parameter groups, and arguments that are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.optim import OPTIMIZERS, build, learning_rates
 
 
 class Toy(nn.Module):
-    """A model with a backbone and a decoder, as the contract of models asks."""
+    """A model with a backbone and a decoder, like all models of the project."""
 
     def __init__(self, backbone: bool = True) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which classes are in an image: the rule against exhaustive search, the fit against drawn truth, and its guard."""
+"""Which classes are in an image: the rule against exhaustive search, the fit against simulated data, and its guard."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def tensor(*rows: list[float]) -> Tensor:
 
 
 def test_closed_forms() -> None:
-    # A sure class of Dice 0.8 stands beside another one of 0.5, present with probability p: a mask when
-    # 0.5 p > (1 - p) 0.8, which is p > 8/13.
+    # One class is certain, with Dice 0.8. Another one has Dice 0.5 and is present with probability p. It gets a mask if
+    # 0.5 p > (1 - p) 0.8, that is, p > 8/13.
     for p, expected in ((8 / 13 - 0.01, False), (8 / 13 + 0.01, True)):
         chosen, seen = choose(tensor([1.0, p]), tensor([0.8, 0.5]))
         assert chosen.tolist() == [[True, expected]]
         assert seen.tolist() == [[1.0, p]]
-    # Against a mean of 0.4, it takes less: 0.5 p > (1 - p) 0.4.
+    # With a mean of 0.4, a lower p is enough: 0.5 p > (1 - p) 0.4.
     assert choose(tensor([1.0, 0.46]), tensor([0.4, 0.5]))[0].tolist() == [[True, True]]
     assert choose(tensor([1.0, 0.42]), tensor([0.4, 0.5]))[0].tolist() == [[True, False]]
 
@@ -96,7 +96,7 @@ def test_what_is_chosen_obeys_the_rule_and_a_batch_is_its_images(drawn: Any) -> 
         m = others(highest[i], scores[i], chosen[i])
         margin = highest[i] * scores[i] - (1 - highest[i]) * m
         steady = margin.abs() > 1e-9
-        # Only a rare image has no choice that obeys the rule for every class; it gets a mask too many.
+        # In rare images, no choice satisfies the rule for all classes; these get one mask too many.
         broken = steady & (chosen[i] != (margin > 0))
         assert not broken.any() or (chosen[i] & broken).any()
         if steady.all() and not broken.any():
@@ -132,7 +132,7 @@ def test_a_class_that_is_surer_or_better_keeps_its_mask(classes: int, seed: int)
             assert gain > 0  # against the same others
             if choose(*pair)[0][0].equal(chosen[0]):
                 continue
-            # Where the others react, they only leave.
+            # If the other classes change, they only lose masks.
             assert choose(*pair)[0][0, c]
 
 
@@ -171,7 +171,7 @@ def test_expected_scores_of_masks_are_corrected_per_class() -> None:
 
 
 def drawn(images: int, classes: int = 5, seed: int = 0, always: bool = False) -> tuple[Tensor, ...]:
-    """Draw validation rows whose truth is a fit: what the largest probability says is biased."""
+    """Draw validation rows from a known fit, in which the largest probability is biased."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(images, classes, generator=generator, dtype=torch.float64) * 0.9 + 0.05
     highest = (0.6 * torch.randn(images, classes, generator=generator, dtype=torch.float64) - 1.2).sigmoid()
@@ -230,7 +230,7 @@ def test_the_regression_is_at_the_optimum_of_its_likelihood() -> None:
             shifted = list(found["class_bias"])
             shifted[c] += step
             assert loss(found | {"class_bias": shifted}) > lowest
-    assert found["class_bias"][0] == 0  # always there: no offset of its own
+    assert found["class_bias"][0] == 0  # always present, so it has no offset
 
 
 def test_classes_in_every_image_leave_no_fit() -> None:

@@ -1,4 +1,4 @@
-"""Stamps: every kind of output carries one, other programs still read it, and a changed file has none."""
+"""Stamps: each kind of output has one, other programs still read the file, and a changed file has none."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Trains the toy network in a child that is killed again and again: ``kill_worker.py FOLDER SEED KILLS``.
 
-The child is forked, so that a kill costs no import of torch; it always continues from ``latest.pth``.
-Prints how many kills came before the run was through.
+The child is forked, so a restart does not import torch again; it always continues from ``latest.pth``. Prints how
+many kills happened before the run was finished.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OPTIONS = {"epochs": 6, "save_every_iters": 2, "ema": 0.9, "save_period": 2, "ke
 
 
 def child(folder: Path) -> None:
-    """Train to the end from wherever the last checkpoint is."""
+    """Train to the end, starting from the last checkpoint if there is one."""
     torch.set_num_threads(1)
     resume = LATEST if (folder / "run" / LATEST).exists() else None
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (the process ends with it)
@@ -42,7 +42,7 @@ def main() -> None:
             finally:
                 os._exit(status)
         if killed < kills:
-            # From before the first batch to somewhere in the third epoch.
+            # Between the first batch and the third epoch.
             time.sleep(rng.uniform(0.0, 0.25))
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)

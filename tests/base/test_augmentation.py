@@ -1,4 +1,4 @@
-"""Augmentation: one warp, image and label aligned, labels never invented."""
+"""Augmentation: a single warp, image and label aligned, no label values that the file does not contain."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ IGNORE = 255
 
 
 def coordinate_image(height: int, width: int) -> np.ndarray:
-    """An image that holds its own x and y coordinates (and ones, to tell inside from outside)."""
+    """Return an image of its own x and y coordinates (and ones, which show what is inside)."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     return np.stack([x, y, np.ones_like(x)], axis=2)
 
 
 def coordinate_label(height: int, width: int) -> np.ndarray:
-    """A label map in which each pixel holds its own number."""
+    """Return a label map in which each pixel has its own number."""
     return np.arange(height * width, dtype=np.int32).reshape(height, width)
 
 
@@ -40,7 +40,7 @@ def test_image_and_label_come_from_the_same_place(seed: int, size: tuple[int, in
     inside = (image[:, :, 2] > 0.999) & (label >= 0)
     assert inside.mean() > 0.1
     from_label = np.stack([label % width, label // width], axis=2)[inside]
-    # Bilinear and nearest sampling of the same point are half a pixel apart at most (OpenCV rounds to 1/32).
+    # Bilinear and nearest sampling of a point differ by at most half a pixel (OpenCV rounds to 1/32).
     assert np.abs(from_label - image[:, :, :2][inside]).max() <= 0.5 + 1 / 16
 
 
@@ -64,7 +64,7 @@ def test_without_scale_and_rotation_the_crop_is_a_slice(seed: int, height: int, 
     label = np.random.default_rng(seed).integers(0, 20, (height, width), np.uint8)
     got_image, got_label = aug.apply(image, label, parameters, [9, 9, 9], IGNORE)
 
-    # By hand: paste the source on a large canvas at the offset that the matrix tells, slice, mirror.
+    # By hand: paste the source on a large canvas at the offset in the matrix, slice, mirror.
     mirrored = parameters.matrix[0, 0] < 0
     left = parameters.matrix[0, 2] - (31 if mirrored else 0)
     top = parameters.matrix[1, 2]
@@ -81,12 +81,12 @@ def test_without_scale_and_rotation_the_crop_is_a_slice(seed: int, height: int, 
     assert np.array_equal(got_image, want_image)
     assert np.array_equal(got_label, want_label)
     if height >= 24 and width >= 32:
-        assert (got_label != IGNORE).all()  # nothing outside the image where there is enough of it
+        assert (got_label != IGNORE).all()  # no pixel from outside the image if it is large enough
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.8, 1.7])
 def test_scaling_agrees_with_resize(scale: float) -> None:
-    # 0.8 and 1.7 of these sides are whole numbers, so that the canvas is exactly the resized image.
+    # 0.8 and 1.7 times these sides are whole numbers, so the canvas is exactly the resized image.
     height, width = 60, 80
     image = cv2.GaussianBlur(np.random.default_rng(0).random((height, width, 3), np.float32), (7, 7), 2)
     canvas = round(height * scale), round(width * scale)
@@ -108,7 +108,7 @@ def test_rotation_turns_about_the_center() -> None:
 def test_labels_are_old_labels_or_ignored_and_never_background(seed: int, wide: bool) -> None:
     parameters = drawn(seed, 40, 50, crop_size=(64, 64))
     ignore = -1 if wide else IGNORE
-    # A map without any 0: a 0 after the warp was invented.
+    # The map contains no 0, so there must be none after the warp.
     label = np.random.default_rng(seed).choice([3, 7, 11], (40, 50)).astype(np.int32 if wide else np.uint8)
     got = aug.warp_label(label, parameters, ignore)
     assert got.dtype == label.dtype
@@ -128,7 +128,7 @@ def test_drawn_parameters_stay_in_their_ranges() -> None:
         lefts.append(p.matrix[0] @ [30, 25, 1])
         assert 0 <= p.blur <= 1.5
         assert all(0.8 <= f <= 1.2 for f in p[3:])
-    # The longer side, 200, comes to 0.5 to 2 times 400.
+    # The longer side, 200, becomes 0.5 to 2 times 400.
     assert 0.99 < min(scales) < 1.1
     assert 3.8 < max(scales) <= 4.01
     assert -10.01 <= min(angles) < -9

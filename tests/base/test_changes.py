@@ -1,4 +1,4 @@
-"""A run that is resumed with a changed config: it keeps its progress, and compares only what can be compared."""
+"""A run resumed with a changed config keeps its progress, and compares only scores that can be compared."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.lr_scheduler import poly
 
 
 def stopped(folder: Path, iteration: int, **options: Any) -> None:
-    """Train the toy network, 4 batches of 2 images per epoch, and die after an iteration that was saved."""
+    """Train the toy network, 4 batches of 2 images per epoch, and stop after an iteration that was saved."""
     trainer = make_trainer(folder, save_every_iters=1, **options)
     _stop_at(trainer, iteration)
     with pytest.raises(Killed):
@@ -35,7 +35,7 @@ def stopped(folder: Path, iteration: int, **options: Any) -> None:
     ],
 )
 def test_the_schedule_and_the_epoch_keep_their_progress(change, batch, step, total, tmp_path, capsys) -> None:
-    """Half of the second epoch of three is done, whatever an epoch is made of now."""
+    """Half of the second of three epochs is done, however long an epoch is now."""
     stopped(tmp_path, 6)
     resumed = make_trainer(tmp_path, resume=LATEST, **change)
     assert (resumed.epoch, resumed.batch) == (1, batch)
@@ -50,7 +50,7 @@ def test_the_schedule_and_the_epoch_keep_their_progress(change, batch, step, tot
 
 
 def test_a_finished_epoch_stays_finished(tmp_path) -> None:
-    stopped(tmp_path, 8)  # the epoch's last batch is done, its validation is not
+    stopped(tmp_path, 8)  # the last batch of the epoch is done, but not its validation
     resumed = make_trainer(tmp_path, resume=LATEST, loader=ToyLoader(8, 1))
     assert (resumed.epoch, resumed.batch, resumed.scheduler.last_step) == (1, 8, 16)
 
@@ -67,7 +67,7 @@ def test_a_checkpoint_of_an_earlier_version_keeps_its_progress(tmp_path) -> None
 
 
 def overridden(folder: Path, **sections: Any) -> tuple[float, int, str]:
-    """Resume with a changed config; return what the monitor starts from."""
+    """Resume with a changed config; return the score that the monitor starts from."""
     resumed = make_trainer(folder, resume=LATEST, **sections)
     return resumed.monitor.best, resumed.monitor.not_improved, resumed.monitor.name
 

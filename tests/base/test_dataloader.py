@@ -21,7 +21,7 @@ from utils.images import write_png
 
 
 class Numbered(BaseDataSet):
-    """Images that hold their own number and the epoch; every fifth is of another size; some are broken."""
+    """Images filled with their number and the epoch; every fifth has another size, and some are broken."""
 
     class_names = ("a", "b")
     num_classes = 2
@@ -99,7 +99,7 @@ def test_persistent_workers_see_the_epoch() -> None:
     for epoch in (0, 1, 5):
         live.set_epoch(epoch)
         assert all((batch.images[:, :, 0, 0] == epoch).all() for batch in live)
-    assert live._iterator is not None  # the same processes all along
+    assert live._iterator is not None  # always the same processes
     (process,) = live._iterator._workers
     live.close()
     assert not process.is_alive()
@@ -150,10 +150,10 @@ def test_depths_that_differ_are_brought_together() -> None:
 @pytest.mark.parametrize(
     ("count", "options", "sizes"),
     [
-        (9, {"shuffle": True}, [4, 4]),  # one left over: batch norm could not learn from it
+        (9, {"shuffle": True}, [4, 4]),  # a single image is left, which batch norm cannot use
         (10, {"shuffle": True}, [4, 4, 2]),
         (10, {"shuffle": True, "drop_last": True}, [4, 4]),
-        (9, {}, [4, 4, 1]),  # evaluation leaves nothing out
+        (9, {}, [4, 4, 1]),  # evaluation uses all images
         (3, {"shuffle": True, "batch_size": 1}, [1, 1, 1]),
     ],
 )
@@ -216,7 +216,7 @@ def test_weighted_sampler_shows_rare_classes_more_often() -> None:
     for epoch in range(30):
         made.set_epoch(epoch)
         share.append(np.mean([n % 7 == 0 for n in names(made)]))
-    # 1 in 7 holds the rare class alone; class 0 is in 6 of 7, the median share is 1/2.
+    # One image in 7 contains only the rare class; class 0 is in 6 of 7, so the median share is 1/2.
     factor = (0.5 / (1 / 7)) ** 0.5
     assert np.mean(share) == pytest.approx(factor / (factor + 6), abs=0.03)
     with pytest.raises(ValueError, match="needs shuffle"):
@@ -232,7 +232,7 @@ def test_weighted_sampler_shows_rare_classes_more_often() -> None:
 def test_broken_files_are_left_out_of_evaluation(workers: int, caplog: pytest.LogCaptureFixture) -> None:
     data = {"broken": (1, 2, 3, 8, 9), "on_error": "skip"}
     made = loader(10, data=data, batch_size=2, num_workers=workers)
-    assert names(made) == [0, 4, 5, 6, 7]  # the batches (2, 3) and (8, 9) are gone
+    assert names(made) == [0, 4, 5, 6, 7]  # without the batches (2, 3) and (8, 9)
     assert made.skipped == {f"file {i} is broken": 1 for i in data["broken"]}
     assert "file 8 is broken" in caplog.text
 
@@ -247,7 +247,7 @@ def test_broken_files_are_replaced_in_training() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_files_stop_by_default(workers: int) -> None:
-    # The message alone, without the traceback of a worker.
+    # Only the message, without the worker's traceback.
     with pytest.raises(UserError, match=r"^file 3 is broken\n\(python -m dataloaders check .*skip.*\)$"):
         list(loader(10, data={"broken": (3,)}, batch_size=2, num_workers=workers))
 

@@ -1,4 +1,4 @@
-"""What every data set does: facts, listing, reading, checking, augmenting, counting."""
+"""All data sets: facts, listing, reading, checks, augmentation, counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZES = [(24, 32), (30, 20), (24, 32), (16, 48), (40, 40), (24, 32)]
 
 
 class Tiny(BaseDataSet):
-    """Pairs below images/ and labels/, in two classes and a rare third."""
+    """Pairs below images/ and labels/, with two classes and a rare third one."""
 
     class_names = ("ground", "tree", "sign")
     num_classes = 3
@@ -83,7 +83,7 @@ def test_augmented_items_depend_on_seed_epoch_and_index_alone(folder: Path) -> N
     options = {"crop_size": 24, "augment": True, "blur": True, "jitter": True}
     data, twin = Tiny(str(folder), seed=3, **options), Tiny(str(folder), seed=3, **options)
     first = data[(2, 4)]
-    data[(0, 1)]  # what happened in between does not matter
+    data[(0, 1)]  # independent of what happened in between
     assert torch.equal(first.image, data[(2, 4)].image)
     assert torch.equal(first.image, twin[(2, 4)].image)
     assert torch.equal(first.label, twin[(2, 4)].label)
@@ -110,7 +110,7 @@ def test_outside_of_the_image_is_mean_color_and_ignored(folder: Path) -> None:
         outside = (sample.image == torch.tensor([128, 102, 76], dtype=torch.uint8)[:, None, None]).all(0)
         assert int((~outside).sum()) <= height * width
         assert (sample.label[outside] == 255).all()
-        # Ids are as often there as in the file: nothing was added, nothing lost.
+        # Each id is as frequent as in the file.
         for value in (0, 1, 2):
             assert int((sample.label == value).sum()) == int((stored(folder, "labels", index) == value).sum())
 
@@ -135,7 +135,7 @@ def test_facts_and_overrides(folder: Path) -> None:
     assert data.num_classes == 4
     assert data.palette == ((1, 2, 3),) * 4
     assert data.mean == (0.1, 0.2, 0.3)
-    assert Tiny.num_classes == 3  # the class is as it was
+    assert Tiny.num_classes == 3  # the class has not changed
     assert Tiny.facts_for(classes=1).palette == ((128, 0, 0),)
 
 
@@ -242,7 +242,7 @@ def test_one_channel_takes_background_and_class(folder: Path) -> None:
     data = Tiny(str(folder), classes=["tree"], on_error="skip")
     assert data.num_classes == 1
     assert set(data[0].label.unique().tolist()) == {0, 1, 255}
-    assert isinstance(data[4], Skipped)  # its 2 is no class
+    assert isinstance(data[4], Skipped)  # 2 is not a class of it
 
 
 def test_sizes_that_differ_are_told(folder: Path) -> None:
@@ -304,7 +304,7 @@ def test_broken_files_raise_or_are_skipped(folder: Path) -> None:
     skipped = data[1]
     assert isinstance(skipped, Skipped)
     assert "s1.png is empty" in skipped.reasons[0]
-    assert skipped.replacement is None  # in evaluation nothing takes its place
+    assert skipped.replacement is None  # evaluation does not replace it
     training = Tiny(str(folder), on_error="skip", augment=True, crop_size=16)
     assert training[(0, 1)].replacement.name == "s2"
     assert isinstance(data[2], Sample)
@@ -361,7 +361,7 @@ def test_class_weights_are_median_frequency_balancing(folder: Path) -> None:
     weights = Tiny(str(folder)).class_weights()
     assert weights.dtype == torch.float32
     assert np.allclose(weights.numpy(), want, rtol=1e-6)
-    # A class that does not occur is left alone.
+    # A class that does not occur gets the weight 1.
     assert Tiny(str(folder), classes=5).class_weights()[3:].tolist() == [1, 1]
 
 

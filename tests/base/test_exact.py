@@ -1,6 +1,6 @@
-"""A run that is killed and resumed ends with the bits of one that was never stopped, whatever it is made of.
+"""A run that is killed and resumed gives exactly the result of one that was never stopped, with any options.
 
-``python -m tests.base.test_exact KILLS`` tries that many drawn runs and prints how many were equal.
+``python -m tests.base.test_exact KILLS`` tries this number of random runs and prints how many were equal.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def make(folder: Path, dropout: float, workers: int, resume: bool = False, **tra
 
 
 def train(folder: Path, kills: list[int], **options: Any) -> dict[str, Any]:
-    """Train to the end, dying right after each of the given iterations; return the last checkpoint."""
+    """Train to the end, with a crash after each of the given iterations; return the last checkpoint."""
     others = set(active_children())
     for kill in [*kills, None]:
         trainer = make(folder, resume=(folder / "run" / LATEST).exists(), **options)
@@ -64,7 +64,7 @@ def train(folder: Path, kills: list[int], **options: Any) -> dict[str, Any]:
 
 
 def _die_after(trainer: Trainer, iteration: int) -> None:
-    """Die in the middle of an epoch, or, after its last iteration, between validation and its checkpoint."""
+    """Crash in the middle of an epoch, or after its last iteration, between validation and checkpoint."""
     at_end = iteration % BATCHES == 0
     name = "_finish_epoch" if at_end else "_after_batch"
     method = getattr(trainer, name)
@@ -79,7 +79,7 @@ def _die_after(trainer: Trainer, iteration: int) -> None:
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Return where two checkpoints differ, in any bit."""
+    """Return where two checkpoints are not bit-identical."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [d for key in a for d in differences(a[key], b[key], f"{path}.{key}")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
@@ -89,7 +89,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def compare(folder: Path, kills: list[int], **options: Any) -> list[str]:
-    """Return what is different after a run with kills."""
+    """Return the differences after a run that was killed."""
     torch.set_num_threads(1)
     whole, parted = (train(folder / name, k, **options) for name, k in (("whole", []), ("parted", kills)))
     for state in (whole, parted):
@@ -115,7 +115,7 @@ def test_killed_and_resumed_is_never_stopped(case, tmp_path) -> None:
 
 
 def drawn(rng: random.Random) -> dict[str, Any]:
-    """Return the options of a run, drawn."""
+    """Return random options of a run."""
     options: dict[str, Any] = {
         "dropout": rng.choice([0.0, 0.3, 0.5]),
         "workers": rng.choice([0, 1, 2]),

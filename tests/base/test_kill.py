@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL at random points, again and again, ends with the bits of a run that was left alone."""
+"""A run that is killed with SIGKILL many times, at random points, ends bit-identical to an undisturbed run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_random_points(tmp_path: Path, seed: int) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the killed runs: sums over other threads round otherwise
+    torch.set_num_threads(1)  # as in the killed runs: the number of threads changes how sums are rounded
     try:
         whole = make_trainer(tmp_path / "whole", **OPTIONS)
         whole.train()

@@ -27,7 +27,7 @@ def test_batches_without_a_labeled_pixel_do_not_enter_the_loss() -> None:
 
 @pytest.mark.parametrize(("procedure", "shown"), [("max", "Accuracy 0.500"), ("T", "PixelAcc 0.667")])
 def test_the_bar_shows_the_share_of_correct_labels_if_there_is_one(procedure, shown) -> None:
-    """An untrained head is mostly right about each class by itself, but not about labels."""
+    """An untrained head is mostly right about each class alone, but not about the labels."""
     probs = torch.tensor([0.6, 0.2, 0.2])[None, :, None, None].expand(1, 3, 1, 4)
     target = torch.tensor([[[0, 0, 1, 2]]])
     meter = Meter(Metrics(3), torch.device("cpu"))

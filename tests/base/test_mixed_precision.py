@@ -18,7 +18,7 @@ HUGE = 2.0**60  # a scale at which every gradient of float16 overflows
 
 
 def half(folder: Path, scale: float | None = None, growth_interval: int = 2000, **options: Any) -> Trainer:
-    """Return a trainer in float16, with another scale to start from."""
+    """Return a trainer in float16 with another initial scale."""
     trainer = make_trainer(folder, amp="fp16", **options)
     assert trainer.scaler.is_enabled()
     if scale is not None:
@@ -48,7 +48,7 @@ def test_it_trains_and_computes_in_float16(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("stop_after", [5, 6, 7, 8])
 def test_resume_equals_never_stopped_bit_for_bit(tmp_path: Path, stop_after: int, accumulate: int) -> None:
-    """Through overflows at the start, and growing scales: a scale that began afresh would take or skip other steps."""
+    """With overflows at the start and a growing scale: a scale that starts anew would skip other steps."""
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     options = {"save_every_iters": 1, "ema": 0.9, "accumulate": accumulate, "clip_grad_norm": 1.0, "epochs": 4}
     uninterrupted = half(whole, 2.0**24, 2, **options)
@@ -59,7 +59,7 @@ def test_resume_equals_never_stopped_bit_for_bit(tmp_path: Path, stop_after: int
     with pytest.raises(Killed):
         killed.train()
     resumed = half(parted, resume="latest.pth", **options)
-    # Of a step of several batches, what a checkpoint would lack is the gradients: it is written at the step's end.
+    # A checkpoint contains no gradients, so with several batches per step it is written at the end of a step.
     assert resumed.iteration == (stop_after if accumulate == 1 else {5: 4, 6: 4, 7: 7, 8: 8}[stop_after])
     assert resumed.scaler.state_dict() != make_trainer(tmp_path / "new", amp="fp16").scaler.state_dict()
     resumed.train()
@@ -80,7 +80,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(tmp_path: Path) -> None
     assert not trainer.optimizer.state
     assert trainer.scaler.get_scale() == HUGE / 2
     assert checkpoint.read(tmp_path / "run/latest.pth")["scaler"]["scale"] == HUGE / 2
-    assert trainer.scheduler.last_step == 1  # a schedule follows the run's steps, taken or not
+    assert trainer.scheduler.last_step == 1  # the schedule also counts the steps that were skipped
 
 
 def test_gradients_are_clipped_at_their_true_size(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
     def run(folder: str, batch_size: int, accumulate: int) -> nn.Module:
         torch.manual_seed(0)
         loader = ToyLoader(8, batch_size)
-        loader.labels = loader.images.argmax(dim=1).to(torch.uint8)  # as many counted pixels in every image
+        loader.labels = loader.images.argmax(dim=1).to(torch.uint8)  # each image has the same number of counted pixels
         trainer = half(
             tmp_path / folder, 1024.0, net=ToyNet(norm=False, dropout=0.0), loader=loader, accumulate=accumulate
         )
@@ -121,7 +121,7 @@ def test_an_overflow_in_one_batch_skips_the_whole_step(tmp_path: Path) -> None:
     after = trainer._after_batch
     trainer._after_batch = lambda: (scales.append(trainer.scaler.get_scale()), after())
     trainer.train()
-    assert scales == [1024.0, 512.0, 512.0, 512.0]  # looked at once per step
+    assert scales == [1024.0, 512.0, 512.0, 512.0]  # checked once per step
     assert steps == [3]  # while the fourth batch is being counted
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 

@@ -1,4 +1,4 @@
-"""An error in the middle of a run saves it first: nothing is lost, and the resumed run is the one that never failed."""
+"""After an error, the run is saved first; the resumed run equals one that never failed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {"epochs": 3, "ema": 0.9}
 
 
 def fail_at(iteration: int, error: Exception) -> Callable[[Trainer], None]:
-    """Return what makes a trainer's data fail before an iteration."""
+    """Return a function that lets a trainer's data fail before an iteration."""
 
     class Failing(ToyLoader):
         def __iter__(self) -> Iterator[Batch]:
@@ -43,7 +43,7 @@ def loss_is_nan(iteration: int) -> Callable[[Trainer], None]:
 
         def poisoned(images: torch.Tensor, target: torch.Tensor) -> Any:
             if trainer.iteration + 1 == iteration:
-                images = images * float("nan")  # batch norm's statistics become nan, too
+                images = images * float("nan")  # the statistics of batch norm also become nan
             return forward(images, target)
 
         trainer._forward = poisoned
@@ -53,7 +53,7 @@ def loss_is_nan(iteration: int) -> Callable[[Trainer], None]:
 
 def validation_fails(trainer: Trainer) -> None:
     def fail(*_: object) -> None:
-        torch.rand(3)  # what it draws does not count
+        torch.rand(3)  # the random numbers it draws are undone
         raise UserError("val7.png cannot be read")
 
     trainer.data.val.__class__ = type("Failing", (ToyLoader,), {"__iter__": fail})
@@ -155,7 +155,7 @@ def test_validation_names_the_layer_whose_weights_are_not_finite(tmp_path) -> No
 
 
 def test_a_loader_process_that_the_system_kills(tmp_path) -> None:
-    """The true thing: SIGKILL to a worker process, as the kernel sends it when the memory is full."""
+    """Send SIGKILL to a worker process, as the kernel does when the memory is full."""
     torch.set_num_threads(1)
     options = {"dropout": 0.3, "workers": 1}
     whole = exact.train(tmp_path / "whole", [], **options)

@@ -1,4 +1,4 @@
-"""What ``train.py -r`` continues with: whose config counts, what has changed, and when nothing is left to do."""
+"""``train.py -r``: which config is used, what has changed, and when there is nothing left to do."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write(config: dict[str, Any], **trainer: Any) -> None:
 
 
 def config_rates(rate: float, epochs: int) -> list[float]:
-    """Return the rates of a Poly run of two batches per epoch."""
+    """Return the learning rates of a Poly run with two batches per epoch."""
     return [rate * (1 - step / (2 * epochs)) ** 0.9 for step in range(2 * epochs)]
 
 
@@ -128,7 +128,7 @@ def test_what_a_run_cannot_be_resumed_with_is_one_message(train: Train, change: 
 
 
 def test_an_unchanged_config_changes_nothing(train: Train) -> None:
-    """Stopped after one epoch of two, as a kill would: the same config, and the same weights in the end."""
+    """Stopped after one of two epochs, as by a kill: the same config, and the same final weights."""
     write(CONFIG, epochs=2)
     assert train("-c", "config.json")[0] == 0
     whole = torch.load(latest(), weights_only=True)["state_dict"]
@@ -155,7 +155,7 @@ def test_a_finished_run_says_that_there_is_nothing_to_do(train: Train) -> None:
 
 
 def test_a_run_that_stopped_early_is_over(train: Train) -> None:
-    """As a job that is requeued: it resumes whatever there is."""
+    """Like a requeued job: it resumes any existing checkpoint."""
     write(CONFIG, epochs=9, early_stop=1, val_per_epochs=1, monitor="max Mean_Dice")
     config = json.loads(Path("config.json").read_text())
     config["optimizer"] = {"type": "SGD", "args": {"lr": 1e-12}}

@@ -1,4 +1,4 @@
-"""The folders of runs: claimed by one run each, locked while it is on, found again by ``-r auto``."""
+"""The folders of runs: each belongs to one run, is locked while it trains, and is found again by ``-r auto``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_several_starts_in_one_second_get_folders_of_their_own(tmp_path) -> None:
-    """Processes that all come to the claim at once, as the seeds of a sweep do."""
+    """Several processes claim a folder at the same time, like the seeds of a sweep."""
     config = make_config(tmp_path, tensorboard=True)
     children, moment = [], time.time() + 0.2
     for _ in range(8):
@@ -63,7 +63,7 @@ def test_home_and_variables_in_the_folders_of_a_run(tmp_path, monkeypatch) -> No
 
 
 class Broken(ToyLoader):
-    """Fails at a batch, as on a file that cannot be read."""
+    """Fails at a batch, as with a file that cannot be read."""
 
     at = 0
 
@@ -135,7 +135,7 @@ def test_a_running_run_cannot_be_resumed_a_second_time(end, tmp_path) -> None:
     finally:
         process.send_signal(end)
         process.wait()
-    with runs.locked(tmp_path) as folder:  # however the other one ended
+    with runs.locked(tmp_path) as folder:  # however the other run ended
         assert folder == tmp_path
     assert not list(tmp_path.iterdir())
 
@@ -152,7 +152,7 @@ def test_logs_of_a_checkpoint_from_elsewhere_stay_in_its_folder(tmp_path) -> Non
 
 
 def finished(folder: Path, name: str, second: int, **changes: Any) -> Path:
-    """Write what a run of a changed config leaves behind."""
+    """Write the files of a run with a changed config."""
     path = folder / "saved/toy/CrossEntropyLoss2d/max" / name
     path.mkdir(parents=True)
     (path / "config.json").write_text(configs.dump(changed(folder, **changes)))
@@ -189,7 +189,7 @@ def test_other_runs_are_continued_only_when_asked(tmp_path) -> None:
 
 @pytest.mark.parametrize("lost", [BEST, LATEST])
 def test_a_resume_links_what_a_kill_left_unlinked(lost, tmp_path, monkeypatch) -> None:
-    """The kill comes between writing checkpoint-epoch3.pth and giving it its other names."""
+    """The run is killed after it wrote checkpoint-epoch3.pth, before the file got its other names."""
     link = checkpoint.link
 
     def until(source: Path, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Splits by name: complete, disjoint, stable, and never through a group."""
+"""Splits by name: complete, disjoint, stable; groups are never divided."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ FACTS = Facts(
 
 
 class ToyNet(nn.Module):
-    """Two convolutions with everything that holds a state: batch norm, dropout."""
+    """Two convolutions, and layers with a state: batch norm, dropout."""
 
     def __init__(self, aux: bool = False, norm: bool = True, dropout: float = 0.2) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class ToyNet(nn.Module):
 
 
 class ToyLoader:
-    """A loader over fixed images whose label follows from the color; the order depends on the epoch alone."""
+    """A loader of fixed images whose color determines the label; the order depends only on the epoch."""
 
     def __init__(
         self, images: int = 8, batch_size: int = 2, size: int = 12, seed: int = 0, shuffle: bool = True
@@ -199,11 +199,11 @@ def test_resume_equals_never_stopped_bit_for_bit(tmp_path: Path, stop_after: int
 
 
 class Killed(BaseException):
-    """Ends a run as SIGKILL does: nothing is saved on the way out."""
+    """Ends a run like SIGKILL: nothing is saved."""
 
 
 def _stop_at(trainer: Trainer, iteration: int) -> None:
-    """Die right after an iteration's checkpoint was written, as under SIGKILL."""
+    """Stop right after the checkpoint of an iteration, like SIGKILL."""
 
     def after() -> None:
         Trainer._after_batch(trainer)
@@ -232,7 +232,7 @@ def test_resume_from_an_epoch_checkpoint(tmp_path: Path) -> None:
 def test_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
     def run(folder: str, batch_size: int, accumulate: int) -> nn.Module:
         loader = ToyLoader(8, batch_size)
-        loader.labels = loader.images.argmax(dim=1).to(torch.uint8)  # as many counted pixels in every image
+        loader.labels = loader.images.argmax(dim=1).to(torch.uint8)  # each image has the same number of counted pixels
         net = ToyNet(norm=False, dropout=0.0)
         trainer = make_trainer(tmp_path / folder, net=net, loader=loader, accumulate=accumulate)
         trainer.train()
@@ -247,7 +247,7 @@ def test_accumulation_equals_the_large_batch(tmp_path: Path) -> None:
 
 
 def test_the_last_step_of_an_epoch_averages_over_the_batches_it_has(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, accumulate=3, epochs=1)  # 4 batches: a step of three and a step of one
+    trainer = make_trainer(tmp_path, accumulate=3, epochs=1)  # 4 batches: a step of 3 and a step of 1
     assert trainer.plan.steps == 2
     steps = []
     trainer.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.batch))
@@ -281,7 +281,7 @@ def test_keep_last_prunes_numbered_checkpoints_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("accumulate", "saved"), [(1, 5), (2, 6), (3, 7)])
 def test_a_signal_saves_and_leaves(tmp_path: Path, accumulate: int, saved: int) -> None:
-    """At the end of the optimizer step: what its first batches have added to the gradients is not in a checkpoint."""
+    """At the end of the optimizer step, because checkpoints do not contain the gradients of its first batches."""
     trainer = make_trainer(tmp_path, epochs=3, accumulate=accumulate)
 
     def after() -> None:
@@ -377,8 +377,8 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
 
     trainer._after_batch = watch
     trainer.train()
-    # Not one tensor is kept, however small. The process's memory, which here is also that of the tests before, is
-    # watched by benchmarks/memory.py.
+    # No tensor is kept, not even a small one. benchmarks/memory.py watches the memory of the process, which here also
+    # contains that of earlier tests.
     assert alive[240] == alive[40]
 
 

@@ -1,4 +1,4 @@
-"""The call that measures a GPU: its parts on a CPU in the short form, and its page."""
+"""benchmarks/gpu.py: its parts in a short form on a CPU, and its page."""
 
 from __future__ import annotations
 

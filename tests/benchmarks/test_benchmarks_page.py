@@ -1,4 +1,4 @@
-"""The page of benchmarks: rows of every script's JSON, failures and missing peers named; all ways to scores agree."""
+"""The benchmark page: a row for each result, failed scripts and missing packages; all ways to compute scores agree."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def outcome(name: str, **options: Any) -> Outcome:
 
 
 def script(folder: Path, text: str, name: str = "training") -> Benchmark:
-    """Return a benchmark that runs a few lines in place of the script of that name; ``out`` is its JSON file."""
+    """Return a benchmark that runs a few lines instead of the script of that name; ``out`` is its JSON file."""
     original = BENCHMARKS[name]
 
     class Fake(Benchmark):

@@ -1,4 +1,4 @@
-"""benchmarks/rankdice.py: the score by which the masks of others are judged."""
+"""benchmarks/rankdice.py: the score of masks from other packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/results.py: its lists, what it runs, how it continues after a stop, and the tables it writes."""
+"""benchmarks/results.py: its lists, the commands it runs, how it continues after a stop, and its tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROW = results.ROWS["camvid_unet_lite0"]
 
 
 def content(gain: float, low: float | None = 0.01, high: float = 0.03) -> dict[str, Any]:
-    """Return a results.json with an argmax of 0.5 mDice, and rankdice ``gain`` above it."""
+    """Return a results.json in which argmax has mDice 0.5 and rankdice ``gain`` more."""
     score = {"Mean_IoU": 0.4, "Expected_Dice": 0.6, "Measured_Dice": 0.55}
     procedures = {name: score | {"Mean_Dice": 0.5} for name in results.PROCEDURES}
     procedures["rankdice"] = score | {"Mean_Dice": 0.5 + gain}
@@ -90,7 +90,7 @@ def test_held_out_images_are_the_last_of_each_drive(tmp_path: Path) -> None:
 
 
 class Scripts:
-    """Stands for train.py and test.py: writes the files that they would; may stop at one of them."""
+    """Replaces train.py and test.py: writes their files; can stop at one of them."""
 
     def __init__(self, folder: Path, stop_at: int | None = None) -> None:
         self.folder, self.stop_at = folder, stop_at
@@ -155,5 +155,5 @@ def test_letters_depend_on_the_seed_alone() -> None:
     config = json.loads((results.ROOT / "configs/results/letters.json").read_text())
     assert config["train_loader"]["args"]["classes"] == ["background", *letters.CHARACTERS]
     assert 0 < label.max() <= len(letters.CHARACTERS)
-    # Most classes are missing from every scene.
+    # Most classes are absent from each scene.
     assert len(np.unique(label)) < 12

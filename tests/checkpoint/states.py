@@ -31,7 +31,7 @@ LEGACY = {"_use_new_zipfile_serialization": False}  # of torch.save: the format 
 
 
 def state(**changes: Any) -> dict[str, Any]:
-    """Return what a run of ours saves, as far as using the model needs it."""
+    """Return what a run saves, without the parts that only continuing the run needs."""
     torch.manual_seed(0)
     model = models.build("UNet", 3, width=4)
     content = {

@@ -43,7 +43,7 @@ def test_class_names_come_from_the_checkpoint_if_their_file_is_missing(
         kept = state(config=RAW | {"train_loader": loader, "test_loader": loader})
         return config_of(kept, "model.pth", None, given, stages=("test",)).test_loader.args["classes"]
 
-    (tmp_path / "x").mkdir()  # data, but no classes.txt
+    (tmp_path / "x").mkdir()  # the data is there, but not classes.txt
     assert resolved("classes.txt") == ["background", "cat", "dog"]
     assert f"test_loader: there is no classes.txt in {tmp_path}" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"neither other\.txt nor"):
@@ -158,7 +158,7 @@ def test_weights_that_do_not_fit_are_explained_with_the_file(changes, told, tmp_
 
 
 def test_a_checkpoint_of_published_structure(tmp_path) -> None:
-    """``module.`` before every name, the wrapper's name for arch, a numpy scalar, no facts, legacy container."""
+    """``module.`` before each name, the wrapper's class as arch, a numpy scalar, no facts, the legacy format."""
     ours = state()
     published = {
         "arch": "DataParallel",

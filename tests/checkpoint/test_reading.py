@@ -98,14 +98,14 @@ def test_a_missing_file_names_its_neighbors(tmp_path) -> None:
 
 
 def test_bytes_gone_wrong_end_in_an_explanation_or_in_weights(tmp_path) -> None:
-    """Whatever is in the file: plain data, or one message."""
+    """With any bytes in the file: plain data, or one message."""
     path = tmp_path / "model.pth"
     rng = np.random.default_rng(0)
     sources = [saved_bytes(WEIGHTS), saved_bytes(WEIGHTS, **LEGACY)]
     outcomes = {"read": 0, "told": 0}
     for _ in range(300):
         content = bytearray(sources[rng.integers(2)])
-        # Most bytes are weights; it is the others that hurt.
+        # Most bytes are weights; the other ones matter.
         reach = len(content) if rng.random() < 0.3 else 700
         for at in rng.integers(0, reach, rng.integers(1, 12)):
             content[at] = rng.integers(256)
@@ -195,7 +195,7 @@ def test_every_flipped_bit_that_changes_a_weight_is_noticed(tmp_path) -> None:
 
 
 def flips(folder: Path, content: Any, wanted: int, seed: int) -> tuple[int, int]:
-    """Flip single bits that change a weight, for torch reads them; return how many `read` refuses, and of how many."""
+    """Flip single bits that change a weight if torch reads the file; return how many `read` refuses, and the total."""
     path = written(content, folder / "model.pth")
     data, rng = path.read_bytes(), np.random.default_rng(seed)
     caught = tried = 0
@@ -217,7 +217,7 @@ def flips(folder: Path, content: Any, wanted: int, seed: int) -> tuple[int, int]
 
 
 class Code:
-    """Would make a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -239,7 +239,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(kind, tmp_path) -> 
     assert not trace.exists()
     if kind != "bare pickle":
         assert "would run code (posix.system)" in str(error.value)
-        assert "weights_only=False" in str(error.value)  # the way out, for those who trust the file
+        assert "weights_only=False" in str(error.value)  # the fix, for users who trust the file
 
 
 def test_whole_modules_and_other_objects_are_refused_by_name(tmp_path) -> None:

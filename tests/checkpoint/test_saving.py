@@ -64,7 +64,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(
 
 
 def test_a_disk_that_takes_no_more_bytes(tmp_path) -> None:
-    """A true failure of the operating system, from within torch's own writer: a limit on the size of files."""
+    """A real error of the operating system inside torch's writer: a limit on the file size."""
     path = tmp_path / "model.pth"
     save({"state_dict": {"a": torch.ones(3)}}, path)
     before = path.read_bytes()
@@ -86,14 +86,14 @@ def test_a_process_killed_in_the_middle_leaves_the_old_file(tmp_path) -> None:
     save({"state_dict": {"a": torch.ones(3)}}, path)
     before = path.read_bytes()
     child = os.fork()
-    if child == 0:  # dies at once, without any cleaning up
+    if child == 0:  # dies at once, without clean-up
         torch.save = lambda content, file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), signal.SIGKILL))
         save({"state_dict": {"a": torch.zeros(3)}}, path)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
     assert path.read_bytes() == before
-    # What the dead left is hidden, and taken for a checkpoint by nobody.
+    # Its unfinished file is hidden, so nothing takes it for a checkpoint.
     assert [n for n in names_in(tmp_path) if not n.startswith(".")] == ["model.pth"]
     assert list(tmp_path.glob("*.pth")) == [path]
 
@@ -112,7 +112,7 @@ def test_a_checkpoint_has_several_names(tmp_path) -> None:
     first, best = tmp_path / "checkpoint-epoch1.pth", tmp_path / "best_model.pth"
     save({"state_dict": {"a": torch.ones(3)}}, first)
     checkpoint.link(first, best)
-    checkpoint.link(first, best)  # once more is no more
+    checkpoint.link(first, best)  # a second call changes nothing
     assert best.samefile(first)
     second = tmp_path / "checkpoint-epoch2.pth"
     save({"state_dict": {"a": torch.zeros(3)}}, second)

@@ -1,4 +1,4 @@
-"""A folder of data for configs to name."""
+"""A folder of data that configs can name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder that has the data folder of the configs below."""
+    """Work in a folder that contains the data folder of the configs below."""
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path / "data"

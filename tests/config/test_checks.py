@@ -1,4 +1,4 @@
-"""What stands between a config and the classes it names: signatures, facts that agree, tables, the command line."""
+"""Checks of the classes that a config names: signatures, matching facts, tables, the command line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def complaints(**args: Any) -> list[str]:
 
 def test_good_arguments_pass() -> None:
     assert complaints(size=3) == []
-    # JSON has lists for tuples, and whole numbers for real ones.
+    # JSON has lists instead of tuples, and integers instead of floats.
     assert complaints(size=3, rate=1, crop=[4, 5], names=["a"]) == []
     assert complaints(size=3, crop=None, names=None) == []
 
@@ -74,7 +74,7 @@ def test_wrong_arguments_are_told(args, told) -> None:
 
 
 def test_the_first_constructor_that_knows_a_name_gets_it() -> None:
-    assert complaints(size=3) == []  # Base's int, not Other's str
+    assert complaints(size=3) == []  # the int of Base, not the str of Other
     assert list(argument_model("Base", [Base]).model_fields) == ["size", "rate", "crop"]
 
 

@@ -1,4 +1,4 @@
-"""Defaults, a written config read again, published configs, and the configs of this project."""
+"""Defaults, a written config that is read again, published configs, and the configs of this project."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_written_config_reads_as_the_same(changes, tmp_path) -> None:
     again = configs.load(write(tmp_path / "config.json", text), models=MODELS, loaders=LOADERS)
     assert again == config
     assert configs.dump(again) == text
-    # What a checkpoint carries is the same thing without JSON in between.
+    # A checkpoint contains the same, without JSON in between.
     assert configs.resolve(config.model_dump(), models=MODELS, loaders=LOADERS) == config
 
 
@@ -76,7 +76,7 @@ def test_published_configs_load_unchanged(raw, tmp_path, capsys) -> None:
     assert config.trainer.model_dump() | raw["trainer"] == config.trainer.model_dump()
     assert capsys.readouterr().err == ""
     if raw is RANKSEG:
-        # The published FCN8 swallowed a backbone it does not have: said once, and taken out.
+        # The published FCN8 accepted a backbone without using it: there is a note, and it is removed.
         assert config.notes == ["ignored, because they have no effect: arch.args.backbone (FCN8 has no such choice)"]
         assert "backbone" not in config.arch.args
         assert config.predict.CoI == [0, 11, 13]

@@ -1,4 +1,4 @@
-"""The config reference in the documentation is made from the schema and stays true."""
+"""The config reference in the documentation is generated from the schema and is up to date."""
 
 from __future__ import annotations
 

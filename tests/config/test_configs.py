@@ -1,4 +1,4 @@
-"""Every config we ship is built: data set, network, loss, optimizer and schedule, on small files in its layout."""
+"""Each config in configs/ can be built: data set, network, loss, optimizer and schedule, with small files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from utils.config import building
 from utils.config.schema import Component, Config
 
 ROOT = Path(__file__).resolve().parents[2]
-HEIGHT, WIDTH, IMAGES = 60, 80, 8  # images: enough that a tenth held out is one
+HEIGHT, WIDTH, IMAGES = 60, 80, 8  # images, so that a tenth is at least one
 SEED = 7
 
 
@@ -106,8 +106,8 @@ def _folder(root: Path, args: dict[str, Any], classes: int) -> None:
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("".join(f"images/{i}.png\tmasks/{i}.png\n" for i in range(IMAGES)))
     by_name = {"list_file", "val_fraction", "test_fraction", "val_fold"} & set(args)
-    part = "" if by_name else args.get("split", "")  # otherwise each split has its folders
-    for i in range(24):  # enough that every fraction of a split gets some
+    part = "" if by_name else args.get("split", "")  # otherwise each split has its own folders
+    for i in range(24):  # enough for each split to get some
         _image(root / args.get("images", "images") / part / f"{i}.png")
         _mask(root / args.get("masks", "masks") / part / f"{i}{args.get('mask_suffix', '')}.png", values)
 
@@ -124,7 +124,7 @@ TREES: dict[str, Callable[[Path, dict[str, Any], int], None]] = {
 
 
 def grow(component: Component, folder: Path) -> None:
-    """Write a small tree for a loader, and let it read that in this process, two images at a time."""
+    """Write a small tree of files for a loader, and let it read two images at a time in this process."""
     kind = dataloaders.LOADERS.canonical(component.type)
     args = component.args
     args.update(num_workers=0, batch_size=2)
@@ -141,7 +141,7 @@ def grow(component: Component, folder: Path) -> None:
 
 @pytest.fixture(scope="module", params=our_configs())
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """Return a shipped config whose data are a few small files."""
+    """Return a config of configs/ with a few small files as its data."""
     folder = tmp_path_factory.mktemp("data")
     raw = configs.read(ROOT / request.param)
     sections = [s for s in ("train_loader", "val_loader", "test_loader") if raw.get(s)]
@@ -176,7 +176,7 @@ def test_batches_hold_images_and_labels_of_the_data_sets_classes(config: Config,
 
 
 def test_training_batches_are_of_one_size_that_the_network_takes(config: Config) -> None:
-    """On the meta device: the shapes of a whole training step without its arithmetic."""
+    """On the meta device: the shapes of a training step, without computing it."""
     dataset, batch = first_batch(config, "train")
     assert isinstance(batch.images, torch.Tensor), "give a crop_size: images differ in size"
     args = dict(config.arch.args)

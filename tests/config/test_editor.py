@@ -54,7 +54,7 @@ def test_the_schema_knows_the_arguments_of_every_constructor(editor) -> None:
 
 @pytest.fixture(scope="module")
 def editor() -> Draft202012Validator:
-    """Return what an editor makes of the schema we ship."""
+    """Return the problems that an editor finds with the schema in configs/."""
     root = Path(__file__).resolve().parents[2]
     rules = json.loads((root / "configs" / "schema.json").read_text(encoding="utf-8"))
     Draft202012Validator.check_schema(rules)

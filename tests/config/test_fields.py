@@ -1,4 +1,4 @@
-"""Every field of a config says what it means, and is read somewhere in the code."""
+"""Each config field has a description and is read somewhere in the code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from utils.config import schema
 pytestmark = pytest.mark.usefixtures("data")
 
 
-# How the code calls the sections it reads from: `config.trainer`, `self.settings`, ...
+# The names that the code gives to sections: `config.trainer`, `self.settings`, ...
 HOLDERS = {
     "Config": {"config", "self", "loaded"},
     "Component": {"component", "arch", "loss", "lr_scheduler", "schedule", "train_loader", "loader"},
@@ -27,7 +27,7 @@ HOLDERS = {
 }
 
 
-# Free text for those who read the file; it travels in every checkpoint.
+# Free text for readers of the file.
 FOR_PEOPLE = {("Config", "about"), ("PresenceFit", "images")}
 
 

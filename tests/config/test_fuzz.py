@@ -24,7 +24,7 @@ from utils.lr_scheduler import SCHEDULERS
 from utils.optim import OPTIMIZERS
 
 CONFIGS, REHEARSED = 2500, 60
-MEGABYTES = 600  # more memory than before, at most
+MEGABYTES = 600  # the most additional memory
 
 TABLES = {
     "arch": MODELS,
@@ -51,7 +51,7 @@ NASTY: list[Any] = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a small data set of pairs and the start of one in VOC's layout."""
+    """Return a folder with a small data set of pairs, and an incomplete one in VOC's layout."""
     folder = tmp_path_factory.mktemp("fuzz")
     (folder / "voc").mkdir()
     (folder / "class.txt").write_text("one\ntwo\n")
@@ -95,7 +95,7 @@ def put(raw: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def draw(rng: random.Random, paths: list[tuple[str, ...]]) -> dict[str, Any]:
-    """Return a good config with one to three wrong values: of any field, argument, or type."""
+    """Return a valid config with one to three wrong values of any field, argument or type."""
     raw = json.loads(json.dumps(rng.choice(bases())))
     for _ in range(rng.choice((1, 1, 2, 4))):
         value = rng.choice(NASTY)

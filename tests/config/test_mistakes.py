@@ -1,4 +1,4 @@
-"""Mistakes in configs: each is explained with its path, what was found, and what is allowed."""
+"""Mistakes in configs: each message has the path, what was found, and what is allowed."""
 
 from __future__ import annotations
 
@@ -285,7 +285,7 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 def test_what_is_wrong_already_is_not_complained_about_twice() -> None:
-    # The placeholder for a missing model or a wrong type must not show up as an unknown name of its own.
+    # The placeholder for a missing model or a wrong type must not be reported as an unknown name.
     for changes in ({"arch": None}, {"arch": {"args": {}}}, {"arch": {"type": 5}}, {"train_loader": "VOC"}):
         assert "?'" not in message(**changes)
         assert "\n" not in message(**changes)

@@ -1,4 +1,4 @@
-"""Configs written for the predecessors load as they are: each key they knew, on each network and data set."""
+"""Configs written for the predecessors load unchanged: all of their keys, for each network and data set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils import config as configs
 from utils.config.schema import Config
 from utils.errors import UserError
 
-# The arguments of the predecessors' loaders and networks. All networks accepted all of theirs.
+# The arguments of the predecessors' loaders and networks. Each network accepted all network arguments.
 LOADER: dict[str, Any] = {
     "data_dir": "data",
     "batch_size": 8,

@@ -1,4 +1,4 @@
-"""Exports of labeling tools, made by hand from the documentation of their formats, to images and masks."""
+"""Conversion of labeling tools' exports, which are written by hand after the documentation of the formats."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from utils.errors import UserError
 
 SIZE = (40, 30)  # width, height
 SQUARE = [[5, 4], [15, 4], [15, 14], [5, 14]]  # 10 x 10 pixels
-INNER = [[10, 8], [20, 8], [20, 12], [10, 12]]  # 10 x 4, half of it on the square
+INNER = [[10, 8], [20, 8], [20, 12], [10, 12]]  # 10 x 4, half of it over the square
 
 
 def photo(path: Path, size: tuple[int, int] = SIZE, **options: Any) -> Path:
@@ -51,7 +51,7 @@ def mask(out: Path, name: str) -> np.ndarray:
 
 
 def expected(square: int = 1, inner: int = 2, rest: int = 0) -> np.ndarray:
-    """The square with the inner box drawn over it."""
+    """Return the mask of the square with the inner box drawn over it."""
     ids = np.full(SIZE[::-1], rest, np.uint8)
     ids[4:14, 5:15] = square
     ids[8:12, 10:20] = inner
@@ -245,7 +245,7 @@ def test_labelme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_labelme_with_images_inside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Files in two folders, with the images' own bytes or as PNG, and one file without a picture."""
+    """Files in two folders, with the images' original bytes or as PNG, and one file without an image."""
     bytes_of = {kind: photo(tmp_path / f"elsewhere/a.{kind}").read_bytes() for kind in ("jpg", "png")}
     shapes_of_all = [{"label": "square", "points": SQUARE}]
     for name, image, kind in (("x/1", "a.jpg", "jpg"), ("x/2", "..\\b\\a.jpg", "jpg"), ("y/1", "a.tif", "png")):
@@ -454,13 +454,13 @@ def test_the_options(tmp_path: Path) -> None:
 
 
 def test_images_turned_by_exif(tmp_path: Path) -> None:
-    """Annotations for the image as stored are turned with it; those for the image as seen are taken as they are."""
+    """Annotations of the stored image are rotated with it; those of the image as viewers show it are unchanged."""
     exif = Image.Exif()
     exif[0x0112] = 6
     photo(tmp_path / "a.jpg", SIZE, exif=exif)
     prepare("coco", write(tmp_path / "a.json", coco()), tmp_path / "stored")
     assert np.array_equal(mask(tmp_path / "stored", "a"), np.rot90(expected(), -1))
-    photo(tmp_path / "a.jpg", SIZE[::-1], exif=exif)  # seen as 40 x 30
+    photo(tmp_path / "a.jpg", SIZE[::-1], exif=exif)  # viewers show 40 x 30
     prepare("coco", tmp_path / "a.json", tmp_path / "seen")
     assert np.array_equal(mask(tmp_path / "seen", "a"), expected())
     photo(tmp_path / "a.jpg", (41, 30))

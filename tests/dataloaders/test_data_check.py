@@ -1,4 +1,4 @@
-"""What `python -m dataloaders check` finds in good and bad data, and the picture it draws."""
+"""`python -m dataloaders check` on good and bad data, and its contact sheet."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_problems_alike_are_one_and_each_loader_is_summed_up(data: Path, capsys:
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        # Seven images of 30 x 20 and one of 30 x 10 fill 562.5 pixels in the mean.
+        # Seven images of 30 x 20 and one of 30 x 10 have 562.5 pixels on average.
         ({"crop_size": 64, "scale": (1.0, 1.0)}, "crop_size 64 is larger than every image seen (30 x 20): 86% of a "),
         ({"crop_size": 128, "scale": (1.0, 1.0), "base_size": 100},
          "crop_size 128 is larger than every image seen at base_size 100 (100 x 67): 62% of a training crop is "
@@ -300,7 +300,7 @@ def test_generated_data_can_be_looked_at(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_real_data(shared_dir: Path, tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """CamVid's shares, image counts, mean and std as they were recorded when the data was made."""
+    """CamVid's shares, image counts, mean and std are those recorded with the data."""
     folder = shared_dir / "data" / "camvid"
     args = ["check", "-c", str(root / "configs" / "camvid.json"), "--out", str(tmp_path / "sheet.png")]
     for stage in ("train", "val"):

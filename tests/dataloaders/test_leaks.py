@@ -1,4 +1,4 @@
-"""Pictures on both sides of a split, and loaders that are set up the wrong way round."""
+"""Images on both sides of a split, and arguments that belong to the other loader."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_frames_of_one_video_on_both_sides(tmp_path: Path) -> None:
     assert "look alike" in messages(whole, whole.get_val_loader())
     grouped = options | {"group_by": r"^(.*?)\d?$"}
     assert messages(loader(tmp_path, **grouped), loader(tmp_path, "val", **grouped)) == ""
-    # The end of the video for validation: only one pair of neighbors is divided.
+    # The end of the video is for validation, so only one pair of neighbors is divided.
     for split, part in (("train", range(30)), ("val", range(30, 40))):
         (tmp_path / f"{split}.txt").write_text("\n".join(f"f{i}" for i in part))
     assert messages(*(loader(tmp_path, split, list_file="{split}.txt") for split in ("train", "val"))) == ""

@@ -1,4 +1,4 @@
-"""Every public data set on its own directory layout: files found, pairs right, labels translated, facts complete."""
+"""Each public data set in its directory layout: files are found and paired, labels translated, facts complete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def image(path: Path, level: int = 128) -> Path:
 
 
 def mask(path: Path, *values: int) -> Path:
-    """Write a label map that holds the given values, one after the other, the last one to the end."""
+    """Write a label map with the given values one after another; the last one fills the rest."""
     flat = np.full(SIZE[0] * SIZE[1], values[-1], np.uint8)
     flat[: len(values)] = values
     return put(path, flat.reshape(SIZE))
@@ -78,7 +78,7 @@ def test_label_files(file: str, count: int, some: dict[int, str]) -> None:
     found = labels(file)
     assert len(found.names) == len(found.palette) == count
     assert {i: found.names[i] for i in some} == some
-    # ADE20K's published colors give road and skyscraper the same gray.
+    # In ADE20K's published colors, road and skyscraper have the same gray.
     assert len(set(found.palette)) >= count - (file == "ade20k")
 
 
@@ -314,7 +314,7 @@ def test_kvasir_with_one_class_is_binary(tmp_path: Path) -> None:
 
 
 def test_kvasir_split_beforehand(shared_dir: Path) -> None:
-    """DRIVE's vessels in that layout: shares of both classes as its README has them."""
+    """DRIVE's vessels in this layout: the shares of both classes are those of its README."""
     folder = str(shared_dir / "data" / "medical")
     for split, count, share in (("train", 20, 0.0863), ("val", 12, 0.0909)):
         loader = dataloaders.build(

@@ -1,4 +1,4 @@
-"""A first config from a folder of data: it reads the data, whatever they hold, and says why."""
+"""`python -m dataloaders plan` writes a config that reads the data, with a reason for each choice."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _without_pretrained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(root: Path, *options: str) -> dict[str, Any]:
-    """Return the config of a folder, whose loaders read the data."""
+    """Return the config for a folder, after its loaders have read the data."""
     out = root.parent / f"{root.name}.json"
     assert main(["plan", "--data-dir", str(root), "--out", str(out), "--force", *options]) == 0
     config = load(out, models=MODELS, loaders=dataloaders.LOADERS)
@@ -196,7 +196,7 @@ def test_groups_and_rare_classes(tmp_path: Path) -> None:
 
 
 def drive(count: int, seed: int) -> list[np.ndarray]:
-    """Return the frames of a camera that moves slowly over a picture."""
+    """Return the frames of a camera that moves slowly across a picture."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 12 + count, 3), np.uint8))
     scene = np.asarray(coarse.resize((4 * (12 + count), SIZE[0]), Image.Resampling.BICUBIC))
@@ -211,7 +211,7 @@ def test_frames_of_a_video_are_not_torn_apart(tmp_path: Path, capsys: pytest.Cap
         return plan(tmp_path / name)["train_loader"]["args"]
 
     numbers = [f"{i:04d}" for i in range(60)]
-    # One video: blocks of frames; a random split would put neighbors on both sides.
+    # One video: blocks of frames, because a random split would put neighbors on both sides.
     args = made("video", numbers, drive(60, 0))
     assert args["group_by"] == r"^(.*?)\d{0,1}\D*$"
     said = " ".join(capsys.readouterr().out.split())
@@ -222,7 +222,7 @@ def test_frames_of_a_video_are_not_torn_apart(tmp_path: Path, capsys: pytest.Cap
     held_out = {entry.name[:-1] for entry in built.dataset.held_out}
     assert held_out
     assert not blocks & held_out
-    # Three cameras: one of them is held out as a whole.
+    # Three cameras: one of them is held out completely.
     names = [f"cam{c}_{i}" for c in "abc" for i in range(20)]
     args = made("cameras", names, [frame for c in range(3) for frame in drive(20, c)])
     built = dataloaders.build("Folder", **args | {"num_workers": 0})
@@ -243,7 +243,7 @@ def test_frames_of_a_video_are_not_torn_apart(tmp_path: Path, capsys: pytest.Cap
     # Sub-folders, one per video.
     args = made("folders", [f"clip{c}/{i}" for c in range(6) for i in range(4)], [photo(i) for i in range(24)])
     assert args["group_by"] == "^(.+)/"
-    # Names alone, with pictures that have nothing in common: no groups.
+    # Only the names look like groups; the images have nothing in common.
     pets = [f"{pet}_{i}" for pet in ("cat", "dog", "cow") for i in range(20)]
     for name, some in (("photos", numbers), ("pets", pets)):
         assert "group_by" not in made(name, some, [photo(i) for i in range(60)])

@@ -1,4 +1,4 @@
-"""Downloads that break, resume and lie; archives that attack; SBD to VOC's augmented lists; no network."""
+"""Interrupted, resumed and damaged downloads; malicious archives; VOC's augmented lists from SBD; no network needed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from utils.errors import UserError
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves bytes from memory, with Range and If-Range; can break connections and lose its manners."""
+    """Serves bytes from memory, with Range and If-Range; can also break connections or ignore these headers."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
-        self.break_after: list[int] = []  # one entry per answer: cut the connection after so many bytes
+        self.break_after: list[int] = []  # one entry per answer: after how many bytes the connection breaks
         self.ranges = True
         self.asked: list[tuple[str, str | None]] = []
 

@@ -1,4 +1,4 @@
-"""Shapes: always the same scenes, labels as uncertain as stated, files that the VOC loader reads."""
+"""Shapes: the scenes are reproducible, the labels as uncertain as stated, and the VOC loader reads the files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def scenes() -> list[scene.Scene]:
 
 
 def test_a_scene_is_a_function_of_seed_split_and_number() -> None:
-    one, two = Shapes(length=4, size=64), Shapes(length=9, size=64, seed=5)  # the run's seed changes nothing
+    one, two = Shapes(length=4, size=64), Shapes(length=9, size=64, seed=5)  # the seed of the run has no effect
     for index in (3, 0, 2):
         assert torch.equal(one[index].image, two[index].image)
         assert torch.equal(one[index].label, two[index].label)
@@ -89,13 +89,13 @@ def test_labels_are_drawn_with_the_stated_probability(scenes: list[scene.Scene])
         p = np.stack([s.probability[c] for s in scenes])
         hit = np.stack([s.label == c for s in scenes])
         for where in (counted, counted & (p > 0.25) & (p < 0.75)):
-            # Scene by scene (pixels of one object are labeled together) the excess over the probability: noise.
+            # Per scene, because pixels of one object are labeled together: the excess over the probability is noise.
             excess = ((hit - p) * where).sum((1, 2))
             assert abs(excess.mean()) < 4 * excess.std() / len(excess) ** 0.5 + 0.02, scene.CLASS_NAMES[c]
 
 
 def test_the_doubt_is_real(scenes: list[scene.Scene]) -> None:
-    """Even who knows the exact probabilities cannot know the labels, in some classes more than in others."""
+    """Even the exact probabilities do not determine the labels, in some classes less than in others."""
     doubt = {}
     for c, name in enumerate(scene.CLASS_NAMES):
         p = np.stack([s.probability[c] for s in scenes])

@@ -107,7 +107,7 @@ def test_real_photographs(shared_dir: Path, suffix: str) -> None:
     assert data.class_names[3] == "Road"
     counts = data.class_pixel_counts()
     pixels = 101 * 480 * 360
-    # Shares and occurrences as the folder's description has them.
+    # Shares and occurrences are those in the description of the folder.
     assert counts[:, 3].sum() / pixels == pytest.approx(0.2895, abs=1e-4)
     assert counts[:, 10].sum() / pixels == pytest.approx(0.0222, abs=1e-4)
     assert 1 - counts.sum() / pixels == pytest.approx(0.0170, abs=1e-4)

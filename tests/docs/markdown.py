@@ -1,4 +1,4 @@
-"""Read our Markdown pages: links, headings, code, and the commands in it."""
+"""Read the Markdown pages: links, headings, code and commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of code: where it begins, its language, its text."""
+    """A fenced code block: where it begins, its language and its text."""
 
     page: str
     line: int
@@ -27,7 +27,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """A command that a page gives: where, and its words."""
+    """A command on a page: its place and its words."""
 
     page: str
     words: tuple[str, ...]
@@ -65,7 +65,7 @@ def prose(page: str) -> str:
 
 
 def spans(page: str) -> list[str]:
-    """Return the pieces of code within a page's sentences."""
+    """Return the inline code of a page."""
     return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose(page))]
 
 
@@ -92,7 +92,7 @@ PROGRAMS = r"(python3?|torchrun|srun|sbatch|make|pip|tensorboard|pre-commit|dock
 
 
 def lines_of_shell(page: str) -> Iterator[str]:
-    """Yield what a reader might type: lines of shell blocks, of indented blocks, and spans that are commands."""
+    """Yield what a reader might type: lines of shell blocks and indented blocks, and inline code that is a command."""
     for block in blocks(page):
         lines = block.text.replace("\\\n", " ").splitlines()
         if block.language in ("bash", "sh", "console"):
@@ -107,11 +107,11 @@ def lines_of_shell(page: str) -> Iterator[str]:
             yield span
 
 
-OTHERS = {"venv", "pip", "pytest", "ruff", "mypy"}  # modules behind `python -m` that are not ours
+OTHERS = {"venv", "pip", "pytest", "ruff", "mypy"}  # modules of `python -m` that are not part of this project
 
 
 def ours(command: Command) -> tuple[str, ...] | None:
-    """Return a command's words from our script or module on; None for a command that is not ours."""
+    """Return a command's words, starting with the script or module; None if it is not part of this project."""
     words = list(command.words)
     if words[0] in ("srun", "torchrun"):
         script = next((i for i, w in enumerate(words) if w.endswith(".py")), None)

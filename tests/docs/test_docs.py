@@ -1,4 +1,4 @@
-"""The documentation is true: links lead somewhere, configs are valid, commands and names exist, the quickstart runs."""
+"""The documentation is correct: links work, configs are valid, commands and names exist, the quickstart runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from utils.config.schema import Config
 from utils.losses import LOSSES
 
 OURS = ("utils", "base", "models", "dataloaders", "trainer", "train", "test", "inference", "benchmarks", "tests")
-# What a reader calls the thing that is to be added.
+# The words of a reader who wants to add something.
 PLACEHOLDERS = ("mine", "Mine", "old", "test_X", "mine.json", "old.json")
 
 each_page = pytest.mark.parametrize("page", pages())
@@ -73,7 +73,7 @@ def json_blocks() -> list[Block]:
 
 
 def objects(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a block: the whole, its members without braces, or one of either per line."""
+    """Yield the JSON objects of a block: a whole object, members without braces, or one of these per line."""
     for candidate in (text, "{" + text.rstrip().rstrip(",") + "}"):
         try:
             found = json5.loads(candidate)
@@ -141,7 +141,7 @@ def test_the_readme_holds_an_annotated_config_with_every_section() -> None:
 
 @cache
 def known_keys() -> set[str]:
-    """Return every name that may stand as a key in a config."""
+    """Return all names that can be keys of a config."""
     names: set[str] = set()
 
     def fields(section: Any) -> None:
@@ -164,7 +164,7 @@ def test_keys_that_sentences_name_exist(page: str) -> None:
 
 
 def overrides(page: str) -> list[str]:
-    """Return what a page gives to --set, in commands and in sentences."""
+    """Return the arguments of --set on a page, in commands and in sentences."""
     words = [c.words for c in commands(page)] + [tuple(s.split()) for s in spans(page) if s.startswith("--set ")]
     return [w[i + 1] for w in words for i, word in enumerate(w[:-1]) if word == "--set"]
 
@@ -191,7 +191,7 @@ def help_of(start: tuple[str, ...]) -> str:
 
 
 def parser_of(words: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the part of a command that has a --help of its own: script, module, or module and subcommand."""
+    """Return the part of a command that has its own --help: script, module, or module and subcommand."""
     start = words[:2] if words[0] == "-m" else words[:1]
     rest = words[len(start) :]
     subcommands = re.search(r"^\s+\{([\w,-]+)\}", help_of(start), re.MULTILINE)
@@ -260,7 +260,7 @@ def test_python_compiles_and_imports_what_exists(block: Block) -> None:
 
 
 def runs_alone(block: Block) -> bool:
-    """Return whether a block reads no file and no name that it has not made."""
+    """Return whether a block uses only files and names that it creates."""
     tree = ast.parse(block.text)
     nodes = list(ast.walk(tree))
     used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
@@ -281,7 +281,7 @@ def test_python_without_files_runs(block: Block) -> None:
 
 
 def resolve(dotted: str) -> Any:
-    """Import the longest module of a dotted name and look up the rest; AssertionError if there is no such thing."""
+    """Import the longest module of a dotted name and look up the rest; AssertionError if it does not exist."""
     parts = dotted.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -309,7 +309,7 @@ def test_files_and_names_that_sentences_mention_exist(page: str) -> None:
 
 
 def test_contributing_names_what_is_in_the_files() -> None:
-    """Its recipes say where something is added: a name in a row of a table is in one of the files of the row."""
+    """Each name in a row of its tables exists in one of the files of that row."""
     recipes = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Adding something")[2]
     checked = 0
     for row in re.findall(r"^\| .*", recipes, re.MULTILINE):
@@ -373,7 +373,7 @@ def given(page: str, pattern: str) -> list[str]:
 
 
 def in_run(words: list[str], run: Path) -> list[str]:
-    """Put the run's folder in place of the one with MM-DD_HH-MM in it."""
+    """Replace a folder that contains MM-DD_HH-MM by the folder of the run."""
     return [re.sub(r"saved/\S*MM-DD_HH-MM", str(run), word) for word in words]
 
 
@@ -394,7 +394,7 @@ def test_the_quickstart_runs(tmp_path: Path) -> None:
     printed = execute_here(in_run(given(page, r"test\.py .*-p all"), run), tmp_path)
     assert "## Comparison" in printed
     results = json.loads((run / "results.json").read_text())
-    assert set(results["procedures"]) >= {"T", "max", "max_present", "rankdice"}  # T_tuned: if fitted
+    assert set(results["procedures"]) >= {"T", "max", "max_present", "rankdice"}  # T_tuned: only after a fit
     assert (run / "per_image.csv").is_file()
 
     shapes = given(page, "dataloaders.shapes")
@@ -436,7 +436,7 @@ def test_the_page_about_own_data_runs(tmp_path: Path) -> None:
 
 
 def test_pages_hold_commands_at_all() -> None:
-    """The tests above would pass on pages that they cannot read."""
+    """Otherwise the tests above would pass on pages that they cannot read."""
     found = [c for page in pages() for c in commands(page) if ours(c) is not None]
     assert len(found) > 60
     scripts = {ours(c)[0] for c in found}

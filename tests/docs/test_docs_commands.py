@@ -105,7 +105,7 @@ NOT_RUN = {
     r"srun |scontrol |head -n 1": "needs Slurm",
 }
 
-# Named alone in a sentence, without what they need: they say how they are used.
+# These appear in sentences without their arguments; they print how they are used.
 MENTIONS = {
     ("-m", "dataloaders", "check"),
     ("-m", "dataloaders", "plan"),
@@ -125,12 +125,12 @@ def listed(words: Words, table: dict[str, str]) -> bool:
 
 
 def in_run(word: str) -> str:
-    """Let a checkpoint of ours lie in RUN: ``saved/.../best_model.pth``, ``.../latest.pth``, ``best_model.pth``."""
+    """Replace the folder of a checkpoint by RUN: ``saved/.../best_model.pth``, ``best_model.pth``."""
     return re.sub(r"^(?!old/).*?(\w+\.pth)$", r"RUN/\1", word)
 
 
 def to_run() -> list[Words]:
-    """Return the commands of ours that neither list names, each once wherever its checkpoint is said to lie."""
+    """Return the commands of this project that are in neither list, each once, wherever its checkpoint is."""
     found = dict.fromkeys(tuple(map(in_run, c.words)) for page in pages() for c in commands(page) if ours(c))
     return [words for words in found if not listed(words, ELSEWHERE) and not listed(words, NOT_RUN)]
 
@@ -178,7 +178,7 @@ CROPS = "train_loader.args.crop_size=32"
 
 
 def small(file: str, overrides: str) -> dict[str, Any]:
-    """Return a config of ours in a size that a test can run."""
+    """Return a config that is small enough for a test."""
     raw = configs.override(configs.read(ROOT / file), [*SMALL.split(), *overrides.split()])
     for stage in ("val_loader", "test_loader"):
         if stage in raw:
@@ -187,7 +187,7 @@ def small(file: str, overrides: str) -> dict[str, Any]:
 
 
 def predecessors(**loaders: str) -> dict[str, Any]:
-    """Return a small config as the predecessors' checkpoints hold it; ``loaders``: the folder of each one's data."""
+    """Return a small config as in the predecessors' checkpoints; ``loaders``: the data folder of each loader."""
     small = PUBLISHED | {
         "arch": {"type": "UNet", "args": {"width": 4, "backbone": "resnet50", "freeze_bn": False}},
         "trainer": PUBLISHED["trainer"] | {"epochs": 1, "val_per_epochs": 1},
@@ -200,12 +200,12 @@ def predecessors(**loaders: str) -> dict[str, Any]:
 
 
 def write_predecessors_checkpoint(path: Path, words: list[str]) -> None:
-    """Write ``best_model.pth`` as the predecessors' trainers do, its data gone where ``words`` say where they are."""
+    """Write ``best_model.pth`` as the predecessors do; its data folder is missing if ``words`` name another one."""
     import models
 
     loaders = dict.fromkeys(("train", "val", "test"), "data")
     moved = next((stage for stage in ("test", "val") if f"{stage}_loader.args.data_dir=data" in words), None)
-    if moved == "val":  # the older of the two had no test_loader
+    if moved == "val":  # the older project had no test_loader
         del loaders["test"]
     if moved:
         loaders = dict.fromkeys(loaders, "moved/away")
@@ -224,14 +224,14 @@ def write_predecessors_checkpoint(path: Path, words: list[str]) -> None:
 
 
 class Workspace:
-    """A folder with all that the commands of the documentation take for granted, small."""
+    """A folder with small versions of everything that the documented commands need."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.run = folder  # of the training, as soon as there is one
 
     def fill(self) -> None:
-        """Write configs and data, train, fit, and keep probabilities."""
+        """Write configs and data, train, fit, and save probabilities."""
         shapes = " ".join(SHAPES.format(stage) for stage in ("train", "val", "test"))
         own = small("configs/folder.json", CROPS)
         for file, content in (
@@ -269,15 +269,15 @@ class Workspace:
         return done.stdout
 
     def execute(self, command: Words) -> None:
-        """Run a command of ours in the folder, in this process, which has imported torch already."""
+        """Run a command in the folder and in this process, which has already imported torch."""
         words = self.adapted(command)
-        if "--save-probs" in words:  # those of another checkpoint, trained by the commands before, are not mixed
+        if "--save-probs" in words:  # outputs of another checkpoint, from earlier commands, are not mixed with these
             shutil.rmtree(self.folder / words[words.index("--save-probs") + 1], ignore_errors=True)
         code = run_here(words, self.folder)
         assert not code, f"{shlex.join(words)}: exit code {code}"
 
     def adapted(self, command: Words) -> list[str]:
-        """Put this folder's files in place of the documentation's: runs, places in /tmp, FILE."""
+        """Replace the documentation's files by those of this folder: runs, places in /tmp, FILE."""
         words = ours(Command("", command))
         assert words is not None
         if words in MENTIONS:
@@ -292,7 +292,7 @@ class Workspace:
         return adapted
 
     def files(self) -> set[tuple[Path, int]]:
-        """Return what is there, and when it was written."""
+        """Return all files and when they were written."""
         return {(path, path.stat().st_mtime_ns) for path in self.folder.rglob("*")}
 
     @staticmethod
@@ -324,7 +324,7 @@ def test_a_command_does_what_it_is_given_for(command: Words, workspace: Workspac
 
 
 def test_the_same_twice(workspace: Workspace) -> None:
-    """What CONTRIBUTING.md compares with diff: ``log.csv`` holds nothing but what was computed."""
+    """CONTRIBUTING.md compares ``log.csv`` with diff, so it contains only computed values."""
     (command,) = (c for c in to_run() if "trainer.save_dir=/tmp/before" in c)
     for name in ("before", "after"):
         workspace.execute(tuple(word.replace("/tmp/before", f"/tmp/twice_{name}") for word in command))

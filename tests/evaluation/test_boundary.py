@@ -1,4 +1,4 @@
-"""Boundary IoU agrees with SciPy's erosion, and with what can be counted by hand."""
+"""Boundary IoU agrees with SciPy's erosion and with cases counted by hand."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_square_moved_by_one_pixel_by_hand() -> None:
     target[:, 5:11, 5:11] = 1
     labels = torch.zeros_like(target)
     labels[:, 5:11, 6:12] = 1
-    # Rings of 20 pixels, one wide. The rows at the top and bottom share 5 pixels each; the columns share none.
+    # Rings of 20 pixels, one pixel wide. The top and bottom rows share 5 pixels each; the columns share none.
     found = scores(labels, target)
     assert found["Class_Boundary_IoU"][1] == pytest.approx(10 / 30)
     assert found["Mean_Boundary_IoU"] == pytest.approx(10 / 30)

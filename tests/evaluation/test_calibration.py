@@ -1,4 +1,4 @@
-"""Calibration: known temperatures are found again, the sweep is what thresholds give, reliability by hand."""
+"""Calibration: known temperatures are recovered, the sweep equals single thresholds, reliability by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FACTS = Facts(3, ("a", "b", "c"), ((0, 0, 0),) * 3, (0.5,) * 3, (0.2,) * 3, 255)
 
 
 def drawn(count: int, classes: int, activation: str, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits, and labels drawn from the probabilities they have at a temperature."""
+    """Return logits, and labels drawn from their probabilities at a temperature."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(count, classes, generator=generator) * 3
     if classes == 1:
@@ -162,7 +162,7 @@ def test_reliability_by_hand() -> None:
     assert found["Brier"] == pytest.approx((0.02 + 1.62 + 0.18 + 0.5) / 4, abs=1e-6)
     # Confidence: bins of 0.9 (twice, one right), 0.7 (right), 0.5 (right).
     assert found["ECE"] == pytest.approx((2 * 0.4 + 0.3 + 0.5) / 4, abs=1e-6)
-    # Each class: |1.8 - 1| + |0.3 - 0| + |0.5 - 1|, and the mirror image of it.
+    # Each class: |1.8 - 1| + |0.3 - 0| + |0.5 - 1|; the other class mirrors it.
     assert found["Class_ECE"] == pytest.approx((0.8 + 0.3 + 0.5) / 4, abs=1e-6)
     assert found["confidence"][-1] == pytest.approx([0.9, 0.5, 0.5], abs=1e-6)
     assert sum(share for *_, share in found["classes"]) == pytest.approx(1)
@@ -206,7 +206,7 @@ def test_a_bias_per_class_is_found_again(classes, activation) -> None:
         target = torch.multinomial(odds.softmax(1), 1, generator=generator)[:, 0]
     elif classes == 1:
         target = (torch.rand(len(odds), generator=generator) < odds[:, 0].sigmoid()).long()
-    else:  # one label per pixel: drawn with the odds of the first class that says yes is not a sigmoid of each
+    else:  # each pixel has one label, so labels cannot be drawn from independent sigmoids
         target = torch.multinomial(odds.sigmoid(), 1, generator=generator)[:, 0]
     found = fit_bias(logits, target, activation, torch.ones(classes, dtype=torch.bool))
     assert found is not None

@@ -1,4 +1,4 @@
-"""Comparisons: intervals against closed forms and a plain loop, counts, and what the verdict says."""
+"""Comparisons: intervals against closed forms and a plain loop, counts, and the verdict."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         change = rng.normal(0.02, 0.1, (60, 1))
         low, high = bootstrap(change, np.zeros_like(change), resamples=400, level=0.9)[:, 0]
         hits += low <= 0.02 <= high
-    assert 165 <= hits <= 195  # 90 % of 200, give or take 3.5 standard deviations
+    assert 165 <= hits <= 195  # 90 % of 200, within 3.5 standard deviations
 
 
 def test_too_few_scores_have_no_interval() -> None:
@@ -77,7 +77,7 @@ def test_counts_and_extremes() -> None:
     assert (d.better, d.same, d.worse) == (1, 1, 2)
     assert d.largest_gain == pytest.approx(0.2)
     assert d.largest_loss == pytest.approx(-0.3)
-    assert d.mean == pytest.approx(np.nanmean(scores) - np.nanmean(base))  # that of the table
+    assert d.mean == pytest.approx(np.nanmean(scores) - np.nanmean(base))  # the one in the table
 
 
 def test_worst_tenth() -> None:
@@ -107,7 +107,7 @@ def test_verdicts() -> None:
     assert "worse" not in said
     said = verdict(scored(max=0.5, T=0.48), {"T": down}, 60)
     assert said.startswith("For masks keep max: every other procedure is worse.")
-    # A hair's breadth is no reason for the less simple one; a real lead is.
+    # A tiny lead does not justify a less simple procedure; a real lead does.
     assert "use T:" in verdict(scored(max=0.5, T=0.52, rankdice=0.5201), {"T": up, "rankdice": up}, 60)
     assert "use rankdice:" in verdict(scored(max=0.5, T=0.52, rankdice=0.53), {"T": up, "rankdice": up}, 60)
     assert "no interval" in verdict(scored(max=0.5, T=0.52), {"T": difference(0.02, NAN, NAN)}, 1)
@@ -153,7 +153,7 @@ def test_the_verdict_names_what_is_worse_and_the_configured_procedure_first() ->
     configured = (
         "rankdice, the config's predict.test, is worse than max here: -0.0013 (95% interval -0.0020 to -0.0005)"
     )
-    assert said.endswith(f"{configured}. So is T.")  # the same scores are said once
+    assert said.endswith(f"{configured}. So is T.")  # procedures with the same scores share a sentence
     four = dict.fromkeys(("T", "rankdice", "rankdice_paper", "rankdice_iou"), down)
     assert verdict(dict.fromkeys(("max", *four), {"Mean_Dice": 0.5}), four, 50).endswith(
         "T is worse than max here: -0.0013 (95% interval -0.0020 to -0.0005). So are rankdice, rankdice_paper and "

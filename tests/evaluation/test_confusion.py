@@ -1,4 +1,4 @@
-"""Confusion matrices agree with torchmetrics, add up over processes, and are written in words and numbers."""
+"""Confusion matrices agree with torchmetrics, add up over processes, and are written as text and CSV."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: one forward pass for every procedure, the same scores however it is cut, views, limits and costs."""
+"""Evaluation: one forward pass for all procedures, the same scores for any batches, views, limits and costs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_all_decisions() -> None:
     assert (found["rankdice_paper"].options.chooses_by, found["rankdice_paper"].options.prune) == ("prune", 0.5)
     assert [d.expects for d in found.values()] == [None, None, None, None, "dice", "dice", None, "iou"]
     assert all(d.options.classes == (1,) for d in found.values())
-    # Under a config that maximizes IoU, the two columns still are what their names say.
+    # With a config that maximizes IoU, both columns still contain what their names say.
     assert all_decisions(PredictOptions(metric="iou"))["rankdice"].expects == "dice"
 
 
@@ -97,7 +97,7 @@ def test_one_forward_pass_serves_all_and_each_scores_as_alone() -> None:
         a, b = together.metrics[name].compute(), alone.metrics["x"].compute()
         assert a.keys() == b.keys()
         for key in a:
-            if "Expected" in key:  # sums of another batch round otherwise
+            if "Expected" in key:  # in other batches, sums are rounded differently
                 assert a[key] == pytest.approx(b[key], rel=1e-9, nan_ok=True), (name, key)
             else:
                 assert str(a[key]) == str(b[key]), (name, key)  # the same bits, nan included
@@ -202,7 +202,7 @@ def test_the_peak_is_what_lives_at_one_time() -> None:
     assert 4 * 3000 <= peak < 4 * 3300
     with pytest.raises(ZeroDivisionError):
         cpu_peak(lambda: 1 / 0)
-    assert 4 * 3000 <= cpu_peak(work) < 4 * 3300  # and what failed left nothing behind
+    assert 4 * 3000 <= cpu_peak(work) < 4 * 3300  # and the failed call left nothing behind
 
 
 def test_the_first_lap_warms_up() -> None:

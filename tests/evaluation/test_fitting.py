@@ -1,4 +1,4 @@
-"""The fit on validation data: it keeps what helps on images held out, and nothing else."""
+"""The fit on validation data keeps what helps on held-out images, and nothing else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FACTS = Facts(CLASSES, ("ground", "a", "b", "c"), ((0, 0, 0),) * CLASSES, (0.0,)
 
 
 class Noisy(nn.Module):
-    """Returns logits that the first channel of an image points to, ``sure`` times as large as they should be."""
+    """Returns the logits at the index in an image's first channel, ``sure`` times as large as they should be."""
 
     def __init__(self, table: Tensor, sure: float = 1.0, shift: tuple[float, ...] = (0.0,) * CLASSES) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Noisy(nn.Module):
 
 
 class Scenes:
-    """A loader of images of which every pixel is an index into a table of true logits, and labels drawn from them."""
+    """A loader of images whose pixels are indices into a table of true logits, with labels drawn from these."""
 
     def __init__(self, images: int, everywhere: bool = False, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ class Scenes:
             label = torch.multinomial(self.table[pick].softmax(1), 1, generator=generator)[:, 0]
             if everywhere:
                 label[:CLASSES] = torch.arange(CLASSES)
-            elif not shown.all():  # what is not shown is not there, although the network gives it a chance
+            elif not shown.all():  # a class that is not shown is absent, although the network gives it some probability
                 label[~shown[label]] = 0
             self.images.append(pick.view(1, 12, 12).expand(3, 12, 12).to(torch.uint8))
             self.labels.append(label.view(12, 12).to(torch.uint8))
@@ -73,7 +73,7 @@ class Scenes:
 
 
 class Unsure(Scenes):
-    """Objects that no pixel is sure of: a large pale blob is one of a class that is there, a small one mostly not."""
+    """Objects with low probabilities: a large blob usually belongs to a class in the image, a small one does not."""
 
     def __init__(self, images: int, seed: int = 0) -> None:
         super().__init__(0)
@@ -134,7 +134,7 @@ def test_presence_is_kept_where_it_helps_and_scores_what_was_promised() -> None:
     assert found.presence is not None
     figures = found.figures[found.chosen]
     assert figures["presence"] > figures["rankdice"] + 0.1
-    # New images keep what the held-out images promised.
+    # New images reach the scores of the held-out images.
     test, calibration, scores = Unsure(100, seed=1), found.calibration, {}
     used = Evaluator(
         Network(Noisy(test.table), FACTS, "softmax", temperature=calibration.temperature, bias=calibration.bias)
@@ -186,7 +186,7 @@ def test_groups_are_not_divided_among_folds(scenes: Scenes) -> None:
 
 @pytest.mark.parametrize(("repeats", "grouped"), [(6, True), (1, False)])
 def test_the_frames_of_a_video_are_one_group_by_their_names(repeats: int, grouped: bool) -> None:
-    # Three videos, in which frames resemble their neighbors or not: only frames that do are held out together.
+    # Three videos. Only if frames resemble their neighbors, whole videos are held out.
     rows = list(_sample(Scenes(60 // repeats)).rows.values())
     sample = held_out.LogitSample(FACTS, 60)
     for i in range(60):
@@ -195,13 +195,13 @@ def test_the_frames_of_a_video_are_one_group_by_their_names(repeats: int, groupe
     assert calibrations.example == ("A1_f" if grouped else None)
     assert calibrations.folds.tolist() == [i // (20 if grouped else 12) for i in range(60)]
     own = Calibrations(sample, "softmax", Calibration(), group_of=lambda name: name[-1])
-    assert len({own.fold[f"A1_f{i:05d}"] for i in (3, 13)}) == 1  # group_by goes first
+    assert len({own.fold[f"A1_f{i:05d}"] for i in (3, 13)}) == 1  # group_by has priority
     assert own.groups == 10
 
 
 def test_one_clip_is_told() -> None:
     class Clip(Scenes):
-        """Every scene is shown eight times, as the frames of a video are."""
+        """Each scene is shown eight times, like the frames of a video."""
 
         def __init__(self) -> None:
             super().__init__(5)
@@ -222,7 +222,7 @@ def _sample(scenes: Scenes) -> Any:
 
 
 def test_nothing_is_kept_that_does_not_help() -> None:
-    # Labels are what argmax says: the network cannot be too sure, and no presence or threshold helps.
+    # The labels are the argmax, so the network cannot be overconfident, and neither presence nor a threshold helps.
     scenes = Scenes(60)
     scenes.labels = [scenes.table[image[0].long()].argmax(-1).to(torch.uint8) for image in scenes.images]
     found = fitted_on(scenes, sure=30.0)
@@ -238,7 +238,7 @@ def test_links_are_judged_by_likelihood_and_must_not_lower_dice() -> None:
     noise = 0.01 * torch.randn(50, generator=generator, dtype=torch.float64)
 
     def trial(nll: float, dice: float) -> Any:
-        # Images differ a lot, but all calibrations see the same images.
+        # Images differ a lot, but all calibrations are compared on the same images.
         common = torch.linspace(0, 1, 50, dtype=torch.float64)
         return SimpleNamespace(
             nll=nll + common + noise, scores=lambda procedure: dice + common - noise.flip(0), worth=50
@@ -249,7 +249,7 @@ def test_links_are_judged_by_likelihood_and_must_not_lower_dice() -> None:
     assert fitting._best_calibration({OWN: own, SCALED: trial(0.25, 0.5)}, "max") == OWN  # mDice is lower
     assert fitting._best_calibration({OWN: own, SCALED: trial(0.35, 0.7)}, "max") == OWN  # less likely
     trials = {OWN: own, SCALED: trial(0.31, 0.6), SHIFTED: trial(0.28, 0.6)}
-    assert fitting._best_calibration(trials, "max") == SHIFTED  # though the temperature alone does not help
+    assert fitting._best_calibration(trials, "max") == SHIFTED  # although the temperature alone does not help
     trials = {OWN: own, SCALED: trial(0.28, 0.6), SHIFTED: trial(0.28, 0.7)}
     assert fitting._best_calibration(trials, "max") == SCALED  # the simpler one
 
@@ -261,13 +261,13 @@ def test_few_images_are_said_to_be_few() -> None:
 
 def test_the_view_that_scores_clearly_higher_is_chosen(scenes: Scenes, monkeypatch) -> None:
     found = fitted_on(scenes)
-    assert found.mode == "single"  # a table does not survive interpolation
-    assert not any("count as" in note or "group" in note for note in found.notes)  # nor are these one clip
+    assert found.mode == "single"  # indices into a table cannot be interpolated
+    assert not any("count as" in note or "group" in note for note in found.notes)  # and these are not one clip
     monkeypatch.setattr(fitting, "SCALES", (1.0,))
-    assert fitted_on(scenes).mode == "single"  # nothing gained
+    assert fitted_on(scenes).mode == "single"  # no gain
 
     def better(self: Network, images: Tensor) -> Tensor:
-        if tuple(self.scales) != (1.0,):  # averages over views of a network that knows the labels
+        if tuple(self.scales) != (1.0,):  # the mean over views of a network that knows the labels
             label = torch.stack(
                 [scenes.labels[next(k for k, x in enumerate(scenes.images) if x.equal(i))] for i in images]
             )
@@ -284,7 +284,7 @@ def test_images_that_resemble_their_neighbors_count_less_for_the_mode(monkeypatc
     pairs = zip(scenes.images, scenes.labels, strict=True)
     seen: Any = SimpleNamespace(tried=[(str(i), image / 255, label) for i, (image, label) in enumerate(pairs)])
     found: Any = SimpleNamespace(calibration=Calibration(1.0, None), threshold=0.5, presence=None, notes=("before",))
-    # A fifth of the images gains: clear for 20 independent images, not for 16; with fewer than 15 nothing is tried.
+    # A fifth of the images gains: clear with 20 independent images, but not with 16. Below 15 it is not tried.
     for worth, mode in ((400.0, "multiscale"), (20.0, "multiscale"), (16.0, "single"), (14.9, None)):
         scores = [dice for gain in [0.1, 0.0, 0.0, 0.0, 0.0] * 4 for dice in (0.5, 0.5 + gain)]
         monkeypatch.setattr(fitting, "_mean_dice", lambda *_, scores=scores: scores.pop(0))
@@ -311,7 +311,7 @@ def test_a_fit_goes_into_a_checkpoint_and_out_of_it_again(scenes: Scenes) -> Non
     assert "optimizer" not in checkpoint_fit.for_use(changed)
     assert checkpoint_fit.without_fit(changed) == state
     assert checkpoint_fit.without_fit(state) == state
-    # A second fit replaces the first, and what it replaced is still what was there at the beginning.
+    # A second fit replaces the first one, and still records the values from before the first.
     assert checkpoint_fit.without_fit(checkpoint_fit.with_fit(changed, config, found)) == state
     now = resolve(CONFIG | {"predict": changed["config"]["predict"]})
     assert " fitted on 60 validation images (Shapes val)" in str(checkpoint_fit.note(changed, now))

@@ -37,7 +37,7 @@ PALETTE = _RNG.integers(0, 256, (256, 3), np.uint8)
 
 
 class Kind(NamedTuple):
-    """One kind of file: format and description, the file, and the intensities that it must give (None: refused)."""
+    """One kind of file: format and description, the file, and the expected intensities (None: refused)."""
 
     format: str
     kind: str
@@ -61,7 +61,7 @@ def tiff(array: np.ndarray, **options: Any) -> bytes:
 
 
 def rewritten(data: bytes, tag: int, value: int) -> bytes:
-    """Return a TIFF file with another value in a tag that is there."""
+    """Return a TIFF file with another value in an existing tag."""
     buffer = io.BytesIO(data)
     with tifffile.TiffFile(buffer, mode="r+b") as file:
         file.pages[0].tags[tag].overwrite(value)
@@ -94,7 +94,7 @@ def with_palette(array: np.ndarray) -> Image.Image:
 
 
 def share(array: np.ndarray) -> np.ndarray:
-    """Return what stored integers mean: 0 to 1."""
+    """Return stored integers as intensities from 0 to 1."""
     return array / (1 if array.dtype == np.bool_ else np.iinfo(array.dtype).max)
 
 
@@ -194,7 +194,7 @@ def _tiffs() -> Iterator[Kind]:
 
 
 def as_image(path: Path, kind: Kind) -> bool:
-    """Return whether the file is read; AssertionError where it is read wrong."""
+    """Return whether the file is read; AssertionError if it is read wrong."""
     want = None if kind.want is None else kind.want.reshape(*kind.want.shape[:2], -1)
     try:
         image = read_image(path, 3 if want is None else want.shape[2])
@@ -208,7 +208,7 @@ def as_image(path: Path, kind: Kind) -> bool:
 
 
 def as_mask(path: Path) -> str:
-    """Return what the file is as a mask: "class ids", "colors" or "refused"."""
+    """Return how the file is read as a mask: "class ids", "colors" or "refused"."""
     try:
         return "class ids" if read_mask(path).values.ndim == 2 else "colors"
     except UserError:
@@ -216,7 +216,7 @@ def as_mask(path: Path) -> str:
 
 
 def measured(kind: Kind, folder: Path) -> tuple[str, str]:
-    """Return what the table says of a kind: as image and as mask."""
+    """Return the table's words for a kind, as an image and as a mask."""
     path = folder / f"file{kind.suffix}"
     path.write_bytes(kind.data)
     image, mask = as_image(path, kind), as_mask(path)
@@ -240,7 +240,7 @@ def table() -> str:
 
 
 def page(text: str) -> str:
-    """Return the page with the table between its marks."""
+    """Return the page with the table between its markers."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n{table()}\n{END}{tail}"

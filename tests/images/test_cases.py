@@ -1,4 +1,4 @@
-"""Many small files of many kinds, each with the pixels that it must give: all are read right or refused."""
+"""Many small files of many kinds, with their expected pixels: each is read correctly or refused."""
 
 from __future__ import annotations
 

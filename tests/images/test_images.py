@@ -1,4 +1,4 @@
-"""Reading every usual kind of image and label file, and refusing broken ones."""
+"""The usual kinds of image and label files are read, and broken files are refused."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_orientation_is_applied_once_however_a_pillow_image_was_opened(tmp_path:
 
 
 def test_orientation_elsewhere_than_in_exif_counts_nowhere(tmp_path: Path) -> None:
-    """OpenCV reads most images and Pillow most masks: what only one of them knows would turn them apart."""
+    """OpenCV reads most images and Pillow most masks; both must apply the same orientation."""
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     text = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
     raw = b"Raw profile type exif\0\0" + zlib.compress(
@@ -368,7 +368,7 @@ def test_bmp(tmp_path: Path, bits: int) -> None:
 
 
 def test_jpeg_2000(tmp_path: Path) -> None:
-    save(tmp_path / "a.jp2", RGB)  # lossless unless told
+    save(tmp_path / "a.jp2", RGB)  # lossless by default
     assert np.array_equal(read_image(tmp_path / "a.jp2"), RGB)
     deep = np.random.default_rng(0).integers(0, 65536, (12, 17), np.uint16)
     save(tmp_path / "d.jp2", deep)

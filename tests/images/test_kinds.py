@@ -1,4 +1,4 @@
-"""The table of files in docs/datasets.md says what the readers do."""
+"""The table of file formats in docs/datasets.md agrees with the readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label maps on disk: the stored numbers, or a refusal where a file holds more than them."""
+"""Label maps on disk: the stored numbers; files that contain anything else are refused."""
 
 from __future__ import annotations
 

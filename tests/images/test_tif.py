@@ -1,4 +1,4 @@
-"""TIFF files in every layout: written by tifffile, Pillow and OpenCV, read back as they are meant or refused."""
+"""TIFF files in many layouts, written by tifffile, Pillow and OpenCV, are read correctly or refused."""
 
 from __future__ import annotations
 
@@ -369,7 +369,7 @@ def test_sub_images_are_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
 def test_truncated_files_are_refused(channels: int, compression: str | None, share: float, capfd) -> None:
     array = numbers("u1", channels)
-    # The directory stands in front of the pixels.
+    # The directory comes before the pixels.
     options = {"planarconfig": "contig"} if channels > 1 else {}
     data = written(array, photometric="rgb" if channels == 3 else "minisblack", compression=compression, **options)
     with pytest.raises(UserError, match=r"x\.tif"):

@@ -1,4 +1,4 @@
-"""From stored numbers to intensities: one rule for files, arrays and every type of number."""
+"""From stored numbers to intensities: the same rule for files, arrays and all number types."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def script(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Script:
-    """Run inference.py in this process: exit code, what it printed, and what it complained of."""
+    """Run inference.py in this process; return exit code, output and error output."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: object, defaults: bool = True) -> tuple[int, str, str]:

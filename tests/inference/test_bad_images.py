@@ -19,7 +19,7 @@ from utils.predictor import Predictor
 
 
 def test_ten_bad_files_among_good_ones(script: Script, tmp_path: Path) -> None:
-    """One clear line per file that cannot be used; the others are segmented; exit code 2."""
+    """Each unusable file gives one clear line; the others are segmented; the exit code is 2."""
     good = photo(40, 50)
     write("photos/good.jpg", good)
     Path("photos/zero.png").touch()
@@ -27,7 +27,7 @@ def test_ten_bad_files_among_good_ones(script: Script, tmp_path: Path) -> None:
     Path("photos/truncated.jpg").write_bytes(whole[: len(whole) // 2])
     Path("photos/truncated.png").write_bytes(write("whole.png", good).read_bytes()[:300])
     Path("photos/text.jpg").write_text("no image at all")
-    Path("photos/wrong_extension.png").write_bytes(whole)  # a JPEG: its content says so
+    Path("photos/wrong_extension.png").write_bytes(whole)  # a JPEG, by its content
     write("photos/one_pixel.png", photo(1, 1))
     write("photos/panorama.jpg", photo(20, 3000))
     Image.fromarray(photo(40, 50, 1)[:, :, 0].astype(np.uint16) * 257).save("photos/sixteen.png")
@@ -62,7 +62,7 @@ def test_ten_bad_files_among_good_ones(script: Script, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_fails_images_one_by_one(model: Path, tmp_path: Path) -> None:
-    """The kernel refuses to write more than a few bytes: real failures of every write, in a process of its own."""
+    """In a process of its own, the kernel refuses to write more than a few bytes, so each write really fails."""
     write(tmp_path / "photos/small.png", photo(8, 8))
     write(tmp_path / "photos/a.png", np.random.default_rng(0).integers(0, 256, (200, 200, 3)).astype(np.uint8))
     command = (

@@ -32,7 +32,7 @@ Masks = Callable[..., dict[str, np.ndarray]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """Return a folder with a trained network that is too sure, what ``test.py --fit`` made of it, and two images."""
+    """Return a folder with an overconfident network, the result of ``test.py --fit``, and two images."""
     folder = tmp_path_factory.mktemp("calibrated")
     trainer = {"epochs": 3, "val": False, "monitor": "off", "tensorboard": False, "save_dir": str(folder)}
     rate = {"type": "AdamW", "args": {"lr": 0.01}}
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     checkpoint.save(state, folder / "best_model.pth")
     run_here(["test.py", "-r", str(folder / "best_model.pth"), "--fit", "-o", str(folder)], root)
     state = checkpoint.read(folder / CALIBRATED)
-    # Whether another temperature and threshold gain is not clear on so few images.
+    # On so few images, the gain of another temperature and threshold is not clear.
     state["config"]["predict"] |= {"threshold": 0.4, "temperature": 2.5}
     checkpoint.save(state, folder / CALIBRATED)
     (folder / "photos").mkdir()
@@ -80,7 +80,7 @@ def fitted(folder: Path, model: str = CALIBRATED) -> Predict:
 
 
 def probabilities(folder: Path, name: str, predict: Predict) -> torch.Tensor:
-    """Return the probabilities of an image out of the original network, ``(C, H, W)``."""
+    """Return the probabilities ``(C, H, W)`` of an image from the original network."""
     loaded = checkpoint.load_model(folder / "best_model.pth")
     image = torch.from_numpy(np.asarray(Image.open(folder / f"photos/{name}.png")).copy()).permute(2, 0, 1)[None]
     with torch.no_grad():
@@ -90,7 +90,7 @@ def probabilities(folder: Path, name: str, predict: Predict) -> torch.Tensor:
 
 
 def above(probs: torch.Tensor, threshold: float) -> np.ndarray:
-    """Return what procedure T draws: the most probable class where it is above the threshold."""
+    """Return the labels of procedure T: the most probable class where it is above the threshold."""
     best, labels = probs.max(0)
     return torch.where(best > threshold, labels, NO_CLASS).numpy()
 
@@ -110,7 +110,7 @@ def test_t_uses_the_fitted_temperature_and_threshold(folder: Path, masks: Masks)
 
 
 def test_both_numbers_count(folder: Path, masks: Masks) -> None:
-    """With a threshold that few pixels miss neither number could be told from its default; so with a higher one."""
+    """A higher threshold, which more pixels miss, so that both numbers differ from their defaults."""
     state = checkpoint.read(folder / CALIBRATED)
     state["config"]["predict"]["threshold"] = 0.6
     checkpoint.save(state, folder / "strict_calibrated.pth")

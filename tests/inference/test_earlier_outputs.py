@@ -1,4 +1,4 @@
-"""inference.py in a folder that has outputs already: continue, replace, refuse."""
+"""inference.py in a folder with earlier outputs: continue, replace, refuse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_skip_existing_continues(script: Script, monkeypatch: pytest.MonkeyPatch
     assert Path("masks/0.png").stat().st_mtime_ns == before
     with open("masks/expected_dice.csv", newline="") as file:
         assert len(list(csv.reader(file))) == 5  # the table still has all four
-    assert "segmented 4" in script("--skip-existing", "--json")[1]  # not all outputs were there
+    assert "segmented 4" in script("--skip-existing", "--json")[1]  # some outputs were missing
 
 
 def test_skip_existing_knows_the_model_and_the_options(script: Script, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_files_of_others_are_not_overwritten(script: Script, name: str, argument
 def test_a_mask_that_was_corrected_is_not_overwritten(script: Script) -> None:
     write("photos/a.jpg", photo(40, 50))
     assert script()[0] == 0
-    assert script()[0] == 0  # its own files are replaced
+    assert script()[0] == 0  # files of this program are replaced
     Image.open("masks/a.png").save("masks/a.png")
     corrected = Path("masks/a.png").read_bytes()
     code, _, err = script()
@@ -95,7 +95,7 @@ def test_a_mask_that_was_corrected_is_not_overwritten(script: Script) -> None:
 def test_probabilities_are_not_mixed(script: Script, tmp_path: Path) -> None:
     write("photos/a.png", photo(40, 50))
     assert script("--probs")[0] == 0
-    assert script("--probs", "-p", "T")[0] == 0  # the procedure does not matter to probabilities
+    assert script("--probs", "-p", "T")[0] == 0  # probabilities do not depend on the procedure
     other = write_checkpoint(tmp_path / "other.pth", num_classes=5)
     code, _, err = script("--probs", "-m", other)
     assert code == 2

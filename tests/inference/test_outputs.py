@@ -1,4 +1,4 @@
-"""The outputs of inference.py beside the masks: overlays, probabilities, JSON, the table of expected scores."""
+"""The other outputs of inference.py: overlays, probabilities, JSON, the table of expected scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_everything_beside_the_masks(script: Script, model: Path) -> None:
     for entry in described["classes"]:
         assert entry["name"] == NAMES[entry["id"]]
         assert entry["pixels"] == (result.labels == entry["id"]).sum()
-        assert "presence" not in entry  # without a fit it is not known
+        assert "presence" not in entry  # not known without a fit
         assert entry["mask_pixels"] == result.volumes[entry["id"]]
         if entry["mask_pixels"]:
             assert entry["expected_dice"] == pytest.approx(result.scores[entry["id"]])

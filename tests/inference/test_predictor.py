@@ -1,4 +1,4 @@
-"""The predictor: what goes in, the modes, procedures, and images that are streamed through a file."""
+"""The predictor: inputs, modes, procedures, and images that are streamed through a file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def one_class(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def network_probs(path: Path, image: np.ndarray) -> Tensor:
-    """Say it step by step: normalize, network, softmax."""
+    """Return the probabilities step by step: normalize, network, softmax."""
     loaded = load_model(path)
     x = torch.from_numpy(image).permute(2, 0, 1)[None].double() / 255
     x = (x - torch.tensor(loaded.facts.mean).view(1, 3, 1, 1)) / torch.tensor(loaded.facts.std).view(1, 3, 1, 1)
@@ -222,7 +222,7 @@ def test_devices_that_are_not_there(model: Path, device: str) -> None:
 
 
 def spool_of(probs: Tensor, rows: int = 7, columns: int = 11) -> streaming.Spool:
-    """Write ``(C, H, W)`` in blocks, strip after strip, as tiles of a large image come."""
+    """Write ``(C, H, W)`` in blocks, strip by strip, like the tiles of a large image."""
     classes, height, width = probs.shape
     spool = streaming.Spool(classes, height, width)
     for x in range(0, width, columns):
@@ -232,7 +232,7 @@ def spool_of(probs: Tensor, rows: int = 7, columns: int = 11) -> streaming.Spool
 
 
 def some_probs(classes: int = 4, height: int = 40, width: int = 33, seed: int = 0, sharpness: float = 3.0) -> Tensor:
-    """Return smooth probabilities that float16 holds exactly."""
+    """Return smooth probabilities that float16 represents exactly."""
     noise = torch.randn(1, classes, 6, 6, generator=torch.Generator().manual_seed(seed))
     smooth = torch.nn.functional.interpolate(noise, size=(height, width), mode="bicubic")[0]
     probs = smooth.mul(sharpness).softmax(0) if classes > 1 else smooth.mul(sharpness).sigmoid()
@@ -273,7 +273,7 @@ def test_rank_dice_of_a_table_is_rank_dice_of_the_pixels(
     seed: int, pixels: int, low: float, high: float, levels: int, metric: str, smooth: float, prune: float | None,
     solver: str,
 ) -> None:  # fmt: skip
-    """Rows of all shapes, with many equal values among them: the same expected score, and the same pixels or a tie."""
+    """Rows of all shapes, with many equal values: the same expected score, and the same pixels unless they tie."""
     row = np.random.default_rng(seed).beta(low, high, pixels)
     row = np.round(row * levels) / levels if levels else row
     row = torch.from_numpy(row).half().double()
@@ -322,7 +322,7 @@ def test_streamed_images_get_what_others_get(model: Path, procedure: str, keep_p
     predict = Predictor(model, **(arguments | {"memory": 4 * 4 * 48 * 100, "keep_probs": keep_probs}))
     assert predict.streams(150, 170)
     streamed = predict(image)
-    assert (streamed.labels == whole.labels).mean() > 0.999  # float16 turns near ties
+    assert (streamed.labels == whole.labels).mean() > 0.999  # float16 changes near ties
     assert streamed.masks is None
     if procedure == "rankdice":
         np.testing.assert_allclose(streamed.scores, whole.scores, atol=2e-4)
@@ -335,7 +335,7 @@ def test_streamed_images_get_what_others_get(model: Path, procedure: str, keep_p
 
 
 def test_streamed_classes_of_interest(model: Path) -> None:
-    """They say which masks are made and scored; label maps are of all classes, as for other images."""
+    """Classes of interest limit the masks and scores; label maps contain all classes, as for other images."""
     image, options = photo(150, 170), PredictOptions(classes=(0, 2), presence="all")
     whole = Predictor(model, mode="sliding", options=options)(image)
     streamed = Predictor(model, mode="sliding", options=options, memory=4 * 4 * 48 * 100)(image)

@@ -127,7 +127,7 @@ def test_masks_do_not_go_among_the_images(script: Script, images: str, output: s
     assert (code, out) == (2, "")
     assert all(word in err for word in words), err
     assert files(".") == before
-    # One image with its mask beside it is what the command says.
+    # The command asks for one image with its mask next to it.
     assert script("-i", "photos/a.jpg", "-o", "photos", "-p", "max")[0] == 0
     assert files("photos") == ["a.jpg", "a.png"]
 
@@ -189,7 +189,7 @@ def test_links_are_counted_and_take_no_image_twice(script: Script) -> None:
     Path("photos/list.csv").touch()
     Path("photos/again.png").symlink_to("deep/a.png")
     Path("photos/round").symlink_to("../photos")
-    Path("photos/b.png").symlink_to("../elsewhere/b.png")  # the only way to this one
+    Path("photos/b.png").symlink_to("../elsewhere/b.png")  # the only way to choose this one
     code, out, _ = script("-p", "max")
     assert code == 0
     assert files("masks") == ["b.png", "deep/a.png"]
@@ -204,7 +204,7 @@ def test_links_are_counted_and_take_no_image_twice(script: Script) -> None:
         (["a.jpg", "A.png"], ["a.jpg", "A.png"]),
         (["a.jpg", "a.jpg.png", "a.png"], ["a.jpg", "a.jpg.png", "a.png"]),
         (["a.jpg", "A.JPG"], ["a.jpg", "A.JPG~2"]),
-        (["probs.jpg"], ["probs.jpg"]),  # its JSON file would be the folder's index
+        (["probs.jpg"], ["probs.jpg"]),  # its JSON file would replace the index of the folder
         (["a.jpg", "a.png/b.jpg"], ["a.jpg", "a.png/b"]),
         (["a.jpg", "a_probs/000_x.jpg"], ["a.jpg", "a_probs/000_x"]),
         (["caf\u00e9.jpg", "cafe\u0301.png"], ["caf\u00e9.jpg", "cafe\u0301.png"]),
@@ -229,7 +229,7 @@ def test_probabilities_that_are_not_finite_fail_the_image(
 ) -> None:
     path = write_checkpoint(tmp_path / "bad.pth")
     state = checkpoint.read(path)
-    state["state_dict"][list(state["state_dict"])[-2]].fill_(3e38)  # finite, but sums of it are not
+    state["state_dict"][list(state["state_dict"])[-2]].fill_(3e38)  # finite, but its sums are not
     checkpoint.save(state, path)
     write("photos/a.png", photo(40, 50))
     code, out, err = script("-m", path, "-p", procedure, *memory)

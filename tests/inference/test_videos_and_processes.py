@@ -95,7 +95,7 @@ def test_a_camera_is_asked_for_frames(script: Script, monkeypatch: pytest.Monkey
 
 
 def test_several_processes_share_a_folder(model: Path, tmp_path: Path) -> None:
-    """As torchrun starts them: files strided, one summary and one table over all."""
+    """Processes as torchrun starts them: each takes every n-th file, with one summary and one table for all."""
     for seed in range(5):
         write(tmp_path / f"photos/{seed}.png", photo(30, 30, seed=seed))
     Path(tmp_path / "photos/bad.png").touch()
@@ -115,7 +115,7 @@ def test_several_processes_share_a_folder(model: Path, tmp_path: Path) -> None:
 
 
 def test_reading_ahead_is_bounded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However large the images, only as many are in memory as the bound allows, or one."""
+    """Only as many images are in memory as the bound allows, but at least one."""
     live, most = [0], [0]
 
     def item(index: int, pixels: int) -> sources.Item:

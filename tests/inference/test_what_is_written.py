@@ -1,4 +1,4 @@
-"""What is tested is what is written: the PNGs of inference.py are the label maps that test.py scored."""
+"""The PNGs that inference.py writes are the label maps that test.py scores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Run = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a checkpoint, with the images of its test data as files beside it."""
+    """Return a checkpoint, with the images of its test data as files next to it."""
     folder = tmp_path_factory.mktemp("written")
     data = Shapes(split="test", length=IMAGES, size=SIZE)
     (folder / "photos").mkdir()
@@ -97,7 +97,7 @@ def test_the_scored_map_is_the_written_one(run: Run, model: Path, tmp_path: Path
     procedures = json.loads((tmp_path / "scores/results.json").read_text())["procedures"]
     for row, procedure in (("rankdice_map", "rankdice"), ("max_present", "max")):
         written = infer(run, model, tmp_path / row, "-p", procedure, *chosen)
-        if row == "rankdice_map" or "predict.presence=rule" in options:  # else max is the plain argmax
+        if row == "rankdice_map" or "predict.presence=rule" in options:  # otherwise max is the plain argmax
             assert_scored(written, procedures[row])
 
 
@@ -136,7 +136,7 @@ def test_saved_probabilities_give_the_same_masks(
     run(decode, "--probs", tmp_path / "masks", "-o", tmp_path / "again")
     assert_equal(written, maps(tmp_path / "again"))
     row = {("max", "auto"): "max", ("max", "rule"): "max_present"}.get((procedure, presence), f"{procedure}_map")
-    if procedure != "T":  # whose label map leaves pixels unassigned, and has no row
+    if procedure != "T":  # its label map leaves pixels unassigned, and it has no row
         scores = ("-p", "all", "--labels", model.parent / "labels", "-o", tmp_path / "scores")
         run(decode, "--probs", tmp_path / "masks", *scores)
         assert_scored(written, json.loads((tmp_path / "scores/results.json").read_text())["procedures"][row])

@@ -1,4 +1,4 @@
-"""Losses: against closed forms and other libraries, and the promises every one of them makes."""
+"""Losses: against closed forms and other libraries, and the properties that all of them share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.registry import documented
 
 IGNORE = 255
 
-# Every loss as it comes, and with its options: name, args, numbers of channels.
+# Each loss with its defaults and with its options: name, args, numbers of channels.
 CASES = [(name, {}, channels) for name in LOSSES for channels in (1, 4)] + [
     ("CrossEntropyLoss2d", {"weight": [1.0, 2.0, 0.5, 3.0], "label_smoothing": 0.1}, 4),
     ("CrossEntropyLoss2d", {"weight": [1.0, 2.0]}, 1),
@@ -148,7 +148,7 @@ def test_better_predictions_cost_less(name, args, channels):
     logits, target = batch(channels)
     code = F.one_hot(target.masked_fill(target == IGNORE, 0), max(channels, 2)).movedim(-1, 1)
     code = 2.0 * (code if channels > 1 else code[:, 1:]) - 1
-    # Towards the truth, but never sure: label smoothing wants some doubt.
+    # Towards the truth, but not to probability 1, which label smoothing punishes.
     costs = [loss(logits + step * code, target).item() for step in (0.0, 0.5, 1.0, 1.5)]
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > costs[-1] + 1e-3
@@ -333,7 +333,7 @@ def test_bce_focal_equals_torchvision(channels, alpha, gamma):
 
 
 def test_bce_focal_is_taken_per_pixel_not_of_the_mean():
-    # One easy and one hard pixel: the factor of their mean loss would weigh both alike.
+    # One easy and one hard pixel: a factor of the mean loss would weight both equally.
     logits, target = torch.tensor([[[[6.0, -3.0]]]]), torch.tensor([[[1, 1]]])
     p = torch.sigmoid(torch.tensor([6.0, -3.0]))
     torch.testing.assert_close(
@@ -364,7 +364,7 @@ def test_one_channel_is_the_two_channel_loss_of_zero_and_the_logit(name):
 def test_dice_equals_segmentation_models_pytorch():
     from segmentation_models_pytorch.losses import DiceLoss
 
-    # Without smoothing: that library adds it to numerator and denominator halved, ours (as published) does not.
+    # Without smoothing, because that library adds half of it to numerator and denominator.
     logits, target = batch(4, shape=(3, 8, 9))
     reference = DiceLoss("multiclass", ignore_index=IGNORE)
     found = build("DiceLoss", smooth=0.0, per_class=True)(logits, target)
@@ -414,7 +414,7 @@ def test_published_dice_sums_over_everything(name, link, smooth):
 
 
 def test_published_softmax_dice_is_the_mean_absolute_error():
-    # Documented: without per_class, the Dice loss of a softmax does not see class sizes.
+    # Documented: without per_class, the Dice loss of a softmax ignores class sizes.
     logits, target = batch(4)
     z, t = select(logits, target)
     expected = (1 - (z.softmax(1) * t).sum(1)).mean()
@@ -437,14 +437,14 @@ def dice_by_hand(logits: Tensor, target: Tensor, classes: str, weight: list[floa
 @pytest.mark.parametrize("weight", [[1.0] * 4, [1.0, 2.0, 0.5, 3.0]])
 def test_dice_per_class_and_image_by_hand(classes, weight):
     logits, target = batch(4)
-    target[0][target[0] == 2] = 1  # a class that one image lacks
+    target[0][target[0] == 2] = 1  # a class that is missing in one image
     found = build("DiceLoss", per_class=True, per_image=True, classes=classes, weight=weight)(logits, target)
     torch.testing.assert_close(found, dice_by_hand(logits, target, classes, weight))
 
 
 @pytest.mark.parametrize("name", ["DiceLoss", "BDiceLoss", "TverskyLoss"])
 def test_a_class_rightly_absent_costs_nothing_without_smoothing(name):
-    # 0 / 0: nothing there, nothing said.
+    # 0 / 0: the class is in neither target nor prediction.
     target = torch.zeros(1, 2, 2, dtype=torch.int64)
     logits = torch.tensor([1e4, -1e4, -1e4]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     value, gradient = value_and_gradient(build(name, smooth=0.0, per_class=True), logits, target)
@@ -474,7 +474,7 @@ def test_compound_losses_are_their_parts():
 
 
 def test_an_image_without_the_class_still_punishes_false_alarms():
-    # With one channel there is no background class to do it, so "present" may not leave such images out.
+    # With one channel there is no background class, so "present" must not leave such images out.
     target = torch.zeros(1, 3, 3, dtype=torch.int64)
     for name in ("TverskyLoss", "LovaszSoftmax", "LovaszHinge"):
         loss = build(name, classes="present")

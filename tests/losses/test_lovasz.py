@@ -12,7 +12,7 @@ from utils.losses.lovasz import jaccard_gradient, lovasz_extension
 
 
 def jaccard_loss(wrong: set[int], truth: set[int]) -> float:
-    """Return 1 - intersection / union if exactly the pixels ``wrong`` are misjudged; 0 for nothing at all."""
+    """Return 1 - intersection / union if exactly the pixels ``wrong`` are wrong; 0 if there are none."""
     predicted = truth ^ wrong
     union = truth | predicted
     return 1 - len(truth & predicted) / len(union) if union else 0.0
@@ -59,7 +59,7 @@ def test_gradient_is_a_distribution_of_the_whole_loss(row):
     gradient = jaccard_gradient(*tensors(row))
     assert (gradient >= 0).all()
     assert (gradient[~valid] == 0).all()
-    # The falls lead from the perfect prediction to the one that misjudges every valid pixel.
+    # The decreases lead from the perfect prediction to the one in which every valid pixel is wrong.
     assert gradient.sum().item() == pytest.approx(float(valid.any()), abs=1e-12)
 
 

@@ -26,7 +26,7 @@ from utils.lr_scheduler import (
 )
 from utils.lr_scheduler import __main__ as command
 
-# What each schedule needs besides its defaults.
+# The arguments that each schedule needs.
 ARGS = {
     "StepLR": {"step_size": 3},
     "MultiStepLR": {"milestones": [2, 5]},
@@ -61,7 +61,7 @@ def values(optimizer) -> list[tuple[float, float]]:
 
 
 def run(schedule, steps: int) -> list[list[tuple[float, float]]]:
-    """Return the values in force in each of ``steps`` optimizer steps."""
+    """Return the values that each of ``steps`` optimizer steps uses."""
     seen = []
     for _ in range(steps):
         seen.append(values(schedule.optimizer))
@@ -194,7 +194,7 @@ def test_resuming_gives_the_same_bits(name, optimizer_name, stop, optimizer_firs
     args = ARGS.get(name, {})
     whole = build(name, make_optimizer(optimizer_name), 10, **args)
     before = run(whole, stop)
-    saved = json.loads(json.dumps(whole.state_dict()))  # plain data, as a checkpoint keeps it
+    saved = json.loads(json.dumps(whole.state_dict()))  # plain data, as in a checkpoint
     optimizer_state = whole.optimizer.state_dict()
     after = run(whole, 10 - stop)
 
@@ -239,14 +239,14 @@ def test_nothing_warns(name):
         warnings.simplefilter("error")
         schedule = build(name, make_optimizer(), 10, **ARGS.get(name, {}))
         run(schedule, 12)
-        # AMP skips the optimizer's step while it looks for its scale; the schedule still goes on.
+        # AMP skips optimizer steps until it has found its scale; the schedule advances anyway.
         skipped = build(name, make_optimizer(), 10, **ARGS.get(name, {}))
         for _ in range(10):
             skipped.step()
 
 
 def test_warnings_of_others_are_shown_once_not_in_every_step():
-    # Entering warnings.catch_warnings() resets what Python has shown already; schedules must not do it per step.
+    # warnings.catch_warnings() makes Python repeat warnings, so schedules must not enter it in each step.
     schedule = build("StepLR", make_optimizer(), 20, step_size=3)
     schedule.optimizer.step()
     schedule.step()
@@ -286,7 +286,7 @@ def test_sequential_warm_up_then_cosine():
     seen = rates(build("SequentialLR", make_optimizer(), 10, **ARGS["SequentialLR"]), 10)
     assert seen[0] == pytest.approx(0.1 / 3)
     assert seen[4] == pytest.approx(0.1)
-    # The cosine's length is what is left of the run.
+    # The cosine takes the rest of the run.
     assert seen[9] == pytest.approx(0.05 * (1 + math.cos(math.pi * 5 / 6)))
 
 

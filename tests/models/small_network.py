@@ -1,4 +1,4 @@
-"""A small network outside the project's table, as a user's factory would build it."""
+"""A small network that is not in the project's table, as a user's factory would build it."""
 
 from __future__ import annotations
 

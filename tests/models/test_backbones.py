@@ -1,4 +1,4 @@
-"""Backbones keep their promises, agree with torchvision, and load weights or say why not."""
+"""Backbones have the documented features, agree with torchvision, and load weights or say why not."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _label(value: Any) -> str:
 
 
 def randomized(network: nn.Module) -> nn.Module:
-    """Give every BatchNorm statistics and parameters that show when one is missing or exchanged."""
+    """Give each BatchNorm distinct statistics and parameters, so that a missing or exchanged one shows."""
     torch.manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -161,7 +161,7 @@ def test_first_conv_of_many_channels_keeps_the_size_of_responses(in_channels: in
 
 
 def fake_download(monkeypatch: pytest.MonkeyPatch, outcome: dict[str, Tensor] | Exception) -> list[str]:
-    """Let torchvision's weights API give ``outcome``; return the list of URLs that it was asked for."""
+    """Let torchvision's weights API return ``outcome``; return the list of requested URLs."""
     asked: list[str] = []
 
     def load(url: str, *_: Any, **__: Any) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ def test_weights_come_from_a_file(kind: str, classifier: nn.Module, tmp_path: Pa
     loaded = TimmEncoder("convnext_atto", pretrained=str(path)).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        # The classifier's features are its last stage's, normalized where it has a norm there.
+        # The classifier uses the features of the last stage, normalized if there is a norm.
         expected = classifier.eval().stages(classifier.stem(x))
         torch.testing.assert_close(loaded(x)[-1], expected)
 

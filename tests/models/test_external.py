@@ -1,4 +1,4 @@
-"""Networks from elsewhere: built by a factory or read from a file; trained, resumed, tested and exported like ours."""
+"""Networks from elsewhere, built by a factory or read from a file: trained, resumed, tested and exported."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_networks_of_others_train_resume_are_scored_and_exported(
 ) -> None:
     pytest.importorskip(NETWORKS[source]["factory"].split(":")[0].split(".")[0])
     config = write_config(tmp_path, NETWORKS[source])
-    fit = f"trainer.fit={str(source == 'own code').lower()}"  # which sees probabilities, not whose network it is
+    fit = f"trainer.fit={str(source == 'own code').lower()}"  # which only depends on probabilities
     assert run(train.main, "-c", config, "--set", fit) == 0
     (last,) = (tmp_path / "saved").rglob("checkpoint-epoch2.pth")
     first, best, trained = last.with_name("checkpoint-epoch1.pth"), last.with_name("best_model.pth"), weights_of(last)
@@ -143,7 +143,7 @@ def test_a_checkpoint_alone_does_not_choose_what_runs(run: Callable[..., int], t
     assert run(test_script.main, "-r", path, "-c", config, "-o", tmp_path / "scores") == 0
     more = ["-i", photograph, "-o", tmp_path / "masks", "--mode", "single", "--device", "cpu"]
     assert run(inference.main, "-m", path, "--trust-code", *more) == 0
-    # A config without arch takes the checkpoint's, which is no word of the user's on it.
+    # A config without arch uses that of the checkpoint, so the user has not approved it.
     content = json.loads(config.read_text())
     del content["arch"]
     config.write_text(json.dumps(content))
@@ -235,7 +235,7 @@ def test_pretrained_arguments_are_for_the_start_only() -> None:
 
 
 def espnet(classes: int) -> nn.Module:
-    """Return a network in the manner of ESPNet: a reduction, then parallel dilated convolutions, added up."""
+    """Return a network like ESPNet: a reduction, then the sum of parallel dilated convolutions."""
 
     class Pyramid(nn.Module):
         def __init__(self, width: int) -> None:
@@ -259,7 +259,7 @@ def espnet(classes: int) -> nn.Module:
 
 
 def write(network: nn.Module, path: Path, free: bool = True, size: tuple[int, ...] = (2, 3, 64, 96)) -> Path:
-    """Write a network as its suffix says, with free batch, height and width or with one size."""
+    """Write a network in the format of the suffix, with free batch, height and width or with one size."""
     x, Dim = torch.randn(size), torch.export.Dim
     shapes = ({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},) if free else None
     if path.suffix == ".ts":

@@ -1,4 +1,4 @@
-"""What holds for every network of the registry. A new entry is tested by being there."""
+"""Properties of all networks in the registry; a new entry is tested automatically."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.small_checkpoint import needs_new_torch
 from utils.errors import UserError
 from utils.registry import documented
 
-#: The cheapest arguments for each network that has a choice.
+#: The cheapest arguments of each network that has options.
 SMALL: dict[str, dict[str, Any]] = {
     "UNetResnet": {"backbone": "resnet18"},
     "SegResNet": {"backbone": "resnet18"},
@@ -42,7 +42,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "size_divisor": 1,
     },
 }
-#: Options that change what is computed, each with the smallest backbone that shows it.
+#: Options that change the result, each with the smallest backbone for which this shows.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("DeepLab", {"backbone": "xception"}),
     ("DeepLab", {"backbone": "xception", "published": True}),
@@ -67,7 +67,7 @@ CLASSES = 5
 
 
 def build(name: str, num_classes: int = CLASSES, **args: Any) -> BaseModel:
-    """Build a network as small as it can be: in FCN8, fc6 and fc7 (119 of its 134 million) have 64 channels."""
+    """Build a network as small as possible: in FCN8, fc6 and fc7 (119 of 134 million parameters) get 64 channels."""
     torch.manual_seed(0)
     with mock.patch.object(ConvolutionalVGG16, "channels", (256, 512, 64)):
         return models.build(name, num_classes, **SMALL.get(name, {}) | args)
@@ -94,7 +94,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def shared_model(name: str) -> BaseModel:
-    """Return one network for all tests that leave its parameters and statistics as they were."""
+    """Return one network for all tests that do not change its parameters and statistics."""
     return build(name).eval()
 
 
@@ -242,7 +242,7 @@ def test_images_may_have_other_channels(name: str, in_channels: int) -> None:
 
 
 def test_no_device_is_written_down(name: str, root: Path) -> None:
-    # On the meta device a tensor made on any other device would raise; see the two tests above. Here: the words.
+    # On the meta device, a tensor on any other device would raise; see the two tests above. Here: the messages.
     source = Path(inspect.getfile(MODELS[name])).read_text()
     assert "cuda" not in source
     assert ".cpu()" not in source
@@ -263,7 +263,7 @@ def test_the_output_stride_is_that_of_the_deepest_features(model: BaseModel) -> 
     special = {
         "External": 512 // 8,  # of the network in the tests
         "FCN8": math.ceil((512 + 198) / 32) - 6,  # pads the image by 100 and has an unpadded 7x7 convolution
-        "SegNet": 512 // 16,  # undoes its last pooling before any convolution
+        "SegNet": 512 // 16,  # reverts its last pooling before any convolution
     }
     assert min(seen) == special.get(type(model).__name__, 512 // model.output_stride)
 
@@ -389,7 +389,7 @@ def relative_error(y: Tensor, reference: Tensor) -> float:
 
 
 def calibrate(model: BaseModel) -> None:
-    """Set the running statistics to those of a batch, so that evaluation sees activations of usual size."""
+    """Set the running statistics to those of a batch, so that activations have a usual size in evaluation."""
     for module in norms(model).values():
         module.momentum = 1.0
     with torch.no_grad():
@@ -431,7 +431,7 @@ def test_torch_export_computes_the_same(model: BaseModel) -> None:
 @needs_new_torch
 @pytest.mark.slow
 def test_onnx_computes_the_same(tmp_path: Path) -> None:
-    """For the network with pooling to fixed sizes; tests/scripts/test_export.py does the rest, at free sizes."""
+    """For the network with pooling to fixed sizes; tests/scripts/test_export.py tests the rest, with free sizes."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model, x = build("PSPNet").eval(), torch.randn(1, 3, 64, 96)
@@ -445,7 +445,7 @@ def test_onnx_computes_the_same(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_the_gpu_computes_the_same(model: BaseModel) -> None:
     calibrate(model)
-    # In float64, where rounding does not decide which of two nearly equal pixels SegNet's pooling remembers.
+    # In float64, because in float32 rounding may decide which of two nearly equal pixels SegNet's pooling chooses.
     model, x = copy.deepcopy(model).double(), torch.randn(2, 3, 97, 129).double()
     with torch.no_grad():
         reference = model(x)

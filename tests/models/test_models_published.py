@@ -31,7 +31,7 @@ FACTS = Path(os.environ.get("SEGMENTATION_SHARED", ROOT.parent / "shared")) / "c
 SPECS = sorted(path.name.removesuffix(".json.gz") for path in FACTS.glob("state_dicts/*.json.gz"))
 GOLDEN = sorted(path.stem for path in FACTS.glob("golden/*.npz"))
 
-#: Relative to the logits' standard deviation. Other instruction sets and thread counts stay below 1.5e-5.
+#: Relative to the standard deviation of the logits. Other CPUs and thread counts differ by less than 1.5e-5.
 TOLERANCE = 1e-4
 
 #: GFLOPs of one image of 512 x 512, as recorded for the published code.
@@ -103,7 +103,7 @@ def recorded_shapes(name: str, prefix: str = "") -> dict[str, Tensor]:
 
 
 def config_args(name: str) -> dict[str, Any]:
-    """Return ``arch.args`` as a published config might have them, with options that had no effect."""
+    """Return ``arch.args`` of a published config, with options that had no effect."""
     args = dict(spec(name)["kwargs"]) | {"freeze_bn": False, "freeze_backbone": False, "no_such_option": 1}
     return args | ({"backbone": "resnet101"} if spec(name)["model"] == "FCN8" else {})
 
@@ -201,7 +201,7 @@ def test_published_form_computes_the_recorded_outputs(name: str) -> None:
             logits = model(x)
             assert logits.shape == (x.shape[0], facts["num_classes"], *x.shape[-2:])
             if name.startswith("SegResNet") and tag == "A":
-                continue  # a recorded defect: for these sizes the published code shears the map
+                continue  # a known defect: for these sizes the published code shears the map
             compare(logits, golden, f"eval_{tag}")
             if facts["train_mode_outputs"] == 2:
                 for module in model.train().modules():

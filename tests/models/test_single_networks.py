@@ -1,4 +1,4 @@
-"""What is special to single networks; what all of them share is tested elsewhere."""
+"""Properties of single networks; those that all share are tested elsewhere."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_segnet_freezing_the_encoder_leaves_the_decoder_trainable() -> None:
 
 
 def test_segnet_loads_weights_whose_shared_norms_have_drifted_apart() -> None:
-    """Synchronized BatchNorm unties the shared norms: both versions are needed for the same function."""
+    """Synchronized BatchNorm duplicates the shared norms: both copies are needed for the same function."""
     torch.manual_seed(0)
     source = SegNet(2, published=True).eval()
     for stage in source.decoder:
@@ -180,7 +180,7 @@ def test_segresnet_returns_every_size(published: bool) -> None:
 
 
 def test_segresnet_decodes_at_the_encoders_sizes() -> None:
-    """Every decoder stage begins at its encoder stage's size; cutting only at the end would shift features."""
+    """Each decoder stage begins with the size of its encoder stage; cropping only at the end would shift features."""
     model = SegResNet(2, backbone="resnet18").eval()
     sizes: list[tuple[int, ...]] = []
     for stage in model.decoder:
@@ -314,7 +314,7 @@ def test_bilinear_enlargement_is_bilinear_interpolation_channel_by_channel(facto
     half = factor // 2
     inner = y[..., half:-half, half:-half]
     expected = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    # Beyond the outermost pixels' centers the convolution fades to zero, interpolation repeats the pixel.
+    # Beyond the outermost pixel centers, the convolution fades to zero, and interpolation repeats the pixel.
     window = (..., slice(half, -half), slice(half, -half))
     torch.testing.assert_close(inner[window], expected[window])
 

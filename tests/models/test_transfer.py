@@ -1,4 +1,4 @@
-"""Fine-tuning: what fits of other weights is taken, the rest starts afresh, and both are listed."""
+"""Fine-tuning: matching weights are loaded, the others stay random, and both are listed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which classes get a mask: one decision for masks, label maps and streamed images, and the paper's by default."""
+"""Which classes get a mask: the same decision for masks, label maps and streamed images, by default the paper's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODES = ("fitted", "rule", "prune", "all")
 
 
 def probs(seed: int = 0, classes: int = 4, images: int = 5) -> Tensor:
-    """Return maps in which some classes are hardly anywhere."""
+    """Return maps in which some classes are rare."""
     generator = torch.Generator().manual_seed(seed)
     level = 3 * torch.randn(images, classes, 1, 1, generator=generator)
     return (2 * torch.randn(images, classes, 9, 11, generator=generator) + level).softmax(1)

@@ -1,4 +1,4 @@
-"""The one path from images to probabilities: equal bits in validation, test.py, the predictor and the export."""
+"""Validation, test.py, the predictor and the export compute bit-identical probabilities."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def config(arch: str, **trainer: object) -> Config:
 
 
 def built(settings: Config) -> LoadedModel:
-    """Build a network with drawn weights; without its own initialization, which takes seconds for the large ones."""
+    """Build a network with random weights, without its own initialization, which takes seconds for large networks."""
     with torch.device("meta"):
         model = models.build(settings.arch.type, 3, **settings.arch.args)
     model = model.to_empty(device="cpu").eval()
@@ -69,7 +69,7 @@ def built(settings: Config) -> LoadedModel:
 
 
 def paths(loaded: LoadedModel, images: Tensor) -> dict[str, Tensor]:
-    """Return the probabilities of float images that each user of a network sees."""
+    """Return the probabilities that each user of a network computes from float images."""
     cpu, settings = torch.device("cpu"), loaded.config
     trainer = SimpleNamespace(
         config=settings,
@@ -88,7 +88,7 @@ def paths(loaded: LoadedModel, images: Tensor) -> dict[str, Tensor]:
             "test.py": loaded.network(cpu, scales=(1.0,), flip=False).forward(images)[1],
             "validation": Trainer.evaluator(trainer).network.forward(images)[1],
             "Predictor": torch.stack([result.probs for result in results]),
-            # An exported program computes in float32, whatever the run did.
+            # An exported program always computes in float32.
             **({"export": export.deployable(loaded)(images)} if settings.trainer.amp == "off" else {}),
         }
 

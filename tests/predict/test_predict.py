@@ -1,4 +1,4 @@
-"""Prediction: probabilities from logits, and the procedures T, max and rankdice on cases that can be done by hand."""
+"""Prediction: probabilities from logits, and the procedures T, max and rankdice on cases computed by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from utils.rankdice import METRICS, SOLVERS, Metric, rank_dice
 
 
 def image(*channels: list[float]) -> torch.Tensor:
-    """Return one image of one row of pixels, ``(1, C, 1, W)``."""
+    """Return an image with one row of pixels, ``(1, C, 1, W)``."""
     return torch.tensor(channels)[None, :, None, :]
 
 
@@ -181,7 +181,7 @@ def test_one_channel(procedure) -> None:
     st.sampled_from([0.5, 1.0, 3.0]),
 )
 def test_max_of_logits_is_max_of_probabilities(seed, channels, activation, temperature) -> None:
-    # The logits of a pixel differ by 1/2 or more: of equal ones, torch's vectorized sigmoid may round one up.
+    # The logits of a pixel differ by at least 1/2, because torch's vectorized sigmoid may round equal ones differently.
     generator = torch.Generator().manual_seed(seed)
     ranks = torch.rand(2, channels, 5, 5, generator=generator).argsort(dim=1)
     logits = ranks / 2 + torch.randint(-8, 8, (2, 1, 5, 5), generator=generator) / 2 + 0.25
@@ -237,7 +237,7 @@ def test_label_maps() -> None:
 
 
 def test_rankdice_gives_a_small_uncertain_object_pixels_that_max_does_not() -> None:
-    # 12 pixels of background at 0.55: the object's best pixels, at 0.45, are worth more Dice to it.
+    # 12 background pixels at 0.55: assigning the object's best pixels, at 0.45, to the object raises the total Dice.
     background = [0.99] * 12 + [0.55] * 3
     probs = image(background, [1 - p for p in background])
     assert rows(label_map("max", probs)) == [0] * 15
@@ -246,7 +246,7 @@ def test_rankdice_gives_a_small_uncertain_object_pixels_that_max_does_not() -> N
 
 
 def test_a_picture_may_show_classes_of_no_interest() -> None:
-    # Were class 1 the only one allowed, it would cover everything.
+    # If only class 1 were allowed, it would cover everything.
     probs = image([0.99, 0.99, 0.05], [0.01, 0.01, 0.95])
     for procedure in PROCEDURES:
         assert rows(label_map(procedure, probs, PredictOptions(classes=(1,)))) == [0, 0, 1], procedure

@@ -1,4 +1,4 @@
-"""Saved probabilities: the same bits, hence the same masks, under any procedure; and files that went wrong."""
+"""Saved probabilities: bit-identical, so the masks of all procedures are the same; and damaged files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_bit_comes_back(tmp_path) -> None:
     found = probs.read_probs(tmp_path / "x.npz")
     assert found.dtype == torch.float32
     assert torch.equal(found.view(torch.int32), values.view(torch.int32))
-    # And NumPy alone reads it.
+    # NumPy alone can read it.
     with np.load(tmp_path / "x.npz") as file:
         assert np.array_equal(file["probs"], values.numpy())
 
@@ -76,7 +76,7 @@ def test_other_arrays_are_refused(arrays, tmp_path) -> None:
 
 def test_a_folder_is_not_mixed(folder) -> None:
     index = probs.read_index(folder)
-    probs.prepare_folder(folder, index)  # the same run goes on
+    probs.prepare_folder(folder, index)  # the same run continues
     other = replace(index, run="f" * 16, checkpoint="other.pth")
     with pytest.raises(UserError, match=r"another run \(best.pth\).*--force"):
         probs.prepare_folder(folder, other)

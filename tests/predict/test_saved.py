@@ -1,4 +1,4 @@
-"""python -m utils.predict on plain probabilities of other programs: masks, volumes, scores against label files."""
+"""python -m utils.predict on probabilities of other programs: masks, volumes, scores against label files."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_volumes_are_decided_as_a_whole(tmp_path: Path, monkeypatch) -> None:
     np.savez(folder / "other.npz", softmax=probs.numpy())
     affine = np.diag([0.5, 0.5, 2.0, 1.0])
     image = nibabel.Nifti1Image(np.zeros((16, 12, 4), np.uint8), affine)
-    nibabel.save(image, folder / "case.nii.gz")  # the prediction that nnU-Net writes beside it
+    nibabel.save(image, folder / "case.nii.gz")  # the prediction that nnU-Net writes next to it
     run(monkeypatch, "--probs", folder, "-p", "rankdice", "-o", tmp_path / "out")
     tall = probs.reshape(3, 48, 16)[None]
     expected = labels_for_png("rankdice", tall, PROCEDURES["rankdice"](tall, PredictOptions()), PredictOptions())
@@ -102,7 +102,7 @@ def test_volumes_are_decided_as_a_whole(tmp_path: Path, monkeypatch) -> None:
     assert np.array_equal(written.affine, affine)
     assert np.array_equal(np.asarray(written.dataobj).T, expected)
     assert np.array_equal(np.load(tmp_path / "out" / "other.npy"), expected)
-    # Scored against itself, every class that has a mask is right.
+    # Scored against itself, each class with a mask is right.
     for name in ("case", "other"):
         nibabel.save(nibabel.Nifti1Image(expected.T, affine), folder / f"{name}.nii.gz")
     run(monkeypatch, "--probs", folder, "-p", "max", "--labels", folder, "-o", tmp_path / "scores")
@@ -111,7 +111,7 @@ def test_volumes_are_decided_as_a_whole(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_fit_is_applied_to_other_probabilities(tmp_path: Path, monkeypatch, capsys) -> None:
-    """An overconfident network: the temperature that is found is used elsewhere."""
+    """The temperature found for an overconfident network is applied to other probabilities."""
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(3)  # of the labels
     for folder in ("val", "test"):

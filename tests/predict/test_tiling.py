@@ -1,4 +1,4 @@
-"""Tiling and views against straightforward references: one tile, one view, one pixel at a time, in float64."""
+"""Tiling and views against simple references: one tile, one view, one pixel at a time, in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.predict import tiling
 
 
 def network(classes: int = 4, seed: int = 0) -> nn.Module:
-    """A small network whose every output pixel depends on a 7 x 7 neighborhood and on its place in the input."""
+    """A small network whose output pixels depend on a 7 x 7 neighborhood and on their place in the input."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.Conv2d(8, classes, 3, padding=1)).eval()
 
@@ -136,7 +136,7 @@ def test_strips_change_nothing() -> None:
 
 @torch.inference_mode()
 def test_constant_scores_have_no_seams() -> None:
-    """Where the network says the same everywhere, so does the blend: windows sum to one at every pixel."""
+    """If the network's output is constant, so is the blend: the weights sum to one at every pixel."""
     got = tiling.sliding(
         lambda tiles: torch.full((len(tiles), 2, *tiles.shape[-2:]), 0.3), picture(75, 61), 2, tiling.Tiles(16)
     )
@@ -145,14 +145,14 @@ def test_constant_scores_have_no_seams() -> None:
 
 @torch.inference_mode()
 def test_blending_hides_seams() -> None:
-    """A network that errs towards a tile's border: neighboring pixels must not jump where tiles meet."""
+    """A network that is wrong near the border of a tile: the result must not jump where tiles meet."""
 
     def border_effect(tiles: Tensor) -> Tensor:
         ramp = torch.linspace(0, 1, tiles.shape[-1]).expand(len(tiles), 1, *tiles.shape[-2:])
         return ramp.clone()
 
     blended = tiling.sliding(border_effect, picture(64, 400), 1, tiling.Tiles(64, 0.5))[0, 0, 0]
-    assert blended.diff().abs().max() < 2 / 63  # a hard cut jumps by 0.5
+    assert blended.diff().abs().max() < 2 / 63  # without blending, it jumps by 0.5
 
 
 @torch.inference_mode()
@@ -189,7 +189,7 @@ def test_small_images_are_padded_for_the_network(height: int, width: int) -> Non
     assert torch.equal(tiling.pad_to(image, 32)[..., :height, :width], image)
     assert tiling.pad_to(image, 1, 8).shape[-2:] == (-(-height // 8) * 8, -(-width // 8) * 8)
     right = tiling.pad_to(image, 32)[..., :height, width:]
-    assert torch.equal(right, image[..., -1:].expand_as(right))  # the border goes on: no edge is invented
+    assert torch.equal(right, image[..., -1:].expand_as(right))  # the border is repeated, without an artificial edge
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_bad_arguments_are_named(arguments: tuple, name: str) -> None:
 
 @torch.inference_mode()
 def test_every_tile_has_one_size_and_batches_are_full() -> None:
-    """One shape for the whole image: batches are possible and compiled networks compile once."""
+    """All tiles have one shape, so they can be batched, and compiled networks compile once."""
     sizes = []
 
     def forward(tiles: Tensor) -> Tensor:

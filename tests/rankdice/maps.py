@@ -10,7 +10,7 @@ from utils.rankdice import RankDice
 
 
 def smooth_maps(*shape: int, seed: int = 0, contrast: float = 6.0, grain: int = 16) -> Tensor:
-    """Return probabilities (B, C, H, W) as a network's: smooth random fields with a little noise, through softmax."""
+    """Return probabilities (B, C, H, W) like those of a network: the softmax of smooth random fields with noise."""
     generator = torch.Generator().manual_seed(seed)
     batch, classes, height, width = shape
     coarse = torch.randn(batch, classes, height // grain + 2, width // grain + 2, generator=generator)
@@ -46,13 +46,13 @@ def odd_rows(pixels: int = 5000) -> Tensor:
 
 
 def same(a: RankDice, b: RankDice) -> bool:
-    """Say whether volumes, masks, cut-offs and largest values are equal, and scores to 1e-12."""
+    """Return whether volumes, masks, cut-offs and largest values are equal, and scores to 1e-12."""
     equal = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("masks", "volumes", "cutoffs", "highest"))
     return equal and torch.allclose(a.scores, b.scores, rtol=1e-12, atol=0)
 
 
 def check_masks(probs: Tensor, found: RankDice) -> None:
-    """A mask holds exactly ``volumes`` pixels, the most probable ones, and of equal ones those with low index."""
+    """Check that masks have the ``volumes`` most probable pixels; of equal ones, those with the lowest index."""
     rows, masks = probs.flatten(2), found.masks.flatten(2)
     assert torch.equal(masks.sum(2), found.volumes)
     order = rows.double().sort(dim=2, descending=True, stable=True).indices

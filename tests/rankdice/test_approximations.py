@@ -50,7 +50,7 @@ def test_paper_is_the_program_behind_the_published_tables() -> None:
 
 
 def test_paper_on_a_networks_probabilities(shared_dir: Path) -> None:
-    """Every class of one real image; docs/rankdice.md has the result for six."""
+    """All classes of one real image; docs/rankdice.md has the result for six images."""
     with np.load(shared_dir / "data" / "camvid_probs" / "val.npz") as data:
         logits = torch.from_numpy(data["logits8"][:1, :, ::2, ::2].astype(np.float64))
     probs = (logits / 255 * 16 - 8).sigmoid()

@@ -1,4 +1,4 @@
-"""What RankDice may cost on a GPU: operations and host waits, counted on a CPU that works as for a GPU."""
+"""What RankDice costs on a GPU: operations and host waits, counted on a CPU that follows the path of a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_
 
 
 class Count(TorchDispatchMode):
-    """Counts what is dispatched, views apart, and what a host waits for."""
+    """Counts operations (except views), and those that the host waits for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> type[Count]:
         return tolist(self)
 
     monkeypatch.setattr(Tensor, "tolist", waiting)
-    rank_dice(smooth_maps(1, 2, 80, 80))  # tables of quadrature nodes are made once
+    rank_dice(smooth_maps(1, 2, 80, 80))  # the quadrature nodes are computed once
     return Count
 
 
@@ -109,7 +109,7 @@ def test_the_label_map_and_presence_on_top(as_on_a_gpu: type[Count]) -> None:
             label_map(probs, chosen, found=found)
         assert count.operations.total() <= 150, count.operations.most_common(12)
         counted.add(count.operations.total())
-    assert max(counted) - min(counted) < 30  # the rule for presence takes a few rounds
+    assert max(counted) - min(counted) < 30  # the rule of presence takes a few rounds
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -139,7 +139,7 @@ print(label_map(probs).shape, found.masks.shape, sorted(n for n in sys.modules i
 
 
 def test_the_folder_works_anywhere(tmp_path: Path) -> None:
-    """Copied into another project, it needs nothing but torch."""
+    """Copied into another project, the folder needs only torch."""
     shutil.copytree(Path(rankdice.__file__).parent, tmp_path / "masks/rankdice")
     (tmp_path / "masks/__init__.py").touch()
     script = "import torch, sys\nbefore = set(sys.modules)\n" + SCRIPT

@@ -84,7 +84,7 @@ def test_large_plateaus(value: float) -> None:
 
 
 def test_a_cut_inside_a_plateau() -> None:
-    """One certain pixel more than the plateau is worth: the volume ends somewhere among equal probabilities."""
+    """The best volume ends somewhere among pixels of equal probability."""
     probs = (smooth_maps(1, 1, 256, 256, grain=64) * 3).round() / 3 * 0.7 + 0.15
     for metric in METRICS:
         check_masks(probs, rank_dice(probs, metric))
@@ -93,7 +93,7 @@ def test_a_cut_inside_a_plateau() -> None:
 @pytest.mark.parametrize("solver", ["exact", "rma"])
 @pytest.mark.parametrize("pixels", [60, 9000])
 def test_torn_ties_drop_the_last_pixels(solver: str, pixels: int) -> None:
-    """The cut runs through a plateau of pixels with the probability at which one more neither helps nor harms."""
+    """The cut lies in a plateau of pixels at the probability where one more pixel neither helps nor hurts."""
     probs = torch.ones(1, 1, pixels)
     probs[0, 0, pixels // 3 :] = 2**0.5 - 1
     probs = probs.roll(pixels // 7, 2)

@@ -24,7 +24,7 @@ def total(probs: Tensor, labels: Tensor, chosen: Tensor | None = None, smooth: f
 
 
 def drawn(seed: int, classes: int, pixels: int) -> tuple[Tensor, Tensor]:
-    """Return probabilities ``(C, N)``, with ties, or not adding up to 1, and which classes take part."""
+    """Return probabilities ``(C, N)``, some with ties or sums other than 1, and which classes are used."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(classes, pixels, generator=generator) * (1 + seed % 4)
     logits += torch.randn(classes, 1, generator=generator)
@@ -46,7 +46,7 @@ def test_it_is_never_below_argmax_among_the_same_classes(classes: int, smooth: f
 
 
 def test_it_comes_near_the_best_of_all_label_maps() -> None:
-    """Exhaustive search over three classes and eight pixels, and over two classes of them."""
+    """Exhaustive search over three classes and eight pixels, and over two of the classes."""
     every = torch.tensor(list(itertools.product(range(3), repeat=8)))
     lost = []
     for seed in range(60):
@@ -74,7 +74,7 @@ def test_absent_classes_do_not_hide_a_present_one() -> None:
 
 
 def test_it_is_ahead_of_the_label_map_of_rankseg() -> None:
-    """Both for the same classes; in what both maximize, and in the Dice of labels drawn from the probabilities."""
+    """For the same classes, by what both maximize, and by the Dice of labels drawn from the probabilities."""
     rankseg = pytest.importorskip("rankseg")
     gains, measured = [], []
     for seed in range(12):

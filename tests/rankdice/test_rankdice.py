@@ -96,7 +96,7 @@ def test_maps_against_the_integral_at_every_volume(metric: str) -> None:
 
 @pytest.mark.parametrize(("metric", "height"), [("dice", 1024), ("iou", 512)])
 def test_a_large_map_against_the_integral(metric: str, height: int) -> None:
-    """At one volume in 101 and at all near the one that was found; smaller maps are compared at every volume."""
+    """At every 101st volume and at all volumes near the result; smaller maps are compared at every volume."""
     probs = smooth_maps(1, 2, height, 2 * height, seed=height, grain=128)[:, :1]
     found = rank_dice(probs, metric)
     most, near = int((probs > 0).sum()), int(found.volumes)
@@ -169,11 +169,11 @@ def test_cuts_hold_for_larger_rows(metric: str, shape: tuple[int, int]) -> None:
         step = max(1, shape[1] // 500)
         volume = torch.arange(1, shape[1] + 1).double()
         scores = torch.from_numpy(integral_scores(probs.numpy(), metric, 0.0, np.arange(1, shape[1], step)))
-        best = scores.argmax() * step + 1  # the best of the grid, which may lie a step from the best volume
+        best = scores.argmax() * step + 1  # the best volume of the grid, which may be a step away from the best one
         least = goal.least(goal.rate(mean, volume, probs.cumsum(0)), probs.cumsum(0))
         assert (least <= 1).all()
         assert scores.max() <= least.max() + 2 / mean
-        for few in (best / 3, max(1.0, best - step - 1)):  # volumes that the best one surely exceeds
+        for few in (best / 3, max(1.0, best - step - 1)):  # volumes that are certainly below the best one
             few = torch.tensor([float(max(1, few))])
             below, above = goal.margins(mean, variance, few)
             assert best - step <= int((probs > goal.half(least.max()) - below).sum())
@@ -183,7 +183,7 @@ def test_cuts_hold_for_larger_rows(metric: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("guess", [0.0, 0.01, 0.3, 0.9, 2.0])
 def test_a_wrong_guess_costs_time_only(metric: str, guess: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever cut and mean volume the sample suggests, the best cut is among the pixels that are looked at."""
+    """With any estimate from the sample, the best cut is among the pixels that are examined."""
     probs = torch.cat([smooth_maps(1, 3, 75, 75).flatten(2), odd_rows(5625)], 1)
     expected = rank_dice(probs, metric, prune=None)
     check_masks(probs, expected)
@@ -194,7 +194,7 @@ def test_a_wrong_guess_costs_time_only(metric: str, guess: float, monkeypatch: p
 
         monkeypatch.setattr(exact, "_estimate", estimate)
         found = rank_dice(probs, metric, prune=None)
-        # Power sums stand for more or fewer pixels now: the scores differ a little more.
+        # Power sums now replace more or fewer pixels, so the scores differ slightly more.
         assert torch.allclose(found.scores, expected.scores, rtol=1e-9, atol=0)
         assert torch.equal(found.volumes, expected.volumes)
         assert torch.equal(found.masks, expected.masks)
@@ -244,7 +244,7 @@ def test_rows_with_plateaus_end_and_are_right(metric: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("smooth", [0.0, 0.001, 1.0])
 def test_certain_pixels_end(smooth: float) -> None:
-    """Along pixels of probability 1 the rates of IoU are equal but for rounding: the window must still advance."""
+    """For pixels of probability 1, the rates of IoU are equal up to rounding; the window must still advance."""
     assert rank_dice(torch.ones(1, 1, 2), "iou", smooth=smooth).volumes.item() == 2
     generator = torch.Generator().manual_seed(0)
     probs = torch.rand(1, 8, 2000, generator=generator)
@@ -343,7 +343,7 @@ def test_any_number_of_spatial_dimensions(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("metric", METRICS)
 def test_dtypes_give_what_the_same_values_give(dtype: torch.dtype, metric: str) -> None:
-    """Values that a dtype holds exactly give the same masks as in float64; float64 sees no further rounding."""
+    """Values that a dtype represents exactly give the same masks as in float64."""
     probs = smooth_maps(1, 3, 64, 80).to(dtype)
     found, wide = rank_dice(probs, metric), rank_dice(probs.double(), metric)
     assert torch.equal(found.masks, wide.masks)

@@ -34,7 +34,7 @@ VOID = {"meta", "link", "img", "input"}
 
 
 class Checker(HTMLParser):
-    """Follows the tags of a page: every one is closed in its turn."""
+    """Follows the tags of a page, and checks that each is closed in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_the_images_with_the_biggest_changes_are_shown(made) -> None:
     assert [c.gain for c in gallery.gains] == sorted((c.gain for c in gallery.gains), reverse=True)
     assert [c.gain for c in gallery.losses] == sorted(c.gain for c in gallery.losses)
     assert text.count("<img") == 6 * len(cases)
-    # Each opens in full size without a script: a checkbox in a label.
+    # Each opens in full size without a script, by a checkbox in a label.
     assert len(re.findall(r'<label><input type="checkbox"\s+aria-label="enlarge"><img', text)) == 6 * len(cases)
     assert re.search(r"input:checked \+ img \{ position: fixed; [^}]*width: 100vw; height: 100vh", text)
     sources = re.findall(r'src="data:image/(jpeg|png);base64,([^"]+)"', text)
@@ -149,7 +149,7 @@ def test_the_images_with_the_biggest_changes_are_shown(made) -> None:
 
 
 def cases(changes: list[float], names: list[str] | None = None) -> Part:
-    """Return a part of images of 10 pixels: under max all wrong or right, rankdice differs by ``changes`` tenths."""
+    """Return a part with images of 10 pixels: max is all wrong or all right; rankdice differs in ``changes`` tenths."""
     target = torch.zeros(len(changes), 1, 10, dtype=torch.long)
     base, ranked = [], []
     for change in changes:
@@ -197,7 +197,7 @@ def test_disagreement_says_who_is_right() -> None:
 
 
 def test_one_class_of_interest_is_drawn_as_inference_writes_it() -> None:
-    """Rankdice then has no mask of the background, which is neither an error nor without a class."""
+    """Rankdice then has no mask of the background. These pixels are neither errors nor unassigned."""
     facts = Facts(2, ("rest", "vessel"), ((0, 0, 0), (255, 255, 255)), (0.4,) * 3, (0.2,) * 3, 255)
     gallery = Gallery(facts, classes=[1])
     target = torch.tensor([[[0, 0, 0, 1, 1, 255]]])
@@ -210,7 +210,7 @@ def test_one_class_of_interest_is_drawn_as_inference_writes_it() -> None:
     colors = [tuple(color) for color in drawn["rankdice against max"][0].tolist()]
     pale = (PALEST,) * 3
     assert colors == [pale, MAX_RIGHT, RANKDICE_RIGHT, pale, RANKDICE_RIGHT, pale]
-    # Of more classes, those of no interest are no class.
+    # With more classes, those of no interest count as no class.
     gallery = Gallery(FACTS, classes=[1])
     found = gallery._disagreement(
         np.zeros((1, 4, 3), np.uint8), np.array([[-1, -1, 1, -1]]), np.array([[0, 2, 2, 1]]), np.array([[0, 2, 1, 1]])
@@ -231,7 +231,7 @@ def contrast(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 
 def test_thin_structures_can_be_seen() -> None:
-    """Errors on the palest and the darkest image, and two classes whose own colors are alike."""
+    """Errors on a very pale and a very dark image, and two classes with similar colors."""
     for color in (RANKDICE_RIGHT, MAX_RIGHT, BOTH_WRONG):
         for gray in (PALEST, 255):
             assert contrast(color, (gray,) * 3) > 3
@@ -240,7 +240,7 @@ def test_thin_structures_can_be_seen() -> None:
         facts = Facts(classes, names, palette, (0.4,) * 3, (0.2,) * 3, 255)
         shown = Gallery(facts)._colors(np.array([[0, 1]]))[0]
         assert contrast(*map(tuple, shown.tolist())) > 4.5
-    kept = ((0, 0, 0), (255, 255, 0))  # told apart already
+    kept = ((0, 0, 0), (255, 255, 0))  # already distinct
     facts = Facts(2, ("rest", "vessel"), kept, (0.4,) * 3, (0.2,) * 3, 255)
     assert Gallery(facts)._colors(np.array([[0, 1]]))[0].tolist() == [list(color) for color in kept]
 

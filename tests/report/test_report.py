@@ -48,7 +48,7 @@ def config(**changes: Any) -> Any:
 def outcome(
     procedures: tuple[str, ...] = ("T", "max", "rankdice"), classes: tuple[int, ...] | None = None
 ) -> Evaluation:
-    """Return the evaluation of three images, of which one is ignored throughout; class 2 is nowhere."""
+    """Return the evaluation of three images. All pixels of one are ignored; class 2 does not occur."""
     probs = torch.tensor(
         [
             [[[0.9, 0.8], [0.6, 0.2]], [[0.1, 0.2], [0.4, 0.8]], [[0.0, 0.0], [0.0, 0.0]]],
@@ -256,14 +256,14 @@ def test_tables_are_aligned() -> None:
 
 def test_files(tmp_path) -> None:
     folder = check_folder(tmp_path / "new" / "results")
-    assert list(tmp_path.iterdir()) == []  # nothing before there is something to write
+    assert list(tmp_path.iterdir()) == []  # no folder before there is something to write
     paths = report.write(content(), outcome(), FACTS, folder)
     assert [p.name for p in paths] == ["results.json", "per_image.csv"]
     assert sorted(p.name for p in folder.iterdir()) == ["per_image.csv", "results.json"]
     assert json.loads(paths[0].read_text()) == content()
     with open(paths[1], newline="") as file:
         rows = list(csv.DictReader(file))
-    # Worst first under the last procedure; the image without any score comes last and has empty cells.
+    # Sorted by the last procedure, worst first; the image without a score comes last, with empty cells.
     assert [row["image"] for row in rows] == ["b", "a", "empty"]
     assert rows[2]["rankdice_mDice"] == ""
     assert float(rows[0]["max_Dice_dog, cat"]) == pytest.approx(2 / 3, abs=1e-6)

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests that look at pages as a reader does; what needs it skips where it is not installed."""
+"""A headless Chromium for tests of pages as readers see them; these tests are skipped if it is not installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 WIDTHS = (390, 1200)  # a telephone, a desk
 SCHEMES = ("light", "dark")
 
-# Every piece of text that is shown, its color, and the first opaque color behind it.
+# All visible texts, their colors, and the first opaque color behind each.
 _TEXTS = """
 const behind = element => {
   for (let e = element; e; e = e.parentElement) {
@@ -46,7 +46,7 @@ def start() -> Any:
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    # Containers have no user that may make a sandbox, and little /dev/shm; the pages are our own.
+    # In containers no user may create a sandbox, and /dev/shm is small; the pages are the project's own.
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"):
         options.add_argument(argument)
     return webdriver.Chrome(options=options, service=Service(driver))
@@ -61,24 +61,24 @@ def look(driver: Any, width: int, scheme: str = "light") -> None:
 
 
 def requests(driver: Any) -> set[str]:
-    """Return the addresses asked for since the last look at them, those inside the page (data:) left out."""
+    """Return the addresses requested since the last call, without those inside the page (data:)."""
     messages = (json.loads(entry["message"])["message"] for entry in driver.get_log("performance"))
     urls = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
     return {url for url in urls if not url.startswith("data:")}
 
 
 def errors(driver: Any) -> list[str]:
-    """Return what the page complained of on the console since the last look at it."""
+    """Return the page's console errors since the last call."""
     return [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 def overflow(driver: Any) -> int:
-    """Return by how many pixels the page is wider than the screen."""
+    """Return how many pixels the page is wider than the screen."""
     return driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
 
 
 def texts(driver: Any) -> list[tuple[str, float, float]]:
-    """Return what is written on the page: the text, its contrast with what is behind it, its size in pixels."""
+    """Return the texts of the page, with their contrast to the background and their size in pixels."""
     return [(text, contrast(rgb(color), rgb(back)), size) for text, color, back, size in driver.execute_script(_TEXTS)]
 
 

@@ -24,11 +24,11 @@ STEPS = 10
 
 
 class ShardedLoader(ToyLoader):
-    """The toy loader cut over the processes as the real one is: batches interleaved, nothing counted twice."""
+    """The toy loader, divided among the processes like the real one: batches interleaved, nothing counted twice."""
 
     def __init__(self, images: int, batch_size: int, shuffle: bool) -> None:
         super().__init__(images, batch_size, seed=images, shuffle=shuffle)
-        self.labels = self.images.argmax(dim=1).to(torch.uint8)  # as many counted pixels everywhere
+        self.labels = self.images.argmax(dim=1).to(torch.uint8)  # each image has the same number of counted pixels
         share = range(distributed.rank(), images, distributed.world_size())
         self.share = np.array(share)
         self.batches = SimpleNamespace(batch_size=batch_size)
@@ -44,7 +44,7 @@ class ShardedLoader(ToyLoader):
 
 
 def frozen_net() -> ToyNet:
-    """Return the toy network without what depends on how a batch is cut: batch statistics and dropout."""
+    """Return the toy network without batch statistics and dropout, which depend on how a batch is divided."""
     net = ToyNet(dropout=0.0)
     norm = net.body[1].eval()
     norm.train = lambda mode=True: norm
@@ -55,7 +55,7 @@ def train(folder: Path, batch_size: int, accumulate: int) -> None:
     config = make_config(folder, epochs=STEPS, accumulate=accumulate, val=False, monitor="off", save_period=100)
     seed_everything(0, True)
     net = frozen_net()
-    # Four images per epoch: one optimizer step, whatever the batches are.
+    # Four images per epoch: one optimizer step for any batch size.
     data = Data(ShardedLoader(4, batch_size, False), None, FACTS)
     loss = losses.build("CrossEntropyLoss2d", 255)
     trainer = Trainer(config, net, loss, data, distributed.choose_device(0), folder / "run")

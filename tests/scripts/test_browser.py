@@ -1,4 +1,4 @@
-"""The report and the demo page in a real browser: on a telephone and a desk, light and dark, without a network."""
+"""The report and the demo page in a real browser: phone and desktop, light and dark, without a network."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def driver() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a report with all it can hold: long names, a full gallery, a long command."""
+    """Write a report with everything it can contain: long names, a full gallery, a long command."""
     names = tuple(f"class number {i} with a long name" for i in range(CLASSES))
     facts = Facts(CLASSES, names, default_palette(CLASSES), (0.4,) * 3, (0.2,) * 3, 255)
     torch.manual_seed(0)
@@ -96,7 +96,7 @@ def test_the_report_can_be_read(driver: Any, report_page: Path, width: int, sche
 
 
 def test_the_comparison_is_seen_without_scrolling(driver: Any, report_page: Path) -> None:
-    """At a desk, with every procedure, tuned threshold and memory included."""
+    """On a desktop, with all procedures, the tuned threshold and memory."""
     browser.look(driver, 1200)
     driver.get(report_page.as_uri())
     hidden = "return [...document.querySelectorAll('.wide')].slice(0, 2).map(d => d.scrollWidth - d.clientWidth)"
@@ -122,7 +122,7 @@ def test_charts_and_pictures_are_shown(driver: Any, report_page: Path, width: in
         " || a.top < b.top - 2 || a.bottom > b.bottom + 2 }).map(t => t.textContent)"
     )
     assert not outside
-    # Marks with a size of their own: bars and circles, not only axes.
+    # Visible marks: bars and circles, not only axes.
     marks = driver.execute_script(
         "return [...document.querySelectorAll('svg')].map(s => [...s.querySelectorAll('rect, circle')]"
         ".filter(m => m.getBoundingClientRect().width > 1).length)"
@@ -152,7 +152,7 @@ def test_lines_and_marks_of_charts_stand_out(driver: Any, report_page: Path, sch
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[str]:
-    """Serve the demo page of a small network, as the command does; yield its address."""
+    """Serve the demo page of a small network with the command; yield its address."""
     pytest.importorskip("gradio", reason="gradio, an optional extra, is not installed")
     folder = tmp_path_factory.mktemp("demo")
     model = write_checkpoint(folder / "best.pth")
@@ -198,7 +198,7 @@ def pictures(driver: Any) -> np.ndarray | None:
 
 
 def drawn(driver: Any, expected: Callable[[np.ndarray], bool]) -> np.ndarray:
-    """Return the three pictures when they are as expected."""
+    """Return the three pictures once they are as expected."""
     seen = None
     for _ in range(200):
         seen = pictures(driver)
@@ -225,7 +225,7 @@ def test_the_demo_answers(driver: Any, served: str, tmp_path: Path) -> None:
     driver.find_element("css selector", "#upload input[type=file]").send_keys(str(tmp_path / "a.png"))
 
     half = drawn(driver, lambda seen: seen.shape == (3, 60, 80, 3))
-    assert all(np.abs(half[i] - half[j]).max() > 30 for i, j in ((0, 1), (0, 2), (1, 2)))  # they decide differently
+    assert all(np.abs(half[i] - half[j]).max() > 30 for i, j in ((0, 1), (0, 2), (1, 2)))  # the procedures differ
     for name in ("T", "max", "rankdice"):
         assert name in driver.find_element("id", f"mask-{name}").text
     wait(driver, "document.querySelector('#found') !== null")
@@ -237,10 +237,10 @@ def test_the_demo_answers(driver: Any, served: str, tmp_path: Path) -> None:
     assert all(0 < float(row[4]) <= 1 for row in rows[1:])
     assert sum(float(row[2]) for row in rows[1:]) == pytest.approx(100, abs=0.05)
 
-    # By mouse to no opacity at all: the photograph, three times. By key one step up: nearly so. By the button back.
+    # Opacity 0 by mouse: the photograph, three times. One step up by key: almost. Back by the button.
     slider = driver.find_element("css selector", "#opacity input[type=range]")
     ActionChains(driver).drag_and_drop_by_offset(slider, -slider.size["width"] // 2, 0).perform()
-    plain = drawn(driver, lambda seen: distance(seen, image) < 8)  # the pictures are sent with losses
+    plain = drawn(driver, lambda seen: distance(seen, image) < 8)  # the pictures are compressed with losses
     assert distance(half, plain) > 20
     slider.send_keys(Keys.ARROW_RIGHT)
     drawn(driver, lambda seen: 0 < distance(seen, plain) < 0.3 * distance(half, plain))
@@ -251,6 +251,6 @@ def test_the_demo_answers(driver: Any, served: str, tmp_path: Path) -> None:
         browser.look(driver, width)
         assert browser.overflow(driver) <= 0
         columns = "const d = document.querySelector('#found').parentElement; return d.scrollWidth - d.clientWidth"
-        assert driver.execute_script(columns) <= 0  # the last one, expected Dice, is seen without scrolling
+        assert driver.execute_script(columns) <= 0  # the last one, expected Dice, is visible without scrolling
     assert all(url.startswith((served, served.replace("http", "ws"), "blob:")) for url in browser.requests(driver))
     assert not browser.errors(driver)

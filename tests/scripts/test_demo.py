@@ -1,4 +1,4 @@
-"""The demo page: what it shows, without a browser; and what is said where gradio is absent."""
+"""The demo page without a browser, and the message if gradio is not installed."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of what two processes have trained and validated."""
+    """Return the folder in which two processes have trained and validated."""
     folder = tmp_path_factory.mktemp("two")
     for name in ("trained", "validated"):
         (folder / name).mkdir()
@@ -44,7 +44,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(two: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """Return what the same ten steps left behind: in one process (this), in two, and accumulated."""
+    """Return the results of the same ten steps: in this process, in two processes, and with accumulation."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("one", "accumulated")}
     train(folders["one"], 4, 1)
     train(folders["accumulated"], 2, 2)
@@ -55,7 +55,7 @@ def trained(two: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
 
 @pytest.mark.parametrize("other", ["two", "accumulated"])
 def test_the_same_parameters_however_the_batch_is_made(trained: dict[str, dict], other: str) -> None:
-    # Batch norm is frozen: its batch statistics depend on how a batch is cut, which only SyncBatchNorm hides.
+    # Batch norm is frozen, because without SyncBatchNorm its statistics depend on how a batch is divided.
     for key, value in trained["one"]["weights"].items():
         torch.testing.assert_close(
             trained[other]["weights"][key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
@@ -63,7 +63,7 @@ def test_the_same_parameters_however_the_batch_is_made(trained: dict[str, dict],
 
 
 def test_validation_scores_are_identical_in_one_and_two_processes(trained: dict[str, dict]) -> None:
-    # Seven images over two processes: a padded duplicate would show.
+    # Seven images over two processes: an image counted twice would show.
     assert trained["one"]["evaluated"] == trained["two"]["evaluated"]
     assert trained["one"]["images"] == trained["two"]["images"] == 7
 
@@ -80,7 +80,7 @@ def test_only_the_main_process_writes(trained: dict[str, dict]) -> None:
 
 
 def test_what_is_validated_is_what_is_saved(two: Path) -> None:
-    """Each process has moved batch norm's statistics by its own batches, and one of them is saved."""
+    """Each process has its own batch norm statistics, and those of one process are saved."""
     found = torch.load(two / "validated/result.pth", weights_only=True)
     assert found["val_loss"] == pytest.approx(found["again"], rel=1e-9)
 

@@ -1,4 +1,4 @@
-"""Exported programs: what they compute for sizes they were not traced with, and what is said when they cannot be."""
+"""Exported programs: their results for sizes that were not traced, and the messages if the export fails."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = needs_new_torch
 
 
 class Toy(nn.Module):
-    """What networks are made of: strided convolutions, pyramid pooling, resizes, a shortcut around an idle resize."""
+    """Typical parts of networks: strided convolutions, pyramid pooling, resizes, a skipped resize."""
 
     def __init__(self, classes: int = 3, channels: int = 3) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def test_logits_and_one_channel(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_enet_at_other_sizes(tmp_path: Path) -> None:
-    """Its decoder goes back to the sizes that its encoder halved, odd ones rounded up."""
+    """Its decoder returns to the encoder's sizes, which were halved and rounded up."""
     import onnxruntime
 
     torch.manual_seed(0)
@@ -142,21 +142,21 @@ def test_pooling_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 class Counting(nn.Module):
-    """Decides by the values of its input: no graph can say that."""
+    """Branches on the values of its input, which no graph can express."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, :3] if x.sum() > 0 else x[:, :3] + 1
 
 
 class SizeDependent(nn.Module):
-    """Behaves otherwise for large images: the traced program would be silently wrong for them."""
+    """Behaves differently for large images: the traced program would be silently wrong for them."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.shape[2] * x.shape[3] < 20_000 else x.flip(2)
 
 
 class FreePadding(nn.Module):
-    """What ONNX has no word for: a transposed convolution whose padding depends on the size of the image."""
+    """ONNX cannot express this: a transposed convolution whose padding depends on the image size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def test_models_that_cannot_be_exported(model: nn.Module, message: str, kind: st
 def test_the_program_and_its_metadata_decide_as_the_predictor_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole way of the documentation: export a checkpoint by command, run it, decide as the metadata say."""
+    """As documented: export a checkpoint with the command, run it, and apply the procedure in the metadata."""
     import onnxruntime
 
     model = write_checkpoint(tmp_path / "best.pth", **everything_fitted(), mode="multiscale")
@@ -217,7 +217,7 @@ def test_the_program_and_its_metadata_decide_as_the_predictor_does(
     found = PROCEDURES[name](probs, options)
     np.testing.assert_allclose(found.scores[0], expected.scores, atol=1e-4)
     assert (found.masks[0].numpy() == expected.masks).mean() > 0.999
-    assert not found.chosen.all()  # presence has decided
+    assert not found.chosen.all()  # chosen by presence
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -231,7 +231,7 @@ def test_the_padding_same_of_timm(stride: int) -> None:
 
 
 def test_padding_of_timm_leaves_simple_sizes() -> None:
-    """A network of ten such layers whose sizes hold divisions of floats takes longer than anybody waits."""
+    """With float divisions in its sizes, a network of ten such layers would take far too long to trace."""
     layers = pytest.importorskip("timm.layers", reason="timm is not installed")
     network = nn.Sequential(*(layers.create_conv2d(c, 4, 3, stride=2, padding="same") for c in (3, 4, 4)))
     with export._traceable(), torch.no_grad():

@@ -46,7 +46,7 @@ def test_each_image_is_scored_once_by_the_checkpoint_that_held_it_out(three, mon
     assert len(rows) == len({row["image"] for row in rows}) == found["protocol"]["images"] == 10
     assert sorted(one["protocol"]["images"] for one in found["folds"]) == [3, 3, 4]
     assert found["protocol"]["folds"] == 3
-    # Every fold alone, as test.py scores a checkpoint without other data.
+    # Each fold alone, as test.py scores a single checkpoint.
     for path, one in zip(three, found["folds"], strict=True):
         run(monkeypatch, capsys, "-r", path, "-p", "max", "-o", folder / "one")
         alone = json.loads((folder / "one/results.json").read_text())["procedures"]["max"]

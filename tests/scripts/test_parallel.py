@@ -1,4 +1,4 @@
-"""Several GPUs in one process (DataParallel), as far as it can be seen without them: replicas, threads, refusals."""
+"""Several GPUs in one process (DataParallel), as far as can be tested without GPUs: replicas, threads, refusals."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def replica(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     def copies(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
         return [[t.detach().double() if t.is_floating_point() else t.clone() for t in tensors] for _ in devices]
 
-    module = importlib.import_module("torch.nn.parallel.replicate")  # the package has a function of its name
+    module = importlib.import_module("torch.nn.parallel.replicate")  # the package has a function of the same name
     monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copies)
     return module.replicate(model, [0], detach=True)[0]
 
 
 @pytest.mark.parametrize("name", list(MODELS))
 def test_replicas_use_nothing_of_the_original(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a network holds outside its modules would stay on the first GPU; here it is of another dtype."""
+    """Tensors outside a network's modules would stay on the first GPU; here they would have another dtype."""
     model = build(name).eval()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_replicas_use_nothing_of_the_original(name: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 def test_threads_compute_in_the_dtype_of_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amp: str) -> None:
-    """As DataParallel's threads do, which turn autocast on or off but know no dtype."""
+    """Like the threads of DataParallel, which turn autocast on or off, but do not set its dtype."""
     trainer = make_trainer(tmp_path, amp=amp)
     monkeypatch.setattr(distributed, "usable_gpus", lambda n_gpu: 2)
     gpu = torch.device("cuda", 0)

@@ -1,4 +1,4 @@
-"""test.py as it is used: one pass, fitting, saved probabilities decided again, several processes."""
+"""test.py as users run it: one pass, the fit, procedures on saved probabilities, several processes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_everything_from_one_call(checkpoint, tmp_path, monkeypatch, capsys) -> 
     assert (tmp_path / "out/report.html").stat().st_size > 10_000
     assert list((tmp_path / "out").glob("events.out.tfevents.*"))
     assert sorted(p.name for p in (tmp_path / "out/masks").iterdir()) == sorted(ALL)
-    # The probabilities decided again: the same files, byte for byte, under every procedure.
+    # Each procedure on the saved probabilities gives the same files, byte for byte.
     for name in ALL:
         procedure, _, kind = name.partition("_")
         metric = "iou" if kind == "iou" else "dice"
@@ -162,7 +162,7 @@ def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp
     assert predict | record["found"] == predict
     assert record["kept"] == max(record["figures"], key=lambda name: record["figures"][name]["rankdice"])
     assert "optimizer" not in state
-    # Nothing else of the config has changed, and not what the command line said of this run.
+    # Nothing else in the config has changed, and the options of this run are not in it.
     old["config"]["predict"] |= record["found"]
     assert state["config"] == old["config"]
     assert all(torch.equal(state["state_dict"][k], v) for k, v in old["state_dict"].items())
@@ -171,7 +171,7 @@ def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp
     found = results(tmp_path / "out")
     assert found["protocol"]["temperature"] == predict["temperature"]
     assert "fitted on 6 validation images" in found["protocol"]["fitted"]
-    # A temperature leaves the loss as in training, and improves the likelihood of the probabilities.
+    # A temperature does not change the loss, and improves the likelihood of the probabilities.
     warm = ("--set", "predict.temperature=3.0")
     out = run(monkeypatch, capsys, "-r", fitted, "-p", "all", "-o", tmp_path / "warm", *warm)
     found = results(tmp_path / "warm")
@@ -184,7 +184,7 @@ def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp
     assert own["protocol"]["test_loss"] is None
     assert own["procedures"]["max"]["test_loss"] == loss
     assert found["reliability"]["NLL"] < loss
-    # With several views the loss is that of their mean probabilities, which have it.
+    # With several views, the loss is that of the mean probabilities, which include the temperature.
     run(monkeypatch, capsys, "-r", fitted, "-p", "max", "-o", tmp_path / "views", "--tta", "flip", *warm)
     views = results(tmp_path / "views")
     assert views["protocol"]["test_loss"] is None
@@ -200,7 +200,7 @@ def test_fitting_writes_a_checkpoint_that_is_used_without_a_flag(checkpoint, tmp
         predict["temperature"],
         predict["threshold"],
     )
-    # Fitted again, it starts from the network's own logits: the same answer.
+    # A second fit starts from the network's own logits, so it gives the same result.
     run(monkeypatch, capsys, "-r", fitted, "--fit", "-o", tmp_path)
     assert torch.load(fitted, weights_only=True)["calibration"] == record
 
@@ -263,12 +263,12 @@ def test_test_data_with_other_images_of_the_run_are_said_to_be_optimistic(tmp_pa
 
 
 def test_moved_data_of_a_config_without_a_test_loader(tmp_path, monkeypatch, capsys) -> None:
-    """``test_loader`` falls back to ``val_loader``, and so does what ``--set`` changes of it."""
+    """``test_loader`` falls back to ``val_loader``, also if ``--set`` changes it."""
     path = write_checkpoint(tmp_path / "best_model.pth", test_loader=None)
     run(monkeypatch, capsys, "-r", path, "-p", "max", "--set", "test_loader.args.length=4")
     protocol = results(tmp_path)["protocol"]
     assert (protocol["data"], protocol["split"], protocol["images"]) == ("Shapes", "val", 4)
-    # What was set before of the val_loader counts; a test_loader that the command line names is that one alone.
+    # Earlier changes of val_loader apply; a test_loader on the command line replaces it completely.
     before = ["--set", "val_loader.args.length=5", "--set", "test_loader.args.batch_size=2"]
     run(monkeypatch, capsys, "-r", path, "-p", "max", *before)
     assert results(tmp_path)["protocol"]["images"] == 5
@@ -283,7 +283,7 @@ def test_moved_data_of_a_config_without_a_test_loader(tmp_path, monkeypatch, cap
 
 
 def test_results_of_two_checkpoints_of_a_folder_stay_apart(tmp_path, monkeypatch, capsys) -> None:
-    """Files side by side belong together: the page goes when the scores beside it change."""
+    """Files in a folder belong together: the page is removed when the scores next to it change."""
     best, other = (write_checkpoint(tmp_path / name) for name in ("best_model.pth", "best_model_calibrated.pth"))
     files = ["results.json", "per_image.csv", "report.html", "confusion_max.csv"]
     limit = ("--limit", 2)

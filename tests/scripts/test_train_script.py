@@ -1,4 +1,4 @@
-"""train.py as people run it: to the end, stopped by signals, resumed, in several processes, profiled, compiled."""
+"""train.py as users run it: to the end, stopped by signals, resumed, in several processes, profiled, compiled."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_launched_process_leaves_at_once_with_its_code_and_its_output() -> None:
-    """Threads of gloo may abort an interpreter that is being taken down; __del__ at exit stands for them."""
+    """Threads of gloo may abort an interpreter that is shutting down; here __del__ at exit simulates this."""
     code = """
 import os, sys
 from utils import errors
@@ -94,7 +94,7 @@ def run(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProce
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
-    """Return a function that runs train.py in this process, which has imported torch already."""
+    """Return a function that runs train.py in this process, which has already imported torch."""
 
     def call(*arguments: str | Path) -> None:
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, arguments)])
@@ -119,7 +119,7 @@ def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def stopped(config: Path, request: pytest.FixtureRequest) -> Path:
-    """Return the config of a run that a signal to its whole process group has stopped, loader workers included."""
+    """Return the config of a run that was stopped by a signal to its process group, including loader workers."""
     process = subprocess.Popen(
         command("train.py", "-c", config, "--set", "trainer.epochs=500", "--set", "train_loader.args.num_workers=1"),
         cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -195,9 +195,9 @@ def test_several_processes_end_with_our_message(kind: str, config: Path) -> None
 
 
 def test_the_launcher_for_synchronized_batch_norm(tmp_path: Path) -> None:
-    # What train.py does by itself where there are several GPUs; here over two processes without any.
+    # train.py does this by itself if there are several GPUs; here with two processes and no GPU.
     script = tmp_path / "child.py"
-    # One write each: the lines of processes that print at the same time must not mix.
+    # Each with one write, so that the lines of different processes do not mix.
     script.write_text("import os, sys; os.write(1, f'rank {os.environ[\"RANK\"]} {sys.argv[1:]}\\n'.encode())")
     code = f"import sys; from utils.distributed import launch; sys.exit(launch({str(script)!r}, ['--set', 'a=1'], 2))"
     done = run("-c", code)

@@ -64,7 +64,7 @@ def make_tree(folder: Path, highest: int = 2) -> None:
 
 
 class Code:
-    """Would make a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch it_ran",)
@@ -72,7 +72,7 @@ class Code:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with data, a config that works, and checkpoints that do and do not."""
+    """Return a folder with data, a valid config, and valid and invalid checkpoints."""
     folder = tmp_path_factory.mktemp("template")
     make_tree(folder / "data")
     make_tree(folder / "other_data", highest=7)
@@ -112,7 +112,7 @@ def place(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture
 def complaint(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
-    """Run a script with arguments that hold a mistake; return its one message."""
+    """Run a script with wrong arguments; return its message."""
 
     def call(script: ModuleType, *arguments: str) -> str:
         before = tree(place)
@@ -318,7 +318,7 @@ def test_the_scripts_themselves(command, place) -> None:
 
 
 def test_without_a_mistake_both_run(place, monkeypatch, capsys) -> None:
-    """The cases above fail for their mistakes alone."""
+    """The cases above fail only because of their mistakes."""
     monkeypatch.setattr(sys, "argv", ["train.py", "-c", "config.json"])
     with pytest.raises(SystemExit) as ended:
         errors.run(train_script.main)
