@@ -31,7 +31,7 @@ import models
 from utils.checkpoint import LoadedModel
 from utils.config import resolve
 from utils.facts import Facts
-from utils.images.palette import default_palette
+from utils.images import voc_colormap
 from utils.predictor import SCALES, Predictor
 
 CLASSES = 21
@@ -107,7 +107,7 @@ def compare(name: str, mode: str, overlap: float, side: int, device: torch.devic
     torch.manual_seed(0)
     network = models.build(kind, CLASSES, **args).eval()
     facts = Facts(
-        CLASSES, tuple(map(str, range(CLASSES))), default_palette(CLASSES), (0.45,) * 3, (0.25,) * 3, ignore_index=255
+        CLASSES, tuple(map(str, range(CLASSES))), voc_colormap(CLASSES), (0.45,) * 3, (0.25,) * 3, ignore_index=255
     )
     loaders = {"train_loader": {"type": "Shapes"}, "val_loader": {"type": "Shapes"}}
     config = resolve({"name": "benchmark", "arch": {"type": kind}, **loaders, "predict": {"test": "max"}})

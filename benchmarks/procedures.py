@@ -37,7 +37,7 @@ from utils.batch import Batch
 from utils.evaluation import Evaluator, all_decisions, evaluate
 from utils.evaluation.fitting import fit
 from utils.facts import Facts
-from utils.images.palette import default_palette
+from utils.images import voc_colormap
 from utils.predict import PredictOptions
 from utils.predict.network import Network
 from utils.rankdice import label_map, rank_dice
@@ -106,7 +106,7 @@ class Batches:
 def facts(classes: int, channels: int) -> Facts:
     """Return facts of made-up data."""
     names = tuple(map(str, range(classes)))
-    return Facts(classes, names, default_palette(classes), (0.5,) * channels, (0.25,) * channels, IGNORED)
+    return Facts(classes, names, voc_colormap(classes), (0.5,) * channels, (0.25,) * channels, IGNORED)
 
 
 class Guided(nn.Module):

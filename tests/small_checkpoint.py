@@ -14,7 +14,7 @@ import models
 from utils import checkpoint, export
 from utils.config import resolve
 from utils.facts import Facts
-from utils.images.palette import default_palette
+from utils.images import voc_colormap
 
 needs_new_torch = pytest.mark.skipif(
     export.DEFERRED not in inspect.signature(torch.export.export).parameters, reason="exporting needs torch 2.9"
@@ -44,7 +44,7 @@ def write_checkpoint(path: Path, num_classes: int = 4, in_channels: int = 3, cro
     facts = Facts(
         num_classes=num_classes,
         class_names=NAMES[1:2] if num_classes == 1 else NAMES[:num_classes],
-        palette=default_palette(2)[1:] if num_classes == 1 else default_palette(num_classes),
+        palette=voc_colormap(2)[1:] if num_classes == 1 else voc_colormap(num_classes),
         mean=(0.45,) * in_channels,
         std=(0.25,) * in_channels,
         ignore_index=255,

@@ -64,13 +64,10 @@ class Shapes(BaseDataSet):
         """Return one name per scene; there are no files."""
         return [Entry(None, None, f"{self.split}_{index:06d}") for index in range(self.length)]
 
-    def scene(self, number: int, with_probability: bool = False) -> scene.Scene:
-        """Return a scene of the split; with the exact probability of its labels, if asked."""
-        return scene.numbered(self.scene_seed, self.split, number, *self.size, with_probability)
-
     def read(self, index: int, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Render the scene for a sample of an epoch."""
-        image, label, _ = self.scene(index + (epoch * self.length if self.endless else 0))
+        number = index + (epoch * self.length if self.endless else 0)
+        image, label, _ = scene.numbered(self.scene_seed, self.split, number, *self.size)
         if self.in_channels == 1:
             image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
         elif self.in_channels != 3:

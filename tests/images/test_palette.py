@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from utils.images import palette as pal
+from utils.images import voc_colormap
 
 COLORS = [(0, 0, 0), (200, 10, 30), (7, 250, 99)]
 
@@ -18,8 +19,8 @@ def labels(shape: tuple[int, int] = (13, 21), classes: int = 3) -> np.ndarray:
 
 
 def test_default_palette_is_vocs() -> None:
-    assert pal.default_palette(4) == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
-    assert len(set(pal.default_palette(300))) == 300
+    assert voc_colormap(4) == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0))
+    assert len(set(voc_colormap(300))) == 300
 
 
 def test_written_masks_hold_indices_and_show_colors(tmp_path: Path) -> None:
@@ -32,7 +33,7 @@ def test_written_masks_hold_indices_and_show_colors(tmp_path: Path) -> None:
     seen = np.asarray(image.convert("RGB"))
     known = mask != 255
     np.testing.assert_array_equal(seen[known], np.array(COLORS)[mask[known]])
-    assert tuple(seen[0, 0]) == pal.default_palette(256)[255]
+    assert tuple(seen[0, 0]) == voc_colormap(256)[255]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["m.png"]
 
 

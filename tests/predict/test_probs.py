@@ -13,13 +13,13 @@ from PIL import Image
 from tests.small_checkpoint import NAMES
 from utils.errors import UserError
 from utils.facts import Facts
-from utils.images.palette import default_palette
+from utils.images import voc_colormap
 from utils.predict import PROCEDURES, PredictOptions
 from utils.predict import __main__ as decode
 from utils.predict import files as probs
 from utils.predict.saved_probs import SavedProbs
 
-FACTS = Facts(4, NAMES[:4], default_palette(4), (0.5,) * 3, (0.2,) * 3, 255)
+FACTS = Facts(4, NAMES[:4], voc_colormap(4), (0.5,) * 3, (0.2,) * 3, 255)
 
 
 def maps(seed: int = 0, classes: int = 4, height: int = 11, width: int = 17) -> torch.Tensor:

@@ -14,7 +14,8 @@ from PIL import Image
 from utils.config.schema import Predict
 from utils.errors import UserError
 from utils.facts import Facts
-from utils.images.palette import default_palette, write_mask
+from utils.images import voc_colormap
+from utils.images.palette import write_mask
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, PredictOptions, probabilities
 from utils.predict import __main__ as command
@@ -188,7 +189,7 @@ def test_files_of_others_are_not_overwritten(plain: Path, tmp_path: Path, monkey
 
 
 def test_a_volume_that_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, facts = tmp_path / "volume.npy", Facts(2, ("a", "b"), default_palette(2), (0.5,), (0.2,), 255)
+    path, facts = tmp_path / "volume.npy", Facts(2, ("a", "b"), voc_colormap(2), (0.5,), (0.2,), 255)
     write_labels(path, facts, Case("volume", tmp_path / "volume.npz"), np.ones((2, 3, 4), np.uint8))
     before = path.read_bytes()
 

@@ -26,7 +26,7 @@ from utils.evaluation import Evaluator, Part, all_decisions, evaluate
 from utils.evaluation.confusion import Confusion
 from utils.evaluation.reliability import Reliability
 from utils.facts import Facts
-from utils.images.palette import default_palette
+from utils.images import voc_colormap
 from utils.predict import PredictOptions
 from utils.predict.network import Network
 from utils.report.gallery import Gallery
@@ -50,7 +50,7 @@ def driver() -> Iterator[Any]:
 def report_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a report with everything it can contain: long names, a full gallery, a long command."""
     names = tuple(f"class number {i} with a long name" for i in range(CLASSES))
-    facts = Facts(CLASSES, names, default_palette(CLASSES), (0.4,) * 3, (0.2,) * 3, 255)
+    facts = Facts(CLASSES, names, voc_colormap(CLASSES), (0.4,) * 3, (0.2,) * 3, 255)
     torch.manual_seed(0)
     net = torch.nn.Conv2d(3, CLASSES, 5, padding=2)
     for p in net.parameters():

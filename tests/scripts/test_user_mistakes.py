@@ -28,8 +28,7 @@ from models import MODELS
 from utils import checkpoint, errors
 from utils import config as configs
 from utils.facts import Facts
-from utils.images import write_png
-from utils.images.palette import default_palette
+from utils.images import voc_colormap, write_png
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["background", "cat", "dog"]
@@ -83,7 +82,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "other_arch.json").write_text(json.dumps(CONFIG | {"arch": {"type": "UNet", "args": {"width": 4}}}))
     torch.manual_seed(0)
     model = models.build("UNet", 3, width=2)
-    facts = Facts(3, tuple(CLASSES), default_palette(3), (0.5,) * 3, (0.2,) * 3, 255)
+    facts = Facts(3, tuple(CLASSES), voc_colormap(3), (0.5,) * 3, (0.2,) * 3, 255)
     raw = configs.resolve(CONFIG, models=MODELS).model_dump()
     state = {"format": 2, "epoch": 1, "state_dict": model.state_dict(), "config": raw, "facts": facts.to_dict()}
     checkpoint.save(state, folder / "good.pth")

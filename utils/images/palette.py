@@ -18,17 +18,12 @@ PALETTE_SIZE = 256
 _ROWS = 256
 
 
-def default_palette(num_classes: int) -> tuple[tuple[int, int, int], ...]:
-    """Return distinct colors for ``num_classes`` classes: the Pascal VOC color map, black first."""
-    return voc_colormap(num_classes)
-
-
 def complete_palette(palette: Palette | None, size: int = PALETTE_SIZE) -> np.ndarray:
-    """Return uint8 ``(size, 3)``: the given colors, then those of the default palette.
+    """Return uint8 ``(size, 3)``: the given colors, then those of the Pascal VOC color map.
 
     With one color only (a single class over background) index 0 is black and index 1 has that color.
     """
-    colors = np.array(default_palette(size), dtype=np.uint8)
+    colors = np.array(voc_colormap(size), dtype=np.uint8)
     given = np.asarray(palette if palette is not None else [], dtype=np.int64).reshape(-1, 3)
     if given.size and (given.min() < 0 or given.max() > 255):
         raise ValueError("palette: expected RGB triples in 0..255")

@@ -22,8 +22,8 @@ from utils.batch import Batch
 from utils.errors import UserError, not_installed
 from utils.facts import Facts
 from utils.files import atomic
-from utils.images import read_label
-from utils.images.palette import default_palette, write_mask
+from utils.images import read_label, voc_colormap
+from utils.images.palette import write_mask
 from utils.predict import PROCEDURES, Activation, PredictOptions
 from utils.predict.files import INDEX, Index, read_index, read_probs
 from utils.predict.network import check_finite
@@ -138,7 +138,7 @@ def flat(probs: Tensor) -> Tensor:
 def _plain_index(folder: Path, classes: int, ignore_index: int) -> Index:
     """Return an index for a folder without one."""
     names = tuple(f"class {c}" for c in range(classes))
-    palette = default_palette(max(2, classes))[-classes:] if classes == 1 else default_palette(classes)
+    palette = voc_colormap(max(2, classes))[-classes:]  # a single class is not black
     facts = Facts(classes, names, palette, (0.0,) * 3, (1.0,) * 3, ignore_index)
     return Index(facts, PredictOptions(), "rankdice", 1.0, str(folder))
 
