@@ -188,7 +188,7 @@ class BaseTrainer:
         if names:
             self._save(names)
         if periodic and distributed.is_main():
-            runs.prune(self.folder, self.settings.keep_last)
+            runs.prune(self.folder, self.settings.keep_last, epoch)
         if self.monitor.stops and distributed.is_main():
             print(f"early stop: {self.monitor.name} has not improved in {self.monitor.not_improved} validations")
         return self.monitor.stops

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -162,7 +163,8 @@ def newest(config: Config) -> Path:
         UserError: there is no such checkpoint.
     """
     parent = parent_folder(config)
-    found = [p for name in (LATEST, BEST, EPOCH.format("*")) for p in parent.glob(f"*/{name}")]
+    found = [p for name in (LATEST, BEST) for p in parent.glob(f"*/{name}")]
+    found += [p for folder in parent.glob("*") if folder.is_dir() for p in _numbered(folder).values()]
     found.sort(key=lambda p: (p.stat().st_mtime_ns, p.name == LATEST), reverse=True)
     if not found:
         raise UserError(f"-r auto: there is no run with a checkpoint below {parent}; start one without -r")
@@ -171,7 +173,10 @@ def newest(config: Config) -> Path:
         if path.parent not in changes:
             changes[path.parent] = changes_of_identity(_config_of_run(path), config)
         if not changes[path.parent]:
-            return path
+            # The fit writes best_model.pth again, so it may be newer than the last state of the run.
+            others = [p for p in found if p.parent == path.parent and p.name != BEST]
+            fitted = path.name == BEST and others and "calibration" in checkpoint.read(path)
+            return others[0] if fitted else path
     nearest = found[0]
     listed = "".join(f"\n    {change}" for change in changes[nearest.parent][:8])
     raise UserError(
@@ -197,10 +202,18 @@ def restore_links(state: Mapping[str, Any], path: Path) -> None:
             checkpoint.link(path, other)
 
 
-def prune(folder: Path, keep: int | None) -> None:
-    """Remove all numbered checkpoints except the last ``keep``; None: keep all."""
+def prune(folder: Path, keep: int | None, epoch: int) -> None:
+    """Remove the numbered checkpoints up to ``epoch``, except the last ``keep``; None: keep all.
+
+    A run that continues from an earlier checkpoint keeps the later ones until it writes them again.
+    """
     if keep is not None:
-        prefix = EPOCH.partition("{")[0]
-        numbered = {int(p.stem.removeprefix(prefix)): p for p in folder.glob(EPOCH.format("*"))}
-        for epoch in sorted(numbered)[:-keep]:
-            numbered[epoch].unlink()
+        numbered = {number: path for number, path in _numbered(folder).items() if number <= epoch}
+        for number in sorted(numbered)[:-keep]:
+            numbered[number].unlink()
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    """Return the numbered checkpoints by epoch; files such as checkpoint-epoch5_calibrated.pth are none."""
+    names = ((re.fullmatch(r"checkpoint-epoch(\d+)\.pth", path.name), path) for path in folder.iterdir())
+    return {int(match[1]): path for match, path in names if match}

@@ -180,6 +180,23 @@ def test_the_newest_run_of_this_config_is_found(tmp_path) -> None:
     assert runs.newest(config) == longer
 
 
+def test_what_a_fit_writes_is_not_the_last_state_of_a_run(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, epochs=2, keep_last=1)
+    trainer.train()
+    folder = tmp_path / "saved/toy/CrossEntropyLoss2d/max/a"
+    folder.parent.mkdir(parents=True)
+    (tmp_path / "run").rename(folder)
+    latest = checkpoint.read(folder / LATEST)
+    checkpoint.save(latest | {"calibration": {}}, folder / BEST)
+    checkpoint.save(latest, folder / "checkpoint-epoch2_calibrated.pth")
+    assert runs.newest(trainer.config).samefile(folder / LATEST)
+    runs.prune(folder, 1, epoch=1)  # the run goes on from checkpoint-epoch1.pth
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == [
+        "checkpoint-epoch2.pth",
+        "checkpoint-epoch2_calibrated.pth",
+    ]
+
+
 def test_other_runs_are_continued_only_when_asked(tmp_path) -> None:
     path = finished(tmp_path, "a", 1, seed=7)
     with pytest.raises(UserError, match=r"(?s)no run below .* has this config.*seed: 7 -> 0.*-r .*a/latest.pth"):

@@ -326,6 +326,9 @@ def test_one_channel_and_its_class_of_interest() -> None:
     one = {"type": "VOC", "args": {"data_dir": "data", "classes": ["thing"]}}
     assert resolve(train_loader=one, predict={"CoI": [0]})
     assert "the class itself is number 0" in message(train_loader=one, predict={"CoI": [1]})
+    changes = {"predict": {"val": "max"}, "trainer": {"monitor": "max Multiclass_Accuracy"}}
+    assert resolve(**changes)
+    assert "Multiclass_Accuracy is not computed for one class" in message(train_loader=one, **changes)
 
 
 def test_a_stage_without_data_is_told() -> None:

@@ -268,6 +268,8 @@ def _check_monitored_score(config: Config, mode: str, name: str, facts: Any | No
     stated = f"Expected_{METRICS[metric].title}"
     if name.startswith("Expected_") and name != stated:
         return f"found {name}; with predict.rankdice.metric {metric!r} rankdice computes {stated}"
+    if facts is not None and facts.num_classes == 1 and name == "Multiclass_Accuracy":
+        return f"{name} is not computed for one class; use Pixel_Accuracy"
     if facts is not None and name.startswith(PER_CLASS_SCORES):
         return unknown_class(name.partition("/")[2], facts.class_names)
     return None
