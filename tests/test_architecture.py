@@ -200,7 +200,7 @@ def public(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassD
 
 
 @pytest.mark.parametrize("path", sources())
-def test_public_functions_tell_their_types(path) -> None:
+def test_public_functions_state_their_types(path) -> None:
     for owner, node in public(sources()[path]):
         if isinstance(node, ast.FunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

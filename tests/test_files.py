@@ -93,7 +93,7 @@ def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch) -
 
 
 @pytest.mark.parametrize("place", ["file/a", "folder", "/dev/null"])
-def test_places_that_cannot_hold_a_file(place, tmp_path) -> None:
+def test_places_that_cannot_contain_a_file(place, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="could not be written"):

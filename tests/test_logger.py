@@ -140,7 +140,7 @@ def test_tensorboard_shows_what_was_written_and_a_resume_replaces_later_steps(tm
     assert [p.name for p in (tmp_path / "logs").iterdir() if p.is_dir()] == []  # hparams do not create a separate run
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="logs cannot be written"):
         RunLog(tmp_path / "file" / "run", None)

@@ -393,7 +393,7 @@ def test_running_sums_agree_with_kept_images_also_when_merged_and_continued() ->
     assert_same(shares[0].compute(), expected)
 
 
-def test_running_sums_hold_no_image() -> None:
+def test_running_sums_keep_no_image() -> None:
     metrics = Metrics(3, IGNORE)
     for _ in range(3):
         metrics.update(Prediction(labels=torch.zeros(2, 4, 4, dtype=torch.long)), torch.zeros(2, 4, 4).long())

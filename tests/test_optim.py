@@ -153,7 +153,7 @@ def test_names_survive_a_checkpoint():
     assert learning_rates(resumed) == {"decoder": 0.1, "backbone": pytest.approx(0.01)}
 
 
-def test_what_cannot_be_used_is_told():
+def test_unusable_files_are_reported():
     with pytest.raises(UserError, match="did you mean AdamW"):
         build("AdamWW", Toy())
     with pytest.raises(UserError, match="LBFGS cannot be used here: it evaluates the loss several times"):

@@ -116,7 +116,7 @@ def others(pi: Tensor, d: Tensor, chosen: Tensor) -> Tensor:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 6), st.integers(0, 10**6))
-def test_a_class_that_is_surer_or_better_keeps_its_mask(classes: int, seed: int) -> None:
+def test_a_class_that_is_more_probable_or_scores_higher_keeps_its_mask(classes: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     highest, scores = torch.rand(2, 1, classes, generator=generator, dtype=torch.float64)
     chosen, _ = choose(highest, scores)

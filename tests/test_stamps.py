@@ -21,7 +21,7 @@ RUN = stamps.digest({"model": "a", "flip": True})
 LABELS = np.arange(12, dtype=np.uint8).reshape(3, 4)
 
 
-def test_a_digest_stands_for_the_settings() -> None:
+def test_a_digest_identifies_the_settings() -> None:
     assert stamps.digest({"flip": True, "model": "a"}) == RUN
     assert stamps.digest({"flip": False, "model": "a"}) != RUN
 

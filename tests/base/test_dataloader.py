@@ -181,7 +181,7 @@ def test_impossible_arguments_are_named(argument: str, value: object) -> None:
         loader(shuffle=True, **{argument: value})
 
 
-def test_val_split_holds_out_for_good() -> None:
+def test_val_split_always_holds_out_the_same_samples() -> None:
     made = loader(20, batch_size=4, shuffle=True, val_split=0.25, seed=2)
     held_out = made.get_val_loader()
     inner, outer = names(made), names(held_out)
@@ -319,7 +319,7 @@ def test_build_names_unknown_arguments() -> None:
 
 
 @pytest.mark.parametrize("name", list(dataloaders.LOADERS))
-def test_every_data_set_tells_its_facts_and_arguments(name: str) -> None:
+def test_every_data_set_states_its_facts_and_arguments(name: str) -> None:
     dataset = dataloaders.LOADERS[name]
     assert issubclass(dataset, BaseDataSet)
     facts = dataset.facts_for()

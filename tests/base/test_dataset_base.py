@@ -66,7 +66,7 @@ def stored(folder: Path, kind: str, index: int) -> np.ndarray:
 # ---- items
 
 
-def test_an_item_is_the_files_content(folder: Path) -> None:
+def test_an_item_has_the_content_of_the_file(folder: Path) -> None:
     data = Tiny(str(folder))
     assert len(data) == 6
     for index in range(6):
@@ -171,7 +171,7 @@ def test_impossible_arguments_are_named(folder: Path, argument: str, value: obje
         Tiny(str(folder), augment=True, **{argument: value})
 
 
-def test_options_without_effect_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_options_without_effect_are_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole, cropped = Tiny(str(folder), val=True), Tiny(str(folder))
     assert torch.equal(whole[0].image, cropped[0].image)  # val without crop_size: images stay whole
     with caplog.at_level(logging.WARNING):
@@ -245,7 +245,7 @@ def test_one_channel_takes_background_and_class(folder: Path) -> None:
     assert isinstance(data[4], Skipped)  # 2 is not a class of it
 
 
-def test_sizes_that_differ_are_told(folder: Path) -> None:
+def test_sizes_that_differ_are_reported(folder: Path) -> None:
     write_png(folder / "labels" / "s1.png", np.zeros((20, 30), np.uint8))
     with pytest.raises(UserError, match=r"differ in size.*s1\.png is 20x30.*s1\.png is 30x20"):
         [Tiny(str(folder))[i] for i in range(6)]

@@ -177,7 +177,7 @@ def test_a_loader_process_that_the_system_kills(tmp_path) -> None:
     assert exact.differences(whole, parted) == []
 
 
-def test_no_batch_left_is_said(tmp_path) -> None:
+def test_a_missing_batch_is_reported(tmp_path) -> None:
     class Short(ToyLoader):
         def __iter__(self) -> Iterator[Batch]:
             yield from list(super().__iter__())[:2]

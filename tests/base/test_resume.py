@@ -58,7 +58,7 @@ def latest() -> Path:
 
 
 @pytest.mark.parametrize("which", ["auto", "file"])
-def test_a_changed_config_counts_and_the_change_is_told(train: Train, which: str) -> None:
+def test_a_changed_config_is_used_and_the_change_is_reported(train: Train, which: str) -> None:
     assert train("-c", "config.json")[0] == 0
     write(CONFIG, epochs=2, keep_last=1)
     code, text = train("-r", "auto" if which == "auto" else str(latest()), "-c", "config.json")

@@ -256,7 +256,7 @@ def test_the_last_step_of_an_epoch_averages_over_the_batches_it_has(tmp_path: Pa
     assert trainer.scheduler.last_step == 2
 
 
-def test_the_best_model_is_saved_whatever_save_period_says(tmp_path: Path) -> None:
+def test_the_best_model_is_saved_for_any_save_period(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, epochs=2, save_period=50)
     trainer.train()
     assert (tmp_path / "run" / BEST).is_file()
@@ -300,7 +300,7 @@ def test_a_signal_saves_and_leaves(tmp_path: Path, accumulate: int, saved: int) 
     assert same_weights(whole.model, resumed.model)
 
 
-def test_the_summary_of_a_run_counts_in_words_and_fits_a_screen(tmp_path: Path) -> None:
+def test_the_summary_of_a_run_is_grammatical_and_fits_a_screen(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, epochs=1)
     trainer.config.notes.append("a long note " * 20)
     lines = banner(trainer).splitlines()

@@ -160,12 +160,12 @@ def test_training_shows_the_loop_that_is_faster() -> None:
     assert predecessor.ratio == pytest.approx(2)
 
 
-def test_scores_tell_what_the_peer_gives() -> None:
+def test_scores_name_what_the_peer_computes() -> None:
     (row,) = rows_of("metrics")
     assert row == Row("labels 2x3x8x8", "loop over images and classes", 2.0, 1.0, "`Mean_Dice`, `Mean_IoU`")
 
 
-def test_inference_tells_the_share_of_the_network() -> None:
+def test_inference_reports_the_share_of_the_network() -> None:
     (row,) = rows_of("inference")
     assert (row.case, row.ours, row.theirs, row.note) == ("ENet, multiscale, 8 x 8", 200.0, 400.0, "300")
 
@@ -178,7 +178,7 @@ def test_numbers_have_three_digits_and_no_exponent(value: float, text: str) -> N
 # -- the page ------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_holds_machine_tables_failures_and_missing_peers(tmp_path: Path) -> None:
+def test_the_page_contains_machine_tables_failures_and_missing_peers(tmp_path: Path) -> None:
     outcomes: dict[str, Outcome | None] = {name: outcome(name, result=RECORDED[name]) for name in RECORDED}
     outcomes["data"] = outcome("data", error=f"it ended with status 1: {page.ROOT}/x.py: no `cv2`")
     outcomes["inference"] = None
@@ -212,7 +212,7 @@ def test_without_matplotlib_the_page_says_so(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_machine_is_told_without_its_name() -> None:
+def test_the_machine_is_described_without_its_name() -> None:
     import platform
 
     known = page.facts()
@@ -293,7 +293,7 @@ def test_commands_fit_the_form() -> None:
         assert full[-2:] == ["--json", "x.json"]
 
 
-def test_what_make_bench_installs_holds_the_extra_of_the_project() -> None:
+def test_make_bench_installs_the_extra_of_the_project() -> None:
     required = (page.ROOT / "benchmarks" / "requirements.txt").read_text(encoding="utf-8")
     project = (page.ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (extra,) = re.findall(r"^benchmarks = \[(.*?)\]", project, re.MULTILINE)

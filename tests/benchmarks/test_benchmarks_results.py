@@ -54,7 +54,7 @@ def test_the_fit_is_shown_before_and_after() -> None:
     assert cells(line)[3:] == ["52.0", "60.0", "55.0", "2.0", "53.0", "60.0", "55.0", "2.0", "1.25"]
 
 
-def test_the_page_keeps_what_stands_around_the_tables(tmp_path: Path) -> None:
+def test_the_page_keeps_the_text_around_the_tables(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("above\n<!-- mDice: begin -->\nold\n<!-- mDice: end -->\nbelow\n")
     results.write_docs({"mDice": "new"}, page)

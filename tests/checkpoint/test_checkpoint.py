@@ -27,7 +27,7 @@ def write_config(path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_the_checkpoints_own_config_is_used_whatever_became_of_its_data() -> None:
+def test_the_checkpoints_own_config_is_used_even_without_its_data() -> None:
     config = config_of(state(), "model.pth")
     assert config.train_loader.args["data_dir"] == "moved/away"
     assert config.arch.args == {"width": 4}
@@ -103,7 +103,7 @@ def test_without_any_config_one_must_be_given(tmp_path) -> None:
         config_of(state(config="config.json"), "model.pth")
 
 
-def test_a_stored_config_with_mistakes_is_told_by_the_checkpoints_name() -> None:
+def test_a_stored_config_with_mistakes_is_reported_with_the_checkpoints_name() -> None:
     content = state(config={"name": "a", "arch": {"type": "UNett"}})
     with pytest.raises(UserError, match="the config in model.pth") as error:
         config_of(content, "model.pth")
@@ -113,7 +113,7 @@ def test_a_stored_config_with_mistakes_is_told_by_the_checkpoints_name() -> None
 # -- models ----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_comes_back_with_all_it_takes_to_use_it(tmp_path) -> None:
+def test_a_loaded_model_has_everything_needed_to_use_it(tmp_path) -> None:
     save(state(), tmp_path / "model.pth")
     loaded = load_model(tmp_path / "model.pth")
     torch.manual_seed(0)
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_published_structure(tmp_path) -> None:
     assert all(torch.equal(loaded.model.state_dict()[k], v) for k, v in ours["state_dict"].items())
 
 
-def test_a_checkpoint_whose_data_has_other_classes_is_told(tmp_path) -> None:
+def test_a_checkpoint_whose_data_has_other_classes_is_reported(tmp_path) -> None:
     published = {"state_dict": state()["state_dict"], "config": RAW | {"train_loader": {"type": "VOC"}}}
     with pytest.raises(UserError, match="best.pth: its weights have 3 classes, its data set VOC has 21"):
         load_model(written(published, tmp_path / "best.pth"))

@@ -63,7 +63,7 @@ NO_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("case", NO_CHECKPOINTS)
-def test_a_file_that_is_no_checkpoint_is_told_in_one_line(case, tmp_path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_reported_in_one_line(case, tmp_path) -> None:
     content, told = NO_CHECKPOINTS[case]
     path = tmp_path / "model.pth"
     path.write_bytes(content)
@@ -97,7 +97,7 @@ def test_a_missing_file_names_its_neighbors(tmp_path) -> None:
         read(tmp_path / "saved")
 
 
-def test_bytes_gone_wrong_end_in_an_explanation_or_in_weights(tmp_path) -> None:
+def test_changed_bytes_give_an_explanation_or_weights(tmp_path) -> None:
     """With any bytes in the file: plain data, or one message."""
     path = tmp_path / "model.pth"
     rng = np.random.default_rng(0)
@@ -190,7 +190,7 @@ def test_weights_that_are_not_finite_name_their_layer(tmp_path) -> None:
         load_model(written(content, tmp_path / "model.pth"))
 
 
-def test_every_flipped_bit_that_changes_a_weight_is_noticed(tmp_path) -> None:
+def test_every_flipped_bit_that_changes_a_weight_is_detected(tmp_path) -> None:
     assert flips(tmp_path, state(), 80, seed=0)[0] == 80
 
 

@@ -68,7 +68,7 @@ def test_good_arguments_pass() -> None:
         ({"size": 3, "siez": 1}, "x.args.siez: Thing takes no such argument; did you mean size? Allowed: "),
     ],
 )
-def test_wrong_arguments_are_told(args, told) -> None:
+def test_wrong_arguments_are_reported(args, told) -> None:
     (found,) = complaints(**args)
     assert found.startswith(told)
 

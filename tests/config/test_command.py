@@ -84,7 +84,7 @@ def test_the_command_line_refuses_what_train_py_refuses(override, told, tmp_path
         ("", ": not valid JSON"),
     ],
 )
-def test_invalid_json_is_told_by_file_line_and_column(tmp_path: Path, text: str, told: str) -> None:
+def test_invalid_json_is_reported_with_file_line_and_column(tmp_path: Path, text: str, told: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(UserError) as error:

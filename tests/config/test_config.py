@@ -98,7 +98,7 @@ def folders_of(raw: dict[str, Any]) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("file", our_configs())
-def test_every_config_we_ship_is_valid_and_tells_its_story(file, root) -> None:
+def test_every_shipped_config_is_valid_and_describes_itself(file, root) -> None:
     raw = configs.read(root / file)
     for folder in folders_of(raw):
         assert not folder.is_absolute()

@@ -22,7 +22,7 @@ def text() -> str:
     return config_reference.reference()
 
 
-def test_the_page_holds_the_reference_as_the_code_makes_it(root: Path, text: str, tmp_path: Path) -> None:
+def test_the_page_contains_the_generated_reference(root: Path, text: str, tmp_path: Path) -> None:
     page = root / "docs" / "configuration.md"
     copy = tmp_path / "page.md"
     copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")

@@ -165,7 +165,7 @@ def first_batch(config: Config, stage: str) -> tuple[Any, Batch]:
 
 
 @pytest.mark.parametrize("stage", ["train", "val", "test"])
-def test_batches_hold_images_and_labels_of_the_data_sets_classes(config: Config, stage: str) -> None:
+def test_batches_contain_images_and_labels_of_the_data_sets_classes(config: Config, stage: str) -> None:
     dataset, batch = first_batch(config, stage)
     for part in equal_sizes(batch):
         assert part.images.shape[1] == dataset.in_channels
@@ -197,7 +197,7 @@ def test_training_batches_are_of_one_size_that_the_network_takes(config: Config)
     assert rates[-1] < max(rates)
 
 
-def test_pretrained_weights_are_such_as_torchvision_has(config: Config, monkeypatch) -> None:
+def test_pretrained_weights_exist_in_torchvision(config: Config, monkeypatch) -> None:
     if config.arch.args.get("pretrained") is not True:
         pytest.skip("trains from scratch")
 

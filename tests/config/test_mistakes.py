@@ -232,7 +232,7 @@ def test_arguments_that_change_no_score_are_accepted() -> None:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_with_path_found_allowed_and_nearest(mistake) -> None:
+def test_a_mistake_is_reported_with_path_found_allowed_and_nearest(mistake) -> None:
     changes, expected = MISTAKES[mistake]
     text = message(**changes)
     assert text.startswith("config.json: "), "one problem is one line"
@@ -250,7 +250,7 @@ def test_a_required_field_that_is_missing() -> None:
     assert all(f"{field}: required" in str(error.value) for field in ("name", "arch", "train_loader"))
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     """Wrong types, wrong names, wrong arguments and fields that disagree, in one message."""
     text = message(
         n_gpu="two",
@@ -284,7 +284,7 @@ def test_all_problems_are_told_at_once() -> None:
     assert len(text.splitlines()) == 1 + len(expected)
 
 
-def test_what_is_wrong_already_is_not_complained_about_twice() -> None:
+def test_errors_are_not_reported_twice() -> None:
     # The placeholder for a missing model or a wrong type must not be reported as an unknown name.
     for changes in ({"arch": None}, {"arch": {"args": {}}}, {"arch": {"type": 5}}, {"train_loader": "VOC"}):
         assert "?'" not in message(**changes)
@@ -300,7 +300,7 @@ def test_fields_of_training_are_not_looked_at_when_testing() -> None:
 
 
 @pytest.mark.parametrize("field", ["save_dir", "log_dir"])
-def test_a_folder_that_cannot_be_made_is_told_before_the_run(field, tmp_path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported_before_the_run(field, tmp_path) -> None:
     write(tmp_path / "file", "")
     text = message(trainer={field: "file/runs"})
     assert f"trainer.{field}: found 'file/runs'" in text or f'trainer.{field}: found "file/runs"' in text
@@ -310,12 +310,12 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_run(field, tmp_path) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc to fail to write to")
-def test_a_folder_that_cannot_be_written_is_told_before_the_run() -> None:
+def test_a_folder_that_cannot_be_written_is_reported_before_the_run() -> None:
     assert "/proc cannot be written to" in message(trainer={"save_dir": "/proc/runs"})
     assert resolve(trainer={"log_dir": "/proc/runs", "tensorboard": False})
 
 
-def test_balanced_weights_are_taken_whatever_the_classes() -> None:
+def test_balanced_weights_are_accepted_for_any_classes() -> None:
     assert resolve(loss={"type": "CrossEntropyLoss2d", "args": {"weight": "balanced"}})
     one = {"type": "VOC", "args": {"data_dir": "data", "classes": ["thing"]}}
     for name in ("CrossEntropyLoss2d", "BCEWithLogitsLoss2d", "DiceLoss", "LovaszHinge", "LovaszSoftmax"):
@@ -331,7 +331,7 @@ def test_one_channel_and_its_class_of_interest() -> None:
     assert "Multiclass_Accuracy is not computed for one class" in message(train_loader=one, **changes)
 
 
-def test_a_stage_without_data_is_told() -> None:
+def test_a_stage_without_data_is_reported() -> None:
     config = resolve(
         val_loader=None,
         trainer={"val": False},

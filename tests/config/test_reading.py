@@ -112,7 +112,7 @@ def test_a_loss_by_name_takes_arguments_from_overrides() -> None:
     assert resolve(("lr_scheduler.args.warmup=10",)).lr_scheduler.type == "Poly"
 
 
-def test_a_value_may_hold_an_equals_sign() -> None:
+def test_a_value_may_contain_an_equals_sign() -> None:
     assert resolve(("about=a=b",)).about == "a=b"
 
 

@@ -130,7 +130,9 @@ def test_every_problem_is_listed_and_the_rest_still_looked_at(data: Path, capsys
     assert (data / "sheet.png").exists()
 
 
-def test_problems_alike_are_one_and_each_loader_is_summed_up(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_similar_problems_are_grouped_and_each_loader_is_summed_up(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for i in range(1, 6):
         mask = np.zeros(SIZE, np.uint8)
         mask[:i] = 7
@@ -177,7 +179,7 @@ def test_files_that_a_list_names_but_are_not_there(data: Path, capsys: pytest.Ca
     assert f"there is no file {data}/images/none.png" in capsys.readouterr().out
 
 
-def test_nothing_readable_at_all(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_readable_image(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (data / "images").iterdir():
         path.write_bytes(b"junk")
     assert check(data) == 1
@@ -209,7 +211,7 @@ def test_legality_is_the_data_set_s_own() -> None:
         assert all(is_legal(dataset, value) for value in legal)
 
 
-def test_images_in_train_and_val_are_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_in_train_and_val_are_reported(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = config(data, split="train", val_fraction=0.25)
     content = json.loads(path.read_text())
     content["val_loader"] = json.loads(json.dumps(content["train_loader"]))

@@ -75,7 +75,7 @@ def test_files_are_matched_by_stem_and_sorted(plain: Path) -> None:
     assert (dataset.num_classes, dataset.class_names) == (3, tuple(CLASSES))
 
 
-def test_files_without_partner_are_told(plain: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_without_partner_are_reported(plain: Path, caplog: pytest.LogCaptureFixture) -> None:
     lonely = [photo(plain / "images/extra.png"), save(plain / "masks/other.png", IDS)]
     with caplog.at_level(logging.WARNING):
         dataset = folder(plain)
@@ -538,12 +538,12 @@ def test_masks_of_0_and_255_are_explained(tmp_path: Path, classes: list[str]) ->
     assert dataset[0].label.dtype == torch.uint8
 
 
-def test_void_may_be_255_when_told(tmp_path: Path) -> None:
+def test_void_may_be_255_if_requested(tmp_path: Path) -> None:
     two(tmp_path, (0, 255))
     assert set(label(folder(tmp_path, classes=BINARY, mask_values=[0, 1])).flat) == {0, 255}
 
 
-def test_masks_of_0_1_and_255_are_left_alone(tmp_path: Path) -> None:
+def test_masks_of_0_1_and_255_are_not_changed(tmp_path: Path) -> None:
     photo(tmp_path / "images/a.png")
     save(tmp_path / "masks/a.png", np.minimum(IDS, 1) + np.where(IDS == 255, 254, 0).astype(np.uint8))
     assert set(label(folder(tmp_path, classes=BINARY)).flat) == {0, 1, 255}

@@ -41,7 +41,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_splits_apart_are_fine(data: Path) -> None:
+def test_separate_splits_are_accepted(data: Path) -> None:
     options = {"val_fraction": 0.3}
     assert messages(loader(data, **options), loader(data, "val", **options)) == ""
     whole = loader(data, val_split=0.3)

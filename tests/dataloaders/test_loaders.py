@@ -154,7 +154,7 @@ def test_unknown_label_ids_are_refused(tmp_path: Path) -> None:
         dataloaders.build("CityScapes", data_dir=str(tmp_path), split="train")
 
 
-def test_files_without_partner_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_without_partner_are_left_out_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cityscapes(tmp_path, "leftImg8bit", "gtFine", "gtFine")
     lonely = image(tmp_path / "leftImg8bit/train/ulm/ulm_000009_000019_leftImg8bit.png")
     with caplog.at_level(logging.WARNING):
@@ -383,7 +383,7 @@ def test_voc_masks_written_with_the_palette_are_read_back(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("file", ["voc", "voc_aug", "cityscapes", "ade20k", "coco_stuff", "kvasir", "camvid", "folder"])
-def test_configs_are_valid_and_tell_their_story(file: str, root: Path, tmp_path: Path) -> None:
+def test_configs_are_valid_and_describe_themselves(file: str, root: Path, tmp_path: Path) -> None:
     from models import MODELS
     from utils.config import load
 

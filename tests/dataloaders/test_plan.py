@@ -249,7 +249,7 @@ def test_frames_of_a_video_are_not_torn_apart(tmp_path: Path, capsys: pytest.Cap
         assert "group_by" not in made(name, some, [photo(i) for i in range(60)])
 
 
-def test_real_frames_and_photographs_are_told_apart(shared_dir: Path) -> None:
+def test_real_frames_and_photographs_are_distinguished(shared_dir: Path) -> None:
     frames = sorted((shared_dir / "data/camvid/VOCdevkit/VOC2012/JPEGImages").glob("*.jpg"))
     eyes = sorted((shared_dir / "data/medical/images_split").rglob("*.*"))
     for drive in ("0001TP", "0006R0", "0016E5"):

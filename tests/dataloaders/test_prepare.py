@@ -108,7 +108,7 @@ def test_broken_connections_are_resumed_by_range(server: FileServer, tmp_path: P
     assert [wanted for _, wanted in server.asked] == [None, "bytes=100000-", "bytes=150000-"]
 
 
-def test_a_later_run_goes_on_where_the_first_stopped(server: FileServer, tmp_path: Path) -> None:
+def test_a_later_run_continues_where_the_first_stopped(server: FileServer, tmp_path: Path) -> None:
     server.files["a.bin"] = CONTENT
     server.break_after = [100_000, 0, 0]
     with pytest.raises(Unreachable):
@@ -155,14 +155,14 @@ def test_a_wrong_checksum_leaves_no_file(server: FileServer, tmp_path: Path) -> 
     assert not (tmp_path / "a.bin").exists()
 
 
-def test_missing_files_and_absent_servers_are_told_apart(server: FileServer, tmp_path: Path) -> None:
+def test_missing_files_and_absent_servers_are_distinguished(server: FileServer, tmp_path: Path) -> None:
     with pytest.raises(Unreachable, match="404"):
         fetch(f"{server.url}/none.bin", tmp_path / "none.bin")
     with pytest.raises(Unreachable, match="cannot be reached"):
         fetch("http://127.0.0.1:1/a.bin", tmp_path / "a.bin")
 
 
-def test_a_full_disk_is_said_before_it_is_full(
+def test_a_lack_of_disk_space_is_reported_before_the_disk_is_full(
     server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.files["a.bin"] = CONTENT
@@ -364,7 +364,7 @@ def test_offline_says_which_files_to_put_where(tmp_path: Path) -> None:
         main(["prepare", "cityscapes", "--dir", str(tmp_path)])
 
 
-def test_an_archive_that_changed_behind_our_back_is_found(tmp_path: Path) -> None:
+def test_an_archive_that_the_publisher_changed_is_found(tmp_path: Path) -> None:
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / "a.zip").write_bytes(zip_of({"a": b"1"}))
     recipe = Recipe((Archive("a.zip", "http://127.0.0.1:1/a.zip", "md5:00"),), "c.json", "page", "note")

@@ -190,7 +190,7 @@ def test_mistakes_get_one_message(tmp_path: Path, args: list[str], message: str,
     assert not (tmp_path / "x").exists()
 
 
-def test_a_file_in_the_way_is_told(tmp_path: Path, capsys) -> None:
+def test_a_file_in_the_way_is_reported(tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert command("--out", str(tmp_path / "file"), "--n", "4") == 2
     assert "could not be written" in capsys.readouterr().err

@@ -129,7 +129,7 @@ def test_configs_and_pieces_of_them_are_valid(block: Block, tmp_path: Path, monk
         assert config.name
 
 
-def test_the_readme_holds_an_annotated_config_with_every_section() -> None:
+def test_the_readme_contains_an_annotated_config_with_every_section() -> None:
     whole = [v for b in blocks("README.md") if b.language == "javascript" for v in objects(b.text)]
     assert len(whole) == 1
     fields = {name for name in Config.model_fields if name not in ("about", "tester")}
@@ -435,7 +435,7 @@ def test_the_page_about_own_data_runs(tmp_path: Path) -> None:
     assert len(list((tmp_path / "masks").glob("*.png"))) == 10
 
 
-def test_pages_hold_commands_at_all() -> None:
+def test_pages_contain_commands() -> None:
     """Otherwise the tests above would pass on pages that they cannot read."""
     found = [c for page in pages() for c in commands(page) if ours(c) is not None]
     assert len(found) > 60

@@ -141,7 +141,7 @@ def test_images_of_different_sizes_in_a_batch() -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
 @pytest.mark.parametrize("limit", [1, 4, 6, 7, 100])
-def test_a_limit_counts_images_whatever_the_batches(batch, limit) -> None:
+def test_a_limit_counts_images_for_any_batch_size(batch, limit) -> None:
     used = evaluator()
     found = evaluate(used, Limited(data(batch=batch), images=limit), {"max": Decision("max")})
     names = [row["name"] for row in found.metrics["max"].images]
@@ -164,7 +164,7 @@ def test_a_limit_is_shared_by_the_processes(monkeypatch) -> None:
     assert images == 5
 
 
-def test_who_looks_sees_everything() -> None:
+def test_observers_see_everything() -> None:
     parts: list[Part] = []
     evaluate(evaluator(), data(), all_decisions(PredictOptions()), on_part=parts.append)
     assert [len(p.target) for p in parts] == [3, 3, 1]

@@ -155,7 +155,7 @@ def test_logits_that_do_not_fit_into_memory_are_made_again(scenes: Scenes, monke
     assert again.fields() == once.fields()
 
 
-def test_a_fold_is_scored_by_what_has_not_seen_it(scenes: Scenes, monkeypatch) -> None:
+def test_a_fold_is_scored_by_a_fit_that_has_not_seen_it(scenes: Scenes, monkeypatch) -> None:
     seen: list[set[int]] = []
     fit_temperature = held_out.fit_temperature
 
@@ -199,7 +199,7 @@ def test_the_frames_of_a_video_are_one_group_by_their_names(repeats: int, groupe
     assert own.groups == 10
 
 
-def test_one_clip_is_told() -> None:
+def test_a_single_clip_is_reported() -> None:
     class Clip(Scenes):
         """Each scene is shown eight times, like the frames of a video."""
 
@@ -254,7 +254,7 @@ def test_links_are_judged_by_likelihood_and_must_not_lower_dice() -> None:
     assert fitting._best_calibration(trials, "max") == SCALED  # the simpler one
 
 
-def test_few_images_are_said_to_be_few() -> None:
+def test_few_images_are_reported() -> None:
     found = fitted_on(Scenes(12))
     assert any("12 validation images are few" in note for note in found.notes)
 

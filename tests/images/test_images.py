@@ -149,7 +149,7 @@ def test_bytes_after_the_end_of_a_jpeg_do_no_harm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reader", [read_image, read_label])
-def test_what_is_no_image_is_told(tmp_path: Path, reader) -> None:
+def test_files_that_are_not_images_are_reported(tmp_path: Path, reader) -> None:
     with pytest.raises(UserError, match="there is no file .*gone.png"):
         reader(tmp_path / "gone.png")
     (tmp_path / "zero.png").write_bytes(b"")
@@ -265,7 +265,7 @@ def test_orientation_is_applied_once_however_a_pillow_image_was_opened(tmp_path:
                 assert np.array_equal(to_pixels(image).image, np.rot90(RGB, -1)), (name, load)
 
 
-def test_orientation_elsewhere_than_in_exif_counts_nowhere(tmp_path: Path) -> None:
+def test_orientation_outside_of_exif_is_ignored(tmp_path: Path) -> None:
     """OpenCV reads most images and Pillow most masks; both must apply the same orientation."""
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     text = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp
@@ -339,7 +339,7 @@ def test_truncated_pgm_and_ppm_are_refused(tmp_path: Path, head: bytes) -> None:
 # ---------------------------------------------------------------------------------- others
 
 
-def test_the_first_frame_of_an_animation_is_read_and_said_once(tmp_path: Path, caplog, monkeypatch) -> None:
+def test_the_first_frame_of_an_animation_is_read_and_reported_once(tmp_path: Path, caplog, monkeypatch) -> None:
     monkeypatch.setattr("utils.images._warned", [])
     frames = [Image.fromarray(RGB), Image.fromarray(RGB[::-1].copy())]
     for name, options in (("a.webp", {"lossless": True}), ("a.png", {}), ("b.webp", {"lossless": True})):
@@ -375,7 +375,7 @@ def test_jpeg_2000(tmp_path: Path) -> None:
     assert np.allclose(read_image(tmp_path / "d.jp2", 1)[:, :, 0], deep / 65535, atol=1e-6)
 
 
-def test_formats_that_nobody_vouches_for_are_refused(tmp_path: Path) -> None:
+def test_formats_that_are_not_tested_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png", format="ICO", sizes=[(16, 16)])
     Image.fromarray(RGB).save(tmp_path / "b.png", format="TGA")
     cv2.imwrite(str(tmp_path / "c.hdr"), RGB.astype(np.float32))

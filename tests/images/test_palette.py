@@ -23,7 +23,7 @@ def test_default_palette_is_vocs() -> None:
     assert len(set(voc_colormap(300))) == 300
 
 
-def test_written_masks_hold_indices_and_show_colors(tmp_path: Path) -> None:
+def test_written_masks_contain_indices_and_show_colors(tmp_path: Path) -> None:
     mask = labels()
     mask[0, 0] = 255
     pal.write_mask(tmp_path / "new" / "m.png", mask, COLORS)

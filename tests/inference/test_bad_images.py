@@ -104,7 +104,7 @@ def test_outputs_of_a_failed_image_do_not_stay(script: Script, monkeypatch: pyte
     assert sorted(p.name for p in Path("other").iterdir()) == ["b.png", "b_probs", "expected_dice.csv"]
 
 
-def test_an_unreadable_folder_is_said(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_folder_is_reported(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     write("photos/a.png", photo(20, 20))
     write("photos/locked/b.png", photo(20, 20))
     scandir = os.scandir

@@ -43,7 +43,7 @@ def test_skip_existing_knows_the_model_and_the_options(script: Script, tmp_path:
         assert "skipped 1" in script(*arguments)[1]
 
 
-def test_outputs_of_earlier_options_do_not_stay_beside_new_masks(script: Script) -> None:
+def test_outputs_of_earlier_options_do_not_stay_next_to_new_masks(script: Script) -> None:
     write("photos/a.png", photo(40, 50))
     script("--json", "--overlay", "--probs", "png", "--masks", "-p", "rankdice")
     assert {"a.json", "a_overlay.jpg", "expected_dice.csv"} < set(files("masks"))

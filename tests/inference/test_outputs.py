@@ -15,7 +15,7 @@ from tests.small_checkpoint import NAMES, everything_fitted, photo, write_checkp
 from utils.predictor import Predictor
 
 
-def test_everything_beside_the_masks(script: Script, model: Path) -> None:
+def test_all_outputs_besides_the_masks(script: Script, model: Path) -> None:
     write("photos/x/a.png", photo(40, 50))
     code, _, err = script("--overlay", "0.7", "--probs", "npz", "--json")
     assert code == 0, err

@@ -389,7 +389,7 @@ def test_streaming_knows_what_it_cannot_do(model: Path, monkeypatch: pytest.Monk
         Predictor(model, memory=1000)(photo(100, 100))
 
 
-def test_a_gpu_that_is_not_there_is_told_with_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_reported_with_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def no_driver(*size: int, device: torch.device) -> Tensor:

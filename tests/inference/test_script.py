@@ -34,7 +34,7 @@ def test_a_folder_becomes_masks(script: Script, model: Path, tmp_path: Path) -> 
     assert "segmented 3 images by rankdice" in out
 
 
-def test_paths_may_hold_variables(script: Script, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_may_contain_variables(script: Script, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PHOTOS", "photos")
     monkeypatch.setenv("MODELS", str(model.parent))
     write("photos/a.png", photo(40, 50))
@@ -73,7 +73,7 @@ def test_options_reach_the_predictor(script: Script, model: Path) -> None:
     assert "cut 1 image into tiles, because they are too large" in script("--max-pixels", 5000)[1]
 
 
-def test_a_config_beside_the_checkpoint(script: Script, model: Path) -> None:
+def test_a_config_next_to_the_checkpoint(script: Script, model: Path) -> None:
     write("photos/a.png", photo(40, 40))
     config = {
         "name": "other",

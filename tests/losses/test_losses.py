@@ -189,7 +189,7 @@ def test_the_order_of_the_pixels_does_not_matter(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_shapes_that_do_not_fit_are_told(name):
+def test_shapes_that_do_not_fit_are_reported(name):
     logits, target = batch(4)
     with pytest.raises(ValueError, match=r"target has the shape .* need \(2, 5, 6\)"):
         build(name)(logits, target[:, :4])
@@ -520,7 +520,7 @@ def test_losses_have_no_state_to_save(name):
     assert not build(name, **args).state_dict()
 
 
-def test_unknown_names_and_arguments_are_told():
+def test_unknown_names_and_arguments_are_reported():
     with pytest.raises(UserError, match="did you mean CrossEntropyLoss2d"):
         build("CrossEntropyLos")
     with pytest.raises(TypeError, match="gama"):
@@ -545,13 +545,13 @@ def test_unknown_names_and_arguments_are_told():
         ("CE_DiceLoss", {"dice_weight": -0.1}, "dice_weight"),
     ],
 )
-def test_values_out_of_range_are_told(name, args, message):
+def test_values_out_of_range_are_reported(name, args, message):
     with pytest.raises(ValueError, match=message):
         build(name, **args)
 
 
 @pytest.mark.parametrize("name", ["CrossEntropyLoss2d", "FocalLoss", "BCEWithLogitsLoss2d"])
-def test_the_wrong_number_of_weights_is_told(name):
+def test_the_wrong_number_of_weights_is_reported(name):
     logits, target = batch(4)
     with pytest.raises(ValueError, match="weight has 3 entries; logits with 4 channels need 4"):
         build(name, weight=[1.0, 2.0, 3.0])(logits, target)

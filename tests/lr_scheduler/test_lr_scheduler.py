@@ -322,7 +322,7 @@ def test_a_schedule_per_epoch_keeps_its_values_for_an_epoch_and_resumes(name, st
 # -- the table -------------------------------------------------------------------------------------------------
 
 
-def test_the_table_holds_what_torch_has():
+def test_the_table_contains_what_torch_has():
     assert {"Poly", "OneCycle", "StepLR", "CosineAnnealingLR", "OneCycleLR", "SequentialLR"} <= set(SCHEDULERS)
     assert "LRScheduler" not in SCHEDULERS
     for name in ("LambdaLR", "MultiplicativeLR"):
@@ -361,7 +361,7 @@ def test_signatures_show_what_a_config_may_set(name):
         ("ChainedScheduler", {"schedulers": [{"name": "ConstantLR"}]}, "expected"),
     ],
 )
-def test_values_out_of_range_are_told(name, args, message):
+def test_values_out_of_range_are_reported(name, args, message):
     with pytest.raises(ValueError, match=message):
         build(name, make_optimizer(), 10, **args)
 

@@ -162,7 +162,7 @@ def test_other_files_are_refused(content: Any, message: str, tmp_path: Path) -> 
         models.build("GCN", 3, backbone=f"timm:{LIGHT}", pretrained=str(tmp_path / "weights.pth"))
 
 
-def test_a_download_that_fails_names_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_names_the_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no route to host")
 
@@ -202,7 +202,7 @@ def test_without_timm_one_line_names_the_command(monkeypatch: pytest.MonkeyPatch
         ("PSPNet", {"backbone": f"timm:{LIGHT}", "pretrained": PACKAGE}, "contains the weights of"),
     ],
 )
-def test_what_cannot_be_is_refused(decoder: str, args: dict[str, Any], message: str) -> None:
+def test_impossible_arguments_are_refused(decoder: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         models.build(decoder, 3, **args)
 

@@ -287,7 +287,7 @@ def test_a_network_in_a_file_computes_what_it_did(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["net.pt2", "net.onnx"])
-def test_a_file_of_one_size_takes_batches_apart_and_resizes_if_told(name: str, tmp_path: Path) -> None:
+def test_a_file_of_one_size_divides_batches_and_resizes_on_request(name: str, tmp_path: Path) -> None:
     network = espnet(4)
     path = str(write(network, tmp_path / name, free=False))
     x = torch.randn(3, 3, 64, 96)

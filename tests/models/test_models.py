@@ -110,7 +110,7 @@ def model(shared_model: BaseModel) -> Iterator[BaseModel]:
 # -- building ------------------------------------------------------------------------------------------------
 
 
-def test_the_twelve_are_there() -> None:
+def test_the_twelve_networks_are_there() -> None:
     assert set(MODELS) - {"External"} == {
         *("FCN8", "UNet", "UNetResnet", "SegNet", "SegResNet", "ENet"),
         *("GCN", "DeepLab", "DeepLab_DUC_HDC", "UperNet", "PSPNet", "PSPDenseNet"),
@@ -141,7 +141,7 @@ def test_constructors_name_and_annotate_every_argument(name: str) -> None:
         ("GCN", {"use_resnet_gcn": True, "backbone": "timm:mobilenetv3_small_050"}, "not a ResNet"),
     ],
 )
-def test_bad_arguments_are_the_users_to_mend(kind: str, args: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_user_errors(kind: str, args: dict[str, Any], message: str) -> None:
     with torch.device("meta"), pytest.raises(UserError, match=message):
         models.build(kind, CLASSES, **args)
 

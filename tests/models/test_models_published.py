@@ -277,7 +277,7 @@ def recorded(shared_dir: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
-def test_wrappers_prefixes_are_taken_off(recorded: dict[str, Tensor], prefix: str) -> None:
+def test_wrappers_prefixes_are_removed(recorded: dict[str, Tensor], prefix: str) -> None:
     model = models.build("GCN", 21, backbone="resnet18", published=True)
     upstream.load_weights(model, {prefix + key: tensor for key, tensor in recorded.items()})
     assert torch.equal(model.classifier.weight, recorded["final_conv.weight"])
@@ -294,7 +294,7 @@ def test_our_own_names_load(recorded: dict[str, Tensor]) -> None:
     assert args == {"kernel_size": 11, "backbone": "resnet18", "in_channels": 3, "pretrained": False}
 
 
-def test_the_mended_form_takes_published_weights(recorded: dict[str, Tensor]) -> None:
+def test_the_fixed_form_takes_published_weights(recorded: dict[str, Tensor]) -> None:
     model = models.build("GCN", 21, backbone="resnet18")
     upstream.load_weights(model, recorded)
     assert torch.equal(model.classifier.weight, recorded["final_conv.weight"])
@@ -319,7 +319,7 @@ def test_what_does_not_fit_is_explained(
         upstream.load_weights(model, recorded)
 
 
-def test_a_published_checkpoint_for_the_mended_form_is_explained(shared_dir: Path) -> None:
+def test_a_published_checkpoint_for_the_fixed_form_is_explained(shared_dir: Path) -> None:
     with torch.device("meta"):
         model = models.build("UperNet", 19)
     with pytest.raises(UserError, match="published: true"):

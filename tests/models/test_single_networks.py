@@ -137,7 +137,7 @@ def test_segnet_loads_weights_whose_shared_norms_have_drifted_apart() -> None:
     assert nn.BatchNorm2d not in kinds
 
 
-def test_segnet_keeps_norms_tied_where_both_names_hold_the_same_values() -> None:
+def test_segnet_keeps_norms_tied_where_both_names_have_the_same_values() -> None:
     source = SegNet(2, published=True)
     randomize_norms(source)
     model = SegNet(2, published=True)
@@ -145,7 +145,7 @@ def test_segnet_keeps_norms_tied_where_both_names_hold_the_same_values() -> None
     assert len(shared_layers(model)) == 19
 
 
-def test_segnet_takes_small_images_but_its_published_form_says_what_it_takes() -> None:
+def test_segnet_accepts_small_images_and_its_published_form_says_what_it_accepts() -> None:
     with torch.no_grad():
         assert SegNet(2).eval()(torch.randn(1, 3, 5, 31)).shape == (1, 2, 5, 31)
     with pytest.raises(ValueError, match="at least 32 x 32, got 5 x 31"):
@@ -255,7 +255,7 @@ def test_enet_takes_every_size_and_has_gradients_in_both_modes(published: bool) 
             assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_enet_says_how_many_image_channels_it_takes() -> None:
+def test_enet_says_how_many_image_channels_it_accepts() -> None:
     assert ENet(2, in_channels=15).eval()(torch.randn(1, 15, 8, 8)).shape == (1, 2, 8, 8)
     with pytest.raises(ValueError, match="in_channels must be less than 16"):
         ENet(2, in_channels=16)

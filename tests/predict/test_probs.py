@@ -42,7 +42,7 @@ def run(monkeypatch, *arguments: object) -> None:
     assert decode.main() == 0
 
 
-def test_every_bit_comes_back(tmp_path) -> None:
+def test_every_bit_is_read_back(tmp_path) -> None:
     values = maps(3)[0]
     values[0, 0, :6] = torch.tensor([0.0, 1.0, 1e-45, 1.1754944e-38, 0.1, 1 - 2**-24])  # zeros, subnormals, the edges
     probs.write_probs(tmp_path / "x.npz", values)
@@ -130,7 +130,7 @@ def test_decoded_masks_are_those_of_the_run(procedure, metric, folder, tmp_path,
             assert all(np.array_equal(mask, expected.masks[0, c].numpy()) for c, mask in found.items())
 
 
-def test_what_is_not_said_is_as_in_the_run(folder, tmp_path, monkeypatch, capsys) -> None:
+def test_options_left_out_are_those_of_the_run(folder, tmp_path, monkeypatch, capsys) -> None:
     run(monkeypatch, "--probs", folder)
     assert "written: 3 masks of rankdice" in capsys.readouterr().out
     run(monkeypatch, "--probs", folder)  # masks written into the folder are not taken for probabilities

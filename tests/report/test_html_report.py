@@ -167,7 +167,7 @@ def cases(changes: list[float], names: list[str] | None = None) -> Part:
     return Part(Batch(images, target, names), probs, probs, target, predictions, counts)
 
 
-def test_only_the_biggest_are_kept_whatever_the_order_and_the_processes() -> None:
+def test_only_the_largest_are_kept_for_any_order_and_processes() -> None:
     changes = [0.1, 0.4, -0.2, 0.0, 0.3, -0.5, 0.2, -0.1, 0.5]
     whole = Gallery(FACTS, kept=2)
     whole.add(cases(changes))

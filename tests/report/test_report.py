@@ -98,7 +98,7 @@ def test_results_have_the_fields_of_the_readme() -> None:
     ("expected", "measured", "said"),
     [(0.6, 0.7, "underconfident"), (0.7, 0.6, "overconfident"), (0.64, 0.6, None), (None, None, None)],
 )
-def test_a_forecast_that_is_far_off_calls_for_a_temperature(expected, measured, said) -> None:
+def test_a_forecast_that_is_far_off_leads_to_advice_on_a_temperature(expected, measured, said) -> None:
     scores = {} if expected is None else {"Expected_Dice": expected, "Measured_Dice": measured}
     found = contents.advice(scores, 30)
     if said is None:
@@ -127,7 +127,7 @@ def test_the_advice_does_not_say_that_validation_images_differ_from_themselves(m
         assert ("the fit used them too" in str(found["protocol"]["note"])) == same
 
 
-def test_advice_needs_no_many_images_but_says_if_they_are_few(monkeypatch) -> None:
+def test_advice_does_not_need_many_images_but_says_if_they_are_few(monkeypatch) -> None:
     monkeypatch.setattr(contents, "FAR_OFF", -1.0)
     found = content()
     assert "3 images are few, so this may be chance." in found["advice"]
@@ -273,13 +273,13 @@ def test_files(tmp_path) -> None:
     assert sum(means) / len(means) == pytest.approx(content()["procedures"]["max"]["Mean_Dice"], abs=1e-6)
 
 
-def test_the_table_of_images_holds_the_classes_of_interest(tmp_path) -> None:
+def test_the_table_of_images_contains_the_classes_of_interest(tmp_path) -> None:
     report.write(content(predict={"CoI": [1]}), outcome(("max",), (1,)), FACTS, tmp_path)
     header = next(csv.reader((tmp_path / "per_image.csv").read_text().splitlines()))
     assert header == ["image", "max_mDice", "max_mIoU", "max_PixelAcc", "max_Dice_dog, cat"]
 
 
-def test_what_new_results_replace_is_told(tmp_path) -> None:
+def test_replaced_results_are_reported(tmp_path) -> None:
     protocol = {"checkpoint": "saved/a.pth", "images": 20}
     assert report.to_be_replaced(tmp_path, protocol) is None
     for found, said in (
@@ -292,7 +292,7 @@ def test_what_new_results_replace_is_told(tmp_path) -> None:
         assert report.to_be_replaced(tmp_path, protocol) == said
 
 
-def test_an_older_result_is_replaced_whole_or_kept(tmp_path, monkeypatch) -> None:
+def test_an_older_result_is_replaced_completely_or_kept(tmp_path, monkeypatch) -> None:
     report.write(content(), outcome(), FACTS, tmp_path)
     before = (tmp_path / "results.json").read_text()
 
@@ -306,7 +306,7 @@ def test_an_older_result_is_replaced_whole_or_kept(tmp_path, monkeypatch) -> Non
     assert sorted(p.name for p in tmp_path.iterdir()) == ["per_image.csv", "results.json"]
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_test(tmp_path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported_before_the_test(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "results"):
         with pytest.raises(UserError, match="results cannot be written there: .* is a file, not a folder"):

@@ -85,7 +85,7 @@ def test_what_is_validated_is_what_is_saved(two: Path) -> None:
     assert found["val_loss"] == pytest.approx(found["again"], rel=1e-9)
 
 
-def test_a_process_that_dies_ends_the_run_with_the_cause(tmp_path: Path) -> None:
+def test_a_process_that_dies_ends_the_run_and_names_the_cause(tmp_path: Path) -> None:
     done = torchrun("die", str(tmp_path))
     assert done.returncode != 0
     assert re.search("the cause of it all", done.stderr)

@@ -83,7 +83,7 @@ def test_a_compiled_network_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         (1, "3", "warning: no GPU found (CUDA_VISIBLE_DEVICES or -d 3): using the CPU"),
     ],
 )
-def test_gpus_that_were_chosen_and_are_not_there_are_told_once(n_gpu, visible, expected, monkeypatch, capsys) -> None:
+def test_missing_gpus_that_were_chosen_are_reported_once(n_gpu, visible, expected, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert distributed.choose_device(n_gpu) == torch.device("cpu")

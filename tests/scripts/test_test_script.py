@@ -243,13 +243,13 @@ def test_fitting_takes_what_training_held_out(tmp_path, monkeypatch, capsys) -> 
         run(monkeypatch, capsys, "-r", path, "--fit")
 
 
-def test_test_data_that_chose_the_checkpoint_are_said_to_be_optimistic(tmp_path, monkeypatch, capsys) -> None:
+def test_test_data_that_chose_the_checkpoint_are_reported_as_optimistic(tmp_path, monkeypatch, capsys) -> None:
     path = write_checkpoint(tmp_path / "a.pth", test_loader=None)
     out = run(monkeypatch, capsys, "-r", path, "-p", "max")
     assert "scores are optimistic" in " ".join(out.split())
 
 
-def test_test_data_with_other_images_of_the_run_are_said_to_be_optimistic(tmp_path, monkeypatch, capsys) -> None:
+def test_test_data_with_other_images_of_the_run_are_reported_as_optimistic(tmp_path, monkeypatch, capsys) -> None:
     for split, shared in (("val", "val_loader"), ("train", "train_loader"), ("test", None)):
         test = loader(split, 6)
         path = write_checkpoint(tmp_path / "best_model.pth", val_loader=loader("val", 4), test_loader=test)

@@ -256,7 +256,7 @@ def test_mistakes_in_testing(mistake, complaint) -> None:
         assert part in text, text
 
 
-def test_a_broken_image_is_told_by_its_name(complaint, place) -> None:
+def test_a_broken_image_is_reported_by_its_name(complaint, place) -> None:
     root = place / "data" / "VOCdevkit" / "VOC2012"
     (root / "JPEGImages" / "image3.jpg").write_bytes(b"\xff\xd8\xff broken")
     assert "image3.jpg" in complaint(test_script, "-r", "good.pth")
@@ -267,7 +267,7 @@ def test_a_broken_image_is_told_by_its_name(complaint, place) -> None:
     assert '"on_error": "skip"' in text
 
 
-def test_an_image_and_a_label_of_different_sizes_are_told(complaint, place) -> None:
+def test_an_image_and_a_label_of_different_sizes_are_reported(complaint, place) -> None:
     label = place / "data" / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "image4.png"
     write_png(label, np.zeros((20, 20), np.uint8))
     text = complaint(test_script, "-r", "good.pth")
@@ -285,7 +285,7 @@ def test_an_image_and_a_label_of_different_sizes_are_told(complaint, place) -> N
         (test_script, ["-r", "good.pth", "--limit", "0"]),
     ],
 )
-def test_wrong_usage_is_told_with_the_usage(script, arguments, place, monkeypatch, capsys) -> None:
+def test_wrong_usage_is_reported_with_the_usage(script, arguments, place, monkeypatch, capsys) -> None:
     before = tree(place)
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *arguments])
     with pytest.raises(SystemExit) as ended:
