@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 SCALE_RANGE = (0.5, 2.0)  # of base_size
+LARGEST_SIDE = 32766  # OpenCV stores coordinates in 16 bits
 MAX_ROTATION = 10.0  # degrees
 MAX_BLUR = 1.0  # pixels, standard deviation
 MAX_JITTER = 0.3  # brightness, contrast and saturation factors within 1 +- this

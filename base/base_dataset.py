@@ -350,6 +350,11 @@ class BaseDataSet(Statistics, Dataset[Any]):
         elif self.val and self.crop_size:
             parameters = aug.center_crop(label.shape[0], label.shape[1], self.crop_size)
         if parameters is not None:
+            if max(label.shape) > aug.LARGEST_SIDE:
+                raise UserError(
+                    f"{self.entries[index].image} is {label.shape[1]}x{label.shape[0]} (width x height); augment and "
+                    f"crop_size work for images of up to {aug.LARGEST_SIDE} pixels a side. Cut it into tiles"
+                )
             # Outside the image is the mean color, which is 0 after normalization.
             fill = [round(255 * m) for m in self.mean] if image.dtype == np.uint8 else list(self.mean)
             image, label = aug.apply(image, label, parameters, fill, self.ignore_index)

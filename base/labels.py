@@ -79,9 +79,9 @@ class LabelTable:
 
 
 class PaletteReference:
-    """Checks that the same value has the same color in the palettes of all masks.
+    """Checks that the same value has the same color in the palettes of all masks, and the same color one value.
 
-    Programs that make PNG files smaller may sort their palettes, which permutes the values.
+    Programs that make PNG files smaller may sort their palettes or leave out unused colors, which changes the values.
     """
 
     def __init__(self) -> None:
@@ -94,15 +94,29 @@ class PaletteReference:
         if mask.palette is None or mask.values.dtype != np.uint8:
             return
         used = np.flatnonzero(cv2.calcHist([mask.values], [0], None, [256], [0, 256]).ravel())
-        other = self._known[used] & (self._colors[used] != mask.palette[used]).any(1)
+        shown = mask.palette[used]
+        other = self._known[used] & (self._colors[used] != shown).any(1)
         if other.any():
             value = int(used[other][0])
-            raise UserError(
-                f"{path} has a different palette from {self._example}: value {value} is "
-                f"{mask.palette[value].tolist()} here, and {self._colors[value].tolist()} there. A program may have "
-                f"sorted the palette, which changes the values. Save all masks with the same palette. {advice}".rstrip()
-            )
+            raise self._error(path, f"value {value} is {_text(mask.palette[value])} here", self._colors[value], advice)
         if not self._known[used].all():
-            self._colors[used] = mask.palette[used]
+            # A color that another value has in earlier masks, and that value has another color in this one.
+            before = self._known[:, None] & (self._colors[:, None] == shown).all(2)
+            moved = before & (mask.palette[:, None] != shown).any(2)
+            if moved.any():
+                old, new = (int(i) for i in np.argwhere(moved)[0])
+                raise self._error(path, f"{_text(shown[new])} is value {used[new]} here", old, advice)
+            self._colors[used] = shown
             self._known[used] = True
             self._example = self._example or path
+
+    def _error(self, path: Path | str, here: str, there: np.ndarray | int, advice: str) -> UserError:
+        return UserError(
+            f"{path} has a different palette from {self._example}: {here}, and {_text(there)} there. A program may "
+            "have sorted the palette or left out unused colors, which changes the values. Save all masks with the "
+            f"same palette. {advice}".rstrip()
+        )
+
+
+def _text(value: np.ndarray | int) -> str:
+    return str(value if isinstance(value, int) else value.tolist())

@@ -59,7 +59,7 @@ def sizes_differ(image: Path, label: Path, image_size: tuple[int, ...], label_si
         f"image and label differ in size: {image} is {image_size[1]}x{image_size[0]}, "
         f"{label} is {label_size[1]}x{label_size[0]} (width x height)"
     )
-    turned = [path for path in (image, label) if _is_turned(path)]
+    turned = [path for path in (image, label) if orientation(path) >= 5]
     if label_size[::-1] == image_size and len(turned) == 1:
         text += (
             f". Only {turned[0].name} is rotated by its EXIF orientation, so the mask was made for the image as "
@@ -68,10 +68,10 @@ def sizes_differ(image: Path, label: Path, image_size: tuple[int, ...], label_si
     return UserError(text)
 
 
-def _is_turned(path: Path) -> bool:
-    """Return whether a file's EXIF orientation swaps its width and height."""
+def orientation(path: Path) -> int:
+    """Return the EXIF orientation of a file: 1 as stored, 2 to 4 mirrored or turned, from 5 on with sides swapped."""
     try:
         with Image.open(path) as file:
-            return file.getexif().get(ORIENTATION, 1) >= 5
+            return file.getexif().get(ORIENTATION, 1)
     except Exception:  # Pillow's plugins raise many kinds of errors; other files have no orientation
-        return False
+        return 1

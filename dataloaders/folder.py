@@ -12,9 +12,17 @@ from base.base_dataset import BaseDataSet
 from base.classes import Color, classes_of
 from base.entries import Entry, distinct, spread
 from base.splits import grouping, split_by_fold, split_by_fraction
-from dataloaders.reading.lists import native, read_rows
+from dataloaders.reading.lists import native, read_rows, without_extension
 from dataloaders.reading.masks import MaskOptions, MaskReader
-from dataloaders.reading.pairing import find_folder, image_files, index_files, pair_folders, relative_stem, subfolders
+from dataloaders.reading.pairing import (
+    find_folder,
+    image_files,
+    index_files,
+    pair_folders,
+    relative_stem,
+    subfolders,
+    warn_of_skipped,
+)
 from utils.bounds import Count, Label, Positive, Seed, ShareBelowOne
 from utils.errors import UserError
 from utils.files import expand
@@ -25,6 +33,7 @@ SPLIT_OF_FOLDER = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _PROBED = 16  # masks that are read when the data set is opened
+_PROBED_IF_EMPTY = 500  # if these contain only background
 
 
 class Folder(BaseDataSet):
@@ -189,6 +198,10 @@ or, split by folders,
 
     def _of_split_folders(self, folders: dict[str, tuple[Path, Path]]) -> list[Entry]:
         self._refuse_fractions(f"{self.data_dir} is split by folders")
+        images, used = self._folders(self.data_dir)[0], {folder for pair in folders.values() for folder in pair}
+        loose = [path for path in image_files(images) if used.isdisjoint(path.parents)] if images.is_dir() else []
+        warn_of_skipped("image", loose, "folder of a split")
+        self.alone = [*self.alone, *loose]
         if self._val_fold is not None and self.split in ("train", "val"):
             pool = [folders[split] for split in ("train", "val") if split in folders]
             return self._of_fold(self._from_several(pool))
@@ -209,7 +222,7 @@ or, split by folders,
         by_name = cache(self._by_name)  # the folders are read only if a line is a name
 
         def is_name(text: str) -> bool:
-            return text in by_name()[0] or Path(text).with_suffix("").as_posix() in by_name()[0]
+            return text in by_name()[0] or without_extension(text) in by_name()[0]
 
         entries: list[Entry] = []
         for number, columns in read_rows(path, lambda column: self._listed(column).is_file(), is_name):
@@ -232,7 +245,7 @@ or, split by folders,
         )
 
     def _named(self, name: str, by_name: tuple[dict[str, Path], dict[str, Path]], where: str) -> Entry:
-        plain = Path(native(name)).with_suffix("").as_posix()
+        plain = without_extension(name)
         for key in (name, plain):
             if key in by_name[0] and key in by_name[1]:
                 return Entry(by_name[0][key], by_name[1][key], key)
@@ -245,13 +258,21 @@ or, split by folders,
         """Return class ids, or values that are not a class, which the caller rejects."""
         return self._reader.read(path)
 
+    def _probe(self, limit: int) -> tuple[int, set[int]]:
+        """Return how many masks were read, at most ``limit``, and the values in them."""
+        masks = [entry.label for entry in spread(self.entries, limit) if entry.label is not None]
+        return len(masks), self._reader.probe(masks)
+
     def _check_first(self) -> None:
-        probed = [entry.label for entry in spread(self.entries, _PROBED)]
-        seen = self._reader.probe([path for path in probed if path is not None])
+        probed = self._probe(_PROBED)
+        is_unclear = self.label_count == 2 and not self._reader.says_more
+        if is_unclear and probed[1] == {0}:
+            probed = self._probe(_PROBED_IF_EMPTY)
         super()._check_first()
-        if self.label_count == 2 and not self._reader.says_more and 255 in seen and seen <= {0, 255}:
+        count, seen = probed
+        if is_unclear and 255 in seen and seen <= {0, 255}:
             raise UserError(
-                f"the masks in {self.data_dir} contain only 0 and 255 ({len(probed)} were read), and 255 means 'not "
+                f"the masks in {self.data_dir} contain only 0 and 255 ({count} were read), and 255 means 'not "
                 f"labeled' ({self.ignore_index}, ignore_index). If it means {self.class_names[-1]!r}, set "
                 "`mask_values: [0, 255]` in the loader's args; if not, `mask_values: [0, 1]`"
             )

@@ -12,9 +12,10 @@ from base.base_dataset import BaseDataSet
 from base.entries import Entry
 from base.splits import split_by_fraction
 from dataloaders.labels import labels
-from dataloaders.reading.lists import read_names
+from dataloaders.reading.lists import read_names, without_extension
 from dataloaders.reading.pairing import pair_folders
 from utils.bounds import ShareBelowOne
+from utils.errors import UserError
 from utils.images import read_levels
 
 
@@ -62,7 +63,10 @@ or, split beforehand,
         if self.split == "all":
             return entries
         if published.is_file():
-            chosen = set(read_names(published))
+            known = {entry.name for entry in entries}
+            chosen = {name if name in known else without_extension(name) for name in read_names(published)}
+            if strangers := sorted(chosen - known):
+                raise UserError(f"{published}: {strangers[0]!r} has no image with a mask in {self.data_dir}")
         else:
             names = [entry.name for entry in entries]
             chosen = split_by_fraction(names, {"val": self.val_fraction}, rest="train")[self.split]

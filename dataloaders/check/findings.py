@@ -13,6 +13,7 @@ import numpy as np
 
 from base.base_dataset import BaseDataSet
 from base.entries import spread
+from base.layout import orientation
 from base.statistics import mean_and_std, moments
 from utils.errors import UserError
 from utils.images.formats import decode, read_bytes
@@ -49,6 +50,7 @@ class Findings:
     moments: np.ndarray = field(default_factory=lambda: np.array(0))  # sum of :func:`base.statistics.moments`
     # (channels without transparency, whether there is transparency, type) of up to DECODED image files.
     on_disk: dict[tuple[int, bool, str], OnDisk] = field(default_factory=dict)
+    turned: list[str] = field(default_factory=list)  # images turned by EXIF data, perhaps unlike their masks
     weights: list[float] = field(default_factory=list)  # those of "balanced"; empty without labeled pixels
 
     @cached_property
@@ -69,6 +71,7 @@ class Findings:
         for message, problems in other.alike.items():
             self.alike.setdefault(message, []).extend(problems)
         self.good += other.good
+        self.turned += other.turned
         self.problems += other.problems
         self.sizes.update(other.sizes)
         self.stored.update(other.stored)
@@ -108,6 +111,11 @@ def _look(dataset: BaseDataSet, index: int, as_stored: bool) -> Findings:
         general = re.sub(r"\d+ pixels?\b", "", message).replace(str(entry.image), "").replace(str(entry.label), "")
         found.problems, found.alike[general] = [message], [(entry.name, message)]
         return found
+    if as_stored and entry.image is not None and entry.label is not None:
+        turn, of_mask = orientation(entry.image), orientation(entry.label)
+        # If width and height are swapped, equal sizes show that the mask fits the turned image.
+        if turn != of_mask and (label.shape[0] == label.shape[1] or (turn >= 5) == (of_mask >= 5)):
+            found.turned = [f"{entry.image} (orientation {turn}, its mask {of_mask})"]
     ignored = label == dataset.ignore_index
     found.good, found.sizes = [index], Counter([(label.shape[1], label.shape[0])])
     found.pixels = np.append(np.bincount(label[~ignored], minlength=dataset.label_count), ignored.sum())

@@ -128,6 +128,12 @@ def warnings(dataset: BaseDataSet, findings: Findings) -> list[str]:
             found.append(f"no pixel of {', '.join(never[:_SHOWN])}{more} in the files that were read")
         if findings.pixels[-1] > 0.5 * total:
             found.append(f"{findings.pixels[-1] / total:.0%} of all pixels are unlabeled")
+        if findings.turned:
+            found.append(
+                f"EXIF data turns {plural(len(findings.turned), 'image')} otherwise than the masks, such as "
+                f"{findings.turned[0]}, and the sizes do not show whether the masks were made before or after that. "
+                "Look at them; if a mask does not fit, remove the EXIF orientation from the image"
+            )
         if np.isfinite(findings.std).all() and (findings.std < 0.01).any():
             found.append(
                 "the brightness of the images hardly varies: are they 12-bit or 16-bit data stored without scaling?"

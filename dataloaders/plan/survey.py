@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 import dataloaders
 from base.base_dataset import BaseDataSet
-from base.classes import Classes, classes_of, read_classes
+from base.classes import Classes, Color, classes_of, read_classes
 from base.entries import Entry, spread
 from base.layout import found_tree
 from base.text import read_lines
@@ -26,6 +27,10 @@ from utils.images.formats import decode, read_bytes
 
 SAMPLES = 200
 _PROBED = 40
+_PROBED_IF_EMPTY = 500  # if the first ones contain only background
+_MOST_CLASSES = 60  # that are found without their names
+_NEAR = 5  # distance of gray levels from black and white
+_WIDE_VOID = 65535  # usually means "unlabeled" in masks of 16 bits
 _CLASS_FILES = ("classes.txt", "labelmap.txt", "class_dict.csv", "_classes.csv", "labels.txt", "class_names.txt")
 _IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages", "photos", "rgb")
 _MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "annotation", "segmentationclass", "gt", "segs")
@@ -196,44 +201,69 @@ def _entries(found: Survey) -> list[Entry]:
 
 def _take_masks(found: Survey, paths: list[Path]) -> None:
     """Choose the arguments for how masks are stored."""
-    values: Counter[int] = Counter()
-    colors: Counter[tuple[int, int, int]] = Counter()
-    lossy = 0
-    for path in spread(paths, _PROBED):
-        try:
-            mask = read_mask(path)
-        except UserError as error:
-            lossy += "lossy" in str(error)
-            continue
-        if mask.values.ndim == 3 and (mask.values[:, :, :1] != mask.values).any():
-            unique, counts = np.unique(mask.values.reshape(-1, 3), axis=0, return_counts=True)
-            colors.update({(r, g, b): count for (r, g, b), count in zip(unique.tolist(), counts.tolist(), strict=True)})
-        else:
-            plane = mask.values if mask.values.ndim == 2 else mask.values[:, :, 0]
-            unique, counts = np.unique(plane, return_counts=True)
-            values.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
-    if lossy:
-        found.take(
-            "threshold", 127, "the masks have lossy compression (JPEG); gray levels above the middle are the object"
-        )
-        found.args.setdefault("classes", ["background", "object"])
+    values, colors, problems = _stored(spread(paths, _PROBED))
+    if set(values) == {0} and not colors:
+        values, colors, problems = _stored(spread(paths, _PROBED_IF_EMPTY))
+    lossy = [problem for problem in problems if "lossy compression" in problem]
+    if lossy and not colors and (set(values) <= {0, 255} or _has_soft_edges(values)):
+        _take_threshold(found, "the masks have lossy compression (JPEG); gray levels above the middle are the object")
+    elif lossy:
+        raise UserError(f"--data-dir: the masks are stored in different ways: {lossy[0]}")
     elif colors:
+        other = [value for value in values if (value, value, value) not in colors]
+        if other:
+            raise UserError(
+                f"--data-dir: some masks are painted in colors, and others contain numbers such as {other[0]}; save "
+                "all masks in the same way"
+            )
         _take_colors(found, colors)
     elif values:
-        _take_values(found, sorted(values))
+        _take_values(found, values)
     else:
-        raise UserError(f"--data-dir: none of the masks can be read, such as {paths[0]}")
+        raise UserError(f"--data-dir: none of the masks can be read. The first problem: {problems[0]}")
 
 
-def _take_colors(found: Survey, colors: Counter[tuple[int, int, int]]) -> None:
+def _stored(paths: Sequence[Path]) -> tuple[Counter[int], Counter[Color], list[str]]:
+    """Return the values in gray masks and the colors in others, with counts of pixels, and why files are unusable."""
+    values: Counter[int] = Counter()
+    colors: Counter[Color] = Counter()
+    problems = []
+    for path in paths:
+        try:
+            mask = read_mask(path).values
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if mask.ndim == 3 and (mask[:, :, :1] != mask).any():
+            unique, counts = np.unique(mask.reshape(-1, 3), axis=0, return_counts=True)
+            colors.update({(r, g, b): count for (r, g, b), count in zip(unique.tolist(), counts.tolist(), strict=True)})
+        else:
+            unique, counts = np.unique(mask if mask.ndim == 2 else mask[:, :, 0], return_counts=True)
+            values.update(dict(zip(unique.tolist(), counts.tolist(), strict=True)))
+    return values, colors, problems
+
+
+def _has_soft_edges(values: Counter[int]) -> bool:
+    """Return whether values are gray levels of two classes, as left by interpolation or lossy compression."""
+    highest = max((value for value in values if value != 255), default=0)
+    extreme = sum(count for value, count in values.items() if value <= _NEAR or value >= 255 - _NEAR)
+    return len(values) > 8 and min(values) >= 0 and 235 < highest < 255 and extreme > 0.75 * values.total()
+
+
+def _take_threshold(found: Survey, why: str) -> None:
+    found.take("threshold", 127, why)
+    found.args.setdefault("classes", ["background", "object"])
+
+
+def _take_colors(found: Survey, colors: Counter[Color]) -> None:
     classes = found.classes
     if classes is not None and classes.palette is not None:
         found.why["classes"] += ", with their colors in the masks"
         return
-    if len(colors) > 60:
+    if len(colors) > _MOST_CLASSES:
         raise UserError(
-            f"--data-dir: the masks contain {len(colors)} colors, too many to be classes. Pass a file of names and "
-            "colors with --classes (lines R G B name)"
+            f"--data-dir: the masks contain {len(colors)} colors, too many to be classes (soft edges?). Pass a file of "
+            "names and colors with --classes (lines R G B name)"
         )
     if classes is not None:
         raise UserError(
@@ -246,17 +276,21 @@ def _take_colors(found: Survey, colors: Counter[tuple[int, int, int]]) -> None:
     found.args["classes"] = ["#{:02x}{:02x}{:02x}".format(*color) for color in ordered]
 
 
-def _take_values(found: Survey, values: list[int]) -> None:
-    ids = [value for value in values if value != 255]
+def _take_values(found: Survey, values: Counter[int]) -> None:
+    ids = sorted(value for value in values if value != 255)
     names = None if found.classes is None else len(found.classes.names)
-    if values == [0, 255] and names in (None, 1, 2):
+    if set(values) == {0, 255} and names in (None, 1, 2):
         found.args.setdefault("classes", ["background", "object"])
         found.take("mask_values", [0, 255], "the masks contain only 0 and 255: background and object")
         return
-    negative = [value for value in ids if value < 0]
-    if negative:
-        found.take("ignore_values", negative, "negative values are treated as unlabeled")
-        ids = [value for value in ids if value >= 0]
+    if _has_soft_edges(values) and names in (None, 1, 2):
+        why = "the masks have soft edges (most gray levels are near 0 and 255); levels above the middle are the object"
+        _take_threshold(found, why)
+        return
+    void = [value for value in ids if value < 0 or value == _WIDE_VOID]
+    if void:
+        found.take("ignore_values", void, f"negative values and {_WIDE_VOID} are treated as unlabeled")
+        ids = [value for value in ids if value not in void]
     dense = bool(ids) and ids[-1] < max(names or 0, 2 * len(ids), 8) and ids[-1] < max(names or 256, 2)
     if dense:
         count = names or max(ids[-1] + 1, 2)
@@ -268,18 +302,27 @@ def _take_values(found: Survey, values: list[int]) -> None:
         return
     if names is not None and names != len(ids):
         raise UserError(f"--classes: {names} names, but the masks contain the values {ids[:20]}")
+    if names is None and len(ids) > _MOST_CLASSES:
+        raise UserError(
+            f"--data-dir: the masks contain {len(ids)} different values, too many to be classes; are they numbers of "
+            "objects, or soft edges? Masks must contain one value per class"
+        )
     found.args.setdefault("classes", [f"value {value}" for value in ids])
     found.take("mask_values", ids, "the values found in the masks, one per class")
+    if 255 in values:
+        found.why["mask_values"] += ". 255 is treated as unlabeled; if it is a class, add it here and to `classes`"
 
 
 def _take_images(found: Survey, paths: list[Path]) -> None:
     """Choose in_channels, value_range and nodata."""
     channels: Counter[int] = Counter()
     low, high, top, floating, narrow = math.inf, -math.inf, 0, False, False
+    problem = ""
     for path in spread(paths, _PROBED):
         try:
             raster = decode(read_bytes(path), path)
-        except UserError:
+        except UserError as error:
+            problem = problem or str(error)
             continue
         array = raster.array[:, :, :-1] if raster.alpha else raster.array
         channels[3 if raster.palette is not None else array.shape[2]] += 1
@@ -298,7 +341,7 @@ def _take_images(found: Survey, paths: list[Path]) -> None:
         top = max(top, raster.largest or (0 if array.dtype.kind == "f" else int(np.iinfo(array.dtype).max)))
         low, high = min(low, float(finite.min(initial=0))), max(high, float(finite.max(initial=0)))
     if not channels:
-        raise UserError(f"--data-dir: none of the images can be read, such as {paths[0]}")
+        raise UserError(f"--data-dir: none of the images can be read. The first problem: {problem}")
     count = 3 if set(channels) <= {1, 3} and 3 in channels else channels.most_common(1)[0][0]
     if count != 3:
         why = "the images are gray" if count == 1 else f"the images have {count} channels"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from base.text import read_lines, without_quotes
 from utils.errors import UserError
+from utils.images import IMAGE_EXTENSIONS
 
 _HEADER = {"image", "images", "img", "image_path", "file", "filename", "path", "name", "mask", "masks", "mask_path",
            "label", "labels", "annotation"}  # fmt: skip
@@ -66,6 +67,12 @@ def _with_blanks(line: str, is_file: Callable[[str], bool], is_name: Callable[[s
         if all(map(is_file, parts)):
             return parts
     return None
+
+
+def without_extension(name: str) -> str:
+    """Return a name of a list without the extension of an image file; other dots belong to the name."""
+    path = Path(native(name))
+    return (path.with_suffix("") if path.suffix.lower() in IMAGE_EXTENSIONS else path).as_posix()
 
 
 def native(path: str) -> str:

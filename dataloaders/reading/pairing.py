@@ -40,7 +40,8 @@ def image_files(folder: Path, extensions: Sequence[str] = IMAGE_EXTENSIONS) -> l
         for entry in sorted(os.scandir(parent), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            # isdir() also takes links in a circle; entry.is_dir() needs no further call of the system.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 (links if entry.is_symlink() else folders).append(Path(entry.path))
             elif entry.name.lower().endswith(tuple(extensions)):
                 found.append(Path(entry.path))
@@ -108,13 +109,14 @@ def pair_folders(
             f"{images_alone[0].name} and {masks_alone[0].name}. If the mask names have a "
             "suffix, set mask_suffix of the Folder loader; otherwise give it a list_file"
         )
-    _warn_of_skipped("image", images_alone, "mask")
-    _warn_of_skipped("mask", masks_alone, "image")
+    warn_of_skipped("image", images_alone, "mask")
+    warn_of_skipped("mask", masks_alone, "image")
     data.alone = [*data.alone, *images_alone, *masks_alone]
     return [Entry(by_key[key], masks_by_key[key], key) for key in both]
 
 
-def _warn_of_skipped(what: str, files: Sequence[Path], missing: str) -> None:
+def warn_of_skipped(what: str, files: Sequence[Path], missing: str) -> None:
+    """Warn about files (``what`` in the singular) that are not used because they have no ``missing``."""
     if files:
         left_out = f"has no {missing} and is" if len(files) == 1 else f"have no {missing} and are"
         _warn(f"{plural(len(files), what)} {left_out} skipped: {listed(files, _SHOWN)}")

@@ -102,6 +102,14 @@ def test_crops_have_the_asked_size(folder: Path, crop, shape, how) -> None:
         assert set(sample.label.unique().tolist()) <= {0, 1, 2, 255}
 
 
+def test_images_that_are_too_large_to_be_augmented_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("base.augmentation.LARGEST_SIDE", 10)
+    for how in ({"augment": True}, {"val": True, "crop_size": 8}):
+        with pytest.raises(UserError, match="work for images of up to 10 pixels a side. Cut it into tiles"):
+            Tiny(str(folder), **how)[0]
+    assert Tiny(str(folder))[0].image.shape[1:] == SIZES[0]
+
+
 def test_outside_of_the_image_is_mean_color_and_ignored(folder: Path) -> None:
     data = Tiny(str(folder), crop_size=64, augment=True, scale=False, rotate=False)
     for index in range(len(data)):

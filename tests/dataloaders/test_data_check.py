@@ -257,6 +257,22 @@ def test_files_on_disk_are_described(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert 'so they are dark. If they have fewer bits, set "value_range": [0, 4095]' in capsys.readouterr().out
 
 
+def test_images_turned_by_exif_otherwise_than_their_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turned = Image.Exif()
+    for name, orientation, said in (("a", 3, True), ("b", 6, False), ("c", 1, False)):
+        turned[0x0112] = orientation
+        size = SIZE[::-1] if orientation == 6 else SIZE
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(tmp_path / f"images/{name}.jpg", exif=turned)
+        save(tmp_path / f"masks/{name}.png", np.zeros(SIZE, np.uint8))
+        check(tmp_path)
+        text = capsys.readouterr().out
+        assert (
+            "EXIF data turns 1 image otherwise" in text and f"{name}.jpg (orientation 3, its mask 1)" in text
+        ) == said
+        (tmp_path / f"images/{name}.jpg").unlink()
+
+
 def test_sheet_shows_images_masks_and_void(data: Path) -> None:
     palette = [[10, 20, 30], [240, 0, 0], [0, 0, 240]]
     dataset = dataloaders.build("Folder", data_dir=str(data), classes=CLASSES, palette=palette).dataset

@@ -180,6 +180,7 @@ def test_list_of_names(plain: Path) -> None:
         ("im1 im2 im3", "line 2: 3 columns"),
         ("im99", "line 2: 'im99' has no file in .*images"),
         ("only", "line 2: 'only' has no file in .*masks"),
+        ("im1.5", r"line 2: 'im1\.5' has no file in .*images"),
     ],
 )
 def test_mistakes_in_lists_name_the_line(plain: Path, line: str, message: str) -> None:
@@ -256,6 +257,27 @@ def test_folders_linked_into_each_other_are_read_once(plain: Path, caplog: pytes
     with caplog.at_level(logging.WARNING):
         assert names(folder(plain)) == ["day1/x", *(f"im{i}" for i in range(10))]
     assert "is already read" in caplog.text
+
+
+def test_links_that_lead_nowhere(plain: Path) -> None:
+    (plain / "images/im1.jpg").unlink()
+    (plain / "images/im1.jpg").symlink_to("im1.jpg")
+    (plain / "images/im2.jpg").unlink()
+    (plain / "images/im2.jpg").symlink_to("none.jpg")
+    dataset = folder(plain, on_error="skip")
+    for index in (1, 2):
+        with pytest.raises(UserError, match=rf"im{index}\.jpg"):
+            dataset.load(index)
+
+
+def test_images_outside_of_the_folders_of_splits_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train/a", "loose", "other/b"):
+        photo(tmp_path / f"images/{name}.png")
+        save(tmp_path / f"masks/{name}.png", IDS)
+    dataset = folder(tmp_path)
+    assert names(dataset) == ["a"]
+    assert [path.name for path in dataset.alone] == ["loose.png", "b.png"]
+    assert "2 images have no folder of a split and are skipped" in caplog.text
 
 
 def test_split_folders_in_capitals(tmp_path: Path) -> None:
@@ -501,6 +523,22 @@ def test_palettes_that_contradict_the_config_or_each_other(tmp_path: Path) -> No
         folder(tmp_path, palette=PALETTE)
 
 
+def test_palettes_without_the_unused_colors(tmp_path: Path) -> None:
+    """An optimizer removed the color of class 1 from a mask that does not contain it."""
+    for name in ("a", "b"):
+        photo(tmp_path / f"images/{name}.jpg")
+    there = (IDS == 2).astype(np.uint8)
+    for names, values in ((("a", "b"), (2, 1)), (("b", "a"), (2, 1))):
+        for name, value in zip(names, values, strict=True):
+            write_png(tmp_path / f"masks/{name}.png", value * there, PALETTE if value == 2 else PALETTE[::2])
+        with pytest.raises(UserError, match=r"palette from .*: \[0, 0, 255\] is value [12] here, and [12] there"):
+            folder(tmp_path)
+    # The same colors in the palettes of both, one of them twice: nothing was moved.
+    for name, value in (("a", 2), ("b", 1)):
+        write_png(tmp_path / f"masks/{name}.png", value * there, [PALETTE[0], PALETTE[2], PALETTE[2]])
+    assert np.array_equal(label(folder(tmp_path), 1), there)
+
+
 def test_class_files_with_colors_say_what_masks_mean(tmp_path: Path) -> None:
     """As CVAT exports segmentation masks."""
     photo(tmp_path / "images/a.jpg")
@@ -536,6 +574,14 @@ def test_masks_of_0_and_255_are_explained(tmp_path: Path, classes: list[str]) ->
     assert dataset.num_classes == len(classes)
     assert np.array_equal(label(dataset), ids)
     assert dataset[0].label.dtype == torch.uint8
+
+
+def test_masks_of_0_and_255_among_many_empty_ones(tmp_path: Path) -> None:
+    for i in range(60):
+        photo(tmp_path / f"images/{i:02}.png")
+        save(tmp_path / f"masks/{i:02}.png", np.full(IDS.shape, 255 * (i == 1), np.uint8))
+    with pytest.raises(UserError, match=r"only 0 and 255 \(60 were read\)"):
+        folder(tmp_path, classes=BINARY)
 
 
 def test_void_may_be_255_if_requested(tmp_path: Path) -> None:

@@ -304,6 +304,11 @@ def test_kvasir_published_lists_are_used_where_they_are(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("c01\nc03\n")
     (tmp_path / "train.txt").write_text("c00\nc02\n")
     assert names(dataloaders.build("KvasirSEG", data_dir=str(tmp_path), split="val").dataset) == ["c01", "c03"]
+    (tmp_path / "val.txt").write_text("c01.jpg\nc03.jpg\n")
+    assert names(dataloaders.build("KvasirSEG", data_dir=str(tmp_path), split="val").dataset) == ["c01", "c03"]
+    (tmp_path / "val.txt").write_text("c01\nc07\n")
+    with pytest.raises(UserError, match=r"val\.txt: 'c07' has no image with a mask"):
+        dataloaders.build("KvasirSEG", data_dir=str(tmp_path), split="val")
 
 
 def test_kvasir_with_one_class_is_binary(tmp_path: Path) -> None:

@@ -159,6 +159,44 @@ def test_masks_of_every_kind(tmp_path: Path) -> None:
     assert args["classes"] == ["background", "object"]
 
 
+def test_masks_that_hold_more_than_classes(tmp_path: Path) -> None:
+    def made(name: str, *masks: np.ndarray) -> dict[str, Any]:
+        for i in range(10):
+            save(tmp_path / f"{name}/images/{i}.png", photo(i))
+            save(tmp_path / f"{name}/masks/{i}.png", masks[i % len(masks)])
+        return plan(tmp_path / name)["train_loader"]["args"]
+
+    y, x = np.indices(SIZE)
+    label = (np.hypot(x - 20, y - 20) < 11).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    soft = np.asarray(Image.fromarray(label * 255).resize((20, 20), Image.Resampling.BOX).resize(label.shape[::-1]))
+    noisy = (label * 250 + rng.integers(0, 6, label.shape)).astype(np.uint8)
+    assert len(np.unique(soft)) > 8
+    for name, mask in (("soft", soft), ("noisy", noisy)):
+        args = made(name, mask)
+        assert (args["threshold"], args["classes"]) == (127, ["background", "object"])
+    args = made("wide", np.where(label == 0, 65535, label.astype(np.uint16)))
+    assert args["ignore_values"] == [65535]
+    made("levels", np.where(np.arange(len(label))[:, None] < 9, 255, label * 127).astype(np.uint8))
+    assert "255 is treated as unlabeled; if it is a class" in (tmp_path / "levels.json").read_text().replace("\n", " ")
+    objects = np.arange(label.size).reshape(label.shape) // 4
+    color, clear = np.dstack([label * 255, label, label]), np.dstack([label, label, label, label * 255])
+    for name, masks, message in (
+        ("objects", [objects.astype(np.uint16)], "different values, too many to be classes"),
+        ("mixed", [label, color], "painted in colors, and others contain numbers such as 1"),
+        ("clear", [clear], r"none of the masks can be read. The first problem: .* transparency"),
+    ):
+        with pytest.raises(UserError, match=message):
+            made(name, *masks)
+
+
+def test_an_object_in_one_of_many_masks(tmp_path: Path) -> None:
+    for i in range(100):
+        save(tmp_path / f"d/images/{i:02}.png", photo(i))
+        save(tmp_path / f"d/masks/{i:02}.png", ids(i, 2) * 255 * (i == 1))
+    assert plan(tmp_path / "d")["train_loader"]["args"]["mask_values"] == [0, 255]
+
+
 def test_images_of_other_kinds(tmp_path: Path) -> None:
     for i in range(8):
         save(tmp_path / f"gray/images/{i}.png", photo(i, 1)[:, :, 0])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.images.png import chunk, png
 from utils.errors import UserError
-from utils.images import read_image, read_label, to_pixels, voc_colormap
+from utils.images import read_image, read_label, read_mask, to_pixels, voc_colormap
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 17, 3), np.uint8)
 SMOOTH = cv2.resize(RGB, (170, 120), interpolation=cv2.INTER_CUBIC)
@@ -298,6 +298,42 @@ def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
         (tmp_path / "a.png").write_bytes(data)
         with pytest.raises(UserError, match=r"a\.png cannot be read"):
             read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", [0, 2, 3, 6])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_missing_rows_are_refused(tmp_path: Path, bits: int, kind: int) -> None:
+    """Pillow fills them with zeros."""
+    if (bits, kind) == (16, 3):
+        return
+    array = np.random.default_rng(0).integers(1, 2**bits, (12, 17, {0: 1, 2: 3, 3: 1, 6: 4}[kind]))
+    extra = chunk(b"PLTE", bytes(768)) if kind == 3 else b""
+    half = png(array[:6], bits, kind, extra)
+    height = chunk(b"IHDR", half[16:20] + struct.pack(">I", 12) + half[24:29])
+    (tmp_path / "a.png").write_bytes(half[:8] + height + half[33:])
+    for read in (read_image, read_mask):
+        with pytest.raises(UserError, match=r"a\.png cannot be read, it is damaged"):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_long_chunks_hide_neither_orientation_nor_animation(tmp_path: Path, bits: int, capfd) -> None:
+    long = chunk(b"iCCP", b"x\0\0" + zlib.compress(np.random.default_rng(0).bytes(90000)))
+    behind = png(IDS, bits, 0).replace(chunk(b"IEND", b""), chunk(b"tEXt", bytes(70000)) + chunk(b"IEND", b""))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = behind[:33] + long + chunk(b"eXIf", exif.tobytes()[6:]) + behind[33:]
+    (tmp_path / "a.png").write_bytes(turned)
+    assert np.array_equal(read_label(tmp_path / "a.png"), IDS[::-1, ::-1])
+    moving = chunk(b"acTL", struct.pack(">II", 2, 0)) + chunk(
+        b"fcTL", struct.pack(">IIIIIHHBB", 0, 17, 12, 0, 0, 1, 1, 0, 0)
+    )
+    (tmp_path / "a.png").write_bytes(behind[:33] + long + moving + behind[33:])
+    with pytest.raises(UserError, match="contains 2 pages or frames"):
+        read_label(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(png(IDS, bits, 0, chunk(b"tEXt", b"c\0about iCCP profiles")))
+    assert np.array_equal(read_label(tmp_path / "a.png"), IDS)
+    assert not capfd.readouterr().err
 
 
 # ---------------------------------------------------------------------------------- PGM and PPM

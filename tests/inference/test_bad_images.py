@@ -43,16 +43,17 @@ def test_ten_bad_files_among_good_ones(script: Script, tmp_path: Path) -> None:
     Image.fromarray(good).save("photos/upright.jpg", exif=exif)
     Path("photos/folder.jpg").mkdir()
     os.symlink("nowhere.png", "photos/dangling.png")
+    os.symlink("circle.png", "photos/circle.png")
     np.save("photos/channels.npy", np.zeros((5, 5, 7), np.uint8))
     code, out, err = script("-p", "max")
     assert code == 2
-    bad = ["channels.npy", "dangling.png", "text.jpg", "truncated.jpg", "truncated.png", "zero.png"]
+    bad = ["channels.npy", "circle.png", "dangling.png", "text.jpg", "truncated.jpg", "truncated.png", "zero.png"]
     lines = errors_of(err)
     assert len(lines) == len(bad), lines
     for name in bad:
         assert sum(name in line for line in lines) == 1, (name, lines)
         assert name in out
-    assert "6 failed" in out
+    assert "7 failed" in out
     masks = {Path(name).stem: Image.open(f"masks/{name}").size for name in files("masks")}
     assert masks == {
         "good": (50, 40), "wrong_extension": (50, 40), "one_pixel": (1, 1), "panorama": (3000, 20),

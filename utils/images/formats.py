@@ -25,6 +25,7 @@ _FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM", "JPEG2000")
 _NPY = b"\x93NUMPY"
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _PNG_GRAY, _PNG_GRAYS = 0, (0, 4)  # without and with transparency
+_INTERLACED = 28  # place of this byte in a PNG file
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _JPEG_12_BIT = re.compile(rb"\xff[\xc0\xc1\xc2]..\x0c", re.DOTALL)  # a frame header: marker, length, precision
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
@@ -50,6 +51,8 @@ def fast_image(data: bytes, channels: int) -> np.ndarray | None:
     """
     if channels not in (1, 3) or not (_is_whole_jpeg(data) or (_is_whole_png(data) and data[24] <= 8)):
         return None
+    if b"acTL" in _png_chunks(data):  # it is animated
+        return None
     # libpng turns colors into gray with a gamma correction where the file has an sRGB or gAMA chunk.
     gray = channels == 1 and (data.startswith(_JPEG) or data[25] in _PNG_GRAYS)
     image = _opencv(data, cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR)
@@ -60,7 +63,7 @@ def fast_label(data: bytes) -> np.ndarray | None:
     """Decode a plain gray PNG file of 8 bits, the usual form of label maps; None for any other file."""
     if not (_is_whole_png(data) and data[24] == 8 and data[25] == _PNG_GRAY):
         return None
-    if _may_be_turned(data) or data.find(b"acTL", 33, 4096) > 0:
+    if {b"eXIf", b"acTL"} & _png_chunks(data).keys():  # it may be turned, it is animated
         return None
     return _opencv(data, cv2.IMREAD_UNCHANGED)
 
@@ -99,9 +102,12 @@ def _png16(data: bytes, path: Path) -> Raster:
     image = _opencv(data, cv2.IMREAD_UNCHANGED) if _is_whole_png(data) else None
     if image is None or image.dtype != np.uint16:
         raise UserError(f"{path} {DAMAGED}")
-    orientation = orientation_of(_open(data, path)) if _may_be_turned(data) else 1
+    chunks = _png_chunks(data)
+    orientation = orientation_of(_open(data, path)) if b"eXIf" in chunks else 1
     image = upright(image if image.ndim == 3 else image[:, :, None], orientation)
-    return Raster(image, colors=min(3, image.shape[2]), alpha=image.shape[2] == 4)
+    frames = chunks.get(b"acTL")
+    pages = 1 if frames is None else int.from_bytes(data[frames + 8 : frames + 12], "big")
+    return Raster(image, colors=min(3, image.shape[2]), alpha=image.shape[2] == 4, pages=pages)
 
 
 def _pillow(data: bytes, path: Path) -> Raster:
@@ -115,6 +121,9 @@ def _pillow(data: bytes, path: Path) -> Raster:
         image.load()
     except Exception as error:  # Pillow's parsers raise many kinds of errors on broken files
         raise UserError(f"{path} {DAMAGED}: {error}") from None
+    # Pillow fills missing rows with zeros.
+    if image.format == "PNG" and (data[_INTERLACED] or not np.asarray(image)[-1].any()) and not _is_complete(data):
+        raise UserError(f"{path} {DAMAGED}")
     raster = from_pillow(image, path)
     raster.pages = pages
     raster.lossy = image.format in ("JPEG", "MPO", "JPEG2000") or (image.format == "WEBP" and _is_lossy_webp(data))
@@ -129,7 +138,7 @@ def _open(data: bytes, path: Path) -> Any:  # of Pillow's classes, which have at
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
-        raise UserError(f"{path} is not an image file (unknown format)") from None
+        raise UserError(f"{path} is not an image file, or of an unknown format; convert it to PNG or JPEG") from None
     except Exception as error:  # as above
         raise UserError(f"{path} {DAMAGED}: {error}") from None
 
@@ -168,8 +177,18 @@ def _is_whole_png(data: bytes) -> bool:
     return data.startswith(_PNG) and data.rfind(_PNG_END) > 0
 
 
-def _may_be_turned(png: bytes) -> bool:
-    return b"eXIf" in png[:65536] or b"eXIf" in png[-65536:]  # before or behind the pixels
+def _png_chunks(data: bytes) -> dict[bytes, int]:
+    """Return the place of the first chunk of each kind in a PNG file; nothing for other files."""
+    chunks: dict[bytes, int] = {}
+    place = len(_PNG) if data.startswith(_PNG) else len(data)
+    while place + 8 <= len(data):
+        chunks.setdefault(data[place + 4 : place + 8], place)
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+    return chunks
+
+
+def _is_complete(png: bytes) -> bool:
+    return _opencv(png, cv2.IMREAD_UNCHANGED) is not None
 
 
 def _is_lossy_webp(data: bytes) -> bool:
@@ -201,7 +220,7 @@ def _opencv(data: bytes, flag: int) -> np.ndarray | None:
 
 def _without_color_profile(data: bytes) -> bytes:
     """Return a PNG file without its ICC profile: nothing uses it, and libpng warns of every odd one."""
-    place = data.find(b"iCCP", 33, 4096) if data.startswith(_PNG) else -1
-    if place < 0:
+    place = _png_chunks(data).get(b"iCCP")
+    if place is None:
         return data
-    return data[: place - 4] + data[place + 8 + int.from_bytes(data[place - 4 : place], "big") :]
+    return data[:place] + data[place + 12 + int.from_bytes(data[place : place + 4], "big") :]

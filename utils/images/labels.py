@@ -98,6 +98,11 @@ def read_levels(path: str | Path) -> np.ndarray:
     if array.shape[2] == 3:
         spread = int(np.ptp(array.astype(np.int32), axis=2).max(initial=0))
         if spread > (_CHROMA_NOISE if raster.lossy else 0) * (257 if array.dtype == np.uint16 else 1):
+            if raster.lossy:
+                raise UserError(
+                    f"{path} is painted in colors, which lossy compression (JPEG or similar) has changed, so it is "
+                    "unclear which classes they mean. Save masks as PNG"
+                )
             raise UserError(
                 f"{path} is painted in colors, so `threshold` does not apply: set `palette` in the loader's args to "
                 "one RGB color per class, in the order of `classes`"
@@ -114,7 +119,10 @@ def _levels(array: np.ndarray, raster: Raster, path: Path) -> np.ndarray:
     if array.dtype == np.bool_:
         top = 1
     elif array.max(initial=0) == 1 and not raster.lossy:
-        raise UserError(f"{path} contains only the values 0 and 1, which are already class ids: leave `threshold` out")
+        raise UserError(
+            f"{path} contains only the values 0 and 1, which are already class ids: read the masks with the Folder "
+            "loader, without `threshold`"
+        )
     else:
         top = raster.largest or np.iinfo(array.dtype).max
         if array.min(initial=0) < 0 or (array.max(initial=0) <= 255 < top and array.any()):

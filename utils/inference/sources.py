@@ -116,9 +116,9 @@ def find_images(images: str | Path, output: str | Path, extensions: Sequence[str
         raise UserError(f"--images {images}: there is no such file or folder{looked_in(images)}")
     names = output_names([file.relative_to(root) for file in files])
     found.items = [Item(source=printable(file), name=name, image=file) for file, name in zip(files, names, strict=True)]
-    inputs = {file.resolve() for file in files}
+    inputs = {os.path.realpath(file) for file in files}  # resolve() fails for links in a circle
     for item in found.items:
-        mask = (Path(output) / f"{item.name}.png").resolve()
+        mask = os.path.realpath(Path(output) / f"{item.name}.png")
         if mask in inputs:
             raise UserError(f"--output {output}: the mask of {item.source} would overwrite the image {mask}")
     return found
@@ -156,10 +156,10 @@ def _walk(root: Path, wanted: Sequence[str], found: Found) -> list[Path]:
             else:
                 found.others[extension or "(none)"] += 1
     # Links to files that are listed anyway, by their own name or by an earlier link, are left out.
-    listed, kept = {file.resolve() for file in files if not file.is_symlink()}, []
+    listed, kept = {os.path.realpath(file) for file in files if not file.is_symlink()}, []
     for file in files:
         if file.is_symlink():
-            if (target := file.resolve()) in listed:
+            if (target := os.path.realpath(file)) in listed:
                 found.links += 1
                 continue
             listed.add(target)
