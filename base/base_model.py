@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from utils.errors import UserError
+
 #: What :meth:`BaseModel.logits` may return: the logits, or in training also those of an auxiliary head.
 Outputs = Tensor | dict[str, Tensor]
 
@@ -85,8 +87,9 @@ class BaseModel(nn.Module):
         In training, networks with an auxiliary head return ``{"out": logits, "aux": logits}`` of that shape.
 
         Raises:
-            ValueError: the images have a wrong number of channels or a size that the network does not support, or a
-                batch of one image is too small for training with BatchNorm.
+            ValueError: the images have a wrong number of channels.
+            UserError: the network does not support the size of the images, or a batch of one image is too small for
+                training with BatchNorm.
         """
         self._check_input(x)
         try:
@@ -94,7 +97,7 @@ class BaseModel(nn.Module):
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} cannot be trained on one image of {x.shape[2]} x {x.shape[3]} at a time: "
                 "its deepest feature map has one value per channel, which BatchNorm cannot normalize. Use larger "
                 "images (crop_size), a larger batch_size, or freeze_bn"
@@ -114,9 +117,9 @@ class BaseModel(nn.Module):
             )
         divisor = self.size_divisor
         if divisor > 1 and (x.shape[2] % divisor or x.shape[3] % divisor):
-            raise ValueError(
+            raise UserError(
                 f"{name} needs heights and widths that are multiples of {divisor}, got {x.shape[2]} x {x.shape[3]}: "
-                "pad or crop the images"
+                "set crop_size to such a size"
             )
 
     # -- freezing ----------------------------------------------------------------------------------------

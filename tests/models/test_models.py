@@ -225,9 +225,13 @@ def test_variants_give_the_inputs_size(kind: str, args: dict[str, Any]) -> None:
                     assert output(model.train(mode)(x)).shape == (1, CLASSES, *size)
 
 
-def test_one_image_that_is_too_small_to_train_on_alone_is_explained() -> None:
-    with pytest.raises(ValueError, match="one image of 32 x 32 at a time.*batch_size"):
+def test_image_sizes_that_cannot_be_trained_on_are_told() -> None:
+    with pytest.raises(UserError, match="one image of 32 x 32 at a time.*batch_size"):
         build("UperNet").train()(torch.randn(1, 3, 32, 32))
+    model = build("UNet")
+    model.size_divisor = 8
+    with pytest.raises(UserError, match="multiples of 8, got 33 x 40: set crop_size"):
+        model(torch.randn(2, 3, 33, 40))
 
 
 @pytest.mark.parametrize("in_channels", [1, 4])

@@ -175,6 +175,19 @@ def test_mistakes_are_named(plain: Path, tmp_path: Path, monkeypatch) -> None:
     np.save(plain / "im3.npy", np.full((3, 12, 16), np.nan))
     with pytest.raises(UserError, match="im3.npy: .* not finite"):
         run(monkeypatch, "--probs", plain, "-p", "max")
+    for end in (".npy", ".nii.gz"):
+        (labels / "im3.png").unlink(missing_ok=True)
+        (labels / f"im3{end}").write_bytes(b"no labels")
+        np.save(plain / "im3.npy", drawn(0, 3, 12, 16).numpy())
+        with pytest.raises(UserError, match=f"im3{end}: cannot be read as labels|im3{end}: .* nibabel"):
+            run(monkeypatch, "--probs", plain, "--labels", labels)
+        (labels / f"im3{end}").unlink()
+    np.save(plain / "im3.npy", np.zeros((3, 0, 16), np.float32))
+    with pytest.raises(UserError, match=r"im3.npy: expected floating point .* of shape \(3, 0, 16\)"):
+        run(monkeypatch, "--probs", plain)
+    np.savez(plain / "im0.npz", probs=drawn(0, 3, 12, 16).permute(1, 2, 0).numpy())
+    with pytest.raises(UserError, match=r"im0.npz: expected \(classes, height, width\), found \(12, 16, 3\)"):
+        run(monkeypatch, "--probs", plain)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="contains no probabilities"):
         SavedProbs(tmp_path / "empty")

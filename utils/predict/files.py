@@ -78,7 +78,7 @@ def read_probs(path: Path) -> Tensor:
         raise UserError(f"{path}: there is no such file of probabilities") from None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a file of probabilities, or truncated: {error}") from None
-    if values.dtype.kind != "f" or values.ndim < 2:
+    if values.dtype.kind != "f" or values.ndim < 2 or not values.size:
         raise UserError(
             f"{path}: expected floating point probabilities (classes, height, width), found {values.dtype} of shape "
             f"{values.shape}"

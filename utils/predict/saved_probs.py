@@ -84,6 +84,11 @@ class SavedProbs:
                 )
         sums = first.flatten(1).sum(0)
         whole = ((sums - 1).abs() < 0.01) | (sums == 0)  # 0: pixels without data
+        if not whole.all() and ((first.sum(-1) - 1).abs() < 0.01).all():
+            raise UserError(
+                f"{self.cases[0].path}: expected (classes, height, width), found {tuple(first.shape)}, whose last axis "
+                "sums to 1 like classes; save the classes as the first axis"
+            )
         self.activation: Activation = "softmax" if bool(whole.all()) else "sigmoid"
         self.dataset = self  # what reads the loader asks its data set for
 
@@ -148,13 +153,16 @@ def read_any_label(path: Path) -> np.ndarray:
 
     NIfTI volumes need nibabel; their axes are reversed, as SimpleITK and nnU-Net order them.
     """
-    if path.name.endswith(VOLUMES):
-        values = np.asarray(_nibabel(path).load(path).dataobj).T
-    elif path.suffix == ".npy":
-        values = np.load(path, allow_pickle=False)
-    else:
+    if not path.name.endswith((*VOLUMES, ".npy")):
         return read_label(path)
-    if not np.array_equal(values, np.rint(values)):
+    try:
+        volume = path.name.endswith(VOLUMES)
+        values = np.asarray(_nibabel(path).load(path).dataobj).T if volume else np.load(path, allow_pickle=False)
+    except UserError:
+        raise
+    except Exception as error:  # nibabel raises many kinds of errors
+        raise UserError(f"{path}: cannot be read as labels: {error}") from None
+    if values.dtype.kind not in "iufb" or not np.array_equal(values, np.rint(values)):
         raise UserError(f"{path}: expected whole numbers, the class ids")
     return np.ascontiguousarray(values, dtype=np.int64)
 
