@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ def _check_loader(path: str, component: Component, loaders: Registry) -> Iterato
 
 
 def _check_scored(
-    path: str, component: Component, of_train: Mapping[str, Any], constructors: Sequence[type]
+    path: str, component: Component, of_train: Mapping[str, Any], constructors: Sequence[Callable[..., Any]]
 ) -> Iterator[Problem]:
     """Yield the arguments of a loader for scores that belong to training, or that do nothing there.
 
