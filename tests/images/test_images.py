@@ -300,15 +300,20 @@ def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
             read_image(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("kind", [0, 2, 3, 6])
-@pytest.mark.parametrize("bits", [8, 16])
-def test_missing_rows_are_refused(tmp_path: Path, bits: int, kind: int) -> None:
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("kind", [0, 2, 3, 4, 6])
+@pytest.mark.parametrize("bits", [1, 8, 16])
+def test_missing_rows_are_refused(tmp_path: Path, bits: int, kind: int, interlaced: bool) -> None:
     """Pillow fills them with zeros."""
-    if (bits, kind) == (16, 3):
+    if (bits == 16 and kind == 3) or (bits == 1 and kind not in (0, 3)):
         return
-    array = np.random.default_rng(0).integers(1, 2**bits, (12, 17, {0: 1, 2: 3, 3: 1, 6: 4}[kind]))
-    extra = chunk(b"PLTE", bytes(768)) if kind == 3 else b""
-    half = png(array[:6], bits, kind, extra)
+    array = np.random.default_rng(0).integers(0, 2**bits, (12, 17, {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]))
+    array[..., -1] = 2**bits - 1  # constant transparency
+    extra = chunk(b"PLTE", bytes(6 if bits == 1 else 768)) if kind == 3 else b""
+    array[-1, :, : max(1, array.shape[2] - 1)] = 0  # a black row at the end is none that is missing
+    (tmp_path / "a.png").write_bytes(png(array, bits, kind, extra, interlaced))
+    assert read_image(tmp_path / "a.png").shape == (12, 17, 3)
+    half = png(array[:6], bits, kind, extra, interlaced)
     height = chunk(b"IHDR", half[16:20] + struct.pack(">I", 12) + half[24:29])
     (tmp_path / "a.png").write_bytes(half[:8] + height + half[33:])
     for read in (read_image, read_mask):
