@@ -17,11 +17,13 @@ from utils.images import voc_colormap
 Color = tuple[Byte, Byte, Byte]
 
 _NAME_COLUMNS = ("class", "name", "class_name", "label", "classes")
-_VALUE_COLUMNS = ("pixel value", "value", "id", "pixel_value", "index")
+_VALUE_COLUMNS = ("pixel value", "value", "id", "pixel_value", "index", "idx", "class_id", "label_id", "trainid")
 _COLOR_COLUMNS = (("r", "g", "b"), ("red", "green", "blue"))
 _GAP = r"\s*[,;\s]\s*"
 _RGB = _GAP.join(rf"(?P<{channel}>\d{{1,3}})" for channel in "rgb")
 _WITH_COLOR = (re.compile(rf"{_RGB}{_GAP}(?P<name>\S.*)"), re.compile(rf"(?P<name>.*\S){_GAP}{_RGB}"))
+_NUMBERED = re.compile(r"(?P<id>\d+)\s*[\s,;:=]\s*(?P<name>\S.*)")  # an id and a name
+_STRUCTURED = re.compile(r"[\[{]|- |.*[:{]$")  # the first line of JSON, YAML and the like
 
 
 class Classes(NamedTuple):
@@ -37,14 +39,24 @@ def read_classes(path: str | Path) -> Classes:
     Each line is a name or ``R G B name``. The file may also be a CSV file with a header (``name,r,g,b``, or Roboflow's
     ``Pixel Value, Class``) or CVAT's ``labelmap.txt`` (``name:R,G,B:parts:actions``).
 
+    Names may follow their ids, ``0 road``.
+
     Raises:
         UserError: the file is missing, has no class or the same class twice, or its ids have gaps.
     """
     lines = read_lines(path, "classes")
-    if any(not character.isprintable() and character != "\t" for _, line in lines for character in line):
-        raise UserError(f"classes: {path} is not UTF-8 text; save it as UTF-8")
+    odd = next((c for _, line in lines for c in line if not c.isprintable() and c != "\t"), None)
+    if odd is not None:
+        raise UserError(f"classes: {path} is not UTF-8 text (it contains {ascii(odd)}); save it as UTF-8")
     texts = [line for _, line in lines]
-    found = _from_csv(texts, path) or _from_labelmap(texts) or _from_color_lines(texts) or _from_names(texts, path)
+    try:
+        found = _from_csv(texts, path) or _from_labelmap(texts) or _from_color_lines(texts) or _from_names(texts, path)
+    except ValueError as error:
+        raise UserError(f"classes: {path}: {error}") from None
+    numbered = [_NUMBERED.fullmatch(name) for name in found.names]
+    if len(numbered) > 1 and all(numbered):
+        names = [match["name"] for match in numbered if match]
+        found = _by_id([int(match["id"]) for match in numbered if match], names, found.palette, path)
     twice = next((name for i, name in enumerate(found.names) if name in found.names[:i]), None)
     if twice is not None:
         raise UserError(f"classes: {path} lists {twice!r} twice; class names must be unique")
@@ -54,9 +66,14 @@ def read_classes(path: str | Path) -> Classes:
 def _from_names(texts: Sequence[str], path: str | Path) -> Classes:
     if not texts:
         raise UserError(f"classes: {path} contains no class name; expected one name per line")
+    if _STRUCTURED.match(texts[0]):
+        raise UserError(
+            f"classes: {path} begins with {texts[0][:40]!r}, which is not a name. Expected one name per line; or write "
+            "the names as a list in the config"
+        )
     for separator in ",;\t":
         counts = {text.count(separator) for text in texts}
-        if len(texts) > 1 and len(counts) == 1 and counts != {0}:
+        if len(counts) == 1 and counts != {0} and not all(map(_NUMBERED.fullmatch, texts)):
             raise UserError(
                 f"classes: {path} looks like a table without a known header. Expected one name per line, or a first "
                 "line like name,r,g,b or Pixel Value,Class; or write the names as a list in the config"
@@ -76,19 +93,28 @@ def _from_csv(texts: Sequence[str], path: str | Path) -> Classes | None:
     color = next(([columns[c] for c in keys] for keys in _COLOR_COLUMNS if set(keys) <= set(columns)), None)
     if name is None or len(header) < 2:
         return None
+    if not rows:
+        raise UserError(f"classes: {path} contains only a header; expected one line per class below it")
     try:
-        if value is not None:
-            rows = sorted(rows, key=lambda row: int(row[value]))
-            ids = [int(row[value]) for row in rows]
-            if ids != list(range(len(rows))):
-                raise UserError(
-                    f"classes: the ids in {path} are {ids}, expected 0 to {len(ids) - 1}. Write the names as a list "
-                    f'and set "mask_values": {ids} (Folder loader)'
-                )
         palette = None if color is None else tuple(_color([int(row[c]) for c in color]) for row in rows)
-        return Classes(tuple(row[name].strip() for row in rows), palette)
+        names = [row[name].strip() for row in rows]
+        if value is not None:
+            return _by_id([int(row[value]) for row in rows], names, palette, path)
+        return Classes(tuple(names), palette)
     except (IndexError, ValueError) as error:
         raise UserError(f"classes: {path} is not a table with the columns {', '.join(header)}: {error}") from None
+
+
+def _by_id(ids: Sequence[int], names: Sequence[str], palette: Sequence[Color] | None, path: str | Path) -> Classes:
+    """Return the classes in the order of their ids."""
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    found = [ids[i] for i in order]
+    if found != list(range(len(ids))):
+        raise UserError(
+            f"classes: the ids in {path} are {found}, expected 0 to {len(ids) - 1}. Write the names as a list "
+            f'and set "mask_values": {found} (Folder loader)'
+        )
+    return Classes(tuple(names[i] for i in order), None if palette is None else tuple(palette[i] for i in order))
 
 
 def _from_labelmap(texts: Sequence[str]) -> Classes | None:
