@@ -62,6 +62,15 @@ def test_a_given_config_replaces_all_but_arch_and_overrides_come_last(tmp_path) 
     assert config_of(state(), "model.pth", tmp_path / "without.json").arch.args == {"width": 4}
 
 
+def test_a_given_config_that_drops_a_fit_is_told(tmp_path, capsys) -> None:
+    fitted = state() | {"calibration": {"found": {"threshold": 0.4, "temperature": 1.0}}}
+    path = written(fitted, tmp_path / "model.pth")
+    load_model(path, config=write_config(tmp_path / "same.json", predict={"threshold": 0.4}))
+    assert "fitted" not in capsys.readouterr().err
+    load_model(path, config=write_config(tmp_path / "given.json"))
+    assert "predict.threshold were fitted on validation data, but" in capsys.readouterr().err
+
+
 def test_another_arch_in_the_given_config_is_an_error_that_shows_both(tmp_path) -> None:
     for arch in ({"type": "UNet", "args": {"width": 8}}, {"type": "PSPNet"}, "UNet", {"args": {}}, 5, None):
         given = write_config(tmp_path / "given.json", arch=arch)

@@ -29,19 +29,19 @@ from torch import nn
 
 from utils import config as configs
 from utils import finite
-from utils.checkpoint.contents import missing_class_files, section
+from utils.checkpoint.contents import fit_not_used, missing_class_files, section
 from utils.checkpoint.files import link, read, remove_leftovers, save
 from utils.config.published import dead_arguments
 from utils.config.schema import Config
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.facts import Facts
 from utils.losses import LOSSES
 from utils.predict import Activation
 from utils.predict.network import Ensemble, Network
 from utils.registry import Registry
 
-__all__ = ["EXTERNAL", "FORMAT", "LoadedModel", "build_model", "config_of", "link", "load_model", "load_weights"]
-__all__ += ["network_of", "read", "remove_leftovers", "save", "start_from"]
+__all__ = ["EXTERNAL", "FORMAT", "LoadedModel", "build_model", "config_of", "fit_not_used", "link"]
+__all__ += ["load_model", "load_weights", "network_of", "read", "remove_leftovers", "save", "start_from"]
 
 FORMAT = 2
 #: The type of ``arch`` that builds networks by code, or from files, outside this project.
@@ -220,9 +220,16 @@ def load_model(
         UserError: an unusable file, or weights that do not fit; the message says which, and the probable reason.
     """
     state = read(path)
-    if not isinstance(config, Config):
-        config = config_of(state, path, config, overrides, trust_code=trust_code)
-    return build_model(state, path, config, device)
+    if isinstance(config, Config):
+        return build_model(state, path, config, device)
+    used = config_of(state, path, config, overrides, trust_code=trust_code)
+    lost = fit_not_used(state, used.predict.model_dump()) if config is not None else []
+    if lost:
+        warn(
+            f"{path}: predict.{', predict.'.join(lost)} were fitted on validation data, but {config} has other values. "
+            "Leave --config out to use the fit"
+        )
+    return build_model(state, path, used, device)
 
 
 def build_model(

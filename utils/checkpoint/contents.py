@@ -21,6 +21,11 @@ def section(raw: Any, *keys: str) -> Mapping[str, Any]:
     return raw if isinstance(raw, Mapping) else {}
 
 
+def fit_not_used(state: Mapping[str, Any], predict: Mapping[str, Any]) -> list[str]:
+    """Return the fields that were fitted for a checkpoint and have other values in the config's ``predict``."""
+    return [name for name, value in section(state, "calibration", "found").items() if predict.get(name) != value]
+
+
 def malformed(state: Mapping[str, Any]) -> str | None:
     """Return what is malformed in a checkpoint, or None; its contents are used without further checks."""
     for name in ("state_dict", "ema"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint import LoadedModel
+from utils.checkpoint import LoadedModel, fit_not_used
 from utils.config.schema import Config, Predict
 from utils.errors import plural
 from utils.evaluation import Evaluator, fitting
@@ -92,8 +92,7 @@ def note(state: Mapping[str, Any], config: Config) -> str | None:
     record = state.get("calibration")
     if not isinstance(record, Mapping) or "found" not in record:
         return None
-    now = config.predict.model_dump()
-    changed = [name for name, value in record["found"].items() if now[name] != value]
+    changed = fit_not_used(state, config.predict.model_dump())
     if changed:
         return f"fitted on validation data, but {', '.join(changed)} are overridden in this run"
     images = f"{plural(record['images'], 'validation image')} ({record['data']})"
