@@ -408,6 +408,26 @@ def test_bmp(tmp_path: Path, bits: int) -> None:
         assert np.array_equal(read_label(tmp_path / "a.bmp"), np.asarray(picture))
 
 
+def test_two_colors_of_more_than_one_bit_in_a_bmp_are_refused(tmp_path: Path) -> None:
+    """Pillow takes each bit of the 8 for a pixel."""
+    save(tmp_path / "a.bmp", RGB[:, :, 0] % 2)
+    data = bytearray((tmp_path / "a.bmp").read_bytes())
+    data[46] = 2  # how many colors the palette has
+    data[47:50] = bytes(3)
+    data[58:61] = b"\xff\xff\xff"
+    (tmp_path / "a.bmp").write_bytes(data)
+    for read in (read_image, read_mask):
+        with pytest.raises(UserError, match="4 or 8 bits with two colors"):
+            read(tmp_path / "a.bmp")
+
+
+def test_archives_of_arrays_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", IDS)
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(UserError, match=r"a\.npy cannot be read as a .npy array: it is an archive"):
+        read_label(tmp_path / "a.npy")
+
+
 def test_jpeg_2000(tmp_path: Path) -> None:
     save(tmp_path / "a.jp2", RGB)  # lossless by default
     assert np.array_equal(read_image(tmp_path / "a.jp2"), RGB)

@@ -154,6 +154,12 @@ def test_float_masks_of_whole_numbers_are_read_and_others_refused(tmp_path: Path
         read_label(save(IDS.astype(np.float64) * 1e12))
 
 
+def test_masks_of_half_precision(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    np.save(tmp_path / "a.npy", IDS.astype(np.float16))
+    assert np.array_equal(read_label(tmp_path / "a.npy"), IDS)
+    assert not recwarn.list
+
+
 def test_pgm_masks_keep_their_numbers(tmp_path: Path) -> None:
     binary = IDS.tobytes()
     text = " ".join(map(str, IDS.ravel())).encode()

@@ -28,6 +28,7 @@ _NPY = b"\x93NUMPY"
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _PNG_GRAY, _PNG_GRAYS = 0, (0, 4)  # without and with transparency
 _INTERLACED = 28  # place of this byte in a PNG file
+_BMP_BITS = 28  # the same in a BMP file: bits per pixel
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by kind of PNG file
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _JPEG_12_BIT = re.compile(rb"\xff[\xc0\xc1\xc2]..\x0c", re.DOTALL)  # a frame header: marker, length, precision
@@ -93,6 +94,8 @@ def decode(data: bytes, path: Path, channels: int = 1) -> Raster:
 def _npy(data: bytes, path: Path) -> Raster:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive of several arrays (.npz)")
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read as a .npy array: {error}") from None
     if array.ndim not in (2, 3) or 0 in array.shape:
@@ -115,6 +118,8 @@ def _png16(data: bytes, path: Path) -> Raster:
 
 def _pillow(data: bytes, path: Path) -> Raster:
     image = _open(data, path)
+    if image.format == "BMP" and image.mode == "1" and data[_BMP_BITS] != 1:  # which Pillow reads bit by bit
+        raise UserError(f"{path} is a BMP file of 4 or 8 bits with two colors, which is not supported; save it as PNG")
     if image.format == "PPM" and image.tile:
         raster = _pnm(data, image, path)
         if raster is not None:

@@ -162,8 +162,9 @@ def _integers(array: np.ndarray, path: Path) -> np.ndarray:
             "pixels without a label as 255"
         )
     limits = np.iinfo(np.int32)
-    if array.size and (array.min() < limits.min or array.max() > limits.max):
-        raise UserError(f"{path} contains values from {array.min()} to {array.max()}; class ids must fit in 32 bits")
+    low, high = array.min(initial=0).item(), array.max(initial=0).item()
+    if low < limits.min or high > limits.max:
+        raise UserError(f"{path} contains values from {low} to {high}; class ids must fit in 32 bits")
     whole = array.astype(np.int32)
     if array.dtype.kind == "f" and (whole != array).any():
         raise UserError(f"{path} contains non-integer values; a label map must contain integers (class ids)")
