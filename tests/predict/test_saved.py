@@ -193,6 +193,18 @@ def test_mistakes_are_named(plain: Path, tmp_path: Path, monkeypatch) -> None:
         SavedProbs(tmp_path / "empty")
 
 
+def test_files_that_could_be_mixed_up_are_refused(plain: Path, tmp_path: Path, monkeypatch) -> None:
+    np.save(plain / "im3.npy", torch.rand(3, 12, 16).numpy())
+    with pytest.raises(UserError, match=r"im3\.npy: its classes do not sum to 1 in every pixel, unlike those of .*im0"):
+        run(monkeypatch, "--probs", plain, "-p", "max")
+    np.save(tmp_path / "labels/im1.npy", np.zeros((12, 16), np.uint8))
+    with pytest.raises(UserError, match=r"im1\.png and .*im1\.npy have the same name"):
+        SavedProbs(plain, tmp_path / "labels")
+    np.savez(plain / "im3.npz", drawn(3, 3, 12, 16).numpy())
+    with pytest.raises(UserError, match=r"im3\.npy and .*im3\.npz have the same name"):
+        SavedProbs(plain)
+
+
 def test_files_of_others_are_not_overwritten(plain: Path, tmp_path: Path, monkeypatch) -> None:
     labels = tmp_path / "labels"
     before = (labels / "im0.png").read_bytes()

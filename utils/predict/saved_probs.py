@@ -65,8 +65,12 @@ class SavedProbs:
             if path.name.startswith(".") or written:
                 continue
             name = path.relative_to(folder).with_suffix("").as_posix()
-            files = () if labels is None else (labels / f"{name}{end}" for end in LABELS)
-            self.cases.append(Case(name, path, next((file for file in files if file.is_file()), None)))
+            files = [] if labels is None else [f for end in LABELS if (f := labels / f"{name}{end}").is_file()]
+            same = [case.path for case in self.cases[-1:] if case.name == name]  # they are sorted
+            for several in (files, [*same, path]):
+                if len(several) > 1:
+                    raise UserError(f"{several[0]} and {several[1]} have the same name; keep one of them")
+            self.cases.append(Case(name, path, files[0] if files else None))
         if not self.cases:
             raise UserError(f"{folder}: contains no probabilities (*.npz or *.npy)")
         missing = [case.name for case in self.cases if case.label is None]
@@ -82,14 +86,13 @@ class SavedProbs:
                 raise UserError(
                     f"{case.path}: was not written by the run that {folder / INDEX} describes; move it elsewhere"
                 )
-        sums = first.flatten(1).sum(0)
-        whole = ((sums - 1).abs() < 0.01) | (sums == 0)  # 0: pixels without data
-        if not whole.all() and ((first.sum(-1) - 1).abs() < 0.01).all():
+        is_softmax = _sums_to_one(first)
+        if not is_softmax and ((first.sum(-1) - 1).abs() < 0.01).all():
             raise UserError(
                 f"{self.cases[0].path}: expected (classes, height, width), found {tuple(first.shape)}, whose last axis "
                 "sums to 1 like classes; save the classes as the first axis"
             )
-        self.activation: Activation = "softmax" if bool(whole.all()) else "sigmoid"
+        self.activation: Activation = "softmax" if is_softmax else "sigmoid"
         self.dataset = self  # what reads the loader asks its data set for
 
     def __len__(self) -> int:
@@ -131,8 +134,19 @@ class SavedProbs:
                 f"{case.path}: expected probabilities in [0, 1], found {low:.4g} to {high:.4g}; save the softmax or "
                 "sigmoid of the network, not its logits"
             )
+        if self.activation == "softmax" and not _sums_to_one(probs):
+            raise UserError(
+                f"{case.path}: its classes do not sum to 1 in every pixel, unlike those of {self.cases[0].path}; save "
+                "the same kind of probabilities for all images"
+            )
         probs = probs.clamp_(0, 1)
         return probs[:, 0] if probs.ndim == 4 and probs.shape[1] == 1 else probs  # nnU-Net saves images as one slice
+
+
+def _sums_to_one(probs: Tensor) -> bool:
+    """Return whether the classes sum to 1 in every pixel with data."""
+    sums = probs.flatten(1).sum(0)
+    return bool((((sums - 1).abs() < 0.01) | (sums == 0)).all())
 
 
 def flat(probs: Tensor) -> Tensor:
