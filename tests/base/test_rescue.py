@@ -101,9 +101,9 @@ def test_an_error_saves_the_run_first(case, tmp_path) -> None:
     whole.train()
     failing = make_trainer(tmp_path / "parted", **OPTIONS | options)
     spoil(failing)
-    with pytest.raises(UserError, match=said) as told:
+    with pytest.raises(UserError, match=said) as message:
         failing.train()
-    assert str(told.value).endswith(f"continue with: python train.py -r {tmp_path / 'parted/run' / LATEST}")
+    assert str(message.value).endswith(f"continue with: python train.py -r {tmp_path / 'parted/run' / LATEST}")
     resumed = make_trainer(tmp_path / "parted", resume=LATEST, **OPTIONS | options)
     assert resumed.iteration == saved
     resumed.train()

@@ -151,7 +151,7 @@ def test_wrappers_prefixes_do_not_matter(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"facts": FACTS.to_dict() | {"num_classes": 5}}, "3 classes"),
         ({"facts": {"classes": 3}}, "its 'facts'"),
@@ -159,11 +159,11 @@ def test_wrappers_prefixes_do_not_matter(tmp_path) -> None:
         ({"state_dict": {"a": torch.ones(1)}}, "do not fit UNet"),
     ],
 )
-def test_weights_that_do_not_fit_are_explained_with_the_file(changes, told, tmp_path) -> None:
+def test_weights_that_do_not_fit_are_explained_with_the_file(changes, message, tmp_path) -> None:
     save(state(**changes), tmp_path / "model.pth")
     with pytest.raises(UserError, match="model.pth: ") as error:
         load_model(tmp_path / "model.pth")
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_checkpoint_of_published_structure(tmp_path) -> None:

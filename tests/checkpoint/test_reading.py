@@ -64,7 +64,7 @@ NO_CHECKPOINTS = {
 
 @pytest.mark.parametrize("case", NO_CHECKPOINTS)
 def test_a_file_that_is_not_a_checkpoint_is_reported_in_one_line(case, tmp_path) -> None:
-    content, told = NO_CHECKPOINTS[case]
+    content, message = NO_CHECKPOINTS[case]
     path = tmp_path / "model.pth"
     path.write_bytes(content)
     with warnings.catch_warnings():
@@ -73,7 +73,7 @@ def test_a_file_that_is_not_a_checkpoint_is_reported_in_one_line(case, tmp_path)
             read(path)
     text = str(error.value)
     assert text.startswith(f"{path}: ")
-    assert told in text
+    assert message in text
     assert "\n" not in text
     assert len(text) < len(str(path)) + 330
 
@@ -102,7 +102,7 @@ def test_changed_bytes_give_an_explanation_or_weights(tmp_path) -> None:
     path = tmp_path / "model.pth"
     rng = np.random.default_rng(0)
     sources = [saved_bytes(WEIGHTS), saved_bytes(WEIGHTS, **LEGACY)]
-    outcomes = {"read": 0, "told": 0}
+    outcomes = {"read": 0, "refused": 0}
     for _ in range(300):
         content = bytearray(sources[rng.integers(2)])
         # Most bytes are weights; the other ones matter.
@@ -114,11 +114,11 @@ def test_changed_bytes_give_an_explanation_or_weights(tmp_path) -> None:
             read(path)
             outcomes["read"] += 1
         except UserError:
-            outcomes["told"] += 1
+            outcomes["refused"] += 1
     assert min(outcomes.values()) > 20
 
 
-def tensors_that_hold_nothing() -> dict[str, torch.Tensor]:
+def tensors_without_numbers() -> dict[str, torch.Tensor]:
     return {
         "sparse": torch.eye(3).to_sparse(),
         "meta": torch.empty(10**12, device="meta"),
@@ -145,18 +145,18 @@ MALFORMED = {
 
 @pytest.mark.parametrize("case", [*MALFORMED, "sparse", "meta", "endless", "complex"])
 def test_malformed_contents_are_refused_in_one_line(case, tmp_path) -> None:
-    odd = {"state_dict": {"a": tensors_that_hold_nothing().get(case)}}
-    content, told = MALFORMED.get(case, (odd, "it is not a checkpoint of a network"))
+    odd = {"state_dict": {"a": tensors_without_numbers().get(case)}}
+    content, message = MALFORMED.get(case, (odd, "it is not a checkpoint of a network"))
     path = written(WEIGHTS | content, tmp_path / "model.pth")
     with pytest.raises(UserError) as error:
         read(path)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < len(str(path)) + 330
 
 
 @pytest.mark.parametrize(
-    ("facts", "told"),
+    ("facts", "message"),
     [
         ({"mean": ("a", "b", "c")}, "mean.0: Input should be a valid number"),
         ({"mean": (0.5,)}, "mean and std: expected a finite number for each of 3 channels"),
@@ -166,13 +166,13 @@ def test_malformed_contents_are_refused_in_one_line(case, tmp_path) -> None:
         ({"ignore_index": None}, "ignore_index: "),
     ],
 )
-def test_malformed_facts_are_refused(facts, told, tmp_path) -> None:
+def test_malformed_facts_are_refused(facts, message, tmp_path) -> None:
     content = state()
     content["facts"] = content["facts"] | facts
     path = written(content, tmp_path / "model.pth")
     with pytest.raises(UserError, match="its 'facts'") as error:
         load_model(path)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_network_larger_than_its_weights_is_not_built(tmp_path) -> None:

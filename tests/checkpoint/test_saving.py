@@ -35,7 +35,7 @@ class Boom(Exception):
 
 
 @pytest.mark.parametrize(
-    ("failure", "raised", "told"),
+    ("failure", "raised", "message"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), UserError, "the disk is full; the earlier file is"),
         (OSError(errno.EIO, "Input/output error"), UserError, "Input/output error"),
@@ -45,7 +45,7 @@ class Boom(Exception):
     ],
 )
 def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(
-    tmp_path, monkeypatch, failure, raised, told
+    tmp_path, monkeypatch, failure, raised, message
 ) -> None:
     path = tmp_path / "model.pth"
     save({"state_dict": {"a": torch.ones(3)}}, path)
@@ -58,7 +58,7 @@ def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(
     monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(raised) as error:
         save({"state_dict": {"a": torch.zeros(3)}}, path)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert path.read_bytes() == before
     assert names_in(tmp_path) == ["model.pth"]
 

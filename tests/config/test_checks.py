@@ -55,7 +55,7 @@ def test_good_arguments_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ({}, "x.args.size: Thing needs this argument, but it is missing in the config"),
         ({"size": "3"}, 'x.args.size: found "3"; should be a valid integer'),
@@ -68,9 +68,9 @@ def test_good_arguments_pass() -> None:
         ({"size": 3, "siez": 1}, "x.args.siez: Thing takes no such argument; did you mean size? Allowed: "),
     ],
 )
-def test_wrong_arguments_are_reported(args, told) -> None:
+def test_wrong_arguments_are_reported(args, message) -> None:
     (found,) = complaints(**args)
-    assert found.startswith(told)
+    assert found.startswith(message)
 
 
 def test_the_first_constructor_that_knows_a_name_gets_it() -> None:
@@ -86,7 +86,7 @@ def test_facts_that_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "other", "told"),
+    ("changes", "other", "message"),
     [
         ({}, {"num_classes": 4}, "val_loader: its data has 4 classes (background, cat, dog), the model 3"),
         ({}, {"in_channels": 1}, "val_loader: its images have 1 channels, the model takes 3"),
@@ -97,10 +97,10 @@ def test_facts_that_agree() -> None:
         ({"trainer": {"monitor": "max Class_Dice/dg"}}, {}, "there is no class 'dg'; did you mean dog?"),
     ],
 )
-def test_facts_that_disagree(changes, other, told) -> None:
+def test_facts_that_disagree(changes, other, message) -> None:
     with pytest.raises(UserError) as error:
         data_checks.check_facts(config(**changes), FACTS, {"val_loader": replace(FACTS, **other)})
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_builders_speak_with_the_path_of_the_field() -> None:
@@ -173,7 +173,7 @@ def test_rankdice_on_a_cautious_loss_asks_for_a_temperature_until_there_is_one(l
 
 
 @pytest.mark.parametrize(
-    ("schedule", "told"),
+    ("schedule", "message"),
     [
         ({"type": "Poly"}, None),
         ({"type": "OneCycle"}, None),
@@ -190,10 +190,10 @@ def test_rankdice_on_a_cautious_loss_asks_for_a_temperature_until_there_is_one(l
         ({"type": "ExponentialLR", "args": {"gamma": 0.5}, "step": "epoch"}, "after 1000 of 8000 iterations\n"),
     ],
 )
-def test_a_rate_that_fades_early_is_a_warning(schedule, told, capsys) -> None:
+def test_a_rate_that_fades_early_is_a_warning(schedule, message, capsys) -> None:
     data_checks.warn_about_schedule(config(lr_scheduler=schedule), batches=100)
     text = capsys.readouterr().err
-    assert text == "" if told is None else told in text
+    assert text == "" if message is None else message in text
 
 
 # -- tables ----------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_overrides_are_gathered_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("result", "code", "told"),
+    ("result", "code", "message"),
     [
         (None, 0, ""),
         (0, 0, ""),
@@ -256,7 +256,7 @@ def test_overrides_are_gathered_in_order() -> None:
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
-def test_how_a_script_ends(result, code, told, capsys) -> None:
+def test_how_a_script_ends(result, code, message, capsys) -> None:
     def main() -> Any:
         if isinstance(result, BaseException):
             raise result
@@ -264,7 +264,7 @@ def test_how_a_script_ends(result, code, told, capsys) -> None:
 
     with pytest.raises(SystemExit) as ended:
         errors.run(main)
-    assert (ended.value.code, capsys.readouterr().err) == (code, told)
+    assert (ended.value.code, capsys.readouterr().err) == (code, message)
 
 
 def test_a_defect_of_the_program_keeps_its_traceback() -> None:

@@ -54,7 +54,7 @@ def test_the_command_line_checks_and_prints(tmp_path, monkeypatch, capsys) -> No
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("arch.args.backbone=resnet19", "backbone must be one of resnet18"),
         ("arch.args.stem=round", "stem"),
@@ -69,25 +69,25 @@ def test_the_command_line_checks_and_prints(tmp_path, monkeypatch, capsys) -> No
         ('lr_scheduler={"type": "PolynomialLR", "args": {"power": -1}}', "lr_scheduler.args"),
     ],
 )
-def test_the_command_line_refuses_what_train_py_refuses(override, told, tmp_path, monkeypatch, capsys) -> None:
+def test_the_command_line_refuses_what_train_py_refuses(override, message, tmp_path, monkeypatch, capsys) -> None:
     with pytest.raises(UserError) as error:
         run_check(tmp_path, monkeypatch, SHAPES, override)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ('{"name": "x",\n "arch": {},\n  "loss" {}}', ", line 3, column 10: not valid JSON"),
         ('{"seed": 1, "seed": 2}', ': not valid JSON (comments and trailing commas are fine): Duplicate key "seed"'),
         ("", ": not valid JSON"),
     ],
 )
-def test_invalid_json_is_reported_with_file_line_and_column(tmp_path: Path, text: str, told: str) -> None:
+def test_invalid_json_is_reported_with_file_line_and_column(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(UserError) as error:
         configs.read(path)
-    assert str(error.value).startswith(f"{path}{told}")
+    assert str(error.value).startswith(f"{path}{message}")
     assert "<string>" not in str(error.value)

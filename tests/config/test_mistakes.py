@@ -205,13 +205,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_arguments_of_training_are_refused_where_images_are_scored(loader: str) -> None:
     args = {"data_dir": "data", "split": "val", "batch_size": 2}
 
-    def told(type: str = "VOC", **more: Any) -> str:
+    def problems(type: str = "VOC", **more: Any) -> str:
         return message(**{loader: {"type": type, "args": args | more}})
 
     for name, value in {"sampler": "weighted", "drop_last": True, "val_split": 0.2, "val_fold": [0, 5]}.items():
-        assert f"{loader}.args.{name}: found " in told(**{name: value})
-    assert "the scores would be for randomly changed images. Remove it" in told(augment=True, crop_size=32)
-    assert f"{loader}.args.mean: found [0.0, 0.0, 0.0], but all images are normalized as in training" in told(
+        assert f"{loader}.args.{name}: found " in problems(**{name: value})
+    assert "the scores would be for randomly changed images. Remove it" in problems(augment=True, crop_size=32)
+    assert f"{loader}.args.mean: found [0.0, 0.0, 0.0], but all images are normalized as in training" in problems(
         mean=[0.0, 0.0, 0.0]
     )
 

@@ -107,7 +107,7 @@ def test_val_without_crop_size_and_arguments_of_schedules_that_had_no_effect() -
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ({}, "flip, rotate, scale (around each image's own size)"),
         ({"flip": True, "rotate": False, "base_size": 400}, None),
@@ -116,8 +116,8 @@ def test_val_without_crop_size_and_arguments_of_schedules_that_had_no_effect() -
         ({"flip": True, "rotate": True, "scale": [0.5, 2.0]}, None),
     ],
 )
-def test_augmentations_that_were_off_are_reported(args: dict[str, Any], told: str | None) -> None:
+def test_augmentations_that_were_off_are_reported(args: dict[str, Any], message: str | None) -> None:
     loader = {"type": "VOC", "args": {"data_dir": "data", "augment": True, "crop_size": 380, **args}}
     notes = resolve(train_loader=loader, val_loader=loader | {"args": {"data_dir": "data"}}).notes
     end = "; in pytorch-segmentation, these are off unless the config sets them"
-    assert notes == ([] if told is None else [f"train_loader: augment turns on {told}{end}"])
+    assert notes == ([] if message is None else [f"train_loader: augment turns on {message}{end}"])

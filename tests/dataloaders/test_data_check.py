@@ -155,7 +155,7 @@ def test_similar_problems_are_grouped_and_each_loader_is_summed_up(
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         # Seven images of 30 x 20 and one of 30 x 10 have 562.5 pixels on average.
         ({"crop_size": 64, "scale": (1.0, 1.0)}, "crop_size 64 is larger than every image seen (30 x 20): 86% of a "),
@@ -167,10 +167,10 @@ def test_similar_problems_are_grouped_and_each_loader_is_summed_up(
         ({"crop_size": 64, "augment": False, "val": True}, None),
     ],
 )  # fmt: skip
-def test_a_crop_larger_than_all_images(data: Path, args: dict[str, Any], told: str | None) -> None:
+def test_a_crop_larger_than_all_images(data: Path, args: dict[str, Any], message: str | None) -> None:
     loader = dataloaders.build("Folder", data_dir=str(data), classes=CLASSES, **{"augment": True, **args})
     text = " ".join(warnings(loader.dataset, inspect(loader.dataset)))
-    assert (told in text) if told else ("crop_size" not in text)
+    assert (message in text) if message else ("crop_size" not in text)
 
 
 def test_files_that_a_list_names_but_are_not_there(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

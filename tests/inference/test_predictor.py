@@ -398,10 +398,10 @@ def test_a_missing_gpu_is_reported_with_what_to_use(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "empty", no_driver)
     with pytest.raises(UserError) as error:
         choose_device("0")
-    told = (
+    message = (
         "device 'cuda:0' cannot be used: this machine has the CPU only, no GPU was found; use -d cpu, or leave -d out"
     )
-    assert str(error.value) == told
+    assert str(error.value) == message
 
 
 def test_a_segmentation_shows_what_was_found_and_no_array() -> None:
