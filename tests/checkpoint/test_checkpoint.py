@@ -62,7 +62,7 @@ def test_a_given_config_replaces_all_but_arch_and_overrides_come_last(tmp_path) 
     assert config_of(state(), "model.pth", tmp_path / "without.json").arch.args == {"width": 4}
 
 
-def test_a_given_config_that_drops_a_fit_is_told(tmp_path, capsys) -> None:
+def test_a_given_config_that_drops_a_fit_is_reported(tmp_path, capsys) -> None:
     fitted = state() | {"calibration": {"found": {"threshold": 0.4, "temperature": 1.0}}}
     path = written(fitted, tmp_path / "model.pth")
     load_model(path, config=write_config(tmp_path / "same.json", predict={"threshold": 0.4}))

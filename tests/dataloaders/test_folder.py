@@ -222,7 +222,7 @@ def test_links_that_lead_nowhere(plain: Path) -> None:
             dataset.load(index)
 
 
-def test_images_outside_of_the_folders_of_splits_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_outside_of_the_folders_of_splits_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("train/a", "loose", "other/b"):
         photo(tmp_path / f"images/{name}.png")
         save(tmp_path / f"masks/{name}.png", IDS)

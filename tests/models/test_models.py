@@ -225,7 +225,7 @@ def test_variants_give_the_inputs_size(kind: str, args: dict[str, Any]) -> None:
                     assert output(model.train(mode)(x)).shape == (1, CLASSES, *size)
 
 
-def test_image_sizes_that_cannot_be_trained_on_are_told() -> None:
+def test_image_sizes_that_cannot_be_trained_on_are_reported() -> None:
     with pytest.raises(UserError, match="one image of 32 x 32 at a time.*batch_size"):
         build("UperNet").train()(torch.randn(1, 3, 32, 32))
     model = build("UNet")
