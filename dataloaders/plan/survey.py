@@ -40,6 +40,7 @@ _MARKS = {  # folders by which a public data set is known
     "ADE20K": ("ADEChallengeData2016", "annotations/training"),
     "COCO": ("annotations/train2017",),
 }
+_APART = 0.1  # distance of a value that means "no data" from the others, as a share of their range
 _NO_DATA = -99  # negative numbers from here on usually mean "no data"
 
 
@@ -330,9 +331,10 @@ def _take_images(found: Survey, paths: list[Path]) -> None:
             continue
         finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
         smallest = float(finite.min(initial=0))
-        if smallest <= _NO_DATA:
+        others = finite[finite != smallest]
+        if smallest <= _NO_DATA and _is_apart(smallest, others):
             found.take("nodata", smallest, "this value means that there is no data; pixels with it are ignored")
-            finite = finite[finite != smallest]
+            finite = others
         elif finite.size < array.size:
             found.args.setdefault("nodata", "nan")
             found.why["nodata"] = "NaN pixels are ignored"
@@ -349,10 +351,20 @@ def _take_images(found: Survey, paths: list[Path]) -> None:
     _take_range(found, low, high, top, floating, narrow)
 
 
+def _is_apart(smallest: float, others: np.ndarray) -> bool:
+    """Return whether a value is far below all others, unlike the lowest of a range such as Hounsfield units."""
+    if not others.size:
+        return True
+    low, high = float(others.min()), float(others.max())
+    return low - smallest > _APART * (high - low)
+
+
 def _take_range(found: Survey, low: float, high: float, top: int, floating: bool, narrow: bool) -> None:
     if floating and (low < 0 or high > 1):
         usual = [(0, 255), (-1, 1), (0, 10000), (0, 65535)]
         limits = next(((a, b) for a, b in usual if a <= low and b / 4 < high <= b), (math.floor(low), math.ceil(high)))
+    elif not floating and low < 0:
+        limits = (math.floor(low), math.ceil(high))
     elif not floating and not narrow and top > 255 and 0 < high < top / 3:
         limits = (0, likely_largest(high))
     else:

@@ -215,6 +215,21 @@ def test_images_of_other_kinds(tmp_path: Path) -> None:
     assert 0.3 < args["mean"][0] < 0.7, "pixels without data are left out"
 
 
+def test_negative_values_are_not_always_missing_ones(tmp_path: Path) -> None:
+    for i in range(8):
+        hounsfield = photo(i, 1).astype(np.int16) * 12 - 1000  # from air to bone
+        hounsfield[-1, -1] = -999
+        padded = hounsfield.copy()
+        padded[0] = -3024  # outside of the scanner's circle
+        for kind, values in (("ct", hounsfield), ("padded", padded)):
+            save(tmp_path / f"{kind}/images/{i}.npy", values)
+            save(tmp_path / f"{kind}/masks/{i}.png", ids(i))
+    args = plan(tmp_path / "ct")["train_loader"]["args"]
+    assert ("nodata" in args, args["value_range"]) == (False, [-1000, 2060])
+    args = plan(tmp_path / "padded")["train_loader"]["args"]
+    assert (args["nodata"], args["value_range"]) == (-3024, [-1000, 2060])
+
+
 def test_groups_and_rare_classes(tmp_path: Path) -> None:
     for i in range(40):
         label = ids(i, 2)
