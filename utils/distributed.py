@@ -25,6 +25,25 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def launched_as() -> tuple[int, int]:
+    """Return this process's number and the number of processes, as the launcher says; (0, 1) without a launcher.
+
+    Raises:
+        UserError: the environment variables of the launcher are incomplete or wrong.
+    """
+    if not under_torchrun():
+        return 0, 1
+    own, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    whole = own.isdecimal() and world.isdecimal() and int(own) < int(world)
+    if not whole or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise UserError(
+            f"the environment variables RANK ({own}) and WORLD_SIZE ({world}) are set, as torchrun sets them, but "
+            f"{'MASTER_ADDR and MASTER_PORT are not' if whole else 'they are no number of a process'}. Start the "
+            "processes with torchrun, or unset RANK and WORLD_SIZE"
+        )
+    return int(own), int(world)
+
+
 def is_active() -> bool:
     """Return whether this process belongs to an initialized group."""
     return dist.is_available() and dist.is_initialized()
@@ -47,7 +66,7 @@ def is_main() -> bool:
 
 def is_first() -> bool:
     """Return :func:`is_main`; before the group is set up, from the launcher's environment variables."""
-    return is_main() and os.environ.get("RANK", "0") == "0"
+    return is_main() and launched_as()[0] == 0
 
 
 def gather(value: Any) -> list[Any]:
@@ -150,6 +169,7 @@ def process_group(device: torch.device, timeout: timedelta = timedelta(minutes=3
     if not under_torchrun():
         yield
         return
+    launched_as()  # refuses what init_process_group would fail on
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # gloo in addition to nccl: objects and flags of the host do not go through the GPU.

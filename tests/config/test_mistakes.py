@@ -331,6 +331,15 @@ def test_one_channel_and_its_class_of_interest() -> None:
     assert "Multiclass_Accuracy is not computed for one class" in message(train_loader=one, **changes)
 
 
+def test_a_class_of_no_interest_cannot_be_monitored() -> None:
+    two = {"type": "VOC", "args": {"data_dir": "data", "classes": ["rest", "thing"]}}
+    changes = {"train_loader": two, "val_loader": None, "trainer": {"val": True, "monitor": "max Class_Dice/rest"}}
+    told = "trainer.monitor: rankdice makes no mask of 'rest', which is not in predict.CoI [1]"
+    assert told in message(**changes, predict={"CoI": [1]})
+    for predict in ({"CoI": [0]}, {"CoI": [1], "val": "max"}):
+        assert told not in message(**changes, predict=predict)
+
+
 def test_a_stage_without_data_is_reported() -> None:
     config = resolve(
         val_loader=None,

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from tests.scripts.distributed_worker import train
+from utils import distributed
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -89,3 +91,27 @@ def test_a_process_that_dies_ends_the_run_and_names_the_cause(tmp_path: Path) ->
     done = torchrun("die", str(tmp_path))
     assert done.returncode != 0
     assert re.search("the cause of it all", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3"}, (0, 1)),  # of another program; without WORLD_SIZE it is no launcher's
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}, (1, 2)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR and MASTER_PORT are not. Start the processes with torchrun"),
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK .x. and WORLD_SIZE .1. are set.*they are no number of a process"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "they are no number of a process"),
+    ],
+)
+def test_the_launchers_variables_are_checked(variables, found, monkeypatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(found, tuple):
+        assert distributed.launched_as() == found
+        assert distributed.is_first() == (found[0] == 0)
+        return
+    with pytest.raises(UserError, match=found), distributed.process_group(torch.device("cpu")):
+        pass

@@ -270,9 +270,13 @@ def _check_monitored_score(config: Config, mode: str, name: str, facts: Any | No
         return f"found {name}; with predict.rankdice.metric {metric!r} rankdice computes {stated}"
     if facts is not None and facts.num_classes == 1 and name == "Multiclass_Accuracy":
         return f"{name} is not computed for one class; use Pixel_Accuracy"
-    if facts is not None and name.startswith(PER_CLASS_SCORES):
-        return unknown_class(name.partition("/")[2], facts.class_names)
-    return None
+    if facts is None or not name.startswith(PER_CLASS_SCORES):
+        return None
+    of, interest = name.partition("/")[2], config.predict.CoI
+    wrong = unknown_class(of, facts.class_names)
+    if wrong or interest == "all" or config.predict.val != "rankdice" or facts.class_names.index(of) in interest:
+        return wrong
+    return f"rankdice makes no mask of {of!r}, which is not in predict.CoI {interest}; add it, or use another score"
 
 
 def unknown_class(name: str, known: Sequence[str]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ def segment_all(args: argparse.Namespace) -> int:
         UserError: nothing was segmented, because the images, the model or the output folder cannot be used.
     """
     Image.MAX_IMAGE_PIXELS = None  # large images are wanted here
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = distributed.launched_as()
     source = open_source(args, rank, world)
     predictor = load(args)
     outputs = open_outputs(args, predictor, source)
