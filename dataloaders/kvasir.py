@@ -62,7 +62,7 @@ or, split beforehand,
         published = self.data_dir / f"{self.split}.txt"
         if self.split == "all":
             return entries
-        if published.is_file():
+        if any((self.data_dir / f"{split}.txt").is_file() for split in ("train", "val")):
             known = {entry.name for entry in entries}
             chosen = {name if name in known else without_extension(name) for name in read_names(published)}
             if strangers := sorted(chosen - known):

@@ -178,6 +178,10 @@ def _take_classes(found: Survey, root: Path, given: str | None) -> None:
     if given is not None:
         is_file = (root / given).is_file() or Path(given).is_file()
         names = given if is_file else [name.strip() for name in given.split(",")]
+        try:
+            classes_of(names, str(root))
+        except ValueError as error:
+            raise UserError(f"--classes: {error}") from None
         found.take("classes", names, "given on the command line")
         return
     for name in _CLASS_FILES:

@@ -89,6 +89,10 @@ def _run(kind: str, source: Path, out: Path, options: Options, unpacked: Path) -
     print(summary(export, classes, tally, images.missing, out, options.rest))
     for text in [*similar_names(export, classes), *undecided_turns(tally), *found_elsewhere(images)]:
         warn(text)
+    known = {_plain(name) for name in export.classes}
+    for name in options.void if options.void != VOID_NAMES else ():
+        if _plain(name) not in known:
+            warn(f"--void: the export has no label {name!r}, only {listed(export.classes, _SHOWN)}")
 
 
 def _write_whole(export: Export, classes: dict[str, int], out: Path, options: Options) -> Tally:

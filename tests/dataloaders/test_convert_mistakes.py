@@ -161,3 +161,11 @@ def test_the_command_line_knows_every_format() -> None:
     assert set(EXPORTS) == set(FORMATS)
     with pytest.raises(UserError, match="--from is for exports"):
         main(["prepare", "voc", "--dir", "x", "--from", "y"])
+
+
+def test_a_void_label_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo(tmp_path / "a.jpg")
+    prepare("coco", write(tmp_path / "a.json", coco()), tmp_path / "out", "--void", "bax", "--void", "Box")
+    text = capsys.readouterr().err
+    assert "--void: the export has no label 'bax', only square, box" in text
+    assert "'Box'" not in text

@@ -306,6 +306,11 @@ def test_kvasir_published_lists_are_used_where_they_are(tmp_path: Path) -> None:
     assert names(dataloaders.build("KvasirSEG", data_dir=str(tmp_path), split="val").dataset) == ["c01", "c03"]
     (tmp_path / "val.txt").write_text("c01.jpg\nc03.jpg\n")
     assert names(dataloaders.build("KvasirSEG", data_dir=str(tmp_path), split="val").dataset) == ["c01", "c03"]
+    (tmp_path / "train.txt").unlink()
+    with pytest.raises(
+        UserError, match=r"there is no file .*train\.txt"
+    ):  # the other split would overlap with the list
+        dataloaders.build("KvasirSEG", data_dir=str(tmp_path), split="train")
     (tmp_path / "val.txt").write_text("c01\nc07\n")
     with pytest.raises(UserError, match=r"val\.txt: 'c07' has no image with a mask"):
         dataloaders.build("KvasirSEG", data_dir=str(tmp_path), split="val")

@@ -322,6 +322,9 @@ def test_folders_that_cannot_be_planned(tmp_path: Path) -> None:
     (tmp_path / "odd/truth").mkdir()
     with pytest.raises(UserError, match="mask"):
         plan(tmp_path / "odd", "--images", "pictures", "--masks", "truth")
+    fill(tmp_path / "mine")
+    with pytest.raises(UserError, match="--classes: classes must be different names"):
+        plan(tmp_path / "mine", "--classes", "cell,cell")
 
 
 def test_weights_of_imagenet_are_used_where_they_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
