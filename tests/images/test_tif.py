@@ -396,6 +396,16 @@ def test_other_kinds_of_pictures_are_refused(meaning: int) -> None:
         decode(data, PATH, 3)
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_volumes_in_one_page_are_refused(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow reads the first slice."""
+    if plain:
+        monkeypatch.setattr(tif, "tifffile", None)
+    data = written(np.zeros((5, 20, 30), np.uint8), photometric="minisblack", volumetric=True, tile=(1, 16, 16))
+    with pytest.raises(UserError, match="uncommon layout" if plain else "not supported .*, 5 slices"):
+        decode(data, PATH, 1)
+
+
 def test_files_of_another_library(tmp_path: Path) -> None:
     array = numbers("u2", 3)
     cv2.imwrite(str(tmp_path / "a.tif"), array)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from utils.errors import UserError, not_installed
+from utils.errors import UserError, not_installed, plural
 from utils.images.raster import DAMAGED, ORIENTATION, Raster, from_pillow, named_colors, upright
 
 try:
@@ -24,7 +24,7 @@ logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # the same,
 
 _SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _PLANAR = 254, 258, 259, 262, 266, 284
 _STRIP_OFFSETS, _STRIP_BYTES, _TILE_OFFSETS, _TILE_BYTES = 273, 279, 324, 325
-_PREDICTOR, _SUB_IFDS, _EXTRA, _FORMAT = 317, 330, 338, 339
+_PREDICTOR, _SUB_IFDS, _EXTRA, _FORMAT, _DEPTH = 317, 330, 338, 339, 32997
 
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _KNOWN = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR)
@@ -98,7 +98,7 @@ def _open_pillow(data: bytes) -> Any:
         compression = tag(_COMPRESSION, 1)
         proven = (
             compression in _PILLOW_LAYOUTS.get(layout, ())
-            and tag(_PLANAR, 1) == tag(_FILL_ORDER, 1) == 1
+            and tag(_PLANAR, 1) == tag(_FILL_ORDER, 1) == tag(_DEPTH, 1) == 1
             and not (tag(_SUBFILE, 0) or tag(_SUB_IFDS))
             and (tag(_PREDICTOR, 1) == 1 or compression in _PREDICTED)  # libtiff ignores the tag elsewhere
             and (number_format == 1 or data.startswith(b"II"))  # Pillow does not swap the bytes of compressed floats
@@ -171,10 +171,8 @@ def _page(page: Any, path: Path, size: int) -> Raster:
     bits = page.bitspersample
     known = meaning in _KNOWN and isinstance(bits, int) and page.imagedepth == 1
     if not known or (bits < 8 and samples > 1) or (meaning == _PALETTE and bits > 8):
-        name = getattr(page.photometric, "name", meaning)
-        raise UserError(
-            f"{path} contains a kind of picture that is not supported ({name}, {bits} bits); convert it to RGB"
-        )
+        kind = f"{getattr(page.photometric, 'name', meaning)}, {bits} bits, {plural(page.imagedepth, 'slice')}"
+        raise UserError(f"{path} contains a kind of picture that is not supported ({kind}); convert it to RGB")
     compressed = int(page.compression)
     # tifffile turns luminance and chroma into RGB only where JPEG stores them side by side.
     chroma = compressed == _APERIO or (meaning == _YCBCR and (compressed != _JPEG or page.planarconfig != 1))
