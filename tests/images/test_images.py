@@ -421,6 +421,14 @@ def test_two_colors_of_more_than_one_bit_in_a_bmp_are_refused(tmp_path: Path) ->
             read(tmp_path / "a.bmp")
 
 
+def test_broken_headers_of_arrays_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", IDS)
+    data = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(data.replace(b"}", b"("))
+    with pytest.raises(UserError, match=r"a\.npy cannot be read as a .npy array"):
+        read_label(tmp_path / "a.npy")
+
+
 def test_archives_of_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", IDS)
     (tmp_path / "a.npz").rename(tmp_path / "a.npy")

@@ -231,6 +231,12 @@ def test_masks_that_a_threshold_does_not_split_are_refused(tmp_path: Path) -> No
         Image.fromarray(red).save(tmp_path / name)
         with pytest.raises(UserError, match=f"painted in colors.*{advice}"):
             read_levels(tmp_path / name)
+    np.save(tmp_path / "red.npy", red / 256)  # colors that integers do not show
+    with pytest.raises(UserError, match="painted in colors"):
+        read_levels(tmp_path / "red.npy")
+    np.save(tmp_path / "red.npy", red + 0j)
+    with pytest.raises(UserError, match="complex128 values"):
+        read_levels(tmp_path / "red.npy")
     cv2.imwrite(str(tmp_path / "wide.png"), SHAPE.astype(np.uint16) * 255)
     with pytest.raises(UserError, match="save the mask with 8 bits"):
         read_levels(tmp_path / "wide.png")

@@ -96,7 +96,7 @@ def _npy(data: bytes, path: Path) -> Raster:
         array = np.load(io.BytesIO(data), allow_pickle=False)
         if not isinstance(array, np.ndarray):
             raise ValueError("it is an archive of several arrays (.npz)")
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # NumPy raises many kinds of errors on broken headers
         raise UserError(f"{path} cannot be read as a .npy array: {error}") from None
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise UserError(f"{path} has shape {array.shape}; expected (H, W) or (H, W, channels)")

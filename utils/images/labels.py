@@ -95,8 +95,11 @@ def read_levels(path: str | Path) -> np.ndarray:
     array = _without_alpha(raster, path)
     if raster.palette is not None:
         array = raster.palette[array[:, :, 0]]
+    if array.dtype.kind not in "buif":
+        raise UserError(f"{path} contains {array.dtype} values; a mask must contain gray levels")
     if array.shape[2] == 3:
-        spread = int(np.ptp(array.astype(np.int32), axis=2).max(initial=0))
+        # The difference of signed numbers may not fit in their type.
+        spread = np.ptp(array if array.dtype.kind == "u" else array.astype(np.float64), axis=2).max(initial=0)
         if spread > (_CHROMA_NOISE if raster.lossy else 0) * (257 if array.dtype == np.uint16 else 1):
             if raster.lossy:
                 raise UserError(
