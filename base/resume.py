@@ -165,9 +165,9 @@ def restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
     checkpoint.load_weights(run.model, state["state_dict"], "the checkpoint to resume")
-    if run.ema is not None and state["ema"] is not None:
-        run.ema.module.load_state_dict(state["ema"])
-        run.ema.n_averaged.fill_(state["ema_updates"])
+    if run.ema is not None:  # the average may begin here
+        run.ema.module.load_state_dict(state["ema"] or run.model.state_dict())
+        run.ema.n_averaged.fill_(state["ema_updates"] or 0)
     optim.restore(run.optimizer, state["optimizer"])
     if state["scaler"]:  # empty if the run did not use fp16 so far
         run.scaler.load_state_dict(state["scaler"])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from base.runs import LATEST
 from tests.base.test_trainer import Killed, ToyLoader, _stop_at, make_trainer
@@ -117,3 +118,10 @@ def test_mixed_precision_may_begin_later(tmp_path) -> None:
     make_trainer(tmp_path, epochs=1).train()
     for amp in ("fp16", "bf16", "fp16"):
         overridden(tmp_path, amp=amp)
+
+
+def test_an_average_that_begins_later_begins_with_the_weights_of_the_run(tmp_path) -> None:
+    stopped(tmp_path, 8)  # what comes next is the validation of an epoch, without another step before it
+    resumed = make_trainer(tmp_path, resume=LATEST, ema=0.9)
+    averaged = resumed.deployed_model.state_dict()
+    assert all(torch.equal(averaged[name], value) for name, value in resumed.model.state_dict().items())
