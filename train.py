@@ -56,7 +56,7 @@ import dataloaders
 import models
 from base import runs
 from base.base_trainer import Data, Interrupted
-from base.resume import nothing_left
+from base.resume import nothing_left, refused_if_malformed
 from base.rng import seed_everything
 from base.signals import sigterm_as_ctrl_c
 from dataloaders.check.leaks import warn_about_loaders
@@ -105,15 +105,16 @@ def is_over(resumed: Resumed, config: Config) -> bool:
             f"{path}: this run trains {state['arch']}, the config asks for {config.arch.type}. Start a new run: "
             "train.py --config CONFIG (with --weights CHECKPOINT, it starts from the weights that fit)"
         )
-    done = nothing_left(state, config)
-    if distributed.is_first():
-        # The config may have changed by mistake, or an override may have been forgotten.
-        changes = configs.differences(state["config"], config)
-        if changes:
-            print("changed since the checkpoint was written:", *changes, sep="\n    ", file=sys.stderr)
-        runs.restore_links(state, path)
-        if done:
-            print(f"nothing to do: {done}")
+    with refused_if_malformed():
+        done = nothing_left(state, config)
+        if distributed.is_first():
+            # The config may have changed by mistake, or an override may have been forgotten.
+            changes = configs.differences(state["config"], config)
+            if changes:
+                print("changed since the checkpoint was written:", *changes, sep="\n    ", file=sys.stderr)
+            runs.restore_links(state, path)
+            if done:
+                print(f"nothing to do: {done}")
     return done is not None
 
 
@@ -130,7 +131,9 @@ def build_data(config: Config, resumed: Resumed | None) -> Data:
     facts = Facts.of(train.dataset)
     data_checks.check_facts(config, facts, {"val_loader": Facts.of(val.dataset)} if val is not None else {})
     if resumed is not None and "facts" in resumed.state:
-        facts = data_checks.resumed_facts(config, Facts.from_dict(resumed.state["facts"]), facts)
+        with refused_if_malformed():
+            stored = Facts.from_dict(resumed.state["facts"])
+        facts = data_checks.resumed_facts(config, stored, facts)
     warn_about_loaders(train, val)
     data_checks.warn_about_loss(config, [config.predict.train, config.predict.val])
     data_checks.warn_about_schedule(config, len(train))

@@ -112,4 +112,4 @@ class Monitor:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.best, self.not_improved = state["monitor_best"], state["not_improved_count"]
+        self.best, self.not_improved = float(state["monitor_best"]), int(state["not_improved_count"])

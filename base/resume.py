@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
+from base import rng
 from utils import checkpoint, distributed, optim
 from utils import config as configs
 from utils.config.schema import Config
@@ -133,6 +134,20 @@ def nothing_left(state: Mapping[str, Any], config: Config) -> str | None:
     return None
 
 
+_NEW_RUN = "to start a new run from its weights: train.py --config CONFIG --weights CHECKPOINT"
+
+
+@contextmanager
+def refused_if_malformed() -> Iterator[None]:
+    """Turn errors that the content of a checkpoint causes into a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"the checkpoint to resume is malformed ({type(error).__name__}: {str(error)[:200]}); {_NEW_RUN}"
+        ) from None
+
+
 def restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Let a :class:`base.base_trainer.BaseTrainer`, whose config may have changed, continue from a checkpoint.
 
@@ -142,25 +157,19 @@ def restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
     Raises:
         UserError: the checkpoint has no training state, is malformed, or cannot be continued with this config.
     """
-    new_run = "train.py --config CONFIG --weights CHECKPOINT"
-    try:
+    with refused_if_malformed():
         if "scheduler" not in state or "processes" not in state:
             raise UserError(
                 "the checkpoint contains weights but no training state of this framework, so it cannot be resumed; "
-                f"to start a new run from its weights: {new_run}"
+                f"{_NEW_RUN}"
             )
         before = state["config"]["optimizer"]["type"]
         if before != run.config.optimizer.type:
             raise UserError(
                 f"optimizer.type: the checkpoint has {before}, the config {run.config.optimizer.type}; a resumed run "
-                f"keeps its optimizer. To use another one, start a new run from its weights: {new_run}"
+                f"keeps its optimizer; {_NEW_RUN}"
             )
         return _restore(run, state)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(
-            f"the checkpoint to resume is malformed ({type(error).__name__}: {str(error)[:200]}); to start a new "
-            f"run from its weights: {new_run}"
-        ) from None
 
 
 def _restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -180,6 +189,7 @@ def _restore(run: Any, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if len(state["processes"]) == distributed.world_size():
         own = state["processes"][distributed.rank()]
         run.meter.load_state_dict(own["train_scores"] if run.batch else {})
+        rng.set_state(own["rng"], run.gpus)  # a try; it is done again right before the first step
         return own["rng"]
     if distributed.is_main():
         warn(

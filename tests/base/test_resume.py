@@ -185,3 +185,22 @@ def test_differences_name_each_field_with_both_values() -> None:
         "seed: 7 -> 0",
         "train_loader.args.crop_size: [16, 32] -> 32",
     ]
+
+
+def test_a_malformed_training_state_is_one_message(train: Train) -> None:
+    assert train("-c", "config.json")[0] == 0
+    state = torch.load(latest(), weights_only=False)
+    rng = {"processes": [state["processes"][0] | {"rng": None}]}
+    for change in (
+        {"epoch": None},
+        {"not_improved_count": "x"},
+        {"monitor_best": None},
+        {"names": 3},
+        {"facts": {}},
+        rng,
+    ):
+        torch.save(state | change, "malformed.pth")
+        code, text = train("-r", "malformed.pth", "--set", "trainer.epochs=2")
+        assert code == 2, change
+        assert "Traceback" not in text
+        assert "to start a new run from its weights" in text or "expected a whole number as 'epoch'" in text
