@@ -57,7 +57,7 @@ class SavedProbs:
     def __init__(self, folder: Path, labels: Path | None = None, ignore_index: int = 255) -> None:
         self.folder = folder
         self.known = known = (folder / INDEX).is_file()
-        self.cases = []
+        self.cases: list[Case] = []
         found = sorted(path for kind in (("*.npz",) if known else ("*.npz", "*.npy")) for path in folder.rglob(kind))
         for path in found:
             top = path.relative_to(folder).parts[:2]
