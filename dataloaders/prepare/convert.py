@@ -226,24 +226,23 @@ def _palette(export: Export, classes: dict[str, int]) -> list[Color]:
 def _mask(picture: Picture, export: Export, classes: dict[str, int], options: Options, tally: Tally) -> np.ndarray:
     """Return the ids of an image, uint8 ``(H, W)``, upright."""
     width, height, orientation = _size(picture.image)
+    ids = None
     if picture.ids is not None:
-        table = np.array([classes[name] for name in export.classes], np.uint8)
-        mask = table[picture.ids()]
-        size = (mask.shape[1], mask.shape[0])
-    else:
-        size = picture.size or (width, height)
-        mask = _drawn(picture, size, classes, options, tally)
-    if size == (width, height):
-        known = picture.ids is not None or picture.size is not None
-        if 2 <= orientation <= 8 and (orientation < 5 or width == height or not known):
-            tally.turned[picture.image] = orientation
-        return mask
-    if orientation >= 5 and size == (height, width):
+        ids = np.array([classes[name] for name in export.classes], np.uint8)[picture.ids()]
+    size = (ids.shape[1], ids.shape[0]) if ids is not None else picture.size or (width, height)
+    is_turned = size != (width, height)
+    if is_turned and not (orientation >= 5 and size == (height, width)):
+        raise UserError(
+            f"{picture.image} is {width} x {height} (width x height), but its annotations are for {size[0]} x "
+            f"{size[1]}; use the images that were labeled"
+        )
+    mask = _drawn(picture, size, classes, options, tally) if ids is None else ids
+    if is_turned:
         return np.ascontiguousarray(upright(mask, orientation))
-    raise UserError(
-        f"{picture.image} is {width} x {height} (width x height), but its annotations are for {size[0]} x "
-        f"{size[1]}; use the images that were labeled"
-    )
+    known = picture.ids is not None or picture.size is not None
+    if 2 <= orientation <= 8 and (orientation < 5 or width == height or not known):
+        tally.turned[picture.image] = orientation
+    return mask
 
 
 def _drawn(
@@ -257,7 +256,7 @@ def _drawn(
     for label, render in picture.shapes:
         try:
             areas.append((label, render(size[1], size[0])))
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
             raise UserError(f"{picture.image}: a shape of class {label!r} cannot be drawn: {error}") from None
     if options.order == "area":
         areas.sort(key=lambda area: -int(area[1].sum()))

@@ -92,7 +92,7 @@ class Images:
         """Return the file whose path below ``near`` or the folder is ``name``; None if there is none."""
         for path in (PurePosixPath(name), _plain_path(name)):  # a file's own name may contain % or ?
             for parent in (near, self.folder):
-                if parent is not None and (parent / path).is_file():
+                if parent is not None and os.path.isfile(parent / path):  # false for a name that is too long
                     return parent / path
         return None
 
@@ -185,6 +185,6 @@ def format_errors(path: Path, what: str) -> Iterator[None]:
     """Turn errors about missing or wrong contents into a message that ``path`` cannot be read as ``what``."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, SyntaxError) as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__} "
         raise UserError(f"{path} cannot be read as {what}: {kind}{error}") from None

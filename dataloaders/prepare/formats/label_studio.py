@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,32 @@ def _add(export: Export, task: dict[str, Any], images: Images) -> None:
         return
     picture = Picture(found[0])
     for result in annotations[0]["result"]:
-        kind = str(result.get("type", "")).removesuffix("labels")
-        labels = result.get("value", {}).get(f"{kind}labels")
-        if not labels or kind not in ("polygon", "brush", "rectangle", "ellipse"):
-            export.left_out["result", f"without a labeled area ({result.get('type')})"] += 1
+        area = _area(result, picture.image.name, export.left_out)
+        if area is None:
             continue
-        if result.get("image_rotation"):
-            raise UserError(
-                f"{picture.image.name} was rotated in Label Studio; export it without rotation, or label it again"
-            )
-        if len(labels) > 1:
-            raise ValueError(f"an area of {picture.image.name} has several labels ({', '.join(labels)})")
-        size = (int(result["original_width"]), int(result["original_height"]))
+        label, size, render = area
         if size != (picture.size or size):
             raise ValueError(f"the areas of {picture.image.name} are for images of different sizes")
         picture.size = size
-        picture.shapes.append((labels[0], _render(kind, result["value"], *size)))
+        picture.shapes.append((label, render))
     export.pictures.append(picture)
+
+
+def _area(
+    result: dict[str, Any], image: str, left_out: Counter[tuple[str, str]]
+) -> tuple[str, tuple[int, int], shapes.Render] | None:
+    """Return label, size of the image (width, height) and the area of a result; None if it has no area."""
+    kind = str(result.get("type", "")).removesuffix("labels")
+    labels = result.get("value", {}).get(f"{kind}labels")
+    if not labels or kind not in ("polygon", "brush", "rectangle", "ellipse"):
+        left_out["result", f"without a labeled area ({result.get('type')})"] += 1
+        return None
+    if result.get("image_rotation"):
+        raise UserError(f"{image} was rotated in Label Studio; export it without rotation, or label it again")
+    if not isinstance(labels, list) or len(labels) > 1 or not isinstance(labels[0], str):
+        raise ValueError(f"an area of {image} has the labels {labels!r}; expected a list with one name")
+    size = (int(result["original_width"]), int(result["original_height"]))
+    return labels[0], size, _render(kind, result["value"], *size)
 
 
 def _render(kind: str, value: dict[str, Any], width: int, height: int) -> shapes.Render:
