@@ -89,6 +89,9 @@ def open_config(args: argparse.Namespace) -> tuple[Config, Resumed | None]:
         resume = runs.newest(config)
     path = expand(resume).resolve()
     state = checkpoint_fit.without_fit(checkpoint.read(path))  # training goes on without what was fitted after it
+    if not args.config:
+        with refused_if_malformed():
+            overrides = [*runs.moved(state, path.parent), *overrides]
     config = checkpoint.config_of(state, path, args.config, overrides, stages=stages, trust_code=args.trust_code)
     if not args.config and not any(item.startswith(("trainer.log_dir=", "trainer=")) for item in args.set):
         config = runs.with_own_logs(config, path.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -56,6 +57,14 @@ def with_own_logs(config: Config, folder: Path) -> Config:
         print(f"note: TensorBoard's logs go to {own}; to choose another folder: --set trainer.log_dir=FOLDER")
     settings = config.trainer.model_copy(update={"log_dir": str(own)})
     return config.model_copy(update={"trainer": settings})
+
+
+def moved(state: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return overrides for a run that has moved: folders that cannot be written to here are replaced by its own."""
+    trainer = (state.get("config") or {}).get("trainer") or {}
+    own = {"save_dir": folder, "log_dir": folder / "tensorboard"}
+    lost = [name for name in own if isinstance(trainer.get(name), str) and files.unwritable(trainer[name])]
+    return [f"trainer.{name}={json.dumps(str(own[name]))}" for name in lost]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -204,3 +205,17 @@ def test_a_malformed_training_state_is_one_message(train: Train) -> None:
         assert code == 2, change
         assert "Traceback" not in text
         assert "to start a new run from its weights" in text or "expected a whole number as 'epoch'" in text
+
+
+def test_a_run_that_has_moved_goes_on_in_its_new_place(train: Train) -> None:
+    write(CONFIG, save_dir="here/saved", log_dir="here/logs", tensorboard=True)
+    assert train("-c", "config.json")[0] == 0
+    (folder,) = Path("here/saved").glob("run/*/*/*")
+    folder.rename("moved")
+    shutil.rmtree("here")
+    Path("here").touch()  # nothing can be written below a file
+    code, text = train("-r", "moved/latest.pth", "--set", "trainer.epochs=2")
+    assert code == 0, text
+    assert "trainer.save_dir: " in text
+    assert torch.load("moved/latest.pth", weights_only=False)["epoch"] == 2
+    assert list(Path("moved/tensorboard").rglob("events*"))
