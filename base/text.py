@@ -26,6 +26,8 @@ def read_lines(path: str | Path, field: str) -> list[tuple[int, str]]:
         text = data.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "strict")
     except UnicodeDecodeError as error:
         raise UserError(f"{field}: {path} cannot be read as text ({error.reason}); save it as UTF-8") from None
+    if "\0" in text:  # such as UTF-16 without a byte order mark
+        raise UserError(f"{field}: {path} is not UTF-8 text (it contains a byte 0); save it as UTF-8")
     lines = ((number, line.strip().lstrip("\ufeff")) for number, line in enumerate(text.splitlines(), 1))
     return [(number, line) for number, line in lines if line and not line.startswith("#")]
 

@@ -54,6 +54,7 @@ def test_class_files(tmp_path: Path, text: str, want: Classes, encoding: str) ->
         (b"color,what\nred,road\nblue,sky\n", "looks like a table"),
         ("Straße\n".encode("latin-1"), "not UTF-8"),
         (b"\x00\x01\x02", "not UTF-8"),
+        ("road\ntree\n".encode("utf-16-le"), "not UTF-8 text .*byte 0"),
         (b"road\ntraffic\xc2\xa0sign\n", r"it contains '\\xa0'"),
         (b"1 road\n2 tree\n", r"ids .* are \[1, 2\], expected 0 to 1"),
         (b"Idx,Name\n1,wall\n2,building\n", r"ids .* are \[1, 2\], expected 0 to 1"),

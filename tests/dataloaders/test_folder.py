@@ -142,6 +142,9 @@ def test_mistakes_in_lists_name_the_line(plain: Path, line: str, message: str) -
         folder(plain, list_file="train.txt")
     with pytest.raises(UserError, match="list_file: there is no file .*none.txt"):
         folder(plain, list_file="none.txt")
+    (plain / "train.txt").write_text("im1\nim2\n", encoding="utf-16-le")  # without a byte order mark
+    with pytest.raises(UserError, match=r"train\.txt is not UTF-8 text"):
+        folder(plain, list_file="train.txt")
 
 
 @pytest.mark.parametrize(
