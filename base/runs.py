@@ -19,6 +19,7 @@ from utils import checkpoint, distributed, files
 from utils import config as configs
 from utils.config.schema import Config
 from utils.errors import UserError
+from utils.evaluation import checkpoint_fit
 from utils.files import expand
 
 try:
@@ -198,7 +199,7 @@ def _config_of_run(path: Path) -> Mapping[str, Any]:
     try:
         return configs.read(path.parent / "config.json")
     except UserError:
-        return checkpoint.read(path).get("config") or {}
+        return checkpoint_fit.without_fit(checkpoint.read(path)).get("config") or {}
 
 
 def restore_links(state: Mapping[str, Any], path: Path) -> None:

@@ -187,8 +187,12 @@ def test_what_a_fit_writes_is_not_the_last_state_of_a_run(tmp_path) -> None:
     folder.parent.mkdir(parents=True)
     (tmp_path / "run").rename(folder)
     latest = checkpoint.read(folder / LATEST)
-    checkpoint.save(latest | {"calibration": {}}, folder / BEST)
+    predict = latest["config"]["predict"] | {"temperature": 2.0}
+    fit = {"found": {"temperature": 2.0}, "replaced": {"temperature": 1.0}}
+    checkpoint.save(latest | {"calibration": fit, "config": latest["config"] | {"predict": predict}}, folder / BEST)
     checkpoint.save(latest, folder / "checkpoint-epoch2_calibrated.pth")
+    assert runs.newest(trainer.config).samefile(folder / LATEST)
+    (folder / "config.json").unlink()
     assert runs.newest(trainer.config).samefile(folder / LATEST)
     runs.prune(folder, 1, epoch=1)  # the run goes on from checkpoint-epoch1.pth
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == [
