@@ -93,6 +93,7 @@ def test_a_monitor_without_validation_is_off() -> None:
     config = resolve(trainer={"val": False, "monitor": "max Mean_IoU", "early_stop": 10})
     assert config.trainer.monitor == "off"
     assert 'trainer.monitor "max Mean_IoU" (trainer.val is false)' in config.notes[0]
+    assert "trainer.early_stop (trainer.monitor is off)" in config.notes[0]
     assert resolve(trainer={"val": False, "monitor": "min train_loss"}).trainer.monitor == "min train_loss"
 
 

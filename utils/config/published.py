@@ -50,14 +50,23 @@ def adapt(config: Config, models: Registry | None, stages: Sequence[str]) -> Non
         for name in [name for name in args if name in names]:
             ignored.append(f"{path}.args.{name}")
             del args[name]
-    monitored = config.trainer.monitor.partition(" ")[2]
-    if not config.trainer.val and monitored and not monitored.startswith("train_"):
-        ignored.append(f"trainer.monitor {found(config.trainer.monitor)} (trainer.val is false)")
-        config.trainer.monitor = "off"
+    ignored += _ignored_of_trainer(config)
     if ignored:
         config.notes.append(f"ignored, because they have no effect: {', '.join(ignored)}")
     if "train" in stages:
         _note_defaults(config)
+
+
+def _ignored_of_trainer(config: Config) -> list[str]:
+    """Return the fields of ``trainer`` that have no effect; a monitor that nothing computes is turned off."""
+    ignored, trainer = [], config.trainer
+    monitored = trainer.monitor.partition(" ")[2]
+    if not trainer.val and monitored and not monitored.startswith("train_"):
+        ignored.append(f"trainer.monitor {found(trainer.monitor)} (trainer.val is false)")
+        trainer.monitor = "off"
+    if trainer.monitor == "off" and trainer.early_stop:
+        ignored.append("trainer.early_stop (trainer.monitor is off)")
+    return ignored
 
 
 def _note_defaults(config: Config) -> None:
