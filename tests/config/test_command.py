@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.config.running import BASE, write
 from utils import config as configs
@@ -23,6 +24,7 @@ SHAPES: dict[str, Any] = BASE | {
 }
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_an_optimizer_that_the_network_cannot_use(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"optimizer.args: Muon only supports 2D parameters"):
         run_check(tmp_path, monkeypatch, SHAPES, 'optimizer={"type": "Muon"}')

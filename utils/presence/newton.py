@@ -21,7 +21,8 @@ def minimum(terms: Callable[[Tensor], tuple[float, Tensor, Tensor]], start: Tens
     """
     best, (lowest, gradient, curvature) = start, terms(start)
     for _ in range(_MOST_STEPS):
-        step = torch.linalg.lstsq(curvature, gradient[:, None]).solution[:, 0]  # also where the curvature is singular
+        # Also where the curvature is singular. (With torch 2.6, lstsq gives other last digits in each call.)
+        step = torch.linalg.pinv(curvature, hermitian=True) @ gradient
         while (found := terms(best - step))[0] > lowest and float(step.abs().max()) > _SMALLEST_STEP:
             step = step / 2
         if found[0] > lowest:
