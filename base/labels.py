@@ -99,9 +99,10 @@ class PaletteReference:
         if other.any():
             value = int(used[other][0])
             raise self._error(path, f"value {value} is {_text(mask.palette[value])} here", self._colors[value], advice)
-        if not self._known[used].all():
+        known = self._known.copy()  # before the colors are compared: other threads may add some meanwhile
+        if not known[used].all():
             # A color that another value has in earlier masks, and that value has another color in this one.
-            before = self._known[:, None] & (self._colors[:, None] == shown).all(2)
+            before = known[:, None] & (self._colors[:, None] == shown).all(2)
             moved = before & (mask.palette[:, None] != shown).any(2)
             if moved.any():
                 old, new = (int(i) for i in np.argwhere(moved)[0])

@@ -10,9 +10,11 @@ import pytest
 import tifffile
 from PIL import Image
 
+from base.labels import PaletteReference
 from tests.images.png import png
 from utils.errors import UserError
 from utils.images import read_label, read_levels, read_mask, voc_colormap, write_png
+from utils.images.labels import Mask
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 17, 3), np.uint8)
 IDS = np.random.default_rng(1).integers(0, 11, (12, 17), np.uint8)
@@ -240,3 +242,20 @@ def test_masks_that_a_threshold_does_not_split_are_refused(tmp_path: Path) -> No
     cv2.imwrite(str(tmp_path / "wide.png"), SHAPE.astype(np.uint16) * 255)
     with pytest.raises(UserError, match="save the mask with 8 bits"):
         read_levels(tmp_path / "wide.png")
+
+
+def test_a_palette_that_another_thread_adds_meanwhile_is_no_contradiction() -> None:
+    reference = PaletteReference()
+    colors = np.asarray(voc_colormap(256), np.uint8)
+
+    class Meanwhile(np.ndarray):
+        """Lets another thread read a mask of value 1 while the colors are compared."""
+
+        def __array_ufunc__(self, ufunc, method, *inputs, **options):  # type: ignore[no-untyped-def]
+            result = getattr(ufunc, method)(*(np.asarray(item) for item in inputs), **options)
+            if ufunc is np.equal:
+                reference.check(Mask(np.ones((2, 2), np.uint8), colors), "b.png")
+            return result
+
+    reference.check(Mask(np.zeros((2, 2), np.uint8), colors.view(Meanwhile)), "a.png")
+    reference.check(Mask(np.arange(2, dtype=np.uint8)[None], colors), "c.png")
