@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -296,6 +297,23 @@ def test_maps_give_the_same_alone_and_in_any_chunks(metric: str) -> None:
         assert same(single, RankDice(*(part[b : b + 1, c : c + 1] for part in whole)))
     for max_bytes in (1, 300_000, 2_000_000, 1 << 30):
         assert same(rank_dice(probs, metric, max_bytes=max_bytes), whole), max_bytes
+
+
+def test_a_row_needs_as_many_power_sums_alone_as_beside_another() -> None:
+    """Two power sums are enough for the first row, and the second one needs more: its piece of the map has both."""
+    generator = torch.Generator().manual_seed(0)
+    full, faint = torch.rand(2, 1, 1, 125_000, 1, generator=generator, dtype=torch.float64)
+    full, faint = 0.86 + 0.1 * full, faint**60
+    both = rank_dice(torch.cat([full, faint], 1), prune=None).scores
+    alone = torch.cat([rank_dice(row, prune=None).scores for row in (full, faint)], 1)
+    assert torch.allclose(both, alone, rtol=1e-13, atol=0)
+
+
+def test_maps_may_be_solved_in_several_threads_at_once() -> None:
+    maps = [smooth_maps(1, 3, 150, 151 + i) for i in range(8)] * 4
+    expected = [rank_dice(probs) for probs in maps]
+    with ThreadPoolExecutor(8) as pool:
+        assert all(map(same, pool.map(rank_dice, maps), expected))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -57,12 +57,14 @@ class Table(NamedTuple):
 
 def alike(costs: Mapping[int, float], device: torch.device) -> list[list[int]]:
     """Return groups of rows with about the same cost; a GPU takes all: there, waiting costs more than padding."""
-    groups, waiting = [], [sorted(costs, key=costs.__getitem__, reverse=True)] if costs else []
+    if device.type not in CPU or not costs:
+        return [list(costs)] if costs else []
+    groups, waiting = [], [sorted(costs, key=costs.__getitem__, reverse=True)]
     while waiting:
         rows = waiting.pop()
         # Padded to their own largest cost, the rows from i on save so much:
         saved, i = max(((costs[rows[0]] - costs[row]) * (len(rows) - i), i) for i, row in enumerate(rows))
-        if saved <= MOST_PADDED or device.type not in CPU:
+        if saved <= MOST_PADDED:
             groups.append(rows)
         else:
             waiting += [rows[:i], rows[i:]]
