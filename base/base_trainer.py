@@ -24,7 +24,7 @@ from utils import checkpoint, distributed, files, finite, optim
 from utils import config as configs
 from utils.config import building
 from utils.config.schema import Config
-from utils.errors import UserError
+from utils.errors import UserError, out_of_memory
 from utils.facts import Facts
 from utils.logger import RunLog
 from utils.losses.base import SegmentationLoss
@@ -328,7 +328,7 @@ def explained(error: Exception) -> str | None:
             f"a process that loads the data was killed ({text.splitlines()[0]}); usually the memory is full: lower "
             "num_workers, batch_size or crop_size in train_loader.args"
         )
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+    if out_of_memory(error):
         first = text.splitlines()[0] if text else "no memory left"
         return f"out of memory: {first[:300]}; lower batch_size or crop_size, raise trainer.accumulate, or use amp bf16"
     if isinstance(error, OSError):

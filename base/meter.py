@@ -72,7 +72,7 @@ class Meter:
         self.reset()
         if state:
             self.metrics.load_state_dict({key: value.to(self.device) for key, value in state["metrics"].items()})
-            self._loss = state["loss"].to(self.device, copy=True)
+            self._loss.copy_(state["loss"])
             self._recent = [loss.to(self.device) for loss in state["recent"]]
 
 

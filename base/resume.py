@@ -15,7 +15,7 @@ from base import rng
 from utils import checkpoint, distributed, optim
 from utils import config as configs
 from utils.config.schema import Config
-from utils.errors import UserError, plural, warn
+from utils.errors import UserError, out_of_memory, plural, warn
 
 # Arguments of loaders that do not change the data.
 _LOADING = ("num_workers", "pin_memory", "cache")
@@ -139,10 +139,12 @@ _NEW_RUN = "to start a new run from its weights: train.py --config CONFIG --weig
 
 @contextmanager
 def refused_if_malformed() -> Iterator[None]:
-    """Turn errors that the content of a checkpoint causes into a UserError."""
+    """Turn errors that the content of a checkpoint causes into a UserError; a full memory is not one of them."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"the checkpoint to resume is malformed ({type(error).__name__}: {str(error)[:200]}); {_NEW_RUN}"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.optim import OPTIMIZERS, build, learning_rates
+from utils.optim import OPTIMIZERS, build, learning_rates, restore
 
 
 class Toy(nn.Module):
@@ -139,6 +140,59 @@ def test_every_optimizer_trains(name):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert learning_rates(optimizer) == {"all": OPTIMIZERS.arguments(name).model_fields["lr"].default}
+
+
+def trained(name: str, **args: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model that has taken a step, and its optimizer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 3, bias=False))
+    optimizer = build(name, model, **args)
+    step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.arange(12.0).view(4, 3) / 10).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_restored_optimizer_continues_exactly_and_a_damaged_state_is_refused(name):
+    args = {"momentum": 0.9} if name == "SGD" else {}
+    model, optimizer = trained(name, **args)
+    saved, other = deepcopy(optimizer.state_dict()), deepcopy(model)
+    resumed = build(name, other, **args)
+    restore(resumed, deepcopy(saved))
+    assert torch.equal(other[0].weight, model[0].weight), "restoring takes no step"
+    for pair in ((model, optimizer), (other, resumed)):
+        step(*pair)
+    assert torch.equal(other[0].weight, model[0].weight)
+    for key, value in saved["state"][1].items():
+        if not isinstance(value, torch.Tensor) or value.ndim == 0:  # a count of steps may have any shape
+            continue
+        bad = deepcopy(saved)
+        bad["state"][1][key] = torch.zeros(7, 5)
+        with pytest.raises(UserError, match=f"optimizer: {name} with the arguments .* cannot continue"):
+            restore(build(name, other, **args), bad)
+
+
+def test_arguments_that_need_another_state_are_named():
+    """Without the check, the first step ends with a KeyError."""
+    model, optimizer = trained("Adam")
+    with pytest.raises(UserError, match="KeyError: 'max_exp_avg_sq.* keeps arguments that the state depends on"):
+        restore(build("Adam", model, amsgrad=True), optimizer.state_dict())
+
+
+def test_a_full_memory_is_not_taken_for_a_damaged_state(monkeypatch):
+    model, optimizer = trained("Adam")
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch, "zeros_like", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        restore(build("Adam", model), optimizer.state_dict())
 
 
 def test_lists_from_json_become_tuples():

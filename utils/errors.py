@@ -57,6 +57,15 @@ def are(count: int, noun: str) -> str:
     return f"{plural(count, noun)} {'is' if count == 1 else 'are'}"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the memory of the machine or of a GPU is full."""
+    if isinstance(error, UserError):
+        return False
+    # torch's errors by their texts: this module must not import torch, and on a CPU they are plain RuntimeErrors.
+    texts = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "Insufficient memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
 def warn(text: str) -> None:
     """Print a warning to the error stream."""
     print(f"warning: {text}", file=sys.stderr)
@@ -80,25 +89,34 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         _interruptible()
         code = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = USER_ERROR_EXIT_CODE
     except BrokenPipeError:
         # The reader of the output has closed it (``| head``), which is not an error.
         sys.stderr.close()
         code = 0
-    except OSError as error:
-        # A path that cannot be used: a name that is too long, no permission, no space. Other errors are our bugs.
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        code = USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception as error:
+        said = _message(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        code = USER_ERROR_EXIT_CODE
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # as distributed.under_torchrun, which imports torch
         _leave_at_once(code or 0)
     sys.exit(code or 0)
+
+
+def _message(error: Exception) -> str | None:
+    """Return what a script prints about an error; None for our bugs."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"  # a name that is too long, no permission, no space
+    if out_of_memory(error):
+        said = (str(error).strip() or "no memory left").splitlines()[0]
+        return f"out of memory: {said[:300]}; use a smaller batch size or image, or another device"
+    return None
 
 
 def _interruptible() -> None:

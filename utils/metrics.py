@@ -253,7 +253,14 @@ class Metrics:
         return dict(self._sums)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Continue from :meth:`state_dict`.
+
+        Raises:
+            KeyError, ValueError: a sum is missing, or those of another number of classes.
+        """
+        for name, empty in (_reduce(self._stacked([]), self.classes) if state else {}).items():
+            if state[name].shape != empty.shape:
+                raise ValueError(f"{name}: expected a tensor {tuple(empty.shape)}, found {tuple(state[name].shape)}")
         self._sums = dict(state)
 
     def rows(self) -> tuple[list[str], ImageScores, Tensor | None]:

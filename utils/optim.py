@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from utils.errors import UserError
+from utils.errors import UserError, out_of_memory
 from utils.registry import Registry
 
 
@@ -100,7 +101,7 @@ def restore(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     """Load the saved state of an optimizer of the same type, but keep the arguments that ``optimizer`` has.
 
     Raises:
-        UserError: the saved parameter groups differ.
+        UserError: the saved parameter groups differ, or the optimizer cannot take a step from the saved state.
     """
     groups = optimizer.param_groups
     mine, theirs = ([(g.get("name"), len(g["params"])) for g in side] for side in (groups, state["param_groups"]))
@@ -114,6 +115,30 @@ def restore(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict(dict(state))
     for group, own in zip(optimizer.param_groups, arguments, strict=True):
         group.update(own)
+    try:
+        _rehearse(optimizer)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(
+            f"optimizer: {optimizer.__class__.__name__} with the arguments of the config cannot continue from the "
+            f"state in the checkpoint ({error.__class__.__name__}: {str(error)[:200]}). A resumed run keeps arguments "
+            "that the state depends on, such as amsgrad or centered. If they are unchanged, the file is malformed. "
+            "To start a new run from its weights: train.py --config CONFIG --weights CHECKPOINT"
+        ) from None
+
+
+def _rehearse(optimizer: Optimizer) -> None:
+    """Take a step with a copy of each parameter and its state, one at a time: the optimizer itself checks neither."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in optimizer.state:
+                continue
+            copy = nn.Parameter(torch.zeros_like(parameter))
+            copy.grad = torch.zeros_like(parameter)
+            trial = optimizer.__class__([group | {"params": [copy]}])  # type: ignore[call-arg]  # all take the groups
+            trial.state[copy] = deepcopy(optimizer.state[parameter])
+            trial.step()
 
 
 def _named(groups: Iterable[tuple[str | None, int]]) -> str:

@@ -25,6 +25,21 @@ def test_batches_without_a_labeled_pixel_do_not_enter_the_loss() -> None:
     assert meter.scores()["train_loss"] == 3.0
 
 
+def test_a_saved_state_of_another_shape_is_refused() -> None:
+    meter = Meter(Metrics(2, 255), torch.device("cpu"))
+    target = torch.zeros(1, 4, 4, dtype=torch.long)
+    meter.update(torch.tensor(1.0), PROCEDURES["max"](torch.rand(1, 2, 4, 4), PredictOptions()), target)
+    state = meter.state_dict()
+    meter.load_state_dict(state)
+    for name in state["metrics"]:
+        with pytest.raises(ValueError, match=name):
+            meter.load_state_dict(state | {"metrics": state["metrics"] | {name: torch.zeros(5, 0)}})
+        with pytest.raises(KeyError, match=name):
+            meter.load_state_dict(state | {"metrics": {k: v for k, v in state["metrics"].items() if k != name}})
+    with pytest.raises(RuntimeError):
+        meter.load_state_dict(state | {"loss": torch.zeros(3)})
+
+
 @pytest.mark.parametrize(("procedure", "shown"), [("max", "Accuracy 0.500"), ("T", "PixelAcc 0.667")])
 def test_the_bar_shows_the_share_of_correct_labels_if_there_is_one(procedure, shown) -> None:
     """An untrained head is mostly right about each class alone, but not about the labels."""

@@ -189,22 +189,46 @@ def test_differences_name_each_field_with_both_values() -> None:
 
 
 def test_a_malformed_training_state_is_one_message(train: Train) -> None:
-    assert train("-c", "config.json")[0] == 0
+    assert train("-c", "config.json", "--set", "optimizer.args.momentum=0.9")[0] == 0
     state = torch.load(latest(), weights_only=False)
     rng = {"processes": [state["processes"][0] | {"rng": None}]}
+    buffers = {key: {"momentum_buffer": torch.zeros(3, 1)} for key in state["optimizer"]["state"]}
     for change in (
         {"epoch": None},
         {"not_improved_count": "x"},
         {"monitor_best": None},
         {"names": 3},
         {"facts": {}},
+        {"optimizer": state["optimizer"] | {"state": buffers}},
         rng,
     ):
         torch.save(state | change, "malformed.pth")
         code, text = train("-r", "malformed.pth", "--set", "trainer.epochs=2")
         assert code == 2, change
         assert "Traceback" not in text
-        assert "to start a new run from its weights" in text or "expected a whole number as 'epoch'" in text
+        assert "o start a new run from its weights" in text or "expected a whole number as 'epoch'" in text
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_memory_is_named_as_the_reason(train: Train, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    assert train("-c", "config.json")[0] == 0
+
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("base.resume.optim.restore", full)
+    code, text = train("-r", str(latest()), "--set", "trainer.epochs=2")
+    assert code == 2
+    assert "error: out of memory: " in text
+    assert "malformed" not in text
 
 
 def test_a_run_that_has_moved_goes_on_in_its_new_place(train: Train) -> None:

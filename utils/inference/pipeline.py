@@ -12,7 +12,7 @@ from operator import add
 import numpy as np
 import torch
 
-from utils.errors import UserError
+from utils.errors import UserError, out_of_memory
 from utils.images import Pixels
 from utils.inference.outputs import Outputs
 from utils.inference.sources import Item
@@ -189,7 +189,7 @@ class Pipeline:
 
 def explain(source: str, error: Exception) -> str:
     """Return one line on what went wrong with an image."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error):
+    if out_of_memory(error):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return f"{source}: out of memory; try --mode sliding, or a smaller --max-pixels, --tile or --batch-size"
