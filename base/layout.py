@@ -5,10 +5,8 @@ from __future__ import annotations
 from itertools import islice, zip_longest
 from pathlib import Path
 
-from PIL import Image
-
 from utils.errors import UserError
-from utils.images.raster import ORIENTATION
+from utils.images.formats import orientation, read_bytes
 
 _DEPTH = 4
 _ENTRIES_PER_FOLDER = 5
@@ -59,19 +57,10 @@ def sizes_differ(image: Path, label: Path, image_size: tuple[int, ...], label_si
         f"image and label differ in size: {image} is {image_size[1]}x{image_size[0]}, "
         f"{label} is {label_size[1]}x{label_size[0]} (width x height)"
     )
-    turned = [path for path in (image, label) if orientation(path) >= 5]
+    turned = [path for path in (image, label) if orientation(read_bytes(path)) >= 5]
     if label_size[::-1] == image_size and len(turned) == 1:
         text += (
             f". Only {turned[0].name} is rotated by its EXIF orientation, so the mask was made for the image as "
             "stored. Remove the orientation from that file, or rotate the other one"
         )
     return UserError(text)
-
-
-def orientation(path: Path) -> int:
-    """Return the EXIF orientation of a file: 1 as stored, 2 to 4 mirrored or turned, from 5 on with sides swapped."""
-    try:
-        with Image.open(path) as file:
-            return file.getexif().get(ORIENTATION, 1)
-    except Exception:  # Pillow's plugins raise many kinds of errors; other files have no orientation
-        return 1

@@ -13,10 +13,9 @@ import numpy as np
 
 from base.base_dataset import BaseDataSet
 from base.entries import spread
-from base.layout import orientation
 from base.statistics import mean_and_std, moments
 from utils.errors import UserError
-from utils.images.formats import decode, read_bytes
+from utils.images.formats import decode, orientation, read_bytes
 from utils.progress import progress_bar
 
 DECODED = 100  # at most this many images are also examined as stored
@@ -112,7 +111,7 @@ def _look(dataset: BaseDataSet, index: int, as_stored: bool) -> Findings:
         found.problems, found.alike[general] = [message], [(entry.name, message)]
         return found
     if as_stored and entry.image is not None and entry.label is not None:
-        turn, of_mask = orientation(entry.image), orientation(entry.label)
+        turn, of_mask = (orientation(read_bytes(path)) for path in (entry.image, entry.label))
         # If width and height are swapped, equal sizes show that the mask fits the turned image.
         if turn != of_mask and (label.shape[0] == label.shape[1] or (turn >= 5) == (of_mask >= 5)):
             found.turned = [f"{entry.image} (orientation {turn}, its mask {of_mask})"]

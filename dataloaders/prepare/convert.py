@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from PIL import Image
 
 from base.classes import Color
 from dataloaders.prepare.download import unpack
@@ -22,8 +21,8 @@ from dataloaders.prepare.formats import FORMATS
 from utils.errors import UserError, listed, plural, warn
 from utils.files import write_text
 from utils.images import voc_colormap, write_png
-from utils.images.formats import decode, read_bytes
-from utils.images.raster import ORIENTATION, upright
+from utils.images.formats import orientation, read_bytes, upright_size
+from utils.images.raster import upright
 from utils.progress import progress_bar
 
 VOID = 255
@@ -150,9 +149,9 @@ def undecided_turns(tally: Tally) -> list[str]:
     """Return a message if the size of some images does not say for which orientation they were annotated."""
     if not tally.turned:
         return []
-    path, orientation = next(iter(tally.turned.items()))
+    path, turn = next(iter(tally.turned.items()))
     return [
-        f"EXIF data turns or mirrors {plural(len(tally.turned), 'image')}, such as {path} (orientation {orientation}), "
+        f"EXIF data turns or mirrors {plural(len(tally.turned), 'image')}, such as {path} (orientation {turn}), "
         "and the size of the annotations does not show whether they were made before or after that. Assumed: after, "
         "on the image as viewers show it. Look at some masks; if they are turned, remove the EXIF orientation from "
         "these images and run prepare again"
@@ -225,23 +224,24 @@ def _palette(export: Export, classes: dict[str, int]) -> list[Color]:
 
 def _mask(picture: Picture, export: Export, classes: dict[str, int], options: Options, tally: Tally) -> np.ndarray:
     """Return the ids of an image, uint8 ``(H, W)``, upright."""
-    width, height, orientation = _size(picture.image)
+    data = read_bytes(picture.image)
+    (height, width), turn = upright_size(data, picture.image), orientation(data)
     ids = None
     if picture.ids is not None:
         ids = np.array([classes[name] for name in export.classes], np.uint8)[picture.ids()]
     size = (ids.shape[1], ids.shape[0]) if ids is not None else picture.size or (width, height)
     is_turned = size != (width, height)
-    if is_turned and not (orientation >= 5 and size == (height, width)):
+    if is_turned and not (turn >= 5 and size == (height, width)):
         raise UserError(
             f"{picture.image} is {width} x {height} (width x height), but its annotations are for {size[0]} x "
             f"{size[1]}; use the images that were labeled"
         )
     mask = _drawn(picture, size, classes, options, tally) if ids is None else ids
     if is_turned:
-        return np.ascontiguousarray(upright(mask, orientation))
+        return np.ascontiguousarray(upright(mask, turn))
     known = picture.ids is not None or picture.size is not None
-    if 2 <= orientation <= 8 and (orientation < 5 or width == height or not known):
-        tally.turned[picture.image] = orientation
+    if turn > 1 and (turn < 5 or width == height or not known):
+        tally.turned[picture.image] = turn
     return mask
 
 
@@ -275,18 +275,6 @@ def _drawn(
         drawn |= area
     tally.over_images.update(pairs)
     return mask
-
-
-def _size(path: Path) -> tuple[int, int, int]:
-    """Return width and height of an image after EXIF rotation, and the EXIF orientation."""
-    try:
-        with Image.open(path) as image:
-            orientation = image.getexif().get(ORIENTATION, 1)
-            width, height = image.size
-            return (height, width, orientation) if orientation >= 5 else (width, height, orientation)
-    except Exception:  # Pillow's plugins raise many kinds of errors; decode() reads other formats
-        array = decode(read_bytes(path), path).array
-        return array.shape[1], array.shape[0], 1
 
 
 def summary(export: Export, classes: dict[str, int], tally: Tally, missing: list[str], out: Path, rest: str) -> str:

@@ -43,14 +43,15 @@ def test_the_options(tmp_path: Path) -> None:
     assert np.array_equal(mask(tmp_path / "area", "a"), expected()), "the small one is drawn last"
 
 
-def test_images_turned_by_exif(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_images_turned_by_exif(tmp_path: Path, kind: str) -> None:
     """Annotations of the stored image are rotated with it; those of the image as viewers show it are unchanged."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    photo(tmp_path / "a.jpg", SIZE, exif=exif)
+    photo(tmp_path / "a.jpg", SIZE, format=kind, exif=exif)
     prepare("coco", write(tmp_path / "a.json", coco()), tmp_path / "stored")
     assert np.array_equal(mask(tmp_path / "stored", "a"), np.rot90(expected(), -1))
-    photo(tmp_path / "a.jpg", SIZE[::-1], exif=exif)  # viewers show 40 x 30
+    photo(tmp_path / "a.jpg", SIZE[::-1], format=kind, exif=exif)  # viewers show 40 x 30
     prepare("coco", tmp_path / "a.json", tmp_path / "seen")
     assert np.array_equal(mask(tmp_path / "seen", "a"), expected())
     photo(tmp_path / "a.jpg", (41, 30))

@@ -11,11 +11,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tests.images.png import chunk, png
 from utils.errors import UserError
-from utils.images import read_image, read_label, read_mask, to_pixels, voc_colormap
+from utils.images import formats, read_image, read_label, read_mask, to_pixels, voc_colormap
+from utils.images.raster import upright
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 17, 3), np.uint8)
 SMOOTH = cv2.resize(RGB, (170, 120), interpolation=cv2.INTER_CUBIC)
@@ -98,6 +101,66 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
     got = read_image(path)
     assert got.shape == upright.shape
     assert np.abs(got.astype(int) - upright).mean() < 6
+
+
+def tag(kind: int, *values: int) -> bytes:
+    """Return an EXIF entry for the orientation; kinds: 1 bytes, 3 shorts, 4 longs."""
+    body = struct.pack("<" + {1: "B", 3: "H", 4: "I"}[kind] * len(values), *values)
+    return struct.pack("<HHI", 0x0112, kind, len(values)) + body.ljust(4, b"\0")[:4]
+
+
+def exif_data(*entries: bytes) -> bytes:
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+ODD_EXIF = {
+    "usual": ({"exif": exif_data(tag(3, 6))}, 6),
+    "twice": ({"exif": exif_data(tag(3, 3), tag(3, 6))}, 6),
+    "a long": ({"exif": exif_data(tag(4, 8))}, 8),
+    "a byte": ({"exif": exif_data(tag(1, 6))}, 1),
+    "two numbers": ({"exif": exif_data(tag(3, 6, 3))}, 6),
+    "unknown": ({"exif": exif_data(tag(3, 9))}, 1),
+    "cut off": ({"exif": exif_data(tag(3, 6))[:20]}, 1),
+    "only in XMP": ({"xmp": XMP}, 1),
+    "also in XMP": ({"exif": exif_data(tag(3, 3)), "xmp": XMP}, 3),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("case", ODD_EXIF)
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_every_reader_takes_odd_orientations_alike(tmp_path: Path, case: str, suffix: str) -> None:
+    """The decoders disagree about them, but an image and its mask must not be turned differently."""
+    options, turn = ODD_EXIF[case]
+    if suffix == ".png" and "xmp" in options:
+        information = PngInfo()
+        information.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        options = {key: value for key, value in options.items() if key != "xmp"} | {"pnginfo": information}
+    path, gray = tmp_path / f"a{suffix}", SMOOTH[:, :, 0]
+    picture = Image.fromarray(np.dstack([gray] * 3))
+    picture.save(path, **options, **({"quality": 98} if suffix == ".jpg" else {"lossless": True}))
+    data, want = path.read_bytes(), upright(gray, turn)
+    assert formats.orientation(data) == turn
+    assert formats.upright_size(data, path) == want.shape
+    for image in (read_image(path), read_image(path, 1), formats.decode(data, path).array):
+        assert image.shape[:2] == want.shape
+        assert np.abs(image.mean(2) - want).mean() < 3
+    if suffix == ".png":
+        Image.fromarray(gray).save(path, **options)
+        assert np.array_equal(read_label(path), want)
+
+
+@pytest.mark.parametrize("layout", ["contig", "separate"])
+def test_xmp_does_not_turn_a_tif(tmp_path: Path, layout: str) -> None:
+    """Pillow reads the first layout, tifffile the second."""
+    array = RGB if layout == "contig" else RGB.transpose(2, 0, 1)
+    tags = [(700, "B", len(XMP), XMP, True)]
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="rgb", planarconfig=layout, metadata=None, extratags=tags)
+    data = (tmp_path / "a.tif").read_bytes()
+    assert np.array_equal(read_image(tmp_path / "a.tif"), RGB)
+    assert formats.orientation(data) == 1
+    assert formats.upright_size(data, tmp_path / "a.tif") == RGB.shape[:2]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])

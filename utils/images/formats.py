@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from utils.errors import UserError
 from utils.images import tif
-from utils.images.raster import DAMAGED, Raster, from_pillow, named_colors, orientation_of, upright
+from utils.images.raster import DAMAGED, ORIENTATION, Raster, from_pillow, named_colors, orientation_of, upright
 
 # OpenCV's limit. Pillow's own is lower than the size of satellite images.
 Image.MAX_IMAGE_PIXELS = 2**30
@@ -30,7 +30,7 @@ _PNG_GRAY, _PNG_GRAYS = 0, (0, 4)  # without and with transparency
 _INTERLACED = 28  # place of this byte in a PNG file
 _BMP_BITS = 28  # the same in a BMP file: bits per pixel
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by kind of PNG file
-_JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_JPEG, _JPEG_END, _EXIF = b"\xff\xd8\xff", b"\xff\xd9", b"Exif\0\0"
 _JPEG_12_BIT = re.compile(rb"\xff[\xc0\xc1\xc2]..\x0c", re.DOTALL)  # a frame header: marker, length, precision
 _TIFF = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 
@@ -48,19 +48,54 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
+def orientation(data: bytes) -> int:
+    """Return the orientation that the decoders apply to a file: 1 as stored, 2 to 4 mirrored or turned by 180 degrees.
+
+    From 5 on, the sides are swapped. It is that of the EXIF data as Pillow reads it, and TIFF's own.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=(*_FORMATS, "TIFF"))
+        if image.format == "TIFF":
+            value = image.tag_v2.get(ORIENTATION, 1)
+            return value if value in range(1, 9) else 1
+        if b"eXIf" in _png_chunks(data):
+            image.load()
+        return orientation_of(image)
+    except Exception:  # Pillow's plugins raise many kinds of errors; other files have no orientation
+        return 1
+
+
+def upright_size(data: bytes, path: Path) -> tuple[int, int]:
+    """Return height and width of the image that the decoders return; only the headers of JPEG and PNG files are read.
+
+    Raises:
+        UserError: see :func:`decode`.
+    """
+    if not data.startswith((_JPEG, _PNG)):
+        return decode(data, path).array.shape[:2]
+    width, height = _open(data, path).size
+    return (width, height) if orientation(data) >= 5 else (height, width)
+
+
 def fast_image(data: bytes, channels: int) -> np.ndarray | None:
     """Decode whole JPEG and PNG files of 8 bits as gray or RGB, upright; return None for any other file.
 
-    OpenCV decodes them faster than Pillow and applies the orientation.
+    OpenCV decodes them faster than Pillow.
     """
     if channels not in (1, 3) or not (_is_whole_jpeg(data) or (_is_whole_png(data) and data[24] <= 8)):
         return None
-    if b"acTL" in _png_chunks(data):  # it is animated
+    chunks = _png_chunks(data)
+    if b"acTL" in chunks:  # it is animated
         return None
     # libpng turns colors into gray with a gamma correction where the file has an sRGB or gAMA chunk.
     gray = channels == 1 and (data.startswith(_JPEG) or data[25] in _PNG_GRAYS)
-    image = _opencv(data, cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR)
-    return image[:, :, None] if image is not None and image.ndim == 2 else image
+    flag = cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR
+    image = _opencv(data, flag | cv2.IMREAD_IGNORE_ORIENTATION)  # OpenCV reads odd EXIF data otherwise than Pillow
+    if image is None:
+        return None
+    if b"eXIf" in chunks or _EXIF in data:
+        image = upright(image, orientation(data))
+    return image[:, :, None] if image.ndim == 2 else image
 
 
 def fast_label(data: bytes) -> np.ndarray | None:
@@ -109,8 +144,7 @@ def _png16(data: bytes, path: Path) -> Raster:
     if image is None or image.dtype != np.uint16:
         raise UserError(f"{path} {DAMAGED}")
     chunks = _png_chunks(data)
-    orientation = orientation_of(_open(data, path)) if b"eXIf" in chunks else 1
-    image = upright(image if image.ndim == 3 else image[:, :, None], orientation)
+    image = upright(image if image.ndim == 3 else image[:, :, None], orientation(data))
     frames = chunks.get(b"acTL")
     pages = 1 if frames is None else int.from_bytes(data[frames + 8 : frames + 12], "big")
     return Raster(image, colors=min(3, image.shape[2]), alpha=image.shape[2] == 4, pages=pages)

@@ -41,19 +41,21 @@ def upright(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation of a Pillow image. TIFF files have none: Pillow turns them when it loads them.
+    """Return the orientation in the EXIF data of a Pillow image, 1 to 8; 1 if there is none, or an unknown one.
 
-    Other places that Pillow knows (XMP, text chunks) do not count, because OpenCV does not know them.
+    TIFF files have none: Pillow turns them when it loads them. Other places (XMP, text chunks) do not count. In a PNG
+    file, the EXIF data may follow the pixels: load them first.
     """
-    image.load()
     exif = Image.Exif()
     with suppress(Exception):  # broken metadata is ignored
         exif.load(image.info.get("exif", b""))
-    return exif.get(ORIENTATION, 1)
+    value = exif.get(ORIENTATION, 1)
+    return value if value in range(1, 9) else 1
 
 
 def from_pillow(image: Image.Image, path: Path | str) -> Raster:
     """Return the content of a Pillow image."""
+    image.load()
     orientation = orientation_of(image)
     mode, palette = image.mode, None
     if mode in ("P", "PA"):

@@ -64,6 +64,7 @@ def decode(data: bytes, path: Path, channels: int) -> Raster:
     if image is not None:
         _refuse_truncated(*_segments(image), len(data), path)
         lossy = image.tag_v2.get(_COMPRESSION, 1) in _LOSSY
+        image.info.pop("xmp", None)  # Pillow would follow an orientation there
         try:
             image.load()
         except Exception as error:  # Pillow's parsers raise all kinds on broken files
