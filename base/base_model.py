@@ -156,11 +156,17 @@ class BaseModel(nn.Module):
 
     def get_backbone_params(self) -> list[nn.Parameter]:
         """Return the parameters of ``self.backbone`` (none for networks without one)."""
-        return [p for name, p in self.named_parameters() if name.startswith(f"{self.backbone_name}.")]
+        ids = self._backbone_ids()
+        return [p for p in self.parameters() if id(p) in ids]
 
     def get_decoder_params(self) -> list[nn.Parameter]:
         """Return all parameters outside ``self.backbone``."""
-        return [p for name, p in self.named_parameters() if not name.startswith(f"{self.backbone_name}.")]
+        ids = self._backbone_ids()
+        return [p for p in self.parameters() if id(p) not in ids]
+
+    def _backbone_ids(self) -> set[int]:
+        """Return the identities of the backbone's parameters, also of those that other parts share."""
+        return {id(p) for p in self.backbone.parameters()} if hasattr(self, "backbone") else set()
 
     def count_parameters(self, trainable_only: bool = False) -> int:
         """Return the number of parameter elements, shared ones counted once."""

@@ -27,7 +27,7 @@ MODELS = Registry(
         "PSPDenseNet": "models.pspnet.PSPDenseNet",
         "External": "models.external.External",
     },
-    provided=("num_classes",),
+    provided=("num_classes", "activation"),
 )
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from base.base_model import BaseModel, Outputs, resize_to
 from models.network_files import FileNetwork, load_network
-from utils.errors import UserError
+from utils.errors import UserError, warn
+from utils.predict.network import unlink
 
 #: How far the probabilities of a pixel may be from a sum of 1 (half precision).
 _SUM_TOLERANCE = 1e-2
@@ -37,16 +40,21 @@ class External(BaseModel):
             (``.pt2``), TorchScript, or ``.onnx`` (with onnxruntime).
         backbone: the submodule that is the backbone, such as ``"encoder"``, for ``differential_lr`` and
             ``freeze_backbone``.
-        outputs: "logits", or "probabilities" if the network ends in a softmax (or a sigmoid with one channel).
+        outputs: "logits", or "probabilities" if the network ends in the softmax or sigmoid that the loss implies.
         size_divisor: heights and widths must be multiples of this. Validation and inference pad images to such a size;
             ``crop_size`` must be a multiple.
         resize: for a file that accepts only one image size: resize images to it, and the logits back.
         freeze_backbone: only what is outside the backbone is trained.
+        activation: what turns logits into probabilities, "softmax" or "sigmoid" (that of the loss). One channel always
+            uses the sigmoid.
 
     Raises:
         ValueError: the arguments do not fit together, or ``backbone`` is not a submodule.
         UserError: the factory or the file cannot be used.
     """
+
+    #: State dicts of the network alone fit, too.
+    published_names = ((r"(?:model|net)\.", "network."), ("", "network."))
 
     def __init__(
         self,
@@ -62,6 +70,7 @@ class External(BaseModel):
         resize: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
+        activation: Literal["softmax", "sigmoid"] = "softmax",
     ) -> None:
         super().__init__(num_classes, in_channels)
         problems = {
@@ -77,6 +86,8 @@ class External(BaseModel):
             if is_so:
                 raise ValueError(problem)
         self.outputs, self.size_divisor, self.resize = outputs, size_divisor, resize
+        self.activation: Literal["softmax", "sigmoid"] = activation
+        self.exclusive = activation == "softmax" and num_classes > 1  # the probabilities of a pixel sum to 1
         self.source = file or str(factory)
         if file is not None:
             self.network: nn.Module = load_network(file)
@@ -93,7 +104,7 @@ class External(BaseModel):
                 raise ValueError(f"backbone: {factory} has no submodule {backbone!r}; it has {children}")
         if file is not None or pretrained:
             self.weights_from = file or f"{factory} with {pretrained}"
-        self._checked = False
+        self._checked: list[str] = []  # the outputs whose values were looked at; the copies of DataParallel share it
         if file is not None:
             self.eval()
         self.freeze(freeze_bn, freeze_backbone)
@@ -110,37 +121,71 @@ class External(BaseModel):
     def logits(self, x: Tensor) -> Outputs:
         """Return the network's logits at its own resolution."""
         size = getattr(self.network, "size", None) if self.resize else None
-        outputs = self.network(x if size is None else resize_to(x, size))
-        out = _logits_of(outputs, self.source)
-        if out.dim() != 4 or out.shape[1] != self.num_classes:
+        outputs = self._run(x if size is None else resize_to(x, size))
+        found = {"out": _logits_of(outputs, self.source)}
+        aux = outputs.get("aux") if self.training and isinstance(outputs, Mapping) else None
+        if isinstance(aux, Tensor):
+            found["aux"] = aux
+        for name, values in found.items():
+            tracing = torch.compiler.is_compiling()
+            self._check_shape(name, values, None if tracing else len(x))
+            if not values.is_meta and not tracing and name not in self._checked:
+                self._checked.append(name)
+                self._check_values(values.detach())
+        if self.outputs == "probabilities":
+            found = {name: unlink(values.float(), self.activation) for name, values in found.items()}
+        return found if "aux" in found else found["out"]
+
+    def _run(self, x: Tensor) -> Any:
+        """Call the network; the errors of code from elsewhere become messages with the place of the error."""
+        try:
+            return self.network(x)
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the user's code raises
+            text = str(error).strip()
+            of_the_run = "more than 1 value per channel" in text or "can't allocate memory" in text
+            if of_the_run or torch.compiler.is_compiling():
+                raise
+            places = traceback.extract_tb(error.__traceback__)
+            place = [p for p in places if Path(torch.__file__).parent not in Path(p.filename).parents][-1]
             raise UserError(
-                f"arch.args: {self.source} returns outputs of shape {tuple(out.shape)}; expected (B, "
+                f"arch.args: {self.source} cannot be run on images of shape {tuple(x.shape)}: {type(error).__name__}: "
+                f"{' '.join(text.split())[:300]} ({place.filename}, line {place.lineno}). If it needs another number "
+                'of channels, give it "$in_channels"; if it needs certain sizes, set size_divisor and crop_size'
+            ) from error
+
+    def _check_shape(self, name: str, values: Tensor, batch: int | None) -> None:
+        if values.dim() != 4 or values.shape[1] != self.num_classes or batch not in (None, values.shape[0]):
+            what = "outputs" if name == "out" else f"outputs {name!r}"
+            raise UserError(
+                f"arch.args: {self.source} returns {what} of shape {tuple(values.shape)}; expected ({batch or 'B'}, "
                 f"{self.num_classes}, h, w), because the data has {self.num_classes} classes. Give the network this "
                 "number of classes"
             )
-        if not self._checked and not out.is_meta and not torch.compiler.is_compiling():
-            self._checked = True
-            self._check_values(out.detach())
-        if self.outputs == "probabilities":
-            # A network's exact 0 becomes a finite logit.
-            p = out.float().clamp_min(torch.finfo(torch.float32).tiny)
-            out = p.log() if self.num_classes > 1 else torch.logit(p, eps=1e-7)
-        aux = outputs.get("aux") if self.training and isinstance(outputs, Mapping) else None
-        return {"out": out, "aux": aux} if isinstance(aux, Tensor) else out
 
     def _check_values(self, out: Tensor) -> None:
-        """Raise UserError where values and ``outputs`` contradict each other; looks at the first batch only."""
-        inside = bool((out >= 0).all() and (out <= 1 + _SUM_TOLERANCE).all())
-        sums = self.num_classes == 1 or bool(((out.sum(dim=1) - 1).abs() < _SUM_TOLERANCE).all())
-        if self.outputs == "probabilities" and not (inside and sums):
+        """Raise UserError where the first values and ``outputs`` contradict each other; warn where they may."""
+        lowest, highest = out.min().item(), out.max().item()
+        inside = lowest >= 0 and highest <= 1 + _SUM_TOLERANCE
+        sums = bool(((out.sum(dim=1) - 1).abs() < _SUM_TOLERANCE).all())
+        if self.outputs == "probabilities":
+            if inside and (sums or not self.exclusive):
+                return
+            one = ", with the sum 1 at every pixel (or a loss with sigmoids, docs/losses.md)" if self.exclusive else ""
             raise UserError(
                 f"arch.args.outputs: found probabilities, but the outputs of {self.source} lie between "
-                f"{out.min().item():.3g} and {out.max().item():.3g}; expected 0 to 1, with the sum 1 at every pixel"
+                f"{lowest:.3g} and {highest:.3g}; expected 0 to 1{one}"
             )
-        if self.outputs == "logits" and self.num_classes > 1 and inside and sums:
+        if inside and sums and self.num_classes > 1:
             raise UserError(
                 f"arch.args.outputs: {self.source} returns probabilities (from 0 to 1, with the sum 1 at every pixel), "
                 'not logits; write outputs: "probabilities"'
+            )
+        if inside and lowest < highest:
+            warn(
+                f"arch.args.outputs: the first outputs of {self.source} lie between {lowest:.3g} and {highest:.3g}; "
+                'if it ends in a sigmoid, write outputs: "probabilities"'
             )
 
     @property
@@ -200,6 +245,14 @@ def _logits_of(outputs: Any, source: str) -> Tensor:
         if found is None and isinstance(outputs, Mapping):
             found = outputs.get("out", outputs.get("logits"))
     if not isinstance(found, Tensor):
-        what = f"a mapping with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs)
-        raise UserError(f'arch.args: {source} returns {what}; expected a tensor, a mapping with "out", or .logits')
+        what = f"a mapping with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else _name_of(outputs)
+        raise UserError(
+            f'arch.args: {source} returns {what}; expected a tensor, a mapping with "out", or .logits. Name a function '
+            "that returns a module with such outputs"
+        )
     return found
+
+
+def _name_of(outputs: Any) -> str:
+    count = f" of {len(outputs)}" if isinstance(outputs, (tuple, list)) else ""
+    return f"{type(outputs).__name__}{count}"

@@ -26,9 +26,31 @@ class SmallNetwork(nn.Module):
             return {"out": y, "aux": y / 2} if self.training else {"out": y}
         if self.form == "object":
             return Output(y)
-        if self.form == "probabilities":
-            return F.interpolate(y, size=x.shape[-2:]).softmax(dim=1)
-        return y if self.form == "tensor" else {"answer": y}
+        large = F.interpolate(y, size=x.shape[-2:])
+        forms = {
+            "tensor": y,
+            "probabilities": large.softmax(dim=1),
+            "sigmoid": large.sigmoid(),
+            "aux probabilities": {"out": large.softmax(dim=1), "aux": (large / 2).softmax(dim=1)},
+            "aux of two classes": {"out": y, "aux": y[:, :2]},
+            "mean over the batch": y.mean(dim=0, keepdim=True),
+            "several": (y, y),
+        }
+        return forms.get(self.form, {"answer": y})
+
+
+class Tied(nn.Module):
+    """A decoder that shares a parameter with the encoder, and comes before it."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.decoder = nn.Conv2d(8, 8, 3, padding=1)
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+        self.encoder[1].weight = self.decoder.weight
+        self.head = nn.Conv2d(8, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.decoder(self.encoder(x)))
 
 
 class Output:

@@ -17,8 +17,10 @@ import inference
 import models
 import test as test_script
 import train
+from tests.models.small_network import SmallNetwork
 from tests.small_checkpoint import needs_new_torch
 from utils import checkpoint, export
+from utils.config import __main__ as config_script
 from utils.errors import UserError
 
 SMALL = "tests.models.small_network:SmallNetwork"
@@ -191,6 +193,94 @@ def test_probabilities_become_logits_and_a_contradiction_is_refused() -> None:
         external(factory=SMALL, args=ARGS, outputs="probabilities").eval()(x)
 
 
+def test_probabilities_of_auxiliary_outputs_become_logits_too() -> None:
+    model = external(factory=SMALL, args=ARGS | {"form": "aux probabilities"}, outputs="probabilities").train()
+    model.network.dropout.p = 0.0
+    x = torch.randn(2, 3, 16, 16)
+    found, expected = model(x), model.network(x)
+    for name in ("out", "aux"):
+        torch.testing.assert_close(found[name].softmax(1), expected[name])
+
+
+@pytest.mark.parametrize("form", ["probabilities", "sigmoid"])
+def test_probabilities_keep_their_values_with_a_loss_of_sigmoids(form: str) -> None:
+    args = ARGS | {"form": form}
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        model = external(factory=SMALL, args=args, outputs="probabilities", activation="sigmoid").eval()
+        torch.testing.assert_close(model(x).sigmoid(), model.network(x))
+        one = external(1, factory=SMALL, args=ARGS | {"form": "sigmoid"}, outputs="probabilities").eval()
+        torch.testing.assert_close(one(x).sigmoid(), one.network(x))
+        if form == "sigmoid":
+            with pytest.raises(UserError, match="the sum 1 at every pixel .or a loss with sigmoids"):
+                external(factory=SMALL, args=args, outputs="probabilities").eval()(x)
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+def test_outputs_that_may_be_those_of_a_sigmoid_are_reported_once(
+    classes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = external(classes, factory=SMALL, args=ARGS | {"form": "sigmoid"}).eval()
+    for _ in range(2):
+        model(torch.randn(1, 3, 16, 16))
+    assert capsys.readouterr().err.count('if it ends in a sigmoid, write outputs: "probabilities"') == 1
+    external(factory=SMALL, args=ARGS).eval()(torch.randn(1, 3, 16, 16))
+    assert not capsys.readouterr().err
+
+
+def test_the_loss_of_the_config_says_which_probabilities_a_network_returns(
+    run: Callable[..., int], tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, {"factory": SMALL, "args": ARGS | {"form": "sigmoid"}, "outputs": "probabilities"})
+    options = ["--set", "trainer.epochs=1", "--set", "trainer.fit=false", "--set", "loss=BCEWithLogitsLoss2d"]
+    assert run(train.main, "-c", config, *options) == 0
+    (path,) = (tmp_path / "saved").rglob("best_model.pth")
+    loaded = checkpoint.load_model(path, trust_code=True)
+    images = torch.rand(1, 3, 32, 32)
+    network = loaded.single()
+    with torch.no_grad():
+        expected = loaded.model.network(network.normalize(images))
+        torch.testing.assert_close(network.probabilities(images), expected)
+    with pytest.raises(UserError, match="the sum 1 at every pixel"):
+        run(train.main, "-c", config, "--set", "trainer.epochs=1")
+
+
+def test_a_parameter_that_the_backbone_shares_belongs_to_it() -> None:
+    model = external(factory=SMALL.replace("SmallNetwork", "Tied"), args={"classes": 4}, backbone="encoder")
+    shared = model.network.decoder.weight
+    assert any(p is shared for p in model.get_backbone_params())
+    assert not any(p is shared for p in model.get_decoder_params())
+    assert len(model.get_backbone_params()) + len(model.get_decoder_params()) == len(list(model.parameters()))
+    model.freeze(backbone=True)
+    assert not shared.requires_grad
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module.", "network."])
+def test_weights_alone_are_scored_with_the_config_of_the_network(
+    prefix: str, run: Callable[..., int], tmp_path: Path
+) -> None:
+    network = SmallNetwork(8).eval()
+    torch.save({prefix + key: value for key, value in network.state_dict().items()}, tmp_path / "weights.pth")
+    config = write_config(tmp_path, {"factory": SMALL, "args": ARGS})
+    loaded = checkpoint.load_model(tmp_path / "weights.pth", config=config)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model.network(x), network(x))
+    if not prefix:
+        assert run(test_script.main, "-r", tmp_path / "weights.pth", "-c", config, "-o", tmp_path / "scores") == 0
+        torch.save({"encoder.0.weight": torch.zeros(1)}, tmp_path / "weights.pth")
+        with pytest.raises(UserError, match="do not fit External: .*missing"):
+            checkpoint.load_model(tmp_path / "weights.pth", config=config)
+
+
+def test_config_check_downloads_no_weights(run: Callable[..., int], tmp_path: Path) -> None:
+    fail = {"factory": "tests.models.small_network:fail"}
+    config = write_config(tmp_path, {"factory": SMALL, "args": ARGS, "pretrained": {"width": fail}})
+    with pytest.raises(UserError, match="out of luck"):
+        run(train.main, "-c", config)
+    assert run(config_script.main, "check", config) == 0
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -216,13 +306,20 @@ def test_what_cannot_be_built_is_explained(args: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"classes": 7}, r"returns outputs of shape \(1, 7, 4, 4\).*the data has 4 classes"),
+        ({"classes": 7}, r"returns outputs of shape \(2, 7, 4, 4\).*the data has 4 classes"),
         ({"classes": 4, "form": "unknown"}, "a mapping with answer"),
+        ({"classes": 4, "form": "several"}, "returns tuple of 2; expected a tensor"),
+        ({"classes": 4, "form": "aux of two classes"}, r"outputs 'aux' of shape \(2, 2, 4, 4\); expected \(2, 4, h, w"),
+        ({"classes": 4, "form": "mean over the batch"}, r"outputs of shape \(1, 4, 4, 4\); expected \(2, 4, h, w"),
+        (
+            {"classes": 4, "channels": 1},
+            r'on images of shape \(2, 3, 32, 32\): RuntimeError: .*small_network.py, line \d+.*"\$in_channels"',
+        ),
     ],
 )
 def test_outputs_that_do_not_fit_are_explained(args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        external(factory=SMALL, args=args)(torch.randn(1, 3, 32, 32))
+        external(factory=SMALL, args=args)(torch.randn(2, 3, 32, 32))
 
 
 def test_pretrained_arguments_are_for_the_start_only() -> None:

@@ -240,7 +240,7 @@ def build_model(
     models, upstream = import_module("models"), import_module("models.upstream")
     weights = state.get("ema") or state["state_dict"]
     try:
-        if "network" in state:
+        if "network" in state or ("facts" not in state and config.arch.type == EXTERNAL):
             facts = _facts_of_config(config)
             arch, args, num_classes = config.arch.type, arch_arguments(config, facts), facts.num_classes
         elif "facts" in state:
@@ -256,7 +256,7 @@ def build_model(
             facts = _facts_of_config(config, num_classes)
         if "pretrained" in args:
             args["pretrained"] = False  # the checkpoint's weights replace them anyway
-        if "network" not in state and arch != "External":  # code from elsewhere may not run on the meta device
+        if "network" not in state and arch != EXTERNAL:  # code from elsewhere may not run on the meta device
             _check_size(arch, num_classes, args, weights)
         model = models.build(arch, num_classes, **args)
         if "network" not in state:
@@ -295,6 +295,8 @@ def _check_size(arch: str, num_classes: int, args: Mapping[str, Any], weights: M
 def arch_arguments(config: Config, facts: Facts) -> dict[str, Any]:
     """Return the model's arguments, with the images' channels where the config leaves them to the data."""
     args = dict(config.arch.args)
+    if config.arch.type == EXTERNAL:
+        args["activation"] = LOSSES[config.loss.type].activation
     channels = args.get("in_channels", facts.in_channels)
     if channels != facts.in_channels:
         raise UserError(

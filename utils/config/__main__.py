@@ -32,7 +32,7 @@ def rehearse(config: Config) -> None:
     facts = Facts.of(train.dataset)
     data_checks.check_facts(config, facts, others)
     arguments = checkpoint.arch_arguments(config, facts)
-    if arguments.get("pretrained") is True:
+    if "pretrained" in arguments and not isinstance(arguments["pretrained"], str):
         arguments["pretrained"] = False  # nothing is downloaded
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*meta parameter")  # pretrained weights have no effect there
