@@ -13,6 +13,7 @@ from tests.base.test_trainer import Killed, ToyLoader, _stop_at, make_trainer
 from utils import checkpoint
 from utils.errors import UserError
 from utils.lr_scheduler import poly
+from utils.predict.network import AMP_DTYPES
 
 
 def stopped(folder: Path, iteration: int, **options: Any) -> None:
@@ -115,9 +116,17 @@ def test_without_a_labeled_pixel_nothing_can_be_monitored(tmp_path, monitor) -> 
 
 
 def test_mixed_precision_may_begin_later(tmp_path) -> None:
-    make_trainer(tmp_path, epochs=1).train()
-    for amp in ("fp16", "bf16", "fp16"):
-        overridden(tmp_path, amp=amp)
+    trainer = make_trainer(tmp_path, epochs=1)
+    trainer.train()
+    for epochs, amp, scale in ((2, "fp16", 65536), (3, "fp16", 512), (4, "bf16", 1), (5, "fp16", 65536)):
+        best = trainer.monitor.best
+        trainer = make_trainer(tmp_path, resume=LATEST, epochs=epochs, amp=amp)
+        assert trainer.monitor.best == best
+        assert (trainer.amp, trainer.scaler.get_scale()) == (AMP_DTYPES[amp], scale)
+        if trainer.scaler.is_enabled():
+            trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 512})
+        trainer.train()
+        assert trainer.epoch == epochs
 
 
 def test_an_average_that_begins_later_begins_with_the_weights_of_the_run(tmp_path) -> None:

@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +32,17 @@ def test_what_is_saved_is_read(tmp_path) -> None:
     assert names_in(path.parent) == ["model.pth"]
 
 
+@pytest.fixture
+def old(tmp_path) -> Iterator[Path]:
+    """A checkpoint that the test does not change, and no other visible file beside it."""
+    path = tmp_path / "model.pth"
+    save({"state_dict": {"a": torch.ones(3)}}, path)
+    before = path.read_bytes()
+    yield path
+    assert path.read_bytes() == before
+    assert [name for name in names_in(tmp_path) if not name.startswith(".")] == ["model.pth"]
+
+
 class Boom(Exception):
     """Something that goes wrong in the middle of writing."""
 
@@ -45,57 +58,43 @@ class Boom(Exception):
     ],
 )
 def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(
-    tmp_path, monkeypatch, failure, raised, message
+    old, monkeypatch, failure, raised, message
 ) -> None:
-    path = tmp_path / "model.pth"
-    save({"state_dict": {"a": torch.ones(3)}}, path)
-    before = path.read_bytes()
-
     def broken(content: Any, file: Any) -> None:
         file.write(b"half of it")
         raise failure
 
     monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(raised) as error:
-        save({"state_dict": {"a": torch.zeros(3)}}, path)
+        save({"state_dict": {"a": torch.zeros(3)}}, old)
     assert message in str(error.value)
-    assert path.read_bytes() == before
-    assert names_in(tmp_path) == ["model.pth"]
+    assert names_in(old.parent) == ["model.pth"]
 
 
-def test_a_disk_that_takes_no_more_bytes(tmp_path) -> None:
+def test_a_disk_that_takes_no_more_bytes(old) -> None:
     """A real error of the operating system inside torch's writer: a limit on the file size."""
-    path = tmp_path / "model.pth"
-    save({"state_dict": {"a": torch.ones(3)}}, path)
-    before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(UserError, match="could not be written: File too large; the earlier file is untouched"):
-            save({"state_dict": {"a": torch.ones(10**6)}}, path)
+            save({"state_dict": {"a": torch.ones(10**6)}}, old)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert path.read_bytes() == before
-    assert names_in(tmp_path) == ["model.pth"]
+    assert names_in(old.parent) == ["model.pth"]
 
 
-def test_a_process_killed_in_the_middle_leaves_the_old_file(tmp_path) -> None:
-    path = tmp_path / "model.pth"
-    save({"state_dict": {"a": torch.ones(3)}}, path)
-    before = path.read_bytes()
+def test_a_process_killed_in_the_middle_leaves_the_old_file(old) -> None:
+    """Its unfinished file is hidden, so nothing takes it for a checkpoint."""
     child = os.fork()
     if child == 0:  # dies at once, without clean-up
         torch.save = lambda content, file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), signal.SIGKILL))
-        save({"state_dict": {"a": torch.zeros(3)}}, path)
+        save({"state_dict": {"a": torch.zeros(3)}}, old)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    assert path.read_bytes() == before
-    # Its unfinished file is hidden, so nothing takes it for a checkpoint.
-    assert [n for n in names_in(tmp_path) if not n.startswith(".")] == ["model.pth"]
-    assert list(tmp_path.glob("*.pth")) == [path]
+    assert list(old.parent.glob("*.pth")) == [old]
 
 
 def test_places_that_cannot_be_written(tmp_path) -> None:

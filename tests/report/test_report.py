@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,25 +13,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.checkpoint import states
 from utils import report, tables
 from utils.checkpoint import LoadedModel
 from utils.config import resolve
 from utils.errors import UserError
 from utils.evaluation import Evaluation
-from utils.facts import Facts
 from utils.files import check_folder
 from utils.metrics import Metrics
 from utils.predict import PROCEDURES, PredictOptions
 from utils.report import content as contents
 
-FACTS = Facts(
-    num_classes=3,
-    class_names=("background", "dog, cat", "car"),
-    palette=((0, 0, 0), (255, 0, 0), (0, 255, 0)),
-    mean=(0.5, 0.5, 0.5),
-    std=(0.2, 0.2, 0.2),
-    ignore_index=255,
-)
+FACTS = replace(states.FACTS, class_names=("background", "dog, cat", "car"))
 NAMES = ["b", "a", "empty"]
 DATASET = SimpleNamespace(crop_size=None, val=False)
 
