@@ -135,7 +135,7 @@ def table(comparison: Comparison, facts: Facts, metric: str = "dice") -> str:
         counts = [comparison.pixels[name][c] for name in PROCEDURES]
         if not any(counts):
             continue
-        name = html.escape(facts.class_names[c] if c < len(facts.class_names) else f"class {c}")
+        name = html.escape(facts.class_names[c])
         color = "#{:02x}{:02x}{:02x}".format(*facts.palette[c])
         swatch = (
             f'<span style="display:inline-block;width:1em;height:1em;background:{color};border:1px solid #888"></span>'

@@ -14,7 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 class Facts:
     """Classes, colors, normalization and ignore index of a data set: plain Python values.
 
-    ``palette`` has one RGB triple per class; ``mean`` and ``std`` are per channel, for intensities in [0, 1].
+    ``class_names`` has one name per class and ``palette`` one RGB triple. ``mean`` and ``std`` are per channel, for
+    intensities in [0, 1].
     ``value_range`` and ``nodata`` say how stored values become intensities (:class:`utils.images.values.ValueRange`).
     """
 
@@ -58,6 +59,11 @@ class Facts:
             raise ValueError(f"{where}: {first['msg']}, found {str(first['input'])[:60]!r}") from None
         if not 1 <= facts.num_classes <= 2**16:
             raise ValueError(f"num_classes: expected 1 to {2**16}, found {facts.num_classes}")
+        named, colored = len(facts.class_names), len(facts.palette)
+        if named != facts.num_classes or colored < named:
+            raise ValueError(
+                f"class_names and palette: expected {facts.num_classes} of each, found {named} and {colored}"
+            )
         channels = len(facts.mean), len(facts.std)
         if channels != (facts.in_channels, facts.in_channels) or not all(isfinite(v) for v in facts.mean + facts.std):
             raise ValueError(f"mean and std: expected a finite number for each of {facts.in_channels} channels")
@@ -68,12 +74,7 @@ class Facts:
     @property
     def label_names(self) -> tuple[str, ...]:
         """The names of the labels; with one class there are two, the background and the class."""
-        names = tuple(self.class_name(c) for c in range(max(self.num_classes, len(self.class_names))))
-        return names if len(names) > 1 else ("background", *names)
-
-    def class_name(self, c: int) -> str:
-        """Return the name of a class; "class 7" if the data set has fewer names."""
-        return self.class_names[c] if c < len(self.class_names) else f"class {c}"
+        return self.class_names if self.num_classes > 1 else ("background", *self.class_names)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers."""

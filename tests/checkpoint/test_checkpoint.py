@@ -153,7 +153,7 @@ def test_wrappers_prefixes_do_not_matter(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"facts": FACTS.to_dict() | {"num_classes": 5}}, "3 classes"),
+        ({"facts": Facts.of(LOADERS["VOC"]).to_dict()}, "3 classes"),
         ({"facts": {"classes": 3}}, "its 'facts'"),
         ({"facts": 3}, "its 'facts'"),
         ({"state_dict": {"a": torch.ones(1)}}, "do not fit UNet"),

@@ -44,7 +44,7 @@ class Table:
         wanted = set(keep) - {row.image for row in rows}
         rows += [row for row in self._read() if row.image in wanted]
         rows.sort(key=lambda row: (row.expected is None, row.expected or 0.0, row.image))
-        names = [self.facts.class_name(c) for c in range(self.facts.num_classes)]
+        names = self.facts.class_names
         seen = [f"presence of {name}" for name in names if any(row.presence for row in rows)]
         lines = [["image", f"expected_{self.metric}", *names, *seen]]
         for row in rows:

@@ -199,7 +199,7 @@ def write_classes(
     folder.mkdir(parents=True, exist_ok=True)
     written = set()
     for c, picture in pictures:
-        plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in facts.class_name(c))
+        plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in facts.class_names[c])
         path = folder / f"{c:03d}_{plain}.png"
         write_png(path, picture, software=stamps.text(run))
         written.add(path)
