@@ -163,6 +163,8 @@ def test_malformed_contents_are_refused_in_one_line(case, tmp_path) -> None:
         ({"std": (0.0, 1.0, 1.0)}, "std: expected numbers above 0"),
         ({"num_classes": 10**12}, "num_classes: expected 1 to 65536"),
         ({"palette": 3}, "palette: "),
+        ({"nodata": "x"}, "nodata must be a number"),
+        ({"value_range": (1.0, 0.0)}, "value_range must be"),
         ({"palette": [[0, 0, 0]]}, "class_names and palette: expected 3 of each, found 3 and 1"),
         ({"class_names": []}, "class_names and palette: expected 3 of each, found 0 and 3"),
         ({"ignore_index": None}, "ignore_index: "),

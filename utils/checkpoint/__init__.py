@@ -35,6 +35,7 @@ from utils.config.published import dead_arguments
 from utils.config.schema import Config
 from utils.errors import UserError, warn
 from utils.facts import Facts
+from utils.images import ValueRange
 from utils.losses import LOSSES
 from utils.predict import Activation
 from utils.predict.network import Ensemble, Network
@@ -246,6 +247,7 @@ def build_model(
         elif "facts" in state:
             try:
                 facts = Facts.from_dict(state["facts"])
+                ValueRange.of(facts.value_range, facts.nodata)  # is checked here, and used when images are read
             except (TypeError, ValueError, KeyError) as error:
                 raise UserError(f"its 'facts' (classes, palette, mean, std) are malformed: {error}") from None
             arch, args, num_classes = config.arch.type, arch_arguments(config, facts), facts.num_classes

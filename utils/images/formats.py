@@ -54,7 +54,7 @@ def orientation(data: bytes) -> int:
     From 5 on, the sides are swapped. It is that of the EXIF data as Pillow reads it, and TIFF's own.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=(*_FORMATS, "TIFF"))
+        image: Any = Image.open(io.BytesIO(data), formats=(*_FORMATS, "TIFF"))
         if image.format == "TIFF":
             value = image.tag_v2.get(ORIENTATION, 1)
             return value if value in range(1, 9) else 1
