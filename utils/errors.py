@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -63,7 +64,8 @@ def out_of_memory(error: BaseException) -> bool:
         return False
     # torch's errors by their texts: this module must not import torch, and on a CPU they are plain RuntimeErrors.
     texts = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "Insufficient memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+    full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return full or any(text in str(error) for text in texts)
 
 
 def warn(text: str) -> None:
