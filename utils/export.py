@@ -70,7 +70,8 @@ DEFERRED = "prefer_deferred_runtime_asserts_over_guards"  # an argument of torch
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch-export": ()}
 # One more than a multiple of 32: no level of a network divides evenly, so every resize in it is traced as one.
 TRACED_SIZE = (2, 97, 161)
-CHECKED_SIZES = ((1, 64, 96), (3, 97, 130), (2, 161, 224))
+_SIZES = ((1, 64, 96), (3, 97, 130), (2, 161, 224))
+CHECKED_SIZES = {"torch-export": _SIZES, "onnx": (*_SIZES, (2, 20, 45))}
 # torch.export takes a size of 1 for a constant, so five halvings of the smallest side must leave two pixels.
 SMALLEST_TRACED, LARGEST_TRACED, LARGEST_BATCH = 2 * SMALLEST_SIDE, 16384, 1024
 # What float32 rounding may change: a little of the result, or of the size of the logits that it is made from.
@@ -90,7 +91,7 @@ def main() -> int:
     print(f"exporting {loaded.config.arch.type} in {len(STEPS)} steps; large networks take minutes", flush=True)
     with signs_of_life():
         worst = export(loaded, output, args.format, args.logits, progress=steps())
-    sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES)
+    sizes = ", ".join("x".join(map(str, size)) for size in CHECKED_SIZES[args.format])
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB; largest difference to PyTorch {worst:.1e} (on {sizes})")
     if loaded.config.predict.mode != "single":
         print(
@@ -340,8 +341,35 @@ def _write_onnx(program, path: str, facts: dict[str, str]) -> None:
         program, (), path, dynamo=True, external_data=False, input_names=["images"], output_names=[output]
     )
     model = onnx.load(path)
+    _pad_small_images(model.graph)
     onnx.helper.set_model_props(model, facts)
+    onnx.checker.check_model(model)
     onnx.save(model, path)
+
+
+def _pad_small_images(graph: Any) -> None:
+    """Let an ONNX graph pad sides under ``SMALLEST_SIDE``; the traced program lacks this, it is for larger images."""
+    import onnx  # an extra
+
+    images, output = graph.input[0].name, graph.output[0].name
+    for names in (names for node in graph.node for names in (node.input, node.output)):
+        names[:] = [{images: "padded_images", output: "padded_output"}.get(name, name) for name in names]
+    around = onnx.parser.parse_graph(f"""
+        around (float[b, c, h, w] {images}) => (float[b, k, h, w] {output}) {{
+            side_lengths = Shape <start = 2> ({images})
+            smallest_side = Constant <value_ints = [{SMALLEST_SIDE}]> ()
+            enough_pixels = Max (side_lengths, smallest_side)
+            missing_pixels = Sub (enough_pixels, side_lengths)
+            nothing_else = Constant <value_ints = [0, 0, 0, 0, 0, 0]> ()
+            pixels_to_add = Concat <axis = 0> (nothing_else, missing_pixels)
+            padded_images = Pad <mode = "edge"> ({images}, pixels_to_add)
+            top_left = Constant <value_ints = [0, 0]> ()
+            height_and_width = Constant <value_ints = [2, 3]> ()
+            {output} = Slice (padded_output, top_left, side_lengths, height_and_width)
+        }}""")
+    nodes = [*around.node[:7], *graph.node, *around.node[7:]]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _start_onnx(path: str) -> Runner:
@@ -365,7 +393,7 @@ def _start_program(path: str) -> Runner:
 def _compare(deployed: Any, runner: Runner, channels: int, name: str, kind: str) -> float:
     """Return the largest difference of the exported program to PyTorch over the checked sizes."""
     worst, generator = 0.0, np.random.default_rng(0)
-    for batch, height, width in CHECKED_SIZES:
+    for batch, height, width in CHECKED_SIZES[kind]:
         images = generator.random((batch, channels, height, width), dtype=np.float32)
         with torch.no_grad():
             expected = deployed(torch.from_numpy(images)).numpy()

@@ -167,6 +167,7 @@ class Predictor:
         if isinstance(image, Tensor):
             if image.ndim != 3:
                 raise ValueError(f"images: expected a tensor (channels, H, W), got shape {tuple(image.shape)}")
+            image = image.float() if image.dtype == torch.bfloat16 else image  # which numpy lacks
             image = image.detach().cpu().permute(1, 2, 0).numpy()
         if isinstance(image, str | Path):
             pixels = read_pixels(image, channels, self.values)

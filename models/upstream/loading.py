@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from base.base_model import BaseModel
@@ -13,10 +14,9 @@ from models import MODELS
 from models.backbones.common import adapt_first_conv, misfits
 from models.upstream.identify import backbone_of, has_published_names, identify, image_channels, number_of_classes
 from models.upstream.names import strip_wrappers, translate
-from utils.errors import UserError, listed
+from utils.errors import UserError, listed, warn
 
-#: Prefixes under which other programs keep a network or its encoder, and where ours has them.
-THEIR_PREFIXES = ("", "model.", "net.", "network.", "encoder.", "encoder.model.", "backbone.")
+#: Where our networks keep what other programs have alone, or under a prefix of theirs.
 OUR_PREFIXES = ("", "backbone.", "network.", "backbone.network.")
 #: A transfer that uses less than this share of the file's tensors, and of the model's, is refused.
 LEAST_SHARE = 0.2
@@ -93,10 +93,10 @@ def transfer(
 ) -> Transfer:
     """Load the matching weights into ``model``; classes, channels and parameter names may differ.
 
-    Tries our names, the published ones, and the usual prefixes (``model.``, ``encoder.``, ``backbone.``), so that
-    encoders of torchvision, timm and segmentation_models_pytorch match ours. A first convolution for another number
-    of channels is adapted (:func:`models.backbones.common.adapt_first_conv`). Of a head for another number of classes,
-    the classes that both know by name are loaded. Whatever does not fit keeps its values.
+    Tries our names, the published ones, and names without a prefix that many of them share (``model.``, ``encoder.``),
+    so that encoders of torchvision, timm and segmentation_models_pytorch match ours. A first convolution for another
+    number of channels is adapted (:func:`models.backbones.common.adapt_first_conv`). Of a head for other classes, or
+    for the same in another order, those that both know by name are loaded. Whatever does not fit keeps its values.
 
     ``classes``, ``theirs``: the names of the model's classes, and of those that the weights were trained on.
 
@@ -117,13 +117,15 @@ def transfer(
             f"only {len(taken)} of {len(weights)} tensors fit {type(model).__name__}; the file begins with "
             f"{listed(weights, 3)}" + (f". Probably: {why}" if why else "")
         )
+    heads = class_axes(model) if _moved(classes, theirs) else {}
+    taken = [key for key in taken if key not in heads]
     state = {key: weights[names[key]] for key in taken}
     adapted: list[str] = []
     by_class: list[str] = []
     for key in [key for key in own if key in names and key not in state]:
         new, kind = _adapted(weights[names[key]], own[key], model.in_channels), adapted
-        if new is None:
-            new, kind = _by_class(weights[names[key]], own[key], classes, theirs), by_class
+        if key in heads:
+            new, kind = _by_class(weights[names[key]], own[key], classes, theirs, heads[key]), by_class
         if new is not None:
             state[key] = new
             kind.append(key)
@@ -146,8 +148,9 @@ def _renamings(model: BaseModel, own: Mapping[str, Tensor], weights: Mapping[str
     yield {key: by_identity[id(tensor)] for key, tensor in translate(model, weights).items()}
     # timm writes stages_0 for stages.0 where it returns features.
     plain = {key.replace(".", "_"): key for key in own}
-    for theirs in THEIR_PREFIXES:
-        for ours in OUR_PREFIXES:
+    starts = Counter(".".join(key.split(".")[:depth]) + "." for key in weights for depth in (1, 2, 3))
+    for theirs in ("", *(prefix for prefix, count in starts.items() if count >= LEAST_SHARE * len(weights))):
+        for ours in dict.fromkeys((*OUR_PREFIXES, f"{model.backbone_name}.")):
             renamed = {}
             for key in weights:
                 name = plain.get((ours + key.removeprefix(theirs)).replace(".", "_"))
@@ -164,15 +167,53 @@ def _adapted(weight: Tensor, like: Tensor, in_channels: int) -> Tensor | None:
     return adapted if adapted.shape == like.shape else None
 
 
-def _by_class(weight: Tensor, like: Tensor, classes: Sequence[str], theirs: Sequence[str]) -> Tensor | None:
-    """Return ``like`` with the rows of the classes that both know, if it has one row per class and they have, too."""
-    shared = [name for name in classes if name in theirs]
-    if not shared or weight.dim() == 0 or weight.shape[1:] != like.shape[1:]:
-        return None
-    if len(like) != len(classes) or len(weight) != len(theirs):
-        return None
+def _moved(classes: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Return whether there are classes that both know, and other numbers for them or another number of classes."""
+    places = [(i, theirs.index(name)) for i, name in enumerate(classes) if name in theirs]
+    return bool(places) and (len(classes) != len(theirs) or any(i != j for i, j in places))
+
+
+def class_axes(model: BaseModel) -> dict[str, int]:
+    """Return the parameters of a network's heads, and the axis of the classes of each.
+
+    Found by trying: a class's part of a head changes the logits of this class only. Parameters without any effect
+    belong to heads that only training uses, if they have an axis of this length. The result is empty, with a warning,
+    if the network cannot be run on a small image.
+    """
+    count, training = model.num_classes, model.training
+    side = -(-64 // model.size_divisor) * model.size_divisor
+    images = torch.linspace(-1, 1, model.in_channels * side * side).view(1, model.in_channels, side, side)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        with torch.enable_grad():
+            logits = model.eval()(images.to(next(model.parameters())))
+            gradients = torch.autograd.grad(logits[:, 0].sum(), list(parameters.values()), allow_unused=True)
+    except UserError as error:
+        warn(f"the weights of the head are not put into the order of the classes: {error}")
+        return {}
+    finally:
+        model.train(training)
+    found: dict[str, int] = {}
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        for axis, length in enumerate(parameter.shape[:2]):
+            parts = [] if gradient is None or length % count else gradient.movedim(axis, 0).chunk(count)
+            is_head = parts[0].any() and not any(part.any() for part in parts[1:]) if parts else length == count
+            if is_head and (parts or gradient is None):
+                found.setdefault(name, axis)
+    return found
+
+
+def _by_class(weight: Tensor, like: Tensor, classes: Sequence[str], theirs: Sequence[str], axis: int) -> Tensor | None:
+    """Return ``like`` with the parts of the classes that both know; None if the parts have other shapes."""
     new = like.clone()
-    new[[classes.index(name) for name in shared]] = weight[[theirs.index(name) for name in shared]].to(new)
+    parts = new.movedim(axis, 0).unflatten(0, (len(classes), -1))
+    if weight.dim() != like.dim() or weight.shape[axis] % len(theirs):
+        return None
+    their_parts = weight.movedim(axis, 0).unflatten(0, (len(theirs), -1))
+    if parts.shape[1:] != their_parts.shape[1:]:
+        return None
+    for name in set(classes) & set(theirs):
+        parts[classes.index(name)] = their_parts[theirs.index(name)].to(new)
     return new
 
 

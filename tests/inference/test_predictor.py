@@ -64,6 +64,7 @@ def test_any_kind_of_image(model: Path, tmp_path: Path) -> None:
     ]
     for kind in kinds:
         np.testing.assert_array_equal(predict(kind).labels, expected.labels)
+    assert predict((tensor.float() / 255).bfloat16()).labels.shape == (40, 50)
     several = predict([image, tensor, photo(33, 34)])
     assert [s.labels.shape for s in several] == [(40, 50), (40, 50), (33, 34)]
     np.testing.assert_array_equal(np.asarray(several[1]), expected.labels)

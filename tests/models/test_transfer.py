@@ -53,6 +53,46 @@ def test_classes_of_the_same_name_keep_their_part_of_the_head() -> None:
     assert transfer(before, source.state_dict(), ("a", "b", "c"), ("road", "car", "sky", "tree")).by_class == ()
 
 
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [
+        ("UNet", {"width": 8}),  # layers with as many channels as there are classes
+        ("ENet", {}),
+        ("GCN", {"backbone": "resnet18"}),
+        ("PSPNet", {"backbone": "resnet18"}),
+        ("DeepLab_DUC_HDC", {"backbone": "resnet18"}),
+        ("External", {"factory": "tests.models.small_network:SmallNetwork", "args": {"classes": "$num_classes"}}),
+    ],
+)
+def test_the_same_classes_in_another_order_keep_their_logits(kind: str, args: dict[str, Any]) -> None:
+    names = ["road", "car", "sky", "tree", "sign", "pole", "wall", "bus"]
+    order = [3, 0, 4, 7, 1, 2, 6, 5]
+    source, model = (build(kind, 8, seed, **args) for seed in (1, 2))
+    before = torch.get_rng_state()
+    done = transfer(model, source.state_dict(), [names[i] for i in order], names)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert not done.reshaped + done.missing + done.unused
+    heads = len(done.by_class)
+    assert len(done.taken) + heads == len([k for k in model.state_dict() if "num_batches" not in k])
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), source.eval()(images)[:, order], rtol=1e-4, atol=1e-5)
+    if kind == "PSPNet":
+        assert torch.equal(model.aux_head[2].weight, source.aux_head[2].weight[order])
+    same_order = transfer(build(kind, 8, 3, **args), source.state_dict(), ["street", *names[1:]], names)
+    assert not same_order.by_class
+
+
+def test_a_head_that_cannot_be_found_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    args = {"factory": "tests.models.small_network:FixedSize", "args": {"classes": "$num_classes"}}
+    source, model = (build("External", 2, seed, **args) for seed in (1, 2))
+    transfer(model, source.state_dict(), ("car", "road"), ("road", "car"))
+    assert "the head are not put into the order of the classes" in capsys.readouterr().err
+    assert model.training
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [(3, 1), (3, 4), (4, 3)])
 def test_another_number_of_channels_adapts_the_first_layer(theirs: int, ours: int) -> None:
     source, model = (build("UNet", 4, seed, width=4, in_channels=n) for seed, n in ((1, theirs), (2, ours)))
@@ -107,12 +147,31 @@ def test_weights_of_another_network_are_refused() -> None:
         transfer(build("ENet", 3), build("UNet", 3, width=4).state_dict())
 
 
-@pytest.mark.parametrize("form", ["model", "model_state_dict", "lightning", "alone", "safetensors"])
+@pytest.mark.parametrize("prefix", ["generator.", "model.net.", "module.student.backbone."])
+def test_a_prefix_that_all_names_share_is_left_out(prefix: str) -> None:
+    source, model = build("UNet", 4, 1, width=4), build("UNet", 4, 2, width=4)
+    weights = {f"{prefix}{k}": v for k, v in source.state_dict().items()} | {"criterion.weight": torch.ones(4)}
+    done = transfer(model, weights)
+    assert done.unused == ("criterion.weight",)
+    assert same(model, source, source.state_dict())
+
+
+def test_weights_of_the_encoder_alone_match_the_named_backbone() -> None:
+    args = {"factory": "tests.models.small_network:SmallNetwork", "args": {"classes": 4}, "backbone": "encoder"}
+    source, model = (build("External", 4, seed, **args) for seed in (1, 2))
+    done = transfer(model, source.backbone.state_dict())
+    assert not done.unused
+    assert same(model.backbone, source.backbone, source.backbone.state_dict())
+
+
+@pytest.mark.parametrize("form", ["model", "model_state_dict", "net", "two", "lightning", "alone", "safetensors"])
 def test_files_of_other_programs_are_read(form: str, tmp_path: Path) -> None:
     source, model, path = build("UNet", 4, 1, width=4), build("UNet", 4, 2, width=4), tmp_path / "weights.pt"
     weights = source.state_dict()
     if form == "lightning":
         torch.save({"state_dict": {f"model.{k}": v for k, v in weights.items()}, "epoch": 3}, path)
+    elif form == "two":
+        torch.save({"ema": build("UNet", 4, 3, width=4).state_dict(), "model": weights}, path)
     elif form == "safetensors":
         path = path.with_suffix(".safetensors")
         pytest.importorskip("safetensors.torch").save_file(weights, path)
@@ -122,6 +181,13 @@ def test_files_of_other_programs_are_read(form: str, tmp_path: Path) -> None:
     assert same(model, source, weights)
     assert "not" not in text.partition("\n")[2]
     assert str(path) in model.weights_from
+
+
+def test_two_sets_of_weights_without_a_usual_name_are_refused(tmp_path: Path) -> None:
+    weights = build("UNet", 4, width=4).state_dict()
+    torch.save({"student": weights, "teacher": weights, "epoch": 3}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="weights are in student, teacher, so save one of them alone"):
+        checkpoint.read(tmp_path / "weights.pt")
 
 
 def test_train_says_what_was_taken_and_where_the_weights_came_from(

@@ -164,6 +164,10 @@ def test_an_ensemble_is_the_mean_of_probabilities() -> None:
     torch.testing.assert_close(logits.softmax(1), probs, atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="class_names"):
         Ensemble((first, replace(second, facts=replace(FACTS, class_names=("b", "a", "c")))))
+    with pytest.raises(UserError, match="the loss of the first implies softmax, that of another sigmoid"):
+        Ensemble((first, replace(second, activation="sigmoid")))
+    one = replace(FACTS, num_classes=1)
+    Ensemble((replace(first, facts=one), replace(second, facts=one, activation="sigmoid")))  # both are sigmoids
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -20,8 +20,8 @@ from utils.checkpoint.contents import are_weights, malformed
 from utils.errors import UserError, listed, not_installed
 from utils.files import expand
 
-#: Where other programs keep the weights in their files.
 _DEEPEST = 4  # folders below trainer.save_dir: name, loss, procedure, date
+#: Where other programs keep the weights in their files; if there are several, the first is used.
 WEIGHT_KEYS = ("model_state_dict", "model", "weights", "params")
 
 
@@ -90,15 +90,25 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise UserError(f"{path}: expected a checkpoint (a dict with 'state_dict'), found {type(state).__name__}")
     if "state_dict" not in state:
-        found = next((state[key] for key in WEIGHT_KEYS if are_weights(state.get(key))), state)
-        if not are_weights(found):
-            keys = ", ".join(map(str, list(state)[:5])) or "none"
-            raise UserError(f"{path}: expected 'state_dict' or the weights alone, found the keys {keys}")
-        state = {"state_dict": found}
+        state = {"state_dict": _weights_in(state, path)}
     problem = malformed(state)
     if problem:
         raise UserError(f"{path}: {problem}")
     return dict(state)
+
+
+def _weights_in(state: Mapping[str, Any], path: Path) -> Mapping[str, torch.Tensor]:
+    """Return the weights alone, under one of the usual keys, or under the only key with weights."""
+    if are_weights(state):
+        return state
+    keys = [key for key in state if are_weights(state[key])]
+    usual = [key for key in WEIGHT_KEYS if key in keys]
+    if not usual and len(keys) != 1:
+        several = f"; weights are in {listed(keys, 5)}, so save one of them alone" if keys else ""
+        raise UserError(
+            f"{path}: expected 'state_dict' or the weights alone, found the keys {listed(state, 5) or 'none'}{several}"
+        )
+    return state[[*usual, *keys][0]]
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -150,6 +150,11 @@ class Ensemble:
                     raise UserError(
                         f"the models of an ensemble must agree in {name}: the first has {expected}, another has {found}"
                     )
+            if other.activation != first.activation and first.facts.num_classes > 1:
+                raise UserError(
+                    "the models of an ensemble must all use a softmax, or all sigmoids: the loss of the first implies "
+                    f"{first.activation}, that of another {other.activation}"
+                )
 
     @property
     def averages(self) -> bool:
