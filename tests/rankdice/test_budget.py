@@ -95,8 +95,8 @@ def test_operations_and_waits(
     with as_on_a_gpu() as count:
         found = rank_dice(probs, metric, prune=prune, smooth=smooth)
     scores_of_empty_masks = bool(prune and smooth)
-    assert count.operations.total() <= 140 + 80 * scores_of_empty_masks, count.operations.most_common(12)
-    assert count.waits <= 2 + scores_of_empty_masks
+    assert count.operations.total() <= 95 + 70 * scores_of_empty_masks, count.operations.most_common(12)
+    assert count.waits <= 3 + scores_of_empty_masks
     check_masks(probs, found)
 
 

@@ -133,7 +133,7 @@ def test_bounds_hold_at_every_volume(row: list[float], smooth: float, metric: st
     probs = torch.tensor(sorted(row, reverse=True), dtype=torch.float64)
     scores = torch.from_numpy(expected_scores(probs.numpy(), metric, smooth))
     volume, mass = torch.arange(len(row) + 1).double(), torch.cat([torch.zeros(1).double(), probs.cumsum(0)])
-    goal, mean, variance = Goal(metric, smooth), mass[-1:], (probs * (1 - probs)).sum().view(1)
+    goal, mean, variance = Goal(metric, smooth), mass[-1:], float((probs * (1 - probs)).sum())
     total = (mean + smooth).clamp(min=1e-100)
     rate = goal.rate(total, volume, mass)
     least = goal.least(rate, mass)
@@ -143,15 +143,14 @@ def test_bounds_hold_at_every_volume(row: list[float], smooth: float, metric: st
     lead = ((mass if metric == "iou" else 2 * mass) + smooth) / rate
     for cut in (0.0, 0.1, 0.3, 0.5, float(lead.max()) / 2, 0.9, torch.inf):
         known = int((probs > cut).sum())
-        most = goal.most(total, volume[known : known + 1], mass[known : known + 1], torch.tensor([cut]).double())
+        most = goal.most(float(total), known, float(mass[known]), cut)
         assert most >= lead.max() * (1 - 1e-12)
     best = scores.max()
     if best <= 0:
         return
     # If only the volumes from `first` to `last` are looked at, is the best one proven to be among them?
-    few = (volume[scores.argmax()] - 1 + smooth).clamp(min=smooth or 1).view(1)
-    below, above = goal.margins(total, variance, few)
-    low, high = goal.half(least.max()) - below, goal.half(least.max()) + above
+    few, half = max(float(volume[scores.argmax()]) - 1 + smooth, smooth or 1), goal.half(float(least.max()))
+    low, high = half - goal.below(variance, few), half + goal.above(float(total), variance, few)
     for first, last in itertools.combinations_with_replacement(range(len(row) + 1), 2):
         before, behind = probs[:first], probs[last:]  # a smaller volume leaves out the last of `before`
         if (before >= high * (1 + 1e-12)).all() and (behind <= low * (1 - 1e-12)).all():
@@ -166,7 +165,7 @@ def test_cuts_hold_for_larger_rows(metric: str, shape: tuple[int, int]) -> None:
     for k in range(shape[0]):
         probs = torch.rand(shape[1], generator=generator, dtype=torch.float64) ** (1 + k) * (0.2 if k % 3 == 0 else 1)
         probs = probs.sort(descending=True).values
-        mean, variance = probs.sum(), (probs * (1 - probs)).sum()
+        mean, variance = float(probs.sum()), float((probs * (1 - probs)).sum())
         step = max(1, shape[1] // 500)
         volume = torch.arange(1, shape[1] + 1).double()
         scores = torch.from_numpy(integral_scores(probs.numpy(), metric, 0.0, np.arange(1, shape[1], step)))
@@ -175,10 +174,9 @@ def test_cuts_hold_for_larger_rows(metric: str, shape: tuple[int, int]) -> None:
         assert (least <= 1).all()
         assert scores.max() <= least.max() + 2 / mean
         for few in (best / 3, max(1.0, best - step - 1)):  # volumes that are certainly below the best one
-            few = torch.tensor([float(max(1, few))])
-            below, above = goal.margins(mean, variance, few)
-            assert best - step <= int((probs > goal.half(least.max()) - below).sum())
-            assert best + step >= int((probs >= goal.half(least.max()) + above).sum())
+            few, half = max(1, float(few)), goal.half(float(least.max()))
+            assert best - step <= int((probs > half - goal.below(variance, few)).sum())
+            assert best + step >= int((probs >= half + goal.above(mean, variance, few)).sum())
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -190,7 +188,7 @@ def test_a_wrong_guess_costs_time_only(metric: str, guess: float, monkeypatch: p
     check_masks(probs, expected)
     for mean in (0.0, 3e3, 1e9):
 
-        def estimate(rows: torch.Tensor, mean: float = mean) -> tuple[torch.Tensor, torch.Tensor]:
+        def estimate(rows: torch.Tensor, goal: Goal, mean: float = mean) -> tuple[torch.Tensor, torch.Tensor]:
             return rows.new_full((len(rows), 1), guess), rows.new_full((len(rows), 1), mean)
 
         monkeypatch.setattr(exact, "_estimate", estimate)
@@ -307,6 +305,31 @@ def test_a_row_needs_as_many_power_sums_alone_as_beside_another() -> None:
     both = rank_dice(torch.cat([full, faint], 1), prune=None).scores
     alone = torch.cat([rank_dice(row, prune=None).scores for row in (full, faint)], 1)
     assert torch.allclose(both, alone, rtol=1e-13, atol=0)
+
+
+def test_the_power_sums_suffice_for_every_volume_that_can_be_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best volume of a row adds to the decay rate, but for the pixels in the table, which may all be left out."""
+    facts = {"rate": 3300.0, "cut": 0.4, "mean": 2500.0, "square": 2000.0, "volume": 2600.0, "mass": 2300.0}
+    limits = exact._limits(Goal("dice", 0.0), **facts)
+    assert not limits.small
+    assert limits.most == 2500 + 2600 - 3300
+    assert exact._limits(Goal("iou", 0.0), **facts).small  # its rate is only at least the mean
+    assert exact._limits(Goal("dice", 0.0), **facts | {"volume": 1000.0, "mass": 900.0}).small
+    probs = smooth_maps(1, 3, 90, 100)
+    expected, sorted_rows, found = rank_dice(probs), [], exact._limits
+
+    def no_room(*args: float) -> object:
+        return found(*args)._replace(most=-1)
+
+    def record(rows: torch.Tensor, *args: object) -> torch.Tensor:
+        sorted_rows.append(len(rows))
+        return solve_sorted(rows, *args)
+
+    solve_sorted = exact.solve_sorted
+    monkeypatch.setattr(exact, "_limits", no_room)
+    monkeypatch.setattr(exact, "solve_sorted", record)
+    assert torch.equal(rank_dice(probs).masks, expected.masks)
+    assert sum(sorted_rows) == int((expected.volumes > 0).sum()) > 0
 
 
 def test_maps_may_be_solved_in_several_threads_at_once() -> None:

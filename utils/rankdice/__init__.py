@@ -22,7 +22,7 @@ from . import approximations, exact
 from .integral import Goal
 from .label_map import Classes, ascend, check_classes
 from .scores import METRICS, SOLVERS, Metric, Score, Solver, converted
-from .table import CPU, Table, best_volumes, chosen, empty_scores
+from .table import CPU, Table, best_volumes, empty_scores, padded
 
 __all__ = ["METRICS", "SOLVERS", "Metric", "Options", "RankDice", "Score", "Solver"]
 __all__ += ["converted", "label_map", "rank_counts", "rank_dice"]
@@ -145,33 +145,41 @@ def rank_dice(
         found = _solve(rows, highest, masks, options, max_bytes)
     # Tensors made in inference mode cannot be changed elsewhere: these are copies.
     volumes, cutoffs, scores = found.view(*probs.shape[:2], 3).unbind(2)
-    cutoffs = cutoffs.to(probs.dtype, copy=True)
+    cutoffs = cutoffs.to(probs.dtype, copy=True).masked_fill_(cutoffs == 0, torch.inf)
     return RankDice(masks.view(probs.shape), volumes.long(), cutoffs, scores.clone(), highest.view(probs.shape[:2]))
 
 
 def _solve(rows: Tensor, highest: Tensor, masks: Tensor, options: Options, max_bytes: int) -> Tensor:
-    """Fill the masks of rows ``(R, N)``; return volumes, cut-offs and scores ``(R, 3)``."""
+    """Fill the masks of rows ``(R, N)``; return volumes, cut-offs (0 for an empty mask) and scores ``(R, 3)``."""
     count, on_cpu = rows.shape[0], rows.device.type in CPU
     found = torch.zeros(count, 3, dtype=torch.float64, device=rows.device)
-    found[:, 1] = torch.inf
     if not rows.numel():
         return found
-    lowest, highest_, above = torch.stack([rows.amin(1), highest, highest > (options.prune or 0.0)]).tolist()
+    lowest, highest_ = torch.stack([rows.amin(1), highest]).tolist()
     exact.check_range(lowest, highest_)
-    active = [row for row, is_above in enumerate(above) if is_above]
+    least = options.prune or 0.0
+    least = least if least in (0, 0.5) else float(rows.new_tensor(least))  # rounded as the probabilities are
+    active = [row for row, most in enumerate(highest_) if most > least]
     step = max(1, max_bytes // ((_CHUNK_BYTES if on_cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
     if options.smooth and len(active) < count:
-        pruned = torch.tensor([row for row, is_above in enumerate(above) if not is_above], device=rows.device)
+        pruned = torch.tensor(sorted({*range(count)} - {*active}), device=rows.device)
         for part in pruned.split(step):
             found[part, 2] = exact.empty_scores(rows[part], options.goal, max_bytes)
     for first in range(0, len(active), step):
-        names = active[first : first + step]
-        which = slice(first, first + step) if len(active) == count else torch.tensor(names, device=rows.device)
-        some, own = chosen(rows, which), chosen(masks, which)
-        if options.solver == "exact":
-            found[which] = exact.solve(some, own, options.goal, max_bytes)
+        which: slice | Tensor = slice(first, first + step)
+        if len(active) == count:
+            some, own = rows[which], masks[which]
         else:
-            found[which] = approximations.solve(some, own, options.solver, options.goal, max_bytes)
+            which = torch.tensor(active[which], device=rows.device)
+            some = rows.index_select(0, which)
+            own = torch.zeros(some.shape, dtype=torch.bool, device=rows.device)
+        if options.solver == "exact":
+            best = exact.solve(some, own, options.goal, max_bytes)
+        else:
+            best = approximations.solve(some, own, options.solver, options.goal, max_bytes)
+        if len(best) == count:
+            return best
+        found[which] = best
         if len(active) < count:
             masks[which] = own
     return found
@@ -248,21 +256,20 @@ def rank_counts(values: Tensor, counts: Tensor, options: Options = Options()) ->
     """
     if options.solver not in ("exact", "rma"):
         raise ValueError(f"solver: {options.solver!r} does not support tables; use 'exact' or 'rma'")
-    table = Table.whole(values.flip(0).expand(counts.shape).contiguous(), counts.flip(1).double())
+    table = Table.whole(padded(values.flip(0).expand(counts.shape)), padded(counts.flip(1)))
     highest = torch.where(counts > 0, values, 0).amax(1)
     found = values.new_zeros(counts.shape[0], 3)
-    found[:, 1] = torch.inf
     if options.smooth:
         found[:, 2] = empty_scores(table, options.goal, _LARGEST_BUDGET)
     active = (highest > (options.prune or 0.0)).nonzero().view(-1)
     if active.numel():
-        some = Table(*(part[active] for part in table))
+        some = table.of(active)
         if options.solver == "exact":
             found[active] = best_volumes(some, options.goal, _LARGEST_BUDGET)
         else:
             found[active] = approximations.reciprocal_moment(some, options.goal)
     volumes, cutoffs, scores = found.unbind(1)
-    return volumes.long(), cutoffs, scores
+    return volumes.long(), cutoffs.masked_fill(cutoffs == 0, torch.inf), scores
 
 
 def _budget(probs: Tensor) -> int:

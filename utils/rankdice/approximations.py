@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .integral import Goal
-from .table import Table, draw
+from .table import Table, draw, padded
 
 EPSILON = 1e-4
 PAPER_MEAN = 50.0  # the authors' program uses trna up to this mean volume, and ba above it
@@ -38,7 +38,7 @@ def solve(rows: Tensor, masks: Tensor, solver: str, goal: Goal, budget: int) -> 
         some = slice(int(part[0]), int(part[-1]) + 1)
         values, columns = rows[some].sort(dim=1, descending=True, stable=True)
         values = values.double()
-        table = Table.whole(values, torch.ones_like(values))
+        table = Table.whole(padded(values), orders=[1])
         if solver == "rma":
             best[some] = reciprocal_moment(table, goal)
         else:
@@ -49,7 +49,8 @@ def solve(rows: Tensor, masks: Tensor, solver: str, goal: Goal, budget: int) -> 
 
 def _choose(table: Table, scores: Tensor) -> Tensor:
     """Return the best volume, given the scores ``(R, K + 1)`` of the empty mask and at the ends of the runs."""
-    score, best = scores.masked_fill(table.values[:, :-1] <= 0, -torch.inf).max(1, keepdim=True)
+    scores[:, 1:].masked_fill_(table.values[:, 1:-1] <= 0, -torch.inf)
+    score, best = scores.max(1, keepdim=True)
     return torch.cat([table.volumes.gather(1, best), table.values.gather(1, best), score], 1)
 
 
@@ -58,7 +59,7 @@ def reciprocal_moment(table: Table, goal: Goal) -> Tensor:
 
     Within a run of equal values the score is monotonic, so only the ends of the runs are scored.
     """
-    volume, mass, mean, g = table.volumes[:, :-1], table.mass[:, :-1], table.total[:, :1], goal.smooth
+    volume, mass, mean, g = table.volumes[:, :-1], table.mass[:, :-1], table.total[:, 0], goal.smooth
     if goal.metric == "iou":
         return _choose(table, (mass + g) / (volume + mean - mass + g))
     return _choose(table, 2 * mass / (volume + mean + 1 + g) + g / (volume + mean + g))

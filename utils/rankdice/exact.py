@@ -9,6 +9,8 @@ The sample affects the time, never the result.
 
 from __future__ import annotations
 
+import bisect
+import math
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -16,21 +18,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from . import table as tables
 from .integral import ORDERS, Goal
 from .table import CPU, ONE_BY_ONE, Table, alike, best_volumes, chosen, draw, pick, powers
 
-# So many power sums stand for pixels outside a table, which have p < m / rate at a decay rate m: they leave out less
-# than n! / rate^n = 2e-10 of the score.
-FAR_ORDERS = {2: 1e5, 3: 3300.0, 4: 600.0, 5: 230.0}
+# 5, 4, 3 or 2 power sums stand for the pixels outside a table if the integrand decays at least at this rate: they leave
+# out less than n! / rate^n = 2e-10 of the score.
+FAR_ORDERS, FAR_RATES = (5, 4, 3, 2), (230.0, 600.0, 3300.0, 1e5)
 BLOCK = 32
 SORTED_PIXELS = 5000  # rows of at most this many pixels are sorted
 SORT_BYTES = 170  # of a pixel while its row is sorted and solved
 WEAK, FAINT = 0.1, 0.3  # the table of a small row ends at WEAK, or at FAINT times (sum of squares / sum) if smaller
 LEAST_SAMPLE = 1024
 STEPS = 2  # of the iteration that finds the best cut of a sample
+USUAL_PIXELS = 400  # in a row's table, or fewer
 MOST_PIXELS = 4096  # in a row's table; more if the row has over 64 times as many, or if the budget allows
 TABLE_BYTES = 200  # of a pixel in a table
 CACHE_PIXELS = 1 << 18
@@ -51,76 +53,99 @@ def solve(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
     if width <= SORTED_PIXELS or rows.device.type not in CPU:
         return solve_sorted(rows, masks, goal, budget)
     found = _survey(rows, masks, goal)
-    facts = torch.cat([found.ends.diff(dim=0), found.needed], 1).tolist()
     most = max(MOST_PIXELS, width // 64, budget // (TABLE_BYTES * count))
-    sizes = {row: size for row, (size, needed) in enumerate(facts) if needed <= size <= most}
+    sizes = found.ends.diff().tolist()
+    costs = {
+        row: size
+        for row, (size, limits) in enumerate(zip(sizes, found.limits, strict=True))
+        if limits.least <= size <= min(most, limits.most)
+    }
     best = rows.new_empty(count, 3, dtype=torch.float64)
-    for names in alike(sizes, rows.device):
+    for names in alike(costs, rows.device):
         which = pick(names, count, rows.device)
-        table, place, over = _table(rows, found, which, int(max(sizes[row] for row in names)))
+        table, place, over = _table(rows, found, names, max(sizes[row] for row in names))
         some = best_volumes(table, goal, budget)
         # The pixels above `cut` are drawn.
-        taken = table.volumes[:, :-2] < some[:, :1]
-        change = taken.view(torch.uint8) - over.view(torch.uint8)
+        change = (table.volumes[:, :-2] < some[:, :1]).view(torch.uint8) - over.view(torch.uint8)
         masks.view(torch.uint8).view(-1).scatter_add_(0, place.view(-1), change.view(-1))
-        best[which] = some
-    crowded = torch.tensor([row for row in range(count) if row not in sizes], dtype=torch.int64)
-    for part in crowded.split(max(1, budget // (SORT_BYTES * width))) if len(crowded) else ():
-        own = masks.new_zeros(part.numel(), width)
-        best[part] = solve_sorted(chosen(rows, part), own, goal, budget)
-        masks[part] = own
-    for row in best[:, 1].isinf().nonzero().view(-1).tolist():  # the mask consists of the pixels above the table
-        best[row, 1] = torch.where(masks[row], rows[row], torch.inf).amin()
+        best[slice(None) if which is None else which] = some
+    if len(costs) < count:
+        crowded = torch.tensor([row for row in range(count) if row not in costs])
+        for part in crowded.split(max(1, budget // (SORT_BYTES * width))):
+            own = masks.new_zeros(part.numel(), width)
+            best[part] = solve_sorted(chosen(rows, part), own, goal, budget)
+            masks[part] = own
+    for row, cutoff in enumerate(best[:, 1].tolist()):
+        if not cutoff:  # the mask consists of the pixels above the table
+            best[row, 1] = torch.where(masks[row], rows[row], torch.inf).amin()
     return best
 
 
 def solve_sorted(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
     """Do the same as :func:`solve`, by sorting the rows."""
     values, columns = rows.sort(dim=1, descending=True, stable=True)
-    values = values.double()
-    best = best_volumes(Table.whole(values, torch.ones_like(values)), goal, budget)
+    values, orders = tables.padded(values), []
+    if rows.device.type in CPU:
+        places = [bisect.bisect(FAR_RATES, mean) for mean in values.sum(1).tolist()]
+        orders = [(ORDERS, *FAR_ORDERS)[place] for place in places]
+    best = best_volumes(Table.whole(values, orders=orders), goal, budget)
     draw(masks, columns, best[:, :1])
     return best
 
 
 def empty_scores(rows: Tensor, goal: Goal, budget: int) -> Tensor:
     """Return the scores ``(R,)`` of empty masks, with about ``budget`` bytes of working memory."""
-    values = pad(rows.topk(min(ONE_BY_ONE, rows.shape[1])).values.double(), (1, 1))
-    total = values.new_zeros(rows.shape[0], ORDERS)
+    values = tables.padded(rows.topk(min(ONE_BY_ONE, rows.shape[1])).values)
+    total = values.new_zeros(rows.shape[0], ORDERS, 1)
     for some, _, part in _pieces(rows, (CACHE_PIXELS if rows.device.type in CPU else budget // 8) // (2 * ORDERS)):
-        total[some] += powers(part.double()).sum(1)
-    each = powers(values)
-    below = (total - each.sum(1)).clamp_(min=0)
+        total[some] += powers(part.double()).sum(2, keepdim=True)
     volumes = torch.arange(values.shape[1], device=rows.device).double().repeat(rows.shape[0], 1)
-    outside = torch.stack([torch.zeros_like(below), below], 1)
-    return tables.empty_scores(Table(values, volumes, values, each, outside, total), goal, budget)
+    return tables.empty_scores(Table(values, volumes, powers(values).cumsum(2), total), goal, budget)
 
 
 def check_range(lowest: list[float], highest: list[float]) -> None:
     """Raise unless the smallest and largest values of all rows are probabilities."""
     for low, high in zip(lowest, highest, strict=True):
+        if 0 <= low <= high <= 1:
+            continue
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise ValueError("probs: found values that are not finite (NaN or infinity)")
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"probs: expected values in [0, 1], found values from {low:.6g} to {high:.6g}")
+        raise ValueError(f"probs: expected values in [0, 1], found values from {low:.6g} to {high:.6g}")
+
+
+class _Limits(NamedTuple):
+    """The pixels from ``low`` to ``high`` must be in a row's table.
+
+    Attributes:
+        least: how many there must be, because ``low`` alone proves nothing; else 0.
+        most: how many there may be, so that the power sums of the others are accurate.
+        small: whether these power sums are too few for the pixels in the table.
+    """
+
+    low: float
+    high: float
+    least: float
+    most: float
+    small: bool
 
 
 class _Survey(NamedTuple):
-    """What the passes over the map found: one row each, float64 ``(R, 1)`` unless stated otherwise.
+    """What the passes over the map found.
 
     Attributes:
-        total: power sums of all pixels, ``(R, ORDERS)``, 0 above the ``FAR_ORDERS`` that were needed.
-        above: number and power sums of the pixels with ``p > cut``, ``(R, 1 + ORDERS)``.
-        cut: the estimated cut of the best mask.
-        needed: how many pixels must be in ``place`` because ``low`` alone proves nothing; else 0.
-        place: places in the flat map of the pixels from ``low`` to ``high``, int64 ``(M,)``.
-        ends: where each row's part of ``place`` ends, int64 ``(R + 1, 1)``, with a 0 before.
+        sums: float64 ``(R, 2, 1 + K)``: number and power sums of all pixels (the number is not set), and of those
+            with ``p > cut``.
+        orders: how many power sums of all its pixels each row has; the others are 0.
+        cut: ``(R, 1)``, the estimated cut of the best mask, in the dtype of the map.
+        limits: between which the pixels near the cut are.
+        place: their places in the flat map, int64 ``(M,)``.
+        ends: where each row's part of ``place`` ends, int64 ``(R + 1,)``, with a 0 before.
     """
 
-    total: Tensor
-    above: Tensor
+    sums: Tensor
+    orders: list[int]
     cut: Tensor
-    needed: Tensor
+    limits: list[_Limits]
     place: Tensor
     ends: Tensor
 
@@ -128,82 +153,86 @@ class _Survey(NamedTuple):
 def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
     """Find the pixels among which the best mask is cut, and draw the pixels above the estimated cut."""
     count, width = rows.shape
-    guess, mean = _estimate(rows)
-    total, above = (rows.new_zeros(count, n, dtype=torch.float64) for n in (ORDERS, 1 + ORDERS))
+    cut, decay = _estimate(rows, goal)
     # The orders depend on the row alone: a batch must give the scores of single rows.
-    orders = [next((n for n, rate in FAR_ORDERS.items() if m > rate), max(FAR_ORDERS)) for m in mean.view(-1).tolist()]
-    kept = torch.tensor([[float(n < own) for n in range(max(FAR_ORDERS))] for own in orders], dtype=torch.float64)
-    rate = torch.tensor([[FAR_ORDERS[own]] for own in orders])
+    classes = [bisect.bisect_left(FAR_RATES, m, lo=1) - 1 for m in decay.view(-1).tolist()]
+    orders = [FAR_ORDERS[k] for k in classes]
+    sums = rows.new_zeros(count, 2, 1 + ORDERS, dtype=torch.float64)
     for some, first, part in _pieces(rows):
         most = max(orders[some])
-        sums = ROOM.power_sums(part, most)
-        total[some, :most].addcmul_(sums, kept[some, :most])
-        near, blocks = _near(part, guess[some], sums, part.shape[1])
-        over = ROOM.exceeds(near, guess[some])
+        wide, power, _, _ = ROOM.fit(part)
+        total = power_sums(part, most, wide, power)
+        near, blocks = _near(part, cut[some], total[0])
+        wide, power, over, _ = ROOM.fit(near)
+        torch.gt(near, cut[some], out=over)
         mine = masks[some, first : first + part.shape[1]]
         if blocks is None:
             mine.copy_(over)
         else:
             mine.view(-1, BLOCK)[blocks] = over.bool().view(-1, BLOCK)
-        above[some, :1].add_(over.sum(1, keepdim=True))
-        above[some, 1 : 1 + most].addcmul_(ROOM.power_sums(over.mul_(near), most), kept[some, :most])
-    cut = guess.double()
-    low, high, needed = _limits(total, above, cut, rate, goal)
-    low, high = low.to(guess.dtype), high.to(guess.dtype)
+        number = over.sum(1)
+        above = power_sums(over.mul_(near), most, wide, power)
+        sums[some, :, : 1 + most].add_(torch.stack([number, *total, number, *above], 1).view(-1, 2, 1 + most))
+    facts = zip(sums[:, :, :3].tolist(), cut.view(-1).tolist(), classes, strict=True)
+    limits = [_limits(goal, FAR_RATES[k], q, *total[1:], *above[:2]) for (total, above), q, k in facts]
+    low, high = cut.new_tensor([limit[:2] for limit in limits]).split(1, 1)
     found = []
     for some, first, part in _pieces(rows):
-        near, blocks = _near(part, low[some], total[some], width)
-        spot = _places(ROOM.exceeds(near, low[some]).sub_(ROOM.exceeds(near, high[some], 3)).bool().view(-1))
+        near, blocks = _near(part, low[some], sums[some.start, 0, 1], width // part.shape[1])
+        _, _, over, beyond = ROOM.fit(near)
+        torch.gt(near, low[some], out=over).sub_(torch.gt(near, high[some], out=beyond))
+        spot = _places(over.bool().view(-1))
         spot = spot if blocks is None else blocks[spot // BLOCK] * BLOCK + spot % BLOCK
         found.append(spot + (some.start * width + first))
     place = found[0] if len(found) == 1 else torch.cat(found)
     ends = torch.searchsorted(place, torch.arange(0, (count + 1) * width, width))
-    return _Survey(total, above, cut, needed, place, ends.unsqueeze(1))
+    return _Survey(sums, orders, cut, limits, place, ends)
 
 
-def _limits(total: Tensor, above: Tensor, cut: Tensor, rate: Tensor, goal: Goal) -> tuple[Tensor, Tensor, Tensor]:
-    """Return probabilities around ``cut`` between which the best mask is cut, and ``_Survey.needed``.
+def _limits(goal: Goal, rate: float, cut: float, mean: float, square: float, volume: float, mass: float) -> _Limits:
+    """Return the limits around ``cut`` between which the best mask is cut.
 
-    ``rate`` is that of the power sums (:data:`FAR_ORDERS`).
+    ``rate`` is that of the power sums (:data:`FAR_RATES`), ``mean`` and ``square`` are the first two of all pixels, and
+    ``volume`` pixels with the sum ``mass`` are above ``cut``.
     """
-    mean, variance = total[:, :1], total[:, :1] - total[:, 1:2]
-    volume, mass = above[:, :1], above[:, 1:2]
-    sized = mean + goal.smooth if goal.smooth else mean
-    least = goal.least(goal.rate(sized, volume, mass), mass)
-    below, _ = goal.margins(sized, variance, (volume + goal.smooth).clamp_(min=1))
-    # Fewer pixels score less than `least`: their score is at most (2 t + g) / (t + mu + g) + 1 / (mu + g).
-    few = ((least * sized - 1 + goal.smooth) / 2).clamp_(min=goal.smooth or 1)
-    low = goal.half(least) - below
-    high = goal.half(goal.most(sized, volume, mass, cut)) + goal.margins(sized, variance, few)[1]
-    far = mean / rate
-    small = far < 1  # the table must hold all pixels that are to be taken one by one
-    least_low = (total[:, 1:2] / mean * FAINT).minimum(far).clamp_(max=WEAK) * small
-    needed = ((mean + sized) / least).masked_fill_(low >= least_low, 0)  # so many pixels score less than `least`
-    low = low.minimum(far).maximum(least_low).minimum(cut)
-    high = high.maximum(cut).masked_fill_(small, torch.inf)
-    return low * (1 - ROUNDING), high * (1 + ROUNDING), needed
+    total, g = mean + goal.smooth, goal.smooth
+    least = max(goal.least(goal.rate(total, volume, mass), mass), 1e-300)
+    few = max(goal.few(total, least), g or 1)
+    low = goal.half(least) - goal.below(mean - square, max(volume + g, 1))
+    high = goal.half(goal.most(total, volume, mass, cut)) + goal.above(total, mean - square, few)
+    small, far, most = mean < rate, mean / rate, math.inf
+    if goal.metric == "dice" and small and mean + volume > rate + USUAL_PIXELS:
+        # The best mask contains `volume` pixels but for those in the table, so its rate is that much larger.
+        small, most = False, mean + volume - rate
+    # In small rows, the table must hold all pixels that are to be taken one by one.
+    lowest = min(square / mean * FAINT, far, WEAK) if small else 0.0
+    needed = 0.0 if low >= lowest else (mean + total) / least  # so many pixels score less than `least`
+    low, high = min(max(min(low, far) if small else low, lowest), cut), math.inf if small else max(high, cut)
+    return _Limits(low * (1 - ROUNDING), high * (1 + ROUNDING), needed, most, small)
 
 
-def _table(rows: Tensor, found: _Survey, which: Tensor | slice, size: int) -> tuple[Table, Tensor, Tensor]:
+def _table(rows: Tensor, found: _Survey, names: list[int], size: int) -> tuple[Table, Tensor, Tensor]:
     """Return the tables of some rows, the places of their pixels in the map, and whether these are above ``cut``."""
-    total, above, cut, start, end = (
-        chosen(part, which) for part in (found.total, found.above, found.cut, found.ends[:-1], found.ends[1:])
-    )
+    which = pick(names, len(rows), rows.device)
+    sums, cut = chosen(found.sums, which), chosen(found.cut, which)
+    orders = [ORDERS if found.limits[name].small else found.orders[name] for name in names]
+    start, end = (chosen(part, which).unsqueeze(1) for part in (found.ends[:-1], found.ends[1:]))
     spot = start + torch.arange(max(size, 1))
     place = found.place if found.place.numel() else found.place.new_zeros(1)
     place = place.take(spot.clamp(max=place.numel() - 1))
-    values, order = (rows.take(place) * (spot < end)).sort(dim=1, descending=True, stable=True)
-    values = pad(values.double(), (1, 1))
-    over, each = values > cut, powers(values)
-    counts = torch.stack([over, values > 0], 1).double()
-    mine, inside = (counts @ each).unbind(1)
-    before, counts, mass = above[:, 1:] - mine, counts[:, 1], values.clone()
-    counts[:, :1] = above[:, :1] - over.sum(1, keepdim=True)
-    mass[:, 0] = before[:, 0]
-    outside = torch.stack([before, total - before - inside], 1).clamp_(min=0)
-    values[:, 0] = torch.inf
-    table = Table(values, counts.cumsum(1), mass.cumsum(1), each, outside, total)
-    return table, place.gather(1, order), over[:, 1:-1]
+    values, order = rows.take(place).mul_(spot < end).sort(dim=1, descending=True, stable=True)
+    over = values > cut
+    values = tables.padded(values)
+    total, above = sums[:, :, 1 : 1 + max(orders)].unsqueeze(3).unbind(1)
+    inside, mine = powers(values, max(orders)).cumsum_(2), over.sum(1, keepdim=True)
+    outside = above - inside.gather(2, mine.unsqueeze(1).expand(above.shape))
+    if max(orders) > FAR_ORDERS[0]:  # higher powers only of the pixels in the table: `small` rows have all above `cut`
+        known = torch.arange(max(orders)) < torch.tensor([found.orders[name] for name in names]).unsqueeze(1)
+        known = known.unsqueeze(2)
+        total, outside = torch.where(known, total, inside[..., -1:]), outside * known
+    inside.add_(outside)
+    volumes = sums[:, 1, :1] - mine + tables.steps(values.shape[1], rows.device)
+    return Table(values, volumes, inside, total, torch.tensor(orders)), place.gather(1, order), over
 
 
 @lru_cache(maxsize=16)
@@ -216,20 +245,21 @@ def _sample(width: int) -> Tensor:
     return steps * stretch + steps * 40503 % 65536 * stretch // 65536
 
 
-def _estimate(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimate the probability above which one more pixel raises the leading term, and the mean volume, ``(R, 1)``.
+def _estimate(rows: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
+    """Estimate the probability above which one more pixel raises the leading term, and the rate there, ``(R, 1)``.
 
-    The mean volume is rather too small than too large.
+    The rate is rather too small than too large.
     """
     sample = rows.index_select(1, _sample(rows.shape[1]))
     sample = sample if sample.element_size() > 2 else sample.float()
     base, over = sample.sum(1, keepdim=True), torch.empty_like(sample)
-    cut = torch.linalg.vector_norm(sample, dim=1, keepdim=True).square_() / base
+    cut, weight = torch.mul(sample, sample, out=over).sum(1, keepdim=True) / base, base
     for _ in range(STEPS):  # to the maximum of mass / (volume + base) (Dinkelbach 1967); smoothing matters little
         torch.gt(sample, cut, out=over)
         weight = over.sum(1, keepdim=True) + base
         cut = over.mul_(sample).sum(1, keepdim=True) / weight
-    return cut, base * (0.9 * rows.shape[1] / sample.shape[1])
+    scale = 0.9 * rows.shape[1] / sample.shape[1]
+    return cut, weight * scale - USUAL_PIXELS if goal.metric == "dice" else base * scale
 
 
 def _pieces(rows: Tensor, size: int = CACHE_PIXELS) -> Iterator[tuple[slice, int, Tensor]]:
@@ -244,37 +274,46 @@ def _pieces(rows: Tensor, size: int = CACHE_PIXELS) -> Iterator[tuple[slice, int
 
 
 class _Room(threading.local):
-    """Memory for pieces of a map, 6 MB per thread, kept because allocating new memory takes longer than the sums."""
+    """Memory for a piece of a map, 6 MB per thread, kept because allocating new memory takes longer than the sums."""
 
     def __init__(self) -> None:
-        self.parts: dict[tuple[torch.dtype, int], Tensor] = {}
+        self.like: tuple[torch.Size, torch.dtype] | None = None
+        self.all: dict[tuple[torch.dtype, int], Tensor] = {}
+        self.parts: list[Tensor] = []
 
-    def like(self, values: Tensor, dtype: torch.dtype, which: int) -> Tensor:
-        """Return memory in the shape of values, the same for the same dtype and ``which``."""
-        if (dtype, which) not in self.parts or self.parts[dtype, which].numel() < values.numel():
-            self.parts[dtype, which] = values.new_empty(max(CACHE_PIXELS, values.numel()), dtype=dtype)
-        return self.parts[dtype, which][: values.numel()].view(values.shape)
-
-    def exceeds(self, values: Tensor, cut: Tensor, which: int = 2) -> Tensor:
-        """Return 1 where values are above the cut, else 0, in their dtype (faster than bool)."""
-        return torch.gt(values, cut, out=self.like(values, values.dtype, which))
-
-    def power_sums(self, values: Tensor, orders: int) -> Tensor:
-        """Return the power sums ``(R, orders)``, float64."""
-        power = wide = self.like(values, torch.float64, 0).copy_(values)
-        sums = [wide.sum(1)]
-        for _ in range(1, orders):
-            power = torch.mul(power, wide, out=self.like(values, torch.float64, 1))
-            sums.append(power.sum(1))
-        return torch.stack(sums, 1)
+    def fit(self, values: Tensor) -> list[Tensor]:
+        """Return two float64 tensors and two of the dtype of values, all in its shape."""
+        like = values.shape, values.dtype
+        if like != self.like:
+            self.like, self.parts = like, []
+            for which, dtype in enumerate((torch.float64, torch.float64, values.dtype, values.dtype)):
+                if (dtype, which) not in self.all or self.all[dtype, which].numel() < values.numel():
+                    self.all[dtype, which] = values.new_empty(max(CACHE_PIXELS, values.numel()), dtype=dtype)
+                self.parts.append(self.all[dtype, which][: values.numel()].view(values.shape))
+        return self.parts
 
 
 ROOM = _Room()
 
 
-def _near(part: Tensor, low: Tensor, total: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
-    """Return the pixels of the blocks in which one is above ``low``, and these blocks; None: all pixels."""
-    if len(part) > 1 or part.shape[1] % BLOCK or total[0, 0] > SPARSE * width:
+def power_sums(values: Tensor, orders: int, wide: Tensor, power: Tensor) -> list[Tensor]:
+    """Return the power sums ``(R,)`` of values ``(R, N)`` in float64; ``wide`` and ``power`` are working memory."""
+    sums, last = [wide.copy_(values).sum(1)], wide
+    for order in range(2, orders + 1):
+        if order == orders and len(wide) == 1:
+            sums.append(torch.dot(last[0], wide[0]).view(1))  # saves a pass
+        else:
+            last = torch.mul(last, wide, out=power)
+            sums.append(last.sum(1))
+    return sums
+
+
+def _near(part: Tensor, low: Tensor, total: Tensor, times: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Return the pixels of the blocks in which one is above ``low``, and these blocks; None: all pixels.
+
+    ``total`` is the sum of ``times`` as many pixels.
+    """
+    if len(part) > 1 or part.shape[1] % BLOCK or total > SPARSE * times * part.shape[1]:
         return part, None
     blocks = part.view(-1, BLOCK)
     names = (blocks.amax(1) > low.view(1)).nonzero().view(-1)

@@ -7,14 +7,14 @@ second case, power sums replace the other pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .integral import LAGUERRE_SPAN, ORDERS, Goal, Window, integrate
+from .integral import LAGUERRE_SPAN, ORDERS, Goal, Window, integrate, series_factors
 
 CPU = {"cpu"}  # devices where reading a result is cheap and work is split to fit the cache
 CACHE = 1 << 17  # float64 values that fit in a core's cache
@@ -22,37 +22,54 @@ TIE = 1e-14  # relative: if scores differ less, the smallest volume is chosen
 SERIES_RATE = 80.0  # in rows with a smaller mean volume, the most probable pixels are handled one by one
 ONE_BY_ONE = 96
 MOST_PADDED = 1 << 13  # split tables or windows of rows into groups if this saves more values than that
+FEW_VALUES = 1 << 13  # in tables of up to so many values, operations cost more than a wider window
 NODE_BYTES = 5 * 8  # working memory of one volume at one node
 
 
 class Table(NamedTuple):
-    """Rows of probabilities, float64.
+    """Rows of probabilities, float64. The first column stands for the pixels above the table.
 
     Attributes:
-        values: ``(R, W)`` descending. The first, ``inf``, stands for the pixels above the table, and the last is 0.
+        values: ``(R, W)`` descending from the second on; the first and the last are 0.
         volumes: ``(R, W)`` how many pixels have at least this value.
-        mass: ``(R, W)`` their sum.
-        powers: ``(R, W, ORDERS)`` powers of the values.
-        outside: ``(R, 2, ORDERS)`` power sums of the pixels above and below the table.
-        total: ``(R, ORDERS)`` power sums of the whole row.
+        sums: ``(R, K, W)`` sums of their powers.
+        total: ``(R, K, 1)`` power sums of the whole row.
+        orders: ``(R,)`` int64, how many of the power sums to use; None: all.
     """
 
     values: Tensor
     volumes: Tensor
-    mass: Tensor
-    powers: Tensor
-    outside: Tensor
+    sums: Tensor
     total: Tensor
+    orders: Tensor | None = None
 
     @classmethod
-    def whole(cls, values: Tensor, counts: Tensor) -> Table:
-        """Return the table of complete rows: all values ``(R, K)``, descending, and how many pixels have each."""
-        values, counts = pad(values, (1, 1)), pad(counts, (1, 1))
-        each = powers(values)
-        total = counts.unsqueeze(1) @ each
-        mass = (values * counts).cumsum(1)
-        values[:, 0] = torch.inf
-        return cls(values, counts.cumsum(1), mass, each, torch.zeros_like(total).expand(-1, 2, -1), total.squeeze(1))
+    def whole(cls, values: Tensor, counts: Tensor | None = None, orders: Sequence[int] = ()) -> Table:
+        """Return the table of complete rows.
+
+        Args:
+            values: all values ``(R, W)``, descending, between zeros (:func:`padded`).
+            counts: ``(R, W)``, how many pixels have each value, between zeros; None: one.
+            orders: of each row; empty: ``ORDERS``.
+        """
+        sums = powers(values, max(orders, default=ORDERS))
+        if counts is None:
+            volumes = steps(values.shape[1], values.device).expand(values.shape)
+        else:
+            volumes, sums = counts.cumsum(1), sums.mul_(counts.unsqueeze(1))
+        sums = sums.cumsum_(2)
+        used = torch.tensor(orders, device=values.device) if len(set(orders)) > 1 else None
+        return cls(values, volumes.contiguous(), sums, sums[..., -1:], used)
+
+    def of(self, which: Tensor | None) -> Table:
+        """Return the table of some rows; None: of all."""
+        values, volumes, sums, total = (chosen(part, which) for part in self[:4])
+        return Table(values, volumes, sums, total, None if self.orders is None else chosen(self.orders, which))
+
+    @property
+    def mass(self) -> Tensor:
+        """``(R, W)``, the sum of the values of these pixels."""
+        return self.sums[:, 0]
 
 
 def alike(costs: Mapping[int, float], device: torch.device) -> list[list[int]]:
@@ -65,96 +82,151 @@ def alike(costs: Mapping[int, float], device: torch.device) -> list[list[int]]:
         # Padded to their own largest cost, the rows from i on save so much:
         saved, i = max(((costs[rows[0]] - costs[row]) * (len(rows) - i), i) for i, row in enumerate(rows))
         if saved <= MOST_PADDED:
-            groups.append(rows)
+            groups.append(sorted(rows))
         else:
             waiting += [rows[:i], rows[i:]]
     return groups
 
 
-def pick(names: list[int], count: int, device: torch.device) -> Tensor | slice:
-    """Return the index of some of ``count`` rows."""
-    return slice(None) if len(names) == count else torch.tensor(names, device=device)
+def pick(names: list[int], count: int, device: torch.device) -> Tensor | None:
+    """Return the index of some of ``count`` rows; None for all of them, in their order."""
+    return None if len(names) == count else torch.tensor(names, device=device)
 
 
-def chosen(values: Tensor, which: Tensor | slice) -> Tensor:
+def chosen(values: Tensor, which: Tensor | None) -> Tensor:
     """Return ``values[which]``; ``index_select`` is up to ten times as fast as indexing."""
-    return values.index_select(0, which) if isinstance(which, Tensor) else values[which]
+    return values if which is None else values.index_select(0, which)
 
 
 def best_volumes(table: Table, goal: Goal, budget: int) -> Tensor:
     """Find the best volume of each row with about ``budget`` bytes of working memory.
 
     Returns:
-        float64 ``(R, 3)``: the volume; the smallest probability in the mask, ``inf`` if the mask has no pixel of the
-        table; the score.
+        float64 ``(R, 3)``: the volume; the smallest probability in the mask, 0 if the mask has no pixel of the table;
+        the score.
     """
     device, count = table.values.device, table.values.shape[0]
-    first, last, slow, fast = _candidates(table, goal)
-    facts = torch.cat([last - first, fast / slow], 1).tolist()
-    costs = {row: (width + 1) * (64 if span > LAGUERRE_SPAN else 1) for row, (width, span) in enumerate(facts)}
-    found = table.values.new_empty(count, 3)
+    before, facts = _candidates(table, goal)
+    costs = {
+        row: (last - first + 1) * (64 if fast > LAGUERRE_SPAN * slow else 1)
+        for row, (first, last, slow, fast) in enumerate(facts)
+    }
+    best = torch.empty(count, 3, dtype=torch.float64, device=device)
     for names in alike(costs, device):
-        rows = pick(names, count, device)
-        width, span = (max(column) for column in zip(*(facts[name] for name in names), strict=True))
-        some = Table(*(chosen(part, rows) for part in table))
+        rows, mine = pick(names, count, device), [facts[name] for name in names]
+        width = int(max(last - first for first, last, _, _ in mine))
+        span = max(fast / slow for _, _, slow, fast in mine)
         wide = span > LAGUERRE_SPAN
-        base = slow[rows] if wide else (slow[rows] * fast[rows]).sqrt_()
-        run, window = _window(some, first[rows], int(width), base, span if wide else 1.0)
+        scale = best.new_tensor([[first, slow if wide else math.sqrt(slow * fast)] for first, _, slow, fast in mine])
+        some = table.of(rows)
+        run, window = _window(some, chosen(before, rows), scale, width, _octaves(span) if wide else 0, goal)
         scores = integrate(goal, window, CACHE if device.type in CPU else budget // NODE_BYTES)
         score = scores.amax(1, keepdim=True).clamp_(max=1)
         index = (scores >= score * (1 - TIE)).view(torch.uint8).argmax(1, keepdim=True)
-        cutoff = some.values.gather(1, run.gather(1, index))
-        found[rows] = torch.cat([window.volume.gather(1, index), cutoff, score], 1)
-    return found
+        parts = [window.volume.gather(1, index), some.values.gather(1, run.gather(1, index)), score]
+        if rows is None:
+            return torch.cat(parts, 1)
+        best[rows] = torch.cat(parts, 1)
+    return best
 
 
 def empty_scores(table: Table, goal: Goal, budget: int) -> Tensor:
     """Return the scores ``(R,)`` of empty masks, for tables of at least the ``ONE_BY_ONE`` most probable pixels."""
-    slow = torch.full_like(table.total[:, :1], 1 + goal.smooth)
-    span = (table.total[:, :1].amax() + ONE_BY_ONE + goal.smooth) / slow[0]
-    _, window = _window(table, torch.zeros_like(slow), ONE_BY_ONE, slow, float(span))
-    return integrate(goal, window, CACHE if slow.device.type in CPU else budget // NODE_BYTES)[:, 0]
+    slow = 1 + goal.smooth
+    span = (float(table.total[:, 0].amax()) + ONE_BY_ONE + goal.smooth) / slow
+    scale = table.total.new_tensor([[0.0, slow]]).expand(len(table.total), 2)
+    _, window = _window(table, torch.zeros_like(table.total), scale, ONE_BY_ONE, _octaves(span), goal)
+    return integrate(goal, window, CACHE if scale.device.type in CPU else budget // NODE_BYTES)[:, 0]
 
 
-def _candidates(table: Table, goal: Goal) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the first and last volume that can be best, and the range of the rates, ``(R, 1)``."""
-    mean, variance = table.total[:, :1], table.total[:, :1] - table.total[:, 1:2]
-    total = mean + goal.smooth if goal.smooth else mean
-    rate = goal.rate(total, table.volumes, table.mass)
-    known = goal.least(rate, table.mass)
+def _octaves(span: float) -> int:
+    return min(60, math.ceil(math.log2(span)))
+
+
+def _candidates(table: Table, goal: Goal) -> tuple[Tensor, list[tuple[float, float, float, float]]]:
+    """Return the volumes that can be best.
+
+    Returns:
+        Power sums ``(R, K, 1)`` of the pixels before the first of them; for each row the first and last volume, and the
+        range of the rates.
+    """
+    g, totals = goal.smooth, table.total[:, 0] + goal.smooth if goal.smooth else table.total[:, 0]
+    known = goal.least(goal.rate(totals, table.volumes, table.mass), table.mass)
     least = known.amax(1, keepdim=True)
-    # Scores are at most `known + 2 / total`: which is the first run of pixels at whose end this reaches `least`?
-    run = (known[:, 1:] >= torch.sub(least, total.reciprocal(), alpha=2)).view(torch.uint8).argmax(1, keepdim=True)
-    few = table.volumes.gather(1, run).add_(goal.smooth).clamp_(min=goal.smooth or 1)
-    below, above = goal.margins(total, variance, few)
-    half = goal.half(least)
-    cuts = torch.cat([half + above, half - below], 1)
-    borders = torch.searchsorted(-table.values, -cuts).sub_(1)
-    first, last = table.volumes.gather(1, borders).split(1, 1)
-    last = last.minimum((mean + total) / least)  # the score is at most (2 mu + g) / volume
-    slow = rate.gather(1, borders[:, :1])
-    # Where the integrand decays slowly, the most probable pixels must be in the window, one by one.
-    tiny = total < SERIES_RATE
-    last = last.maximum(tiny * ONE_BY_ONE)
-    return first.masked_fill(tiny, 0), last, slow.masked_fill_(tiny, 1 + goal.smooth), last + total
+    parts = [table.total[:, :2, 0], least]
+    if known.numel() > FEW_VALUES:
+        # Scores are at most `known + 2 / total`: which is the first run of pixels at whose end this reaches `least`?
+        run = (known[:, 1:] >= torch.sub(least, totals.reciprocal(), alpha=2)).view(torch.uint8).argmax(1, keepdim=True)
+        parts.append(table.volumes.gather(1, run))
+    facts = torch.cat(parts, 1).tolist()
+    cuts = []
+    for mean, square, best, *excluded in facts:
+        few = excluded[0] + g if excluded else goal.few(mean + g, best)
+        few, half = max(few, g or 1), goal.half(best)
+        # Where the integrand decays slowly, the most probable pixels must be in the window, one by one.
+        high = 2 if mean + g < SERIES_RATE else half + goal.above(mean + g, mean - square, few)
+        cuts.append([-high, goal.below(mean - square, few) - half])
+    borders = torch.searchsorted(-table.values[:, 1:], totals.new_tensor(cuts))
+    before = table.sums.gather(2, borders[:, None, :1].expand(-1, table.sums.shape[1], -1))
+    ends = torch.cat([table.volumes.gather(1, borders), before[:, 0]], 1).tolist()
+    ranges = []
+    for (mean, _, best, *_), (first, last, mass) in zip(facts, ends, strict=True):
+        last, slow = min(last, (2 * mean + g) / max(best, 1e-300)), 1 + g  # the score is at most (2 mu + g) / volume
+        if mean + g < SERIES_RATE:
+            last = max(last, ONE_BY_ONE)
+        else:
+            slow = goal.rate(mean + g, first, mass)
+        ranges.append((first, last, slow, last + mean + g))
+    return before, ranges
 
 
-def _window(table: Table, first: Tensor, width: int, base: Tensor, span: float) -> tuple[Tensor, Window]:
-    """Return the window of the volumes ``first`` to ``first + width``, and their columns in the table."""
-    volume = first + torch.arange(width + 1, device=first.device)
+def _window(table: Table, before: Tensor, scale: Tensor, width: int, octaves: int, goal: Goal) -> tuple[Tensor, Window]:
+    """Return the window of ``1 + width`` volumes, and their columns in the table.
+
+    Args:
+        table: the rows.
+        before: power sums ``(R, K, 1)`` of the pixels before the window.
+        scale: first volume and decay rate ``(R, 2)``.
+        width, octaves: see above, and :class:`.integral.Window`.
+        goal: what is maximized.
+    """
+    first, base = scale.chunk(2, 1)
+    volume = first + steps(width + 1, first.device)
     run = torch.searchsorted(table.volumes, volume).clamp_(max=table.values.shape[1] - 1)
     own = table.values.gather(1, run)
-    own[:, 0] = 0
-    ends = torch.stack([table.volumes.minimum(first), table.volumes.maximum(volume[:, -1:])], 1)
-    outside = torch.baddbmm(table.outside, ends.diff(), table.powers[:, 1:])
-    return run, Window(volume, own, outside, base, min(60, math.ceil(math.log2(span))))
+    own[:, :1].zero_()
+    orders = before.shape[1]
+    rest = table.total - powers(own, orders).sum(2, keepdim=True)
+    rest = rest if goal.metric == "dice" else rest - before
+    factors = series_factors(orders, first.device)
+    factors = factors[-1:] if table.orders is None else factors.index_select(0, table.orders)
+    return run, Window(volume, own, torch.cat([before, rest], 2), factors, base, octaves)
 
 
-def powers(values: Tensor) -> Tensor:
-    """Return the powers 1 to ``ORDERS`` of values ``(R, W)``, ``(R, W, ORDERS)``."""
-    return values.unsqueeze(2).expand(-1, -1, ORDERS).cumprod(2)
+def padded(values: Tensor) -> Tensor:
+    """Return values ``(R, W)`` in float64 with a 0 before and behind."""
+    wide = values.new_zeros(len(values), values.shape[1] + 2, dtype=torch.float64)
+    wide[:, 1:-1] = values
+    return wide
+
+
+def powers(values: Tensor, orders: int = ORDERS) -> Tensor:
+    """Return the first powers of values ``(R, W)``, ``(R, orders, W)``."""
+    return values.unsqueeze(1).expand(-1, orders, -1).cumprod(1)
 
 
 def draw(masks: Tensor, columns: Tensor, volumes: Tensor) -> None:
     """Fill masks ``(R, N)`` with the first ``volumes`` ``(R, 1)`` of the sorted pixels ``columns`` ``(R, N)``."""
-    masks.scatter_(1, columns, torch.arange(columns.shape[1], device=masks.device) < volumes)
+    masks.scatter_(1, columns, steps(columns.shape[1], masks.device) < volumes)
+
+
+def steps(count: int, device: torch.device) -> Tensor:
+    """Return 0, 1, ... in float64."""
+    if count <= FEW_VALUES:
+        return _first_steps(device)[:count]
+    return torch.arange(count, dtype=torch.float64, device=device)
+
+
+@lru_cache(maxsize=8)
+def _first_steps(device: torch.device) -> Tensor:
+    return torch.arange(FEW_VALUES, dtype=torch.float64, device=device)
