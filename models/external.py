@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from base.base_model import BaseModel, Outputs, resize_to
 from models.network_files import FileNetwork, load_network
+from utils.bounds import Side
 from utils.errors import UserError, warn
 from utils.predict.network import unlink
 
@@ -66,7 +67,7 @@ class External(BaseModel):
         file: str | None = None,
         backbone: str | None = None,
         outputs: str = "logits",
-        size_divisor: int = 1,
+        size_divisor: Side = 1,
         resize: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
@@ -76,6 +77,7 @@ class External(BaseModel):
         problems = {
             'set either factory ("package.module:function") or file ("net.pt2")': (factory is None) == (file is None),
             f'outputs must be "logits" or "probabilities", got {outputs!r}': outputs not in ("logits", "probabilities"),
+            f"size_divisor must be at least 1, got {size_divisor}": size_divisor < 1,
             "pretrained must be a section of arguments of the factory, or false": pretrained is True,
             "args, pretrained and backbone are for a factory, not for a file": file
             and (args or pretrained or backbone),

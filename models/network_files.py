@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,21 @@ Sizes = tuple[int | None, ...]
 
 
 class FileNetwork(nn.Module):
-    """A network from a file, for evaluation only: ``run`` maps images of ``sizes`` to the outputs of the network."""
+    """A network from a file, for evaluation only: ``run`` maps images of ``sizes`` to the outputs of the network.
 
-    def __init__(self, path: str, run: Callable[[Tensor], Any], sizes: Sizes) -> None:
+    ``dtype``: of the images that it takes; ``facts``: what :mod:`utils.export` wrote into the file, if it did.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        run: Callable[[Tensor], Any],
+        sizes: Sizes,
+        dtype: torch.dtype = torch.float32,
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
+        self.dtype, self.facts = dtype, facts or {}
         self.path, self.batch = path, sizes[0]
         height, width = sizes[2:]
         self.size = (height, width) if height is not None and width is not None else None
@@ -35,6 +47,7 @@ class FileNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """Run the network on images (B, C, H, W)."""
+        x = x.to(self.dtype)
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
             raise UserError(
                 f"{self.path} takes images of {self.size[0]} x {self.size[1]} only, got {x.shape[-2]} x "
@@ -91,12 +104,14 @@ def load_network(path: str) -> FileNetwork:
 
 
 def _program(path: str) -> FileNetwork:
-    program = torch.export.load(path)
+    extra = {"facts.json": ""}
+    program = torch.export.load(path, extra_files=extra)
     inputs = program.graph_signature.user_inputs
     if len(inputs) != 1:
         raise UserError(f"{path}: takes {len(inputs)} inputs; expected one, the images")
     node = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name == inputs[0])
-    return FileNetwork(path, program.module(), _free(node.meta["val"].shape))
+    images, facts = node.meta["val"], json.loads(extra["facts.json"] or "{}")
+    return FileNetwork(path, program.module(), _free(images.shape), images.dtype, facts)
 
 
 def _onnx(path: str) -> FileNetwork:
@@ -114,11 +129,13 @@ def _onnx(path: str) -> FileNetwork:
         raise UserError(f'{path}: has the outputs {", ".join(outputs)}; expected one, or one named "out" or "logits"')
 
     def run(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run([chosen], {inputs[0].name: x.float().cpu().numpy()})[0])
+        return torch.from_numpy(session.run([chosen], {inputs[0].name: x.cpu().numpy()})[0])
 
-    return FileNetwork(path, run, _free(inputs[0].shape))
+    dtype, facts = _DTYPES.get(inputs[0].type, torch.float32), session.get_modelmeta().custom_metadata_map
+    return FileNetwork(path, run, _free(inputs[0].shape), dtype, facts if "class_names" in facts else None)
 
 
+_DTYPES = {"tensor(float16)": torch.float16, "tensor(double)": torch.float64}
 _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 

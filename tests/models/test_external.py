@@ -18,7 +18,7 @@ import models
 import test as test_script
 import train
 from tests.models.small_network import SmallNetwork
-from tests.small_checkpoint import needs_new_torch
+from tests.small_checkpoint import NAMES, needs_new_torch, write_checkpoint
 from utils import checkpoint, export
 from utils.config import __main__ as config_script
 from utils.errors import UserError
@@ -293,6 +293,7 @@ def test_config_check_downloads_no_weights(run: Callable[..., int], tmp_path: Pa
         ({"factory": "tests.models.small_network:not_a_module"}, "returns dict, not an nn.Module"),
         ({"factory": SMALL, "args": ARGS, "backbone": "stem"}, "no submodule 'stem'; it has encoder, dropout, head"),
         ({"factory": SMALL, "args": ARGS, "freeze_backbone": True}, "needs the backbone's name"),
+        ({"factory": SMALL, "args": ARGS, "size_divisor": 0}, "size_divisor must be at least 1, got 0"),
         ({"factory": SMALL, "args": ARGS, "pretrained": True}, "arguments of the factory"),
         ({"file": "absent.pt2"}, "there is no file absent.pt2"),
         ({"file": "config.json"}, "not a network in a file"),
@@ -395,6 +396,74 @@ def test_a_file_of_one_size_divides_batches_and_resizes_on_request(name: str, tm
         with pytest.raises(UserError, match="64 x 96 only, got 50 x 50.*arch.args.resize to true"):
             external(file=path)(other)
         assert external(file=path, resize=True)(other).shape == (1, 4, 50, 50)
+
+
+class OfType(nn.Module):
+    """Takes images of one data type."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = nn.Conv2d(3, 4, 1).to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("net.pt2", torch.float16), ("net.pt2", torch.float64), ("net.onnx", torch.float16)]
+)
+def test_images_get_the_data_type_that_a_file_takes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    network = OfType(dtype).eval()
+    if name == "net.onnx":
+        pytest.importorskip("onnxscript")
+        torch.onnx.export(network, (torch.rand(1, 3, 8, 8, dtype=dtype),), tmp_path / name, dynamo=True, verbose=False)
+    else:
+        program = torch.export.export(network, (torch.rand(1, 3, 8, 8, dtype=dtype),))
+        torch.export.save(program, tmp_path / name)
+    x = torch.rand(1, 3, 8, 8)
+    with torch.no_grad():
+        found = external(file=str(tmp_path / name)).eval()(x)
+        torch.testing.assert_close(found.float(), network(x.to(dtype)).float(), rtol=1e-3, atol=1e-3)
+
+
+@needs_new_torch
+def test_a_file_of_the_exporter_is_not_normalized_twice(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    model = write_checkpoint(tmp_path / "four.pth")
+    config = json.loads(write_config(tmp_path, {}).read_text())
+    names = list(NAMES[:4])
+    facts = {"classes": names, "size": 64}
+    for loader in ("train_loader", "val_loader", "test_loader"):
+        config[loader]["args"] |= facts
+    for name, kind in (("net.pt2", "torch-export"), ("net.onnx", "onnx")):
+        path, out = tmp_path / name, tmp_path / "config.json"
+        assert run(export.main, "-m", model, "-f", kind, "-o", path) == 0
+        config["arch"]["args"] = {"file": str(path), "outputs": "probabilities"}
+        for mean, std, classes, message in (
+            ([0.45] * 3, [0.25] * 3, names, "normalizes the images itself.*mean to .0, 0, 0. and std to .1, 1, 1."),
+            ([0] * 3, [1] * 3, names[::-1], "for the classes background, dog / cat.*has tree, car"),
+            ([0] * 3, [1] * 3, names, ""),
+        ):
+            config["train_loader"]["args"] |= {"mean": mean, "std": std, "classes": classes}
+            out.write_text(json.dumps(config))
+            if message:
+                with pytest.raises(UserError, match=message):
+                    checkpoint.load_model(path, config=out)
+            else:
+                loaded, images = checkpoint.load_model(path, config=out), torch.rand(1, 3, 64, 70)
+                with torch.no_grad():
+                    expected = checkpoint.load_model(model).single().probabilities(images)
+                    torch.testing.assert_close(loaded.single().probabilities(images), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_config_check_accepts_a_network_in_a_file(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(espnet(8), tmp_path / "espnet.pt2")
+    assert run(config_script.main, "check", write_config(tmp_path, {"file": str(path)})) == 0
+    assert "train.py cannot train a network in a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["option", "config"])

@@ -18,6 +18,7 @@ read with ``weights_only=True``, so they cannot run code.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -31,9 +32,10 @@ from utils import config as configs
 from utils import finite
 from utils.checkpoint.contents import fit_not_used, missing_class_files, section
 from utils.checkpoint.files import link, read, remove_leftovers, save
+from utils.config.data_checks import first_difference
 from utils.config.published import dead_arguments
 from utils.config.schema import Config
-from utils.errors import UserError, warn
+from utils.errors import UserError, listed, warn
 from utils.facts import Facts
 from utils.images import ValueRange
 from utils.losses import LOSSES
@@ -261,7 +263,9 @@ def build_model(
         if "network" not in state and arch != EXTERNAL:  # code from elsewhere may not run on the meta device
             _check_size(arch, num_classes, args, weights)
         model = models.build(arch, num_classes, **args)
-        if "network" not in state:
+        if "network" in state:
+            _check_exported(model.network.facts, facts)
+        else:
             upstream.load_weights(model, weights)
         bad = finite.bad_weights(model)
         if bad is not None:
@@ -270,7 +274,7 @@ def build_model(
                 f"{state.get('iteration', 'unknown')}: the training diverged; use an earlier checkpoint of the run"
             )
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from None
     return LoadedModel(
         model=model.to(device).eval(),
         facts=facts,
@@ -279,6 +283,22 @@ def build_model(
         path=Path(path),
         epoch=int(state.get("epoch", 0)),
     )
+
+
+def _check_exported(own: Mapping[str, str], facts: Facts) -> None:
+    """Raise UserError unless a file of utils.export (``own`` is what it says) fits the facts of a config's data."""
+    if own and (any(facts.mean) or any(value != 1 for value in facts.std)):
+        raise UserError(
+            "this file was written by utils.export and normalizes the images itself. In the config, set "
+            f"train_loader.args.mean to {[0] * facts.in_channels} and std to {[1] * facts.in_channels}, or score the "
+            "checkpoint that it was made of"
+        )
+    names = tuple(json.loads(own.get("class_names", "[]")))
+    if own and (len(names) != facts.num_classes or first_difference(names, facts.class_names) is not None):
+        raise UserError(
+            f"this file was written by utils.export for the classes {listed(names, 6)}, but the data of the config has "
+            f"{listed(facts.class_names, 6)} (train_loader.args.classes)"
+        )
 
 
 def _check_size(arch: str, num_classes: int, args: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:

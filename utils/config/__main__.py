@@ -14,7 +14,7 @@ from utils import checkpoint
 from utils.cli import Parser, add_overrides
 from utils.config import building, data_checks, dump, editor, override, read, resolve
 from utils.config.schema import Config
-from utils.errors import run
+from utils.errors import run, warn
 from utils.facts import Facts
 
 
@@ -34,10 +34,14 @@ def rehearse(config: Config) -> None:
     arguments = checkpoint.arch_arguments(config, facts)
     if "pretrained" in arguments and not isinstance(arguments["pretrained"], str):
         arguments["pretrained"] = False  # nothing is downloaded
-    with torch.device("meta"), warnings.catch_warnings():
+    in_file = arguments.get("file") is not None  # a network for test.py, whose weights cannot be left out
+    with torch.device("cpu" if in_file else "meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*meta parameter")  # pretrained weights have no effect there
         model = building.build_section("arch.args", models.build, config.arch.type, facts.num_classes, **arguments)
-        building.build_optimizer(config, model)
+        if in_file:
+            warn("arch.args.file: train.py cannot train a network in a file; test.py and inference.py can use it")
+        else:
+            building.build_optimizer(config, model)
     data_checks.warn_about_loss(config, [config.predict.train, config.predict.val])
     data_checks.warn_about_schedule(config, len(train))
 

@@ -27,7 +27,7 @@ def check_facts(config: Config, facts: Facts, others: dict[str, Facts]) -> None:
                 f"{path}: its data has {other.num_classes} classes ({listed(other.class_names, 4)}), the model "
                 f"{facts.num_classes} ({listed(facts.class_names, 4)}); use the same args.classes for both"
             )
-        different = _first_difference(facts.class_names, other.class_names)
+        different = first_difference(facts.class_names, other.class_names)
         if different is not None:
             raise UserError(
                 f"{path}: class {different} of its data is {other.class_names[different]!r}, but "
@@ -70,7 +70,7 @@ def resumed_facts(config: Config, stored: Facts, facts: Facts) -> Facts:
     return replace(facts, **{name: getattr(stored, name) for name in ("mean", "std") if args.get(name) == "auto"})
 
 
-def _first_difference(names: tuple[str, ...], others: tuple[str, ...]) -> int | None:
+def first_difference(names: tuple[str, ...], others: tuple[str, ...]) -> int | None:
     """Return the first class with different names, apart from case and spacing; numbered classes have any name."""
     numbered = tuple(f"class {i}" for i in range(len(names)))
     if numbered in (names, others):
