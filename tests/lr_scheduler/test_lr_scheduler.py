@@ -358,6 +358,16 @@ def test_signatures_show_what_a_config_may_set(name):
         ("OneCycle", {"momentums": (0.95, 0.85)}, "momentums"),
         ("SequentialLR", {"schedulers": [{"type": "Poly"}, {"type": "StepLR"}], "milestones": [3]}, "Poly is not one"),
         ("SequentialLR", {"schedulers": [{"type": "ConstantLR"}], "milestones": [3]}, "need 0 milestones"),
+        (
+            "SequentialLR",
+            {"schedulers": [{"type": "ConstantLR"}] * 3, "milestones": [5, 2]},
+            r"\[5, 2\]; expected incr",
+        ),
+        (
+            "SequentialLR",
+            {"schedulers": [{"type": "ConstantLR"}] * 2, "milestones": [-1]},
+            "increasing numbers above 0",
+        ),
         ("ChainedScheduler", {"schedulers": [{"name": "ConstantLR"}]}, "expected"),
     ],
 )

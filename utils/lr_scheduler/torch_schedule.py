@@ -111,6 +111,8 @@ def _make(name: str, optimizer: Optimizer, length: int, args: dict[str, Any]) ->
     if name == "SequentialLR":
         ends = [*args["milestones"], length]
         lengths = [end - start for start, end in zip([0, *args["milestones"]], ends, strict=True)]
+        if not all(stretch > 0 for stretch in lengths[:-1]):
+            raise ValueError(f"milestones are {args['milestones']}; expected increasing numbers above 0")
         args["schedulers"] = _make_all(name, args["schedulers"], optimizer, lengths)
     elif name == "ChainedScheduler":
         parts = _make_all(name, args["schedulers"], optimizer, [length] * len(args["schedulers"]))
