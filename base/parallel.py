@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from utils import distributed
+from utils.checkpoint import EXTERNAL
 from utils.config.schema import Config
 from utils.errors import UserError, warn
 from utils.predict.network import AMP_DTYPES
@@ -43,8 +44,9 @@ def wrap(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
     network = cast("nn.Module", torch.compile(model)) if config.trainer.compile else model
     if distributed.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
-        # If the auxiliary loss has weight 0, the auxiliary head gets no gradients to wait for.
-        unused = not config.aux_weight
+        # Parameters without gradients, for which the processes must not wait: those of the auxiliary head if its loss
+        # has weight 0, and what a network from elsewhere may have and not use.
+        unused = not config.aux_weight or config.arch.type == EXTERNAL
         network = nn.parallel.DistributedDataParallel(network, device_ids=ids, find_unused_parameters=unused)
     return network
 

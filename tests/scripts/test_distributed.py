@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from base import parallel
+from tests.base.test_trainer import make_config
 from tests.scripts.distributed_worker import train
 from utils import distributed
 from utils.errors import UserError
@@ -68,6 +70,25 @@ def test_validation_scores_are_identical_in_one_and_two_processes(trained: dict[
     # Seven images over two processes: an image counted twice would show.
     assert trained["one"]["evaluated"] == trained["two"]["evaluated"]
     assert trained["one"]["images"] == trained["two"]["images"] == 7
+
+
+def test_a_network_from_elsewhere_may_have_parameters_without_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = torch.nn.Conv2d(3, 2, 1)
+    network.unused = torch.nn.Conv2d(3, 2, 1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        config = make_config(tmp_path)
+        config.arch.type = "External"
+        wrapped = parallel.wrap(network, config, torch.device("cpu"))
+        for _ in range(2):
+            wrapped(torch.rand(1, 3, 4, 4)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert network.weight.grad is not None
+    assert network.unused.weight.grad is None
 
 
 def test_training_scores_cover_all_processes(trained: dict[str, dict]) -> None:

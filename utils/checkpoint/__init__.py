@@ -163,7 +163,7 @@ def _refuse_code(arch: Any, path: str | Path, trusted: bool) -> None:
     raise UserError(
         f"{path}: its network is built by code outside this project ({args.get('factory') or args.get('file')}). A "
         "checkpoint alone must not run code. If you trust it, add --trust-code, or pass the config of its run with "
-        "--config"
+        "--config (in Python: Predictor(load_model(path, trust_code=True)))"
     )
 
 
