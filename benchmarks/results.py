@@ -96,6 +96,7 @@ ROWS = {
     "drives_unet_lite0": Row(_DRIVE, f"U-Net decoder, {LITE0}", _CAMVID),
     "drives_pspnet_lite0": Row(_DRIVE, f"PSPNet, {LITE0}", _CAMVID, _encoder("PSPNet")),
     "drives_upernet_lite0": Row(_DRIVE, f"UperNet (64 channels), {LITE0}", _CAMVID, _PYRAMID),
+    "drives_deeplab_lite0": Row(_DRIVE, f"DeepLabV3+, {LITE0}", _CAMVID, _encoder("DeepLab")),
     "camvid_enet": Row(_CLIP, "ENet, from scratch", _CAMVID, _scratch("ENet")),
     "camvid_unet": Row(_CLIP, "U-Net (width 32), from scratch", _CAMVID, _scratch("UNet", width=32)),
     "camvid_pspnet": Row(_CLIP, "PSPNet-R18, from scratch", _CAMVID, _scratch("PSPNet", **_R18)),

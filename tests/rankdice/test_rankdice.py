@@ -309,16 +309,16 @@ def test_a_row_needs_as_many_power_sums_alone_as_beside_another() -> None:
 
 def test_the_power_sums_suffice_for_every_volume_that_can_be_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best volume of a row adds to the decay rate, but for the pixels in the table, which may all be left out."""
-    facts = {"rate": 3300.0, "cut": 0.4, "mean": 2500.0, "square": 2000.0, "volume": 2600.0, "mass": 2300.0}
-    limits = exact._limits(Goal("dice", 0.0), **facts)
+    sums = (2500.0, 2000.0)
+    limits = exact._limits(Goal("dice", 0.0), 3300.0, 0.4, sums, (2600.0, 2300.0))
     assert not limits.small
     assert limits.most == 2500 + 2600 - 3300
-    assert exact._limits(Goal("iou", 0.0), **facts).small  # its rate is only at least the mean
-    assert exact._limits(Goal("dice", 0.0), **facts | {"volume": 1000.0, "mass": 900.0}).small
+    assert exact._limits(Goal("iou", 0.0), 3300.0, 0.4, sums, (2600.0, 2300.0)).small  # its rate may be the mean
+    assert exact._limits(Goal("dice", 0.0), 3300.0, 0.4, sums, (1000.0, 900.0)).small
     probs = smooth_maps(1, 3, 90, 100)
     expected, sorted_rows, found = rank_dice(probs), [], exact._limits
 
-    def no_room(*args: float) -> object:
+    def no_room(*args: object) -> object:
         return found(*args)._replace(most=-1)
 
     def record(rows: torch.Tensor, *args: object) -> torch.Tensor:

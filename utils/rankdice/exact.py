@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -174,7 +174,7 @@ def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
         above = power_sums(over.mul_(near), most, wide, power)
         sums[some, :, : 1 + most].add_(torch.stack([number, *total, number, *above], 1).view(-1, 2, 1 + most))
     facts = zip(sums[:, :, :3].tolist(), cut.view(-1).tolist(), classes, strict=True)
-    limits = [_limits(goal, FAR_RATES[k], q, *total[1:], *above[:2]) for (total, above), q, k in facts]
+    limits = [_limits(goal, FAR_RATES[k], q, total[1:], above[:2]) for (total, above), q, k in facts]
     low, high = cut.new_tensor([limit[:2] for limit in limits]).split(1, 1)
     found = []
     for some, first, part in _pieces(rows):
@@ -189,13 +189,14 @@ def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
     return _Survey(sums, orders, cut, limits, place, ends)
 
 
-def _limits(goal: Goal, rate: float, cut: float, mean: float, square: float, volume: float, mass: float) -> _Limits:
+def _limits(goal: Goal, rate: float, cut: float, sums: Sequence[float], above: Sequence[float]) -> _Limits:
     """Return the limits around ``cut`` between which the best mask is cut.
 
-    ``rate`` is that of the power sums (:data:`FAR_RATES`), ``mean`` and ``square`` are the first two of all pixels, and
-    ``volume`` pixels with the sum ``mass`` are above ``cut``.
+    ``rate`` is that of the power sums (:data:`FAR_RATES`), ``sums`` are the first two of all pixels, and ``above`` the
+    number and the sum of the pixels above ``cut``.
     """
-    total, g = mean + goal.smooth, goal.smooth
+    (mean, square), (volume, mass), g = sums, above, goal.smooth
+    total = mean + g
     least = max(goal.least(goal.rate(total, volume, mass), mass), 1e-300)
     few = max(goal.few(total, least), g or 1)
     low = goal.half(least) - goal.below(mean - square, max(volume + g, 1))
