@@ -86,7 +86,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = configs.resolve(CONFIG, models=MODELS).model_dump()
     state = {"format": 2, "epoch": 1, "state_dict": model.state_dict(), "config": raw, "facts": facts.to_dict()}
     checkpoint.save(state, folder / "good.pth")
-    checkpoint.save(state | {"facts": facts.to_dict() | {"num_classes": 4}}, folder / "wrong_count.pth")
+    more = {"num_classes": 4, "class_names": [*facts.class_names, "more"], "palette": [*facts.palette, (1, 2, 3)]}
+    checkpoint.save(state | {"facts": facts.to_dict() | more}, folder / "wrong_count.pth")
     (folder / "cut.pth").write_bytes((folder / "good.pth").read_bytes()[:5000])
     (folder / "text.pth").write_text("not a checkpoint")
     torch.save(model.state_dict(), folder / "weights.pth")
