@@ -32,7 +32,7 @@ SORT_BYTES = 170  # of a pixel while its row is sorted and solved
 WEAK, FAINT = 0.1, 0.3  # the table of a small row ends at WEAK, or at FAINT times (sum of squares / sum) if smaller
 LEAST_SAMPLE = 1024
 STEPS = 2  # of the iteration that finds the best cut of a sample
-USUAL_PIXELS = 400  # in a row's table, or fewer
+USUAL_PIXELS = 400  # in a row's table, or fewer; in a row of over 128 times as many, up to a 128th of it
 MOST_PIXELS = 4096  # in a row's table; more if the row has over 64 times as many, or if the budget allows
 TABLE_BYTES = 200  # of a pixel in a table
 CACHE_PIXELS = 1 << 18
@@ -260,7 +260,8 @@ def _estimate(rows: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
         weight = over.sum(1, keepdim=True) + base
         cut = over.mul_(sample).sum(1, keepdim=True) / weight
     scale = 0.9 * rows.shape[1] / sample.shape[1]
-    return cut, weight * scale - USUAL_PIXELS if goal.metric == "dice" else base * scale
+    room = max(USUAL_PIXELS, rows.shape[1] // 128)
+    return cut, weight * scale - room if goal.metric == "dice" else base * scale
 
 
 def _pieces(rows: Tensor, size: int = CACHE_PIXELS) -> Iterator[tuple[slice, int, Tensor]]:
