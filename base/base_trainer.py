@@ -24,7 +24,7 @@ from utils import checkpoint, distributed, files, finite, optim
 from utils import config as configs
 from utils.config import building
 from utils.config.schema import Config
-from utils.errors import UserError, out_of_memory
+from utils.errors import UserError, out_of_memory, plural
 from utils.facts import Facts
 from utils.logger import RunLog
 from utils.losses.base import SegmentationLoss
@@ -190,7 +190,8 @@ class BaseTrainer:
         if periodic and distributed.is_main():
             runs.prune(self.folder, self.settings.keep_last, epoch)
         if self.monitor.stops and distributed.is_main():
-            print(f"early stop: {self.monitor.name} has not improved in {self.monitor.not_improved} validations")
+            waited = plural(self.monitor.not_improved, "validation")
+            print(f"early stop: {self.monitor.name} has not improved in {waited}")
         return self.monitor.stops
 
     def _print_scores(self, epoch: int, scores: Mapping[str, float], improved: bool) -> None:

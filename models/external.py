@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from base.base_model import BaseModel, Outputs, resize_to
 from models.network_files import FileNetwork, load_network
 from utils.bounds import Side
-from utils.errors import UserError, warn
+from utils.errors import UserError, out_of_memory, warn
 from utils.predict.network import unlink
 
 #: How far the probabilities of a pixel may be from a sum of 1 (half precision).
@@ -142,11 +142,11 @@ class External(BaseModel):
         """Call the network; the errors of code from elsewhere become messages with the place of the error."""
         try:
             return self.network(x)
-        except (UserError, MemoryError, torch.OutOfMemoryError):
+        except UserError:
             raise
         except Exception as error:  # whatever the user's code raises
             text = str(error).strip()
-            of_the_run = "more than 1 value per channel" in text or "can't allocate memory" in text
+            of_the_run = "more than 1 value per channel" in text or out_of_memory(error)
             if of_the_run or torch.compiler.is_compiling():
                 raise
             places = traceback.extract_tb(error.__traceback__)

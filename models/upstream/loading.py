@@ -117,18 +117,19 @@ def transfer(
             f"only {len(taken)} of {len(weights)} tensors fit {type(model).__name__}; the file begins with "
             f"{listed(weights, 3)}" + (f". Probably: {why}" if why else "")
         )
-    heads = class_axes(model) if _moved(classes, theirs) else {}
-    taken = [key for key in taken if key not in heads]
-    state = {key: weights[names[key]] for key in taken}
+    by_class: dict[str, Tensor] = {}
+    for key, axis in class_axes(model) if _moved(classes, theirs) else ():
+        if key in names and key not in by_class:
+            new = _by_class(weights[names[key]], own[key], classes, theirs, axis)
+            by_class |= {} if new is None else {key: new}
+    taken = [key for key in taken if key not in by_class]
+    state = {key: weights[names[key]] for key in taken} | by_class
     adapted: list[str] = []
-    by_class: list[str] = []
     for key in [key for key in own if key in names and key not in state]:
-        new, kind = _adapted(weights[names[key]], own[key], model.in_channels), adapted
-        if key in heads:
-            new, kind = _by_class(weights[names[key]], own[key], classes, theirs, heads[key]), by_class
+        new = _adapted(weights[names[key]], own[key], model.in_channels)
         if new is not None:
             state[key] = new
-            kind.append(key)
+            adapted.append(key)
     model.load_state_dict(state, strict=False)
     known = {names[key] for key in own if key in names}
     other = [key for key in own if key in names and key not in state]
@@ -173,12 +174,13 @@ def _moved(classes: Sequence[str], theirs: Sequence[str]) -> bool:
     return bool(places) and (len(classes) != len(theirs) or any(i != j for i, j in places))
 
 
-def class_axes(model: BaseModel) -> dict[str, int]:
-    """Return the parameters of a network's heads, and the axis of the classes of each.
+def class_axes(model: BaseModel) -> list[tuple[str, int]]:
+    """Return the parameters of a network's heads, each with the axis of its classes.
 
     Found by trying: a class's part of a head changes the logits of this class only. Parameters without any effect
-    belong to heads that only training uses, if they have an axis of this length. The result is empty, with a warning,
-    if the network cannot be run on a small image.
+    belong to heads that only training uses, if they have an axis of this length. For one class, all parameters with an
+    effect are returned, with each axis. The result is empty, with a warning, if the network cannot be run on a small
+    image.
     """
     count, training = model.num_classes, model.training
     side = -(-64 // model.size_divisor) * model.size_divisor
@@ -190,16 +192,16 @@ def class_axes(model: BaseModel) -> dict[str, int]:
             gradients = torch.autograd.grad(logits[:, 0].sum(), list(parameters.values()), allow_unused=True)
     except UserError as error:
         warn(f"the weights of the head are not put into the order of the classes: {error}")
-        return {}
+        return []
     finally:
         model.train(training)
-    found: dict[str, int] = {}
+    found: list[tuple[str, int]] = []
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         for axis, length in enumerate(parameter.shape[:2]):
             parts = [] if gradient is None or length % count else gradient.movedim(axis, 0).chunk(count)
             is_head = parts[0].any() and not any(part.any() for part in parts[1:]) if parts else length == count
             if is_head and (parts or gradient is None):
-                found.setdefault(name, axis)
+                found.append((name, axis))
     return found
 
 

@@ -163,7 +163,7 @@ def test_a_run_that_stopped_early_is_over(train: Train) -> None:
     config["optimizer"] = {"type": "SGD", "args": {"lr": 1e-12}}
     Path("config.json").write_text(json.dumps(config))
     code, text = train("-c", "config.json")
-    assert "early stop: Mean_Dice has not improved in 1 validations" in text
+    assert "early stop: Mean_Dice has not improved in 1 validation" in text
     before = latest().read_bytes()
     code, text = train("-r", str(latest()))
     assert code == 0

@@ -259,3 +259,5 @@ def test_a_palette_that_another_thread_adds_meanwhile_is_no_contradiction() -> N
 
     reference.check(Mask(np.zeros((2, 2), np.uint8), colors.view(Meanwhile)), "a.png")
     reference.check(Mask(np.arange(2, dtype=np.uint8)[None], colors), "c.png")
+    with pytest.raises(UserError):  # both colors are known now
+        reference.check(Mask(np.arange(2, dtype=np.uint8)[None], colors[::-1]), "d.png")

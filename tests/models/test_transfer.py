@@ -85,6 +85,18 @@ def test_the_same_classes_in_another_order_keep_their_logits(kind: str, args: di
     assert not same_order.by_class
 
 
+@pytest.mark.parametrize(("kind", "args"), [("UNet", {"width": 4}), ("ENet", {})])
+@pytest.mark.parametrize("theirs", [("background", "vessel"), ("background", "vessel", "other")])
+def test_one_class_of_several_keeps_the_rest_of_the_network(kind: str, args: dict, theirs: tuple[str, ...]) -> None:
+    source, model = build(kind, len(theirs), 1, **args), build(kind, 1, 2, **args)
+    done = transfer(model, source.state_dict(), ["vessel"], theirs)
+    assert not done.reshaped + done.missing + done.unused + done.adapted
+    assert len(done.by_class) in (1, 2)
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), source.eval()(images)[:, 1:2], rtol=1e-4, atol=1e-5)
+
+
 def test_a_head_that_cannot_be_found_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     args = {"factory": "tests.models.small_network:FixedSize", "args": {"classes": "$num_classes"}}
     source, model = (build("External", 2, seed, **args) for seed in (1, 2))

@@ -155,11 +155,9 @@ def _solve(rows: Tensor, highest: Tensor, masks: Tensor, options: Options, max_b
     found = torch.zeros(count, 3, dtype=torch.float64, device=rows.device)
     if not rows.numel():
         return found
-    lowest, highest_ = torch.stack([rows.amin(1), highest]).tolist()
+    lowest, highest_, above = torch.stack([rows.amin(1), highest, highest > (options.prune or 0.0)]).tolist()
     exact.check_range(lowest, highest_)
-    least = options.prune or 0.0
-    least = least if least in (0, 0.5) else float(rows.new_tensor(least))  # rounded as the probabilities are
-    active = [row for row, most in enumerate(highest_) if most > least]
+    active = [row for row, is_above in enumerate(above) if is_above]
     step = max(1, max_bytes // ((_CHUNK_BYTES if on_cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
     if options.smooth and len(active) < count:
         pruned = torch.tensor(sorted({*range(count)} - {*active}), device=rows.device)

@@ -99,8 +99,7 @@ def empty_scores(rows: Tensor, goal: Goal, budget: int) -> Tensor:
     total = values.new_zeros(rows.shape[0], ORDERS, 1)
     for some, _, part in _pieces(rows, (CACHE_PIXELS if rows.device.type in CPU else budget // 8) // (2 * ORDERS)):
         total[some] += powers(part.double()).sum(2, keepdim=True)
-    volumes = torch.arange(values.shape[1], device=rows.device).double().repeat(rows.shape[0], 1)
-    return tables.empty_scores(Table(values, volumes, powers(values).cumsum(2), total), goal, budget)
+    return tables.empty_scores(Table.whole(values)._replace(total=total), goal, budget)
 
 
 def check_range(lowest: list[float], highest: list[float]) -> None:
