@@ -62,10 +62,6 @@ class Augmentation:
     blur: float = 0.0
     jitter: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.base_size is not None and self.base_size < 1:
-            raise ValueError(f"base_size must be at least 1, got {self.base_size}")
-
     def draw(self, rng: np.random.Generator, height: int, width: int) -> Parameters:
         """Draw parameters for an image of the given size.
 
@@ -209,9 +205,7 @@ def size_of(crop_size: int | Sequence[int] | None) -> tuple[int, int] | None:
     """Return (height, width) of a loader's ``crop_size``."""
     if crop_size is None:
         return None
-    height, width = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
-    if min(height, width) < 1:
-        raise ValueError(f"crop_size must be at least 1, got {crop_size}")
+    height, width = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
     return height, width
 
 
@@ -225,9 +219,6 @@ def scale_range(scale: bool | Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def amount(name: str, value: bool | float, default: float) -> float:
+def amount(value: bool | float, default: float) -> float:
     """Return the number of an argument that may also be true (``default``) or false (0)."""
-    number = default * value if isinstance(value, bool) else float(value)
-    if not 0 <= number <= 180:
-        raise ValueError(f"{name} must be true, false or a number from 0 to 180, got {value}")
-    return number
+    return default * value if isinstance(value, bool) else float(value)

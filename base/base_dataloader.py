@@ -76,8 +76,6 @@ class BaseDataLoader(DataLoader[Any]):
         seed: Seed = 0,
         pin_memory: bool | None = None,
     ) -> None:
-        if sampler not in (None, "weighted"):
-            raise ValueError(f"sampler must be None or 'weighted', got {sampler!r}")
         if sampler and not shuffle:
             raise ValueError("sampler 'weighted' needs shuffle: true (it is only for training)")
         dataset.replace_broken = shuffle
@@ -192,8 +190,6 @@ class EpochBatches(Sampler[list[Key]]):
         seed: int = 0,
         weights: np.ndarray | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.indices, self.batch_size, self.seed = indices, batch_size, seed
         self.shuffle, self.drop_last = shuffle, drop_last
         self.weights = None if weights is None else weights / weights.sum()
@@ -291,8 +287,6 @@ def _worker_count(num_workers: int | None) -> int:
     cores = available_cores()
     if num_workers is None:
         return min(MAX_DEFAULT_WORKERS, cores - 1)
-    if num_workers < 0:
-        raise ValueError(f"num_workers must not be negative, got {num_workers}")
     if num_workers > cores:
         _notice(f"num_workers {num_workers} lowered to the {cores} cores of this machine")
     return min(num_workers, cores)
@@ -313,8 +307,6 @@ def _split(
         return np.arange(count), None
     if dataset.held_out is not None or (val_split and val_fold is not None):
         raise ValueError("val_split, val_fold and val_fraction cannot be combined; use one of them")
-    if val_split and not 0 < val_split < 1:
-        raise ValueError(f"val_split must lie between 0 and 1, got {val_split}")
     if val_fold is not None or group_by is not None:
         names = [entry.name for entry in dataset.entries]
         if val_fold is not None:

@@ -116,9 +116,8 @@ class BaseDataSet(Statistics, Dataset[Any]):
         ignore_index: Label | None = None,
         seed: Seed = 0,
     ) -> None:
-        _one_of("split", split, self.splits)
-        _one_of("on_error", on_error, ("raise", "skip"))
-        _one_of("cache", cache, (None, "ram"))
+        if split not in self.splits:
+            raise ValueError(f"split must be one of {', '.join(map(repr, self.splits))}; got {split!r}")
         self.split, self.seed, self.on_error, self.val = split, seed, on_error, val
         self._data_dir = expand(data_dir) if data_dir is not None else None
         given = {"data_dir": data_dir, "classes": classes, "palette": palette, "mean": mean, "std": std}
@@ -132,10 +131,10 @@ class BaseDataSet(Statistics, Dataset[Any]):
             aug.size_of(crop_size),
             base_size,
             aug.scale_range(scale),
-            aug.amount("rotate", rotate, aug.MAX_ROTATION),
+            aug.amount(rotate, aug.MAX_ROTATION),
             flip,
-            aug.amount("blur", blur, aug.MAX_BLUR),
-            aug.amount("jitter", jitter, aug.MAX_JITTER),
+            aug.amount(blur, aug.MAX_BLUR),
+            aug.amount(jitter, aug.MAX_JITTER),
         )
         self.crop_size, self.augmentation = plan.crop_size, plan if augment and not val else None
         self._check_geometry(augment, base_size)
@@ -371,11 +370,6 @@ class BaseDataSet(Statistics, Dataset[Any]):
         if self.held_out is not None:
             other.entries, other.held_out, other._cache = Entries(distinct(self.held_out, self._data_dir)), None, None
         return other
-
-
-def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(repr(a) for a in allowed)}; got {value!r}")
 
 
 def _planes(image: np.ndarray) -> Tensor:

@@ -21,7 +21,12 @@ _VALUE_COLUMNS = ("pixel value", "value", "id", "pixel_value", "index", "idx", "
 _COLOR_COLUMNS = (("r", "g", "b"), ("red", "green", "blue"))
 _GAP = r"\s*[,;\s]\s*"
 _RGB = _GAP.join(rf"(?P<{channel}>\d{{1,3}})" for channel in "rgb")
-_WITH_COLOR = (re.compile(rf"{_RGB}{_GAP}(?P<name>\S.*)"), re.compile(rf"(?P<name>.*\S){_GAP}{_RGB}"))
+# A line with a color: of CVAT's labelmap.txt (name:R,G,B:parts:actions), R G B name, or name R G B.
+_WITH_COLOR = (
+    re.compile(rf"(?P<name>[^:]*):\s*{_RGB}\s*:[^:]*:[^:]*"),
+    re.compile(rf"{_RGB}{_GAP}(?P<name>\S.*)"),
+    re.compile(rf"(?P<name>.*\S){_GAP}{_RGB}"),
+)
 _NUMBERED = re.compile(r"(?P<id>\d+)\s*[\s,;:=]\s*(?P<name>\S.*)")  # an id and a name
 _STRUCTURED = re.compile(r"[\[{]|- |.*[:{]$")  # the first line of JSON, YAML and the like
 
@@ -50,7 +55,7 @@ def read_classes(path: str | Path) -> Classes:
         raise UserError(f"classes: {path} is not UTF-8 text (it contains {ascii(odd)}); save it as UTF-8")
     texts = [line for _, line in lines]
     try:
-        found = _from_csv(texts, path) or _from_labelmap(texts) or _from_color_lines(texts) or _from_names(texts, path)
+        found = _from_csv(texts, path) or _from_color_lines(texts) or _from_names(texts, path)
     except ValueError as error:
         raise UserError(f"classes: {path}: {error}") from None
     numbered = [_NUMBERED.fullmatch(name) for name in found.names]
@@ -117,17 +122,8 @@ def _by_id(ids: Sequence[int], names: Sequence[str], palette: Sequence[Color] | 
     return Classes(tuple(names[i] for i in order), None if palette is None else tuple(palette[i] for i in order))
 
 
-def _from_labelmap(texts: Sequence[str]) -> Classes | None:
-    """Read CVAT's ``labelmap.txt``; None if the lines have another form."""
-    rows = [text.split(":") for text in texts]
-    if not all(len(row) == 4 and re.fullmatch(r"\s*\d+\s*,\s*\d+\s*,\s*\d+\s*", row[1]) for row in rows):
-        return None
-    colors = tuple(_color([int(part) for part in row[1].split(",")]) for row in rows)
-    return Classes(tuple(row[0].strip() for row in rows), colors) if rows else None
-
-
 def _from_color_lines(texts: Sequence[str]) -> Classes | None:
-    """Read lines ``R G B name`` or ``name R G B``; None if a line has another form."""
+    """Read lines with colors, all of one form; None if a line has another form."""
     for pattern in _WITH_COLOR:
         rows = [match for text in texts if (match := pattern.fullmatch(text))]
         if rows and len(rows) == len(texts):
@@ -140,14 +136,10 @@ def classes_of(classes: Sequence[str] | str | int, data_dir: str | None) -> Clas
     """Return the classes for the argument ``classes``: names, their number, or a file (below data_dir or as given).
 
     Raises:
-        ValueError: no names, equal names, or a number below 1.
+        ValueError: no names, or equal names.
         UserError: the file is missing or its format is not known.
     """
-    if isinstance(classes, bool):
-        raise ValueError("classes must be names, a text file or a number")
     if isinstance(classes, int):
-        if classes < 1:
-            raise ValueError(f"classes must be at least 1, got {classes}")
         return Classes(tuple(f"class {i}" for i in range(classes)))
     if isinstance(classes, str):
         below = expand(data_dir or ".") / classes

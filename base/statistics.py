@@ -82,8 +82,6 @@ def per_channel(
     name: str, given: Sequence[float] | str | None, own: Sequence[float], channels: int
 ) -> tuple[float, ...]:
     """Return ``mean`` or ``std`` for each channel: as given, or the data set's own (also for "auto")."""
-    if channels < 1:
-        raise ValueError(f"in_channels must be at least 1, got {channels}")
     if given is None or given == "auto":
         # The published numbers are for RGB; other channels get their average.
         return tuple(own) if len(own) == channels else (float(np.mean(own)),) * channels

@@ -54,10 +54,10 @@ def build(type: str, **args: Any) -> BaseDataLoader:
         args: the data set's own, those of `BaseDataSet` and those of `BaseDataLoader` (batch_size, shuffle, ...).
 
     Raises:
-        ValueError, TypeError: an argument is unknown or has an invalid value; the message names it.
+        ValueError: an argument is unknown or has an invalid value; the message names it.
         UserError: the data set is unknown, or its files are not as expected.
     """
-    LOADERS.check_names(type, args)
+    LOADERS.check(type, args)
     constructors = LOADERS.constructors(type)
     *special, shared, loader = (inspect.signature(c).parameters for c in constructors)
     of_special = {name for parameters in special for name in parameters}

@@ -46,8 +46,6 @@ for train_extra and mode "coarse"
 """
 
     def __init__(self, *, mode: Literal["fine", "coarse"] = "fine", **common: Any) -> None:
-        if mode not in ("fine", "coarse"):
-            raise ValueError(f"mode must be 'fine' or 'coarse', got {mode!r}")
         self.mode = mode
         super().__init__(**common)
 

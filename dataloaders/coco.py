@@ -66,8 +66,6 @@ class COCO(BaseDataSet):
         compact: bool = False,
         **common: Any,
     ) -> None:
-        if partition not in ("CocoStuff164k", "CocoStuff10k"):
-            raise ValueError(f"partition must be 'CocoStuff164k' or 'CocoStuff10k', got {partition!r}")
         self.partition = partition
         self.layout = _LAYOUT_10K if partition == "CocoStuff10k" else _LAYOUT_164K
         ids = np.arange(len(_NAMES))

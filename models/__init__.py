@@ -39,6 +39,7 @@ def build(type: str, num_classes: int, **args: Any) -> BaseModel:
     """
     name = MODELS.canonical(type)
     try:
+        MODELS.check(name, args)
         return MODELS[name](num_classes=num_classes, **args)
     except (TypeError, ValueError) as error:
         raise UserError(f"arch {name}: {error}") from error

@@ -4,6 +4,8 @@ Semantic Image Segmentation", ECCV 2018 (https://arxiv.org/abs/1802.02611).
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from base.base_model import BaseModel
@@ -43,14 +45,12 @@ class DeepLab(BaseModel):
         in_channels: int = 3,
         backbone: str = "xception",
         pretrained: bool | str = False,
-        output_stride: int | None = None,
+        output_stride: Literal[32, 16, 8] | None = None,
         published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels, published)
-        if output_stride not in (None, *RATES):
-            raise ValueError(f"output_stride must be 32, 16 or 8, got {output_stride}")
         stride = output_stride or 16
         if backbone == "xception":
             self.backbone = Xception(in_channels, pretrained, stride, published)

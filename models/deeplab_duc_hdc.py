@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -90,14 +92,12 @@ class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
         in_channels: int = 3,
         backbone: str = "resnet101",
         pretrained: bool | str = False,
-        output_stride: int = 8,
+        output_stride: Literal[8, 4] = 8,
         published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
     ) -> None:
         super().__init__(num_classes, in_channels, published)
-        if output_stride not in (4, 8):
-            raise ValueError(f"output_stride must be 8 or 4, got {output_stride}")
         self.output_stride = output_stride
         dilations, stem_stride = hybrid_dilations(backbone), output_stride // 4
         self.backbone = ResNet(backbone, in_channels, pretrained, 8, dilations, stem_stride=stem_stride)

@@ -66,7 +66,7 @@ class External(BaseModel):
         pretrained: bool | dict[str, Any] = False,
         file: str | None = None,
         backbone: str | None = None,
-        outputs: str = "logits",
+        outputs: Literal["logits", "probabilities"] = "logits",
         size_divisor: Side = 1,
         resize: bool = False,
         freeze_bn: bool = False,
@@ -76,8 +76,6 @@ class External(BaseModel):
         super().__init__(num_classes, in_channels)
         problems = {
             'set either factory ("package.module:function") or file ("net.pt2")': (factory is None) == (file is None),
-            f'outputs must be "logits" or "probabilities", got {outputs!r}': outputs not in ("logits", "probabilities"),
-            f"size_divisor must be at least 1, got {size_divisor}": size_divisor < 1,
             "pretrained must be a section of arguments of the factory, or false": pretrained is True,
             "args, pretrained and backbone are for a factory, not for a file": file
             and (args or pretrained or backbone),

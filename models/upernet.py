@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -94,7 +96,7 @@ class UperNet(BaseModel):
         in_channels: int = 3,
         backbone: str = "resnet101",
         pretrained: bool | str = False,
-        output_stride: int | None = None,
+        output_stride: Literal[32, 16, 8] | None = None,
         fpn_out: Width | None = None,
         published: bool = False,
         freeze_bn: bool = False,
@@ -102,8 +104,6 @@ class UperNet(BaseModel):
     ) -> None:
         super().__init__(num_classes, in_channels, published)
         fpn_out = fpn_out or (256 if published else 512)
-        if output_stride not in (None, 32, 16, 8):
-            raise ValueError(f"output_stride must be 32, 16 or 8, got {output_stride}")
         stride = output_stride or (16 if published else 32)
         needs = Needs(stride, must=output_stride is not None, whole_stages=True, published=published)
         self.backbone = encoder(backbone, in_channels, pretrained, needs)

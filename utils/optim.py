@@ -62,10 +62,10 @@ def build(
 
     Raises:
         UserError: there is no such optimizer.
-        TypeError, ValueError: an argument it does not take, or a value out of range; no trainable parameter;
+        ValueError: an argument it does not take, or a value out of range; no trainable parameter;
             parameter groups that overlap or leave out a trainable parameter.
     """
-    OPTIMIZERS.check_names(type, args)
+    OPTIMIZERS.check(type, args)
     fields = OPTIMIZERS.arguments(type).model_fields
     if backbone_lr_factor < 0:
         raise ValueError(f"backbone_lr_factor is {backbone_lr_factor}; expected >= 0")

@@ -119,17 +119,15 @@ class Registry(Mapping[str, Any]):
         given = {key: value for key, value in args.items() if key not in own}
         return problems + self.arguments(name).problems(f"{path}.args", given)
 
-    def check_names(self, name: str, args: Iterable[str]) -> None:
-        """Raise TypeError, naming argument and nearest match, if an entry takes no such argument or lacks one."""
-        fields = self.arguments(name).model_fields
-        for key in args:
-            if key not in fields and key not in self.provided:
-                raise TypeError(
-                    f"{name} takes no argument {key!r}{did_you_mean(key, fields)} Known: {', '.join(fields)}"
-                )
-        for key, field in fields.items():
-            if field.is_required() and key not in args:
-                raise TypeError(f"{name} needs the argument {key!r}")
+    def check(self, name: str, args: Mapping[str, Any]) -> None:
+        """Raise ValueError for arguments that are unknown, missing, or not as the constructor annotates them.
+
+        Arguments that the program provides are not checked.
+        """
+        given = {key: value for key, value in args.items() if key not in self.provided}
+        problems = self.arguments(name).problems("", given)
+        if problems:
+            raise ValueError("; ".join(str(problem).lstrip(".") for problem in problems))
 
 
 # -- models of arguments ---------------------------------------------------------------------------------------
@@ -147,7 +145,7 @@ class Arguments(BaseModel):
         """Return one problem per wrong, unknown or missing argument; ``path``: of the arguments."""
         try:
             # Through JSON: a list is a valid tuple there, while "3" is still not a valid int.
-            cls.model_validate_json(json.dumps(args))
+            cls.model_validate_json(json.dumps(args, default=_plain_value))
         except ValidationError as error:
             details: dict[str, list[Any]] = {}
             for detail in error.errors():
@@ -161,15 +159,20 @@ class Arguments(BaseModel):
             allowed = ", ".join(cls.model_fields) or "none"
             return f"{cls.__name__} takes no such argument{did_you_mean(name, cls.model_fields)} Allowed: {allowed}"
         if name not in args:
-            return f"{cls.__name__} needs this argument, but it is missing in the config"
+            return f"{cls.__name__} needs this argument, but it is missing"
         # JSON cannot contain an instance of a class (a tensor): mention it only if nothing else is expected.
         details = [d for d in details if d["type"] != "is_instance_of" and "isinstance" not in d["msg"]] or details
         return f"found {found(args[name])}; {' or '.join(dict.fromkeys(expected(d) for d in details))}"
 
 
+def _plain_value(value: Any) -> Any:
+    """Return numbers of NumPy and torch as those of Python; anything else that JSON does not have as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 def found(value: Any) -> str:
     """Return a value of a config as JSON, shortened if it is long."""
-    text = json.dumps(value, default=str)
+    text = json.dumps(value, default=_plain_value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

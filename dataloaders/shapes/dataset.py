@@ -50,10 +50,6 @@ class Shapes(BaseDataSet):
         **common: Any,
     ) -> None:
         self.size = (size, size) if isinstance(size, int) else (size[0], size[1])
-        least = {"length": (length, 1), "size": (min(self.size), scene.SMALLEST), "scene_seed": (scene_seed, 0)}
-        for name, (value, limit) in least.items():
-            if value < limit:
-                raise ValueError(f"{name} must be at least {limit}, got {value}")
         self.length, self.scene_seed = length, scene_seed
         self.endless = endless and split == "train"
         super().__init__(split=split, **common)

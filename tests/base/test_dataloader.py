@@ -178,7 +178,7 @@ def test_no_batch_at_all_is_an_error() -> None:
 )
 def test_impossible_arguments_are_named(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=argument):
-        loader(shuffle=True, **{argument: value})
+        dataloaders.build("Shapes", shuffle=True, **{argument: value})
 
 
 def test_val_split_always_holds_out_the_same_samples() -> None:
@@ -311,7 +311,7 @@ def test_an_index_drawn_again_in_an_epoch_is_augmented_differently(tmp_path: Pat
 
 
 def test_build_names_unknown_arguments() -> None:
-    with pytest.raises(TypeError, match="Shapes takes no argument 'batchsize'; did you mean batch_size"):
+    with pytest.raises(ValueError, match="batchsize: Shapes takes no such argument; did you mean batch_size"):
         dataloaders.build("Shapes", batchsize=3)
     with pytest.raises(UserError, match="did you mean Shapes"):
         dataloaders.build("Shape")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import dataloaders
 from base.base_dataset import BaseDataSet
 from base.entries import Entries, Entry, Sample, Skipped
 from utils.errors import UserError
@@ -175,8 +176,12 @@ def test_other_channel_counts(folder: Path) -> None:
     ],
 )
 def test_impossible_arguments_are_named(folder: Path, argument: str, value: object) -> None:
-    with pytest.raises(ValueError, match=argument):
+    def build() -> None:
+        dataloaders.Loaders("data set", {"Tiny": Tiny}).check("Tiny", {argument: value})
         Tiny(str(folder), augment=True, **{argument: value})
+
+    with pytest.raises(ValueError, match=argument):
+        build()
 
 
 def test_options_without_effect_are_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

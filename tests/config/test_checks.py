@@ -57,7 +57,7 @@ def test_good_arguments_pass() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({}, "x.args.size: Thing needs this argument, but it is missing in the config"),
+        ({}, "x.args.size: Thing needs this argument, but it is missing"),
         ({"size": "3"}, 'x.args.size: found "3"; should be a valid integer'),
         ({"size": 3.5}, "x.args.size: found 3.5; should be a valid integer"),
         ({"size": True}, "x.args.size: found true; should be a valid integer"),

@@ -137,7 +137,7 @@ def test_rankdice_on_the_exact_probabilities_beats_both_other_rules(scenes: list
 )
 def test_impossible_arguments_are_named(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=argument):
-        Shapes(**{argument: value})
+        dataloaders.build("Shapes", num_workers=0, **{argument: value})
 
 
 def test_class_names_can_be_changed_but_not_their_number() -> None:

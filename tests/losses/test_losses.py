@@ -523,7 +523,7 @@ def test_losses_have_no_state_to_save(name):
 def test_unknown_names_and_arguments_are_reported():
     with pytest.raises(UserError, match="did you mean CrossEntropyLoss2d"):
         build("CrossEntropyLos")
-    with pytest.raises(TypeError, match="gama"):
+    with pytest.raises(ValueError, match="gama"):
         build("FocalLoss", gama=1)
 
 

@@ -293,7 +293,7 @@ def test_config_check_downloads_no_weights(run: Callable[..., int], tmp_path: Pa
         ({"factory": "tests.models.small_network:not_a_module"}, "returns dict, not an nn.Module"),
         ({"factory": SMALL, "args": ARGS, "backbone": "stem"}, "no submodule 'stem'; it has encoder, dropout, head"),
         ({"factory": SMALL, "args": ARGS, "freeze_backbone": True}, "needs the backbone's name"),
-        ({"factory": SMALL, "args": ARGS, "size_divisor": 0}, "size_divisor must be at least 1, got 0"),
+        ({"factory": SMALL, "args": ARGS, "size_divisor": 0}, "size_divisor: found 0; should be greater"),
         ({"factory": SMALL, "args": ARGS, "pretrained": True}, "arguments of the factory"),
         ({"file": "absent.pt2"}, "there is no file absent.pt2"),
         ({"file": "config.json"}, "not a network in a file"),

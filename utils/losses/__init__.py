@@ -50,9 +50,9 @@ def build(type: str, ignore_index: int = 255, **args: Any) -> SegmentationLoss:
 
     Raises:
         UserError: there is no such loss.
-        TypeError, ValueError: an unknown argument, or a value out of range.
+        ValueError: an unknown argument, or a value out of range.
     """
-    LOSSES.check_names(type, args)
+    LOSSES.check(type, args)
     return LOSSES[type](ignore_index=ignore_index, **args)
 
 

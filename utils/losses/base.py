@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -68,13 +67,6 @@ class SegmentationLoss(nn.Module):
         if self.activation == "sigmoid" or logits.shape[1] == 1:
             return logits.sigmoid()
         return logits.softmax(1)
-
-
-def non_negative(name: str, value: float) -> float:
-    """Return ``value``; raise ValueError unless it is a finite number >= 0."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} is {value}; expected a finite number >= 0")
-    return value
 
 
 def weight_buffer(loss: nn.Module, name: str, weight: Weights) -> None:

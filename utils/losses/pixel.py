@@ -10,7 +10,6 @@ from utils.bounds import NonNegative, Share, ShareAboveZero, ShareBelowOne
 from utils.losses.base import (
     SegmentationLoss,
     Weights,
-    non_negative,
     one_hot,
     positive,
     weight_buffer,
@@ -64,10 +63,6 @@ class CrossEntropyLoss2d(SegmentationLoss):
     ) -> None:
         super().__init__(ignore_index)
         weight_buffer(self, "weight", weight)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing is {label_smoothing}; expected 0 <= label_smoothing < 1")
-        if not 0 < top_k <= 1:
-            raise ValueError(f"top_k is {top_k}; expected a fraction of the pixels, 0 < top_k <= 1")
         self.label_smoothing = label_smoothing
         self.top_k = top_k
         self.proper = weight is None and label_smoothing == 0 and top_k == 1
@@ -101,7 +96,7 @@ class FocalLoss(SegmentationLoss):
 
     def __init__(self, ignore_index: int = 255, gamma: NonNegative = 2.0, weight: Weights = None) -> None:
         super().__init__(ignore_index)
-        self.gamma = non_negative("gamma", gamma)
+        self.gamma = gamma
         weight_buffer(self, "weight", weight)
         self.proper = gamma == 0 and weight is None
         self.nearly_proper = weight is None
@@ -172,9 +167,7 @@ class BCEWithLogitsFocalLoss2d(SegmentationLoss):
         self, ignore_index: int = 255, gamma: NonNegative = 2.0, alpha: Share | None = None, weight: Weights = None
     ) -> None:
         super().__init__(ignore_index)
-        self.gamma = non_negative("gamma", gamma)
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ValueError(f"alpha is {alpha}; expected 0 <= alpha <= 1 or None")
+        self.gamma = gamma
         self.alpha = alpha
         weight_buffer(self, "weight", weight)
         self.proper = gamma == 0 and alpha is None and weight is None

@@ -10,7 +10,6 @@ from utils.losses.base import (
     Classes,
     SegmentationLoss,
     Weights,
-    non_negative,
     one_hot,
     weight_buffer,
     weight_for,
@@ -26,8 +25,6 @@ class RegionLoss(SegmentationLoss):
 
     def __init__(self, ignore_index: int, classes: Classes, weight: Weights) -> None:
         super().__init__(ignore_index)
-        if classes not in ("all", "present"):
-            raise ValueError(f"classes is {classes!r}; expected 'all' or 'present'")
         self.classes = classes
         weight_buffer(self, "weight", weight)
 
@@ -75,9 +72,7 @@ class TverskyLoss(RegionLoss):
         weight: Weights = None,
     ) -> None:
         super().__init__(ignore_index, classes, weight)
-        self.alpha = non_negative("alpha", alpha)
-        self.beta = non_negative("beta", beta)
-        self.smooth = non_negative("smooth", smooth)
+        self.alpha, self.beta, self.smooth = alpha, beta, smooth
         if not per_class and (weight is not None or classes != "all"):
             raise ValueError("weight and classes need per_class = true")
         self.per_class = per_class
@@ -151,8 +146,7 @@ class _SumWithDice(SegmentationLoss):
     """
 
     def _add(self, cross_entropy: SegmentationLoss, dice: DiceLoss, dice_weight: float) -> None:
-        self.cross_entropy, self.dice = cross_entropy, dice
-        self.dice_weight = non_negative("dice_weight", dice_weight)
+        self.cross_entropy, self.dice, self.dice_weight = cross_entropy, dice, dice_weight
         self.nearly_proper = cross_entropy.proper
 
     def compute(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:

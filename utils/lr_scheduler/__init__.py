@@ -66,9 +66,9 @@ def build(
 
     Raises:
         UserError: there is no such schedule, or it cannot be used here.
-        TypeError, ValueError: an unknown argument, or a value out of range.
+        ValueError: an unknown argument, or a value out of range.
     """
-    SCHEDULERS.check_names(type, args)
+    SCHEDULERS.check(type, args)
     make = partial(SCHEDULERS[type], **args)
     if steps_per_epoch is None:
         return make(optimizer, total_steps)

@@ -159,8 +159,6 @@ class Poly(_PureSchedule):
         self, optimizer: Optimizer, total_steps: int, power: AboveZero = 0.9, warmup: NonNegative = 0.0
     ) -> None:
         super().__init__(optimizer, total_steps)
-        if not power > 0:
-            raise ValueError(f"power is {power}; expected > 0")
         self.power = power
         self.warmup = round(warmup * total_steps if 0 <= warmup < 1 else warmup)
         if not 0 <= self.warmup < max(total_steps, 1):
@@ -194,10 +192,6 @@ class OneCycle(_PureSchedule):
         final_div_factor: AboveZero = 1e4,
     ) -> None:
         super().__init__(optimizer, total_steps)
-        if not 0 <= phase1 <= 1:
-            raise ValueError(f"phase1 is {phase1}; expected a fraction of the run")
-        if not (div_factor > 0 and final_div_factor > 0):
-            raise ValueError("div_factor and final_div_factor must be > 0")
         if momentums is not None:
             low, high = momentums
             if not 0 <= low <= high < 1:
