@@ -36,21 +36,20 @@ _SHOWN_LIMIT = 1000  # larger limits only catch typing errors, so the tables do 
 
 def reference() -> str:
     """Return all fields of a config, and the arguments of all classes it can name, with types and defaults."""
-    return "\n".join([*_fields(), *_models(), *_loaders(), *_losses(), *_schedules()])
+    models = ["### Models: `arch`", "", "[models.md](models.md) describes the networks.", ""]
+    losses = ["### Losses: `loss`", "", "A name or `{type, args}`. [losses.md](losses.md) describes the losses.", ""]
+    models += _summary("`arch.type`", MODELS)
+    losses += _summary("`loss.type`", LOSSES)
+    return "\n".join([*_fields(), *models, *_loaders(), *losses, *_schedules()])
 
 
 def write(path: str | Path, text: str) -> None:
     """Write ``text`` between the markers of a Markdown file.
 
     Raises:
-        UserError: the file is missing or has no markers.
+        UserError: the file has no markers.
     """
-    path = Path(path)
-    try:
-        page = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    head, begin, rest = page.partition(BEGIN)
+    head, begin, rest = Path(path).read_text(encoding="utf-8").partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise UserError(f"{path}: the reference goes between the lines {BEGIN} and {END}, which are missing; add them")
@@ -152,16 +151,6 @@ def _list(schema: Mapping[str, Any]) -> str:
 
 
 # -- constructors ----------------------------------------------------------------------------------------------
-
-
-def _models() -> list[str]:
-    lines = ["### Models: `arch`", "", "[models.md](models.md) describes the networks.", ""]
-    return [*lines, *_summary("`arch.type`", MODELS)]
-
-
-def _losses() -> list[str]:
-    lines = ["### Losses: `loss`", "", "A name or `{type, args}`. [losses.md](losses.md) describes the losses.", ""]
-    return [*lines, *_summary("`loss.type`", LOSSES)]
 
 
 def _schedules() -> list[str]:

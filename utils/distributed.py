@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, warn
 
 
 def under_torchrun() -> bool:
@@ -87,6 +86,11 @@ def broadcast(value: Any) -> Any:
     return values[0]
 
 
+def gather_dicts(value: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the entries of the dictionaries of all processes."""
+    return {key: entry for share in gather(value) for key, entry in share.items()}
+
+
 def any_process(*flags: bool) -> list[bool]:
     """Return for each flag whether it is set in any process."""
     if not is_active():
@@ -139,7 +143,7 @@ def choose_device(n_gpu: int) -> torch.device:
         # Configs ask for one GPU by default, without a need for it. Warn only if more, or certain ones, were chosen.
         asked = f"CUDA_VISIBLE_DEVICES or -d {visible}" if visible else f"n_gpu is {n_gpu}" if n_gpu > 1 else ""
         if asked and is_first():
-            print(f"warning: no GPU found ({asked}): using the CPU", file=sys.stderr)
+            warn(f"no GPU found ({asked}): using the CPU")
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local >= torch.cuda.device_count():
@@ -154,7 +158,7 @@ def usable_gpus(n_gpu: int) -> int:
     """Return how many of the requested GPUs exist; warn if there are fewer."""
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if n_gpu > there > 0:  # if there is none, choose_device warns
-        print(f"warning: n_gpu is {n_gpu}, but this machine has {there}; using {there}", file=sys.stderr)
+        warn(f"n_gpu is {n_gpu}, but this machine has {there}; using {there}")
     return min(n_gpu, there)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import textwrap
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,7 +22,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from utils.errors import UserError
+from utils.errors import UserError, warn
 from utils.files import csv_text, reason, write_text
 
 
@@ -171,9 +170,7 @@ class RunLog:
                 self.writer.file_writer.add_summary(self._session_end)
             self.writer.close()
         except OSError as error:
-            print(
-                f"warning: {self.writer.log_dir}: TensorBoard's logs are incomplete: {reason(error)}", file=sys.stderr
-            )
+            warn(f"{self.writer.log_dir}: TensorBoard's logs are incomplete: {reason(error)}")
 
 
 def _kept(tag: str, step: int, iteration: int, batch: int) -> bool:

@@ -75,11 +75,11 @@ def test_facts_are_complete_and_plain(name: str) -> None:
     ],
 )
 def test_label_files(file: str, count: int, some: dict[int, str]) -> None:
-    found = labels(file)
-    assert len(found.names) == len(found.palette) == count
-    assert {i: found.names[i] for i in some} == some
+    names, palette = labels(file)
+    assert len(names) == len(palette) == count
+    assert {i: names[i] for i in some} == some
     # In ADE20K's published colors, road and skyscraper have the same gray.
-    assert len(set(found.palette)) >= count - (file == "ade20k")
+    assert len(set(palette)) >= count - (file == "ade20k")
 
 
 def test_published_means_and_deviations() -> None:
@@ -254,7 +254,7 @@ def test_coco_compact_numbers_the_171_classes_that_occur(tmp_path: Path) -> None
     found = label(dataset).flatten()[:5].tolist()
     assert found == [0, 11, 80, 170, 255]
     assert [dataset.class_names[i] for i in found[:4]] == ["person", "stop sign", "banner", "wood"]
-    assert dataset.palette[80] == labels("coco_stuff").palette[91]
+    assert dataset.palette[80] == labels("coco_stuff")[1][91]
 
 
 # ---- Kvasir-SEG
@@ -381,7 +381,7 @@ def test_voc_masks_written_with_the_palette_are_read_back(tmp_path: Path) -> Non
 
     root = tmp_path / "VOCdevkit/VOC2012"
     image(root / "JPEGImages/1.jpg")
-    write_png(root / "SegmentationClassAug/1.png", np.full(SIZE, 20, np.uint8), labels("voc").palette)
+    write_png(root / "SegmentationClassAug/1.png", np.full(SIZE, 20, np.uint8), labels("voc")[1])
     (root / "ImageSets/Segmentation").mkdir(parents=True)
     (root / "ImageSets/Segmentation/train_aug.txt").write_text("/JPEGImages/1.jpg /SegmentationClassAug/1.png\n")
     dataset = dataloaders.build("VOC", data_dir=str(tmp_path), split="train_aug").dataset
@@ -404,6 +404,6 @@ def test_configs_are_valid_and_describe_themselves(file: str, root: Path, tmp_pa
     assert train["split"] != val["split"] or "val_fraction" in val
     assert "crop_size" not in val, "scored whole"
     if file == "camvid":
-        assert tuple(train["classes"]) == labels("camvid").names
-        assert [tuple(color) for color in train["palette"]] == list(labels("camvid").palette)
+        assert tuple(train["classes"]) == labels("camvid")[0]
+        assert [tuple(color) for color in train["palette"]] == list(labels("camvid")[1])
         assert (val["classes"], val["palette"]) == (train["classes"], train["palette"])

@@ -303,7 +303,7 @@ def test_voc_with_augmented_lists_from_the_command_line(
     values = {p.stem: set(np.asarray(Image.open(p)).flat) for p in (voc / "SegmentationClassAug").iterdir()}
     assert values == {"1": {1}, "2": {2}, "3": {13}, "4": {14}}, "VOC's own masks take precedence"
     palette = Image.open(voc / "SegmentationClassAug" / "3.png").getpalette()
-    assert tuple(palette[39:42]) == labels("voc").palette[13]
+    assert tuple(palette[39:42]) == labels("voc")[1][13]
     assert "python -m dataloaders check --config configs/voc_aug.json" in capsys.readouterr().out
 
     server.asked.clear()

@@ -103,7 +103,7 @@ def test_the_sample_does_not_depend_on_batches_and_leaves_ignored_pixels_out(mon
         share.add(
             replace(whole, batch=Batch(None, None, [f"image{i}"]), logits=logits[i : i + 1], target=target[i : i + 1])
         )
-        apart.merge([share])
+        apart.rows |= share.rows
     for a, b in zip(together.stacked(), apart.stacked(), strict=True):
         assert torch.equal(a, b)
     assert len(together.stacked()[1]) == 5 * 20

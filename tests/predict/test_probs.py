@@ -86,7 +86,7 @@ def test_a_folder_is_not_mixed(folder) -> None:
     assert not list(folder.rglob("*.npz"))
     probs.write_probs(folder / "old.npz", maps()[0], run="a" * 16)
     (folder / probs.INDEX).unlink()
-    with pytest.raises(UserError, match="probabilities of another run, such as old.npz"):
+    with pytest.raises(UserError, match=r"probabilities of another run \(such as old.npz"):
         probs.prepare_folder(folder, other)
     probs.prepare_folder(folder, other, force=True)
     assert not list(folder.rglob("*.npz"))

@@ -108,7 +108,7 @@ def fit(
 
     seen = Seen(LogitSample(evaluator.facts, total), max(1, total // TRIED_IMAGES))
     evaluate(evaluator, Limited(loader, images=limit), {}, title="FIT", on_part=seen.add)
-    seen.sample.merge(distributed.gather(seen.sample))
+    seen.sample.rows = distributed.gather_dicts(seen.sample.rows)
 
     def rows(calibrations_of: Callable[[str], Sequence[Calibration]], title: str, each: int) -> list[Row]:
         scorer = Scorer(evaluator, options, calibrations_of)
@@ -117,9 +117,7 @@ def fit(
                 scorer.at(name, logits.to(network.device), target.to(network.device))
         else:
             evaluate(evaluator, Limited(loader, images=limit), {}, title=title, on_part=scorer.add)
-        return stacked(
-            {name: found for share in distributed.gather(scorer.rows) for name, found in share.items()}, each
-        )
+        return stacked(distributed.gather_dicts(scorer.rows), each)
 
     own = Calibration(network.temperature, None if network.bias is None else tuple(network.bias))
     calibrations = Calibrations(seen.sample, network.activation, own, getattr(loader, "group_of", None))
@@ -249,7 +247,7 @@ def _mode(
         ]
         for name, image, target in seen.tried
     }
-    pairs = torch.tensor([pair for share in distributed.gather(scores) for pair in share.values()]).view(-1, 2)
+    pairs = torch.tensor(list(distributed.gather_dicts(scores).values())).view(-1, 2)
     pairs = pairs[pairs.isfinite().all(dim=1)]
     if len(pairs) < learning.FEWEST_IMAGES:
         return {}

@@ -48,6 +48,13 @@ def pixels(part: Part, maps: Tensor, i: int, ignore_index: int, count: int) -> t
     return maps[i].flatten(1)[:, where].T, part.target[i].flatten()[where].long()
 
 
+def truth_of(values: Tensor, target: Tensor) -> Tensor:
+    """Return 1 for the label of each pixel and 0 for the others, like ``values`` ``(N, C)``; one class is label 1."""
+    if values.shape[1] == 1:
+        return (target == 1).to(values.dtype)[:, None]
+    return torch.zeros_like(values).scatter_(1, target[:, None], 1.0)
+
+
 # ---------------------------------------------------------------------------------------------------- reliability
 
 
@@ -79,12 +86,10 @@ class Reliability:
         count, classes = probs.shape
         if not count:
             return
-        truth = torch.zeros_like(probs)
+        truth = truth_of(probs, target)
         if classes == 1:
-            truth[:, 0] = (target == 1).to(probs.dtype)
             confidence, right = torch.maximum(probs[:, 0], 1 - probs[:, 0]), (probs[:, 0] > 0.5) == (target == 1)
         else:
-            truth.scatter_(1, target[:, None], 1.0)
             confidence, best = probs.max(dim=1)
             right = best == target
         everything = torch.cat([probs, confidence[:, None]], dim=1).double()  # (N, C + 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from utils.evaluation import Part
-from utils.evaluation.reliability import pixels
+from utils.evaluation.reliability import pixels, truth_of
 from utils.facts import Facts
 from utils.predict import Activation, probabilities
 from utils.presence import newton
@@ -60,11 +60,6 @@ class LogitSample:
         for i, name in enumerate(part.batch.names):
             logits, target = pixels(part, part.logits, i, self.facts.ignore_index, count)
             self.rows[name] = (logits.float().cpu(), target.cpu())
-
-    def merge(self, others: Sequence[LogitSample]) -> None:
-        """Add what other processes have gathered."""
-        for other in others:
-            self.rows |= other.rows
 
     def stacked(self, images: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
         """Return logits float32 ``(N, C)`` and labels ``(N,)`` of some images; None: of all, sorted by name."""
@@ -162,11 +157,7 @@ def _terms(
     loss, gradient, curvature = 0.0, torch.zeros_like(weights), torch.zeros(len(weights), len(weights)).double()
     for z, y in zip(logits.split(2**18), target.split(2**18), strict=True):
         z = z.double()
-        truth = torch.zeros_like(z)
-        if classes == 1:
-            truth[:, 0] = (y == 1).double()
-        else:
-            truth.scatter_(1, y[:, None], 1.0)
+        truth = truth_of(z, y)
         odds = weights[0] * z + bias
         if binary:
             p = odds.sigmoid()

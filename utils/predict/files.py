@@ -126,22 +126,19 @@ def prepare_folder(folder: Path, index: Index, force: bool = False) -> None:
     Raises:
         UserError: the folder contains probabilities of another run, or cannot be written.
     """
-    if (folder / INDEX).is_file() and not force:
-        earlier = read_index(folder)
-        if (earlier.run, earlier.data) != (index.run, index.data):
-            other = f"{earlier.checkpoint} {earlier.data}".strip()
-            raise UserError(
-                f"{folder}: contains the probabilities of another run ({other}); choose another folder, or pass "
-                "--force to remove them"
-            )
     there = sorted(path for path in folder.rglob("*.npz") if not path.name.startswith("."))
     others = [path for path in there if stamps.stamp_of(path) != index.run]
     if not force:
         stamps.refuse_foreign(others, folder)
-        if others:
+        other = f"such as {others[0].name}" if others else ""
+        if (folder / INDEX).is_file():
+            earlier = read_index(folder)
+            if (earlier.run, earlier.data) != (index.run, index.data):
+                other = f"{earlier.checkpoint} {earlier.data}".strip()
+        if other:
             raise UserError(
-                f"{folder}: contains probabilities of another run, such as {others[0].name}; choose another folder, or "
-                "give --force to remove them"
+                f"{folder}: contains the probabilities of another run ({other}); choose another folder, or pass "
+                "--force to remove them"
             )
     for path in others:
         if stamps.stamp_of(path) is not None:

@@ -16,6 +16,7 @@ from utils.evaluation import Part
 from utils.facts import Facts
 from utils.images.palette import complete_palette, displayable
 from utils.metrics import image_scores
+from utils.predict import Prediction, label_map
 
 Picture = NDArray[np.uint8]
 
@@ -118,18 +119,15 @@ class Gallery:
 
         With two classes, one of them of interest, it is the mask of that class, as in inference.py.
         """
-        prediction = part.predictions[name]
-        if prediction.labels is not None:
-            return prediction.labels[i].cpu().numpy()
-        assert prediction.masks is not None
-        masks = prediction.masks[i]
-        if len(masks) == 1:
-            return masks[0].long().cpu().numpy()
-        if len(masks) == 2 and len(self.classes) == 1:
+        masks, labels = part.predictions[name][:2]
+        if labels is not None:
+            return labels[i].cpu().numpy()
+        assert masks is not None
+        if masks.shape[1] == 2 and len(self.classes) == 1:
             only = self.classes[0]
-            return torch.where(masks[only], only, 1 - only).cpu().numpy()
-        best, labels = part.probs[i].masked_fill(~masks, -1.0).max(dim=0)
-        return torch.where(best >= 0, labels, NO_CLASS).cpu().numpy()
+            return torch.where(masks[i, only], only, 1 - only).cpu().numpy()
+        alone = Prediction(masks[i : i + 1])
+        return label_map(name, part.probs[i : i + 1], found=alone, unassigned=NO_CLASS)[0].cpu().numpy()
 
     def _colors(self, labels: NDArray[np.int64]) -> Picture:
         known = max(self.facts.num_classes, 2)
@@ -173,7 +171,4 @@ def contrasting(palette: NDArray[np.uint8], classes: int) -> NDArray[np.uint8]:
 
 def _smaller(labels: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.int64]:
     """Return a label map at ``size`` (width, height), nearest pixels: labels cannot be averaged."""
-    width, height = size
-    rows = ((np.arange(height) + 0.5) * labels.shape[0] / height).astype(int)
-    columns = ((np.arange(width) + 0.5) * labels.shape[1] / width).astype(int)
-    return labels[rows][:, columns]
+    return cv2.resize(labels.astype(np.int32), size, interpolation=cv2.INTER_NEAREST_EXACT).astype(np.int64)
