@@ -25,8 +25,6 @@ def hybrid_dilations(backbone: str) -> tuple[tuple[int, ...], ...]:
     have 2. Stage 4 goes on with 3, 4, 5. The published code has the same. The paper's best variant, "Dilation-bigger",
     repeats 1, 2, 5, 9 and goes on with 5, 9, 17.
     """
-    if backbone not in RESNETS:
-        raise ValueError(f"backbone must be one of {', '.join(RESNETS)}, got {backbone!r}")
     (n1, n2, n3, n4), _ = RESNETS[backbone]
     return (1,) * n1, (1,) * n2, (1, 2, 3) * (n3 // 3) + (2,) * (n3 % 3), tuple(range(3, 3 + n4))
 
@@ -90,7 +88,7 @@ class DeepLab_DUC_HDC(BaseModel):  # noqa: N801 (the name that configs use)
         self,
         num_classes: int,
         in_channels: int = 3,
-        backbone: str = "resnet101",
+        backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet101",
         pretrained: bool | str = False,
         output_stride: Literal[8, 4] = 8,
         published: bool = False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from base.base_model import BaseModel, Outputs
@@ -78,7 +80,7 @@ class PSPNet(PyramidSceneParsing):
         backbone: str = "resnet152",
         pretrained: bool | str = False,
         use_aux: bool = True,
-        stem: str | None = None,
+        stem: Literal["deep", "torchvision"] | None = None,
         published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,
@@ -119,10 +121,10 @@ class PSPDenseNet(PyramidSceneParsing):
         self,
         num_classes: int,
         in_channels: int = 3,
-        backbone: str = "densenet201",
+        backbone: Literal["densenet121", "densenet161", "densenet169", "densenet201"] = "densenet201",
         pretrained: bool | str = False,
         use_aux: bool = True,
-        stem: str = "torchvision",
+        stem: Literal["torchvision", "unpadded"] = "torchvision",
         published: bool = False,
         freeze_bn: bool = False,
         freeze_backbone: bool = False,

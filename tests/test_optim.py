@@ -221,8 +221,6 @@ def test_unusable_files_are_reported():
     assert not {"differentiable", "capturable"} & set(OPTIMIZERS.arguments("Adam").model_fields)
     with pytest.raises(ValueError, match="learning rate"):
         build("SGD", Toy(), lr=-1.0)
-    with pytest.raises(ValueError, match="backbone_lr_factor"):
-        build("SGD", Toy(), backbone_lr_factor=-1.0)
     with pytest.raises(ValueError, match="Rprop has no weight decay"):
         build("Rprop", Toy(), no_decay_on_norm_and_bias=True)
 

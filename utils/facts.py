@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import isfinite
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+
+from utils.bounds import AboveZero, Byte, ClassCount, Number
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,11 @@ class Facts:
     ``value_range`` and ``nodata`` say how stored values become intensities (:class:`utils.images.values.ValueRange`).
     """
 
-    num_classes: int
+    num_classes: ClassCount
     class_names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    palette: tuple[tuple[Byte, Byte, Byte], ...]
+    mean: tuple[Number, ...]
+    std: tuple[AboveZero, ...]
     ignore_index: int
     in_channels: int = 3
     value_range: tuple[float, float] | None = None
@@ -57,18 +58,13 @@ class Facts:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise ValueError(f"{where}: {first['msg']}, found {str(first['input'])[:60]!r}") from None
-        if not 1 <= facts.num_classes <= 2**16:
-            raise ValueError(f"num_classes: expected 1 to {2**16}, found {facts.num_classes}")
         named, colored = len(facts.class_names), len(facts.palette)
         if named != facts.num_classes or colored < named:
             raise ValueError(
                 f"class_names and palette: expected {facts.num_classes} of each, found {named} and {colored}"
             )
-        channels = len(facts.mean), len(facts.std)
-        if channels != (facts.in_channels, facts.in_channels) or not all(isfinite(v) for v in facts.mean + facts.std):
-            raise ValueError(f"mean and std: expected a finite number for each of {facts.in_channels} channels")
-        if not all(v > 0 for v in facts.std):
-            raise ValueError("std: expected numbers above 0")
+        if not len(facts.mean) == len(facts.std) == facts.in_channels:
+            raise ValueError(f"mean and std: expected a number for each of {facts.in_channels} channels")
         return facts
 
     @property

@@ -67,8 +67,6 @@ def build(
     """
     OPTIMIZERS.check(type, args)
     fields = OPTIMIZERS.arguments(type).model_fields
-    if backbone_lr_factor < 0:
-        raise ValueError(f"backbone_lr_factor is {backbone_lr_factor}; expected >= 0")
     # JSON knows no tuples; torch asks for them (betas, etas, eps of Adafactor).
     args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
     groups = _groups(model, differential_lr)

@@ -93,10 +93,6 @@ class DenseNet(Backbone):
         last_norm: bool = True,
     ) -> None:
         super().__init__()
-        if name not in DENSENETS:
-            raise ValueError(f"backbone must be one of {', '.join(DENSENETS)}, got {name!r}")
-        if output_stride not in POOLS:
-            raise ValueError(f"output_stride must be 32, 16 or 8, got {output_stride}")
         growth, layers, width = DENSENETS[name]
         self.stem = _stem(stem, in_channels, width)
         channels, strides, stride, dilation = [], [], 4, 1
@@ -144,13 +140,11 @@ def _stem(kind: str, in_channels: int, width: int) -> nn.Sequential:
     if kind == "torchvision":
         conv = nn.Conv2d(in_channels, width, kernel_size=7, stride=2, padding=3, bias=False)
         return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True), pool)
-    if kind == "unpadded":
-        conv = nn.Conv2d(in_channels, width, kernel_size=3, stride=2, bias=False)
-        first = (conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-        shared = nn.Conv2d(width, width, kernel_size=3, bias=False)
-        again = (shared, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-        return nn.Sequential(*first, *again, *again, pool)  # the same three modules twice
-    raise ValueError(f'stem must be "torchvision" or "unpadded", got {kind!r}')
+    conv = nn.Conv2d(in_channels, width, kernel_size=3, stride=2, bias=False)
+    first = (conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+    shared = nn.Conv2d(width, width, kernel_size=3, bias=False)
+    again = (shared, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+    return nn.Sequential(*first, *again, *again, pool)  # the same three modules twice
 
 
 def _from_torchvision_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

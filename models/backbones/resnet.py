@@ -72,8 +72,6 @@ class ResNet(Backbone):
         super().__init__()
         if name not in RESNETS:
             raise ValueError(f"backbone must be one of {', '.join(RESNETS)}, or timm:NAME, got {name!r}")
-        if output_stride not in STRIDES:
-            raise ValueError(f"output_stride must be one of {', '.join(map(str, STRIDES))}, got {output_stride}")
         blocks, bottleneck = RESNETS[name]
         expansion = Bottleneck.expansion if bottleneck else BasicBlock.expansion
         self.bottleneck = bottleneck
@@ -134,11 +132,9 @@ class ResNet(Backbone):
 def _stem(kind: str, in_channels: int, stride: int) -> tuple[nn.Module, int]:
     if kind == "torchvision":
         return nn.Conv2d(in_channels, 64, kernel_size=7, stride=stride, padding=3, bias=False), 64
-    if kind == "deep":
-        first = (conv3x3(in_channels, 64, stride), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
-        second = (conv3x3(64, 64), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
-        return nn.Sequential(*first, *second, conv3x3(64, 128)), 128
-    raise ValueError(f'stem must be "torchvision" or "deep", got {kind!r}')
+    first = (conv3x3(in_channels, 64, stride), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+    second = (conv3x3(64, 64), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+    return nn.Sequential(*first, *second, conv3x3(64, 128)), 128
 
 
 def _schedules(
@@ -153,12 +149,5 @@ def _schedules(
                 dilation *= 2
             schedules.append([(before, dilation)] + [(dilation, dilation)] * (count - 1))
         return schedules
-    if len(dilations) != len(blocks):
-        raise ValueError(f"dilations must have {len(blocks)} entries, one per stage, got {len(dilations)}")
-    schedules = []
-    for i, (count, given) in enumerate(zip(blocks, dilations, strict=True)):
-        per_block = [given] * count if isinstance(given, int) else list(given)
-        if len(per_block) != count:
-            raise ValueError(f"dilations[{i}] must have {count} entries, one per block, got {len(per_block)}")
-        schedules.append([(d, d) for d in per_block])
-    return schedules
+    per_stage = zip(blocks, dilations, strict=True)
+    return [[(d, d) for d in ([given] * count if isinstance(given, int) else given)] for count, given in per_stage]

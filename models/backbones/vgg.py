@@ -34,9 +34,6 @@ class VGG(Backbone):
     def __init__(self, name: str, in_channels: int = 3, ceil_mode: bool = False, first_padding: int = 1) -> None:
         super().__init__()
         plain = name.removesuffix("_bn")
-        if plain not in VGGS:
-            known = ", ".join(f"{n}, {n}_bn" for n in VGGS)
-            raise ValueError(f"backbone must be one of {known}, got {name!r}")
         layers = list(make_layers(cfgs[VGGS[plain]], batch_norm=name != plain))
         layers[0] = nn.Conv2d(in_channels, 64, kernel_size=3, padding=first_padding)
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=ceil_mode)

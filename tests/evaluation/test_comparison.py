@@ -64,10 +64,6 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 def test_too_few_scores_have_no_interval() -> None:
     assert np.isnan(bootstrap(np.array([[0.5, NAN]]), np.array([[0.4, NAN]]))).all()
     assert np.isnan(bootstrap(np.zeros((0, 1)), np.zeros((0, 1)))).all()
-    with pytest.raises(ValueError, match="baseline: expected the shape"):
-        bootstrap(np.zeros((2, 1)), np.zeros((3, 1)))
-    with pytest.raises(ValueError, match="level"):
-        bootstrap(np.zeros((2, 1)), np.zeros((2, 1)), level=95)
 
 
 def test_counts_and_extremes() -> None:

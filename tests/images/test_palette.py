@@ -81,12 +81,3 @@ def test_grid_places_pictures() -> None:
     assert (canvas[2:10, 10:13] == (0, 0, 255)).all()
     assert (canvas[12:16, 2:8] == (255, 0, 0)).all()
     assert (canvas == 255).all(-1).sum() == canvas.shape[0] * canvas.shape[1] - 24 - 24 - 24
-
-
-def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="palette"):
-        pal.colorize(labels(), [(0, 0, 0), (300, 0, 0)])
-    with pytest.raises(ValueError, match="opacity"):
-        pal.overlay(np.zeros((13, 21, 3), np.uint8), labels(), COLORS, 1.5)
-    with pytest.raises(ValueError, match="grid"):
-        pal.grid([], 2)

@@ -125,13 +125,6 @@ def test_dilations_follow_the_output_stride_or_the_argument() -> None:
     ("make", "args", "message"),
     [
         (ResNet, {"name": "resnet20"}, "resnet20"),
-        (ResNet, {"name": "resnet18", "output_stride": 4}, "output_stride"),
-        (ResNet, {"name": "resnet18", "stem": "wide"}, "stem"),
-        (ResNet, {"name": "resnet18", "dilations": (1, 1, 1)}, "one per stage"),
-        (ResNet, {"name": "resnet18", "dilations": (1, 1, 1, (1, 2, 3))}, r"dilations\[3\]"),
-        (vgg, {"name": "vgg12"}, "vgg12"),
-        (DenseNet, {"name": "densenet7"}, "densenet7"),
-        (DenseNet, {"name": "densenet121", "stem": "deep"}, "stem"),
         (Xception, {"output_stride": 32}, "output_stride"),
     ],
 )

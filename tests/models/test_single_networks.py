@@ -91,11 +91,6 @@ def test_vgg_has_torchvisions_weights_and_features(name: str, tmp_path: Path) ->
         torch.testing.assert_close(ours, theirs)
 
 
-def test_vgg_names_the_known_backbones() -> None:
-    with pytest.raises(ValueError, match="vgg16, vgg16_bn"):
-        vgg("resnet50")
-
-
 # -- SegNet --------------------------------------------------------------------------------------------------
 
 

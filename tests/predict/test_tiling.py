@@ -199,8 +199,6 @@ def test_small_images_are_padded_for_the_network(height: int, width: int) -> Non
 def test_bad_arguments_are_named(arguments: tuple, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         tiling.Tiles(*arguments)
-    with pytest.raises(ValueError, match="scales"):
-        tiling.views(lambda x: x, picture(4, 4), ())
 
 
 @torch.inference_mode()

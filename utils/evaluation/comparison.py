@@ -82,10 +82,6 @@ def bootstrap(
         ``(2, K)``: lower and upper ends; nan for columns with fewer than two defined scores on either side.
     """
     images, columns = scores.shape
-    if baseline.shape != scores.shape:
-        raise ValueError(f"baseline: expected the shape of scores {scores.shape}, found {baseline.shape}")
-    if not 0 < level < 1:
-        raise ValueError(f"level: expected a number in (0, 1), found {level}")
     both = np.concatenate([scores, baseline], axis=1)
     defined = np.isfinite(both)
     values, weights = np.where(defined, both, 0.0), defined.astype(np.float64)

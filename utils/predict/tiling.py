@@ -89,8 +89,6 @@ def views(
     Returns:
         ``(B, classes, H, W)``. With one scale of 1 and no flip exactly ``link(forward(images))``.
     """
-    if not scales or min(scales) <= 0:
-        raise ValueError(f"scales: expected positive numbers, got {list(scales)}")
     size = images.shape[-2:]
     total: Tensor | None = None
     for scale in scales:

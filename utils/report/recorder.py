@@ -112,8 +112,6 @@ class Recorder:
         self, folder: Path, content: Mapping[str, Any], outcome: Evaluation, command: Sequence[str]
     ) -> list[Path]:
         """Write ``report.html`` and the confusion matrices as CSV; return their paths. Needs ``report``."""
-        if "gallery" not in self._gathered:
-            raise ValueError("a Recorder without report has no pictures for the page")
         matrices = self._gathered["confusion"].compute()
         write_text(
             folder / PAGE,
