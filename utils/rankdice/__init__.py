@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from . import approximations, exact
 from .integral import Goal
 from .label_map import Classes, ascend, check_classes
 from .scores import METRICS, SOLVERS, Metric, Score, Solver, converted
-from .table import CPU, Table, best_volumes, empty_scores, padded
+from .table import CPU, Table, best_volumes, empty_scores, padded, upload
 
 __all__ = ["METRICS", "SOLVERS", "Metric", "Options", "RankDice", "Score", "Solver"]
 __all__ += ["converted", "label_map", "rank_counts", "rank_dice"]
@@ -30,7 +31,7 @@ __all__ += ["converted", "label_map", "rank_counts", "rank_dice"]
 MOST_SMOOTH = 1e5  # with more, all scores are so close to 1 that rounding decides
 
 _SMALLEST_BUDGET, _LARGEST_BUDGET, _CHUNK_BYTES = 16 << 20, 256 << 20, 4  # the last: per pixel of a chunk
-_GPU_LARGEST_BUDGET, _GPU_CHUNK_BYTES = 4 << 30, 192  # a GPU works on whole maps: few, large operations
+_GPU_CHUNK_BYTES, _GPU_SHARE = 192, 8  # a GPU works on whole maps (few, large operations), in this part of its memory
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def rank_dice(
         valid: bool, ``(B, *spatial)`` or broadcastable to ``probs``. Pixels where it is False (padding, outside the
             field of view) are not ranked and never in a mask. Their values are not read.
         max_bytes: approximate working memory in addition to the result. None: the size of ``probs`` in float32, at
-            least 16 MiB and at most 256 MiB; on a GPU 192 bytes per value, at most 4 GiB. It only affects the speed. A
-            row that must be sorted as a whole takes about 170 bytes per pixel.
+            least 16 MiB and at most 256 MiB; on a GPU 192 bytes per value, at most an eighth of the GPU's memory. It
+            only affects the speed. A row that must be sorted as a whole takes about 170 bytes per pixel.
 
     Returns:
         The masks, volumes, cut-off probabilities, expected scores and largest probabilities. An empty mask scores 0
@@ -152,34 +153,25 @@ def rank_dice(
 def _solve(rows: Tensor, highest: Tensor, masks: Tensor, options: Options, max_bytes: int) -> Tensor:
     """Fill the masks of rows ``(R, N)``; return volumes, cut-offs (0 for an empty mask) and scores ``(R, 3)``."""
     count, on_cpu = rows.shape[0], rows.device.type in CPU
-    found = torch.zeros(count, 3, dtype=torch.float64, device=rows.device)
     if not rows.numel():
-        return found
-    lowest, highest_, above = torch.stack([rows.amin(1), highest, highest > (options.prune or 0.0)]).tolist()
-    exact.check_range(lowest, highest_)
-    active = [row for row, is_above in enumerate(above) if is_above]
+        return rows.new_zeros(count, 3, dtype=torch.float64)
+    lowest, most = torch.stack([rows.amin(1), highest]).tolist()
+    exact.check_range(lowest, most)
+    active = [row for row, value in enumerate(most) if value > (options.prune or 0.0)]
     step = max(1, max_bytes // ((_CHUNK_BYTES if on_cpu else _GPU_CHUNK_BYTES) * rows.shape[1]))
+    solver = exact.solve if options.solver == "exact" else partial(approximations.solve, solver=options.solver)
+    if len(active) == count <= step:
+        return solver(rows, masks, goal=options.goal, budget=max_bytes)
+    found = rows.new_zeros(count, 3, dtype=torch.float64)
     if options.smooth and len(active) < count:
-        pruned = torch.tensor(sorted({*range(count)} - {*active}), device=rows.device)
+        pruned = upload(sorted({*range(count)} - {*active}), rows.device, torch.int64)
         for part in pruned.split(step):
             found[part, 2] = exact.empty_scores(rows[part], options.goal, max_bytes)
     for first in range(0, len(active), step):
-        which: slice | Tensor = slice(first, first + step)
-        if len(active) == count:
-            some, own = rows[which], masks[which]
-        else:
-            which = torch.tensor(active[which], device=rows.device)
-            some = rows.index_select(0, which)
-            own = torch.zeros(some.shape, dtype=torch.bool, device=rows.device)
-        if options.solver == "exact":
-            best = exact.solve(some, own, options.goal, max_bytes)
-        else:
-            best = approximations.solve(some, own, options.solver, options.goal, max_bytes)
-        if len(best) == count:
-            return best
-        found[which] = best
-        if len(active) < count:
-            masks[which] = own
+        which = upload(active[first : first + step], rows.device, torch.int64)
+        own = torch.zeros(len(which), rows.shape[1], dtype=torch.bool, device=rows.device)
+        found[which] = solver(rows.index_select(0, which), own, goal=options.goal, budget=max_bytes)
+        masks[which] = own
     return found
 
 
@@ -274,7 +266,9 @@ def _budget(probs: Tensor) -> int:
     """Return how many bytes of working memory to use."""
     if probs.device.type in CPU:
         return max(_SMALLEST_BUDGET, min(probs.numel() * max(4, probs.element_size()), _LARGEST_BUDGET))
-    return max(_LARGEST_BUDGET, min(probs.numel() * _GPU_CHUNK_BYTES, _GPU_LARGEST_BUDGET))
+    cuda = probs.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(probs.device).total_memory if cuda else 32 << 30
+    return max(_LARGEST_BUDGET, min(probs.numel() * _GPU_CHUNK_BYTES, memory // _GPU_SHARE))
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .table import upload
+
 LEVELS = 24  # of gains, each half as large as the one before
 
 Bands = Callable[[], Iterable[tuple[int, Tensor]]]
@@ -49,7 +51,7 @@ def check_classes(classes: Sequence[int] | Tensor | None, images: int, count: in
     names = list(range(count)) if classes is None else [int(c) for c in classes]
     if not names or len(set(names)) < len(names) or not all(0 <= c < count for c in names):
         raise ValueError(f"classes: expected different class indices in [0, {count}), got {classes!r}")
-    return torch.tensor([c in names for c in range(count)], device=device).expand(images, count)
+    return upload([c in names for c in range(count)], device, torch.bool).expand(images, count)
 
 
 def ascend(bands: Bands, pixels: int, classes: Classes, smooth: float) -> Tensor:

@@ -58,7 +58,7 @@ class Table(NamedTuple):
         else:
             volumes, sums = counts.cumsum(1), sums.mul_(counts.unsqueeze(1))
         sums = sums.cumsum_(2)
-        used = torch.tensor(orders, device=values.device) if len(set(orders)) > 1 else None
+        used = upload(orders, values.device, torch.int64) if len(set(orders)) > 1 else None
         return cls(values, volumes.contiguous(), sums, sums[..., -1:], used)
 
     def of(self, which: Tensor | None) -> Table:
@@ -90,7 +90,13 @@ def alike(costs: Mapping[int, float], device: torch.device) -> list[list[int]]:
 
 def pick(names: list[int], count: int, device: torch.device) -> Tensor | None:
     """Return the index of some of ``count`` rows; None for all of them, in their order."""
-    return None if len(names) == count else torch.tensor(names, device=device)
+    return None if len(names) == count else upload(names, device, torch.int64)
+
+
+def upload(values: Sequence[object], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return a list as a tensor; pinned, because otherwise the host waits until the GPU has finished its work."""
+    made = torch.tensor(values, dtype=dtype)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def chosen(values: Tensor, which: Tensor | None) -> Tensor:
@@ -111,13 +117,13 @@ def best_volumes(table: Table, goal: Goal, budget: int) -> Tensor:
         row: (last - first + 1) * (64 if fast > LAGUERRE_SPAN * slow else 1)
         for row, (first, last, slow, fast) in enumerate(facts)
     }
-    best = torch.empty(count, 3, dtype=torch.float64, device=device)
+    best = before.new_empty(count, 3)
     for names in alike(costs, device):
         rows, mine = pick(names, count, device), [facts[name] for name in names]
         width = int(max(last - first for first, last, _, _ in mine))
         span = max(fast / slow for _, _, slow, fast in mine)
         wide = span > LAGUERRE_SPAN
-        scale = best.new_tensor([[first, slow if wide else math.sqrt(slow * fast)] for first, _, slow, fast in mine])
+        scale = upload([[first, slow if wide else math.sqrt(slow * fast)] for first, _, slow, fast in mine], device)
         some = table.of(rows)
         run, window = _window(some, chosen(before, rows), scale, width, _octaves(span) if wide else 0, goal)
         scores = integrate(goal, window, CACHE if device.type in CPU else budget // NODE_BYTES)
@@ -134,7 +140,7 @@ def empty_scores(table: Table, goal: Goal, budget: int) -> Tensor:
     """Return the scores ``(R,)`` of empty masks, for tables of at least the ``ONE_BY_ONE`` most probable pixels."""
     slow = 1 + goal.smooth
     span = (float(table.total[:, 0].amax()) + ONE_BY_ONE + goal.smooth) / slow
-    scale = table.total.new_tensor([[0.0, slow]]).expand(len(table.total), 2)
+    scale = upload([[0.0, slow]], table.total.device).expand(len(table.total), 2)
     _, window = _window(table, torch.zeros_like(table.total), scale, ONE_BY_ONE, _octaves(span), goal)
     return integrate(goal, window, CACHE if scale.device.type in CPU else budget // NODE_BYTES)[:, 0]
 
@@ -166,7 +172,7 @@ def _candidates(table: Table, goal: Goal) -> tuple[Tensor, list[tuple[float, flo
         # Where the integrand decays slowly, the most probable pixels must be in the window, one by one.
         high = 2 if mean + g < SERIES_RATE else half + goal.above(mean + g, mean - square, few)
         cuts.append([-high, goal.below(mean - square, few) - half])
-    borders = torch.searchsorted(-table.values[:, 1:], totals.new_tensor(cuts))
+    borders = torch.searchsorted(-table.values[:, 1:], upload(cuts, totals.device))
     before = table.sums.gather(2, borders[:, None, :1].expand(-1, table.sums.shape[1], -1))
     ends = torch.cat([table.volumes.gather(1, borders), before[:, 0]], 1).tolist()
     ranges = []
