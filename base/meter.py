@@ -52,7 +52,7 @@ class Meter:
 
     def gather(self) -> None:
         """Add up the scores of all processes."""
-        own = {key: value.cpu() for key, value in self.metrics.state_dict().items()}, self._loss.cpu()
+        own = {"sums": {key: value.cpu() for key, value in self.metrics.totals().items()}}, self._loss.cpu()
         shares = distributed.gather(own)
         if len(shares) == 1:
             return
@@ -71,7 +71,7 @@ class Meter:
         """Continue from :meth:`state_dict`; an empty state starts an epoch."""
         self.reset()
         if state:
-            self.metrics.load_state_dict({key: value.to(self.device) for key, value in state["metrics"].items()})
+            self.metrics.load_state_dict(state["metrics"], self.device)
             self._loss.copy_(state["loss"])
             self._recent = [loss.to(self.device) for loss in state["recent"]]
 

@@ -393,12 +393,47 @@ def test_running_sums_agree_with_kept_images_also_when_merged_and_continued() ->
     assert_same(shares[0].compute(), expected)
 
 
+def test_interrupted_running_sums_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are added in parts of a fixed number, wherever the run was interrupted and its scores were shown."""
+    monkeypatch.setattr("utils.metrics.AT_ONCE", 5)
+    images = random_images(23)
+    whole = Metrics(5, IGNORE)
+    for _, prediction, target in images:
+        whole.update(prediction, target)
+    for stop in (2, 4, 5, 13):
+        first, second = Metrics(5, IGNORE), Metrics(5, IGNORE)
+        for index, (_, prediction, target) in enumerate(images):
+            if index == stop:
+                first.compute()
+                second.load_state_dict(first.state_dict())
+            (first if index < stop else second).update(prediction, target)
+        assert repr(second.compute()) == repr(whole.compute())
+        assert all(torch.equal(a, b) for a, b in zip(second.totals().values(), whole.totals().values(), strict=True))
+
+
+def test_running_sums_copy_nothing_to_the_device_per_batch() -> None:
+    """A list or number that becomes a tensor is copied to the device, and the host waits."""
+
+    class Recorder(TorchDispatchMode):
+        calls: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+            self.calls.append(func._overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    metrics, target = Metrics(19, IGNORE), torch.zeros(2, 4, 4, dtype=torch.long)
+    with Recorder() as recorder:
+        metrics.update(Prediction(labels=target), target)
+    assert not {"lift_fresh", "_local_scalar_dense", "nonzero"} & set(recorder.calls)
+    assert len(recorder.calls) < 40
+
+
 def test_running_sums_keep_no_image() -> None:
     metrics = Metrics(3, IGNORE)
     for _ in range(3):
         metrics.update(Prediction(labels=torch.zeros(2, 4, 4, dtype=torch.long)), torch.zeros(2, 4, 4).long())
     assert metrics.images == []
-    assert sum(value.numel() for value in metrics.state_dict().values()) < 50
+    assert sum(value.numel() for value in metrics.totals().values()) < 50
 
 
 def test_pixels_beyond_the_reach_of_float32_are_not_lost() -> None:
