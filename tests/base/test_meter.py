@@ -25,19 +25,36 @@ def test_batches_without_a_labeled_pixel_do_not_enter_the_loss() -> None:
     assert meter.scores()["train_loss"] == 3.0
 
 
-def test_a_saved_state_of_another_shape_is_refused() -> None:
+def test_a_saved_state_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.metrics.AT_ONCE", 2)
+    meter = Meter(Metrics(2, 255), torch.device("cpu"))
+    target = torch.zeros(1, 4, 4, dtype=torch.long)
+    for _ in range(3):
+        meter.update(torch.tensor(1.0), PROCEDURES["max"](torch.rand(1, 2, 4, 4), PredictOptions()), target)
+    state = meter.state_dict()
+    meter.load_state_dict(state)
+    sums, (waiting,) = state["metrics"]["sums"], state["metrics"]["waiting"]
+    wrong = torch.zeros(5, 0)
+    for name in sums:
+        with pytest.raises(ValueError, match=name):
+            meter.load_state_dict(state | {"metrics": {"sums": sums | {name: wrong}, "waiting": [waiting]}})
+        with pytest.raises(KeyError, match=name):
+            meter.load_state_dict(state | {"metrics": {"sums": {k: v for k, v in sums.items() if k != name}}})
+    assert waiting.shape == (1, 8)
+    with pytest.raises(ValueError, match="waiting"):
+        meter.load_state_dict(state | {"metrics": {"sums": sums, "waiting": [wrong]}})
+    with pytest.raises(RuntimeError):
+        meter.load_state_dict(state | {"loss": torch.zeros(3)})
+
+
+def test_a_state_with_sums_only_is_read() -> None:
+    """Checkpoints once contained nothing else."""
     meter = Meter(Metrics(2, 255), torch.device("cpu"))
     target = torch.zeros(1, 4, 4, dtype=torch.long)
     meter.update(torch.tensor(1.0), PROCEDURES["max"](torch.rand(1, 2, 4, 4), PredictOptions()), target)
-    state = meter.state_dict()
-    meter.load_state_dict(state)
-    for name in state["metrics"]:
-        with pytest.raises(ValueError, match=name):
-            meter.load_state_dict(state | {"metrics": state["metrics"] | {name: torch.zeros(5, 0)}})
-        with pytest.raises(KeyError, match=name):
-            meter.load_state_dict(state | {"metrics": {k: v for k, v in state["metrics"].items() if k != name}})
-    with pytest.raises(RuntimeError):
-        meter.load_state_dict(state | {"loss": torch.zeros(3)})
+    before = meter.scores()
+    meter.load_state_dict(meter.state_dict() | {"metrics": meter.metrics.totals()})
+    assert meter.scores() == before
 
 
 @pytest.mark.parametrize(("procedure", "shown"), [("max", "Accuracy 0.500"), ("T", "PixelAcc 0.667")])

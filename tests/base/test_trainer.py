@@ -363,7 +363,8 @@ def test_compiled_training_gives_plain_checkpoints(tmp_path: Path, monkeypatch: 
     assert same_weights(plain.model, compiled.model)
 
 
-def test_memory_stays_flat(tmp_path: Path) -> None:
+def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.metrics.AT_ONCE", 40)  # as many images wait at both times
     trainer = make_trainer(tmp_path, epochs=1, val=False, monitor="off", log_per_iter=20, loader=ToyLoader(500))
     alive = {}
     after_batch = trainer._after_batch
