@@ -72,6 +72,19 @@ def test_ties_are_broken_by_index(solver: str) -> None:
     check_masks(probs[:, :, 0], rank_dice(probs[:, :, 0], solver=solver))
 
 
+@pytest.mark.parametrize("pixels", [900, 12_000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_minus_zero_is_zero(dtype: torch.dtype, pixels: int) -> None:
+    """Values are sorted by their bits, and those of -0 are the bits of a negative integer."""
+    probs = torch.rand(1, 2, pixels, 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    probs = torch.where(probs < 0.4, 0, probs)
+    for solver in ("exact", "rma"):
+        plain, minus = (rank_dice(torch.where(probs == 0, zero, probs), solver=solver) for zero in (0.0, -0.0))
+        assert torch.equal(plain.masks, minus.masks)
+        assert torch.equal(plain.cutoffs, minus.cutoffs)
+        assert torch.equal(plain.scores, minus.scores)
+
+
 @pytest.mark.parametrize("value", [0.3, 0.7, 1.0])
 def test_large_plateaus(value: float) -> None:
     probs = torch.full((1, 2, 300, 310), value)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .integral import Goal
-from .table import Table, draw, padded
+from .table import Table, descending, draw, padded
 
 EPSILON = 1e-4
 PAPER_MEAN = 50.0  # the authors' program uses trna up to this mean volume, and ba above it
@@ -36,7 +36,7 @@ def solve(rows: Tensor, masks: Tensor, solver: str, goal: Goal, budget: int) -> 
     best = rows.new_empty(rows.shape[0], 3, dtype=torch.float64)
     for part in torch.arange(rows.shape[0]).split(max(1, budget // (PIXEL_BYTES * rows.shape[1]))):
         some = slice(int(part[0]), int(part[-1]) + 1)
-        values, columns = rows[some].sort(dim=1, descending=True, stable=True)
+        values, columns = descending(rows[some])
         values = values.double()
         table = Table.whole(padded(values), orders=[1])
         if solver == "rma":

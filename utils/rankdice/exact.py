@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import table as tables
 from .integral import ORDERS, Goal
-from .table import CPU, ONE_BY_ONE, Table, alike, best_volumes, chosen, draw, pick, powers
+from .table import CPU, ONE_BY_ONE, Table, alike, best_volumes, chosen, descending, draw, pick, powers
 
 # 5, 4, 3 or 2 power sums stand for the pixels outside a table if the integrand decays at least at this rate: they leave
 # out less than n! / rate^n = 2e-10 of the score.
@@ -83,7 +83,7 @@ def solve(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
 
 def solve_sorted(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
     """Do the same as :func:`solve`, by sorting the rows."""
-    values, columns = rows.sort(dim=1, descending=True, stable=True)
+    values, columns = descending(rows)
     values, orders = tables.padded(values), []
     if rows.device.type in CPU:
         places = [bisect.bisect(FAR_RATES, mean) for mean in values.sum(1).tolist()]
@@ -220,7 +220,7 @@ def _table(rows: Tensor, found: _Survey, names: list[int], size: int) -> tuple[T
     spot = start + torch.arange(max(size, 1))
     place = found.place if found.place.numel() else found.place.new_zeros(1)
     place = place.take(spot.clamp(max=place.numel() - 1))
-    values, order = rows.take(place).mul_(spot < end).sort(dim=1, descending=True, stable=True)
+    values, order = descending(rows.take(place).mul_(spot < end))
     over = values > cut
     values = tables.padded(values)
     total, above = sums[:, :, 1 : 1 + max(orders)].unsqueeze(3).unbind(1)
