@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint.files import network_kind
-from utils.errors import UserError, not_installed
+from utils.errors import UserError, import_extra
 
 #: Sizes (B, C, H, W) that a file takes; None where any will do.
 Sizes = tuple[int | None, ...]
@@ -115,10 +115,7 @@ def _program(path: str) -> FileNetwork:
 
 
 def _onnx(path: str) -> FileNetwork:
-    try:
-        import onnxruntime  # an extra
-    except ImportError as error:
-        raise not_installed(str(path), "onnxruntime") from error
+    onnxruntime = import_extra("onnxruntime", path)
     providers = [p for p in onnxruntime.get_available_providers() if p in _PROVIDERS]
     session = onnxruntime.InferenceSession(path, providers=providers)
     inputs, outputs = session.get_inputs(), [output.name for output in session.get_outputs()]

@@ -52,6 +52,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield "." * node.level + (node.module or ""), node
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
             "import_module",
+            "import_extra",
             "__import__",
         ):
             name = node.args[0] if node.args else None
@@ -70,8 +71,8 @@ def commands(tree: ast.Module) -> set[ast.AST]:
 
 
 def may(path: str, module: str, node: ast.AST, of_commands: set[ast.AST]) -> bool:
-    if path in ("utils/registry.py", "models/external.py") and module == "?":
-        return True  # these import what a table or the user's config names
+    if path in ("utils/registry.py", "utils/errors.py", "models/external.py") and module == "?":
+        return True  # these import what a table, a caller of import_extra, or the user's config names
     if path == "utils/checkpoint/__init__.py" and isinstance(node, ast.Call):
         return module in ("models", "dataloaders", "models.upstream")  # a checkpoint names its model
     if path.endswith("/__main__.py") or room_of(path) == "utils" and node in of_commands:

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -31,6 +32,18 @@ def not_installed(what: str, *packages: str) -> UserError:
     are = "is" if len(packages) == 1 else "are"
     command = f"pip install {' '.join(packages)}"
     return UserError(f"{what} needs {' and '.join(packages)}, which {are} not installed: {command}")
+
+
+def import_extra(module: str, what: str, package: str = "") -> Any:
+    """Import an optional package, which ``what`` needs. ``package``: its name for pip, if that is another one.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise not_installed(what, package or module.partition(".")[0]) from error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError, not_installed
+from utils.errors import UserError, import_extra
 
 
 def load_mat(path: str | Path) -> dict[str, Any]:
     """Return the variables of a .mat file; raise UserError if it is broken or SciPy is not installed."""
+    scipy = import_extra("scipy.io", f"{path}: reading .mat files")
     try:
-        from scipy.io import loadmat  # an extra
-    except ImportError as error:
-        raise not_installed(f"{path}: reading .mat files", "scipy") from error
-    try:
-        return loadmat(str(path))
+        return scipy.loadmat(str(path))
     except Exception as error:  # scipy raises many kinds for a broken file
         raise UserError(f"{path}: cannot be read as a .mat file: {error}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.backbones.common import PACKAGES, PREFIX, Backbone, adapt_first_conv, load_from_file
-from utils.errors import UserError, did_you_mean, listed, not_installed
+from utils.errors import UserError, did_you_mean, import_extra, listed, not_installed
 
 #: What lets a transformer take images of any size; each model takes one of them or none.
 _ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
@@ -70,10 +69,7 @@ class TimmEncoder(Backbone):
 
 def timm() -> Any:
     """Return the package timm. It is an extra, and takes seconds to import, so only its encoders import it."""
-    try:
-        return import_module("timm")
-    except ImportError as error:
-        raise not_installed('a backbone "timm:..."', "timm") from error
+    return import_extra("timm", 'a backbone "timm:..."')
 
 
 def _create(name: str, in_channels: int, pretrained: bool, output_stride: int) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from utils import files
 from utils.checkpoint.contents import are_weights, malformed
-from utils.errors import UserError, listed, not_installed
+from utils.errors import UserError, import_extra, listed
 from utils.files import expand
 
 _DEEPEST = 4  # folders below trainer.save_dir: name, loss, procedure, date
@@ -112,12 +112,9 @@ def _weights_in(state: Mapping[str, Any], path: Path) -> Mapping[str, torch.Tens
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    safetensors = import_extra("safetensors.torch", str(path))
     try:
-        from safetensors.torch import load_file  # an extra
-    except ImportError as error:
-        raise not_installed(str(path), "safetensors") from error
-    try:
-        return load_file(path)
+        return safetensors.load_file(path)
     except Exception as error:  # damaged bytes
         raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
 

@@ -11,7 +11,7 @@ from utils import lr_scheduler
 from utils.cli import Parser, add_overrides
 from utils.config import building
 from utils.config.schema import Config
-from utils.errors import UserError, not_installed, run, warn
+from utils.errors import UserError, import_extra, run, warn
 from utils.files import atomic, expand
 
 ASSUMED = 100  # batches per epoch where the data cannot be read
@@ -49,11 +49,8 @@ def curves(config: Config, epochs: int, batches: int) -> dict[str, dict[str, lis
 
 def draw(panels: dict[str, dict[str, list[float]]], title: str, path: Path) -> None:
     """Write a picture of the curves of each panel over the optimizer step."""
-    try:
-        from matplotlib.figure import Figure  # an extra
-    except ImportError:
-        raise not_installed("the picture", "matplotlib") from None
-    figure = Figure(figsize=(9.6, 3 * len(panels)), layout="constrained")
+    matplotlib = import_extra("matplotlib.figure", "the picture")
+    figure = matplotlib.Figure(figsize=(9.6, 3 * len(panels)), layout="constrained")
     figure.suptitle(title)
     below = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (label, lines) in zip(below, panels.items(), strict=True):

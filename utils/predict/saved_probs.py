@@ -19,7 +19,7 @@ from torch import Tensor
 
 from utils import stamps
 from utils.batch import Batch
-from utils.errors import UserError, not_installed
+from utils.errors import UserError, import_extra
 from utils.facts import Facts
 from utils.files import atomic
 from utils.images import read_label, voc_colormap
@@ -206,8 +206,4 @@ def output_path(folder: Path, case: Case, dimensions: int) -> Path:
 
 
 def _nibabel(path: Path) -> Any:
-    try:
-        import nibabel  # an extra
-    except ImportError:
-        raise not_installed(f"{path}: reading NIfTI files", "nibabel") from None
-    return nibabel
+    return import_extra("nibabel", f"{path}: reading NIfTI files")

@@ -10,7 +10,7 @@ from base.text import read_lines
 from dataloaders.prepare import shapes
 from dataloaders.prepare.export import Export, Images, Picture, Shape, split_of
 from dataloaders.reading.pairing import image_files
-from utils.errors import UserError, not_installed
+from utils.errors import UserError, import_extra
 
 
 def read(source: Path, images: Images) -> Export:
@@ -68,10 +68,7 @@ def _names(source: Path, root: Path) -> list[str]:
         if (root / "classes.txt").is_file():
             return [line for _, line in read_lines(root / "classes.txt", "--from")]
         raise UserError(f"{root}: there is neither data.yaml nor classes.txt with the names of the classes")
-    try:
-        import yaml  # an extra
-    except ImportError:
-        raise not_installed(f"{files[0]}: reading YAML", "pyyaml") from None
+    yaml = import_extra("yaml", f"{files[0]}: reading YAML", "pyyaml")
     try:
         names = yaml.safe_load(files[0].read_text(encoding="utf-8"))["names"]
         by_id = {int(i): name for i, name in (names.items() if isinstance(names, dict) else enumerate(names))}
