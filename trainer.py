@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from base.base_trainer import BaseTrainer, Interrupted
+from base.base_trainer import STEADIER, BaseTrainer, Interrupted
 from base.parallel import without_sync
 from base.pictures import Pictures
 from base.runs import LATEST, tensorboard_folder
@@ -118,7 +118,7 @@ class Trainer(BaseTrainer):
         return (
             f"the loss became {value} in iteration {iteration} (epoch {self.epoch + 1}), "
             f"{self._rates()}, images {', '.join(batch.names)}{f'; {where}' if where else ''}. The batch and the "
-            f"weights are in {path}. Try a lower learning rate, trainer.clip_grad_norm, or trainer.amp 'off' or 'bf16'"
+            f"weights are in {path}. {STEADIER}"
         )
 
     # -- one epoch ---------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class Trainer(BaseTrainer):
     def _validate(self, epoch: int) -> dict[str, float]:
         name = self.config.predict.val
         pictures = Pictures(self.data.facts, name, self.options)
-        self._check_weights()
+        self._check_weights(self.deployed_model)
         distributed.share_buffers(self.deployed_model)  # all processes score the network that the main process saves
         # After a stop or an error the processes are at different batches and cannot gather anything from each other.
         self._processes = distributed.gather(self._process())
@@ -253,14 +253,6 @@ class Trainer(BaseTrainer):
         if pictures.rows:
             self.log.image("val/input_target_prediction", pictures.draw(), self.iteration)
         return scores
-
-    def _check_weights(self) -> None:
-        where = finite.explain(self.deployed_model)
-        if where:
-            raise UserError(
-                f"after iteration {self.iteration} (epoch {self.epoch + 1}, {self._rates()}) {where}. "
-                "Try a lower learning rate, trainer.clip_grad_norm, or trainer.amp 'off' or 'bf16'"
-            )
 
     def _check_monitored(self, metrics: Any) -> None:
         """Raise an error if no validation image has what the monitored score needs."""

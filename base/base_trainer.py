@@ -32,6 +32,8 @@ from utils.metrics import Metrics
 from utils.predict import PredictOptions
 from utils.predict.network import AMP_DTYPES
 
+STEADIER = "Try a lower learning rate, trainer.clip_grad_norm, or trainer.amp 'off' or 'bf16'"
+
 
 class Interrupted(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM); its state has been saved."""
@@ -284,15 +286,21 @@ class BaseTrainer:
 
     def _save(self, names: list[str]) -> None:
         """Write a checkpoint once, under the first of its names, and link the others to it; refuse bad weights."""
-        bad = finite.bad_weights(self.model)
-        if bad is not None:
-            raise UserError(f"after iteration {self.iteration} ({self._rates()}) the weights {bad} are not finite")
+        self._check_weights(self.model)
         state = self.state(names)
         if distributed.is_main():
             self.log.flush()
             checkpoint.save(state, self.folder / names[0])
             for name in names[1:]:
                 checkpoint.link(self.folder / names[0], self.folder / name)
+
+    def _check_weights(self, model: nn.Module) -> None:
+        bad = finite.bad_weights(model)
+        if bad is not None:
+            raise UserError(
+                f"after iteration {self.iteration} ({self._rates()}) the weights {bad} are not finite (NaN or "
+                f"infinity). {STEADIER}"
+            )
 
     def _rates(self) -> str:
         return f"learning rates {', '.join(f'{name} {rate:g}' for name, rate in self.rates.items())}"

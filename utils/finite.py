@@ -39,10 +39,10 @@ def bad_layer(model: nn.Module, images: Tensor) -> str | None:
     return found[0] if found else None
 
 
-def explain(model: nn.Module, images: Tensor | None = None) -> str:
+def explain(model: nn.Module, images: Tensor) -> str:
     """Describe where the numbers of a network stop being finite; empty if all are finite."""
     weights = bad_weights(model)
     if weights is not None:
         return f"the weights {weights} are not finite (NaN or infinity)"
-    layer = bad_layer(model, images) if images is not None else None
+    layer = bad_layer(model, images)
     return "" if layer is None else f"the first layer whose output is not finite is {layer}"

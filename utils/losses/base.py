@@ -77,10 +77,8 @@ def weight_buffer(loss: nn.Module, name: str, weight: Weights) -> None:
     if weight == "balanced":
         raise ValueError(f"{name} is 'balanced'; replace it with the data set's weights before building the loss")
     values = torch.as_tensor(weight, dtype=torch.float64)
-    if values.ndim != 1 or not len(values) or not values.isfinite().all() or (values < 0).any():
-        raise ValueError(f"{name} is {weight}; expected one finite number >= 0 per class")
     if not values.any():
-        raise ValueError(f"{name} is zero for every class")
+        raise ValueError(f"{name} is {weight}: zero for every class")
     loss.register_buffer(name, values, persistent=False)
 
 
