@@ -23,7 +23,7 @@ from utils.errors import UserError, run
 from utils.files import write_text
 from utils.losses import LOSSES
 from utils.lr_scheduler import SCHEDULERS
-from utils.registry import Arguments, Registry, json_schema
+from utils.registry import Registry, json_schema
 
 PAGE = "docs/configuration.md"
 BEGIN = "<!-- reference: begin (python -m docs.reference) -->"
@@ -88,28 +88,11 @@ def _section(path: str, section: type[BaseModel]) -> list[str]:
         "| field | type | default | meaning |",
         "| - | - | - | - |",
     ]
-    kinds = json_schema(section)["properties"]
-    for name, field in section.model_fields.items():
-        inner = _inner(field)
-        if inner is not None:
-            anchor = f"{path}{name}".replace(".", "").lower()
-            lines.append(f"| `{name}` | section | | [see below](#{anchor}) |")
-            continue
-        kind, default = _kind(kinds[name]), _field_default(section, name, field)
-        kind = f"name or {kind}" if section is Config and name == "loss" else kind
-        lines.append(f"| `{name}` | {kind} | {default} | {_cell(field.description or '')} |")
+    for name, row in _rows(section).items():
+        anchor = f"{path}{name}".replace(".", "").lower()
+        inner = _inner(section.model_fields[name]) is not None
+        lines.append(f"| `{name}` | section | | [see below](#{anchor}) |" if inner else row)
     return [*lines, ""]
-
-
-def _field_default(section: type[BaseModel], name: str, field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    if section is Optimizer and name == "args":
-        return f"for SGD: `{json.dumps(Optimizer().args)}`"
-    value = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(value, Component):
-        value = value.type
-    return f"`{json.dumps(value)}`"
 
 
 # -- types -----------------------------------------------------------------------------------------------------
@@ -186,12 +169,16 @@ def _loaders() -> list[str]:
     return lines
 
 
-def _rows(model: type[Arguments]) -> dict[str, str]:
-    """Return the row of a table for each argument."""
-    kinds = json_schema(model)["properties"]
+def _rows(model: type[BaseModel]) -> dict[str, str]:
+    """Return the row of a table for each field or argument."""
+    kinds = {name: _kind(schema) for name, schema in json_schema(model)["properties"].items()}
+    defaults = {name: _default(field) for name, field in model.model_fields.items()}
+    if model is Config:
+        kinds["loss"] = f"name or {kinds['loss']}"
+    if model is Optimizer:
+        defaults["args"] = f"for SGD: `{json.dumps(Optimizer().args)}`"
     return {
-        name: f"| `{name}` | {_kind(kinds[name]) if name in kinds else 'any'} | {_default(field)} | "
-        f"{_cell(field.description or '')} |"
+        name: f"| `{name}` | {kinds.get(name, 'any')} | {defaults[name]} | {_cell(field.description or '')} |"
         for name, field in model.model_fields.items()
     }
 
@@ -210,7 +197,10 @@ def _summary(kind: str, table: Registry) -> list[str]:
 
 
 def _default(field: FieldInfo) -> str:
-    return "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={"type": ""})
+    return f"`{json.dumps(value.type if isinstance(value, Component) else value, default=str)}`"
 
 
 def _cell(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+_CHUNK = 2**20
 LEFTOVERS = ".*.tmp*"  # the temporary files of a process that was killed while it wrote
 # A spreadsheet runs a cell that begins with one of these as a formula. The pattern includes leading quotes, so
 # that unescape can undo escape.
@@ -69,6 +71,15 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file completely or not at all, see :func:`atomic`."""
     write_bytes(path, text.encode())
+
+
+def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
+    """Return the digest of a file's content, hexadecimal; ``algorithm``: one of hashlib."""
+    found = hashlib.new(algorithm)
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def csv_text(rows: Iterable[Sequence[object]]) -> str:

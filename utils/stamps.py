@@ -21,22 +21,12 @@ NO_RUN = "0" * 16  # of files that do not depend on a run's model
 _MARK = "segmentation-output:"
 _STAMP = re.compile(rb"segmentation-output:([0-9a-f]{16})")
 _NEAR = 4096  # stamps are this close to the start or the end of a file
-_CHUNK = 2**20
 
 
 def digest(settings: Mapping[str, Any]) -> str:
     """Return a digest of these settings, 16 hexadecimal digits."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_digest(path: str | Path) -> str:
-    """Return a digest of a file's content, 16 hexadecimal digits."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()[:16]
 
 
 def text(run: str = NO_RUN) -> str:

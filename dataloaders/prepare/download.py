@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import stat
@@ -18,6 +17,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from utils.errors import UserError
+from utils.files import file_digest
 from utils.progress import progress_bar
 
 CHUNK = 1 << 20
@@ -137,14 +137,11 @@ def verify(path: Path, checksum: str | None) -> None:
     if checksum is None:
         return
     algorithm, _, expected = checksum.partition(":")
-    digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
+    found = file_digest(path, algorithm)
+    if found != expected:
         raise UserError(
-            f"{path}: {algorithm} is {digest.hexdigest()}, expected {expected}: the file is damaged or has been "
-            "replaced by the publisher; remove it and run the command again"
+            f"{path}: {algorithm} is {found}, expected {expected}: the file is damaged or has been replaced by the "
+            "publisher; remove it and run the command again"
         )
 
 

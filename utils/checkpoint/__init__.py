@@ -85,7 +85,7 @@ class LoadedModel:
         """
         channels_last = changes.get("channels_last", self.config.trainer.channels_last)
         layout = torch.channels_last if channels_last else torch.preserve_format
-        model = self.model.to(device).to(memory_format=layout).eval()
+        model = self.model.to(device).to(memory_format=layout)
         where = torch.device(device) if device is not None else next(model.parameters()).device
         return Network.from_config(model, self.facts, self.activation, self.config, device=where, **changes)
 

@@ -106,7 +106,7 @@ def all_decisions(options: PredictOptions) -> dict[str, Decision]:
 class Evaluator:
     """What stays the same from batch to batch of an evaluation."""
 
-    network: AnyNetwork  # from images to probabilities; is put into evaluation mode
+    network: AnyNetwork  # from images to probabilities
     classes: tuple[int, ...] | None = None  # of interest; None: all
     count_ignored: bool = False  # see utils.metrics.Metrics
     # Scored per image and averaged over the images with labeled pixels, so that it does not depend on the batches.
@@ -205,7 +205,6 @@ def evaluate(
     Raises:
         UserError: the data has a label that is not a class of the model.
     """
-    evaluator.network.eval()
     work = _Batches(evaluator, decisions, on_part, 0 if measure_memory else float("inf"))
     bar = None if title is None else progress_bar(loader, desc=title)
     for batch in loader if bar is None else bar:

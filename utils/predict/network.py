@@ -33,7 +33,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Network:
-    """A trained network, called with images as the loaders yield them."""
+    """A trained network in evaluation mode, called with images as the loaders yield them."""
 
     model: nn.Module  # returns logits (B, C, H, W) for normalized images, or {"out": logits}
     facts: Facts  # of the data the model was trained on
@@ -48,6 +48,7 @@ class Network:
     normalize: Normalize = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.model.eval()
         object.__setattr__(self, "normalize", Normalize(self.facts.mean, self.facts.std).to(self.device))
 
     @classmethod
@@ -72,10 +73,6 @@ class Network:
         """Return all that the probabilities depend on, except the weights and the image."""
         names = ("activation", "temperature", "bias", "amp", "channels_last", "scales", "flip")
         return {name: getattr(self, name) for name in names} | {"mean": self.facts.mean, "std": self.facts.std}
-
-    def eval(self) -> None:
-        """Put the model into evaluation mode."""
-        self.model.eval()
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits ``(B, C, H, W)`` of one view, in the dtype that the model computes in.
@@ -163,11 +160,6 @@ class Ensemble:
         """Return all that the probabilities depend on, except the weights and the image."""
         return [member.settings() for member in self.members]
 
-    def eval(self) -> None:
-        """Put the models into evaluation mode."""
-        for member in self.members:
-            member.eval()
-
     def probabilities(self, images: Tensor) -> Tensor:
         """Return the mean of the members' probabilities, float32 ``(B, C, H, W)``."""
         total = self.members[0].probabilities(images)
@@ -196,9 +188,6 @@ class SavedNetwork:
     def settings(self) -> dict[str, Any]:
         """Return what the probabilities depend on, except the files."""
         return {"temperature": self.temperature, "bias": self.bias}
-
-    def eval(self) -> None:
-        """Do nothing: there is no model."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and probabilities ``(B, C, H, W)``."""
