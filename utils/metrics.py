@@ -247,8 +247,10 @@ class Metrics:
         """Return the running sums of all images so far."""
         if not self._waiting:
             return self._sums
-        *of_classes, pixels, correct = torch.cat(self._waiting).split([self.num_classes] * 3 + [1, 1], 1)
-        return _added(self._sums, _reduce(Counts(*of_classes, pixels[:, 0], correct[:, 0]), self.classes))
+        sizes = [self.num_classes] * 3 + [1, 1]
+        intersection, predicted, target, pixels, correct = torch.cat(self._waiting).split(sizes, 1)
+        counts = Counts(intersection, predicted, target, pixels[:, 0], correct[:, 0])
+        return _added(self._sums, _reduce(counts, self.classes))
 
     @property
     def images(self) -> list[dict[str, Any]]:

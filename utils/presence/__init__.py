@@ -28,6 +28,7 @@ from torch import Tensor
 from utils import rankdice
 from utils.presence.learning import Learned, fit, learn
 from utils.presence.rule import Estimate, choose, estimate, mean_scores
+from utils.rankdice.table import upload
 
 __all__ = ["Choice", "Estimate", "Learned", "Options", "choose", "choose_classes", "estimate", "fit", "learn"]
 __all__ += ["mean_scores"]
@@ -81,8 +82,9 @@ def choose_classes(highest: Tensor, scores: Tensor, options: Options) -> Choice:
         Classes of no interest are not chosen.
     """
     columns = range(scores.shape[1]) if options.classes is None else options.classes
-    own = torch.tensor(list(columns), device=scores.device)
-    highest, expected = highest.double()[:, own], scores.double()[:, own]
+    # On the CPU, as in `choose`.
+    device, own = scores.device, torch.tensor(list(columns))
+    highest, expected = highest.cpu().double()[:, own], scores.cpu().double()[:, own]
     how = options.chooses_by
     seen = highest
     if how == "fitted":
@@ -92,17 +94,15 @@ def choose_classes(highest: Tensor, scores: Tensor, options: Options) -> Choice:
         offsets = {name: [options.fit[name][place[c]] if c in place else 0.0 for c in columns] for name in names}
         fit, metrics = {**options.fit, **offsets}, (options.metric, options.fit["metric"])
         chosen, seen = choose(highest, rankdice.converted(expected, *metrics), fit)
-        found = estimate(highest, rankdice.converted(expected, *metrics), fit).expected
-        expected = rankdice.converted(found, *reversed(metrics))
+        corrected = estimate(highest, rankdice.converted(expected, *metrics), fit).expected
+        expected = rankdice.converted(corrected, *reversed(metrics))
     elif how == "rule":
         chosen, seen = choose(highest, expected)
     else:
         chosen = highest > (options.prune if how == "prune" and options.prune is not None else 0.0)
-    if options.classes is None:
-        return Choice(chosen, seen, expected)
-    every = scores.new_zeros(scores.shape, dtype=torch.float64)
-    return Choice(
-        torch.zeros_like(every, dtype=torch.bool).index_copy_(1, own, chosen),
-        torch.full_like(every, torch.nan).index_copy_(1, own, seen),
-        every.index_copy_(1, own, expected),
-    )
+    parts = [chosen, seen, expected]
+    if options.classes is not None:
+        shape = tuple(scores.shape)
+        empty = chosen.new_zeros(shape), seen.new_full(shape, torch.nan), expected.new_zeros(shape)
+        parts = [every.index_copy_(1, own, part) for every, part in zip(empty, parts, strict=True)]
+    return Choice(*(upload(part, device) for part in parts))

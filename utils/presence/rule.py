@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from utils.rankdice.table import upload
+
 CLIP = 1e-6  # keeps logits finite
 SCORE_CENTER = 0.6
 
@@ -66,7 +68,8 @@ def estimate(highest: Tensor, scores: Tensor, fit: Mapping[str, Any] | None = No
 def choose(highest: Tensor, scores: Tensor, fit: Mapping[str, Any] | None = None) -> tuple[Tensor, Tensor]:
     """Choose the classes that get a mask.
 
-    Images are independent: results do not depend on the batch.
+    Images are independent: results do not depend on the batch. The work is done on the CPU: it takes many operations on
+    few numbers, each of which a GPU would have to start.
 
     Args:
         highest, scores, fit: see :func:`estimate`.
@@ -78,9 +81,9 @@ def choose(highest: Tensor, scores: Tensor, fit: Mapping[str, Any] | None = None
     Raises:
         ValueError: see :func:`estimate`.
     """
-    believed = estimate(highest, scores, fit)
+    believed = estimate(highest.cpu(), scores.cpu(), fit)
     alone = believed.scores if fit is None else torch.full_like(believed.scores, fit["mean_score"])
-    return _decide(believed, alone), believed.presence
+    return upload(_decide(believed, alone), highest.device), upload(believed.presence, highest.device)
 
 
 def _decide(believed: Estimate, alone: Tensor) -> Tensor:

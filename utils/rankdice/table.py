@@ -93,9 +93,9 @@ def pick(names: list[int], count: int, device: torch.device) -> Tensor | None:
     return None if len(names) == count else upload(names, device, torch.int64)
 
 
-def upload(values: Sequence[object], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return a list as a tensor; pinned, because otherwise the host waits until the GPU has finished its work."""
-    made = torch.tensor(values, dtype=dtype)
+def upload(values: Sequence[object] | Tensor, device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Copy a list or a tensor; pinned, because otherwise the host waits until the GPU has finished its work."""
+    made = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
