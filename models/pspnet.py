@@ -24,7 +24,7 @@ class PyramidSceneParsing(BaseModel):
     """
 
     published_names = (
-        *names.pyramid_names("master_branch.0", "pyramid"),
+        *names.pyramid_names("master_branch.0"),
         (r"master_branch\.1\.", "classifier."),
         (r"auxiliary_branch\.([01])\.", r"aux_head.0.\1."),
         (r"auxiliary_branch\.4\.", "aux_head.2."),

@@ -83,7 +83,7 @@ class UperNet(BaseModel):
     published_classifier = ("head.weight", 0)
     published_names = (
         *names.RESNET_NAMES,
-        *names.pyramid_names("PPN", "pyramid"),
+        *names.pyramid_names("PPN"),
         *((rf"FPN\.conv1x1\.{i}\.", f"fpn.laterals.{i + 1}.") for i in range(3)),
         (r"FPN\.smooth_conv\.", "fpn.smooth."),
         (r"FPN\.conv_fusion\.", "fpn.fuse."),

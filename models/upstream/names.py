@@ -58,13 +58,13 @@ SKIP_DECODER_NAMES: Rules = (
 )
 
 
-def pyramid_names(recorded: str, ours: str) -> Rules:
-    """Return the rules for a :class:`models.blocks.PyramidPooling`, given both prefixes without the last dot."""
+def pyramid_names(recorded: str) -> Rules:
+    """Return the rules for ``pyramid``, a :class:`models.blocks.PyramidPooling`, and its recorded prefix."""
     prefix = re.escape(recorded)
     return (
-        (prefix + r"\.stages\.(\d)\.1\.", ours + r".branches.\1.1.0."),
-        (prefix + r"\.stages\.(\d)\.2\.", ours + r".branches.\1.1.1."),
-        (prefix + r"\.bottleneck\.", ours + ".fuse."),
+        (prefix + r"\.stages\.(\d)\.1\.", r"pyramid.branches.\1.1.0."),
+        (prefix + r"\.stages\.(\d)\.2\.", r"pyramid.branches.\1.1.1."),
+        (prefix + r"\.bottleneck\.", "pyramid.fuse."),
     )
 
 

@@ -16,6 +16,7 @@ COLORS = {
     "rankdice_map": "#999933",
     "rankdice_iou": "#56b4e9",
 }
+SIDE = 300  # of the unit square
 
 
 def _svg(width: float, height: float, title: str, body: Sequence[str]) -> str:
@@ -61,9 +62,9 @@ def bars(values: Mapping[str, Mapping[str, float | None]], classes: Sequence[str
     return _svg(width, height, "Dice per class and procedure", body)
 
 
-def _square(x_title: str, y_title: str, side: float = 300) -> tuple[list[str], float, float]:
+def _square(x_title: str, y_title: str) -> tuple[list[str], float, float]:
     """Return the axes of a unit square with its diagonal, and the offsets of its origin."""
-    left, top = 42, 8
+    left, top, side = 42, 8, SIDE
     bottom = top + side
     body = [_line(left, bottom, left + side, top, "diagonal")]
     for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
@@ -83,10 +84,9 @@ def _square(x_title: str, y_title: str, side: float = 300) -> tuple[list[str], f
 
 def reliability(diagrams: Mapping[str, Sequence[Sequence[float]]]) -> str:
     """Return reliability diagrams, ``title -> [[mean probability, share true, share of pixels], ...]``."""
-    side = 300
-    body, left, bottom = _square("predicted probability", "fraction that is correct", side)
+    body, left, bottom = _square("predicted probability", "fraction that is correct")
     for (title, bins), color in zip(diagrams.items(), (COLORS["max"], COLORS["T"]), strict=False):
-        points = [(left + p * side, bottom - true * side) for p, true, _ in bins]
+        points = [(left + p * SIDE, bottom - true * SIDE) for p, true, _ in bins]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         body.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
         for (x, y), (p, true, share) in zip(points, bins, strict=True):
@@ -95,19 +95,18 @@ def reliability(diagrams: Mapping[str, Sequence[Sequence[float]]]) -> str:
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{color}" fill-opacity="0.6">'
                 f"<title>{escape(title)}: probability {p:.3f}, true {true:.3f}, {share:.1%} of them</title></circle>"
             )
-    return _svg(left + side + 14, bottom + 38, "Reliability diagram", body)
+    return _svg(left + SIDE + 14, bottom + 38, "Reliability diagram", body)
 
 
 def scatter(points: Sequence[tuple[str, float, float]], x_title: str, y_title: str, color: str) -> str:
     """Return a point per image: name, x and y in [0, 1], and the diagonal."""
-    side = 300
-    body, left, bottom = _square(x_title, y_title, side)
+    body, left, bottom = _square(x_title, y_title)
     for name, x, y in points:
         body.append(
-            f'<circle cx="{left + x * side:.1f}" cy="{bottom - y * side:.1f}" r="3" fill="{color}" '
+            f'<circle cx="{left + x * SIDE:.1f}" cy="{bottom - y * SIDE:.1f}" r="3" fill="{color}" '
             f'fill-opacity="0.55"><title>{escape(name)}: {x:.3f}, {y:.3f}</title></circle>'
         )
-    return _svg(left + side + 14, bottom + 38, f"{y_title} against {x_title}", body)
+    return _svg(left + SIDE + 14, bottom + 38, f"{y_title} against {x_title}", body)
 
 
 def intervals(rows: Sequence[tuple[str, float, float, float]]) -> str:
