@@ -48,6 +48,8 @@ class Network:
     normalize: Normalize = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: expected a number above 0, found {self.temperature}")
         self.model.eval()
         object.__setattr__(self, "normalize", Normalize(self.facts.mean, self.facts.std).to(self.device))
 
