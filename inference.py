@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from utils.cli import MODES, PROCEDURES, Parser, add_overrides, add_trust, end_quietly, share_cores
+from utils.cli import MODES, PROCEDURES, Parser, add_overrides, add_trust, end_quietly
 from utils.errors import UserError, run
 
 
@@ -117,7 +117,6 @@ def check(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parse_arguments()  # the import below takes seconds; --help and wrong options must not wait for it
-    share_cores()
     end_quietly()
 
 from utils.inference.run import segment_all

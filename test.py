@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from utils.cli import PROCEDURES, Parser, add_device, add_overrides, add_trust, end_quietly, select_devices, share_cores
+from utils.cli import PROCEDURES, Parser, add_device, add_overrides, add_trust, end_quietly, select_devices
 
 VIEWS = ("flip", "multiscale")
 
@@ -97,7 +97,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 if __name__ == "__main__":
     parse_arguments()  # the imports below take seconds; --help and wrong options must not wait for them
-    share_cores()
     end_quietly()
 
 import torch

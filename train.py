@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.cli import Parser, add_device, add_overrides, add_trust, end_quietly, select_devices, share_cores
+from utils.cli import Parser, add_device, add_overrides, add_trust, end_quietly, select_devices
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,7 +46,6 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     parse_arguments()  # the imports below take seconds; --help and wrong options must not wait for them
-    share_cores()
     end_quietly()
 
 import torch

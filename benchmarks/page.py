@@ -30,7 +30,6 @@ from typing import Any
 import torch
 
 from benchmarks.tables import BENCHMARKS, Benchmark, Row, number
-from utils.cli import share_cores
 from utils.errors import run
 from utils.files import write_bytes
 
@@ -276,7 +275,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(words: Sequence[str] | None = None) -> int:
     args = parser().parse_args(words)
-    share_cores()  # the benchmarks inherit it
     known = facts() | {"measured on": "the GPU" if args.device == "cuda" else "the CPU"}
     chosen = args.only or list(BENCHMARKS)
     outcomes: dict[str, Outcome | None] = {}

@@ -22,9 +22,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from utils.cli import share_cores
+import utils  # noqa: F401 - before torch: sets how long its idle threads wait
 
-share_cores()  # before torch
+# isort: split
 
 import torch
 from torch import Tensor, nn

@@ -28,9 +28,9 @@ from statistics import median
 
 import numpy as np
 
-from utils.cli import share_cores
+import utils  # noqa: F401 - before torch: sets how long its idle threads wait
 
-share_cores()  # before torch
+# isort: split
 
 import torch
 from torch import Tensor

@@ -8,9 +8,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from utils.cli import share_cores
+import utils  # noqa: F401 - before torch: sets how long its idle threads wait
 
-share_cores()  # before torch
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core per worker, and per process that a test starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -63,17 +63,6 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def share_cores() -> None:
-    """Let torch's idle threads sleep after a few microseconds; call it before torch is imported.
-
-    Between two operations, CPU threads wait for each other in a busy loop. If other processes (the loader's workers,
-    another run) use the same cores, this makes everything three to five times slower. On an idle machine, sleeping
-    early costs nothing. A ``GOMP_SPINCOUNT`` in the environment is kept.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
 def end_quietly() -> None:
     """Let Ctrl-C end the program without a traceback while torch is imported, until :func:`utils.errors.run`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
