@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -233,6 +234,19 @@ def test_help_does_not_wait_for_torch(arguments) -> None:
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     heavy = {"torch", "torchvision", "cv2", "numpy", "tensorboard", "PIL.Image"} & loaded
     assert not heavy, f"--help imports {sorted(heavy)}"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "4000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None PASSIVE")],
+)
+def test_every_room_tells_idle_threads_to_sleep_before_torch_is_imported(given, expected) -> None:
+    """Torch reads it once, when it is imported; each room imports utils first."""
+    code = "import os, sys; import dataloaders, models, base, utils; assert 'torch' not in sys.modules; "
+    code += "print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_tables_import_nothing_until_they_are_asked() -> None:
