@@ -127,6 +127,24 @@ def test_the_label_map_on_top(as_on_a_gpu: type[Count]) -> None:
     assert counted.pop() <= 110
 
 
+@pytest.mark.parametrize("solver", ["exact", "rma"])
+def test_parts_of_a_map_are_not_copied_if_no_row_is_pruned(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    probs = smooth_maps(1, 5, 90, 100)
+    expected = rank_dice(probs, solver=solver, prune=None)
+    room = rankdice.exact if solver == "exact" else rankdice.approximations
+    solve, places = room.solve, []
+
+    def watched(rows: Tensor, masks: Tensor, **options: object) -> Tensor:
+        places.append(rows.data_ptr() - probs.data_ptr())
+        return solve(rows, masks, **options)
+
+    monkeypatch.setattr(room, "solve", watched)
+    found = rank_dice(probs, solver=solver, prune=None, max_bytes=2 * 4 * 9000)  # two rows at a time
+    assert places == [0, 2 * 4 * 9000, 4 * 4 * 9000]
+    assert torch.equal(found.masks, expected.masks)
+    assert torch.equal(found.volumes, expected.volumes)
+
+
 class OnDevice(Tensor):
     """A tensor on a device: says which functions were called there."""
 
