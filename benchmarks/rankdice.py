@@ -161,10 +161,11 @@ def exact_score(row: Tensor, volume: int, metric: str) -> float:
     """Return the exact expected score of the top ``volume`` pixels of a row (N,), all pixels taken one by one."""
     values = row.double().sort(descending=True).values.unsqueeze(0)
     values = torch.cat([torch.zeros_like(values[:, :1]), values], 1)
-    steps, none = torch.arange(values.shape[1], device=row.device).double().unsqueeze(0), values.new_zeros(1, ORDERS, 2)
+    steps, none = torch.arange(values.shape[1], device=row.device).double().unsqueeze(0), values.new_zeros(1, 1, 1)
     goal = Goal(metric, 0.0)
     rate = goal.rate(values.sum(1, keepdim=True), steps, values.cumsum(1))
-    return float(integrate(goal, Window(steps, values, none, none, rate[:, volume, None], 0), 1)[0, volume])
+    window = Window(steps, steps * none, values, none, none.expand(1, ORDERS, 2), rate[:, volume, None], 0)
+    return float(integrate(goal, window, 1)[0, volume])
 
 
 def lost_scores(probs: Tensor, others: dict[str, Callable[[Tensor], Tensor]], most: int = 12) -> dict[str, dict]:

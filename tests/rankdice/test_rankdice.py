@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.rankdice.maps import check_masks, odd_rows, same, smooth_maps
 from tests.rankdice.reference import (
@@ -18,7 +19,8 @@ from tests.rankdice.reference import (
     integral_scores,
 )
 from utils.rankdice import METRICS, SOLVERS, RankDice, exact, rank_dice
-from utils.rankdice.integral import Goal
+from utils.rankdice.integral import ORDERS, Goal, series_factors
+from utils.rankdice.table import SERIES_RATE
 
 SMOOTHS = (0.0, 0.3, 1.0, 20.0)
 EXACT = settings(max_examples=60, deadline=None, derandomize=True)
@@ -107,6 +109,41 @@ def test_a_large_map_against_the_integral(metric: str, height: int) -> None:
     assert scores[np.searchsorted(volumes, near)] >= scores.max() * (1 - 1e-9)
 
 
+def rows_of_mean(mean: int) -> list[Tensor]:
+    """Return rows ``(N,)`` with about this mean volume, of few or many kinds of pixels."""
+    generator = torch.Generator().manual_seed(mean)
+    two = torch.cat([torch.full((mean,), 0.75), torch.full((mean,), 0.25)])
+    rows = [torch.ones(mean), torch.full((2 * mean,), 0.5), two, torch.rand(4 * mean, generator=generator) ** 3]
+    rows += [torch.full((50 * mean,), 0.02)] * (mean < 100)
+    return [torch.nn.functional.pad(row, (0, max(0, 5600 - len(row)))) for row in rows]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("mean", [40, 82, 235, 1210, 46_000])
+def test_scores_where_fewer_power_sums_begin_to_do(mean: int, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mean < SERIES_RATE or any(0 <= mean / rate - 1 < 0.03 for rate in exact.FAR_RATES)
+    for row in rows_of_mean(mean):
+        for most_sorted in (0, len(row)):
+            monkeypatch.setattr(exact, "SORTED_PIXELS", most_sorted)
+            found = rank_dice(row.view(1, 1, -1), metric, prune=None)
+            (score,) = integral_scores(row.numpy(), metric, 0.0, found.volumes[0].numpy())
+            assert float(found.scores) == pytest.approx(score, rel=2e-10)
+
+
+def test_higher_powers_are_replaced_by_the_best_polynomials() -> None:
+    p = torch.linspace(0, 1, 4001, dtype=torch.float64)
+    factors = series_factors(5, p.device)
+    sign = torch.tensor([1.0, -1.0] * (ORDERS // 2), dtype=torch.float64)
+    for n in range(1, 6):
+        known = p ** torch.arange(1, n + 1).unsqueeze(1)
+        assert torch.equal(factors[n, :n, :n], sign[:n].diag())
+        wrong = (sign[n] * factors[n, n, :n] @ known - p ** (n + 1)) / p.clamp(min=1e-9)
+        assert float(wrong.abs().max()) == pytest.approx(2 ** (1 - 2 * n), rel=1e-6)
+        assert not factors[n, :, n:5].any()
+        counts = torch.arange(1, 1 + ORDERS, dtype=torch.float64).unsqueeze(1)
+        assert torch.allclose(factors[n, :, :5] / counts, factors[n, :, 5:], rtol=1e-15)
+
+
 def test_the_score_is_the_mean_dice_of_drawn_labels() -> None:
     probs = smooth_maps(1, 2, 24, 32, seed=4)
     generator = torch.Generator().manual_seed(5)
@@ -188,7 +225,7 @@ def test_a_wrong_guess_costs_time_only(metric: str, guess: float, monkeypatch: p
     check_masks(probs, expected)
     for mean in (0.0, 3e3, 1e9):
 
-        def estimate(rows: torch.Tensor, goal: Goal, mean: float = mean) -> tuple[torch.Tensor, torch.Tensor]:
+        def estimate(rows: Tensor, goal: Goal, mean: float = mean) -> tuple[torch.Tensor, torch.Tensor]:
             return rows.new_full((len(rows), 1), guess), rows.new_full((len(rows), 1), mean)
 
         monkeypatch.setattr(exact, "_estimate", estimate)
@@ -307,21 +344,32 @@ def test_a_row_needs_as_many_power_sums_alone_as_beside_another() -> None:
     assert torch.allclose(both, alone, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_rows_of_a_small_mean_score_the_same_alone_and_beside_others(metric: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.tensor([20.0, 45.0, 60.0, 70.0, 79.0, 90.0, 300.0]).unsqueeze(1)
+    rows = torch.sigmoid(3 * torch.randn(7, 1600, generator=generator, dtype=torch.float64) + (mean / 2500).logit())
+    rows = (rows * (mean / rows.sum(1, keepdim=True))).clamp(max=1).unsqueeze(0)
+    both = rank_dice(rows, metric, prune=None).scores
+    alone = torch.cat([rank_dice(row, metric, prune=None).scores for row in rows.split(1, 1)], 1)
+    assert torch.allclose(both, alone, rtol=1e-14, atol=0)
+
+
 def test_the_power_sums_suffice_for_every_volume_that_can_be_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best volume of a row adds to the decay rate, but for the pixels in the table, which may all be left out."""
     sums = (2500.0, 2000.0)
     limits = exact._limits(Goal("dice", 0.0), 3300.0, 0.4, sums, (2600.0, 2300.0))
-    assert not limits.small
+    assert limits.high < 1
     assert limits.most == 2500 + 2600 - 3300
-    assert exact._limits(Goal("iou", 0.0), 3300.0, 0.4, sums, (2600.0, 2300.0)).small  # its rate may be the mean
-    assert exact._limits(Goal("dice", 0.0), 3300.0, 0.4, sums, (1000.0, 900.0)).small
+    assert exact._limits(Goal("iou", 0.0), 3300.0, 0.4, sums, (2600.0, 2300.0)).high > 1  # its rate may be the mean
+    assert exact._limits(Goal("dice", 0.0), 3300.0, 0.4, sums, (1000.0, 900.0)).high > 1
     probs = smooth_maps(1, 3, 90, 100)
     expected, sorted_rows, found = rank_dice(probs), [], exact._limits
 
     def no_room(*args: object) -> object:
         return found(*args)._replace(most=-1)
 
-    def record(rows: torch.Tensor, *args: object) -> torch.Tensor:
+    def record(rows: Tensor, *args: object) -> Tensor:
         sorted_rows.append(len(rows))
         return solve_sorted(rows, *args)
 

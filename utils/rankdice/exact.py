@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from . import table as tables
-from .integral import ORDERS, Goal
-from .table import CPU, ONE_BY_ONE, Table, alike, best_volumes, chosen, descending, draw, pick, powers
+from .integral import SUMS, Goal
+from .table import CPU, ONE_BY_ONE, SERIES_RATE, Table, alike, best_volumes, chosen, descending, draw, pick, powers
 
 # 5, 4, 3 or 2 power sums stand for the pixels outside a table if the integrand decays at least at this rate: they leave
-# out less than n! / rate^n = 2e-10 of the score.
-FAR_ORDERS, FAR_RATES = (5, 4, 3, 2), (230.0, 600.0, 3300.0, 1e5)
+# out less than 4 n! / (4 rate)^n = 2e-10 of the score.
+FAR_ORDERS, FAR_RATES = (SUMS, 4, 3, 2), (SERIES_RATE, 230.0, 1200.0, 45000.0)
 BLOCK = 32
 SORTED_PIXELS = 5000  # rows of at most this many pixels are sorted
 SORT_BYTES = 170  # of a pixel while its row is sorted and solved
-WEAK, FAINT = 0.1, 0.3  # the table of a small row ends at WEAK, or at FAINT times (sum of squares / sum) if smaller
+WEAK, FAINT = 0.1, 0.3  # a small row's table ends at WEAK, or at FAINT times (sum of squares) / sum if smaller
 LEAST_SAMPLE = 1024
 STEPS = 2  # of the iteration that finds the best cut of a sample
 USUAL_PIXELS = 400  # in a row's table, or fewer; in a row of over 128 times as many, up to a 128th of it
@@ -86,8 +86,7 @@ def solve_sorted(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor
     values, columns = descending(rows)
     values, orders = tables.padded(values), []
     if rows.device.type in CPU:
-        places = [bisect.bisect(FAR_RATES, mean) for mean in values.sum(1).tolist()]
-        orders = [(ORDERS, *FAR_ORDERS)[place] for place in places]
+        orders = [FAR_ORDERS[_place(mean)] for mean in values.sum(1).tolist()]
     best = best_volumes(Table.whole(values, orders=orders), goal, budget)
     draw(masks, columns, best[:, :1])
     return best
@@ -96,8 +95,8 @@ def solve_sorted(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor
 def empty_scores(rows: Tensor, goal: Goal, budget: int) -> Tensor:
     """Return the scores ``(R,)`` of empty masks, with about ``budget`` bytes of working memory."""
     values = tables.padded(rows.topk(min(ONE_BY_ONE, rows.shape[1])).values)
-    total = values.new_zeros(rows.shape[0], ORDERS, 1)
-    for some, _, part in _pieces(rows, (CACHE_PIXELS if rows.device.type in CPU else budget // 8) // (2 * ORDERS)):
+    total = values.new_zeros(rows.shape[0], SUMS, 1)
+    for some, _, part in _pieces(rows, (CACHE_PIXELS if rows.device.type in CPU else budget // 8) // (2 * SUMS)):
         total[some] += powers(part.double()).sum(2, keepdim=True)
     return tables.empty_scores(Table.whole(values)._replace(total=total), goal, budget)
 
@@ -118,14 +117,12 @@ class _Limits(NamedTuple):
     Attributes:
         least: how many there must be, because ``low`` alone proves nothing; else 0.
         most: how many there may be, so that the power sums of the others are accurate.
-        small: whether these power sums are too few for the pixels in the table.
     """
 
     low: float
     high: float
     least: float
     most: float
-    small: bool
 
 
 class _Survey(NamedTuple):
@@ -154,23 +151,24 @@ def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
     count, width = rows.shape
     cut, decay = _estimate(rows, goal)
     # The orders depend on the row alone: a batch must give the scores of single rows.
-    classes = [bisect.bisect_left(FAR_RATES, m, lo=1) - 1 for m in decay.view(-1).tolist()]
+    classes = [_place(rate) for rate in decay.view(-1).tolist()]
     orders = [FAR_ORDERS[k] for k in classes]
-    sums = rows.new_zeros(count, 2, 1 + ORDERS, dtype=torch.float64)
+    sums = rows.new_zeros(count, 2, 1 + SUMS, dtype=torch.float64)
     for some, first, part in _pieces(rows):
-        most = max(orders[some])
-        wide, power, _, _ = ROOM.fit(part)
-        total = power_sums(part, most, wide, power)
+        mine, most = orders[some], max(orders[some])
+        part = part.double() if min(mine) == SUMS else part
+        wide, _, spare = ROOM.fit(part)
+        total = power_sums(part, mine, wide, spare)
         near, blocks = _near(part, cut[some], total[0])
-        wide, power, over, _ = ROOM.fit(near)
+        wide, over, spare = ROOM.fit(near)
         torch.gt(near, cut[some], out=over)
-        mine = masks[some, first : first + part.shape[1]]
+        drawn = masks[some, first : first + part.shape[1]]
         if blocks is None:
-            mine.copy_(over)
+            drawn.copy_(over)
         else:
-            mine.view(-1, BLOCK)[blocks] = over.bool().view(-1, BLOCK)
+            drawn.view(-1, BLOCK)[blocks] = over.bool().view(-1, BLOCK)
         number = over.sum(1)
-        above = power_sums(over.mul_(near), most, wide, power)
+        above = power_sums(over.mul_(near), mine, wide, spare)
         sums[some, :, : 1 + most].add_(torch.stack([number, *total, number, *above], 1).view(-1, 2, 1 + most))
     facts = zip(sums[:, :, :3].tolist(), cut.view(-1).tolist(), classes, strict=True)
     limits = [_limits(goal, FAR_RATES[k], q, total[1:], above[:2]) for (total, above), q, k in facts]
@@ -178,7 +176,7 @@ def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
     found = []
     for some, first, part in _pieces(rows):
         near, blocks = _near(part, low[some], sums[some.start, 0, 1], width // part.shape[1])
-        _, _, over, beyond = ROOM.fit(near)
+        _, over, beyond = ROOM.fit(near)
         torch.gt(near, low[some], out=over).sub_(torch.gt(near, high[some], out=beyond))
         spot = _places(over.bool().view(-1))
         spot = spot if blocks is None else blocks[spot // BLOCK] * BLOCK + spot % BLOCK
@@ -200,22 +198,23 @@ def _limits(goal: Goal, rate: float, cut: float, sums: Sequence[float], above: S
     few = max(goal.few(total, least), g or 1)
     low = goal.half(least) - goal.below(mean - square, max(volume + g, 1))
     high = goal.half(goal.most(total, volume, mass, cut)) + goal.above(total, mean - square, few)
-    small, far, most = mean < rate, mean / rate, math.inf
+    small, far, most = mean < rate, mean / ONE_BY_ONE, math.inf
     if goal.metric == "dice" and small and mean + volume > rate + USUAL_PIXELS:
         # The best mask contains `volume` pixels but for those in the table, so its rate is that much larger.
         small, most = False, mean + volume - rate
     # In small rows, the table must hold all pixels that are to be taken one by one.
     lowest = min(square / mean * FAINT, far, WEAK) if small else 0.0
     needed = 0.0 if low >= lowest else (mean + total) / least  # so many pixels score less than `least`
+    needed = math.inf if small and rate > FAR_RATES[0] else needed  # the sample is misleading
     low, high = min(max(min(low, far) if small else low, lowest), cut), math.inf if small else max(high, cut)
-    return _Limits(low * (1 - ROUNDING), high * (1 + ROUNDING), needed, most, small)
+    return _Limits(low * (1 - ROUNDING), high * (1 + ROUNDING), needed, most)
 
 
 def _table(rows: Tensor, found: _Survey, names: list[int], size: int) -> tuple[Table, Tensor, Tensor]:
     """Return the tables of some rows, the places of their pixels in the map, and whether these are above ``cut``."""
     which = pick(names, len(rows), rows.device)
     sums, cut = chosen(found.sums, which), chosen(found.cut, which)
-    orders = [ORDERS if found.limits[name].small else found.orders[name] for name in names]
+    orders = [found.orders[name] for name in names]
     start, end = (chosen(part, which).unsqueeze(1) for part in (found.ends[:-1], found.ends[1:]))
     spot = start + torch.arange(max(size, 1))
     place = found.place if found.place.numel() else found.place.new_zeros(1)
@@ -226,13 +225,15 @@ def _table(rows: Tensor, found: _Survey, names: list[int], size: int) -> tuple[T
     total, above = sums[:, :, 1 : 1 + max(orders)].unsqueeze(3).unbind(1)
     inside, mine = powers(values, max(orders)).cumsum_(2), over.sum(1, keepdim=True)
     outside = above - inside.gather(2, mine.unsqueeze(1).expand(above.shape))
-    if max(orders) > FAR_ORDERS[0]:  # higher powers only of the pixels in the table: `small` rows have all above `cut`
-        known = torch.arange(max(orders)) < torch.tensor([found.orders[name] for name in names]).unsqueeze(1)
-        known = known.unsqueeze(2)
-        total, outside = torch.where(known, total, inside[..., -1:]), outside * known
     inside.add_(outside)
     volumes = sums[:, 1, :1] - mine + tables.steps(values.shape[1], rows.device)
-    return Table(values, volumes, inside, total, torch.tensor(orders)), place.gather(1, order), over
+    used = torch.tensor(orders) if len(set(orders)) > 1 else None
+    return Table(values, volumes, inside, total, used), place.gather(1, order), over
+
+
+def _place(rate: float) -> int:
+    """Return which of FAR_ORDERS a decay rate needs."""
+    return bisect.bisect_left(FAR_RATES, rate, lo=1) - 1
 
 
 @lru_cache(maxsize=16)
@@ -258,9 +259,8 @@ def _estimate(rows: Tensor, goal: Goal) -> tuple[Tensor, Tensor]:
         torch.gt(sample, cut, out=over)
         weight = over.sum(1, keepdim=True) + base
         cut = over.mul_(sample).sum(1, keepdim=True) / weight
-    scale = 0.9 * rows.shape[1] / sample.shape[1]
-    room = max(USUAL_PIXELS, rows.shape[1] // 128)
-    return cut, weight * scale - room if goal.metric == "dice" else base * scale
+    rate, room = (weight, max(USUAL_PIXELS, rows.shape[1] // 128)) if goal.metric == "dice" else (base, 0)
+    return cut, (rate - 2 * rate.sqrt()) * (rows.shape[1] / sample.shape[1]) - room  # two standard deviations less
 
 
 def _pieces(rows: Tensor, size: int = CACHE_PIXELS) -> Iterator[tuple[slice, int, Tensor]]:
@@ -275,37 +275,44 @@ def _pieces(rows: Tensor, size: int = CACHE_PIXELS) -> Iterator[tuple[slice, int
 
 
 class _Room(threading.local):
-    """Memory for a piece of a map, 6 MB per thread, kept because allocating new memory takes longer than the sums."""
+    """Memory for a piece of a map, 4 to 8 MB per thread, kept because new memory takes longer than the sums."""
 
     def __init__(self) -> None:
-        self.like: tuple[torch.Size, torch.dtype] | None = None
-        self.all: dict[tuple[torch.dtype, int], Tensor] = {}
-        self.parts: list[Tensor] = []
+        self.memory: dict[tuple[torch.dtype, int], Tensor] = {}
+        self.parts: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
 
     def fit(self, values: Tensor) -> list[Tensor]:
-        """Return two float64 tensors and two of the dtype of values, all in its shape."""
-        like = values.shape, values.dtype
-        if like != self.like:
-            self.like, self.parts = like, []
-            for which, dtype in enumerate((torch.float64, torch.float64, values.dtype, values.dtype)):
-                if (dtype, which) not in self.all or self.all[dtype, which].numel() < values.numel():
-                    self.all[dtype, which] = values.new_empty(max(CACHE_PIXELS, values.numel()), dtype=dtype)
-                self.parts.append(self.all[dtype, which][: values.numel()].view(values.shape))
-        return self.parts
+        """Return a float64 tensor and two of the dtype of values, all in its shape."""
+        like, size = (values.shape, values.dtype), values.numel()
+        if like in self.parts:
+            return self.parts[like]
+        kinds = list(enumerate((torch.float64, values.dtype, values.dtype)))
+        for which, dtype in kinds:
+            if (dtype, which) not in self.memory or self.memory[dtype, which].numel() < size:
+                self.memory[dtype, which] = values.new_empty(max(CACHE_PIXELS, size), dtype=dtype)
+                self.parts = {}
+        self.parts = self.parts if len(self.parts) < 8 else {}
+        self.parts[like] = [self.memory[dtype, which][:size].view(values.shape) for which, dtype in kinds]
+        return self.parts[like]
 
 
 ROOM = _Room()
 
 
-def power_sums(values: Tensor, orders: int, wide: Tensor, power: Tensor) -> list[Tensor]:
-    """Return the power sums ``(R,)`` of values ``(R, N)`` in float64; ``wide`` and ``power`` are working memory."""
-    sums, last = [wide.copy_(values).sum(1)], wide
-    for order in range(2, orders + 1):
-        if order == orders and len(wide) == 1:
-            sums.append(torch.dot(last[0], wide[0]).view(1))  # saves a pass
-        else:
-            last = torch.mul(last, wide, out=power)
-            sums.append(last.sum(1))
+def power_sums(values: Tensor, orders: Sequence[int], wide: Tensor, spare: Tensor) -> list[Tensor]:
+    """Return the power sums ``(R,)`` of values ``(R, N)``, as many as the rows need; the others are working memory."""
+    sums, power = [wide.copy_(values).sum(1)], values
+    alone = len(wide) == 1  # then, vector_norm uses one thread only
+    sums.append(torch.dot(wide[0], wide[0]).view(1) if alone else torch.linalg.vector_norm(wide, dim=1).square_())
+    for order in range(3, 1 + max(orders)):  # float32 is enough: they change less than 2 / rate^2 of the score
+        power = torch.pow(values, 3, out=spare) if order == 3 else power.mul_(values)
+        sums.append(power.sum(1))
+    small = [row for row, order in enumerate(orders) if order == SUMS]
+    if small and values.dtype != torch.float64:
+        which = torch.tensor(small)
+        own = wide.index_select(0, which)
+        exact = power_sums(own, [SUMS] * len(small), *ROOM.fit(own)[:2])
+        sums = [a.double().index_copy_(0, which, b) for a, b in zip(sums, exact, strict=True)]
     return sums
 
 

@@ -21,7 +21,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-ORDERS = 8  # power sums that replace single pixels; at a decay rate m, the error is below 8! / m^8 of the score
+ORDERS = 8  # of the series for log F: at a decay rate m, the rest is less than 8! / m^8 of the score
+SUMS = 5  # the most power sums that are computed; others follow from them
 LAGUERRE_NODES, LAGUERRE_SPAN = 12, 2.0  # exact up to rounding for rates within this factor
 
 T = TypeVar("T", float, Tensor)
@@ -85,18 +86,20 @@ class Window(NamedTuple):
 
     Attributes:
         volume: ``(R, W)``; each column has one more pixel than the column before.
-        values: ``(R, W)`` probability of the added pixel, 0 in the first column.
-        outside: ``(R, K, 2)`` power sums of the pixels before the window, and those in the series of log F: of all
-            pixels outside the window (Dice) or behind it (IoU).
-        orders: ``(R, K, 2)`` factors of these sums, :func:`series_factors`.
+        sums: ``(R, K, W)`` power sums of the pixels up to each volume; 0 in rows whose pixels are taken one by one.
+        values: ``(R, W)`` probability of the pixel that a column adds; 0 in rows whose pixels are all in the sums, and
+            in the first column, which then is volume 0. None: there are only such rows.
+        rest: ``(R, K, 1)`` or ``(R, K, W)`` power sums of the pixels in the series for log F.
+        factors: ``(R or 1, ORDERS, 2 K)`` of these sums, :func:`series_factors`.
         base: ``(R, 1)`` a decay rate of the integrands, by which the nodes are scaled.
         octaves: which rule of :func:`nodes` to use.
     """
 
     volume: Tensor
-    values: Tensor
-    outside: Tensor
-    orders: Tensor
+    sums: Tensor
+    values: Tensor | None
+    rest: Tensor
+    factors: Tensor
     base: Tensor
     octaves: int
 
@@ -124,11 +127,22 @@ def nodes(octaves: int, metric: str, device: torch.device) -> tuple[Tensor, Tens
 
 @lru_cache(maxsize=64)
 def series_factors(orders: int, device: torch.device) -> Tensor:
-    """Return the factors of ``p^n (-u)^n`` in ``-u S`` and log F, ``(1 + ORDERS, orders, 2)``, for 0 to ORDERS sums."""
-    steps = torch.arange(1, orders + 1, device=device, dtype=torch.float64)
-    used = steps <= torch.arange(1 + ORDERS, device=device).unsqueeze(1)
+    """Return the factors of the power sums in ``-u S`` and log F, by powers of -u, ``(1 + orders, ORDERS, 2 orders)``.
+
+    The first index is how many sums to use. If these are n, ``p^(k - 1)`` is replaced for k > n by the polynomial of
+    degree n - 1 that equals it at the Chebyshev points of [0, 1] (economization, Lanczos 1938). For k = n + 1, this is
+    wrong by at most ``2^(1 - 2 n)``. Index 0 uses all sums and no replacement, which is better for small p.
+    """
+    steps = torch.arange(1, 1 + ORDERS, dtype=torch.float64).unsqueeze(1)
     sign = 1 - 2 * (steps % 2)
-    return torch.stack([-sign, -sign / steps], 1) * used.unsqueeze(2)
+    found = torch.zeros(1 + orders, ORDERS, 2 * orders, dtype=torch.float64)
+    for n in range(1, 1 + orders):
+        points = (1 + (math.pi / n * (steps[:n] - 0.5)).cos()) / 2
+        values = points ** (steps.view(-1) - 1)  # (n, ORDERS)
+        sums = torch.cat([torch.eye(n), torch.linalg.solve(values[:, :n], values[:, n:]).mT])  # (ORDERS, n)
+        found[n, :, :n], found[n, :, orders : orders + n] = -sign * sums, -sign / steps * sums
+    found[0, :orders] = found[orders, :orders]
+    return found.to(device)
 
 
 @lru_cache(maxsize=64)
@@ -141,36 +155,39 @@ def _lost(octaves: int, smooth: float) -> float:
 
 def integrate(goal: Goal, window: Window, size: int) -> Tensor:
     """Return the exact scores ``(R, W)`` of a window; work on ``size`` values ``(R, nodes, W)`` at a time."""
-    volume, values, outside, orders, base, octaves = window
+    volume, sums, values, rest, factors, base, octaves = window
     dice, g = goal.metric == "dice", goal.smooth
-    sums = outside * orders
     points, logs = nodes(octaves, goal.metric, base.device)
     shift = g + 1 if dice else g  # exp(-s) of S is one more pixel in the denominator
-    volume = (volume + shift if shift else volume).unsqueeze(1)
-    absent, values, scores = (1 - values).unsqueeze(1), values.unsqueeze(1), None
-    step = max(1, size // values.numel())
+    step = max(1, size // volume.numel())
+    volume, scores = (volume + shift if shift else volume).unsqueeze(1), None
+    p = None if values is None else values.unsqueeze(1)
     for first in range(0, len(points), step):
         part = slice(first, first + step)
         s = points[part] / base.unsqueeze(2)  # (R, N, 1), negative
-        e, minus = s.exp(), s.expm1()  # 1 - u and -u; 1 - e would cancel
-        series = minus.expand(-1, -1, orders.shape[1]).cumprod(2)  # (-u)^n
-        series, log = (series @ sums).chunk(2, 2)  # (Tensor.split takes longer)
-        q = torch.addcmul(absent, values, e)  # 1 - p u without cancellation, (R, N, W)
-        exponent = torch.addcmul(log + logs[part], s, volume)
+        minus = s.expm1()  # -u
+        series, log = (minus.expand(-1, -1, ORDERS).cumprod(2) @ factors).chunk(2, 2)  # (Tensor.split takes longer)
+        exponent = torch.addcmul(log @ rest + logs[part], s, volume)  # (R, N, W)
         if dice:
-            ratios = (values / q).cumsum(2).add_(series / minus)
-            ratios = ratios.add_(g / 2 / e) if g else ratios
-            scored = exponent.add_(q.log_().sum(2, keepdim=True)).exp_().mul_(ratios).sum(1)
-        else:
-            own = q.log_().cumsum(2)
-            scored = exponent.sub_(own).add_(own[..., -1:]).exp_().sum(1)
+            ratios = (series / minus) @ sums
+            if g:
+                ratios += (g / 2) / s.exp()
+        if p is not None:
+            q = torch.addcmul(1 - p, p, s.exp())  # 1 - p u without cancellation
+            if dice:
+                ratios += (p / q).cumsum(2)
+            own = q.log_()
+            exponent += own.sum(2, keepdim=True) if dice else own.flip(2).cumsum(2).flip(2) - own
+        weight = exponent.exp_()
+        scored = weight.mul_(ratios).sum(1) if dice else weight.sum(1)
         scores = scored if scores is None else scores + scored
     assert scores is not None
     scores /= base
     if not dice:
-        scores *= outside[:, 0, :1] + values.squeeze(1).cumsum(1) + g
-    if g and octaves:  # the empty mask: F does not decay below P(no positive pixel)
-        odd, even = (sums[:, first::2, 1].sum(1, keepdim=True) for first in (0, 1))
-        never = (absent.log().sum(2) - odd + even).exp_()
+        mass = sums[:, 0] if values is None else sums[:, 0] + values.cumsum(1)
+        scores *= mass + g
+    if g and octaves and values is not None:  # the empty mask: F does not decay below P(no positive pixel)
+        counts = torch.arange(1, 1 + rest.shape[1], device=base.device)
+        never = ((-values).log1p().sum(1) - (rest[..., 0] / counts).sum(1)).exp_().unsqueeze(1)
         scores[:, :1].add_(never * (base <= 1 + g), alpha=_lost(octaves, g))
     return scores

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .integral import LAGUERRE_SPAN, ORDERS, Goal, Window, integrate, series_factors
+from .integral import LAGUERRE_SPAN, SUMS, Goal, Window, integrate, series_factors
 
 CPU = {"cpu"}  # devices where reading a result is cheap and work is split to fit the cache
 CACHE = 1 << 17  # float64 values that fit in a core's cache
 TIE = 1e-14  # relative: if scores differ less, the smallest volume is chosen
-SERIES_RATE = 80.0  # in rows with a smaller mean volume, the most probable pixels are handled one by one
-ONE_BY_ONE = 96
+SERIES_RATE = 80.0  # where the integrand may decay more slowly, the most probable pixels are taken one by one
+ONE_BY_ONE = 300  # at most so many: others have less than 1 / 300 of the mean, and their sixth powers hardly matter
 MOST_PADDED = 1 << 13  # split tables or windows of rows into groups if this saves more values than that
 FEW_VALUES = 1 << 13  # in tables of up to so many values, operations cost more than a wider window
 NODE_BYTES = 5 * 8  # working memory of one volume at one node
@@ -35,6 +35,7 @@ class Table(NamedTuple):
         sums: ``(R, K, W)`` sums of their powers.
         total: ``(R, K, 1)`` power sums of the whole row.
         orders: ``(R,)`` int64, how many of the power sums to use; None: all.
+        runs: whether several pixels may have the same entry.
     """
 
     values: Tensor
@@ -42,6 +43,7 @@ class Table(NamedTuple):
     sums: Tensor
     total: Tensor
     orders: Tensor | None = None
+    runs: bool = False
 
     @classmethod
     def whole(cls, values: Tensor, counts: Tensor | None = None, orders: Sequence[int] = ()) -> Table:
@@ -50,21 +52,22 @@ class Table(NamedTuple):
         Args:
             values: all values ``(R, W)``, descending, between zeros (:func:`padded`).
             counts: ``(R, W)``, how many pixels have each value, between zeros; None: one.
-            orders: of each row; empty: ``ORDERS``.
+            orders: of each row; empty: ``SUMS``.
         """
-        sums = powers(values, max(orders, default=ORDERS))
+        sums = powers(values, max(orders, default=SUMS))
         if counts is None:
             volumes = steps(values.shape[1], values.device).expand(values.shape)
         else:
             volumes, sums = counts.cumsum(1), sums.mul_(counts.unsqueeze(1))
         sums = sums.cumsum_(2)
         used = upload(orders, values.device, torch.int64) if len(set(orders)) > 1 else None
-        return cls(values, volumes.contiguous(), sums, sums[..., -1:], used)
+        return cls(values, volumes.contiguous(), sums, sums[..., -1:], used, counts is not None)
 
     def of(self, which: Tensor | None) -> Table:
         """Return the table of some rows; None: of all."""
         values, volumes, sums, total = (chosen(part, which) for part in self[:4])
-        return Table(values, volumes, sums, total, None if self.orders is None else chosen(self.orders, which))
+        orders = None if self.orders is None else chosen(self.orders, which)
+        return Table(values, volumes, sums, total, orders, self.runs)
 
     @property
     def mass(self) -> Tensor:
@@ -112,20 +115,16 @@ def best_volumes(table: Table, goal: Goal, budget: int) -> Tensor:
         the score.
     """
     device, count = table.values.device, table.values.shape[0]
-    before, facts = _candidates(table, goal)
+    facts = _candidates(table, goal)
     costs = {
-        row: (last - first + 1) * (64 if fast > LAGUERRE_SPAN * slow else 1)
-        for row, (first, last, slow, fast) in enumerate(facts)
+        row: (fact.last - fact.first + 1) * (64 if fact.fast > LAGUERRE_SPAN * fact.slow else 1)
+        for row, fact in enumerate(facts)
     }
-    best = before.new_empty(count, 3)
+    best = table.total.new_empty(count, 3)
     for names in alike(costs, device):
         rows, mine = pick(names, count, device), [facts[name] for name in names]
-        width = int(max(last - first for first, last, _, _ in mine))
-        span = max(fast / slow for _, _, slow, fast in mine)
-        wide = span > LAGUERRE_SPAN
-        scale = upload([[first, slow if wide else math.sqrt(slow * fast)] for first, _, slow, fast in mine], device)
         some = table.of(rows)
-        run, window = _window(some, chosen(before, rows), scale, width, _octaves(span) if wide else 0, goal)
+        run, window = _window(some, mine, goal)
         scores = integrate(goal, window, CACHE if device.type in CPU else budget // NODE_BYTES)
         score = scores.amax(1, keepdim=True).clamp_(max=1)
         index = (scores >= score * (1 - TIE)).view(torch.uint8).argmax(1, keepdim=True)
@@ -139,23 +138,26 @@ def best_volumes(table: Table, goal: Goal, budget: int) -> Tensor:
 def empty_scores(table: Table, goal: Goal, budget: int) -> Tensor:
     """Return the scores ``(R,)`` of empty masks, for tables of at least the ``ONE_BY_ONE`` most probable pixels."""
     slow = 1 + goal.smooth
-    span = (float(table.total[:, 0].amax()) + ONE_BY_ONE + goal.smooth) / slow
-    scale = upload([[0.0, slow]], table.total.device).expand(len(table.total), 2)
-    _, window = _window(table, torch.zeros_like(table.total), scale, ONE_BY_ONE, _octaves(span), goal)
-    return integrate(goal, window, CACHE if scale.device.type in CPU else budget // NODE_BYTES)[:, 0]
+    fast = float(table.total[:, 0].amax()) + ONE_BY_ONE + goal.smooth
+    _, window = _window(table, [_Candidates(0.0, ONE_BY_ONE, slow, fast, True)] * len(table.total), goal)
+    return integrate(goal, window, CACHE if table.total.device.type in CPU else budget // NODE_BYTES)[:, 0]
 
 
-def _octaves(span: float) -> int:
-    return min(60, math.ceil(math.log2(span)))
+class _Candidates(NamedTuple):
+    """The first and last volume of a row that can be best, the range of the rates, and whether the slowest is too slow.
 
-
-def _candidates(table: Table, goal: Goal) -> tuple[Tensor, list[tuple[float, float, float, float]]]:
-    """Return the volumes that can be best.
-
-    Returns:
-        Power sums ``(R, K, 1)`` of the pixels before the first of them; for each row the first and last volume, and the
-        range of the rates.
+    In such small rows, the first volume is 0, and all pixels in the window are taken one by one.
     """
+
+    first: float
+    last: float
+    slow: float
+    fast: float
+    small: bool
+
+
+def _candidates(table: Table, goal: Goal) -> list[_Candidates]:
+    """Return the volumes of each row that can be best."""
     g, totals = goal.smooth, table.total[:, 0] + goal.smooth if goal.smooth else table.total[:, 0]
     known = goal.least(goal.rate(totals, table.volumes, table.mass), table.mass)
     least = known.amax(1, keepdim=True)
@@ -169,44 +171,49 @@ def _candidates(table: Table, goal: Goal) -> tuple[Tensor, list[tuple[float, flo
     for mean, square, best, *excluded in facts:
         few = excluded[0] + g if excluded else goal.few(mean + g, best)
         few, half = max(few, g or 1), goal.half(best)
-        # Where the integrand decays slowly, the most probable pixels must be in the window, one by one.
-        high = 2 if mean + g < SERIES_RATE else half + goal.above(mean + g, mean - square, few)
-        cuts.append([-high, goal.below(mean - square, few) - half])
+        spread = mean - square
+        cuts.append([-half - goal.above(mean + g, spread, few), goal.below(spread, few) - half, -mean / ONE_BY_ONE])
     borders = torch.searchsorted(-table.values[:, 1:], upload(cuts, totals.device))
-    before = table.sums.gather(2, borders[:, None, :1].expand(-1, table.sums.shape[1], -1))
-    ends = torch.cat([table.volumes.gather(1, borders), before[:, 0]], 1).tolist()
-    ranges = []
-    for (mean, _, best, *_), (first, last, mass) in zip(facts, ends, strict=True):
-        last, slow = min(last, (2 * mean + g) / max(best, 1e-300)), 1 + g  # the score is at most (2 mu + g) / volume
-        if mean + g < SERIES_RATE:
-            last = max(last, ONE_BY_ONE)
-        else:
-            slow = goal.rate(mean + g, first, mass)
-        ranges.append((first, last, slow, last + mean + g))
-    return before, ranges
+    start = [table.volumes[:, :1], table.mass[:, :1]]
+    ends = torch.cat([table.volumes.gather(1, borders), table.mass.gather(1, borders[:, :1]), *start], 1).tolist()
+    found = []
+    for (mean, _, best, *_), (first, last, weak, mass, *start) in zip(facts, ends, strict=True):
+        last = min(last, (2 * mean + g) / max(best, 1e-300))  # the score is at most (2 mu + g) / volume
+        slow, fast = goal.rate(mean + g, first, mass), last + mean + g
+        small = goal.rate(mean + g, *start) < SERIES_RATE
+        if small:
+            first, last, slow, fast = 0.0, max(last, weak), 1 + g, max(last, ONE_BY_ONE) + mean + g
+        found.append(_Candidates(first, last, slow, fast, small))
+    return found
 
 
-def _window(table: Table, before: Tensor, scale: Tensor, width: int, octaves: int, goal: Goal) -> tuple[Tensor, Window]:
-    """Return the window of ``1 + width`` volumes, and their columns in the table.
-
-    Args:
-        table: the rows.
-        before: power sums ``(R, K, 1)`` of the pixels before the window.
-        scale: first volume and decay rate ``(R, 2)``.
-        width, octaves: see above, and :class:`.integral.Window`.
-        goal: what is maximized.
-    """
-    first, base = scale.chunk(2, 1)
-    volume = first + steps(width + 1, first.device)
+def _window(table: Table, facts: Sequence[_Candidates], goal: Goal) -> tuple[Tensor, Window]:
+    """Return a window with these candidates of each row, and their columns in the table."""
+    span = max(fact.fast / fact.slow for fact in facts)
+    octaves = min(60, math.ceil(math.log2(span))) if span > LAGUERRE_SPAN else 0
+    bases = [fact.slow if octaves else math.sqrt(fact.slow * fact.fast) for fact in facts]
+    ends = [fact.last if fact.small else -1 for fact in facts]
+    scale = [[fact.first, base, end, end < 0] for fact, base, end in zip(facts, bases, ends, strict=True)]
+    first, base, end, usual = upload(scale, table.total.device).chunk(4, 1)
+    volume = first + steps(int(max(fact.last - fact.first for fact in facts)) + 1, first.device)
     run = torch.searchsorted(table.volumes, volume).clamp_(max=table.values.shape[1] - 1)
-    own = table.values.gather(1, run)
-    own[:, :1].zero_()
-    orders = before.shape[1]
-    rest = table.total - powers(own, orders).sum(2, keepdim=True)
-    rest = rest if goal.metric == "dice" else rest - before
+    orders, own, rest = table.total.shape[1], None, table.total
+    sums = table.sums.gather(2, run.unsqueeze(1).expand(-1, orders, -1))
+    if table.runs:  # without the pixels of the last run that are not in the mask
+        beyond = table.volumes.gather(1, run) - volume
+        sums -= powers(table.values.gather(1, run), orders) * beyond.unsqueeze(1)
+    if any(fact.small for fact in facts):
+        own = table.values.gather(1, run) * (volume <= end)  # whatever the other rows need
+        own[:, :1].zero_()
+        rest, sums = rest - powers(own, orders).sum(2, keepdim=True), sums * usual.unsqueeze(2)
+    rest = rest if goal.metric == "dice" else rest - sums
     factors = series_factors(orders, first.device)
-    factors = factors[-1:] if table.orders is None else factors.index_select(0, table.orders)
-    return run, Window(volume, own, torch.cat([before, rest], 2), factors, base, octaves)
+    if own is None and table.orders is None:
+        factors = factors[-1:]
+    else:
+        used = usual.view(-1) * (orders if table.orders is None else table.orders)
+        factors = factors.index_select(0, used.long())
+    return run, Window(volume, sums, own, rest, factors, base, octaves)
 
 
 def descending(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +233,7 @@ def padded(values: Tensor) -> Tensor:
     return wide
 
 
-def powers(values: Tensor, orders: int = ORDERS) -> Tensor:
+def powers(values: Tensor, orders: int = SUMS) -> Tensor:
     """Return the first powers of values ``(R, W)``, ``(R, orders, W)``."""
     return values.unsqueeze(1).expand(-1, orders, -1).cumprod(1)
 
