@@ -312,7 +312,7 @@ def power_sums(values: Tensor, orders: Sequence[int], wide: Tensor, spare: Tenso
         which = torch.tensor(small)
         own = wide.index_select(0, which)
         exact = power_sums(own, [SUMS] * len(small), *ROOM.fit(own)[:2])
-        sums = [a.double().index_copy_(0, which, b) for a, b in zip(sums, exact, strict=True)]
+        sums[2:] = [a.double().index_copy_(0, which, b) for a, b in zip(sums[2:], exact[2:], strict=True)]
     return sums
 
 

@@ -196,7 +196,8 @@ def _window(table: Table, facts: Sequence[_Candidates], goal: Goal) -> tuple[Ten
     scale = [[fact.first, base, end, end < 0] for fact, base, end in zip(facts, bases, ends, strict=True)]
     first, base, end, usual = upload(scale, table.total.device).chunk(4, 1)
     volume = first + steps(int(max(fact.last - fact.first for fact in facts)) + 1, first.device)
-    run = torch.searchsorted(table.volumes, volume).clamp_(max=table.values.shape[1] - 1)
+    run = torch.searchsorted(table.volumes, volume) if table.runs else (volume - table.volumes[:, :1]).long()
+    run.clamp_(max=table.values.shape[1] - 1)
     orders, own, rest = table.total.shape[1], None, table.total
     sums = table.sums.gather(2, run.unsqueeze(1).expand(-1, orders, -1))
     if table.runs:  # without the pixels of the last run that are not in the mask
