@@ -114,12 +114,13 @@ def rows_of_mean(mean: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(mean)
     two = torch.cat([torch.full((mean,), 0.75), torch.full((mean,), 0.25)])
     rows = [torch.ones(mean), torch.full((2 * mean,), 0.5), two, torch.rand(4 * mean, generator=generator) ** 3]
-    rows += [torch.full((50 * mean,), 0.02)] * (mean < 100)
-    return [torch.nn.functional.pad(row, (0, max(0, 5600 - len(row)))) for row in rows]
+    rows += [torch.full((50 * mean,), 0.02), torch.full((mean,), 0.9), torch.full((mean,), 0.7)] * (mean < 100)
+    sizes = [5600, 140_000] if mean < 80 else [5600]
+    return [torch.nn.functional.pad(row, (0, max(0, size - len(row)))) for row in rows for size in sizes]
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("mean", [40, 82, 235, 1210, 46_000])
+@pytest.mark.parametrize("mean", [3, 40, 82, 235, 1210, 46_000])
 def test_scores_where_fewer_power_sums_begin_to_do(mean: int, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mean < SERIES_RATE or any(0 <= mean / rate - 1 < 0.03 for rate in exact.FAR_RATES)
     for row in rows_of_mean(mean):
@@ -345,14 +346,15 @@ def test_a_row_needs_as_many_power_sums_alone_as_beside_another() -> None:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_rows_of_a_small_mean_score_the_same_alone_and_beside_others(metric: str) -> None:
+@pytest.mark.parametrize("pixels", [1600, 60_000])
+def test_rows_of_a_small_mean_score_the_same_alone_and_beside_others(pixels: int, metric: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    mean = torch.tensor([20.0, 45.0, 60.0, 70.0, 79.0, 90.0, 300.0]).unsqueeze(1)
-    rows = torch.sigmoid(3 * torch.randn(7, 1600, generator=generator, dtype=torch.float64) + (mean / 2500).logit())
-    rows = (rows * (mean / rows.sum(1, keepdim=True))).clamp(max=1).unsqueeze(0)
-    both = rank_dice(rows, metric, prune=None).scores
-    alone = torch.cat([rank_dice(row, metric, prune=None).scores for row in rows.split(1, 1)], 1)
-    assert torch.allclose(both, alone, rtol=1e-14, atol=0)
+    mean = torch.tensor([2.0, 20.0, 45.0, 60.0, 79.0, 90.0, 150.0, 220.0, 300.0]).unsqueeze(1)
+    chance, grade = torch.rand(2, 9, pixels, generator=generator)
+    rows = ((chance < mean * 1.3 / pixels) * grade**0.3).unsqueeze(0)
+    both = rank_dice(rows, metric, prune=None)
+    for row, single in enumerate(rows.split(1, 1)):
+        assert same(rank_dice(single, metric, prune=None), RankDice(*(part[:, row, None] for part in both)))
 
 
 def test_the_power_sums_suffice_for_every_volume_that_can_be_best(monkeypatch: pytest.MonkeyPatch) -> None:

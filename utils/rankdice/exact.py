@@ -36,6 +36,7 @@ USUAL_PIXELS = 400  # in a row's table, or fewer; in a row of over 128 times as 
 MOST_PIXELS = 4096  # in a row's table; more if the row has over 64 times as many, or if the budget allows
 TABLE_BYTES = 200  # of a pixel in a table
 CACHE_PIXELS = 1 << 18
+SHARED = CACHE_PIXELS // 2  # rows of at most so many pixels share a piece of the map
 ROUNDING = 1e-6  # relative, of the limits in the map's dtype
 SPARSE = 0.2  # with a smaller mean probability, blocks of pixels below the cut are left out
 
@@ -136,6 +137,8 @@ class _Survey(NamedTuple):
         limits: between which the pixels near the cut are.
         place: their places in the flat map, int64 ``(M,)``.
         ends: where each row's part of ``place`` ends, int64 ``(R + 1,)``, with a 0 before.
+        faint: rows whose power sums from the third on are only those of the pixels outside the table, because in
+            float32 the others would hide them. Their tables have all pixels above ``cut``.
     """
 
     sums: Tensor
@@ -144,6 +147,7 @@ class _Survey(NamedTuple):
     limits: list[_Limits]
     place: Tensor
     ends: Tensor
+    faint: list[int]
 
 
 def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
@@ -155,10 +159,10 @@ def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
     orders = [FAR_ORDERS[k] for k in classes]
     sums = rows.new_zeros(count, 2, 1 + SUMS, dtype=torch.float64)
     for some, first, part in _pieces(rows):
-        mine, most = orders[some], max(orders[some])
-        part = part.double() if min(mine) == SUMS else part
+        most = max(orders[some])
+        part = part.double() if width > SHARED and most == SUMS else part
         wide, _, spare = ROOM.fit(part)
-        total = power_sums(part, mine, wide, spare)
+        total = power_sums(part, most, wide, spare)
         near, blocks = _near(part, cut[some], total[0])
         wide, over, spare = ROOM.fit(near)
         torch.gt(near, cut[some], out=over)
@@ -168,22 +172,28 @@ def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
         else:
             drawn.view(-1, BLOCK)[blocks] = over.bool().view(-1, BLOCK)
         number = over.sum(1)
-        above = power_sums(over.mul_(near), mine, wide, spare)
+        above = power_sums(over.mul_(near), most, wide, spare)
         sums[some, :, : 1 + most].add_(torch.stack([number, *total, number, *above], 1).view(-1, 2, 1 + most))
     facts = zip(sums[:, :, :3].tolist(), cut.view(-1).tolist(), classes, strict=True)
     limits = [_limits(goal, FAR_RATES[k], q, total[1:], above[:2]) for (total, above), q, k in facts]
     low, high = cut.new_tensor([limit[:2] for limit in limits]).split(1, 1)
+    faint = [row for row, limit in enumerate(limits) if limit.high == math.inf] if width <= SHARED else []
     found = []
     for some, first, part in _pieces(rows):
         near, blocks = _near(part, low[some], sums[some.start, 0, 1], width // part.shape[1])
-        _, over, beyond = ROOM.fit(near)
+        wide, over, beyond = ROOM.fit(near)
         torch.gt(near, low[some], out=over).sub_(torch.gt(near, high[some], out=beyond))
         spot = _places(over.bool().view(-1))
         spot = spot if blocks is None else blocks[spot // BLOCK] * BLOCK + spot % BLOCK
         found.append(spot + (some.start * width + first))
+        mine = [row for row in faint if some.start <= row < some.start + len(part)]
+        if mine:
+            rest = torch.addcmul(near, near, over, value=-1, out=beyond)
+            which = torch.tensor(mine)
+            sums[which, 0, 3:] = torch.stack(power_sums(rest, SUMS, wide, over)[2:], 1)[which - some.start].double()
     place = found[0] if len(found) == 1 else torch.cat(found)
     ends = torch.searchsorted(place, torch.arange(0, (count + 1) * width, width))
-    return _Survey(sums, orders, cut, limits, place, ends)
+    return _Survey(sums, orders, cut, limits, place, ends, faint)
 
 
 def _limits(goal: Goal, rate: float, cut: float, sums: Sequence[float], above: Sequence[float]) -> _Limits:
@@ -225,6 +235,10 @@ def _table(rows: Tensor, found: _Survey, names: list[int], size: int) -> tuple[T
     total, above = sums[:, :, 1 : 1 + max(orders)].unsqueeze(3).unbind(1)
     inside, mine = powers(values, max(orders)).cumsum_(2), over.sum(1, keepdim=True)
     outside = above - inside.gather(2, mine.unsqueeze(1).expand(above.shape))
+    if found.faint:
+        faint = torch.tensor([[[name in found.faint]] for name in names])
+        faint = faint & (torch.arange(max(orders)) > 1).view(-1, 1)  # the third and higher power sums
+        total = total + inside[..., -1:] * faint
     inside.add_(outside)
     volumes = sums[:, 1, :1] - mine + tables.steps(values.shape[1], rows.device)
     used = torch.tensor(orders) if len(set(orders)) > 1 else None
@@ -299,20 +313,18 @@ class _Room(threading.local):
 ROOM = _Room()
 
 
-def power_sums(values: Tensor, orders: Sequence[int], wide: Tensor, spare: Tensor) -> list[Tensor]:
-    """Return the power sums ``(R,)`` of values ``(R, N)``, as many as the rows need; the others are working memory."""
+def power_sums(values: Tensor, orders: int, wide: Tensor, spare: Tensor) -> list[Tensor]:
+    """Return the power sums ``(R,)`` of values ``(R, N)``; ``wide`` (float64) and ``spare`` are working memory.
+
+    The third and higher ones are summed in the dtype of the values, and in rows that share a piece, as beside others.
+    """
     sums, power = [wide.copy_(values).sum(1)], values
     alone = len(wide) == 1  # then, vector_norm uses one thread only
     sums.append(torch.dot(wide[0], wide[0]).view(1) if alone else torch.linalg.vector_norm(wide, dim=1).square_())
-    for order in range(3, 1 + max(orders)):  # float32 is enough: they change less than 2 / rate^2 of the score
+    for order in range(3, 1 + orders):
         power = torch.pow(values, 3, out=spare) if order == 3 else power.mul_(values)
-        sums.append(power.sum(1))
-    small = [row for row, order in enumerate(orders) if order == SUMS]
-    if small and values.dtype != torch.float64:
-        which = torch.tensor(small)
-        own = wide.index_select(0, which)
-        exact = power_sums(own, [SUMS] * len(small), *ROOM.fit(own)[:2])
-        sums[2:] = [a.double().index_copy_(0, which, b) for a, b in zip(sums[2:], exact[2:], strict=True)]
+        # Several threads would add up a single row in another order.
+        sums.append((power.expand(2, -1) if alone and values.shape[1] <= SHARED else power).sum(1)[: len(power)])
     return sums
 
 
@@ -321,7 +333,7 @@ def _near(part: Tensor, low: Tensor, total: Tensor, times: int = 1) -> tuple[Ten
 
     ``total`` is the sum of ``times`` as many pixels.
     """
-    if len(part) > 1 or part.shape[1] % BLOCK or total > SPARSE * times * part.shape[1]:
+    if part.shape[1] <= SHARED or part.shape[1] % BLOCK or total > SPARSE * times * part.shape[1]:
         return part, None
     blocks = part.view(-1, BLOCK)
     names = (blocks.amax(1) > low.view(1)).nonzero().view(-1)
