@@ -167,9 +167,9 @@ def integrate(goal: Goal, window: Window, size: int) -> Tensor:
         s = points[part] / base.unsqueeze(2)  # (R, N, 1), negative
         minus = s.expm1()  # -u
         series, log = (minus.expand(-1, -1, ORDERS).cumprod(2) @ factors).chunk(2, 2)  # (Tensor.split takes longer)
-        exponent = torch.addcmul(log @ rest + logs[part], s, volume)  # (R, N, W)
+        exponent = torch.addcmul(torch.baddbmm(logs[part], log, rest), s, volume)  # (R, N, W)
         if dice:
-            ratios = (series / minus) @ sums
+            ratios = torch.bmm(series / minus, sums)
             if g:
                 ratios += (g / 2) / s.exp()
         if p is not None:

@@ -77,7 +77,7 @@ class Table(NamedTuple):
 
 def alike(costs: Mapping[int, float], device: torch.device) -> list[list[int]]:
     """Return groups of rows with about the same cost; a GPU takes all: there, waiting costs more than padding."""
-    if device.type not in CPU or not costs:
+    if device.type not in CPU or len(costs) < 2:
         return [list(costs)] if costs else []
     groups, waiting = [], [sorted(costs, key=costs.__getitem__, reverse=True)]
     while waiting:
