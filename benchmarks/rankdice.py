@@ -55,6 +55,7 @@ TABLE: list[tuple[int, ...]] = [
 SINGLE = (1, 1, 8192, 8192)
 FULL_SHAPES = [(1, 2, 512, 512), (1, 21, 512, 512)]  # all candidates take part, in the short form too
 BEST_PEERS = ("rankseg RMA dice", "rankseg RMA dice, screened")
+SMALL, SMALL_ROUNDS = 1_000_000, 6  # times of small maps vary more: so many times as many rounds
 LIMIT_S = 8.0  # a candidate is not started again once it has used this much time on one map
 
 
@@ -353,7 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time RankDice and its alternatives.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="the best peers only, but for two maps; few rounds")
-    parser.add_argument("--rounds", type=int, help="timed rounds per candidate (default 7, quick 5)")
+    parser.add_argument("--rounds", type=int, help="timed rounds per candidate (default 7, quick 5; small maps: more)")
     parser.add_argument("--probs", type=Path, help="a real map: .npz or .pt with 'probs' (B, C, H, W)")
     parser.add_argument("--shapes", nargs="*", metavar="BxCxHxW", help="these maps instead of the usual ones")
     parser.add_argument("--no-growth", action="store_true")
@@ -377,10 +378,11 @@ def main() -> None:
         for shape in shapes:
             logits = field_logits(shape, options.device)
             title = "x".join(map(str, shape))
+            times = rounds * (SMALL_ROUNDS if math.prod(shape) < SMALL else 1)
             if options.quick and shape not in FULL_SHAPES:
-                results["maps"][title] = against_the_best(to_probs(logits), 2 * rounds, others, options.device)
+                results["maps"][title] = against_the_best(to_probs(logits), 2 * times, others, options.device)
                 continue
-            results["maps"][title] = one_map(title, to_probs(logits), logits, rounds, others, options.device)
+            results["maps"][title] = one_map(title, to_probs(logits), logits, times, others, options.device)
     summary(results["maps"])
     if not options.no_growth and not options.probs:
         results["growth"] = growth(options.device, rounds, options.quick)
