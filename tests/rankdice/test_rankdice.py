@@ -402,6 +402,22 @@ def test_threads_change_nothing(metric: str) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_pixel_of_a_mask_is_written(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = smooth_maps(1, 2, 400, 400)
+    sparse[:, :, 100:] = 0
+    some_pruned = torch.cat([smooth_maps(2, 3, 60, 90), torch.full((2, 1, 60, 90), 0.1)], 1)
+    crowded = 0.45 + 1e-4 * torch.rand(1, 2, 150, 160, generator=torch.Generator().manual_seed(1))
+    maps = [smooth_maps(1, 2, 40, 50), smooth_maps(1, 3, 90, 100), some_pruned]
+    maps += [sparse, crowded, torch.zeros(2, 1, 9)] * (solver == "exact")
+    options = [{"prune": 0.5}, {"prune": None}, {"prune": 0.5, "max_bytes": 1}]
+    expected = [rank_dice(probs, solver=solver, **some) for probs in maps for some in options]
+    monkeypatch.setattr(torch, "empty", lambda *args, **more: torch.ones(*args, **more))
+    monkeypatch.setattr(Tensor, "new_empty", lambda like, *args, **more: like.new_ones(*args, **more))
+    found = [rank_dice(probs, solver=solver, **some) for probs in maps for some in options]
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_memory_layouts() -> None:
     probs = smooth_maps(2, 3, 48, 52)
     expected = rank_dice(probs)

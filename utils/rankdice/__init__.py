@@ -140,7 +140,7 @@ def rank_dice(
         raise ValueError(f"max_bytes: expected a positive number, got {max_bytes!r}")
     rows = _as_rows(probs, valid)  # (B * C, N)
     max_bytes = _budget(probs) if max_bytes is None else max_bytes
-    masks = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+    masks = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
     highest = rows.amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
     with torch.inference_mode(rows.device.type in CPU):  # less overhead per operation, which matters for small maps
         found = _solve(rows, highest, masks, options, max_bytes)
@@ -163,6 +163,8 @@ def _solve(rows: Tensor, highest: Tensor, masks: Tensor, options: Options, max_b
     if len(active) == count <= step:
         return solver(rows, masks, goal=options.goal, budget=max_bytes)
     found = rows.new_zeros(count, 3, dtype=torch.float64)
+    if len(active) < count:
+        masks.zero_()
     if options.smooth and len(active) < count:
         pruned = upload(sorted({*range(count)} - {*active}), rows.device, torch.int64)
         for part in pruned.split(step):
@@ -173,7 +175,7 @@ def _solve(rows: Tensor, highest: Tensor, masks: Tensor, options: Options, max_b
             found[some] = solver(rows[some], masks[some], goal=options.goal, budget=max_bytes)
             continue
         which = upload(active[first : first + step], rows.device, torch.int64)
-        own = torch.zeros(len(which), rows.shape[1], dtype=torch.bool, device=rows.device)
+        own = torch.empty(len(which), rows.shape[1], dtype=torch.bool, device=rows.device)
         found[which] = solver(rows.index_select(0, which), own, goal=options.goal, budget=max_bytes)
         masks[which] = own
     return found

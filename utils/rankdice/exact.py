@@ -46,7 +46,7 @@ def solve(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
 
     Args:
         rows: ``(R, N)`` probabilities, contiguous.
-        masks: bool ``(R, N)``, contiguous, all False; this function fills it.
+        masks: bool ``(R, N)``, contiguous; this function fills it.
         goal: what is maximized.
         budget: approximate working memory in bytes.
     """
@@ -73,7 +73,7 @@ def solve(rows: Tensor, masks: Tensor, goal: Goal, budget: int) -> Tensor:
     if len(costs) < count:
         crowded = torch.tensor([row for row in range(count) if row not in costs])
         for part in crowded.split(max(1, budget // (SORT_BYTES * width))):
-            own = masks.new_zeros(part.numel(), width)
+            own = masks.new_empty(part.numel(), width)
             best[part] = solve_sorted(chosen(rows, part), own, goal, budget)
             masks[part] = own
     for row, cutoff in enumerate(best[:, 1].tolist()):
@@ -170,7 +170,7 @@ def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
         if blocks is None:
             drawn.copy_(over)
         else:
-            drawn.view(-1, BLOCK)[blocks] = over.bool().view(-1, BLOCK)
+            drawn.zero_().view(-1, BLOCK)[blocks] = over.bool().view(-1, BLOCK)
         number = over.sum(1)
         above = power_sums(over.mul_(near), most, wide, spare)
         sums[some, :, : 1 + most].add_(torch.stack([number, *total, number, *above], 1).view(-1, 2, 1 + most))
