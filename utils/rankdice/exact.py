@@ -160,6 +160,7 @@ def _survey(rows: Tensor, masks: Tensor, goal: Goal) -> _Survey:
     sums = rows.new_zeros(count, 2, 1 + SUMS, dtype=torch.float64)
     for some, first, part in _pieces(rows):
         most = max(orders[some])
+        # A rate that needs 5 power sums also needs them in float64; rows that share a piece have `faint` for this.
         part = part.double() if width > SHARED and most == SUMS else part
         wide, _, spare = ROOM.fit(part)
         total = power_sums(part, most, wide, spare)
