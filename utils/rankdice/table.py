@@ -174,13 +174,13 @@ def _candidates(table: Table, goal: Goal) -> list[_Candidates]:
         spread = mean - square
         cuts.append([-half - goal.above(mean + g, spread, few), goal.below(spread, few) - half, -mean / ONE_BY_ONE])
     borders = torch.searchsorted(-table.values[:, 1:], upload(cuts, totals.device))
-    start = [table.volumes[:, :1], table.mass[:, :1]]
-    ends = torch.cat([table.volumes.gather(1, borders), table.mass.gather(1, borders[:, :1]), *start], 1).tolist()
+    top = [table.volumes[:, :1], table.mass[:, :1]]  # the pixels above the table
+    ends = torch.cat([table.volumes.gather(1, borders), table.mass.gather(1, borders[:, :1]), *top], 1).tolist()
     found = []
-    for (mean, _, best, *_), (first, last, weak, mass, *start) in zip(facts, ends, strict=True):
+    for (mean, _, best, *_), (first, last, weak, mass, *above) in zip(facts, ends, strict=True):
         last = min(last, (2 * mean + g) / max(best, 1e-300))  # the score is at most (2 mu + g) / volume
         slow, fast = goal.rate(mean + g, first, mass), last + mean + g
-        small = goal.rate(mean + g, *start) < SERIES_RATE
+        small = goal.rate(mean + g, *above) < SERIES_RATE
         if small:
             first, last, slow, fast = 0.0, max(last, weak), 1 + g, max(last, ONE_BY_ONE) + mean + g
         found.append(_Candidates(first, last, slow, fast, small))
